@@ -1,0 +1,37 @@
+"""pixrl trains image generators by reinforcement learning: fuse concepts, align models, personalize subjects.
+
+    >>> import pixrl
+    >>> result = pixrl.fuse(["owl", "snail"], budget=128)
+    >>> result.images[result.selected[0]]
+
+Importing pixrl is quick: torch is loaded when one of the names below is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pixrl.errors import PixrlError
+
+if TYPE_CHECKING:
+    from pixrl import equations, models, rewards
+    from pixrl.fuse_api import FusionResult, fuse
+
+__version__ = "0.1.0"
+__all__ = ["FusionResult", "PixrlError", "__version__", "equations", "fuse", "models", "rewards"]
+
+_LAZY = {"FusionResult": "pixrl.fuse_api", "fuse": "pixrl.fuse_api"}
+_SUBPACKAGES = {"equations", "models", "rewards"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return import_module(f"pixrl.{name}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pixrl' has no attribute {name!r}")
+    value = vars(import_module(_LAZY[name]))[name]
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,209 @@
+"""Recipes: frozen pydantic models filled from YAML and from `--set a.b=c`.
+
+A recipe is a YAML file, given as a path or as a name under `recipes/` (`toy/fuse`). Its optional first key `kind`
+says which job it is for. Unknown keys, repeated keys and settings given twice are errors, with the dotted path.
+"""
+
+import re
+import typing
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from pixrl.errors import ConfigError, did_you_mean
+
+PACKAGE = Path(__file__).resolve().parent
+SUFFIXES = (".yaml", ".yml")
+
+
+class Settings(BaseModel):
+    """Base of every settings model: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def load(
+    model_cls: type[ModelT],
+    source: Path | str | Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    values: Mapping[str, Any] | None = None,
+    kind: str | None = None,
+) -> ModelT:
+    """The settings `model_cls` from a recipe, then `values` (dotted path -> value), then `--set` overrides.
+
+    `kind` is the job the caller does; a recipe of another kind is refused.
+    """
+    data, origin = _read(source)
+    found = data.pop("kind", None) if "kind" not in model_cls.model_fields else None
+    if kind is not None and found is not None and found != kind:
+        raise ConfigError(f"{origin} is a recipe for {found!r}, not for {kind!r}. Type: pixrl {found} ...")
+    given: dict[str, Any] = {}
+    for path, value in [*(values or {}).items(), *(_parse_override(text) for text in overrides)]:
+        _refuse_clash(given, path, value)
+        given[path] = value
+        _put(data, path, value)
+    try:
+        return model_cls.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(model_cls, error, origin)) from None
+
+
+def dump(model: BaseModel) -> str:
+    """All settings of a model, defaults included, as YAML that `load` reads back to an equal model."""
+    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def find_recipe(name: Path | str) -> Path:
+    """The file of a recipe: a path, or a name under `recipes/` of the source tree or of the installed package."""
+    direct = Path(name)
+    if direct.is_file():
+        return direct
+    for folder in _recipe_folders():
+        for candidate in (folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
+            if candidate.is_file():
+                return candidate
+    names = recipe_names()
+    listed = ", ".join(names) if names else "none is installed"
+    raise ConfigError(
+        f"No recipe {str(name)!r}: neither a file nor a name under recipes/.{did_you_mean(str(name), names)} "
+        f"Recipes: {listed}."
+    )
+
+
+def recipe_names() -> list[str]:
+    """Names that `find_recipe` knows, such as `toy/fuse`."""
+    files = (
+        file.relative_to(folder).with_suffix("").as_posix()
+        for folder in _recipe_folders()
+        for file in folder.rglob("*")
+        if file.suffix in SUFFIXES
+    )
+    return sorted(set(files))
+
+
+def _recipe_folders() -> list[Path]:
+    root = PACKAGE.parents[1]
+    in_tree = [root / "recipes"] if (root / "pyproject.toml").is_file() else []
+    return [folder for folder in (*in_tree, PACKAGE / "recipes") if folder.is_dir()]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, where a key that is given twice is an error instead of a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """One YAML document; `origin` names it in the error."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, TypeError) as error:
+        raise ConfigError(f"{origin} is not valid YAML: {error}") from None
+
+
+def _read(source: Path | str | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
+    if source is None:
+        return {}, "the settings"
+    if isinstance(source, Mapping):
+        return deepcopy(dict(source)), "the settings"
+    path = find_recipe(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the recipe {path}: {error}") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(f"{path} must be a mapping of settings (`budget: 128`), not {type(data).__name__}.")
+    return data, str(path)
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    path, equals, value = text.partition("=")
+    path = path.strip()
+    if not equals or not path or not all(path.split(".")):
+        raise ConfigError(
+            f"--set {text!r}: write a dotted name, an equals sign and a value, as in --set rmler.alpha=5"
+        )
+    return path, parse_yaml(value, f"the value of --set {text!r}")
+
+
+def _refuse_clash(given: Mapping[str, Any], path: str, value: Any) -> None:
+    if path in given and given[path] != value:
+        raise ConfigError(f"{path} is given twice: {given[path]!r} and {value!r}. Give it once.")
+    for other in given:
+        if other.startswith(f"{path}.") or path.startswith(f"{other}."):
+            raise ConfigError(
+                f"{other} and {path} are both given, and one contains the other. Give one of them."
+            )
+
+
+def _put(data: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    place = data
+    for depth, name in enumerate(parents):
+        inner = place.setdefault(name, {})
+        if not isinstance(inner, dict):
+            above = ".".join(parents[: depth + 1])
+            raise ConfigError(f"Cannot set {path}: {above} is {inner!r}, which has no parts.")
+        place = inner
+    place[last] = value
+
+
+def _explain(model_cls: type[BaseModel], error: ValidationError, origin: str) -> str:
+    lines = [_explain_one(model_cls, detail) for detail in error.errors(include_url=False)]
+    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} mistakes in {origin}:", *lines])
+
+
+def _explain_one(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        *parents, key = detail["loc"]
+        allowed = _fields_at(model_cls, parents)
+        return f"Unknown setting {path}.{did_you_mean(str(key), allowed)} Allowed here: {', '.join(allowed)}."
+    if detail["type"] == "missing":
+        return f"{path} is missing."
+    if detail["type"] == "value_error":  # raised by the model itself, which knows what to say
+        message = detail["msg"].removeprefix("Value error, ")
+        return f"{path}: {message}" if path else message
+    choices = re.findall(r"'([^']+)'", detail["msg"]) if detail["type"] in {"enum", "literal_error"} else []
+    return f"{path}: {detail['msg']}; given {detail['input']!r}.{did_you_mean(str(detail['input']), choices)}"
+
+
+def _fields_at(model_cls: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
+    """The settings allowed at a place of the tree; list positions, union tags and the like are stepped over."""
+    models = [model_cls]
+    for part in loc:
+        inner = [
+            model
+            for outer in models
+            if part in outer.model_fields
+            for model in _models_in(outer.model_fields[str(part)].annotation)
+        ]
+        models = inner or [model for model in models if model.__name__ == part] or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings models named in a type: itself, or inside Optional, unions, lists and mappings."""
+    parts = typing.get_args(annotation)
+    if not parts:
+        return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    return [model for part in parts for model in _models_in(part)]

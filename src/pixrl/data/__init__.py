@@ -1,0 +1,1 @@
+"""What the methods read: concept pairs, prompts, subjects."""

@@ -1,0 +1,112 @@
+"""Lists of concepts to fuse: one `a & b` a line, more concepts by more `&`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pixrl.errors import InputError
+
+SEPARATOR = "&"
+COMMENT = "#"
+EXAMPLE = "Each line names two or more concepts, like: owl & snail"
+
+
+@dataclass(frozen=True)
+class PairList:
+    """The concepts of each line, in the file's order, and what was left out or respelled."""
+
+    source: str
+    pairs: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+    """One sentence for each duplicate that was dropped and each concept whose spelling was unified."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return iter(self.pairs)
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """Every concept once, in order of appearance."""
+        return tuple(dict.fromkeys(concept for pair in self.pairs for concept in pair))
+
+
+def read_pairs(path: Path | str) -> PairList:
+    """Reads a list of pairs from a text file; see `parse_pairs`."""
+    return parse_pairs(_lines(Path(path)), str(path))
+
+
+def parse_pairs(lines: Sequence[str], source: str = "the list of pairs") -> PairList:
+    """A list of pairs, one `a & b` a line; `source` names it in messages.
+
+    Spaces around names are dropped. A line that names the same concepts as an earlier one, whatever their case and
+    order, is left out and noted; a concept is spelled as where it first appears. Lines that start with # are
+    comments. Anything else that does not name at least two different concepts is an InputError.
+    """
+    spelling: dict[str, str] = {}
+    first_line: dict[frozenset[str], int] = {}
+    pairs: list[tuple[str, ...]] = []
+    notes: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if line.startswith(COMMENT):
+            continue
+        given = _parse(source, number, line)
+        concepts = tuple(spelling.setdefault(concept.casefold(), concept) for concept in given)
+        notes += [
+            f"{source}, line {number}: {old!r} is spelled {new!r}, as before."
+            for old, new in zip(given, concepts, strict=True)
+            if old != new
+        ]
+        key = frozenset(concept.casefold() for concept in concepts)
+        if key in first_line:
+            notes.append(
+                f"{source}, line {number}: {line.strip()!r} repeats line {first_line[key]} and is left out."
+            )
+            continue
+        first_line[key] = number
+        pairs.append(concepts)
+    if not pairs:
+        raise InputError(f"{source} names no concepts. {EXAMPLE}")
+    return PairList(source, tuple(pairs), tuple(notes))
+
+
+def check_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
+    """The concepts without stray spaces; InputError unless there are at least two, all different."""
+    names = tuple(" ".join(concept.split()) for concept in concepts)
+    if len(names) < 2:
+        given = f"only {names[0]!r} was given" if names else "none was given"
+        raise InputError(
+            f"A fusion needs at least two concepts; {given}. Type, for example: pixrl fuse owl snail"
+        )
+    if not all(names):
+        raise InputError(f"A concept is empty in {list(concepts)!r}. Type, for example: pixrl fuse owl snail")
+    seen: set[str] = set()
+    for name in names:
+        if name.casefold() in seen:
+            raise InputError(f"The concept {name!r} is given twice; a fusion is between different concepts.")
+        seen.add(name.casefold())
+    return names
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"Cannot read the list of pairs {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a UTF-8 text file: {error.reason} at byte {error.start}.") from None
+
+
+def _parse(source: str, number: int, line: str) -> tuple[str, ...]:
+    place = f"{source}, line {number}"
+    if not line.strip():
+        raise InputError(f"{place} is empty. {EXAMPLE}. Delete the line or start it with {COMMENT}.")
+    if SEPARATOR not in line:
+        raise InputError(f"{place}: {line.strip()!r} has no {SEPARATOR!r}. {EXAMPLE}")
+    names = [" ".join(part.split()) for part in line.split(SEPARATOR)]
+    if not all(names):
+        raise InputError(f"{place}: {line.strip()!r} has nothing on one side of {SEPARATOR!r}. {EXAMPLE}")
+    if len({name.casefold() for name in names}) < len(names):
+        raise InputError(f"{place}: {line.strip()!r} names the same concept twice. {EXAMPLE}")
+    return tuple(names)

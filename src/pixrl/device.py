@@ -1,0 +1,95 @@
+"""Where a model runs and in which precision."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pixrl.errors import InputError
+
+
+class DType(StrEnum):
+    """What a caller may ask for."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype that parameters are kept in, and the dtype that matrix products run in (None: the parameters')."""
+
+    weights: torch.dtype
+    autocast: torch.dtype | None
+
+    def context(self, device: torch.device) -> AbstractContextManager[object]:
+        """Autocast where it is wanted."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu" or name.partition(":")[0] == "cuda":
+        if name != "cpu" and not torch.cuda.is_available():
+            raise InputError(f"device {name!r}: no CUDA GPU is available. Use 'auto' or 'cpu'.")
+        return torch.device(name)
+    raise InputError(f"Unknown device {name!r}. Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
+
+
+def choose_precision(device: torch.device, dtype: str, on_gpu: DType = DType.BFLOAT16) -> Precision:
+    """On a CPU parameters stay in float32 and bfloat16 means autocast; on a GPU parameters take the dtype.
+
+    `auto` is `on_gpu` on a GPU, bfloat16 on a CPU with AVX512-BF16 instructions, else float32.
+    """
+    if dtype not in list(DType):
+        raise InputError(f"Unknown dtype {dtype!r}. Use one of {', '.join(DType)}.")
+    asked = DType(dtype)
+    if asked is DType.AUTO:
+        on_cpu = DType.BFLOAT16 if cpu_has_bfloat16() else DType.FLOAT32
+        asked = on_gpu if device.type == "cuda" else on_cpu
+    if asked is DType.FLOAT32:
+        return Precision(torch.float32, None)
+    if device.type == "cpu":
+        if asked is DType.FLOAT16:
+            raise InputError("dtype 'float16' needs a GPU. On a CPU use 'auto', 'float32' or 'bfloat16'.")
+        return Precision(torch.float32, torch.bfloat16)
+    low = torch.bfloat16 if asked is DType.BFLOAT16 else torch.float16
+    return Precision(low, low)
+
+
+@cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "avx512_bf16" in info.read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars and no advice from diffusers and transformers within; their errors still come through."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
+    for module, _ in levels:
+        module.disable_progress_bar()
+        module.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
+        for module, level in levels:
+            module.set_verbosity(level)

@@ -1,0 +1,1 @@
+"""Tables, reports and studies: everything that looks at runs and makes no pictures of its own."""

@@ -1,0 +1,84 @@
+"""Figures of a fusion, from similarities alone: of all its pictures, and of the ones selected."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from pixrl.equations import fusion_reward, is_candidate
+
+
+@dataclass(frozen=True)
+class FusionFigures:
+    """What a study compares. nan where nothing is left to take the figure from."""
+
+    reward: float
+    """Mean reward of all scored pictures (Eq. 5)."""
+    similarity: float
+    """Mean over pictures of the mean similarity to the concepts: the paper's Avg. Sim."""
+    balance: float
+    """Mean over pictures of max S - min S: the paper's Balance, lower is better."""
+    candidate_rate: float
+    """Share of all pictures, failed ones included, that pass both thresholds."""
+    late_reward: float
+    """Mean reward of the last quarter of the pictures: what a learning sampler ends at."""
+    best_reward: float
+    best_total: float
+    """The largest sum of similarities among the candidates."""
+    selected_reward: float
+    """Of the picture that is selected first; where none qualifies, of the best reward."""
+    selected_similarity: float
+    selected_balance: float
+    failed: float
+    """Share of pictures that could not be scored."""
+
+    def to_json(self) -> dict[str, float | None]:
+        return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
+
+
+def figures(
+    similarities_BN: Tensor, alpha: float, presence: float, balance: float, chosen: Sequence[int] = ()
+) -> FusionFigures:
+    """The figures of a run; `chosen` are its selected pictures, best first."""
+    images = len(similarities_BN)
+    rewards_B = fusion_reward(similarities_BN, alpha)
+    scored_B = ~rewards_B.isnan()
+    spread_B = similarities_BN.amax(dim=1) - similarities_BN.amin(dim=1)
+    candidate_B = is_candidate(similarities_BN, presence, balance)
+    late_B = scored_B & (torch.arange(images) >= images - max(1, images // 4))
+    totals_B = similarities_BN.sum(dim=1)
+    first = _first(rewards_B, chosen)
+    return FusionFigures(
+        reward=_mean(rewards_B[scored_B]),
+        similarity=_mean(similarities_BN[scored_B].mean(dim=1)),
+        balance=_mean(spread_B[scored_B]),
+        candidate_rate=float(candidate_B.float().mean()),
+        late_reward=_mean(rewards_B[late_B]),
+        best_reward=_max(rewards_B[scored_B]),
+        best_total=_max(totals_B[candidate_B]),
+        selected_reward=_at(rewards_B, first),
+        selected_similarity=_at(similarities_BN.mean(dim=1), first),
+        selected_balance=_at(spread_B, first),
+        failed=float((~scored_B).float().mean()),
+    )
+
+
+def _first(rewards_B: Tensor, chosen: Sequence[int]) -> int | None:
+    if chosen:
+        return chosen[0]
+    scored = rewards_B.nan_to_num(-math.inf)
+    return int(scored.argmax()) if bool(scored.isfinite().any()) else None
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _max(values: Tensor) -> float:
+    return float(values.max()) if len(values) else math.nan
+
+
+def _at(values: Tensor, place: int | None) -> float:
+    return math.nan if place is None else float(values[place])

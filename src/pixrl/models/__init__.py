@@ -1,0 +1,81 @@
+"""Image generators behind two interfaces: `Renderer` draws, `FlowPolicy` can also be trained.
+
+`load("toy:sd3")`, `load("/my/folder")` and `load("stabilityai/sdxl-turbo")` go the same way. Importing this package
+imports no torch.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pixrl.errors import CheckpointError, InputError, did_you_mean
+from pixrl.hub import Card, Layout, folder, read_card, read_json, resolve
+
+if TYPE_CHECKING:
+    from pixrl.models.base import Renderer
+
+__all__ = ["PIPELINES", "RENDERERS", "Card", "load", "read_card", "resolve"]
+
+RENDERERS = {
+    "sd3": "pixrl.models.sd3:SD3Policy",
+    "sdxl": "pixrl.models.sdxl:SDXLRenderer",
+}
+"""Kind -> adapter."""
+
+PIPELINES = {
+    "StableDiffusion3Pipeline": "sd3",
+    "StableDiffusionXLPipeline": "sdxl",
+}
+"""`_class_name` of a checkpoint's model_index.json -> kind."""
+
+
+def load(
+    ref: str | Path,
+    *,
+    kind: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    steps: int | None = None,
+    guidance: float | None = None,
+    resolution: int | None = None,
+) -> "Renderer":
+    """A generator from `toy:NAME`, a local folder or a hub id.
+
+    Args:
+        ref: the checkpoint.
+        kind: a name of `RENDERERS`; found from the checkpoint's model_index.json when None.
+        device: "auto" (a GPU when there is one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto", "float32", "bfloat16" or "float16" (GPU only).
+        steps, guidance, resolution: in place of what the checkpoint's card or the adapter's default says.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, half written or of an unknown pipeline class.
+        InputError: an argument is wrong.
+    """
+    if kind is not None and kind not in RENDERERS:
+        raise InputError(
+            f"Unknown kind {kind!r}.{did_you_mean(kind, RENDERERS)} There are {', '.join(RENDERERS)}."
+        )
+    path = folder(ref, Layout.PIPELINE)
+    module, _, name = RENDERERS[kind or _kind_of(path)].partition(":")
+    adapter: Any = importlib.import_module(module).__dict__[name]
+    renderer: Renderer = adapter(
+        path,
+        name=str(ref),
+        device=device,
+        dtype=dtype,
+        steps=steps,
+        guidance=guidance,
+        resolution=resolution,
+    )
+    return renderer
+
+
+def _kind_of(path: Path) -> str:
+    class_name = str(read_json(path / "model_index.json").get("_class_name"))
+    if class_name not in PIPELINES:
+        raise CheckpointError(
+            f"{path} is a {class_name}, which pixrl has no adapter for. It loads {', '.join(PIPELINES)}; "
+            f"where the layout is the same, say which with kind=, one of {', '.join(RENDERERS)}."
+        )
+    return PIPELINES[class_name]

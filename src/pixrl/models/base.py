@@ -1,0 +1,136 @@
+"""The two model interfaces: a `Renderer` makes pictures, a `FlowPolicy` is a Renderer that can be trained."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pixrl.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: token features [B, L, D], pooled features [B, E] and, where used, reference latents."""
+
+    tokens_BLD: Tensor
+    pooled_BE: Tensor | None = None
+    references: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return self.tokens_BLD.shape[0]
+
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "Conditioning":
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.tokens_BLD.device)
+        return self._map(lambda x: x[index])
+
+    def to(
+        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Conditioning":
+        return self._map(lambda x: x.to(device=device, dtype=dtype))
+
+    def mix(self, weights: Tensor) -> "Conditioning":
+        """The weighted sum over the batch, one row: weights [B] on all columns, or [B, D] column by column.
+
+        With column weights the pooled features take each concept's mean weight.
+        """
+        if weights.shape[0] != len(self) or weights.ndim not in (1, 2):
+            raise ShapeError(
+                f"mix: weights {tuple(weights.shape)} for {len(self)} conditionings; give [B] or [B, D]."
+            )
+        column_weights = weights if weights.ndim == 2 else weights[:, None]
+        flat = column_weights.mean(dim=1)
+        return replace(
+            self,
+            tokens_BLD=(self.tokens_BLD * column_weights[:, None, :]).sum(0, keepdim=True),
+            pooled_BE=None
+            if self.pooled_BE is None
+            else (self.pooled_BE * flat[:, None]).sum(0, keepdim=True),
+            references=tuple(
+                (r * flat.view(-1, *[1] * (r.ndim - 1))).sum(0, keepdim=True) for r in self.references
+            ),
+        )
+
+    def lerp(self, other: "Conditioning", weight: Tensor | float) -> "Conditioning":
+        """(1 - weight) * self + weight * other; weight a number or [B]."""
+        w = torch.as_tensor(weight, dtype=self.tokens_BLD.dtype, device=self.tokens_BLD.device)
+
+        def blend(a: Tensor, b: Tensor) -> Tensor:
+            return torch.lerp(a, b, w.view(-1, *[1] * (a.ndim - 1)) if w.ndim else w)
+
+        pooled = None
+        if self.pooled_BE is not None and other.pooled_BE is not None:
+            pooled = blend(self.pooled_BE, other.pooled_BE)
+        refs = tuple(blend(a, b) for a, b in zip(self.references, other.references, strict=True))
+        return Conditioning(blend(self.tokens_BLD, other.tokens_BLD), pooled, refs)
+
+    @staticmethod
+    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
+        pooled = [p.pooled_BE for p in parts if p.pooled_BE is not None]
+        columns = zip(*(p.references for p in parts), strict=True)
+        return Conditioning(
+            torch.cat([p.tokens_BLD for p in parts]),
+            torch.cat(pooled) if pooled else None,
+            tuple(torch.cat(column) for column in columns),
+        )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        pooled = None if self.pooled_BE is None else change(self.pooled_BE)
+        return Conditioning(change(self.tokens_BLD), pooled, tuple(change(r) for r in self.references))
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a checkpoint is meant to be sampled: number of steps, guidance scale, picture side in pixels."""
+
+    steps: int
+    guidance: float
+    resolution: int
+
+
+class Renderer(ABC):
+    """A frozen generator: all that concept fusion needs. Prompt embeddings are computed once and cached."""
+
+    name: str
+    device: torch.device
+    settings: SamplingSettings
+    vocabulary: frozenset[str] | None
+    """The words its prompts may use, or None when any text is allowed."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """One row a prompt; equal prompts give equal rows. Raises UnknownWordError for words outside `vocabulary`."""
+
+    @abstractmethod
+    def sample(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
+        """Pictures [B, 3, H, W], float32 in [0, 1] on the CPU; picture i depends on row i and seed i alone."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short hash of the weights, for manifests."""
+
+
+class FlowPolicy(Renderer):
+    """A trainable rectified-flow generator."""
+
+    @abstractmethod
+    def schedule(self, steps: int) -> Tensor:
+        """Noise levels from 1 down to 0, [steps + 1]: the same for sampling and for training."""
+
+    @abstractmethod
+    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
+        """Latent noise, one generator a seed: [B, C, h, w], float32."""
+
+    @abstractmethod
+    def velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """The model's velocity (noise - data) at x_t; t in [0, 1], 1 is noise."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to pictures [B, 3, H, W] in [0, 1]; differentiable."""
+
+    @abstractmethod
+    def slot(self, name: str) -> AbstractContextManager[None]:
+        """Within it, `velocity` uses that LoRA slot: 'current', 'old', 'ema', or 'reference' (adapters off)."""

@@ -1,0 +1,180 @@
+"""What every trainable flow pipeline of diffusers shares: one Euler loop, seeded noise, decoding, LoRA slots.
+
+A family (SD3, FLUX) adds how it encodes a prompt, its schedule and its velocity; nothing else differs.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pixrl.device import choose_device, choose_precision
+from pixrl.errors import RunError, ShapeError
+from pixrl.hub import fingerprint, read_card
+from pixrl.models.base import Conditioning, FlowPolicy, SamplingSettings
+from pixrl.models.pipeline import (
+    check_pairs,
+    chunks,
+    decode_latents,
+    draw,
+    generators,
+    latent_side,
+    load_pipeline,
+    make_settings,
+    micro_batch_for,
+)
+from pixrl.models.prompts import PromptCache, check_words
+from pixrl.models.slots import LoraSlots, Slot, parse_slot
+
+
+class FlowPipelinePolicy(FlowPolicy):
+    """A flow pipeline folder, sampled by Euler steps on the pipeline's own schedule."""
+
+    pipeline_class: ClassVar[str]
+    defaults: ClassVar[SamplingSettings]
+    lora_targets: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str = "",
+        device: str = "auto",
+        dtype: str = "auto",
+        steps: int | None = None,
+        guidance: float | None = None,
+        resolution: int | None = None,
+    ) -> None:
+        self.name = name or path.name
+        self.path = path
+        self.card = read_card(path)
+        self.device = choose_device(device)
+        self.precision = choose_precision(self.device, dtype)
+        self.settings = make_settings(self.card, self.defaults, steps, guidance, resolution)
+        self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
+        self.pipeline = load_pipeline(self.pipeline_class, path, self.precision, self.device)
+        self.transformer: nn.Module = self.pipeline.transformer
+        self.vae: nn.Module = self.pipeline.vae.to(memory_format=torch.channels_last)
+        self.lora: LoraSlots | None = None
+        channels, patch = self._latent_geometry()
+        side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor, patch)
+        self.latent_shape = (channels, side, side)
+        self.micro_batch = micro_batch_for(self.device, self.settings.resolution)
+        self._cache = PromptCache(self._encode_one)
+
+    @abstractmethod
+    def _latent_geometry(self) -> tuple[int, int]:
+        """Channels of the latents, and the rows and columns of them in one image token."""
+
+    @abstractmethod
+    def _encode_one(self, prompt: str) -> Conditioning:
+        """One row; called without gradients and once a prompt."""
+
+    @abstractmethod
+    def _sigmas(self, steps: int) -> Tensor:
+        """The noise levels of the pipeline's scheduler, [steps + 1]."""
+
+    @abstractmethod
+    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """The velocity of tensors that are on the device and fit each other, within the model's autocast."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        check_words(prompts, self.vocabulary, self.name)
+        with torch.no_grad():
+            return self._cache.rows(prompts)
+
+    def schedule(self, steps: int) -> Tensor:
+        return self._sigmas(steps).to(device="cpu", dtype=torch.float32).clone()
+
+    def _shift_mu(self) -> float:
+        """The resolution-dependent schedule shift: linear in the number of the picture's tokens."""
+        config = self.pipeline.scheduler.config
+        patch = self._latent_geometry()[1]
+        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
+        rise = config.max_shift - config.base_shift
+        run = config.max_image_seq_len - config.base_image_seq_len
+        return float(config.base_shift + rise / run * (tokens - config.base_image_seq_len))
+
+    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
+        return draw(generators(seeds), self.latent_shape).to(self.device)
+
+    def velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        if t_B.shape != x_t.shape[:1] or len(conditioning) != len(x_t):
+            raise ShapeError(
+                f"velocity: {len(x_t)} latents, t of shape {list(t_B.shape)} and {len(conditioning)} conditionings; "
+                "give one t and one row each."
+            )
+        with self.precision.context(self.device):
+            velocity = self._velocity(
+                x_t.to(self.device), t_B.to(self.device), conditioning.to(device=self.device)
+            )
+        return velocity.float()
+
+    def pooled(self, conditioning: Conditioning) -> Tensor:
+        """The pooled text features, which these models cannot do without."""
+        if conditioning.pooled_BE is None:
+            raise ShapeError(f"{self.name} needs pooled text features; take conditionings from encode().")
+        return conditioning.pooled_BE
+
+    def sample(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
+        check_pairs(conditioning, seeds)
+        side = self.settings.resolution
+        images = torch.empty(len(seeds), 3, side, side)
+        with torch.inference_mode():
+            for rows in chunks(len(seeds), self.micro_batch):
+                images[rows] = self.decode(self._integrate(conditioning[rows], seeds[rows])).cpu()
+        return images
+
+    def _integrate(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
+        """Euler steps from noise to data: x + (sigma_next - sigma) v."""
+        sigmas = self.schedule(self.settings.steps)
+        x = self.initial_noise(seeds)
+        for sigma, sigma_next in pairwise(sigmas.unbind()):
+            x = x + (sigma_next - sigma).item() * self.velocity(x, sigma.expand(len(seeds)), conditioning)
+        return x
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with self.precision.context(self.device):
+            return decode_latents(self.vae, latents.to(self.device))
+
+    def attach_lora(
+        self, *, rank: int = 32, alpha: float = 64.0, targets: tuple[str, ...] | None = None, seed: int = 0
+    ) -> LoraSlots:
+        """Adds the trainable slots; until then `current` is the backbone. The pictures do not change by it."""
+        if self.lora is not None:
+            raise RunError("This policy already has LoRA slots. Load the model again to attach others.")
+        wanted = self.lora_targets if targets is None else targets
+        self.lora = LoraSlots(self.transformer, rank=rank, alpha=alpha, targets=wanted, seed=seed)
+        return self.lora
+
+    def slot(self, name: str) -> AbstractContextManager[None]:
+        wanted = parse_slot(name)
+        if self.lora is not None:
+            return self.lora.use(wanted)
+        if wanted in (Slot.OLD, Slot.EMA):
+            raise RunError(f"The slot {name!r} does not exist before attach_lora(rank=..., alpha=...).")
+        return nullcontext()
+
+    def fingerprint(self) -> str:
+        """Of the checkpoint's files, and of the `current` slot where there is one."""
+        if self.lora is None:
+            return self._file_fingerprint
+        return sha256(f"{self._file_fingerprint}{_digest(self.lora.state())}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def _file_fingerprint(self) -> str:
+        return fingerprint(self.path)
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    total = sha256()
+    for name in sorted(key for key in state if key.startswith(f"{Slot.CURRENT}/")):
+        total.update(name.encode() + state[name].contiguous().numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,72 @@
+"""What every renderer does with prompts: check the words, encode each one once, keep the rows."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from pixrl.errors import InputError, UnknownWordError, did_you_mean
+from pixrl.models.base import Conditioning
+
+CACHE_BYTES = 2**30
+
+
+def check_words(prompts: Sequence[str], vocabulary: frozenset[str] | None, name: str) -> None:
+    """Raises UnknownWordError for the first word outside the vocabulary; None allows everything."""
+    if isinstance(prompts, str):
+        raise InputError(
+            f"encode takes a list of prompts, got the one string {prompts!r}. Write [{prompts!r}]."
+        )
+    if vocabulary is None:
+        return
+    for prompt in prompts:
+        for word in prompt.lower().replace(",", " ").rstrip(" .!").split():
+            if word not in vocabulary:
+                words = sorted(vocabulary)
+                raise UnknownWordError(
+                    f"{name} does not know the word {word!r} of the prompt {prompt!r}."
+                    f"{did_you_mean(word, words)} It knows: {', '.join(words)}."
+                )
+
+
+class PromptCache:
+    """Prompt -> conditioning row, least recently used first out past `limit_bytes`.
+
+    Each prompt is encoded alone, so that its row does not depend on what it was asked with, and a resumed run (whose
+    cache starts empty) sees exactly the rows of the unbroken one.
+    """
+
+    def __init__(self, encode_one: Callable[[str], Conditioning], limit_bytes: int = CACHE_BYTES) -> None:
+        self._encode_one = encode_one
+        self._limit = limit_bytes
+        self._rows: OrderedDict[str, Conditioning] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def clear(self) -> None:
+        """Forget every row: needed when the text encoder itself has changed."""
+        self._rows.clear()
+        self._bytes = 0
+
+    def rows(self, prompts: Sequence[str]) -> Conditioning:
+        """One row a prompt, in order."""
+        if not prompts:
+            raise InputError("encode was given no prompts.")
+        found = {prompt: self._row(prompt) for prompt in dict.fromkeys(prompts)}
+        return Conditioning.cat([found[prompt] for prompt in prompts])
+
+    def _row(self, prompt: str) -> Conditioning:
+        row = self._rows.get(prompt)
+        if row is None:
+            row = self._encode_one(prompt)
+            self._bytes += _size(row)
+        self._rows[prompt] = row
+        self._rows.move_to_end(prompt)
+        while self._bytes > self._limit and len(self._rows) > 1:
+            self._bytes -= _size(self._rows.popitem(last=False)[1])
+        return row
+
+
+def _size(row: Conditioning) -> int:
+    pooled = 0 if row.pooled_BE is None else row.pooled_BE.nbytes
+    return row.tokens_BLD.nbytes + pooled + sum(reference.nbytes for reference in row.references)

@@ -1,0 +1,68 @@
+"""Stable Diffusion 3 and 3.5 as a trainable flow policy, on diffusers' StableDiffusion3Pipeline.
+
+Latents run from noise (t = 1) to data (t = 0); the transformer is fed the timestep 1000 t and predicts noise - data.
+With a guidance scale above 1 `velocity` is the guided one, u + scale * (c - u) with the empty prompt for u, in sampling
+and in training alike.
+"""
+
+import torch
+from torch import Tensor
+
+from pixrl.models.base import Conditioning, SamplingSettings
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
+
+MAX_SEQUENCE_LENGTH = 256
+
+
+class SD3Policy(FlowPipelinePolicy):
+    """A StableDiffusion3Pipeline folder, with or without its T5 encoder."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    defaults = SamplingSettings(steps=28, guidance=7.0, resolution=512)
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+
+    def _latent_geometry(self) -> tuple[int, int]:
+        return int(self.pipeline.transformer.config.in_channels), int(self.pipeline.patch_size)
+
+    def _encode_one(self, prompt: str) -> Conditioning:
+        length = self.card.max_sequence_length
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=[prompt],
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
+        )
+        return Conditioning(tokens, pooled)
+
+    def _sigmas(self, steps: int) -> Tensor:
+        scheduler = self.pipeline.scheduler
+        shift = {"mu": self._shift_mu()} if scheduler.config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(steps, **shift)
+        sigmas: Tensor = scheduler.sigmas
+        return sigmas
+
+    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        if self.settings.guidance <= 1:
+            return self._predict(x_t, t_B, conditioning)
+        with torch.no_grad():
+            empty = self._cache.rows([""] * len(x_t))
+        both = self._predict(
+            torch.cat([x_t, x_t]), torch.cat([t_B, t_B]), Conditioning.cat([empty, conditioning])
+        )
+        unconditional, conditional = both.float().chunk(2)
+        return unconditional + self.settings.guidance * (conditional - unconditional)
+
+    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        velocity: Tensor = self.transformer(
+            hidden_states=x_t,
+            timestep=t_B * 1000,
+            encoder_hidden_states=conditioning.tokens_BLD,
+            pooled_projections=self.pooled(conditioning),
+            return_dict=False,
+        )[0]
+        return velocity

@@ -1,0 +1,150 @@
+"""LoRA slots on one backbone: `current` is trained, `old` samples, `ema` is evaluated, `reference` is the backbone.
+
+The slots are PEFT adapters on the same modules, so that no second copy of the backbone ever exists. Only `current`
+requires gradients, whichever slot is active.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from pixrl.errors import CheckpointError, InputError, RunError
+
+
+class Slot(StrEnum):
+    """The weights that `velocity` uses."""
+
+    CURRENT = "current"
+    OLD = "old"
+    EMA = "ema"
+    REFERENCE = "reference"
+
+
+ADAPTERS = (Slot.CURRENT, Slot.OLD, Slot.EMA)
+
+
+def parse_slot(name: str) -> Slot:
+    """The slot of that name."""
+    if name not in list(Slot):
+        raise InputError(f"Unknown slot {name!r}. There are {', '.join(Slot)}.")
+    return Slot(name)
+
+
+class LoraSlots:
+    """Three LoRA adapters of equal shape and equal start on a frozen backbone.
+
+    They start equal to the backbone (LoRA's B is zero); `A` is drawn from a generator of its own, seeded by `seed`.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int
+    ) -> None:
+        if rank < 1:
+            raise InputError(f"The LoRA rank must be at least 1, got {rank}.")
+        backbone.requires_grad_(False)
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"
+        )
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            torch.manual_seed(seed)
+            for slot in ADAPTERS:
+                inject_adapter_in_model(config, backbone, slot.value)
+        self._layers = [module for module in backbone.modules() if isinstance(module, LoraLayer)]
+        self._tensors = {slot: _collect(backbone, slot) for slot in ADAPTERS}
+        self._active = Slot.CURRENT
+        for slot in (Slot.OLD, Slot.EMA):
+            self.blend(slot, Slot.CURRENT, 0.0)
+        self._activate(Slot.CURRENT)
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Within it the backbone runs with that slot; the one before comes back after, also on an error."""
+        before = self._active
+        self._activate(parse_slot(name))
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+    @property
+    def active(self) -> Slot:
+        """The slot in use now."""
+        return self._active
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer trains: the parameters of `current`."""
+        return list(self._tensors[Slot.CURRENT].values())
+
+    @torch.no_grad()
+    def blend(self, target: str, source: str, decay: float) -> None:
+        """target <- decay * target + (1 - decay) * source; decay 0 copies."""
+        if not 0 <= decay <= 1:
+            raise InputError(f"decay must be in [0, 1], got {decay}.")
+        into, out_of = self._adapter(target), self._adapter(source)
+        for name, tensor in into.items():
+            tensor.lerp_(out_of[name], 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every adapter's tensors for a checkpoint, 'SLOT/PARAMETER' -> a copy on the CPU."""
+        return {
+            f"{slot.value}/{name}": tensor.detach().cpu().clone()
+            for slot, tensors in self._tensors.items()
+            for name, tensor in tensors.items()
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` gave; names and shapes must be the same."""
+        own = {
+            f"{slot.value}/{name}": t
+            for slot, tensors in self._tensors.items()
+            for name, t in tensors.items()
+        }
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong = wrong or [name for name in own if own[name].shape != state[name].shape]
+        if wrong:
+            raise CheckpointError(
+                f"The saved LoRA slots do not fit this model: {len(wrong)} tensors differ, first {wrong[0]!r}. "
+                "Load the checkpoint, rank and target modules that the run began with."
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def _adapter(self, name: str) -> dict[str, nn.Parameter]:
+        slot = parse_slot(name)
+        if slot is Slot.REFERENCE:
+            raise InputError(
+                "The reference slot is the backbone itself: it can be neither written nor copied."
+            )
+        return self._tensors[slot]
+
+    def _activate(self, slot: Slot) -> None:
+        for layer in self._layers:
+            if slot is Slot.REFERENCE:
+                layer.enable_adapters(False)
+            else:
+                layer.set_adapter(slot.value)
+                layer.enable_adapters(True)
+        self._active = slot
+        for adapter, tensors in self._tensors.items():
+            for tensor in tensors.values():
+                tensor.requires_grad_(adapter is Slot.CURRENT)
+
+
+def _collect(backbone: nn.Module, slot: Slot) -> dict[str, nn.Parameter]:
+    """One adapter's parameters by a name that is the same in every slot; kept in float32 on any backbone."""
+    found = {}
+    for name, parameter in backbone.named_parameters():
+        if f".{slot.value}." in name and "lora_" in name:
+            parameter.data = parameter.data.float()
+            found[name.replace(f".{slot.value}.", ".")] = parameter
+    if not found:
+        raise RunError("None of the LoRA target modules exists in this backbone.")
+    return found

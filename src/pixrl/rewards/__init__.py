@@ -1,0 +1,54 @@
+"""Rewards: what scores pictures. `load("clip_text", model="toy:clip")` gives one by name.
+
+Importing this package imports no torch.
+"""
+
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from pixrl.errors import ConfigError, InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from pixrl.rewards.base import Reward
+
+__all__ = ["REWARDS", "load"]
+
+REWARDS = {
+    "clip_image": "pixrl.rewards.clip:ClipImageReward",
+    "clip_text": "pixrl.rewards.clip:ClipTextReward",
+    "geneval": "pixrl.rewards.geneval:GenEvalReward",
+}
+"""Name -> class."""
+
+
+def load(name: str, **options: object) -> "Reward":
+    """A reward by name; the options are its class's parameters.
+
+    Raises:
+        InputError: there is no reward of that name.
+        ConfigError: the reward has no such option, or one that it needs is missing.
+        CheckpointError: a model it needs is missing or half written.
+    """
+    if name not in REWARDS:
+        raise InputError(
+            f"Unknown reward {name!r}.{did_you_mean(name, REWARDS)} There are {', '.join(REWARDS)}."
+        )
+    module, _, class_name = REWARDS[name].partition(":")
+    make: Any = importlib.import_module(module).__dict__[class_name]
+    parameters = inspect.signature(make).parameters
+    for option in options:
+        if option not in parameters:
+            raise ConfigError(
+                f"The reward {name!r} has no option {option!r}.{did_you_mean(option, parameters)} "
+                f"It has {', '.join(parameters)}."
+            )
+    missing = [
+        key for key, p in parameters.items() if p.default is inspect.Parameter.empty and key not in options
+    ]
+    if missing:
+        raise ConfigError(
+            f"The reward {name!r} needs the option {missing[0]!r}, for example {missing[0]}: toy:clip"
+        )
+    reward: Reward = make(**options)
+    return reward

@@ -1,0 +1,217 @@
+"""CLIP similarity: picture to picture, picture to text, and RMLer's similarity of masked objects.
+
+Everything is the plain cosine of projected embeddings: no logit scale and no softmax. Embeddings are normalized and
+multiplied in float32.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixrl.device import choose_device, choose_precision, quiet_loading
+from pixrl.errors import CheckpointError, InputError, ShapeError
+from pixrl.hub import Layout, fingerprint, folder
+from pixrl.rewards.base import Reward
+from pixrl.rewards.preprocess import Preprocessing, batches, require_images
+from pixrl.rewards.segmentation import WHITE, Colour, Foreground
+from pixrl.types import RewardBatch, Scores
+
+BATCH = 64
+
+
+class ClipSimilarity:
+    """A transformers CLIPModel with its tokenizer and preprocessing, from `toy:clip`, a folder or a hub id."""
+
+    def __init__(
+        self, ref: str | Path, *, device: str = "auto", dtype: str = "float32", batch: int = BATCH
+    ) -> None:
+        path = folder(ref, Layout.TRANSFORMERS)
+        self.name = str(ref)
+        self.device = choose_device(device)
+        self.precision = choose_precision(self.device, dtype)
+        self.batch = batch
+        self.preprocess = Preprocessing.from_folder(path, square=False)
+        with quiet_loading():
+            from transformers import AutoTokenizer, CLIPModel
+
+            try:
+                model = CLIPModel.from_pretrained(path, dtype=self.precision.weights, local_files_only=True)
+                self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+                raise CheckpointError(f"{path} could not be loaded as a CLIPModel: {error}") from error
+        self.model = model.requires_grad_(False).eval().to(self.device)
+        self._text_length = int(model.config.text_config.max_position_embeddings)
+        self._texts: dict[str, Tensor] = {}
+        self.provenance: Mapping[str, str] = {
+            "model": f"{self.name} ({fingerprint(path)})",
+            "preprocessing": self.preprocess.describe(),
+        }
+
+    @torch.inference_mode()
+    def image_features(self, images_BCHW: Tensor) -> Tensor:
+        """Unit vectors [B, E], float32 on the CPU."""
+        require_images(images_BCHW)
+        parts = batches(images_BCHW, self.batch)
+        return torch.cat([self.embed(self.preprocess(part.to(self.device))).cpu() for part in parts])
+
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        """Unit vectors of preprocessed pictures, on the device and differentiable."""
+        with self.precision.context(self.device):
+            output = self.model.get_image_features(pixel_values=pixels_BCHW.to(self.precision.weights))
+        return F.normalize(output.pooler_output.float(), dim=-1)
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors [B, E], float32 on the CPU; each text is encoded once."""
+        if isinstance(texts, str) or not texts:
+            raise InputError(f"text_features takes a non-empty list of texts, got {texts!r}.")
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        for start in range(0, len(new), self.batch):
+            part = new[start : start + self.batch]
+            self._texts.update(zip(part, self._encode_texts(part), strict=True))
+        return torch.stack([self._texts[text] for text in texts])
+
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self._text_length, return_tensors="pt"
+        )
+        with self.precision.context(self.device):
+            output = self.model.get_text_features(
+                input_ids=tokens.input_ids.to(self.device),
+                attention_mask=tokens.attention_mask.to(self.device),
+            )
+        return F.normalize(output.pooler_output.float(), dim=-1).cpu()
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Each picture's similarity to N concepts; nan with the reason where there is none."""
+
+    similarities_BN: Tensor
+    reasons: tuple[str | None, ...]
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+class FusionScorer:
+    """RMLer's S_n: cosine between the masked picture and the masked exemplars of concept n.
+
+    Both are cut out by the same foreground model and put on the same background before CLIP sees them.
+    """
+
+    def __init__(self, clip: ClipSimilarity, foreground: Foreground, background: Colour = WHITE) -> None:
+        self.clip = clip
+        self.foreground = foreground
+        self.background = background
+        self.provenance: Mapping[str, str] = {
+            **clip.provenance,
+            "foreground": foreground.provenance["model"],
+            "foreground_preprocessing": foreground.provenance["preprocessing"],
+            "background": str(tuple(background)),
+        }
+
+    def exemplar_features(self, images_MCHW: Tensor) -> Tensor:
+        """Unit vectors [M, E]; a row of nan where the exemplar has no foreground."""
+        features, found = self._masked_features(images_MCHW)
+        return torch.where(found[:, None], features, torch.nan)
+
+    def similarities(self, images_BCHW: Tensor, exemplars: Sequence[Tensor]) -> Similarities:
+        """Mean cosine over each concept's usable exemplars `[M_n, E]`; nan where a picture has no foreground."""
+        usable = [_usable(rows, n) for n, rows in enumerate(exemplars)]
+        features, found = self._masked_features(images_BCHW)
+        # the mean of cosines is the cosine with the mean of unit vectors, not renormalized
+        means_NE = torch.stack([rows.mean(dim=0) for rows in usable])
+        similarities_BN = torch.where(found[:, None], features @ means_NE.T, torch.nan)
+        reasons = tuple(None if ok else "no foreground found" for ok in found.tolist())
+        return Similarities(similarities_BN, reasons, self.provenance)
+
+    def _masked_features(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        masks = self.foreground.masks(images_BCHW)
+        composed = self.foreground.composite(images_BCHW, masks, self.background)
+        return self.clip.image_features(composed), self.foreground.is_present(masks)
+
+
+def _usable(rows: Tensor, concept: int) -> Tensor:
+    if rows.ndim != 2 or not len(rows):
+        raise ShapeError(
+            f"Exemplars of concept {concept} must be [M, E] with M >= 1, got {list(rows.shape)}."
+        )
+    kept = rows[rows.isfinite().all(dim=1)]
+    if not len(kept):
+        raise InputError(
+            f"None of the {len(rows)} exemplars of concept {concept} has a foreground. Draw them with other seeds."
+        )
+    return kept
+
+
+class ClipTextReward(Reward):
+    """Cosine between the picture and its prompt."""
+
+    name = "clip_text"
+
+    def __init__(self, model: str | Path, device: str = "auto", dtype: str = "float32") -> None:
+        self.clip = ClipSimilarity(model, device=device, dtype=dtype)
+
+    def score(self, batch: RewardBatch) -> Scores:
+        images = self.clip.image_features(batch.images_BCHW)
+        values_B = (images * self.clip.text_features(batch.prompts)).sum(dim=1)
+        return flag_failures(values_B, [None] * len(values_B), self.clip.provenance)
+
+
+class ClipImageReward(Reward):
+    """Mean cosine between the picture and its reference pictures, metadata["reference"]: [3, H, W] or [M, 3, H, W].
+
+    With `segmenter` both are cut out and put on `background` first.
+    """
+
+    name = "clip_image"
+
+    def __init__(
+        self,
+        model: str | Path,
+        segmenter: str | Path | None = None,
+        background: Colour = WHITE,
+        device: str = "auto",
+        dtype: str = "float32",
+    ) -> None:
+        self.clip = ClipSimilarity(model, device=device, dtype=dtype)
+        self._features: Callable[[Tensor], Tensor] = self.clip.image_features
+        self.provenance: Mapping[str, str] = {**self.clip.provenance, "background": "kept"}
+        if segmenter is not None:
+            scorer = FusionScorer(self.clip, Foreground(segmenter, device=device), background)
+            self._features = scorer.exemplar_features
+            self.provenance = scorer.provenance
+
+    def score(self, batch: RewardBatch) -> Scores:
+        images = self._features(batch.images_BCHW)
+        values, reasons = [], []
+        for row, image in enumerate(images):
+            reference = batch.metadata[row].get("reference") if batch.metadata else None
+            value, reason = self._similarity(image, reference)
+            values.append(value)
+            reasons.append(reason)
+        return flag_failures(torch.tensor(values), reasons, self.provenance)
+
+    def _similarity(self, image_E: Tensor, reference: object) -> tuple[float, str | None]:
+        if not isinstance(reference, Tensor):
+            return torch.nan, "no reference picture in the metadata"
+        if not image_E.isfinite().all():
+            return torch.nan, "no foreground found"
+        features = self._features(reference if reference.ndim == 4 else reference[None])
+        usable = features[features.isfinite().all(dim=1)]
+        if not len(usable):
+            return torch.nan, "no foreground found in the reference"
+        return float((usable @ image_E).mean()), None
+
+
+def flag_failures(values_B: Tensor, reasons: Sequence[str | None], provenance: Mapping[str, str]) -> Scores:
+    """Scores in which a value without a reason is finite: a picture that broke the model fails, it is not 0."""
+    given = [
+        reason or (None if ok else "the score is not finite")
+        for reason, ok in zip(reasons, values_B.isfinite().tolist(), strict=True)
+    ]
+    failed = torch.tensor([reason is not None for reason in given])
+    return Scores(values_B.float().masked_fill(failed, torch.nan), tuple(given), provenance=provenance)

@@ -1,0 +1,125 @@
+"""`flux`: a FluxPipeline whose transformer takes a reference picture as appended tokens (UNO's position ids)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from pixrl.equations import interpolate
+from pixrl.models.flux_tokens import pack_latents, position_ids
+from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH
+from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
+from pixrl.toy.build.sd3 import SAMPLING_STEPS, logit_normal
+from pixrl.toy.build.text import T5_LENGTH, t5_features, train_t5
+from pixrl.toy.build.text import PLAN as T5_PLAN
+from pixrl.toy.build.vae import LATENT_CHANNELS, SUBJECT_PICTURES, encode_all
+from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
+from pixrl.toy.language import WORDS, caption
+
+PLAN = Plan(steps=3500, batch=48, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999)
+GUIDANCE = 1.0
+TOKENS = SIDE // 8
+"""Rows and columns of image tokens: latents are a quarter of the side, packed two by two."""
+
+
+def new_transformer() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=4, attention_head_dim=32,
+        num_attention_heads=4, joint_attention_dim=WIDTH, pooled_projection_dim=SECOND_WIDTH, guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+
+
+def new_pipeline(shop: Workshop) -> FluxPipeline:
+    """The pipeline with trained encoders and an untrained transformer."""
+    t5, t5_tokenizer = train_t5(shop)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=AutoencoderKL.from_pretrained(shop.out / "vae", torch_dtype=torch.float32),
+        text_encoder=CLIPTextModel.from_pretrained(shop.work / "text_encoder_2", dtype=torch.float32).eval(),
+        tokenizer=CLIPTokenizer.from_pretrained(shop.out / "clip"),
+        text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer,
+        transformer=new_transformer(),
+    )
+
+
+def pooled_features(pipeline: FluxPipeline, captions: list[str]) -> Tensor:
+    out = []
+    with torch.inference_mode():
+        for start in range(0, len(captions), 512):
+            ids = pipeline.tokenizer(captions[start : start + 512], padding="max_length", truncation=True, return_tensors="pt")
+            out.append(pipeline.text_encoder(ids.input_ids.to(pipeline.device)).pooler_output.half().cpu())
+    return torch.cat(out)
+
+
+def reference_latents(vae: AutoencoderKL, data: Pictures, shop: Workshop) -> Tensor:
+    """Latents of the subjects cut out on white: what a reference shows."""
+    ink = np.asarray(data.labels)[..., None] > 0
+    cut = Pictures(data.what, data.seed, np.where(ink, data.images, np.uint8(255)), data.labels)
+    return encode_all(vae, cut, shop)
+
+
+def build_flux(shop: Workshop) -> None:
+    """Train and save `flux`."""
+    torch.manual_seed(shop.seed)
+    data = pictures(shop.work, "subjects", SUBJECT_PICTURES, shop.seed)
+    pipeline = new_pipeline(shop).to(shop.device)
+    latents = encode_all(pipeline.vae, data, shop)
+    cutouts = reference_latents(pipeline.vae, data, shop)
+    rng = np.random.default_rng((shop.seed, 5))
+    unique, index = np.unique([caption(data.scene(row), rng) for row in range(len(data))], return_inverse=True)
+    tokens = t5_features(pipeline.text_encoder_2, pipeline.tokenizer_2, unique.tolist())
+    pooled = pooled_features(pipeline, unique.tolist())
+    target_ids, reference_ids = position_ids((TOKENS, TOKENS), [(TOKENS, TOKENS)], "uno")
+    image_ids = torch.cat((target_ids, *reference_ids)).to(shop.device)
+    text_ids = torch.zeros(T5_LENGTH, 3, device=shop.device)
+    transformer = pipeline.transformer
+
+    def loss(draw: Draw) -> Tensor:
+        subject = draw.rows(len(data) // VIEWS, PLAN.batch)
+        shown, wanted = np.stack([draw.rng.choice(VIEWS, 2, replace=False) for _ in subject]).T
+        chosen = index[subject * VIEWS + wanted]
+        cut = torch.from_numpy(draw.rng.random(PLAN.batch) < 0.5)[:, None, None, None]
+        reference = torch.where(cut, cutouts[subject * VIEWS + shown], latents[subject * VIEWS + shown]).float()
+        x0 = latents[subject * VIEWS + wanted].float().to(shop.device)
+        noise, t = draw.normal(*x0.shape).to(shop.device), logit_normal(draw, PLAN.batch).to(shop.device)
+        packed = torch.cat((pack_latents(interpolate(x0, noise, t)), pack_latents(reference.to(shop.device))), dim=1)
+        with shop.autocast():
+            velocity = transformer(
+                hidden_states=packed,
+                timestep=t,
+                guidance=torch.full_like(t, GUIDANCE),
+                encoder_hidden_states=tokens[chosen].float().to(shop.device),
+                pooled_projections=pooled[chosen].float().to(shop.device),
+                txt_ids=text_ids,
+                img_ids=image_ids,
+            ).sample[:, : TOKENS * TOKENS]
+        return F.mse_loss(velocity.float(), pack_latents(noise - x0))
+
+    seconds = shop.fit("flux", transformer, PLAN, loss)
+    save_pipeline(pipeline, shop.folder("flux"))
+    shop.provenance("flux", {"t5": T5_PLAN, "flux": PLAN}, seconds)
+
+
+def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
+    """The published layout in half precision, and the settings that this checkpoint was trained for."""
+    pipeline.save_pretrained(folder)
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        save_half(pipeline.components[part], folder / part)
+    settings = {
+        "steps": SAMPLING_STEPS,
+        "guidance": GUIDANCE,
+        "resolution": SIDE,
+        "max_sequence_length": T5_LENGTH,
+        "vocabulary": list(WORDS),
+        "position_ids": "uno",
+        "clip": "toy:clip",
+        "segmenter": "toy:segmenter",
+    }
+    (folder / "pixrl.json").write_text(json.dumps(settings, indent=1) + "\n")

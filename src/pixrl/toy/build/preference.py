@@ -1,0 +1,89 @@
+"""`preference`: `clip` fine-tuned with a Bradley-Terry loss to prefer the right caption and the clean picture."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from pixrl.toy.build.clip import SCENES, image_processor, normalize, soften, tokens
+from pixrl.toy.build.pictures import Pictures, pictures
+from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
+from pixrl.toy.language import caption
+
+PLAN = Plan(steps=500, batch=48, lr=4e-4, warmup=50, weight_decay=0.02)
+
+
+def spoil(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Each picture with one of five faults: noise, blur, swapped blocks, washed-out colours, or a grid."""
+    faults = (_noisy, _blurred, _shuffled, _washed, _gridded)
+    return torch.stack([faults[int(rng.integers(len(faults)))](image, rng) for image in images])
+
+
+def _noisy(image: Tensor, rng: np.random.Generator) -> Tensor:
+    noise = torch.from_numpy(rng.standard_normal(image.shape)).float()
+    return (image + float(rng.uniform(0.1, 0.3)) * noise).clamp(0, 1)
+
+
+def _blurred(image: Tensor, rng: np.random.Generator) -> Tensor:
+    side = int(rng.choice((8, 12, 16, 20)))
+    small = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(small, image.shape[1:], mode="bilinear", align_corners=False)[0]
+
+
+def _shuffled(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Blocks of 16 pixels in random order."""
+    n = image.shape[1] // 16
+    blocks = image.unfold(1, 16, 16).unfold(2, 16, 16).reshape(3, n * n, 16, 16)[:, torch.from_numpy(rng.permutation(n * n))]
+    return blocks.view(3, n, n, 16, 16).permute(0, 1, 3, 2, 4).reshape(image.shape)
+
+
+def _washed(image: Tensor, rng: np.random.Generator) -> Tensor:
+    return image.mean() + (image - image.mean()) * float(rng.uniform(0.15, 0.45))
+
+
+def _gridded(image: Tensor, rng: np.random.Generator) -> Tensor:
+    period = int(rng.integers(3, 7))
+    lines = (torch.arange(image.shape[1]) % period == 0).float()
+    grid = torch.maximum(lines[:, None], lines[None, :])
+    return image + (float(rng.uniform(0, 1)) - image) * grid * float(rng.uniform(0.4, 0.9))
+
+
+def preference_pairs(data: Pictures, rows: "np.ndarray[tuple[int], np.dtype[np.int64]]", draw: Draw) -> tuple[Tensor, Tensor, list[str]]:
+    """(better pictures, worse pictures, prompts): the worse one is spoiled, or shows another scene."""
+    better = data.tensor(rows)
+    others = data.tensor(np.roll(rows, 1))
+    wrong = torch.from_numpy(draw.rng.random(len(rows)) < 0.5)
+    worse = torch.where(wrong[:, None, None, None], others, spoil(better, draw.rng))
+    return soften(better, draw), worse, [caption(data.scene(int(row)), draw.rng) for row in rows]
+
+
+def preference(model: CLIPModel, images: Tensor, text_embeds: Tensor) -> Tensor:
+    """The scaled cosine of each picture and its prompt, as PickScore computes it."""
+    features = model.get_image_features(pixel_values=normalize(images)).pooler_output
+    return model.logit_scale.exp() * (F.normalize(features.float(), dim=-1) * F.normalize(text_embeds.float(), dim=-1)).sum(-1)
+
+
+def build_preference(shop: Workshop) -> None:
+    """Fine-tune and save `preference`."""
+    torch.manual_seed(shop.seed)
+    data = pictures(shop.work, "scenes", SCENES, shop.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(shop.out / "clip")
+    model = CLIPModel.from_pretrained(shop.out / "clip", dtype=torch.float32).to(shop.device).train()
+    eager_attention(model)
+
+    def loss(draw: Draw) -> Tensor:
+        better, worse, prompts = preference_pairs(data, draw.rows(len(data), PLAN.batch), draw)
+        with shop.autocast():
+            texts = model.get_text_features(**tokens(tokenizer, prompts, shop.device)).pooler_output
+            both = torch.cat((better, worse)).to(shop.device)
+            scores = preference(model, both, torch.cat((texts, texts)))
+        good, bad = scores.float().chunk(2)
+        return -F.logsigmoid(good - bad).mean()
+
+    seconds = shop.fit("preference", model, PLAN, loss)
+    folder = shop.folder("preference")
+    save_half(model.eval(), folder)
+    CLIPProcessor(image_processor=image_processor(), tokenizer=tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shop.provenance("preference", {"preference": PLAN}, seconds)

@@ -1,0 +1,67 @@
+"""`vae`: an AutoencoderKL that shrinks pictures fourfold, shared by both generators."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from pixrl.toy.build.pictures import SIDE, Pictures, pictures
+from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
+
+PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=100, weight_decay=0.0, ema=0.998)
+SCENES = 48_000
+SUBJECT_PICTURES = 24_000
+KL_WEIGHT = 2e-4
+LATENT_CHANNELS = 8
+
+
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
+        sample_size=SIDE, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def encode_all(vae: AutoencoderKL, data: Pictures, shop: Workshop) -> Tensor:
+    """The scaled latent means of every picture, half precision: [N, 8, 16, 16]."""
+    out = []
+    with torch.inference_mode(), shop.autocast():
+        for start in range(0, len(data), 256):
+            rows = list(range(start, min(start + 256, len(data))))
+            images = data.tensor(rows).to(shop.device)
+            out.append(vae.encode(images * 2 - 1).latent_dist.mean.float().cpu())
+    return ((torch.cat(out) - vae.config.shift_factor) * vae.config.scaling_factor).half()
+
+
+def edges(images: Tensor) -> Tensor:
+    """Differences to the right and downward neighbour, side by side."""
+    return torch.cat(((images[..., 1:, :] - images[..., :-1, :]).flatten(1), (images[..., :, 1:] - images[..., :, :-1]).flatten(1)), 1)
+
+
+def build_vae(shop: Workshop) -> None:
+    """Train and save `vae`; its config says how to scale latents to zero mean and unit variance."""
+    torch.manual_seed(shop.seed)
+    sets = [pictures(shop.work, "scenes", SCENES, shop.seed), pictures(shop.work, "subjects", SUBJECT_PICTURES, shop.seed)]
+    vae = new_vae().to(shop.device)
+
+    def loss(draw: Draw) -> Tensor:
+        data = sets[int(draw.rng.random() < 0.3)]
+        images = data.tensor(draw.rows(len(data), PLAN.batch)).to(shop.device)
+        target = images * 2 - 1
+        with shop.autocast():
+            latents = vae.encode(target).latent_dist
+            noise = draw.normal(*latents.mean.shape).to(shop.device)
+            decoded = vae.decode(latents.mean + latents.std * noise).sample
+        decoded = decoded.float()
+        error = F.l1_loss(decoded, target) + F.mse_loss(decoded, target) + 0.5 * F.l1_loss(edges(decoded), edges(target))
+        return error + KL_WEIGHT * latents.kl().float().mean() / latents.mean[0].numel()
+
+    seconds = shop.fit("vae", vae, PLAN, loss)
+    vae.eval()
+    with torch.inference_mode():
+        sample = sets[0].tensor(list(range(1024))).to(shop.device)
+        latents = vae.encode(sample * 2 - 1).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4), shift_factor=round(float(latents.mean()), 4))
+    save_half(vae, shop.folder("vae"))
+    shop.provenance("vae", {"vae": PLAN}, seconds)

@@ -1,0 +1,204 @@
+"""What every stage of the build needs: where to work, the training loop that survives a kill, and provenance."""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+SAVE_EVERY_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast a stage trains; `ema` is the decay of the averaged weights that are kept."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 100
+    weight_decay: float = 0.01
+    ema: float | None = None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one training step: they depend on the seed and the step alone, so resuming is exact."""
+
+    rng: np.random.Generator
+    noise: torch.Generator
+
+    def rows(self, count: int, batch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return self.rng.integers(count, size=batch)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.noise)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A build: `out` receives the checkpoints, `work` holds pictures and unfinished training states."""
+
+    out: Path
+    work: Path
+    seed: int
+    device: torch.device
+    resume: bool
+    command: str
+
+    def folder(self, stage: str) -> Path:
+        folder = self.out / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """bfloat16 where the machine multiplies it fast."""
+        if self.device.type == "cuda" or has_fast_bf16():
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def draw(self, step: int) -> Draw:
+        return Draw(np.random.default_rng((self.seed, step)), torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+
+    def fit(self, stage: str, module: nn.Module, plan: Plan, loss: Callable[[Draw], Tensor]) -> float:
+        """Train the module in place and return the seconds that it took, those before a kill included."""
+        return _Trainer(self, stage, module, plan).run(loss)
+
+    def provenance(self, stage: str, plans: dict[str, Plan], seconds: float) -> None:
+        """Write beside the weights how they were made; `pixrl toy verify` adds the gates' figures."""
+        record = {
+            "command": self.command,
+            "seed": self.seed,
+            "plans": {name: vars(plan) for name, plan in plans.items()},
+            "seconds": round(seconds, 1),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}",
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "pillow", "numpy")},
+        }
+        (self.out / stage / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def has_fast_bf16() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
+
+
+def eager_attention(model: PreTrainedModel) -> None:
+    """Plain matrix products: on a CPU the fused kernel's backward pass took twice as long."""
+    model.set_attn_implementation("eager")
+
+
+def training_attention(device: torch.device) -> AbstractContextManager[object]:
+    """The same choice for diffusers' models; sampling, which has no backward pass, keeps the fused kernel."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+class _Trainer:
+    """AdamW with a warm-up and a cosine tail; its state goes to disk once a minute."""
+
+    def __init__(self, shop: Workshop, stage: str, module: nn.Module, plan: Plan) -> None:
+        self.shop, self.stage, self.module, self.plan = shop, stage, module, plan
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=plan.lr, betas=(0.9, 0.98), weight_decay=plan.weight_decay
+        )
+        self.average = [p.detach().clone() for p in self.parameters] if plan.ema else []
+        self.state_path = shop.work / stage / "state.safetensors"
+        self.step, self.seconds = 0, 0.0
+
+    def run(self, loss: Callable[[Draw], Tensor]) -> float:
+        if self.shop.resume and self.state_path.exists():
+            self._restore()
+        started = saved = time.monotonic()
+        before = self.seconds
+        smooth = math.nan
+        with _progress() as progress, training_attention(self.shop.device):
+            bar = progress.add_task(self.stage, total=self.plan.steps, completed=self.step, loss="")
+            while self.step < self.plan.steps:
+                value = self._advance(loss)
+                smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
+                progress.update(bar, completed=self.step, loss=f"loss {smooth:.4f}")
+                now = time.monotonic()
+                self.seconds = before + now - started
+                if now - saved > SAVE_EVERY_SECONDS or self.step == self.plan.steps:
+                    self._save()
+                    saved = now
+                    print(f"{self.stage} step {self.step} loss {smooth:.4f} {self.seconds:.0f}s", flush=True)
+        for parameter, mean in zip(self.parameters, self.average, strict=False):
+            parameter.data.copy_(mean)
+        return self.seconds
+
+    def _advance(self, loss: Callable[[Draw], Tensor]) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr * self._schedule()
+        value = loss(self.shop.draw(self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        if self.plan.ema:
+            decay = min(self.plan.ema, self.step / (self.step + 10))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        return float(value.detach())
+
+    def _schedule(self) -> float:
+        if self.step < self.plan.warmup:
+            return (self.step + 1) / self.plan.warmup
+        done = (self.step - self.plan.warmup) / max(self.plan.steps - self.plan.warmup, 1)
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {f"parameter.{i}": p.data for i, p in enumerate(self.parameters)}
+        named |= {f"average.{i}": p for i, p in enumerate(self.average)}
+        for i, p in enumerate(self.parameters):
+            moments = self.optimizer.state.get(p, {})
+            named |= {f"{name}.{i}": moments[name] for name in ("exp_avg", "exp_avg_sq") if name in moments}
+        return named
+
+    def _save(self) -> None:
+        self.state_path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.state_path.with_suffix(".tmp")
+        meta = {"step": str(self.step), "seconds": str(self.seconds)}
+        save_file({k: v.contiguous() for k, v in self._tensors().items()}, beside, metadata=meta)
+        beside.replace(self.state_path)
+
+    def _restore(self) -> None:
+        saved = load_file(self.state_path)
+        with safe_open(self.state_path, framework="pt") as file:
+            meta = file.metadata()
+        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
+        for i, parameter in enumerate(self.parameters):
+            parameter.data.copy_(saved[f"parameter.{i}"])
+            if f"exp_avg.{i}" in saved:
+                moments = {name: saved[f"{name}.{i}"] for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+        for i, mean in enumerate(self.average):
+            mean.copy_(saved[f"average.{i}"])
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+    return Progress(*columns)
+
+
+def save_half(module: ModelMixin | PreTrainedModel, folder: Path) -> None:
+    """Save a model in half precision and leave the one in memory as it is."""
+    module.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        stored = load_file(path)
+        save_file({name: t.half() if t.is_floating_point() else t for name, t in stored.items()}, path, metadata={"format": "pt"})

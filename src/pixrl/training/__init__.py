@@ -1,0 +1,1 @@
+"""The one loop: collect, score, update, log, save, resume. Run folders and checkpoints live here too."""

@@ -1,0 +1,279 @@
+"""`pixrl fuse` as a run folder: start it, go on with it, choose from it. The report is written a layer above."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from pixrl import config as recipes
+from pixrl.algorithms.base import Sampler
+from pixrl.data.pairs import check_concepts
+from pixrl.errors import CheckpointError, RunError
+from pixrl.hub import Presence
+from pixrl.training import checkpoint
+from pixrl.training.files import write_atomic
+from pixrl.training.fuse_config import FuseConfig
+from pixrl.training.fuse_loop import FailureWatch, make_sampler, play
+from pixrl.training.fuse_progress import Progress, Shown, Silent
+from pixrl.training.fuse_select import Selection, choose, choose_thresholds, similarities_of
+from pixrl.training.fuse_world import FusionSession, FusionWorld, load_world
+from pixrl.training.fuse_writer import StepWriter
+from pixrl.training.runlog import ManifestRow, RunFolder, png_bytes
+
+KIND = "fuse"
+SELECTION = "selection.json"
+EXEMPLARS = "exemplars"
+WORLD = "world.json"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder whose pictures are all made, and the choice among them."""
+
+    folder: RunFolder
+    config: FuseConfig
+    rows: tuple[ManifestRow, ...]
+    selection: Selection
+
+
+class WorldRecord(BaseModel):
+    """What a run's pictures were made and scored with: `world.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model: str
+    fingerprint: str
+    clip: str
+    segmenter: str
+    presence: Presence | None
+    prompts: dict[str, str]
+    exemplar_seeds: tuple[int, ...]
+    usable_exemplars: dict[str, int]
+    """Those in which a foreground was found."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a run has come."""
+
+    step: int
+    images: int
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+START = Place(0, 0, {}, {})
+
+
+def start(
+    config: FuseConfig,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    world: FusionWorld | None = None,
+) -> FinishedRun:
+    """A new run. Ctrl-C leaves a folder that `go_on` finishes."""
+    check_concepts(config.concepts)
+    world = world or world_of(config)
+    world.renderer.encode(
+        [world.prompt(concept) for concept in config.concepts]
+    )  # unknown words, before any folder
+    folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
+    return _run(folder, config, world, START, progress or Silent())
+
+
+def go_on(path: Path, *, progress: Progress | None = None, world: FusionWorld | None = None) -> FinishedRun:
+    """Finishes a broken-off run: its manifest ends as that of an unbroken one. A finished run is chosen from anew."""
+    folder, config = open_run(path)
+    world = world or world_of(config)
+    place = find_place(folder)
+    folder.truncate_manifest(place.images)
+    folder.truncate_metrics(place.step)
+    return _run(folder, config, world, place, progress or Silent())
+
+
+def select_again(
+    path: Path, *, keep: int | None = None, presence: float | None = None, balance: float | None = None
+) -> FinishedRun:
+    """Chooses from the pictures of a run with other thresholds; makes none. What is not given stays as it was."""
+    folder, config = open_run(path)
+    given = {"keep": keep, "presence": presence, "balance": balance}
+    config = recipes.load(
+        FuseConfig, config.model_dump(), values={k: v for k, v in given.items() if v is not None}
+    )
+    rows = folder.manifest()
+    if not rows:
+        raise RunError(f"{folder.path} has no pictures yet. Type: pixrl resume {folder.path}")
+    return _choose(folder, config, rows)
+
+
+def open_finished(path: Path) -> FinishedRun:
+    """A finished run as it lies in its folder."""
+    folder, config = open_run(path)
+    return FinishedRun(folder, config, tuple(folder.manifest()), read_selection(folder))
+
+
+def world_of(config: FuseConfig) -> FusionWorld:
+    """The generator and scorer that a recipe names."""
+    return load_world(config.model, config.clip, config.segmenter, config.device)
+
+
+def open_run(path: Path) -> tuple[RunFolder, FuseConfig]:
+    """A fusion's folder and recipe, both checked."""
+    folder = RunFolder.open(path)
+    if folder.kind != KIND:
+        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")
+    return folder, recipes.load(FuseConfig, folder.recipe(), kind=KIND)
+
+
+def find_place(folder: RunFolder) -> Place:
+    """The newest whole checkpoint whose pictures are all in the manifest; the start where there is none."""
+    rows = len(folder.manifest())
+    found = checkpoint.latest(folder.path)
+    while found is not None:
+        tensors, state = checkpoint.load(found)
+        step = checkpoint.step_of(found)
+        if state["images"] <= rows:
+            return Place(step, state["images"], tensors, state["sampler"])
+        found = checkpoint.latest(folder.path, at_most=step - 1)
+    return START
+
+
+def read_selection(folder: RunFolder) -> Selection:
+    """The choice that the run ended with, or that `select` made last."""
+    path = folder.path / SELECTION
+    if not path.is_file():
+        raise RunError(f"{folder.path} is not finished. Type: pixrl resume {folder.path}")
+    try:
+        return Selection.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}). Choose anew: pixrl select {folder.path}"
+        ) from None
+
+
+def _run(
+    folder: RunFolder, config: FuseConfig, world: FusionWorld, place: Place, progress: Progress
+) -> FinishedRun:
+    session = FusionSession(world, config)
+    sampler = make_sampler(config, session)
+    if place is not START:
+        sampler.restore(place.tensors, place.state)
+    _write_world(folder, _record(world, session), session)
+    watch = FailureWatch(config)
+    done = folder.manifest()
+    watch.count(tuple(row.failed for row in done))
+    progress.begin(config, [_reward(row) for row in done])
+    with Shown(progress), StepWriter(folder, config) as writer:
+        _play(session, sampler, place.step, writer, watch, progress)
+    return _choose(folder, config, folder.manifest())
+
+
+def _play(
+    session: FusionSession,
+    sampler: Sampler[Any],
+    start_step: int,
+    writer: StepWriter,
+    watch: FailureWatch,
+    progress: Progress,
+) -> None:
+    for step in play(session, sampler, session.config, start_step):
+        state = {"images": step.first_index + len(step), "sampler": sampler.state()}
+        writer.write(step, sampler.tensors(), state)
+        progress.advance(step.feedback.rewards_B.tolist())
+        watch.count(step.reasons)
+        try:
+            watch.check()
+        except RunError:
+            writer.wait()
+            raise
+
+
+def _choose(folder: RunFolder, config: FuseConfig, rows: list[ManifestRow]) -> FinishedRun:
+    thresholds = choose_thresholds(config, read_world(folder).presence)
+    similarities_BN = similarities_of(rows, config.concepts)
+    selection = choose(similarities_BN, config, thresholds, config.keep)
+    content = json.dumps(selection.to_json(), indent=1).encode() + b"\n"
+    write_atomic(folder.path / SELECTION, content)
+    _copy_selected(folder, rows, selection)
+    return FinishedRun(folder, config, tuple(rows), selection)
+
+
+def _copy_selected(folder: RunFolder, rows: list[ManifestRow], selection: Selection) -> None:
+    """The chosen pictures once more, under samples/, best first."""
+    for old in folder.samples_dir.glob("selected-*.png"):
+        old.unlink()
+    for place, index in enumerate(selection.indices, 1):
+        file = rows[index].file
+        assert file is not None
+        content = (folder.path / file).read_bytes()
+        write_atomic(folder.samples_dir / f"selected-{place}-{index:06d}.png", content, sync_folder=False)
+
+
+def read_world(folder: RunFolder) -> WorldRecord:
+    """The record of a run's models, calibration and exemplars."""
+    path = folder.path / WORLD
+    try:
+        return WorldRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error}. Start the run anew.") from None
+
+
+def exemplar_files(folder: RunFolder, concept: str) -> list[Path]:
+    """The pictures of a concept alone."""
+    return sorted((folder.path / EXEMPLARS).glob(f"{slug(concept)}-[0-9][0-9].png"))
+
+
+def slug(text: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", text.casefold()).strip("._") or "_"
+
+
+def _record(world: FusionWorld, session: FusionSession) -> WorldRecord:
+    return WorldRecord(
+        model=world.renderer.name,
+        fingerprint=world.renderer.fingerprint(),
+        clip=world.clip,
+        segmenter=world.segmenter,
+        presence=world.card.presence,
+        prompts={e.concept: e.prompt for e in session.exemplars},
+        exemplar_seeds=session.exemplars[0].seeds,
+        usable_exemplars={e.concept: len(e.features_ME) for e in session.exemplars},
+    )
+
+
+def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession) -> None:
+    """What the children are compared with, and by what. A resumed run must find what it began with."""
+    if (folder.path / WORLD).is_file():
+        before = read_world(folder)
+        if before.fingerprint != record.fingerprint:
+            raise CheckpointError(
+                f"{record.model} has changed since the run {folder.path} began ({before.fingerprint}, now "
+                f"{record.fingerprint}). Put the old checkpoint back, or start a new run."
+            )
+        return
+    place = folder.path / EXEMPLARS
+    place.mkdir(exist_ok=True)
+    for exemplars in session.exemplars:
+        for i, image in enumerate(exemplars.images_MCHW):
+            write_atomic(
+                place / f"{slug(exemplars.concept)}-{i:02d}.png", png_bytes(image), sync_folder=False
+            )
+    features = {
+        exemplars.concept: exemplars.features_ME.cpu().contiguous() for exemplars in session.exemplars
+    }
+    write_atomic(place / "features.safetensors", safetensors.torch.save(features))
+    content = record.model_dump_json(indent=1).encode() + b"\n"
+    write_atomic(folder.path / WORLD, content)
+
+
+def _reward(row: ManifestRow) -> float:
+    reward = row.scores.get("reward")
+    return math.nan if reward is None else reward

@@ -1,0 +1,47 @@
+"""Shared types and the axis legend.
+
+Tensors that cross functions carry axis suffixes:
+
+    B batch    P prompts    G samples of one prompt    K semantic variants    N concepts
+    L tokens   D embedding columns   T sampling steps   C, H, W image channels, rows, columns
+
+`images_BCHW` are RGB, float32 in [0, 1].
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+def sample_seed(run_seed: int, epoch: int, prompt_index: int, sample_index: int) -> int:
+    """The 63-bit seed of one sample's noise.
+
+    It depends on nothing else, so the same pictures come out for any micro-batch size and number of processes.
+    """
+    key = f"{run_seed}/{epoch}/{prompt_index}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One reward's scores of a batch, higher is better; nan where scoring failed, with the reason.
+
+    `detail` holds further per-sample figures ([B] each), `provenance` what produced them (model id,
+    preprocessing, background colour).
+    """
+
+    values_B: Tensor
+    reasons: tuple[str | None, ...]
+    detail: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """What a reward looks at: pictures [B, 3, H, W], one prompt and one metadata mapping each."""
+
+    images_BCHW: Tensor
+    prompts: Sequence[str]
+    metadata: Sequence[Mapping[str, object]] = ()

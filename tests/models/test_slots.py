@@ -1,0 +1,160 @@
+"""LoRA slots: one backbone, three adapters, and the reference is the backbone to the bit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixrl.errors import CheckpointError, InputError, RunError
+from pixrl.models.sd3 import SD3Policy
+from pixrl.models.slots import LoraSlots
+
+SLOTS = ("current", "old", "ema", "reference")
+
+
+def attach(policy: SD3Policy, rank: int = 4) -> LoraSlots:
+    return policy.attach_lora(rank=rank, alpha=8)
+
+
+def velocity(policy: SD3Policy, slot: str) -> Tensor:
+    with policy.slot(slot):
+        return policy.velocity(
+            policy.initial_noise([1, 2]), torch.tensor([0.9, 0.3]), policy.encode(["owl", "snail"])
+        )
+
+
+@torch.no_grad()
+def perturb(lora: LoraSlots, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora.parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_attaching_changes_nothing(sd3: SD3Policy) -> None:
+    before = velocity(sd3, "current")
+    attach(sd3)
+    for slot in SLOTS:
+        assert torch.equal(velocity(sd3, slot), before)
+
+
+def test_only_the_written_slot_changes(sd3: SD3Policy) -> None:
+    before = velocity(sd3, "current").detach()
+    lora = attach(sd3)
+    perturb(lora)
+    assert not torch.allclose(velocity(sd3, "current"), before, atol=1e-3)
+    for slot in ("old", "ema", "reference"):
+        assert torch.equal(velocity(sd3, slot), before)
+    lora.blend("old", "current", 0.0)
+    assert torch.equal(velocity(sd3, "old"), velocity(sd3, "current"))
+    assert torch.equal(velocity(sd3, "ema"), before)
+
+
+def test_blend_is_a_weighted_mean(sd3: SD3Policy) -> None:
+    lora = attach(sd3)
+    perturb(lora)
+    start = lora.state()
+    lora.blend("ema", "current", 0.9)
+    after = lora.state()
+    for name in start:
+        slot, _, parameter = name.partition("/")
+        if slot == "ema":
+            expected = 0.9 * start[name] + 0.1 * start[f"current/{parameter}"]
+            assert torch.allclose(after[name], expected, atol=1e-6)
+        else:
+            assert torch.equal(after[name], start[name])
+
+
+def test_only_current_is_trained_whatever_is_active(sd3: SD3Policy) -> None:
+    lora = attach(sd3)
+    trainable = {id(p) for p in lora.parameters()}
+    for slot in SLOTS:
+        with sd3.slot(slot):
+            assert {id(p) for p in sd3.transformer.parameters() if p.requires_grad} == trainable
+        assert velocity(sd3, slot).requires_grad == (slot == "current")
+
+
+def test_another_slot_between_forward_and_backward_leaves_the_gradient_alone(sd3: SD3Policy) -> None:
+    lora = attach(sd3)
+    perturb(lora)
+
+    def gradients(*, interleave: bool) -> list[Tensor]:
+        loss = velocity(sd3, "current").square().mean()
+        if interleave:
+            for slot in ("old", "reference"):
+                velocity(sd3, slot)
+        return list(torch.autograd.grad(loss, lora.parameters()))
+
+    for plain, mixed in zip(gradients(interleave=False), gradients(interleave=True), strict=True):
+        assert torch.equal(plain, mixed)
+        assert plain.isfinite().all()
+
+
+def test_a_step_moves_current_alone(sd3: SD3Policy) -> None:
+    lora = attach(sd3)
+    before = lora.state()
+    backbone = {n: p.clone() for n, p in sd3.transformer.named_parameters() if "lora_" not in n}
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=0.1)
+    velocity(sd3, "current").square().mean().backward()
+    optimizer.step()
+    changed = {
+        name.partition("/")[0]
+        for name, tensor in lora.state().items()
+        if not torch.equal(tensor, before[name])
+    }
+    assert changed == {"current"}
+    assert all(torch.equal(p, backbone[n]) for n, p in sd3.transformer.named_parameters() if n in backbone)
+
+
+def test_slots_nest_and_survive_errors(sd3: SD3Policy) -> None:
+    lora = attach(sd3)
+    with sd3.slot("old"):
+        with sd3.slot("reference"):
+            assert lora.active == "reference"
+        assert lora.active == "old"
+        with pytest.raises(KeyError), sd3.slot("ema"):
+            raise KeyError
+        assert lora.active == "old"
+    assert lora.active == "current"
+
+
+def test_state_round_trip(sd3: SD3Policy, sd3_folder: object) -> None:
+    lora = attach(sd3)
+    perturb(lora)
+    lora.blend("ema", "current", 0.5)
+    state = lora.state()
+    expected = [velocity(sd3, slot).detach() for slot in SLOTS]
+    perturb(lora, seed=1)
+    lora.load_state(state)
+    for slot, tensor in zip(SLOTS, expected, strict=True):
+        assert torch.equal(velocity(sd3, slot), tensor)
+
+
+def test_the_start_is_seeded_and_leaves_the_global_generator_alone(sd3: SD3Policy) -> None:
+    before = torch.get_rng_state()
+    first = attach(sd3).state()
+    assert torch.equal(before, torch.get_rng_state())
+    assert any(tensor.abs().max() > 0 for tensor in first.values())
+
+
+def test_the_fingerprint_follows_current(sd3: SD3Policy) -> None:
+    bare = sd3.fingerprint()
+    lora = attach(sd3)
+    untrained = sd3.fingerprint()
+    perturb(lora)
+    assert len({bare, untrained, sd3.fingerprint()}) == 3
+    assert len(sd3.fingerprint()) == 16
+
+
+def test_bad_calls(sd3: SD3Policy) -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        sd3.attach_lora(rank=0)
+    lora = attach(sd3)
+    with pytest.raises(RunError, match="already has LoRA slots"):
+        attach(sd3)
+    with pytest.raises(InputError, match="backbone itself"):
+        lora.blend("reference", "current", 0.5)
+    with pytest.raises(InputError, match=r"in \[0, 1\]"):
+        lora.blend("ema", "current", 1.5)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        lora.load_state({})
+    with pytest.raises(CheckpointError, match="do not fit"):
+        lora.load_state({name: tensor[:1] for name, tensor in lora.state().items()})
