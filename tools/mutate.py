@@ -59,18 +59,9 @@ COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.In: (ast.NotIn,),
     ast.NotIn: (ast.In,),
 }
-PAIRS = [
-    ("minimum", "maximum"),
-    ("min", "max"),
-    ("amin", "amax"),
-    ("clamp_min", "clamp_max"),
-    ("sin", "cos"),
-    ("all", "any"),
-    ("sum", "mean"),
-    ("isinf", "isnan"),
-    ("ones_like", "zeros_like"),
-]
-SWAPS = dict(PAIRS) | {b: a for a, b in PAIRS}
+ONE = "minimum min amin clamp_min sin all sum isinf ones_like"
+OTHER = "maximum max amax clamp_max cos any mean isnan zeros_like"
+SWAPS = dict(zip(f"{ONE} {OTHER}".split(), f"{OTHER} {ONE}".split(), strict=True))
 DROPPED_METHODS = {
     "abs",
     "sqrt",

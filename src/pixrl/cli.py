@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pixrl.training.fuse_config import FuseConfig
 
 INTERRUPTED = 130
-DEMO_PAIRS = ("owl & snail", "cat & mushroom", "teapot & elephant")
+DEMO_PAIRS = ("owl & snail", "turtle & mushroom", "penguin & pineapple")
 
 
 class _Commands(TyperGroup):
@@ -182,18 +182,18 @@ def _start_fusion(
     if pairs is not None:
         out = out or fuse_api.default_out(config, pairs=pairs)
         with _resumable(out):
-            _say_where(fuse_api.run_pairs(config, pairs, out, force=force))
+            fuse_api.run_pairs(config, pairs, out, force=force)
     elif compare is not None:
         names = "all" if compare == "all" else [name.strip() for name in compare.split(",")]
         out = out or fuse_api.default_out(config, compare=True)
         with _resumable(out):
-            _say_where(fuse_api.run_compare(config, names, out, force=force))
+            fuse_api.run_compare(config, names, out, force=force)
     else:
         out = out or fuse_api.default_out(config)
         with _resumable(out):
             result = fuse_api.run_fuse(config, out, force=force)
             typer.echo(result.selection.summary())
-            _say_where(result.run)
+    _say_where(out)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def resolve(ref: str | Path) -> Path | str:
     if text.startswith(TOY_PREFIX):
         return _toy_folder(text.removeprefix(TOY_PREFIX))
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return path
     if isinstance(ref, Path) or text.startswith((".", "/", "~")) or "\\" in text or path.exists():
         raise CheckpointError(

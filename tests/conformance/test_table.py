@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests import tiny
 
 from pixrl import models, rewards
 from pixrl.conformance import check_policy, check_renderer, check_reward
 from pixrl.models.base import FlowPolicy
+from pixrl.rewards.base import Reward
 from pixrl.types import RewardBatch
-from tests import tiny
 
 
 def make_sd3(folder: Path) -> Path:
@@ -30,3 +31,27 @@ def test_renderer(kind: str, dtype: str, tmp_path: Path) -> None:
     renderer = models.load(RENDERERS[kind](tmp_path), device="cpu", dtype=dtype)
     check = check_policy if isinstance(renderer, FlowPolicy) else check_renderer
     check(renderer)
+
+
+REWARDS = ("clip_image", "clip_text", "geneval")
+
+
+def make_reward(name: str, folder: Path) -> tuple[Reward, RewardBatch]:
+    clip = tiny.clip(folder / "clip")
+    images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), (32, 32), mode="bilinear")
+    prompts = ["an owl", "a cat", "two owls", "an owl and a cat"]
+    if name == "geneval":
+        options: dict[str, object] = {"segmenter": tiny.segmenter(folder / "segmenter"), "clip": clip}
+        metadata = [{"tag": "colors", "include": [{"class": "owl", "count": 1, "color": "red"}]}, {}] * 2
+        return rewards.load(name, **options), RewardBatch(images, prompts, metadata)
+    metadata = [{"reference": images[0]}, {}, {"reference": images[1:3]}, {"reference": images[3]}]
+    return rewards.load(name, model=clip), RewardBatch(images, prompts, metadata)
+
+
+def test_every_reward_of_the_table_is_checked() -> None:
+    assert set(REWARDS) == rewards.REWARDS.keys()
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_reward(name: str, tmp_path: Path) -> None:
+    check_reward(*make_reward(name, tmp_path))

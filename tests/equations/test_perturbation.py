@@ -93,6 +93,7 @@ def test_diversity_by_hand() -> None:
     # E2PO Eq. 11, pairs (0, 60), (0, 180), (60, 180): cosines 1/2, -1, -1/2
     close(diversity_loss(at_angles(0, 60, 180)), (0.5 - 1 - 0.5) / 3)
     close(diversity_loss(at_angles(0, 90)), 0.0)
+    close(diversity_loss(at_angles(0, 60)), 0.5)
     close(diversity_loss(at_angles(45, 45, 45, 45)), 1.0)
 
 

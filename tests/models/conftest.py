@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from tests import tiny
 
 from pixrl import models
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLRenderer
-from tests import tiny
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def test_a_toy_name_is_a_folder_of_the_package(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_unknown_toy_name_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match="Did you mean 'sd3'.*toy:clip, toy:vae.*toy:flux"):
+    with pytest.raises(InputError, match=r"Did you mean 'sd3'.*toy:clip, toy:vae.*toy:flux"):
         models.resolve("toy:sd33")
 
 
@@ -42,10 +42,8 @@ def test_a_missing_folder(ref: str | Path) -> None:
         models.resolve(ref)
 
 
-@pytest.mark.parametrize("ref", ["sd3", "a/b/c", "", "two words/x"])
+@pytest.mark.parametrize("ref", ["sd3", "a/b/c", "two words/x"])
 def test_what_is_no_reference(ref: str) -> None:
-    if ref == "":
-        pytest.skip("the empty path is the current folder")
     with pytest.raises(InputError, match="not a checkpoint reference"):
         models.resolve(ref)
 
@@ -65,7 +63,14 @@ def test_resolving_imports_no_torch() -> None:
     code = (
         "import sys; from pixrl import models, rewards; models.resolve('a/b'); print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    source = Path(hub.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(source)},
+    )
     assert done.stdout.strip() == "False"
 
 

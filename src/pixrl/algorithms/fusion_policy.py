@@ -143,7 +143,7 @@ class PaperPolicy(FusionPolicy):
 
 def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     """A layer with Xavier weights from the generator and zero bias; torch's global random state is not touched."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     assert isinstance(layer, nn.Linear)
     nn.init.xavier_uniform_(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)

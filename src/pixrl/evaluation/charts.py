@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 520, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 30, 40
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def scatter_chart(
     x = axis([p.x for p in points] + [region[0][0]], LEFT, WIDTH - RIGHT)
     y = axis([p.y for p in points] + [region[0][1]], HEIGHT - BOTTOM, TOP)
     corners = " ".join(f"{x(px)},{y(py)}" for px, py in region)
-    clip = f'<clipPath id="frame"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/></clipPath>'
+    inner = f'width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"'
+    clip = f'<clipPath id="frame"><rect x="{LEFT}" y="{TOP}" {inner}/></clipPath>'
     shade = f'{clip}<polygon class="region" clip-path="url(#frame)" points="{corners}"/>'
     order = sorted(points, key=lambda p: p.marked)
     return _frame(shade + "".join(_mark(p, x, y) for p in order), x, y, x_label, y_label, "")
@@ -111,14 +112,16 @@ def sparkline(values: Sequence[float], width: int = 160, height: int = 36) -> st
     y = axis(values, height - 3, 3, 0.02)
     x = Axis(0, max(len(values) - 1, 1), 3, width - 3)
     path = " ".join(f"{x(i)},{y(v)}" for i, v in enumerate(values) if math.isfinite(v))
-    return f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}"><polyline points="{path}"/></svg>'
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return f'<svg class="spark" {size}><polyline points="{path}"/></svg>'
 
 
 def _mark(point: Point, x: Axis, y: Axis) -> str:
     css, radius = ("chosen", 5.5) if point.marked else ("early", 3.2)
     opacity = 1.0 if point.marked else round(0.25 + 0.6 * point.progress, 2)
     title = f"<title>{escape(point.label)}</title>"
-    return f'<circle class="{css}" cx="{x(point.x)}" cy="{y(point.y)}" r="{radius}" opacity="{opacity}">{title}</circle>'
+    place = f'cx="{x(point.x)}" cy="{y(point.y)}" r="{radius}"'
+    return f'<circle class="{css}" {place} opacity="{opacity}">{title}</circle>'
 
 
 def _line(curve: Curve, x: Axis, y: Axis) -> str:
@@ -153,7 +156,8 @@ def _frame(body: str, x: Axis, y: Axis, x_label: str, y_label: str, legend: str)
     )
     labels = (
         f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_label)}</text>'
-        f'<text class="axis" x="{LEFT + 6}" y="{TOP + 12}">{escape(y_label)}</text>'
+        f'<text class="axis" x="4" y="14">{escape(y_label)}</text>'
     )
     edge = f'<line class="edge" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{below}" y2="{below}"/>'
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{grid}{ticks}{edge}{body}{labels}{legend}</svg>'
+    inside = f"{grid}{ticks}{edge}{body}{labels}{legend}"
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{inside}</svg>'

@@ -267,7 +267,7 @@ def _scatter(run: FinishedRun, children: list[Child]) -> dict[str, Any]:
         labels = ("largest − smallest similarity", "smallest similarity")
         title = "Presence and balance"
     chart = charts.scatter_chart(points, *labels, region)
-    note = "Right: the shaded region holds the candidates; early pictures are faint, late ones strong, selected ones orange."
+    note = "Right: the shaded region holds the candidates. Early pictures are faint, late ones strong, selected orange."
     return {"scatter_chart": Markup(chart), "scatter_title": title, "scatter_note": note}
 
 

@@ -35,7 +35,7 @@ def many_command(runs: FinishedRuns) -> str:
 def python_lines(run: FinishedRun) -> str:
     """The same from Python."""
     config = run.config
-    given = {name: value for name, value in _changed(config, FuseConfig(sampler=config.sampler)).items()}
+    given = dict(_changed(config, FuseConfig(sampler=config.sampler)))
     given.pop("sampler", None)
     parts = [repr(list(config.concepts)), f"budget={config.budget}", f"seed={config.seed}"]
     parts += [f"sampler={str(config.sampler)!r}", f"model={config.model!r}"]

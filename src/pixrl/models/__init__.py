@@ -19,12 +19,14 @@ __all__ = ["PIPELINES", "RENDERERS", "Card", "load", "read_card", "resolve"]
 RENDERERS = {
     "sd3": "pixrl.models.sd3:SD3Policy",
     "sdxl": "pixrl.models.sdxl:SDXLRenderer",
+    "flux": "pixrl.models.flux:FluxPolicy",
 }
 """Kind -> adapter."""
 
 PIPELINES = {
     "StableDiffusion3Pipeline": "sd3",
     "StableDiffusionXLPipeline": "sdxl",
+    "FluxPipeline": "flux",
 }
 """`_class_name` of a checkpoint's model_index.json -> kind."""
 

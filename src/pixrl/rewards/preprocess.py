@@ -77,12 +77,13 @@ class Preprocessing:
 
     def fit(self, images_BCHW: Tensor) -> Tensor:
         """Resized and cropped, not yet normalized."""
-        height = images_BCHW.shape[-2]
-        rows, columns = self._target(*images_BCHW.shape[-2:])
+        height, width = images_BCHW.shape[-2:]
+        rows, columns = self._target(height, width)
         # PIL's order: columns first, and 8 bits after each pass
-        for size in ((height, columns), (rows, columns)):
-            if size != tuple(images_BCHW.shape[-2:]):
-                images_BCHW = to_grey_levels(F.interpolate(images_BCHW, size, mode=self.mode, antialias=True))
+        if columns != width:
+            images_BCHW = _resize_8_bit(images_BCHW, (height, columns), self.mode)
+        if rows != height:
+            images_BCHW = _resize_8_bit(images_BCHW, (rows, columns), self.mode)
         return images_BCHW if self.crop is None else _centre_crop(images_BCHW, self.crop)
 
     def normalize(self, images_BCHW: Tensor) -> Tensor:
@@ -144,6 +145,12 @@ def _three(config: Mapping[str, object], key: str, path: Path) -> tuple[float, .
     if not isinstance(values, Sequence) or len(values) != 3:
         raise CheckpointError(f"{path}: the preprocessor's {key} must be three numbers, found {values!r}.")
     return tuple(float(value) for value in values)
+
+
+def _resize_8_bit(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Resized on the scale 0 to 255 and rounded there, a half upwards as PIL does."""
+    levels = F.interpolate((images_BCHW * 255).round(), size, mode=mode, antialias=True)
+    return (levels + 0.5).floor().clamp(0, 255) / 255
 
 
 def _centre_crop(images_BCHW: Tensor, crop: tuple[int, int]) -> Tensor:

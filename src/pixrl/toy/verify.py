@@ -198,7 +198,8 @@ def check_sd3(root: Path, thin: int) -> Iterable[Gate]:
 
 def check_flux(root: Path, thin: int) -> Iterable[Gate]:
     """Held-out subjects in new scenes: does the picture follow the prompt, and is it the same individual?"""
-    policy = FluxPolicy(root / "flux")
+    policy = models.load(root / "flux")
+    assert isinstance(policy, FluxPolicy)
     rng = np.random.default_rng(SEED)
     subjects = [subject for subject in SUBJECTS for _ in range(8 // thin)]
     references = _cut_out([subject_scene(subject, rng) for subject in subjects])

@@ -233,7 +233,7 @@ def exemplar_files(folder: RunFolder, concept: str) -> list[Path]:
 
 def slug(text: str) -> str:
     """A name as part of a file's name."""
-    return re.sub(r"[^\w.-]+", "_", text.casefold()).strip("._") or "_"
+    return re.sub(r"[^\w.+-]+", "_", text.casefold()).strip("._") or "_"
 
 
 def _record(world: FusionWorld, session: FusionSession) -> WorldRecord:

@@ -62,7 +62,7 @@ def reference_latents(vae: AutoencoderKL, data: Pictures, shop: Workshop) -> Ten
     """Latents of the subjects cut out on white: what a reference shows."""
     ink = np.asarray(data.labels)[..., None] > 0
     cut = Pictures(data.what, data.seed, np.where(ink, data.images, np.uint8(255)), data.labels)
-    return encode_all(vae, cut, shop)
+    return encode_all(vae, cut, shop, "cutouts")
 
 
 def build_flux(shop: Workshop) -> None:
@@ -70,7 +70,7 @@ def build_flux(shop: Workshop) -> None:
     torch.manual_seed(shop.seed)
     data = pictures(shop.work, "subjects", SUBJECT_PICTURES, shop.seed)
     pipeline = new_pipeline(shop).to(shop.device)
-    latents = encode_all(pipeline.vae, data, shop)
+    latents = encode_all(pipeline.vae, data, shop, "subjects")
     cutouts = reference_latents(pipeline.vae, data, shop)
     rng = np.random.default_rng((shop.seed, 5))
     unique, index = np.unique([caption(data.scene(row), rng) for row in range(len(data))], return_inverse=True)

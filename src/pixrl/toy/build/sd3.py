@@ -17,7 +17,7 @@ from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
 
-PLAN = Plan(steps=7000, batch=64, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999)
+PLAN = Plan(steps=5000, batch=64, lr=1.5e-3, warmup=200, weight_decay=0.02, ema=0.999)
 SAMPLING_STEPS = 10
 CAPTIONS_EACH = 2
 """Captions of each training picture, encoded once."""
@@ -49,7 +49,7 @@ def new_pipeline(shop: Workshop) -> StableDiffusion3Pipeline:
     )
 
 
-def encode_texts(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
+def encode_texts(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> dict[str, Tensor]:
     """Token features [B, L, D] and pooled features [B, E], as the pipeline computes them, half precision."""
     tokens, pooled = [], []
     with torch.inference_mode():
@@ -60,7 +60,7 @@ def encode_texts(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tup
             )
             tokens.append(one.half().cpu())
             pooled.append(two.half().cpu())
-    return torch.cat(tokens), torch.cat(pooled)
+    return {"tokens": torch.cat(tokens), "pooled": torch.cat(pooled)}
 
 
 def captions_of(data: Pictures, seed: int) -> list[str]:
@@ -79,9 +79,10 @@ def build_sd3(shop: Workshop) -> None:
     torch.manual_seed(shop.seed)
     data = pictures(shop.work, "scenes", SCENES, shop.seed)
     pipeline = new_pipeline(shop).to(shop.device)
-    latents = encode_all(pipeline.vae, data, shop)
+    latents = encode_all(pipeline.vae, data, shop, "scenes")
     unique, index = np.unique(captions_of(data, shop.seed), return_inverse=True)
-    tokens, pooled = encode_texts(pipeline, [*unique.tolist(), ""])
+    texts = shop.cached("captions", pipeline.text_encoder, lambda: encode_texts(pipeline, [*unique.tolist(), ""]))
+    tokens, pooled = texts["tokens"], texts["pooled"]
     print(f"{len(latents)} latents, {len(tokens)} captions, latent std {latents.float().std():.3f}", flush=True)
     transformer = pipeline.transformer
 

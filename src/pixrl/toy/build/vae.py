@@ -9,6 +9,8 @@ from pixrl.toy.build.pictures import SIDE, Pictures, pictures
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 
 PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=100, weight_decay=0.0, ema=0.998)
+DECODER_PLAN = Plan(steps=3000, batch=16, lr=2e-3, warmup=50, weight_decay=0.0, ema=0.998)
+"""A second round in which only the decoder learns: pictures get sharper and latents stay as they are."""
 SCENES = 48_000
 SUBJECT_PICTURES = 24_000
 KL_WEIGHT = 2e-4
@@ -23,8 +25,12 @@ def new_vae() -> AutoencoderKL:
     )  # fmt: skip
 
 
-def encode_all(vae: AutoencoderKL, data: Pictures, shop: Workshop) -> Tensor:
+def encode_all(vae: AutoencoderKL, data: Pictures, shop: Workshop, name: str) -> Tensor:
     """The scaled latent means of every picture, half precision: [N, 8, 16, 16]."""
+    return shop.cached(name, vae.encoder, lambda: {"latents": _encode_all(vae, data, shop)})["latents"]
+
+
+def _encode_all(vae: AutoencoderKL, data: Pictures, shop: Workshop) -> Tensor:
     out = []
     with torch.inference_mode(), shop.autocast():
         for start in range(0, len(data), 256):
@@ -47,8 +53,7 @@ def build_vae(shop: Workshop) -> None:
 
     def loss(draw: Draw) -> Tensor:
         data = sets[int(draw.rng.random() < 0.3)]
-        images = data.tensor(draw.rows(len(data), PLAN.batch)).to(shop.device)
-        target = images * 2 - 1
+        target = data.tensor(draw.rows(len(data), PLAN.batch)).to(shop.device) * 2 - 1
         with shop.autocast():
             latents = vae.encode(target).latent_dist
             noise = draw.normal(*latents.mean.shape).to(shop.device)
@@ -58,10 +63,12 @@ def build_vae(shop: Workshop) -> None:
         return error + KL_WEIGHT * latents.kl().float().mean() / latents.mean[0].numel()
 
     seconds = shop.fit("vae", vae, PLAN, loss)
+    vae.encoder.requires_grad_(False)
+    seconds += shop.fit("vae_decoder", vae, DECODER_PLAN, loss)
     vae.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         sample = sets[0].tensor(list(range(1024))).to(shop.device)
         latents = vae.encode(sample * 2 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4), shift_factor=round(float(latents.mean()), 4))
     save_half(vae, shop.folder("vae"))
-    shop.provenance("vae", {"vae": PLAN}, seconds)
+    shop.provenance("vae", {"vae": PLAN, "decoder alone": DECODER_PLAN}, seconds)

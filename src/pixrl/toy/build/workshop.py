@@ -1,5 +1,6 @@
 """What every stage of the build needs: where to work, the training loop that survives a kill, and provenance."""
 
+import hashlib
 import json
 import math
 import platform
@@ -75,6 +76,18 @@ class Workshop:
     def draw(self, step: int) -> Draw:
         return Draw(np.random.default_rng((self.seed, step)), torch.Generator().manual_seed(self.seed * 1_000_003 + step))
 
+    def cached(self, name: str, source: nn.Module, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` computes with the frozen `source`; kept on disk, and made anew when the source's weights change."""
+        digest = hashlib.blake2b(digest_size=8)
+        for parameter in source.parameters():
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+        path = self.work / "encoded" / f"{name}-{self.seed}-{digest.hexdigest()}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.contiguous() for key, tensor in make().items()}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        return load_file(path)
+
     def fit(self, stage: str, module: nn.Module, plan: Plan, loss: Callable[[Draw], Tensor]) -> float:
         """Train the module in place and return the seconds that it took, those before a kill included."""
         return _Trainer(self, stage, module, plan).run(loss)
@@ -114,7 +127,7 @@ class _Trainer:
         self.shop, self.stage, self.module, self.plan = shop, stage, module, plan
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=plan.lr, betas=(0.9, 0.98), weight_decay=plan.weight_decay
+            self.parameters, lr=plan.lr, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
         )
         self.average = [p.detach().clone() for p in self.parameters] if plan.ema else []
         self.state_path = shop.work / stage / "state.safetensors"

@@ -1,0 +1,17 @@
+import pytest
+import torch
+
+from tests.fuse.world import fake_world
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def world():
+    return fake_world()

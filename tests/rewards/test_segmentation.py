@@ -1,0 +1,130 @@
+"""Foreground masks and objects from class maps."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests import tiny
+from torch import Tensor
+
+from pixrl.errors import CheckpointError, InputError, ShapeError
+from pixrl.rewards.segmentation import Foreground, Segmenter
+
+
+def painted(
+    segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, label_HW: np.ndarray, sure: float = 0.9
+) -> None:
+    """Makes the segmenter see a given class map."""
+    others = (1 - sure) / (len(tiny.KINDS) - 1)
+    map_CHW = torch.full((len(tiny.KINDS), *label_HW.shape), others)
+    map_CHW.scatter_(0, torch.from_numpy(label_HW)[None], sure)
+    monkeypatch.setattr(segmenter, "probabilities", lambda images: map_CHW.expand(len(images), -1, -1, -1))
+
+
+def test_masks_are_one_minus_the_background(segmenter: Segmenter, images: Tensor) -> None:
+    masks = Foreground(segmenter).masks(images)
+    probabilities = segmenter.probabilities(images)
+    assert masks.shape == (5, 32, 32)
+    assert torch.allclose(masks, probabilities[:, 1:].sum(dim=1), atol=1e-5)
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(5, 32, 32), atol=1e-5)
+
+
+def test_masks_do_not_depend_on_the_batch(
+    segmenter_folder: Path, segmenter: Segmenter, images: Tensor
+) -> None:
+    together = Foreground(segmenter).masks(images)
+    assert torch.allclose(Foreground(segmenter).masks(images[3:4]), together[3:4], atol=1e-5)
+    small = Segmenter(segmenter_folder, batch=2, device="cpu")
+    assert torch.allclose(Foreground(small).masks(images), together, atol=1e-5)
+    assert small.objects(images) == segmenter.objects(images)
+
+
+def test_composite_is_soft(images: Tensor) -> None:
+    masks = torch.full((5, 32, 32), 0.25)
+    masks[0] = 1
+    masks[1] = 0
+    result = Foreground.composite(images, masks, (1.0, 0.5, 0.0))
+    assert torch.equal(result[0], images[0])
+    assert torch.allclose(result[1], torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1).expand(3, 32, 32))
+    background = torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1)
+    assert torch.allclose(result[2], 0.25 * images[2] + 0.75 * background, atol=1e-6)
+
+
+def test_presence_needs_enough_foreground() -> None:
+    foreground = Foreground(lambda images: images[:, 0], min_area=0.1)
+    masks = torch.zeros(4, 10, 10)
+    masks[1, 0, :] = 1
+    masks[2, :2, :] = 0.6
+    masks[3] = torch.nan
+    assert foreground.is_present(masks).tolist() == [False, False, True, False]
+
+
+def test_objects_are_connected_regions(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.zeros((40, 40), dtype=np.int64)
+    labels[2:10, 3:9] = 1
+    labels[20:30, 25:40] = 1
+    labels[30:36, 2:8] = 2
+    labels[0, 39] = 3  # a speck
+    painted(segmenter, monkeypatch, labels)
+    (found,) = segmenter.objects(torch.zeros(1, 3, 40, 40))
+    assert found.keys() == {"owl", "snail"}
+    assert sorted(d["box"] for d in found["owl"]) == [[3.0, 2.0, 9.0, 10.0], [25.0, 20.0, 40.0, 30.0]]
+    assert found["snail"][0]["box"] == [2.0, 30.0, 8.0, 36.0]
+    assert all(d["score"] == pytest.approx(0.9) and d["color"] is None for one in found.values() for d in one)
+
+
+def test_regions_that_touch_at_a_corner_are_one(
+    segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.zeros((20, 20), dtype=np.int64)
+    labels[2:6, 2:6] = labels[6:10, 6:10] = 1
+    painted(segmenter, monkeypatch, labels)
+    assert [d["box"] for d in segmenter.objects(torch.zeros(1, 3, 20, 20))[0]["owl"]] == [
+        [2.0, 2.0, 10.0, 10.0]
+    ]
+
+
+def test_a_box_that_holds_a_hole_of_another_class_keeps_its_own_pixels(
+    segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.zeros((20, 20), dtype=np.int64)
+    labels[2:18, 2:18] = 1
+    labels[8:12, 8:12] = 2
+    painted(segmenter, monkeypatch, labels)
+    (found,) = segmenter.instances(torch.zeros(1, 3, 20, 20))
+    owl = next(instance for instance in found if instance.kind == "owl")
+    assert owl.mask_HW.sum() == 16 * 16 - 4 * 4
+    assert not owl.mask_HW[9, 9]
+
+
+def test_a_picture_of_background_has_no_objects(
+    segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painted(segmenter, monkeypatch, np.zeros((8, 8), dtype=np.int64))
+    assert segmenter.objects(torch.zeros(2, 3, 8, 8)) == [{}, {}]
+
+
+def test_the_least_area_comes_from_the_card(tmp_path: Path) -> None:
+    tiny.segmenter(tmp_path)
+    (tmp_path / "pixrl.json").write_text(json.dumps({"min_area": 0.02}))
+    segmenter = Segmenter(tmp_path)
+    assert segmenter.min_area == 0.02
+    assert segmenter.provenance["min_area"] == "0.02"
+
+
+def test_a_model_without_a_background_class(tmp_path: Path) -> None:
+    tiny.segmenter(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"]["0"] = "wall"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"none of its classes is called 'background'.*wall, owl"):
+        Segmenter(tmp_path)
+
+
+def test_back_ends_that_are_refused(images: Tensor) -> None:
+    with pytest.raises(ShapeError, match=r"gave \[5, 3, 32\] for masks of \[5, 32, 32\]"):
+        Foreground(lambda batch: batch[..., 0]).masks(images)
+    with pytest.raises(InputError, match="checkpoint or a callable"):
+        Foreground(7)  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Makes the pictures of the docs again, from what the package does now. Run it as `make docs`."""
+
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from pixrl import cli, config, fuse_api
+from pixrl.data.pairs import parse_pairs
+from pixrl.toy.sheet import contact_sheet
+from pixrl.training import fuse_job
+from pixrl.training.fuse_config import FuseConfig
+from pixrl.training.runlog import RunFolder
+
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+TILE, GAP, LABEL = 128, 8, 20
+CHILDREN = 4
+
+
+def main() -> None:
+    """Every picture, by the command that makes it."""
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    contact_sheet().save(IMAGES / "toy_vocabulary.png", optimize=True)
+    with tempfile.TemporaryDirectory() as folder:
+        demo_sheet(Path(folder) / "demo").save(IMAGES / "fused.png", optimize=True)
+    print(f"pictures in {IMAGES}")
+
+
+def demo_sheet(out: Path) -> Image.Image:
+    """The pairs of `pixrl demo`: a row each, the parents and then the best children."""
+    fuse_api.run_pairs(config.load(FuseConfig), cli.DEMO_PAIRS, out)
+    runs = [RunFolder.open(path) for path in sorted((out / "runs").iterdir())]
+    pairs = parse_pairs(cli.DEMO_PAIRS).pairs
+    rows = [_row(run, concepts) for run, concepts in zip(runs, pairs, strict=True)]
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for k, row in enumerate(rows):
+        sheet.paste(row, (0, k * row.height))
+    return sheet
+
+
+def _row(run: RunFolder, concepts: tuple[str, ...]) -> Image.Image:
+    """Parents with their names, then children; the nearest to qualifying where none did."""
+    rows = run.manifest()
+    selection = fuse_job.read_selection(run)
+    chosen = list(selection.indices) or [near.index for near in selection.nearest]
+    files = [str(rows[index].file) for index in chosen][:CHILDREN]
+    parents = [(name, fuse_job.exemplar_files(run, name)[0]) for name in concepts]
+    tiles = [*parents, *((" x ".join(concepts), run.path / file) for file in files)]
+    places = len(parents) + CHILDREN
+    image = Image.new("RGB", (places * (TILE + GAP) + GAP * 3, TILE + LABEL + GAP), "white")
+    draw = ImageDraw.Draw(image)
+    for place, (name, file) in enumerate(tiles):
+        left = GAP + place * (TILE + GAP) + (0 if place < len(parents) else GAP * 2)
+        image.paste(
+            Image.open(file).convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS), (left, LABEL)
+        )
+        if place <= len(parents):
+            draw.text((left, 3), name, fill="black", font_size=13)
+    return image
+
+
+if __name__ == "__main__":
+    main()
