@@ -55,6 +55,7 @@ class Card(BaseModel):
     color_background: tuple[float, float, float] | None = None
     color_zoom: bool | None = None
     min_area: float | None = None
+    score_evidence: float | None = None
 
 
 class Layout(StrEnum):

@@ -26,6 +26,14 @@ def config(**settings):
     return FuseConfig(**{"concepts": PAIR, "budget": 32, "batch": 8, "exemplars": 2, **settings})
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing broke off."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    start(config(), path, world=fake_world())
+    return path
+
+
 def lines(run):
     return (run / "rollouts" / "manifest.jsonl").read_text()
 
@@ -57,7 +65,12 @@ def test_a_run_folder_holds_everything(tmp_path, world):
     share = row.extra["coefficients"]["share"]
     assert share["owl"] + share["snail"] == pytest.approx(1, abs=1e-3)
     assert len(list((path / "exemplars").glob("owl-*.png"))) == 2
-    assert {p.name for p in path.iterdir()} >= {"recipe.yaml", "environment.json", "metrics.jsonl", "world.json"}
+    assert {p.name for p in path.iterdir()} >= {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "world.json",
+    }
     metrics = RunFolder.open(path).metrics()
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     assert {"reward/fusion/mean", "failed_share", "ratio_mean", "seconds/render"} <= set(metrics[0])
@@ -91,9 +104,8 @@ def test_killed_while_rendering_and_resumed_is_the_unbroken_run(tmp_path, sample
      "pixrl.training.runlog.RunFolder.append_manifest", "pixrl.training.runlog.RunFolder.log",
      "pixrl.training.checkpoint.save", "pixrl.training.checkpoint.keep_last"],
 )  # fmt: skip
-def test_killed_between_any_two_writes_and_resumed_is_the_unbroken_run(tmp_path, place, step):
+def test_killed_between_any_two_writes_and_resumed_is_the_unbroken_run(tmp_path, whole, place, step):
     """A child process is ended by SIGKILL at the nth call of a function that writes."""
-    start(config(), tmp_path / "whole", world=fake_world())
     child = os.fork()
     if child == 0:
         kill_at(place, step)
@@ -102,7 +114,7 @@ def test_killed_between_any_two_writes_and_resumed_is_the_unbroken_run(tmp_path,
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     go_on(tmp_path / "broken", world=fake_world())
-    same_run(tmp_path / "whole", tmp_path / "broken")
+    same_run(whole, tmp_path / "broken")
 
 
 def kill_at(place, call):
@@ -122,16 +134,15 @@ def kill_at(place, call):
     setattr(holder, name, die)
 
 
-def test_a_torn_manifest_line_and_a_torn_checkpoint_are_made_anew(tmp_path):
-    start(config(), tmp_path / "whole", world=fake_world())
-    shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+def test_a_torn_manifest_line_and_a_torn_checkpoint_are_made_anew(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "torn")
     manifest = tmp_path / "torn" / "rollouts" / "manifest.jsonl"
     manifest.write_bytes(manifest.read_bytes()[:-20])
     newest = checkpoint.latest(tmp_path / "torn")
     (newest / "tensors.safetensors").write_bytes(b"half")
     (tmp_path / "torn" / "selection.json").unlink()
     go_on(tmp_path / "torn", world=fake_world())
-    same_run(tmp_path / "whole", tmp_path / "torn")
+    same_run(whole, tmp_path / "torn")
 
 
 def test_a_changed_model_is_not_resumed(tmp_path, monkeypatch):
@@ -163,7 +174,11 @@ def test_an_unknown_toy_word_lists_the_vocabulary_and_starts_nothing(tmp_path, w
 @pytest.mark.parametrize("concepts", [("owl",), ()])
 def test_one_concept_is_not_a_fusion(tmp_path, world, concepts):
     with pytest.raises(InputError, match="at least two concepts"):
-        fuse_job.start(FuseConfig.model_construct(**{**dict(config()), "concepts": concepts}), tmp_path / "r", world=world)
+        fuse_job.start(
+            FuseConfig.model_construct(**{**dict(config()), "concepts": concepts}),
+            tmp_path / "r",
+            world=world,
+        )
 
 
 def test_a_failed_picture_is_null_with_a_reason_and_the_run_goes_on(tmp_path):
@@ -268,14 +283,18 @@ def test_mixing_is_symmetric_in_the_concepts(world):
     names = ("owl", "snail", "frog")
     order = [2, 0, 1]
     one = FusionSession(world, config(concepts=names)).mix(coefficients_BND)
-    other = FusionSession(world, config(concepts=tuple(names[i] for i in order))).mix(coefficients_BND[:, order])
+    other = FusionSession(world, config(concepts=tuple(names[i] for i in order))).mix(
+        coefficients_BND[:, order]
+    )
     assert torch.allclose(one.tokens_BLD, other.tokens_BLD, atol=1e-5)
     assert torch.allclose(one.pooled_BE, other.pooled_BE, atol=1e-5)
 
 
 def test_three_concepts_run_with_every_sampler(tmp_path, world):
     for sampler in SamplerName:
-        run = start(config(concepts=("owl", "snail", "frog"), sampler=sampler), tmp_path / sampler, world=world)
+        run = start(
+            config(concepts=("owl", "snail", "frog"), sampler=sampler), tmp_path / sampler, world=world
+        )
         assert set(run.rows[0].scores) == {"S/owl", "S/snail", "S/frog", "reward", "balance"}
 
 

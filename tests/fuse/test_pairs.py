@@ -94,7 +94,9 @@ def test_concepts_must_be_two_or_more_different_names(concepts, says):
 def test_the_published_lists_load(name, count):
     path = SHARED / f"{name}.txt"
     if not path.is_file():
-        pytest.skip(f"{path} is not here: the published lists have no licence and do not travel with the code")
+        pytest.skip(
+            f"{path} is not here: the published lists have no licence and do not travel with the code"
+        )
     found = read_pairs(path)
     assert len(found) == count
     assert all(concept == concept.strip() for concept in found.concepts)

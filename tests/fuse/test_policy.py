@@ -23,7 +23,7 @@ PAPER = {"policy": "paper", "hidden": 16}
 @PROPERTY
 @given(st.integers(2, 4), st.integers(1, 40), st.floats(-30, 30))
 def test_compact_actions_of_any_size_stay_on_the_simplex(concepts, columns, scale):
-    policy = CompactPolicy(task(concepts, columns), groups=8, hidden=4, std=1.0, seed=0)
+    policy = CompactPolicy(task(concepts, columns), groups=8, hidden=4, std=1.0, balance_std=1.0, seed=0)
     actions_BX = scale * torch.randn(5, policy.action_size, generator=torch.Generator().manual_seed(1))
     coefficients_BND = policy.coefficients(actions_BX)
     assert coefficients_BND.shape == (5, concepts, columns)
@@ -58,7 +58,7 @@ def test_log_probabilities_are_one_a_sample_and_match_torch(policy_type):
 
 
 def test_one_action_against_many_states_is_refused():
-    policy = CompactPolicy(task(), groups=4, hidden=4, std=1.0, seed=0)
+    policy = CompactPolicy(task(), groups=4, hidden=4, std=1.0, balance_std=1.0, seed=0)
     with pytest.raises(ShapeError):
         policy.log_prob(torch.zeros(8, 20), torch.zeros(1, policy.action_size))
 
@@ -120,7 +120,9 @@ def test_gae_with_gamma_zero_is_reward_minus_value_and_with_one_the_rest_of_the_
     whole = sampler_of("ppo", task(), gamma=1.0, lam=1.0)
     assert isinstance(whole, PPO)
     last = whole.value(proposal.trace["next_D"][None]).detach()[0]
-    assert torch.allclose(whole.estimate(proposal, rewards_B)[1], torch.tensor([7.0, 6.0, 4.0]) + last, atol=1e-5)
+    assert torch.allclose(
+        whole.estimate(proposal, rewards_B)[1], torch.tensor([7.0, 6.0, 4.0]) + last, atol=1e-5
+    )
 
 
 def test_nothing_touches_torchs_global_random_state():
@@ -159,9 +161,7 @@ def test_rmler_learns(policy):
     """On the synthetic world the reward rises by a wide margin from the first to the last batches."""
     gains = []
     for seed in range(3):
-        rewards = rewards_of(
-            fake_world(), concepts=("owl", "snail"), seed=seed, budget=320, options=policy
-        )
+        rewards = rewards_of(fake_world(), concepts=("owl", "snail"), seed=seed, budget=320, options=policy)
         gains.append(float(rewards[-3:].mean() - rewards[:3].mean()))
     assert min(gains) > 0.1
     assert sum(gains) / 3 > 0.3

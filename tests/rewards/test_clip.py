@@ -165,7 +165,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_class(segmenter_folder: Path) -> None:
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="holds a 'segformer' model"):
         ClipSimilarity(segmenter_folder)
 
 

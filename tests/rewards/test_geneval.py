@@ -241,13 +241,13 @@ def reward(clip_folder: Path, segmenter_folder: Path) -> GenEvalReward:
     return made
 
 
+def one_hot(labels: np.ndarray) -> Tensor:
+    return torch.nn.functional.one_hot(torch.from_numpy(labels), len(tiny.KINDS)).permute(2, 0, 1).float()
+
+
 def see(reward: GenEvalReward, monkeypatch: pytest.MonkeyPatch, maps: list[np.ndarray]) -> None:
     """Makes the reward's segmenter see given class maps, the i-th one where a picture's corner pixel is i / 255."""
-    stacked = (
-        torch.nn.functional.one_hot(torch.from_numpy(np.stack(maps)), len(tiny.KINDS))
-        .permute(0, 3, 1, 2)
-        .float()
-    )
+    stacked = torch.stack([one_hot(labels) for labels in maps])
 
     def probabilities(images: Tensor) -> Tensor:
         return stacked[(images[:, 0, 0, 0] * 255).round().long()]
@@ -321,7 +321,7 @@ def test_the_crop_is_the_object_on_geneval_grey(reward: GenEvalReward) -> None:
     labels = scene((1, 4, 2))
     labels[4, 2] = 0
     segmenter: Segmenter = reward.segmenter
-    instance = segmenter._instances(np.ones((32, 32), dtype=np.float32), labels)[0]
+    instance = segmenter._instances(one_hot(labels))[0]
     crop = reward.colors.crop(image, instance)
     assert crop.shape == (3, 8, 8)
     assert torch.allclose(crop[:, 0, 0], torch.full((3,), 0.6))
@@ -343,7 +343,7 @@ def test_the_card_names_colours_and_templates(tmp_path: Path, segmenter_folder: 
     reward = GenEvalReward(segmenter_folder, folder, device="cpu")
     assert reward.colors.colors == ("red", "blue")
     assert reward.colors._classifier("owl").shape[0] == 2
-    instance = reward.segmenter._instances(np.ones((32, 32), dtype=np.float32), scene((1, 4, 2)))[0]
+    instance = reward.segmenter._instances(one_hot(scene((1, 4, 2))))[0]
     assert reward.colors.crop(torch.rand(3, 32, 32), instance).shape == (3, 32, 32)
     assert reward.provenance["color_preprocessing"].startswith("in place")
 

@@ -72,7 +72,28 @@ def test_objects_are_connected_regions(segmenter: Segmenter, monkeypatch: pytest
     assert found.keys() == {"owl", "snail"}
     assert sorted(d["box"] for d in found["owl"]) == [[3.0, 2.0, 9.0, 10.0], [25.0, 20.0, 40.0, 30.0]]
     assert found["snail"][0]["box"] == [2.0, 30.0, 8.0, 36.0]
-    assert all(d["score"] == pytest.approx(0.9) and d["color"] is None for one in found.values() for d in one)
+    odds = (0.9 / (0.1 / 3)) ** 4  # four looks at 0.9 against 0.1 / 3 for each of the two other kinds
+    expected = pytest.approx(odds / (odds + 2))
+    assert all(d["score"] == expected and d["color"] is None for one in found.values() for d in one)
+
+
+def test_the_score_is_of_the_kinds_and_not_lowered_by_the_background(
+    segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    map_CHW = torch.full((len(tiny.KINDS), 10, 10), 0.02)
+    map_CHW[0], map_CHW[1] = 0.46, 0.5
+    monkeypatch.setattr(segmenter, "probabilities", lambda images: map_CHW[None])
+    ((unsure_of_background,),) = segmenter.instances(torch.zeros(1, 3, 10, 10))
+    map_CHW[0], map_CHW[1], map_CHW[2] = 0.02, 0.5, 0.46
+    ((unsure_of_kind,),) = segmenter.instances(torch.zeros(1, 3, 10, 10))
+    assert unsure_of_background.score > 0.9 > unsure_of_kind.score > 0.5
+
+
+def test_the_evidence_comes_from_the_card(tmp_path: Path) -> None:
+    tiny.segmenter(tmp_path)
+    (tmp_path / "pixrl.json").write_text(json.dumps({"score_evidence": 1.0}))
+    assert Segmenter(tmp_path).evidence == 1.0
+    assert Segmenter(tmp_path).provenance["score_evidence"] == "1"
 
 
 def test_regions_that_touch_at_a_corner_are_one(

@@ -159,6 +159,16 @@ def test_truncation(run: RunFolder) -> None:
     assert run.manifest() == [row(0)]
 
 
+def test_of_two_writers_the_first_notices_the_second(run: RunFolder) -> None:
+    run.append_manifest([row(0), row(1)])
+    second = RunFolder.open(run.path)
+    second.truncate_manifest(1)
+    with pytest.raises(RunError, match="changed by another process"):
+        run.append_manifest([row(2)])
+    second.append_manifest([row(1)])
+    assert second.manifest() == [row(0), row(1)]
+
+
 def test_pictures_are_written_exactly(run: RunFolder) -> None:
     picture = torch.arange(48, dtype=torch.float32).view(3, 4, 4) / 255
     name = run.save_image(12, picture)

@@ -10,7 +10,14 @@ from transformers import AutoTokenizer
 
 from pixrl.errors import InputError
 from pixrl.toy.build import STAGES, build
-from pixrl.toy.build.pictures import draw, held_out_scene, pictures, subject_view, training_scene, training_subject
+from pixrl.toy.build.pictures import (
+    draw,
+    held_out_scene,
+    pictures,
+    subject_view,
+    training_scene,
+    training_subject,
+)
 from pixrl.toy.build.preference import spoil
 from pixrl.toy.build.tokenizers import clip_tokenizer, t5_tokenizer
 from pixrl.toy.build.workshop import Draw, Plan, Workshop
@@ -44,7 +51,9 @@ def regression(module: nn.Module, stop_at: int | None = None):  # type: ignore[n
     return loss
 
 
-def test_a_killed_build_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_build_ends_with_the_weights_of_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pixrl.toy.build.workshop.SAVE_EVERY_SECONDS", -1.0)
     unbroken = fresh_module()
     workshop(tmp_path / "a").fit("stage", unbroken, PLAN, regression(unbroken))

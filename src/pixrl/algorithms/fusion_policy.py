@@ -69,7 +69,7 @@ class CompactPolicy(FusionPolicy):
     _center_D: Tensor
     _spread: Tensor
 
-    def __init__(self, task: FusionTask, *, groups: int, hidden: int, std: float, seed: int) -> None:
+    def __init__(self, task: FusionTask, *, groups: int, hidden: int, std: float, balance_std: float, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         concepts, columns = task.features_ND.shape
@@ -85,10 +85,11 @@ class CompactPolicy(FusionPolicy):
         self.trunk = linear(columns, hidden, generator)
         self.head = linear(hidden, 2 * self.action_size, generator)
         nn.init.zeros_(self.head.weight)
-        # the difference of two logits has this spread for any number of concepts
-        logit_std = std if concepts == 2 else std / math.sqrt(2)
+        # for any number of concepts the difference of two logits has the same spread
+        scale = 1.0 if concepts == 2 else 1 / math.sqrt(2)
+        std_L = torch.tensor([balance_std, *[std] * self.groups]) * scale
         with torch.no_grad():
-            self.head.bias[self.action_size :] = math.log(logit_std)
+            self.head.bias[self.action_size :] = std_L.log().repeat(self.logits)
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Weights learn more slowly by their fan-in, so that a step moves the mean by about lr at any width."""

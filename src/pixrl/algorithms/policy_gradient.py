@@ -31,7 +31,7 @@ class PolicyKind(StrEnum):
 
 
 _DEFAULTS: dict[PolicyKind, dict[str, Any]] = {
-    PolicyKind.COMPACT: {"lr": 0.05, "epochs": 4, "hidden": 32, "groups": 16, "std": 0.7},
+    PolicyKind.COMPACT: {"lr": 0.05, "epochs": 4, "hidden": 32, "groups": 16, "std": 0.7, "balance_std": 0.3},
     PolicyKind.PAPER: {"lr": 3e-6, "epochs": 1, "hidden": 4096},
 }
 
@@ -51,7 +51,9 @@ class PolicySettings(Settings):
     groups: int | None = Field(None, ge=1)
     """compact: groups of columns that share a coefficient."""
     std: float | None = Field(None, gt=0)
-    """compact: first standard deviation of the action u."""
+    """compact: first standard deviation of a group's offset."""
+    balance_std: float | None = Field(None, gt=0)
+    """compact: first standard deviation of the balance."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,7 +62,7 @@ class PolicySettings(Settings):
             return given
         kind = PolicyKind(given.get("policy", PolicyKind.COMPACT))
         without_effect = [
-            name for name in ("groups", "std") if kind is PolicyKind.PAPER and given.get(name) is not None
+            name for name in ("groups", "std", "balance_std") if kind is PolicyKind.PAPER and given.get(name) is not None
         ]
         if without_effect:
             raise ValueError(f"{' and '.join(without_effect)} would have no effect with policy 'paper'")
@@ -161,8 +163,15 @@ def _build(task: FusionTask, settings: PolicySettings) -> FusionPolicy:
     seed = sample_seed(task.seed, _INIT, 0, 0)
     if settings.policy is PolicyKind.PAPER:
         return PaperPolicy(task, hidden=settings.hidden, seed=seed)
-    assert settings.groups is not None and settings.std is not None
-    return CompactPolicy(task, groups=settings.groups, hidden=settings.hidden, std=settings.std, seed=seed)
+    assert settings.groups is not None and settings.std is not None and settings.balance_std is not None
+    return CompactPolicy(
+        task,
+        groups=settings.groups,
+        hidden=settings.hidden,
+        std=settings.std,
+        balance_std=settings.balance_std,
+        seed=seed,
+    )
 
 
 def module_tensors(name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

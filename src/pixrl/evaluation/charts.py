@@ -27,7 +27,7 @@ class Axis:
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
         step *= next(m for m in (1, 2, 2.5, 5, 10) if (self.high - self.low) / (step * m) <= 6)
         first = math.ceil(self.low / step - 1e-9)
-        return [round(i * step, 10) for i in range(first, int(self.high / step + 1e-9) + 1)]
+        return [round(i * step, 10) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pixrl.rewards.segmentation import Foreground
 from pixrl.training.calibration import Calibration, calibrate_presence
 from pixrl.training.fuse_world import Exemplars, FusionWorld, Scorer
 
+
 class HeldOut:
     """Scores by another encoder, with thresholds calibrated for it."""
 

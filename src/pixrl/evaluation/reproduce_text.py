@@ -24,7 +24,9 @@ def many_command(runs: FinishedRuns) -> str:
     """The command of a folder of fusions."""
     config = runs.config
     base = FuseConfig.model_validate({**config.fuse, "sampler": config.samplers[0]})
-    extra = [f"--set=options.{name}={_yaml(value)}" for name, value in config.options.items()]
+    usual = resolve_options(base.sampler, {}).model_dump(mode="json")
+    given = {n: v for n, v in config.options.items() if v != usual.get(n)}
+    extra = [f"--set=options.{name}={_yaml(value)}" for name, value in given.items()]
     if runs.folder.kind == COMPARE:
         arguments = [a for a in _arguments(base) if not a.startswith("--sampler")]
         compared = ["--compare", ",".join(config.samplers)]

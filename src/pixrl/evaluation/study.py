@@ -235,7 +235,10 @@ def _heldout_calibration(study: StudyConfig, records: Sequence[Mapping[str, Any]
     world = load_world(config.model, config.clip, config.segmenter, config.device)
     return {
         "reward": json.loads(world.card.presence.model_dump_json()) if world.card.presence else None,
-        "heldout": {"encoder": study.heldout, **asdict(load_heldout(world, study.heldout, study.concepts()).calibration)},
+        "heldout": {
+            "encoder": study.heldout,
+            **asdict(load_heldout(world, study.heldout, study.concepts()).calibration),
+        },
     }
 
 

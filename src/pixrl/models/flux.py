@@ -68,8 +68,12 @@ class FluxPolicy(FlowPipelinePolicy):
         """
         for images in references:
             if len(images) != len(conditioning):
-                raise ShapeError(f"{len(images)} reference pictures for {len(conditioning)} prompts; give one a prompt.")
-        return replace(conditioning, references=tuple(self.encode_references(images) for images in references))
+                raise ShapeError(
+                    f"{len(images)} reference pictures for {len(conditioning)} prompts; give one a prompt."
+                )
+        return replace(
+            conditioning, references=tuple(self.encode_references(images) for images in references)
+        )
 
     def _sigmas(self, steps: int) -> Tensor:
         scheduler = self.pipeline.scheduler

@@ -22,7 +22,7 @@ def load_pipeline(class_name: str, path: Path, precision: Precision, device: tor
     present = components(path)
     without = {name: None for name in OPTIONAL_PARTS.get(class_name, ()) if name not in present}
     files = [file.name for file in weight_files(path)]
-    variant = "fp16" if files and all(".fp16." in name for name in files) else None
+    variant = "fp16" if files and all(".fp16" in name for name in files) else None
     decoder_dtype = torch.bfloat16 if precision.weights is torch.float16 else precision.weights
     with quiet_loading():
         import diffusers

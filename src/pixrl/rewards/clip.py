@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, InputError, ShapeError
-from pixrl.hub import Layout, fingerprint, folder
+from pixrl.hub import Layout, fingerprint, folder, read_json
 from pixrl.rewards.base import Reward
 from pixrl.rewards.preprocess import Preprocessing, batches, require_images
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground
@@ -30,6 +30,11 @@ class ClipSimilarity:
         self, ref: str | Path, *, device: str = "auto", dtype: str = "float32", batch: int = BATCH
     ) -> None:
         path = folder(ref, Layout.TRANSFORMERS)
+        kind = read_json(path / "config.json").get("model_type")
+        if kind != "clip":
+            raise CheckpointError(
+                f"{path} holds a {kind!r} model; CLIP similarity needs a 'clip' one, such as toy:clip."
+            )
         self.name = str(ref)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)

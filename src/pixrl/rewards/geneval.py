@@ -262,6 +262,7 @@ class GenEvalReward(Reward):
             "model": self.segmenter.provenance["model"],
             "preprocessing": self.segmenter.provenance["preprocessing"],
             "min_area": self.segmenter.provenance["min_area"],
+            "score_evidence": self.segmenter.provenance["score_evidence"],
             "color_model": self.colors.clip.provenance["model"],
             "color_preprocessing": f"{zoom}; {self.colors.clip.provenance['preprocessing']}",
             "background": str(tuple(self.colors.background)),

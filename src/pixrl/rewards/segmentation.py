@@ -2,9 +2,13 @@
 
 A foreground back end is a transformers semantic segmentation folder (foreground probability = 1 - P(background)) or any
 callable from pictures to soft masks. Objects are the connected regions of one class in the most probable map.
+
+A region's score is the probability of its class among the object classes, its pixels taken together as EVIDENCE
+independent looks: softmax(EVIDENCE * mean log p). The mean of pixel probabilities would not do for a detector's score:
+it falls below GenEval's 0.9 for every small object, since its outline is half background.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +32,21 @@ MIN_FOREGROUND = 0.005
 MIN_OBJECT = 0.004
 """Least share of the picture that an object covers; smaller regions are specks."""
 BATCH = 64
+EVIDENCE = 4.0
+"""How many independent looks a region's pixels count as; a card's `score_evidence` overrides it.
+
+Measured on 150 true counting scenes of the toy world: above GenEval's 0.9 the count was right in 80 % with 1, 97 % with
+4, and 98 % with 6 or without a threshold, where regions of a wrong kind pass too.
+"""
+_PROBABILITIES_AT_ONCE = 2**26
+"""How many numbers a batch of probability maps may hold."""
 _TOUCHING = np.ones((3, 3), dtype=int)
 """Pixels that share a corner belong together."""
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One detected object: its class, box (x0, y0, x1, y1; the last two exclusive), mean probability and pixels."""
+    """One detected object: its class, box (x0, y0, x1, y1; the last two exclusive), score and pixels."""
 
     kind: str
     box: tuple[float, float, float, float]
@@ -59,6 +71,7 @@ class Segmenter:
         self.precision = choose_precision(self.device, dtype)
         self.batch = batch
         self.min_area = MIN_OBJECT if self.card.min_area is None else self.card.min_area
+        self.evidence = EVIDENCE if self.card.score_evidence is None else self.card.score_evidence
         self.preprocess = Preprocessing.from_folder(path, square=True)
         with quiet_loading():
             from transformers import AutoModelForSemanticSegmentation
@@ -81,6 +94,7 @@ class Segmenter:
             "model": f"{self.name} ({fingerprint(path)})",
             "preprocessing": self.preprocess.describe(),
             "min_area": f"{self.min_area:g}",
+            "score_evidence": f"{self.evidence:g}",
         }
 
     @torch.inference_mode()
@@ -100,15 +114,25 @@ class Segmenter:
         return upsampled.softmax(dim=1)
 
     def instances(self, images_BCHW: Tensor) -> list[list[Instance]]:
-        """Each picture's objects, largest probability first."""
+        """Each picture's objects, highest score first."""
         found: list[list[Instance]] = []
-        for part in batches(images_BCHW, self.batch):
-            best, label_map = self.probabilities(part).max(dim=1)
-            pairs = zip(best.cpu().numpy(), label_map.cpu().numpy(), strict=True)
-            found.extend(self._instances(probability, labels) for probability, labels in pairs)
+        for part in self._parts(images_BCHW):
+            probabilities = self.probabilities(part).cpu()
+            found.extend(self._instances(probability_CHW) for probability_CHW in probabilities)
         return found
 
-    def _instances(self, probability_HW: np.ndarray, label_HW: np.ndarray) -> list[Instance]:
+    def foreground(self, images_BCHW: Tensor) -> Tensor:
+        """1 - P(background), [B, H, W]."""
+        parts = self._parts(images_BCHW)
+        return torch.cat([1 - self.probabilities(part)[:, self.background_index] for part in parts])
+
+    def _parts(self, images_BCHW: Tensor) -> Iterator[Tensor]:
+        """As many pictures at a time as their probability maps leave room for."""
+        rows, columns = images_BCHW.shape[-2:]
+        return batches(images_BCHW, max(1, _PROBABILITIES_AT_ONCE // (len(self.labels) * rows * columns)))
+
+    def _instances(self, probability_CHW: Tensor) -> list[Instance]:
+        label_HW = probability_CHW.argmax(dim=0).numpy()
         least = self.min_area * label_HW.size
         found = []
         for index in np.unique(label_HW):
@@ -118,10 +142,17 @@ class Segmenter:
             for number, place in enumerate(ndimage.find_objects(regions), start=1):
                 mask = regions == number
                 if mask.sum() >= least:
-                    found.append(
-                        _instance(self.labels[index], mask, place, float(probability_HW[mask].mean()))
-                    )
+                    found.append(self._instance(int(index), torch.from_numpy(mask), place, probability_CHW))
         return sorted(found, key=lambda instance: -instance.score)
+
+    def _instance(
+        self, index: int, mask_HW: Tensor, place: tuple[slice, slice], probability_CHW: Tensor
+    ) -> Instance:
+        logs = probability_CHW[:, mask_HW].clamp_min(1e-8).log().mean(dim=1) * self.evidence
+        logs[self.background_index] = -torch.inf
+        rows, columns = place
+        box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
+        return Instance(self.labels[index], box, float(logs.softmax(dim=0)[index]), mask_HW)
 
     def objects(self, images_BCHW: Tensor) -> list[dict[str, list[dict[str, object]]]]:
         """Each picture's GenEval detections: class -> [{"box", "score", "color": None}]."""
@@ -134,12 +165,6 @@ def group(instances: Sequence[Instance]) -> dict[str, list[dict[str, object]]]:
     for instance in instances:
         classes.setdefault(instance.kind, []).append(instance.detection())
     return classes
-
-
-def _instance(kind: str, mask: np.ndarray, place: tuple[slice, slice], score: float) -> Instance:
-    rows, columns = place
-    box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-    return Instance(kind, box, score, torch.from_numpy(mask))
 
 
 class Foreground:
@@ -155,11 +180,8 @@ class Foreground:
         self.min_area = min_area
         loaded = Segmenter(back_end, device=device) if isinstance(back_end, str | Path) else back_end
         if isinstance(loaded, Segmenter):
-            segmenter = loaded
-            self._masks: MaskFunction = lambda images: (
-                1 - segmenter.probabilities(images)[:, segmenter.background_index]
-            )
-            self.provenance: Mapping[str, str] = segmenter.provenance
+            self._masks: MaskFunction = loaded.foreground
+            self.provenance: Mapping[str, str] = loaded.provenance
         elif callable(loaded):
             self._masks = loaded
             self.provenance = {"model": _callable_name(loaded), "preprocessing": "its own"}

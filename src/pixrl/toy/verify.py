@@ -57,7 +57,9 @@ def verify(names: Sequence[str] = (), *, root: Path = CHECKPOINTS, quick: bool =
     """
     for name in names:
         if name not in CHECKS:
-            raise InputError(f"There is no toy checkpoint {name!r}.{did_you_mean(name, CHECKS)} There are {', '.join(CHECKS)}.")
+            raise InputError(
+                f"There is no toy checkpoint {name!r}.{did_you_mean(name, CHECKS)} There are {', '.join(CHECKS)}."
+            )
     found: list[Gate] = []
     for name, check in CHECKS.items():
         if not names or name in names:
@@ -123,11 +125,16 @@ def check_segmenter(root: Path, thin: int) -> Iterable[Gate]:
     images, labels = _pictures(_scenes(512 // thin))
     found = segmenter.probabilities(images).argmax(1).numpy()
     classes = range(int(labels.max()) + 1)
-    ious = [((found == k) & (labels == k)).sum() / max(((found == k) | (labels == k)).sum(), 1) for k in classes]
+    ious = [
+        ((found == k) & (labels == k)).sum() / max(((found == k) | (labels == k)).sum(), 1) for k in classes
+    ]
     yield Gate("segmenter", "mean IoU over 25 classes", float(np.mean(ious)), 0.85)
     scenes = _scenes(400 // thin, Task.COUNTING)
     detections = segmenter.objects(_pictures(scenes)[0])
-    right = [len(seen.get(scene.objects[0].kind, ())) == len(scene.objects) for seen, scene in zip(detections, scenes, strict=True)]
+    right = [
+        len(seen.get(scene.objects[0].kind, ())) == len(scene.objects)
+        for seen, scene in zip(detections, scenes, strict=True)
+    ]
     yield Gate("segmenter", "counting accuracy on true scenes", float(np.mean(right)), 0.95)
 
 
@@ -147,7 +154,12 @@ def check_identity(root: Path, thin: int) -> Iterable[Gate]:
         here, again, other = (encoder.image_features(images) for images in (first, second, others))
         same.append((here * again).sum(-1))
         different.append((here * other).sum(-1))
-    yield Gate("identity", "same/different subject AUC within a kind", auc(torch.cat(same), torch.cat(different)), 0.95)
+    yield Gate(
+        "identity",
+        "same/different subject AUC within a kind",
+        auc(torch.cat(same), torch.cat(different)),
+        0.95,
+    )
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
@@ -214,8 +226,15 @@ def check_flux(root: Path, thin: int) -> Iterable[Gate]:
     drawn = encoder.image_features(Foreground.composite(images, masks))
     own = (drawn * encoder.image_features(references)).sum(-1)
     other = (drawn * encoder.image_features(relatives)).sum(-1)
-    yield Gate("flux", "identity: own reference minus another of the kind, mean cosine", float((own - other).mean()), 0.15)
-    yield Gate("flux", "identity: share nearer to its own reference", float((own > other).float().mean()), 0.80)
+    yield Gate(
+        "flux",
+        "identity: own reference minus another of the kind, mean cosine",
+        float((own - other).mean()),
+        0.15,
+    )
+    yield Gate(
+        "flux", "identity: share nearer to its own reference", float((own > other).float().mean()), 0.80
+    )
 
 
 def _asking(subject: Subject, rng: np.random.Generator) -> Scene:
@@ -226,7 +245,9 @@ def _asking(subject: Subject, rng: np.random.Generator) -> Scene:
             return scene
 
 
-def _follows(root: Path, images: Tensor, wanted: Sequence[Scene]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+def _follows(
+    root: Path, images: Tensor, wanted: Sequence[Scene]
+) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     """Whether `clip` prefers the scene's own background and accessory to every other: both must be right."""
     clip = ClipSimilarity(root / "clip")
     features = clip.image_features(images)

@@ -160,4 +160,10 @@ class FusionSession:
         expected = (images_BCHW.shape[0], len(self.exemplars))
         if similarities_BN.shape != expected:
             raise ShapeError(f"similarities_BN is {list(similarities_BN.shape)}, not {list(expected)}.")
-        return similarities_BN, tuple(scored.reasons)
+        finite_B = similarities_BN.isfinite().all(dim=1)
+        reasons = tuple(
+            reason or (None if finite else "the similarity is not finite")
+            for reason, finite in zip(scored.reasons, finite_B.tolist(), strict=True)
+        )
+        failed_B = torch.tensor([reason is not None for reason in reasons])
+        return similarities_BN.masked_fill(failed_B[:, None], torch.nan), reasons

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pixrl.errors import CheckpointError
+from pixrl.errors import CheckpointError, RunError
 from pixrl.training.files import disk_guard, fsync_folder, write_all
 
 
@@ -37,15 +37,19 @@ class JsonLines:
     def __init__(self, path: Path, run: Path) -> None:
         self.path = path
         self._run = run
-        self._checked = False
+        self._size: int | None = None
+        """Bytes that the file should have, as far as this writer knows; None before it looked."""
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, without their checksums."""
         return self._scan().rows
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows; when it returns they are on the disk. On a full disk none of them is kept."""
-        if not self._checked:
+        """Adds rows; when it returns they are on the disk. On a full disk none of them is kept.
+
+        RunError when another process has written since: two that resume one run would spoil it.
+        """
+        if self._size is None:
             self._cut(self._scan().good_bytes)
         content = "".join(_to_line(row) for row in rows).encode()
         is_new = not self.path.exists()
@@ -71,20 +75,24 @@ class JsonLines:
         self._cut(scan.good_bytes)
         return len(scan.rows)
 
-    @staticmethod
-    def _append(descriptor: int, content: bytes) -> None:
+    def _append(self, descriptor: int, content: bytes) -> None:
         before = os.fstat(descriptor).st_size
+        if before != self._size:
+            raise RunError(
+                f"{self.path} was changed by another process, so this one stops. Let one finish the run."
+            )
         done = False
         try:
             write_all(descriptor, content)
             os.fsync(descriptor)
+            self._size = before + len(content)
             done = True
         finally:
             if not done:
                 os.ftruncate(descriptor, before)
 
     def _cut(self, size: int) -> None:
-        self._checked = True
+        self._size = size
         if not self.path.exists() or self.path.stat().st_size == size:
             return
         with self.path.open("r+b") as file:

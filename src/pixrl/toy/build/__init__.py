@@ -37,9 +37,13 @@ def build(
     """
     for name in stages:
         if name not in STAGES:
-            raise InputError(f"There is no stage {name!r}.{did_you_mean(name, STAGES)} Stages: {', '.join(STAGES)}.")
+            raise InputError(
+                f"There is no stage {name!r}.{did_you_mean(name, STAGES)} Stages: {', '.join(STAGES)}."
+            )
     command = shlex.join(["pixrl", *sys.argv[1:]]) if sys.argv[1:2] == ["toy"] else "pixrl toy build"
-    shop = Workshop(out or CHECKPOINTS, work or Path("build/toy"), seed, torch.device(device), resume, command)
+    shop = Workshop(
+        out or CHECKPOINTS, work or Path("build/toy"), seed, torch.device(device), resume, command
+    )
     for name, target in STAGES.items():
         if not stages or name in stages:
             module, function = target.split(":")

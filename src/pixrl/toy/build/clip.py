@@ -6,20 +6,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from pixrl.toy.build.pictures import SIDE, Pictures, pictures, without_background
 from pixrl.toy.build.tokenizers import clip_tokenizer
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 from pixrl.toy.language import caption
-from pixrl.toy.scene import Scene, Task
+from pixrl.toy.scene import Task
 
 PLAN = Plan(steps=1500, batch=128, lr=1.5e-3, warmup=150, weight_decay=0.05)
 SCENES = 48_000
 WIDTH = 128
 SECOND_WIDTH = 64
 CUTOUT_SHARE = 0.25
-"""How often one object alone is shown cut out on white or grey, half of these cropped tight: that is what the rewards show."""
+"""How often one object alone is shown cut out on white or grey, as rewards show it; half of these cropped tight."""
 BACKDROPS = (255, 255, 153)
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -42,7 +50,8 @@ class Batch(NamedTuple):
 def text_config(tokenizer: CLIPTokenizer, width: int) -> dict[str, int | str]:
     return {
         "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3,
-        "num_attention_heads": width // 32, "max_position_embeddings": tokenizer.model_max_length, "projection_dim": WIDTH,
+        "num_attention_heads": width // 32, "max_position_embeddings": tokenizer.model_max_length,
+        "projection_dim": WIDTH,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id, "hidden_act": "gelu",
     }  # fmt: skip
@@ -53,7 +62,9 @@ def new_towers(tokenizer: CLIPTokenizer) -> Towers:
         "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4,
         "image_size": SIDE, "patch_size": 8, "hidden_act": "gelu", "projection_dim": WIDTH,
     }  # fmt: skip
-    model = CLIPModel(CLIPConfig(text_config=text_config(tokenizer, WIDTH), vision_config=vision, projection_dim=WIDTH))
+    model = CLIPModel(
+        CLIPConfig(text_config=text_config(tokenizer, WIDTH), vision_config=vision, projection_dim=WIDTH)
+    )
     return Towers(model, CLIPTextModelWithProjection(CLIPTextConfig(**text_config(tokenizer, SECOND_WIDTH))))
 
 
@@ -65,7 +76,9 @@ def normalize(images: Tensor) -> Tensor:
 
 def image_processor() -> CLIPImageProcessor:
     size = {"height": SIDE, "width": SIDE}
-    return CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD))
+    return CLIPImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size=size, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
+    )
 
 
 def training_batch(data: Pictures, draw: Draw, batch: int) -> Batch:
@@ -84,7 +97,9 @@ def training_batch(data: Pictures, draw: Draw, batch: int) -> Batch:
     return Batch(soften(images, draw), captions)
 
 
-def tight_crop(image: Tensor, labels: "np.ndarray[tuple[int, int], np.dtype[np.uint8]]", rng: np.random.Generator) -> Tensor:
+def tight_crop(
+    image: Tensor, labels: "np.ndarray[tuple[int, int], np.dtype[np.uint8]]", rng: np.random.Generator
+) -> Tensor:
     """The square around the object, with a little room, resized to the full side."""
     ys, xs = np.nonzero(labels)
     reach = 0.5 * max(np.ptp(ys), np.ptp(xs)) * rng.uniform(1.0, 1.3) + 1
@@ -97,7 +112,10 @@ def tight_crop(image: Tensor, labels: "np.ndarray[tuple[int, int], np.dtype[np.u
 def soften(images: Tensor, draw: Draw) -> Tensor:
     """Slight blur and noise on half of the pictures, as decoded pictures have."""
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    amount = torch.from_numpy(draw.rng.uniform(0, 0.6, size=(len(images), 1, 1, 1)) * draw.rng.integers(0, 2, size=(len(images), 1, 1, 1))).float()
+    amount = torch.from_numpy(
+        draw.rng.uniform(0, 0.6, size=(len(images), 1, 1, 1))
+        * draw.rng.integers(0, 2, size=(len(images), 1, 1, 1))
+    ).float()
     noise = draw.normal(*images.shape) * 0.03 * amount
     return (torch.lerp(images, blurred, amount) + noise).clamp(0, 1)
 
@@ -131,7 +149,9 @@ def build_clip(shop: Workshop) -> None:
         same = torch.from_numpy(index[:, None] == index[None, :]) & ~torch.eye(len(index), dtype=torch.bool)
         same = same.to(shop.device)
         with shop.autocast():
-            images = towers.model.get_image_features(pixel_values=normalize(batch.images.to(shop.device))).pooler_output
+            images = towers.model.get_image_features(
+                pixel_values=normalize(batch.images.to(shop.device))
+            ).pooler_output
             texts = towers.model.get_text_features(**ids).pooler_output
             second = towers.second_text(**ids).text_embeds
         scale = towers.model.logit_scale

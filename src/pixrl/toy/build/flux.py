@@ -15,13 +15,14 @@ from pixrl.models.flux_tokens import pack_latents, position_ids
 from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH
 from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
 from pixrl.toy.build.sd3 import SAMPLING_STEPS, logit_normal
-from pixrl.toy.build.text import T5_LENGTH, t5_features, train_t5
 from pixrl.toy.build.text import PLAN as T5_PLAN
+from pixrl.toy.build.text import t5_features, train_t5
+from pixrl.toy.build.tokenizers import T5_LENGTH
 from pixrl.toy.build.vae import LATENT_CHANNELS, SUBJECT_PICTURES, encode_all
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
 
-PLAN = Plan(steps=3500, batch=48, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999)
+PLAN = Plan(steps=3000, batch=48, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999)
 GUIDANCE = 1.0
 TOKENS = SIDE // 8
 """Rows and columns of image tokens: latents are a quarter of the side, packed two by two."""
@@ -53,7 +54,9 @@ def pooled_features(pipeline: FluxPipeline, captions: list[str]) -> Tensor:
     out = []
     with torch.inference_mode():
         for start in range(0, len(captions), 512):
-            ids = pipeline.tokenizer(captions[start : start + 512], padding="max_length", truncation=True, return_tensors="pt")
+            ids = pipeline.tokenizer(
+                captions[start : start + 512], padding="max_length", truncation=True, return_tensors="pt"
+            )
             out.append(pipeline.text_encoder(ids.input_ids.to(pipeline.device)).pooler_output.half().cpu())
     return torch.cat(out)
 
@@ -73,7 +76,9 @@ def build_flux(shop: Workshop) -> None:
     latents = encode_all(pipeline.vae, data, shop, "subjects")
     cutouts = reference_latents(pipeline.vae, data, shop)
     rng = np.random.default_rng((shop.seed, 5))
-    unique, index = np.unique([caption(data.scene(row), rng) for row in range(len(data))], return_inverse=True)
+    unique, index = np.unique(
+        [caption(data.scene(row), rng) for row in range(len(data))], return_inverse=True
+    )
     tokens = t5_features(pipeline.text_encoder_2, pipeline.tokenizer_2, unique.tolist())
     pooled = pooled_features(pipeline, unique.tolist())
     target_ids, reference_ids = position_ids((TOKENS, TOKENS), [(TOKENS, TOKENS)], "uno")
@@ -86,10 +91,14 @@ def build_flux(shop: Workshop) -> None:
         shown, wanted = np.stack([draw.rng.choice(VIEWS, 2, replace=False) for _ in subject]).T
         chosen = index[subject * VIEWS + wanted]
         cut = torch.from_numpy(draw.rng.random(PLAN.batch) < 0.5)[:, None, None, None]
-        reference = torch.where(cut, cutouts[subject * VIEWS + shown], latents[subject * VIEWS + shown]).float()
+        reference = torch.where(
+            cut, cutouts[subject * VIEWS + shown], latents[subject * VIEWS + shown]
+        ).float()
         x0 = latents[subject * VIEWS + wanted].float().to(shop.device)
         noise, t = draw.normal(*x0.shape).to(shop.device), logit_normal(draw, PLAN.batch).to(shop.device)
-        packed = torch.cat((pack_latents(interpolate(x0, noise, t)), pack_latents(reference.to(shop.device))), dim=1)
+        packed = torch.cat(
+            (pack_latents(interpolate(x0, noise, t)), pack_latents(reference.to(shop.device))), dim=1
+        )
         with shop.autocast():
             velocity = transformer(
                 hidden_states=packed,

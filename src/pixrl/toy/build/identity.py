@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
+from pixrl.toy.build.clip import soften
 from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
 from pixrl.toy.build.vae import SUBJECT_PICTURES
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
-from pixrl.toy.build.clip import soften
 
 PLAN = Plan(steps=1300, batch=64, lr=1.5e-3, warmup=100, weight_decay=0.05)
 TEMPERATURE = 0.1
@@ -35,10 +35,15 @@ def subjects_by_kind(data: Pictures) -> list[np.ndarray[tuple[int], np.dtype[np.
     return [np.flatnonzero(np.array(kinds) == kind) for kind in sorted(set(kinds))]
 
 
-def training_batch(data: Pictures, groups: list[np.ndarray[tuple[int], np.dtype[np.int64]]], draw: Draw) -> tuple[Tensor, Tensor]:
+def training_batch(
+    data: Pictures, groups: list[np.ndarray[tuple[int], np.dtype[np.int64]]], draw: Draw
+) -> tuple[Tensor, Tensor]:
     """Two views each of a few subjects of a few kinds, so that most negatives share the kind: (pictures, subject)."""
     per_kind = PLAN.batch // 2 // KINDS_A_BATCH
-    picked = [draw.rng.choice(groups[k], per_kind, replace=False) for k in draw.rng.choice(len(groups), KINDS_A_BATCH, replace=False)]
+    picked = [
+        draw.rng.choice(groups[k], per_kind, replace=False)
+        for k in draw.rng.choice(len(groups), KINDS_A_BATCH, replace=False)
+    ]
     subjects = np.concatenate(picked)
     first, second = np.stack([draw.rng.choice(VIEWS, 2, replace=False) for _ in subjects]).T
     rows = np.concatenate((subjects * VIEWS + first, subjects * VIEWS + second))

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from pixrl.toy.language import canonical, is_held_out
-from pixrl.toy.scene import Scene, Subject, Task, random_scene, random_subject, render_with_masks, resembles_held_out, subject_scene
+from pixrl.toy.scene import (
+    Scene,
+    Subject,
+    Task,
+    random_scene,
+    random_subject,
+    render_with_masks,
+    resembles_held_out,
+    subject_scene,
+)
 from pixrl.toy.vocabulary import KINDS
 
 SIDE = 64
@@ -25,6 +34,8 @@ VIEWS = 6
 """Pictures of each training subject."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Rows = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
+"""Which pictures of a set."""
 
 
 def training_scene(seed: int, index: int) -> Scene:
@@ -98,15 +109,19 @@ class Pictures:
 
     def scene(self, row: int) -> Scene:
         if row not in self._scenes:
-            made = training_scene(self.seed, row) if self.what == "scenes" else subject_view(self.seed, row // VIEWS, row % VIEWS)
+            made = (
+                training_scene(self.seed, row)
+                if self.what == "scenes"
+                else subject_view(self.seed, row // VIEWS, row % VIEWS)
+            )
             self._scenes[row] = made
         return self._scenes[row]
 
-    def tensor(self, rows: Sequence[int] | Bytes) -> Tensor:
+    def tensor(self, rows: Rows) -> Tensor:
         """Pictures [B, 3, 64, 64] in [0, 1]."""
         return to_tensor(self.images[np.asarray(rows)])
 
-    def cutouts(self, rows: Sequence[int] | Bytes, background: int = WHITE) -> Tensor:
+    def cutouts(self, rows: Rows, background: int = WHITE) -> Tensor:
         """The same with everything but the objects replaced by a plain background."""
         picked = np.asarray(rows)
         ink = self.labels[picked][..., None] > 0
@@ -134,4 +149,6 @@ def pictures(work: Path, what: str, count: int, seed: int) -> Pictures:
         np.save(path / "images.npy", np.concatenate([b[0] for b in drawn]))
         np.save(path / "labels.tmp.npy", np.concatenate([b[1] for b in drawn]))
         (path / "labels.tmp.npy").replace(path / "labels.npy")
-    return Pictures(what, seed, np.load(path / "images.npy", mmap_mode="r"), np.load(path / "labels.npy", mmap_mode="r"))
+    return Pictures(
+        what, seed, np.load(path / "images.npy", mmap_mode="r"), np.load(path / "labels.npy", mmap_mode="r")
+    )

@@ -34,7 +34,11 @@ def _blurred(image: Tensor, rng: np.random.Generator) -> Tensor:
 def _shuffled(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Blocks of 16 pixels in random order."""
     n = image.shape[1] // 16
-    blocks = image.unfold(1, 16, 16).unfold(2, 16, 16).reshape(3, n * n, 16, 16)[:, torch.from_numpy(rng.permutation(n * n))]
+    blocks = (
+        image.unfold(1, 16, 16)
+        .unfold(2, 16, 16)
+        .reshape(3, n * n, 16, 16)[:, torch.from_numpy(rng.permutation(n * n))]
+    )
     return blocks.view(3, n, n, 16, 16).permute(0, 1, 3, 2, 4).reshape(image.shape)
 
 
@@ -49,7 +53,9 @@ def _gridded(image: Tensor, rng: np.random.Generator) -> Tensor:
     return image + (float(rng.uniform(0, 1)) - image) * grid * float(rng.uniform(0.4, 0.9))
 
 
-def preference_pairs(data: Pictures, rows: "np.ndarray[tuple[int], np.dtype[np.int64]]", draw: Draw) -> tuple[Tensor, Tensor, list[str]]:
+def preference_pairs(
+    data: Pictures, rows: "np.ndarray[tuple[int], np.dtype[np.int64]]", draw: Draw
+) -> tuple[Tensor, Tensor, list[str]]:
     """(better pictures, worse pictures, prompts): the worse one is spoiled, or shows another scene."""
     better = data.tensor(rows)
     others = data.tensor(np.roll(rows, 1))
@@ -61,7 +67,10 @@ def preference_pairs(data: Pictures, rows: "np.ndarray[tuple[int], np.dtype[np.i
 def preference(model: CLIPModel, images: Tensor, text_embeds: Tensor) -> Tensor:
     """The scaled cosine of each picture and its prompt, as PickScore computes it."""
     features = model.get_image_features(pixel_values=normalize(images)).pooler_output
-    return model.logit_scale.exp() * (F.normalize(features.float(), dim=-1) * F.normalize(text_embeds.float(), dim=-1)).sum(-1)
+    scores: Tensor = model.logit_scale.exp() * F.cosine_similarity(
+        features.float(), text_embeds.float(), dim=-1
+    )
+    return scores
 
 
 def build_preference(shop: Workshop) -> None:

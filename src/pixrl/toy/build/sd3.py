@@ -6,7 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -17,7 +22,7 @@ from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
 
-PLAN = Plan(steps=5000, batch=64, lr=1.5e-3, warmup=200, weight_decay=0.02, ema=0.999)
+PLAN = Plan(steps=8000, batch=64, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999, level=0.6)
 SAMPLING_STEPS = 10
 CAPTIONS_EACH = 2
 """Captions of each training picture, encoded once."""
@@ -28,7 +33,8 @@ DROPPED_CAPTIONS = 0.05
 def new_transformer() -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
         sample_size=SIDE // 4, patch_size=2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=6,
-        attention_head_dim=32, num_attention_heads=4, joint_attention_dim=WIDTH + SECOND_WIDTH, caption_projection_dim=128,
+        attention_head_dim=32, num_attention_heads=4, joint_attention_dim=WIDTH + SECOND_WIDTH,
+        caption_projection_dim=128,
         pooled_projection_dim=2 * WIDTH, pos_embed_max_size=SIDE // 8, qk_norm="rms_norm",
     )  # fmt: skip
 
@@ -40,8 +46,12 @@ def new_pipeline(shop: Workshop) -> StableDiffusion3Pipeline:
         transformer=new_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(shop.out / "vae", torch_dtype=torch.float32),
-        text_encoder=CLIPTextModelWithProjection.from_pretrained(shop.out / "clip", dtype=torch.float32).eval(),
-        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(shop.work / "text_encoder_2", dtype=torch.float32).eval(),
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(
+            shop.out / "clip", dtype=torch.float32
+        ).eval(),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(
+            shop.work / "text_encoder_2", dtype=torch.float32
+        ).eval(),
         text_encoder_3=None,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
@@ -56,7 +66,11 @@ def encode_texts(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> dic
         for start in range(0, len(captions), 512):
             part = captions[start : start + 512]
             one, _, two, _ = pipeline.encode_prompt(
-                prompt=part, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, max_sequence_length=0
+                prompt=part,
+                prompt_2=None,
+                prompt_3=None,
+                do_classifier_free_guidance=False,
+                max_sequence_length=0,
             )
             tokens.append(one.half().cpu())
             pooled.append(two.half().cpu())
@@ -81,9 +95,13 @@ def build_sd3(shop: Workshop) -> None:
     pipeline = new_pipeline(shop).to(shop.device)
     latents = encode_all(pipeline.vae, data, shop, "scenes")
     unique, index = np.unique(captions_of(data, shop.seed), return_inverse=True)
-    texts = shop.cached("captions", pipeline.text_encoder, lambda: encode_texts(pipeline, [*unique.tolist(), ""]))
+    texts = shop.cached(
+        "captions", pipeline.text_encoder, lambda: encode_texts(pipeline, [*unique.tolist(), ""])
+    )
     tokens, pooled = texts["tokens"], texts["pooled"]
-    print(f"{len(latents)} latents, {len(tokens)} captions, latent std {latents.float().std():.3f}", flush=True)
+    print(
+        f"{len(latents)} latents, {len(tokens)} captions, latent std {latents.float().std():.3f}", flush=True
+    )
     transformer = pipeline.transformer
 
     def loss(draw: Draw) -> Tensor:

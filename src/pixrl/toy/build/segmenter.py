@@ -51,5 +51,7 @@ def build_segmenter(shop: Workshop) -> None:
     folder = shop.folder("segmenter")
     save_half(model.eval(), folder)
     size = {"height": SIDE, "width": SIDE}
-    SegformerImageProcessor(size=size, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)).save_pretrained(folder)
+    SegformerImageProcessor(
+        size=size, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
+    ).save_pretrained(folder)
     shop.provenance("segmenter", {"segmenter": PLAN}, seconds)

@@ -26,19 +26,27 @@ def train_t5(shop: Workshop) -> tuple[T5EncoderModel, T5Tokenizer]:
     """Distil the text tower of `clip`: both tokenizers give one token a word, so word i is compared with word i."""
     tokenizer = t5_tokenizer()
     clip_tokenizer = CLIPTokenizer.from_pretrained(shop.out / "clip")
-    teacher = CLIPTextModelWithProjection.from_pretrained(shop.out / "clip", dtype=torch.float32).eval().to(shop.device)
+    teacher = (
+        CLIPTextModelWithProjection.from_pretrained(shop.out / "clip", dtype=torch.float32)
+        .eval()
+        .to(shop.device)
+    )
     student = new_t5(tokenizer).to(shop.device)
     data = pictures(shop.work, "scenes", SCENES, shop.seed)
 
     def loss(draw: Draw) -> Tensor:
         captions = [caption(data.scene(int(row)), draw.rng) for row in draw.rows(len(data), PLAN.batch)]
         with torch.no_grad():
-            ids = clip_tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(shop.device)
+            ids = clip_tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(
+                shop.device
+            )
             wanted = teacher(input_ids=ids).last_hidden_state[:, 1:]
-        batch = tokenizer(captions, padding="max_length", max_length=T5_LENGTH, return_tensors="pt").to(shop.device)
-        given = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state[:, :-1]
-        words = batch.attention_mask[:, :-1, None].float()
-        return (F.mse_loss(given, wanted, reduction="none") * words).sum() / (words.sum() * WIDTH)
+        batch = tokenizer(captions, padding="max_length", max_length=T5_LENGTH, return_tensors="pt").to(
+            shop.device
+        )
+        states = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        words: Tensor = batch.attention_mask[:, :-1, None].float()
+        return (F.mse_loss(states[:, :-1], wanted, reduction="none") * words).sum() / (words.sum() * WIDTH)
 
     shop.fit("t5", student, PLAN, loss)
     return student.eval(), tokenizer
@@ -49,6 +57,8 @@ def t5_features(model: T5EncoderModel, tokenizer: T5Tokenizer, captions: list[st
     out = []
     with torch.inference_mode():
         for part in np.array_split(np.array(captions, dtype=object), max(len(captions) // 512, 1)):
-            batch = tokenizer(list(part), padding="max_length", max_length=T5_LENGTH, truncation=True, return_tensors="pt")
+            batch = tokenizer(
+                list(part), padding="max_length", max_length=T5_LENGTH, truncation=True, return_tensors="pt"
+            )
             out.append(model(batch.input_ids.to(model.device)).last_hidden_state.half().cpu())
     return torch.cat(out)

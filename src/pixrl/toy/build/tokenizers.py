@@ -1,4 +1,4 @@
-"""Word-level tokenizers in the published file formats: a CLIP BPE and a T5 unigram in which every known word is one token."""
+"""Word-level tokenizers in the published file formats: a CLIP BPE and a T5 unigram, every known word one token."""
 
 import json
 import tempfile
@@ -21,15 +21,21 @@ def clip_tokenizer() -> CLIPTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=4000,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     bpe.train_from_iterator(list(WORDS), trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     symbols = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
-    vocabulary = list(dict.fromkeys(symbols)) + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [*dict.fromkeys(symbols), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-        Path(folder, "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+        Path(folder, "merges.txt").write_text(
+            "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n"
+        )
         tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=CLIP_LENGTH)
     _check(tokenizer, extra=2)
     return tokenizer
@@ -50,4 +56,3 @@ def _check(tokenizer: CLIPTokenizer | T5Tokenizer, extra: int) -> None:
     broken = [word for word in WORDS if len(tokenizer(word).input_ids) != 1 + extra]
     if broken:
         raise RuntimeError(f"these words are not one token in {type(tokenizer).__name__}: {broken}")
-

@@ -37,18 +37,28 @@ def _encode_all(vae: AutoencoderKL, data: Pictures, shop: Workshop) -> Tensor:
             rows = list(range(start, min(start + 256, len(data))))
             images = data.tensor(rows).to(shop.device)
             out.append(vae.encode(images * 2 - 1).latent_dist.mean.float().cpu())
-    return ((torch.cat(out) - vae.config.shift_factor) * vae.config.scaling_factor).half()
+    shift, scale = float(vae.config.shift_factor), float(vae.config.scaling_factor)
+    return ((torch.cat(out) - shift) * scale).half()
 
 
 def edges(images: Tensor) -> Tensor:
     """Differences to the right and downward neighbour, side by side."""
-    return torch.cat(((images[..., 1:, :] - images[..., :-1, :]).flatten(1), (images[..., :, 1:] - images[..., :, :-1]).flatten(1)), 1)
+    return torch.cat(
+        (
+            (images[..., 1:, :] - images[..., :-1, :]).flatten(1),
+            (images[..., :, 1:] - images[..., :, :-1]).flatten(1),
+        ),
+        1,
+    )
 
 
 def build_vae(shop: Workshop) -> None:
     """Train and save `vae`; its config says how to scale latents to zero mean and unit variance."""
     torch.manual_seed(shop.seed)
-    sets = [pictures(shop.work, "scenes", SCENES, shop.seed), pictures(shop.work, "subjects", SUBJECT_PICTURES, shop.seed)]
+    sets = [
+        pictures(shop.work, "scenes", SCENES, shop.seed),
+        pictures(shop.work, "subjects", SUBJECT_PICTURES, shop.seed),
+    ]
     vae = new_vae().to(shop.device)
 
     def loss(draw: Draw) -> Tensor:
@@ -59,8 +69,10 @@ def build_vae(shop: Workshop) -> None:
             noise = draw.normal(*latents.mean.shape).to(shop.device)
             decoded = vae.decode(latents.mean + latents.std * noise).sample
         decoded = decoded.float()
-        error = F.l1_loss(decoded, target) + F.mse_loss(decoded, target) + 0.5 * F.l1_loss(edges(decoded), edges(target))
-        return error + KL_WEIGHT * latents.kl().float().mean() / latents.mean[0].numel()
+        error = F.l1_loss(decoded, target) + F.mse_loss(decoded, target)
+        error = error + 0.5 * F.l1_loss(edges(decoded), edges(target))
+        divergence: Tensor = latents.kl().float().mean() / latents.mean[0].numel()
+        return error + KL_WEIGHT * divergence
 
     seconds = shop.fit("vae", vae, PLAN, loss)
     vae.encoder.requires_grad_(False)
@@ -69,6 +81,8 @@ def build_vae(shop: Workshop) -> None:
     with torch.no_grad():
         sample = sets[0].tensor(list(range(1024))).to(shop.device)
         latents = vae.encode(sample * 2 - 1).latent_dist.mean
-    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4), shift_factor=round(float(latents.mean()), 4))
+    vae.register_to_config(
+        scaling_factor=round(1 / float(latents.std()), 4), shift_factor=round(float(latents.mean()), 4)
+    )
     save_half(vae, shop.folder("vae"))
     shop.provenance("vae", {"vae": PLAN, "decoder alone": DECODER_PLAN}, seconds)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import ModelMixin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
@@ -27,7 +28,10 @@ SAVE_EVERY_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast a stage trains; `ema` is the decay of the averaged weights that are kept."""
+    """How long and how fast a stage trains; `ema` is the decay of the averaged weights that are kept.
+
+    `level` is the share of the steps before the learning rate falls.
+    """
 
     steps: int
     batch: int
@@ -35,6 +39,7 @@ class Plan:
     warmup: int = 100
     weight_decay: float = 0.01
     ema: float | None = None
+    level: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,15 @@ class Workshop:
         return nullcontext()
 
     def draw(self, step: int) -> Draw:
-        return Draw(np.random.default_rng((self.seed, step)), torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        return Draw(
+            np.random.default_rng((self.seed, step)),
+            torch.Generator().manual_seed(self.seed * 1_000_003 + step),
+        )
 
-    def cached(self, name: str, source: nn.Module, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `make` computes with the frozen `source`; kept on disk, and made anew when the source's weights change."""
+    def cached(
+        self, name: str, source: nn.Module, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What `make` computes with the frozen `source`: kept on disk, made anew when the source's weights change."""
         digest = hashlib.blake2b(digest_size=8)
         for parameter in source.parameters():
             digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
@@ -100,7 +110,9 @@ class Workshop:
             "plans": {name: vars(plan) for name, plan in plans.items()},
             "seconds": round(seconds, 1),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}",
-            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "pillow", "numpy")},
+            "versions": {
+                name: version(name) for name in ("torch", "diffusers", "transformers", "pillow", "numpy")
+            },
         }
         (self.out / stage / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -121,7 +133,10 @@ def training_attention(device: torch.device) -> AbstractContextManager[object]:
 
 
 class _Trainer:
-    """AdamW with a warm-up and a cosine tail; its state goes to disk once a minute."""
+    """AdamW with a warm-up and a cosine tail; its state goes to disk once a minute.
+
+    Under torchrun every process draws batches of its own and gradients are averaged.
+    """
 
     def __init__(self, shop: Workshop, stage: str, module: nn.Module, plan: Plan) -> None:
         self.shop, self.stage, self.module, self.plan = shop, stage, module, plan
@@ -132,6 +147,9 @@ class _Trainer:
         self.average = [p.detach().clone() for p in self.parameters] if plan.ema else []
         self.state_path = shop.work / stage / "state.safetensors"
         self.step, self.seconds = 0, 0.0
+        self.rank, self.processes = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
 
     def run(self, loss: Callable[[Draw], Tensor]) -> float:
         if self.shop.resume and self.state_path.exists():
@@ -147,7 +165,7 @@ class _Trainer:
                 progress.update(bar, completed=self.step, loss=f"loss {smooth:.4f}")
                 now = time.monotonic()
                 self.seconds = before + now - started
-                if now - saved > SAVE_EVERY_SECONDS or self.step == self.plan.steps:
+                if self.rank == 0 and (now - saved > SAVE_EVERY_SECONDS or self.step == self.plan.steps):
                     self._save()
                     saved = now
                     print(f"{self.stage} step {self.step} loss {smooth:.4f} {self.seconds:.0f}s", flush=True)
@@ -158,9 +176,11 @@ class _Trainer:
     def _advance(self, loss: Callable[[Draw], Tensor]) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr * self._schedule()
-        value = loss(self.shop.draw(self.step))
+        value = loss(self.shop.draw(self.step * self.processes + self.rank))
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
+        if self.processes > 1:
+            self._average_gradients()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1
@@ -169,10 +189,22 @@ class _Trainer:
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         return float(value.detach())
 
+    def _average_gradients(self) -> None:
+        """Every process trains on a batch of its own; they take the same step."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, mean in zip(
+            gradients, flat.div_(self.processes).split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
+
     def _schedule(self) -> float:
+        """Up, level for `plan.level` of the steps, then down along a cosine to a fiftieth."""
         if self.step < self.plan.warmup:
             return (self.step + 1) / self.plan.warmup
-        done = (self.step - self.plan.warmup) / max(self.plan.steps - self.plan.warmup, 1)
+        start = max(self.plan.warmup, self.plan.level * self.plan.steps)
+        done = max(self.step - start, 0) / max(self.plan.steps - start, 1)
         return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -205,7 +237,13 @@ class _Trainer:
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     return Progress(*columns)
 
 
@@ -214,4 +252,8 @@ def save_half(module: ModelMixin | PreTrainedModel, folder: Path) -> None:
     module.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         stored = load_file(path)
-        save_file({name: t.half() if t.is_floating_point() else t for name, t in stored.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: t.half() if t.is_floating_point() else t for name, t in stored.items()},
+            path,
+            metadata={"format": "pt"},
+        )
