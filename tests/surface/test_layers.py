@@ -20,7 +20,12 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TOY_MAY_IMPORT = LAYERS[0] | LAYERS[1] | LAYERS[2]
-TOY_MAY_IMPORT_MODULES = ("pixrl.training.checkpoint", "pixrl.training.files")
+TOY_MAY_IMPORT_MODULES = (
+    "pixrl.training.calibration",  # the build calibrates the generator it made
+    "pixrl.training.checkpoint",
+    "pixrl.training.files",
+    "pixrl.training.fuse_world",
+)
 MAY_IMPORT_TOY = {"toy", "cli"}
 TORCH_FREE = ["errors", "config", "hub", "cli", "__init__", "__main__"]
 LIBRARIES_OF_EQUATIONS = {"torch", "pixrl"}

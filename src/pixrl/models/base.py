@@ -23,7 +23,11 @@ class Conditioning:
         return self.tokens_BLD.shape[0]
 
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "Conditioning":
-        index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.tokens_BLD.device)
+        index = (
+            rows
+            if isinstance(rows, slice)
+            else torch.as_tensor(rows, dtype=torch.long).to(self.tokens_BLD.device)
+        )
         return self._map(lambda x: x[index])
 
     def to(

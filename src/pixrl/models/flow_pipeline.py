@@ -28,6 +28,7 @@ from pixrl.models.pipeline import (
     latent_side,
     load_pipeline,
     make_settings,
+    memory_format,
     micro_batch_for,
 )
 from pixrl.models.prompts import PromptCache, check_words
@@ -61,7 +62,7 @@ class FlowPipelinePolicy(FlowPolicy):
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
         self.pipeline = load_pipeline(self.pipeline_class, path, self.precision, self.device)
         self.transformer: nn.Module = self.pipeline.transformer
-        self.vae: nn.Module = self.pipeline.vae.to(memory_format=torch.channels_last)
+        self.vae: nn.Module = self.pipeline.vae.to(memory_format=memory_format(self.device))
         self.lora: LoraSlots | None = None
         channels, patch = self._latent_geometry()
         side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor, patch)

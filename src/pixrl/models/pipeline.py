@@ -102,6 +102,11 @@ def micro_batch_for(device: torch.device, resolution: int) -> int:
     return max(1, 64 * 512 * 512 // (resolution * resolution))
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How convolutions are stored: channels last is faster on GPUs; on CPUs it was slower (docs/log.md)."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Latents to pictures in [0, 1]: undo the VAE's scaling and shift, decode, map [-1, 1] to [0, 1].
 
@@ -116,7 +121,7 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
         latents = latents * std / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-    latents = latents.to(vae.dtype).contiguous(memory_format=torch.channels_last)
+    latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device))
     kind = vae.device.type
     narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
     with torch.autocast(kind, dtype=torch.bfloat16) if narrow else nullcontext():

@@ -25,6 +25,7 @@ from pixrl.models.pipeline import (
     latent_side,
     load_pipeline,
     make_settings,
+    memory_format,
     micro_batch_for,
 )
 from pixrl.models.prompts import PromptCache, check_words
@@ -54,8 +55,8 @@ class SDXLRenderer(Renderer):
         self.settings = make_settings(self.card, DEFAULTS, steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
         self.pipeline = load_pipeline("StableDiffusionXLPipeline", path, self.precision, self.device)
-        self.pipeline.unet.to(memory_format=torch.channels_last)
-        self.vae = self.pipeline.vae.to(memory_format=torch.channels_last)
+        self.pipeline.unet.to(memory_format=memory_format(self.device))
+        self.vae = self.pipeline.vae.to(memory_format=memory_format(self.device))
         side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor)
         self.latent_shape = (int(self.pipeline.unet.config.in_channels), side, side)
         self.micro_batch = micro_batch_for(self.device, self.settings.resolution)

@@ -1,5 +1,6 @@
 """`clip`: image and text towers trained contrastively, and a second text tower for the generator's second encoder."""
 
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +17,12 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from pixrl.hub import CARD_FILE
 from pixrl.toy.build.pictures import SIDE, Pictures, pictures, without_background
 from pixrl.toy.build.tokenizers import clip_tokenizer
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 from pixrl.toy.language import caption
+from pixrl.toy.vocabulary import COLOURS
 from pixrl.toy.scene import Task
 
 PLAN = Plan(steps=1500, batch=128, lr=1.5e-3, warmup=150, weight_decay=0.05)
@@ -163,5 +166,7 @@ def build_clip(shop: Workshop) -> None:
     save_half(towers.model, folder)
     CLIPProcessor(image_processor=image_processor(), tokenizer=tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    colours = {"colors": list(COLOURS), "color_templates": ["a photo of a {color} {kind}"]}
+    (folder / CARD_FILE).write_text(json.dumps(colours, indent=1) + "\n")
     save_half(towers.second_text, shop.work / "text_encoder_2")
     shop.provenance("clip", {"clip": PLAN}, seconds)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pixrl.equations import interpolate
+from pixrl.hub import CARD_FILE
 from pixrl.models.flux_tokens import pack_latents, position_ids
 from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH
 from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
@@ -131,4 +132,4 @@ def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
         "clip": "toy:clip",
         "segmenter": "toy:segmenter",
     }
-    (folder / "pixrl.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / CARD_FILE).write_text(json.dumps(settings, indent=1) + "\n")

@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from pixrl.equations import interpolate
+from pixrl.hub import CARD_FILE
 from pixrl.toy.build.clip import SCENES, SECOND_WIDTH, WIDTH
 from pixrl.toy.build.pictures import SIDE, Pictures, pictures
 from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
+from pixrl.toy.vocabulary import KINDS
 
 PLAN = Plan(steps=8000, batch=64, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999, level=0.6)
 SAMPLING_STEPS = 10
@@ -121,7 +123,19 @@ def build_sd3(shop: Workshop) -> None:
 
     seconds = shop.fit("sd3", transformer, PLAN, loss)
     save_pipeline(pipeline, shop.folder("sd3"))
+    calibrate(shop)
     shop.provenance("sd3", {"sd3": PLAN}, seconds)
+
+
+def calibrate(shop: Workshop) -> None:
+    """Store the thresholds of `pixrl fuse` with the generator: they come from its own pictures of every kind."""
+    from pixrl.training.calibration import calibrate_presence
+    from pixrl.training.fuse_world import load_world
+
+    world = load_world(*(str(shop.out / name) for name in ("sd3", "clip", "segmenter")))
+    card = shop.out / "sd3" / CARD_FILE
+    settings = json.loads(card.read_text()) | {"presence": calibrate_presence(world, KINDS).to_card()}
+    card.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def save_pipeline(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
@@ -139,4 +153,4 @@ def save_pipeline(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
         "clip": "toy:clip",
         "segmenter": "toy:segmenter",
     }
-    (folder / "pixrl.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / CARD_FILE).write_text(json.dumps(settings, indent=1) + "\n")

@@ -257,3 +257,4 @@ def save_half(module: ModelMixin | PreTrainedModel, folder: Path) -> None:
             path,
             metadata={"format": "pt"},
         )
+        path.chmod(0o644)
