@@ -22,8 +22,8 @@ from pixrl.toy.build.pictures import SIDE, Pictures, pictures, without_backgroun
 from pixrl.toy.build.tokenizers import clip_tokenizer
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 from pixrl.toy.language import caption
-from pixrl.toy.vocabulary import COLOURS
 from pixrl.toy.scene import Task
+from pixrl.toy.vocabulary import COLOURS
 
 PLAN = Plan(steps=1500, batch=128, lr=1.5e-3, warmup=150, weight_decay=0.05)
 SCENES = 48_000

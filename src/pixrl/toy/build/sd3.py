@@ -17,6 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from pixrl.equations import interpolate
 from pixrl.hub import CARD_FILE
+from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
 from pixrl.toy.build.clip import SCENES, SECOND_WIDTH, WIDTH
 from pixrl.toy.build.pictures import SIDE, Pictures, pictures
 from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
@@ -24,8 +25,10 @@ from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
 from pixrl.toy.vocabulary import KINDS
 
-PLAN = Plan(steps=8000, batch=64, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999, level=0.6)
+PLAN = Plan(steps=7400, batch=64, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999, level=0.6)
 SAMPLING_STEPS = 10
+ALIGNED_BLOCK = 2
+"""The block whose tokens are aligned with `clip`'s."""
 CAPTIONS_EACH = 2
 """Captions of each training picture, encoded once."""
 DROPPED_CAPTIONS = 0.05
@@ -105,6 +108,8 @@ def build_sd3(shop: Workshop) -> None:
         f"{len(latents)} latents, {len(tokens)} captions, latent std {latents.float().std():.3f}", flush=True
     )
     transformer = pipeline.transformer
+    patches = clip_patches(shop, data, "scenes")
+    aligned = Aligned(transformer, transformer.transformer_blocks[ALIGNED_BLOCK], transformer.inner_dim).to(shop.device)
 
     def loss(draw: Draw) -> Tensor:
         rows = draw.rows(len(data), PLAN.batch)
@@ -119,9 +124,10 @@ def build_sd3(shop: Workshop) -> None:
                 encoder_hidden_states=tokens[chosen].float().to(shop.device),
                 pooled_projections=pooled[chosen].float().to(shop.device),
             ).sample
-        return F.mse_loss(velocity.float(), noise - x0)
+            alignment = aligned.loss(patches[rows].to(shop.device), kind_shares(data.labels[rows]).to(shop.device))
+        return F.mse_loss(velocity.float(), noise - x0) + alignment
 
-    seconds = shop.fit("sd3", transformer, PLAN, loss)
+    seconds = shop.fit("sd3", aligned, PLAN, loss)
     save_pipeline(pipeline, shop.folder("sd3"))
     calibrate(shop)
     shop.provenance("sd3", {"sd3": PLAN}, seconds)
