@@ -12,7 +12,7 @@ import torch
 from pixrl import fuse_api
 from pixrl.errors import CheckpointError, InputError, RunError, UnknownWordError
 from pixrl.training import checkpoint, fuse_job
-from pixrl.training.fuse_config import FuseConfig, Noise, Pooled, SamplerName
+from pixrl.training.fuse_config import FuseConfig, Pooled, SamplerName
 from pixrl.training.fuse_job import go_on, select_again, start
 from pixrl.training.fuse_world import FusionSession
 from pixrl.training.fuse_writer import StepWriter, load_coefficients
@@ -254,13 +254,6 @@ def test_exemplars_do_not_depend_on_the_runs_seed_and_are_made_once(world):
     assert FusionSession(world, config(seed=7, sampler="random")).exemplars[0] is first
     assert world.renderer.rendered == made
     assert torch.equal(fake_world().exemplars("owl", 2).images_MCHW, first.images_MCHW)
-
-
-@pytest.mark.parametrize(("noise", "distinct"), [(Noise.IMAGE, 32), (Noise.BATCH, 4), (Noise.RUN, 1)])
-def test_noise_is_shared_as_asked(world, noise, distinct):
-    session = FusionSession(world, config(noise=noise))
-    seeds = [seed for step in range(4) for seed in session.seeds(step, 8)]
-    assert len(set(seeds)) == distinct
 
 
 def test_pooled_features_are_mixed_as_asked(world):

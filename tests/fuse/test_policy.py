@@ -12,8 +12,9 @@ from pixrl.algorithms.rmler import RMLer
 from pixrl.errors import ShapeError
 from pixrl.training.fuse_config import FuseConfig, resolve_options
 from pixrl.training.fuse_loop import make_sampler, play
+from pixrl.training.fuse_noise import NoisePlan
 from pixrl.training.fuse_world import FusionSession
-from tests.fuse.test_samplers import sampler_of, scores, task
+from tests.fuse.test_samplers import sampler_of, scores, task, told
 from tests.fuse.world import fake_world
 
 PROPERTY = settings(deadline=None, max_examples=20, derandomize=True)
@@ -101,8 +102,8 @@ def test_the_raw_reward_is_the_papers_advantage():
     assert isinstance(raw, RMLer) and isinstance(centred, RMLer)
     proposal = raw.ask(4, 0)
     rewards_B = torch.tensor([1.0, 2.0, torch.nan, 3.0])
-    assert raw.advantages(proposal, rewards_B).tolist() == [1.0, 2.0, 0.0, 3.0]
-    advantages_B = centred.advantages(proposal, rewards_B)
+    assert raw.advantages(proposal, told(rewards_B)).tolist() == [1.0, 2.0, 0.0, 3.0]
+    advantages_B = centred.advantages(proposal, told(rewards_B))
     assert advantages_B[2] == 0
     assert abs(float(advantages_B.sum())) < 1e-5
     assert float(advantages_B[[0, 1, 3]].std(correction=0)) == pytest.approx(1, abs=1e-3)
@@ -151,7 +152,7 @@ def test_swapping_the_concepts_mirrors_the_first_proposals():
 def rewards_of(world, **settings):
     config = FuseConfig(**settings)
     session = FusionSession(world, config)
-    steps = list(play(session, make_sampler(config, session), config))
+    steps = list(play(session, make_sampler(config, session), config, NoisePlan(config.noise, config.seed)))
     return torch.stack([step.feedback.rewards_B.mean() for step in steps])
 
 

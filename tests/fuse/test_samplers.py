@@ -11,6 +11,7 @@ from pixrl.algorithms.fusion_samplers import GoldenSection, uniform_simplex
 from pixrl.algorithms.swap_samplers import BASS, BASSSettings
 from pixrl.training.fuse_config import FuseConfig, SamplerName, resolve_options
 from pixrl.training.fuse_loop import make_sampler, play
+from pixrl.training.fuse_noise import NoisePlan
 from pixrl.training.fuse_world import FusionSession
 from tests.fuse.world import fake_world
 
@@ -25,6 +26,10 @@ def task(concepts=2, columns=20, seed=0, budget=64, batch=8):
 
 def sampler_of(name, the_task, **options):
     return algorithms.load(algorithms.FUSION_SAMPLERS[name])(the_task, resolve_options(name, options))
+
+
+def told(rewards_B):
+    return Feedback(torch.zeros(len(rewards_B), 2), rewards_B, torch.arange(len(rewards_B)))
 
 
 def scores(count, concepts, step):
@@ -57,7 +62,10 @@ def test_every_sampler_makes_exactly_its_budget(name, budget, batch):
     config = FuseConfig(concepts=("owl", "snail"), sampler=name, budget=budget, batch=batch, exemplars=1)
     session = FusionSession(world, config)
     before = world.renderer.rendered
-    made = [len(step) for step in play(session, make_sampler(config, session), config)]
+    made = [
+        len(step)
+        for step in play(session, make_sampler(config, session), config, NoisePlan(config.noise, config.seed))
+    ]
     assert sum(made) == budget == world.renderer.rendered - before
 
 
@@ -121,7 +129,7 @@ def test_golden_section_closes_in_on_the_best_weight():
         proposal = sampler.ask(8, step)
         weight = proposal.coefficients_BND[:, 0, 0]
         rewards_B = -((weight - 0.31) ** 2)
-        sampler.tell(proposal, Feedback(torch.zeros(8, 2), rewards_B))
+        sampler.tell(proposal, told(rewards_B))
     assert sampler.low[0] <= 0.31 <= sampler.high[0]
     assert sampler.high[0] - sampler.low[0] < 0.01
 
@@ -132,7 +140,7 @@ def test_golden_section_searches_each_of_several_concepts():
     for step in range(60):
         proposal = sampler.ask(8, step)
         rewards_B = -(proposal.coefficients_BND[:, :, 0] - target).square().sum(dim=1)
-        sampler.tell(proposal, Feedback(torch.zeros(8, 3), rewards_B))
+        sampler.tell(proposal, told(rewards_B))
     best = (proposal.coefficients_BND[:, :, 0] - target).abs().max()
     assert best < 0.12
 
@@ -163,7 +171,7 @@ def test_search_stays_near_the_best_it_has_seen():
     for step in range(25):
         proposal = sampler.ask(8, step)
         rewards_B = -(proposal.coefficients_BND[:, 0] - target).square().mean(dim=1)
-        sampler.tell(proposal, Feedback(torch.zeros(8, 2), rewards_B))
+        sampler.tell(proposal, told(rewards_B))
         if step == 0:
             first = float(rewards_B.mean())
     assert float(rewards_B.mean()) > first + 0.03

@@ -6,7 +6,7 @@ by (seed, step): its proposals depend on nothing but those and on what it was to
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -75,10 +75,26 @@ class Feedback:
 
     similarities_BN: Tensor
     rewards_B: Tensor
+    noise_B: Tensor
+    """A number for each noise: pictures with the same one were drawn from the same noise."""
 
     @staticmethod
-    def of(similarities_BN: Tensor, alpha: float) -> "Feedback":
-        return Feedback(similarities_BN, fusion_reward(similarities_BN, alpha))
+    def of(similarities_BN: Tensor, alpha: float, seeds: Sequence[int] = ()) -> "Feedback":
+        """From similarities and the noises' seeds, all different when none are given."""
+        count = len(similarities_BN)
+        first = {seed: place for place, seed in reversed(list(enumerate(seeds or range(count))))}
+        noise_B = torch.tensor([first[seed] for seed in seeds or range(count)], dtype=torch.long)
+        return Feedback(similarities_BN, fusion_reward(similarities_BN, alpha), noise_B)
+
+    def by_noise(self) -> Tensor:
+        """Rewards [P, G], one row a noise that several pictures share, the others together in one; nan elsewhere.
+
+        Row p, column b holds picture b's reward if it belongs to row p.
+        """
+        numbers, place_B, count = self.noise_B.unique(return_inverse=True, return_counts=True)
+        row_B = torch.where(count[place_B] > 1, place_B, len(numbers))
+        rows = row_B.unique()
+        return self.rewards_B.expand(len(rows), -1).masked_fill(rows[:, None] != row_B, torch.nan)
 
 
 class Sampler(ABC, Generic[SettingsT]):

@@ -69,7 +69,9 @@ class CompactPolicy(FusionPolicy):
     _center_D: Tensor
     _spread: Tensor
 
-    def __init__(self, task: FusionTask, *, groups: int, hidden: int, std: float, balance_std: float, seed: int) -> None:
+    def __init__(
+        self, task: FusionTask, *, groups: int, hidden: int, std: float, balance_std: float, seed: int
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         concepts, columns = task.features_ND.shape

@@ -48,9 +48,9 @@ class PPO(PolicySampler[PPOSettings]):
         values_B: Tensor = self.critic((states_BD - self.center_D) / self.spread)[:, 0]
         return values_B
 
-    def advantages(self, proposal: Proposal, rewards_B: Tensor) -> Tensor:
-        advantages_B = self.estimate(proposal, rewards_B)[0]
-        return group_advantages(advantages_B.masked_fill(rewards_B.isnan(), torch.nan)[None])[0]
+    def advantages(self, proposal: Proposal, feedback: Feedback) -> Tensor:
+        advantages_B = self.estimate(proposal, feedback.rewards_B)[0]
+        return group_advantages(advantages_B.masked_fill(feedback.rewards_B.isnan(), torch.nan)[None])[0]
 
     @torch.no_grad()
     def estimate(self, proposal: Proposal, rewards_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class GRPOSettings(PolicySettings):
 
 
 class GRPO(PolicySampler[GRPOSettings]):
-    """A batch is one group from one state, s_0; advantages over the group's deviation; KL to the first policy."""
+    """One state, s_0, for all; a group is a batch, or the pictures of one noise; KL to the first policy."""
 
     settings_type = GRPOSettings
 
@@ -110,8 +110,9 @@ class GRPO(PolicySampler[GRPOSettings]):
     def transition(self, coefficients_ND: Tensor) -> Tensor:
         return self.state_D
 
-    def advantages(self, proposal: Proposal, rewards_B: Tensor) -> Tensor:
-        return group_advantages(rewards_B[None])[0]
+    def advantages(self, proposal: Proposal, feedback: Feedback) -> Tensor:
+        advantages_PG = group_advantages(feedback.by_noise())
+        return advantages_PG.sum(dim=0)
 
     def penalty(self, states_BD: Tensor) -> Tensor | None:
         if self.settings.kl == 0:

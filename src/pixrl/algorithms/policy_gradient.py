@@ -62,7 +62,9 @@ class PolicySettings(Settings):
             return given
         kind = PolicyKind(given.get("policy", PolicyKind.COMPACT))
         without_effect = [
-            name for name in ("groups", "std", "balance_std") if kind is PolicyKind.PAPER and given.get(name) is not None
+            name
+            for name in ("groups", "std", "balance_std")
+            if kind is PolicyKind.PAPER and given.get(name) is not None
         ]
         if without_effect:
             raise ValueError(f"{' and '.join(without_effect)} would have no effect with policy 'paper'")
@@ -115,10 +117,10 @@ class PolicySampler(Sampler[PolicySettingsT]):
         self.state_D = proposal.trace["next_D"]
         if int(scored_B.sum()) < 2:
             return {}
-        return self.improve(proposal, self.advantages(proposal, feedback.rewards_B), scored_B)
+        return self.improve(proposal, self.advantages(proposal, feedback), scored_B)
 
     @abstractmethod
-    def advantages(self, proposal: Proposal, rewards_B: Tensor) -> Tensor:
+    def advantages(self, proposal: Proposal, feedback: Feedback) -> Tensor:
         """How much better each action was than expected, [B]; 0 where scoring failed."""
 
     def penalty(self, states_BD: Tensor) -> Tensor | None:

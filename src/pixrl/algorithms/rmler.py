@@ -19,8 +19,8 @@ improves the policy.
 
 Deviations:
 
-1. The advantage is the reward minus the mean of the batch's other rewards, divided by their standard deviation. The
-   paper multiplies by the raw reward, which is nearly always positive and so raises the probability of whatever was
+1. The advantage is the reward minus the mean of the batch's other rewards, of those from the same noise where some
+   share it; standardized over the batch. The paper multiplies by the raw reward, which is nearly always positive and so raises the probability of whatever was
    drawn; `baseline: none` does that.
 2. `compact`, the default policy: coefficients stay in [0, 1] (a = sigmoid(u), u Gaussian, log-probabilities of u) and
    depend on 1 + `groups` numbers. The published network has a standard deviation of at least 1 and no bound, so that
@@ -36,9 +36,10 @@ Deviations:
 
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
-from pixrl.algorithms.base import Proposal
+from pixrl.algorithms.base import Feedback, Proposal
 from pixrl.algorithms.policy_gradient import PolicySampler, PolicySettings
 from pixrl.equations import group_advantages, leave_one_out
 
@@ -62,8 +63,8 @@ class RMLer(PolicySampler[RMLerSettings]):
 
     settings_type = RMLerSettings
 
-    def advantages(self, proposal: Proposal, rewards_B: Tensor) -> Tensor:
+    def advantages(self, proposal: Proposal, feedback: Feedback) -> Tensor:
         if self.settings.baseline is Baseline.NONE:
-            return rewards_B.nan_to_num(0.0)
-        centered_PG = leave_one_out(rewards_B[None])
-        return group_advantages(centered_PG.masked_fill(rewards_B[None].isnan(), float("nan")))[0]
+            return feedback.rewards_B.nan_to_num(0.0)
+        centered_B = leave_one_out(feedback.by_noise()).sum(dim=0)
+        return group_advantages(centered_B.masked_fill(feedback.rewards_B.isnan(), torch.nan)[None])[0]

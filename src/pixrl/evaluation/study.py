@@ -32,6 +32,7 @@ from pixrl.training.environment import describe
 from pixrl.training.files import sha256, write_atomic
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.fuse_loop import FusionStep, make_sampler, play
+from pixrl.training.fuse_noise import NoisePlan
 from pixrl.training.fuse_select import choose, choose_thresholds
 from pixrl.training.fuse_world import FusionSession, FusionWorld, load_world
 from pixrl.training.jsonl import JsonLines
@@ -99,7 +100,7 @@ def run_task(study: StudyConfig, task: Task, world: FusionWorld, heldout: HeldOu
     begun = time.perf_counter()
     config = study.recipe(task)
     session = FusionSession(world, config)
-    steps = list(play(session, make_sampler(config, session), config))
+    steps = list(play(session, make_sampler(config, session), config, NoisePlan(config.noise, config.seed)))
     similarities_BN = torch.cat([step.feedback.similarities_BN for step in steps])
     thresholds = choose_thresholds(config, world.card.presence)
     selection = choose(similarities_BN, config, thresholds, 1)

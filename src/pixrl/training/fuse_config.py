@@ -9,6 +9,7 @@ from pixrl import algorithms
 from pixrl.config import Settings
 from pixrl.data.pairs import check_concepts
 from pixrl.errors import did_you_mean
+from pixrl.training.fuse_noise import Noise
 
 
 class SamplerName(StrEnum):
@@ -34,17 +35,6 @@ class Pooled(StrEnum):
     """Each concept by the mean of its coefficients."""
     COLUMNS = "columns"
     """Column by column, with coefficients of their own."""
-
-
-class Noise(StrEnum):
-    """Which pictures share the generator's noise."""
-
-    IMAGE = "image"
-    """None do."""
-    BATCH = "batch"
-    """Those of one batch: their rewards then differ by the coefficients alone (common random numbers)."""
-    RUN = "run"
-    """All of them: the paper's code."""
 
 
 class FuseConfig(Settings):

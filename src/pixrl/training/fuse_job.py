@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from pixrl.hub import Presence
 from pixrl.training import checkpoint
 from pixrl.training.files import write_atomic
 from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.fuse_loop import FailureWatch, make_sampler, play
+from pixrl.training.fuse_loop import FailureWatch, FusionStep, make_sampler, play
+from pixrl.training.fuse_noise import NoisePlan
 from pixrl.training.fuse_progress import Progress, Shown, Silent
 from pixrl.training.fuse_select import Selection, choose, choose_thresholds, similarities_of
 from pixrl.training.fuse_world import FusionSession, FusionWorld, load_world
@@ -141,7 +142,7 @@ def find_place(folder: RunFolder) -> Place:
         tensors, state = checkpoint.load(found)
         step = checkpoint.step_of(found)
         if state["images"] <= rows:
-            return Place(step, state["images"], tensors, state["sampler"])
+            return Place(step, state["images"], tensors, state)
         found = checkpoint.latest(folder.path, at_most=step - 1)
     return START
 
@@ -164,28 +165,32 @@ def _run(
 ) -> FinishedRun:
     session = FusionSession(world, config)
     sampler = make_sampler(config, session)
+    noise = NoisePlan(config.noise, config.seed)
     if place is not START:
-        sampler.restore(place.tensors, place.state)
+        sampler.restore(place.tensors, place.state["sampler"])
+        noise.restore(place.state["noise"])
     _write_world(folder, _record(world, session), session)
     watch = FailureWatch(config)
     done = folder.manifest()
     watch.count(tuple(row.failed for row in done))
     progress.begin(config, [_reward(row) for row in done])
     with Shown(progress), StepWriter(folder, config) as writer:
-        _play(session, sampler, place.step, writer, watch, progress)
+        steps = play(session, sampler, config, noise, place.step)
+        _follow(steps, sampler, noise, writer, watch, progress)
     return _choose(folder, config, folder.manifest())
 
 
-def _play(
-    session: FusionSession,
+def _follow(
+    steps: Iterator[FusionStep],
     sampler: Sampler[Any],
-    start_step: int,
+    noise: NoisePlan,
     writer: StepWriter,
     watch: FailureWatch,
     progress: Progress,
 ) -> None:
-    for step in play(session, sampler, session.config, start_step):
-        state = {"images": step.first_index + len(step), "sampler": sampler.state()}
+    for step in steps:
+        images = step.first_index + len(step)
+        state = {"images": images, "sampler": sampler.state(), "noise": noise.state()}
         writer.write(step, sampler.tensors(), state)
         progress.advance(step.feedback.rewards_B.tolist())
         watch.count(step.reasons)

@@ -12,6 +12,7 @@ from pixrl import algorithms
 from pixrl.algorithms.base import Feedback, Proposal, Sampler
 from pixrl.errors import RunError
 from pixrl.training.fuse_config import FuseConfig, resolve_options
+from pixrl.training.fuse_noise import NoisePlan
 from pixrl.training.fuse_world import FusionSession
 
 
@@ -54,14 +55,15 @@ def play(
         begun = time.perf_counter()
         count = config.count(step)
         proposal = sampler.ask(count, step)
-        seeds = session.seeds(step, count)
+        seeds = noise.seeds(step, count)
         asked = time.perf_counter()
         images_BCHW = session.render(proposal.coefficients_BND, seeds)
         rendered = time.perf_counter()
         similarities_BN, reasons = session.score(images_BCHW)
         scored = time.perf_counter()
-        feedback = Feedback.of(similarities_BN, config.alpha)
+        feedback = Feedback.of(similarities_BN, config.alpha, seeds)
         figures = sampler.tell(proposal, feedback)
+        noise.tell(seeds, feedback.rewards_B.tolist())
         told = time.perf_counter()
         seconds = {
             "sampler": asked - begun + told - scored,

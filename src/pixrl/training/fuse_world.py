@@ -13,7 +13,7 @@ from pixrl.equations import fuse
 from pixrl.errors import RunError, ShapeError
 from pixrl.hub import Card, read_card
 from pixrl.models.base import Conditioning, Renderer
-from pixrl.training.fuse_config import FuseConfig, Noise, Pooled
+from pixrl.training.fuse_config import FuseConfig, Pooled
 from pixrl.types import sample_seed
 
 EXEMPLAR_SEED = 42
@@ -141,13 +141,6 @@ class FusionSession:
             if self.config.pooled is Pooled.AVERAGE:
                 weights = torch.full_like(weights, 1 / len(pooled_NE))
         return torch.cat([fuse(pooled_N1E, weights_NE) for weights_NE in weights]).to(pooled_NE.dtype)
-
-    def seeds(self, step: int, count: int) -> tuple[int, ...]:
-        """The seeds of a step's pictures. They know nothing of the pair: a pair's run in a list is its run alone."""
-        noise = self.config.noise
-        epoch = 0 if noise is Noise.RUN else step
-        shared = noise is not Noise.IMAGE
-        return tuple(sample_seed(self.config.seed, epoch, 0, 0 if shared else i) for i in range(count))
 
     def render(self, coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
         """The pictures of a proposal."""
