@@ -19,9 +19,9 @@ improves the policy.
 
 Deviations:
 
-1. The advantage is the reward minus the mean of the batch's other rewards, of those from the same noise where some
-   share it; standardized over the batch. The paper multiplies by the raw reward, which is nearly always positive and so raises the probability of whatever was
-   drawn; `baseline: none` does that.
+1. The advantage is the reward minus the mean of the batch's other rewards, of those from the same noise where several
+   share it; standardized over the batch. The paper multiplies by the raw reward, which is nearly always positive and
+   so raises the probability of whatever was drawn; `baseline: none` does that.
 2. `compact`, the default policy: coefficients stay in [0, 1] (a = sigmoid(u), u Gaussian, log-probabilities of u) and
    depend on 1 + `groups` numbers. The published network has a standard deviation of at least 1 and no bound, so that
    62 % of its coefficients leave [0, 1], and more weights than 128 pictures can teach. `policy: paper` is that network.

@@ -48,7 +48,7 @@ def make_sampler(config: FuseConfig, session: FusionSession) -> Sampler[Any]:
 
 
 def play(
-    session: FusionSession, sampler: Sampler[Any], config: FuseConfig, start: int = 0
+    session: FusionSession, sampler: Sampler[Any], config: FuseConfig, noise: NoisePlan, start: int = 0
 ) -> Iterator[FusionStep]:
     """The steps of a run from `start` on; each is yielded after the sampler has learnt from it."""
     for step in range(start, config.steps):
