@@ -52,7 +52,12 @@ class Calibration:
 
 
 def calibrate_presence(
-    world: FusionWorld, concepts: Sequence[str], *, exemplars: int = 4, probes: int = 8, quantile: float = 0.95
+    world: FusionWorld,
+    concepts: Sequence[str],
+    *,
+    exemplars: int = 4,
+    probes: int = 8,
+    quantile: float = 0.95,
 ) -> Calibration:
     """Thresholds from `probes` pictures of each concept against `exemplars` pictures of every concept.
 
@@ -70,7 +75,9 @@ def calibrate_presence(
     own = torch.eye(len(concepts), dtype=torch.bool)[:, None].expand_as(similarities_NPN)
     same, different = _finite(similarities_NPN[own]), _finite(similarities_NPN[~own])
     if not len(same) or not len(different):
-        raise RunError(f"No foreground was found in any picture of {', '.join(concepts)}: nothing to calibrate from.")
+        raise RunError(
+            f"No foreground was found in any picture of {', '.join(concepts)}: nothing to calibrate from."
+        )
     threshold = float(different.quantile(quantile))
     apart = float(same.median() - different.median())
     return Calibration(

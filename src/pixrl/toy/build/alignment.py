@@ -53,7 +53,9 @@ class Aligned(nn.Module):
     def __init__(self, transformer: nn.Module, block: nn.Module, width: int) -> None:
         super().__init__()
         self.transformer = transformer
-        self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, WIDTH + CLASSES))
+        self.head = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, WIDTH + CLASSES)
+        )
         self._tokens: Tensor | None = None
         block.register_forward_hook(self._keep)
 

@@ -25,7 +25,7 @@ from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
 from pixrl.toy.vocabulary import KINDS
 
-PLAN = Plan(steps=7400, batch=64, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999, level=0.6)
+PLAN = Plan(steps=24_000, batch=64, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999, level=0.6)
 SAMPLING_STEPS = 10
 ALIGNED_BLOCK = 2
 """The block whose tokens are aligned with `clip`'s."""
@@ -109,7 +109,9 @@ def build_sd3(shop: Workshop) -> None:
     )
     transformer = pipeline.transformer
     patches = clip_patches(shop, data, "scenes")
-    aligned = Aligned(transformer, transformer.transformer_blocks[ALIGNED_BLOCK], transformer.inner_dim).to(shop.device)
+    aligned = Aligned(transformer, transformer.transformer_blocks[ALIGNED_BLOCK], transformer.inner_dim).to(
+        shop.device
+    )
 
     def loss(draw: Draw) -> Tensor:
         rows = draw.rows(len(data), PLAN.batch)
@@ -124,7 +126,9 @@ def build_sd3(shop: Workshop) -> None:
                 encoder_hidden_states=tokens[chosen].float().to(shop.device),
                 pooled_projections=pooled[chosen].float().to(shop.device),
             ).sample
-            alignment = aligned.loss(patches[rows].to(shop.device), kind_shares(data.labels[rows]).to(shop.device))
+            alignment = aligned.loss(
+                patches[rows].to(shop.device), kind_shares(data.labels[rows]).to(shop.device)
+            )
         return F.mse_loss(velocity.float(), noise - x0) + alignment
 
     seconds = shop.fit("sd3", aligned, PLAN, loss)
