@@ -33,7 +33,7 @@ def test_renderer(kind: str, dtype: str, tmp_path: Path) -> None:
     check(renderer)
 
 
-REWARDS = ("clip_image", "clip_text", "geneval")
+REWARDS = ("clip_image", "clip_text", "geneval", "preference")
 
 
 def make_reward(name: str, folder: Path) -> tuple[Reward, RewardBatch]:

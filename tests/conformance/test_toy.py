@@ -39,13 +39,17 @@ def test_generators(name: str) -> None:
     assert len(policy.encode(held_out_prompts(Task.POSITION, 3, seed=0))) == 3
 
 
-@pytest.mark.parametrize("name", ["clip_text", "geneval"])
-def test_rewards(name: str) -> None:
-    need("clip", "segmenter")
-    options = (
-        {"model": "toy:clip"} if name == "clip_text" else {"clip": "toy:clip", "segmenter": "toy:segmenter"}
-    )
-    check_reward(rewards.load(name, device="cpu", **options), true_scenes(Task.COLORS, 4))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("clip_text", {"model": "toy:clip"}),
+        ("geneval", {"clip": "toy:clip", "segmenter": "toy:segmenter"}),
+        ("preference", {"model": "toy:preference"}),
+    ],
+)
+def test_rewards(name: str, options: dict[str, str]) -> None:
+    need("clip", "segmenter", "preference")
+    check_reward(rewards.load(name, device="cpu", **options), true_scenes(Task.COLORS, 4), tolerance=1e-3)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -59,10 +63,20 @@ def test_geneval_agrees_with_true_scenes(task: Task) -> None:
     assert reward.score(wrong_way_round).values_B.mean() <= 0.2
 
 
-def test_clip_text_prefers_the_true_caption() -> None:
-    need("clip")
-    reward = rewards.load("clip_text", model="toy:clip", device="cpu")
+@pytest.mark.parametrize(("name", "model"), [("clip_text", "clip"), ("preference", "preference")])
+def test_the_true_caption_is_preferred(name: str, model: str) -> None:
+    need(model)
+    reward = rewards.load(name, model=f"toy:{model}", device="cpu")
     batch = true_scenes(Task.TWO_OBJECT, 40)
     shuffled = RewardBatch(batch.images_BCHW, [*batch.prompts[1:], batch.prompts[0]])
     better = reward.score(batch).values_B > reward.score(shuffled).values_B
     assert better.float().mean() >= 0.95
+
+
+def test_preference_likes_the_clean_picture() -> None:
+    need("preference")
+    reward = rewards.load("preference", model="toy:preference", device="cpu")
+    batch = true_scenes(Task.COLORS, 40)
+    noise = torch.randn(batch.images_BCHW.shape, generator=torch.Generator().manual_seed(0))
+    noisy = RewardBatch((batch.images_BCHW + 0.2 * noise).clamp(0, 1), batch.prompts)
+    assert (reward.score(batch).values_B > reward.score(noisy).values_B).float().mean() >= 0.95

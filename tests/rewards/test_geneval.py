@@ -1,6 +1,7 @@
 """GenEval's rule line by line on hand-made boxes, and the reward that makes its own detections."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from pixrl import rewards
 from pixrl.errors import InputError
 from pixrl.rewards.geneval import COLORS, GenEvalReward, Verdict, grade, judge, relative_position
-from pixrl.rewards.segmentation import Segmenter
+from pixrl.rewards.segmentation import Instance, Segmenter
 from pixrl.types import RewardBatch
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "geneval_evaluation_metadata.jsonl"
@@ -158,7 +159,7 @@ def test_each_axis_shrinks_by_its_own_sizes() -> None:
     assert relative_position(tall, HERE) == {"below"}
 
 
-def test_grades_are_shares_of_clauses_and_one_means_correct() -> None:
+def test_grades_are_means_of_clauses_and_one_means_correct() -> None:
     asked = wants(
         entry("cat", color="red"), entry(position=["left of", 0]), tag="position", exclude=[entry("pig", 1)]
     )
@@ -170,6 +171,33 @@ def test_grades_are_shares_of_clauses_and_one_means_correct() -> None:
     assert grade({"owl": right["owl"]}, asked) == pytest.approx(2 / 5)
     assert grade({"pig": [box()]}, asked) == 0.0
     assert grade(right | {"pig": [box()]}, asked) == pytest.approx(4 / 5)
+
+
+def test_counting_grades_fall_with_the_distance_from_the_number_asked() -> None:
+    three = wants(entry(count=3), tag="counting", exclude=[entry(count=4)])
+    grades = [grade({"owl": [box(0.95)] * n}, three) for n in range(9)]
+    assert grades[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert grades[4:] == pytest.approx([5 / 6, 2 / 3, 1 / 2, 1 / 2, 1 / 2])
+    one = wants(entry(), tag="counting", exclude=[entry(count=2)])
+    assert [grade({"owl": [box(0.95)] * n}, one) for n in range(3)] == [0, 1, 0.5]
+
+
+def test_an_exclusion_of_another_class_is_a_clause_of_its_own() -> None:
+    no_pig = wants(entry(), exclude=[entry("pig", 1)])
+    assert grade({"owl": [box()]}, no_pig) == 1
+    assert grade({"owl": [box()], "pig": [box()]}, no_pig) == 0.5
+    assert grade({}, no_pig) == 0.5
+
+
+def test_partial_credit_for_colours_and_positions() -> None:
+    two_red = wants(entry(count=2, color="red"), tag="colors")
+    found = {"owl": [box(color="red"), box(color="blue")]}
+    assert grade(found, two_red) == pytest.approx((1 + 1 / 2) / 2)
+    assert grade({"owl": [box(color="red")]}, two_red) == pytest.approx((1 / 2 + 0) / 2)
+    left = wants(entry("cat", count=2), entry(position=["left of", 0]), tag="position")
+    between = {"cat": [box(), box(at=shifted(40, 0))], "owl": [box(at=shifted(20, 0))]}
+    assert grade(between, left) == pytest.approx((1 + 1 + 1 / 2) / 3)
+    assert "found right of" in judge(between, left).reason
 
 
 def test_grade_is_one_exactly_where_the_verdict_is_correct() -> None:
@@ -188,8 +216,9 @@ def test_grade_is_one_exactly_where_the_verdict_is_correct() -> None:
     seen = set()
     for _ in range(500):
         found = {kind: [random_box() for _ in range(generator.integers(0, 4))] for kind in ("cat", "owl")}
-        correct = judge(found, asked).correct
-        assert (grade(found, asked) == 1.0) == correct
+        correct, graded = judge(found, asked).correct, grade(found, asked)
+        assert (graded == 1.0) == correct
+        assert 0 <= graded <= 1
         seen.add(correct)
     assert seen == {True, False}
 
@@ -252,7 +281,7 @@ def see(reward: GenEvalReward, monkeypatch: pytest.MonkeyPatch, maps: list[np.nd
     def probabilities(images: Tensor) -> Tensor:
         return stacked[(images[:, 0, 0, 0] * 255).round().long()]
 
-    monkeypatch.setattr(reward.segmenter, "probabilities", probabilities)
+    monkeypatch.setattr(reward.detector, "probabilities", probabilities)
 
 
 def scene(*blocks: tuple[int, int, int]) -> np.ndarray:
@@ -287,7 +316,25 @@ def test_graded_scores(clip_folder: Path, segmenter_folder: Path, monkeypatch: p
     see(graded, monkeypatch, [scene((1, 4, 2))])
     both = wants(entry(), entry("cat"), tag="two_object")
     assert graded.score(RewardBatch(numbered(1), ["x"], [both])).values_B.tolist() == [0.5]
-    assert graded.provenance["scoring"] == "share of clauses"
+    assert graded.provenance["scoring"] == "graded"
+
+
+class OneOwl:
+    """A detector of its own: an owl in every picture's upper left corner."""
+
+    provenance: Mapping[str, str] = {"model": "one owl", "preprocessing": "none"}
+
+    def instances(self, images_BCHW: Tensor) -> list[list[Instance]]:
+        mask = torch.zeros(images_BCHW.shape[-2:], dtype=torch.bool)
+        mask[:8, :8] = True
+        return [[Instance("owl", (0.0, 0.0, 8.0, 8.0), 0.95, mask)] for _ in images_BCHW]
+
+
+def test_any_detector_fits_the_slot(clip_folder: Path) -> None:
+    reward = GenEvalReward(OneOwl(), clip_folder, device="cpu")
+    scores = reward.score(RewardBatch(numbered(2), ["x"] * 2, [wants(entry()), wants(entry("cat"))]))
+    assert scores.values_B.tolist() == [1.0, 0.0]
+    assert scores.provenance["model"] == "one owl"
 
 
 def test_without_metadata_it_fails_with_a_reason(reward: GenEvalReward) -> None:
@@ -320,8 +367,8 @@ def test_the_crop_is_the_object_on_geneval_grey(reward: GenEvalReward) -> None:
     image = torch.rand(3, 32, 32)
     labels = scene((1, 4, 2))
     labels[4, 2] = 0
-    segmenter: Segmenter = reward.segmenter
-    instance = segmenter._instances(one_hot(labels))[0]
+    assert isinstance(reward.detector, Segmenter)
+    instance = reward.detector._instances(one_hot(labels))[0]
     crop = reward.colors.crop(image, instance)
     assert crop.shape == (3, 8, 8)
     assert torch.allclose(crop[:, 0, 0], torch.full((3,), 0.6))
@@ -343,7 +390,8 @@ def test_the_card_names_colours_and_templates(tmp_path: Path, segmenter_folder: 
     reward = GenEvalReward(segmenter_folder, folder, device="cpu")
     assert reward.colors.colors == ("red", "blue")
     assert reward.colors._classifier("owl").shape[0] == 2
-    instance = reward.segmenter._instances(one_hot(scene((1, 4, 2))))[0]
+    assert isinstance(reward.detector, Segmenter)
+    instance = reward.detector._instances(one_hot(scene((1, 4, 2))))[0]
     assert reward.colors.crop(torch.rand(3, 32, 32), instance).shape == (3, 32, 32)
     assert reward.provenance["color_preprocessing"].startswith("in place")
 

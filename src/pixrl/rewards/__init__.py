@@ -18,6 +18,7 @@ REWARDS = {
     "clip_image": "pixrl.rewards.clip:ClipImageReward",
     "clip_text": "pixrl.rewards.clip:ClipTextReward",
     "geneval": "pixrl.rewards.geneval:GenEvalReward",
+    "preference": "pixrl.rewards.preference:PreferenceReward",
 }
 """Name -> class."""
 

@@ -24,12 +24,22 @@ BATCH = 64
 
 
 class ClipSimilarity:
-    """A transformers CLIPModel with its tokenizer and preprocessing, from `toy:clip`, a folder or a hub id."""
+    """A transformers CLIPModel with its tokenizer and preprocessing, from `toy:clip`, a folder or a hub id.
+
+    `processor` is another checkpoint, whose tokenizer and preprocessing are taken instead.
+    """
 
     def __init__(
-        self, ref: str | Path, *, device: str = "auto", dtype: str = "float32", batch: int = BATCH
+        self,
+        ref: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "float32",
+        batch: int = BATCH,
+        processor: str | Path | None = None,
     ) -> None:
         path = folder(ref, Layout.TRANSFORMERS)
+        words = path if processor is None else folder(processor, Layout.TRANSFORMERS)
         kind = read_json(path / "config.json").get("model_type")
         if kind != "clip":
             raise CheckpointError(
@@ -39,16 +49,17 @@ class ClipSimilarity:
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
         self.batch = batch
-        self.preprocess = Preprocessing.from_folder(path, square=False)
+        self.preprocess = Preprocessing.from_folder(words, square=False)
         with quiet_loading():
             from transformers import AutoTokenizer, CLIPModel
 
             try:
                 model = CLIPModel.from_pretrained(path, dtype=self.precision.weights, local_files_only=True)
-                self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+                self.tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
             except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
                 raise CheckpointError(f"{path} could not be loaded as a CLIPModel: {error}") from error
         self.model = model.requires_grad_(False).eval().to(self.device)
+        self.logit_scale = float(model.logit_scale.detach().float().exp())
         self._text_length = int(model.config.text_config.max_position_embeddings)
         self._texts: dict[str, Tensor] = {}
         self.provenance: Mapping[str, str] = {

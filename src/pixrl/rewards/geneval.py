@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,10 +52,22 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Clause:
-    """One thing that the prompt asks for, and whether it holds."""
+    """One thing that the prompt asks for, whether it holds, and for training how nearly."""
 
     holds: bool
     reason: str
+    credit: float
+    """In [0, 1]; all clauses of an entry have 1 exactly where all hold."""
+
+
+class Detector(Protocol):
+    """What GenEval's reward sees with: each picture's objects, and what found them."""
+
+    provenance: Mapping[str, str]
+    """At least `model` and `preprocessing`."""
+
+    def instances(self, images_BCHW: Tensor) -> list[list[Instance]]:
+        """One list of objects a picture [3, H, W] in [0, 1]; boxes and masks in its pixels."""
 
 
 def judge(detections: Detections, metadata: Metadata) -> Verdict:
@@ -73,13 +85,23 @@ def judge(detections: Detections, metadata: Metadata) -> Verdict:
 
 
 def grade(detections: Detections, metadata: Metadata) -> float:
-    """The share of the prompt's clauses that hold, in [0, 1]: 1 exactly where `judge` says correct.
+    """How nearly the entry is met, in [0, 1]: 1 exactly where `judge` says correct. For training.
 
-    One clause each for an entry's objects, its colour, its position and an exclusion. A colour or position does not
-    hold where its objects are missing.
+    The mean of the clauses' credits, one clause each for an entry's objects, its colour, its position and an exclusion:
+
+    * objects: found / asked;
+    * colour, position: the share of the taken objects (of pairs of object and target) that are right, 0 where the
+      objects that it speaks of are missing or wrong, as in the rule;
+    * exclusion: 1 while the class stays under the limit, then less by 1 / (limit - 1) with every object too many, down
+      to 0; never more than the credit of the same class's own objects, so that an empty picture earns nothing by it.
+
+    The published training scores leave the rule: they ignore `exclude`, give a wrong position 0.75 and can be negative.
+
+    Raises:
+        InputError: the entry asks for something the rule does not know.
     """
-    all_clauses = list(clauses(detections, metadata))
-    return sum(clause.holds for clause in all_clauses) / len(all_clauses)
+    credits = [clause.credit for clause in clauses(detections, metadata)]
+    return sum(credits) / len(credits)
 
 
 def clauses(detections: Detections, metadata: Metadata) -> Iterator[Clause]:
@@ -88,13 +110,23 @@ def clauses(detections: Detections, metadata: Metadata) -> Iterator[Clause]:
     threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
     kept = {kind: _keep(found, threshold) for kind, found in detections.items()}
     matched: list[Sequence[Detection] | None] = []
+    present: dict[str, float] = {}
     for entry in metadata["include"]:
         group, asked = _match(entry, kept, matched)
         matched.append(group)
+        present[entry["class"]] = min(present.get(entry["class"], 1.0), asked[0].credit)
         yield from asked
     for entry in metadata.get("exclude", ()):
-        number = len(kept.get(entry["class"], ()))
-        yield Clause(number < entry["count"], f"expected {entry['class']}<{entry['count']}, found {number}")
+        yield _exclusion(entry, len(kept.get(entry["class"], ())), present.get(entry["class"], 1.0))
+
+
+def _exclusion(entry: Metadata, number: int, present: float) -> Clause:
+    limit = entry["count"]
+    reason = f"expected {entry['class']}<{limit}, found {number}"
+    if number < limit:
+        return Clause(True, reason, present)
+    most = limit - 1
+    return Clause(False, reason, max(1 - (number - most) / most, 0.0) * present if most else 0.0)
 
 
 def _keep(found: Sequence[Detection], threshold: float) -> list[Detection]:
@@ -110,11 +142,13 @@ def _match(
     kind, count = entry["class"], entry["count"]
     found = kept.get(kind, ())[:count]
     enough = len(found) == count
-    asked = [Clause(enough, f"expected {kind}>={count}, found {len(found)}")]
+    asked = [Clause(enough, f"expected {kind}>={count}, found {len(found)}", len(found) / count)]
     if "color" in entry:
         colours = [detection["color"] for detection in found]
-        right = enough and all(colour == entry["color"] for colour in colours)
-        asked.append(Clause(right, f"expected {entry['color']} {kind}>={count}, found colours {colours}"))
+        share = colours.count(entry["color"]) / count if enough else 0.0
+        asked.append(
+            Clause(share == 1, f"expected {entry['color']} {kind}>={count}, found colours {colours}", share)
+        )
     if "position" in entry:
         settled = all(clause.holds for clause in asked)
         asked.append(_position_clause(entry, found if settled else None, matched[entry["position"][1]]))
@@ -127,15 +161,15 @@ def _position_clause(
     relation, index = entry["position"]
     what = f"expected {entry['class']} {relation} the target (entry {index})"
     if found is None:
-        return Clause(False, f"{what}, but its own objects are wrong")
+        return Clause(False, f"{what}, but its own objects are wrong", 0.0)
     if targets is None:
-        return Clause(False, f"{what}, but there is no target")
-    for one in found:
-        for target in targets:
-            relations = relative_position(one["box"], target["box"])
-            if relation not in relations:
-                return Clause(False, f"{what}, found {' and '.join(sorted(relations)) or 'no relation'}")
-    return Clause(True, what)
+        return Clause(False, f"{what}, but there is no target", 0.0)
+    pairs = [relative_position(one["box"], target["box"]) for one in found for target in targets]
+    wrong = [relations for relations in pairs if relation not in relations]
+    if not wrong:
+        return Clause(True, what, 1.0)
+    reason = f"{what}, found {' and '.join(sorted(wrong[0])) or 'no relation'}"
+    return Clause(False, reason, 1 - len(wrong) / len(pairs))
 
 
 def relative_position(box_a: Sequence[float], box_b: Sequence[float]) -> frozenset[str]:
@@ -239,40 +273,42 @@ class ColorNamer:
 
 
 class GenEvalReward(Reward):
-    """1 where GenEval's rule holds and 0 where not; with `graded`, the share of clauses that hold.
+    """1 where GenEval's rule holds and 0 where not (`judge`); with `graded`, how nearly it holds (`grade`).
 
-    `metadata` of the batch holds one GenEval entry a picture; a picture without one fails.
+    `metadata` of the batch holds one GenEval entry a picture; a picture without one fails. `segmenter` is a checkpoint
+    or any `Detector`.
     """
 
     name = "geneval"
 
     def __init__(
         self,
-        segmenter: str | Path,
+        segmenter: str | Path | Detector,
         clip: str | Path,
         graded: bool = False,
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
-        self.segmenter = Segmenter(segmenter, device=device, dtype=dtype)
+        self.detector: Detector = (
+            Segmenter(segmenter, device=device, dtype=dtype)
+            if isinstance(segmenter, str | Path)
+            else segmenter
+        )
         self.colors = ColorNamer(ClipSimilarity(clip, device=device, dtype=dtype), clip)
         self.graded = graded
         zoom = "crop" if self.colors.zoom else "in place"
         self.provenance: Mapping[str, str] = {
-            "model": self.segmenter.provenance["model"],
-            "preprocessing": self.segmenter.provenance["preprocessing"],
-            "min_area": self.segmenter.provenance["min_area"],
-            "score_evidence": self.segmenter.provenance["score_evidence"],
+            **self.detector.provenance,
             "color_model": self.colors.clip.provenance["model"],
             "color_preprocessing": f"{zoom}; {self.colors.clip.provenance['preprocessing']}",
             "background": str(tuple(self.colors.background)),
-            "scoring": "share of clauses" if graded else "strict",
+            "scoring": "graded" if graded else "strict",
         }
 
     def detect(self, images_BCHW: Tensor, metadata: Sequence[Metadata]) -> list[Detections]:
         """Each picture's detections; colours are named only for classes whose colour the entry asks for."""
         images_BCHW = to_grey_levels(images_BCHW.float().cpu())
-        found = self.segmenter.instances(images_BCHW)
+        found = self.detector.instances(images_BCHW)
         wanted = [
             (row, instance)
             for row, instances in enumerate(found)
