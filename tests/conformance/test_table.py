@@ -33,7 +33,15 @@ def test_renderer(kind: str, dtype: str, tmp_path: Path) -> None:
     check(renderer)
 
 
-REWARDS = ("clip_image", "clip_text", "geneval", "preference")
+REWARDS = ("clip_image", "clip_text", "geneval", "preference", "python")
+
+
+BRIGHTNESS = """
+from PIL import ImageStat
+
+def brightness(images, prompts, metadata):
+    return [None if "two" in text else ImageStat.Stat(image).mean[0] for image, text in zip(images, prompts)]
+"""
 
 
 def make_reward(name: str, folder: Path) -> tuple[Reward, RewardBatch]:
@@ -44,6 +52,9 @@ def make_reward(name: str, folder: Path) -> tuple[Reward, RewardBatch]:
         options: dict[str, object] = {"segmenter": tiny.segmenter(folder / "segmenter"), "clip": clip}
         metadata = [{"tag": "colors", "include": [{"class": "owl", "count": 1, "color": "red"}]}, {}] * 2
         return rewards.load(name, **options), RewardBatch(images, prompts, metadata)
+    if name == "python":
+        (folder / "mine.py").write_text(BRIGHTNESS)
+        return rewards.load(name, function=f"{folder / 'mine.py'}:brightness"), RewardBatch(images, prompts)
     metadata = [{"reference": images[0]}, {}, {"reference": images[1:3]}, {"reference": images[3]}]
     return rewards.load(name, model=clip), RewardBatch(images, prompts, metadata)
 

@@ -19,6 +19,7 @@ REWARDS = {
     "clip_text": "pixrl.rewards.clip:ClipTextReward",
     "geneval": "pixrl.rewards.geneval:GenEvalReward",
     "preference": "pixrl.rewards.preference:PreferenceReward",
+    "python": "pixrl.rewards.python_reward:PythonReward",
 }
 """Name -> class."""
 
@@ -48,8 +49,9 @@ def load(name: str, **options: object) -> "Reward":
         key for key, p in parameters.items() if p.default is inspect.Parameter.empty and key not in options
     ]
     if missing:
+        example = "my_module:f" if missing[0] == "function" else "toy:clip"
         raise ConfigError(
-            f"The reward {name!r} needs the option {missing[0]!r}, for example {missing[0]}: toy:clip"
+            f"The reward {name!r} needs the option {missing[0]!r}, for example {missing[0]}: {example}"
         )
     reward: Reward = make(**options)
     return reward

@@ -1,0 +1,113 @@
+"""Several rewards at once: each scored on its own, none hidden in a sum.
+
+The scores stay separate tensors until the advantage is formed; here are only which ones count, how much and when, a
+time limit for each call, and the share of failed scores past which a run stops.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pixrl import rewards
+from pixrl.errors import ConfigError, InputError, RunError, ShapeError
+from pixrl.rewards.base import Reward
+from pixrl.rewards.calls import Caller, Failure
+from pixrl.rewards.clip import flag_failures
+from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
+from pixrl.types import RewardBatch, Scores
+
+__all__ = ["RewardSet", "RewardSetting", "Stage"]
+
+REASONS_SHOWN = 3
+
+
+class RewardSet:
+    """The rewards of a run.
+
+    Args:
+        settings: the rewards, held-out ones too; each is loaded here, once.
+        stages: weights by step range; none: the settings' own weights at every step.
+        time_limit: seconds that one reward may take for one batch; None: no limit. A call that takes longer fails, and
+            so do the following ones for as long as it is still busy.
+        max_failed_share: in [0, 1]; the run stops when more than this share of a batch has no score from one reward,
+            a held-out one included. Give `score` a whole step's pictures, so that it is a share of many.
+
+    Raises:
+        ConfigError: settings or stages contradict each other, or an option is wrong.
+        CheckpointError: a model that a reward needs is missing or half written.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[RewardSetting],
+        stages: Sequence[Stage] = (),
+        *,
+        time_limit: float | None,
+        max_failed_share: float,
+    ) -> None:
+        check_rewards(settings, stages)
+        if not 0 <= max_failed_share <= 1:
+            raise ConfigError(f"max_failed_share is a share from 0 to 1, got {max_failed_share!r}.")
+        self.settings = tuple(settings)
+        self.stages = tuple(stages)
+        self.max_failed_share = max_failed_share
+        self.names: tuple[str, ...] = tuple(setting.name for setting in settings)
+        self._callers: dict[str, Caller[Scores]] = {name: Caller(time_limit) for name in self.names}
+        self._rewards: dict[str, Reward] = {s.name: rewards.load(s.reward, **s.options) for s in settings}
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """Reward -> weight above 0 of what is trained on at a step (counted from 0); never a held-out one."""
+        return weights_at(self.settings, self.stages, step)
+
+    def score(self, batch: RewardBatch) -> Mapping[str, Scores]:
+        """Every reward's scores [B], held-out ones too; nan with a reason where a reward failed.
+
+        A reward that raises, hangs past the time limit or gives the wrong number of scores fails for the whole batch.
+
+        Raises:
+            RunError: more than `max_failed_share` of the batch failed; names the reward and the reasons.
+            ShapeError: there is not one prompt (and one metadata, where there is any) a picture.
+        """
+        count = _count(batch)
+        scores = {name: self._score(name, batch, count) for name in self.names}
+        for name, one in scores.items():
+            self._require_enough(name, one)
+        return scores
+
+    def _score(self, name: str, batch: RewardBatch, count: int) -> Scores:
+        answer = self._callers[name].call(lambda: self._rewards[name].score(batch))
+        if isinstance(answer, Scores):
+            shape = list(answer.values_B.shape)
+            if shape == [count] and len(answer.reasons) == count:
+                checked = flag_failures(answer.values_B.detach().cpu(), answer.reasons, answer.provenance)
+                return Scores(checked.values_B, checked.reasons, answer.detail, answer.provenance)
+            answer = Failure(
+                f"it gave scores {shape} with {len(answer.reasons)} reasons for {count} pictures"
+            )
+        model = {"model": f"{self._rewards[name].name} (failed)"}
+        return Scores(torch.full((count,), torch.nan), (answer.reason,) * count, provenance=model)
+
+    def _require_enough(self, name: str, scores: Scores) -> None:
+        reasons = Counter(reason for reason in scores.reasons if reason is not None)
+        failed, count = reasons.total(), len(scores.reasons)
+        if failed <= self.max_failed_share * count:
+            return
+        shown = [f"{number} x {reason}" for reason, number in reasons.most_common(REASONS_SHOWN)]
+        others = [f"{len(reasons) - REASONS_SHOWN} other reasons"] if len(reasons) > REASONS_SHOWN else []
+        raise RunError(
+            f"The reward {name!r} failed for {failed} of {count} pictures, more than the share "
+            f"{self.max_failed_share:g} that max_failed_share allows:\n  " + "\n  ".join([*shown, *others])
+        )
+
+
+def _count(batch: RewardBatch) -> int:
+    count = len(batch.images_BCHW)
+    if not count:
+        raise InputError("There is no picture to score.")
+    if len(batch.prompts) != count or len(batch.metadata) not in (0, count):
+        raise ShapeError(
+            f"A batch of {count} pictures needs {count} prompts, and {count} metadata or none; "
+            f"got {len(batch.prompts)} and {len(batch.metadata)}."
+        )
+    return count

@@ -1,0 +1,186 @@
+"""A reward that is a Python function of yours: `f(images, prompts, metadata) -> list[float | None]`."""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pixrl.errors import ConfigError, did_you_mean
+from pixrl.rewards.base import Reward
+from pixrl.rewards.calls import Caller, Caught, Failure
+from pixrl.rewards.clip import flag_failures
+from pixrl.rewards.preprocess import require_images, to_grey_levels
+from pixrl.types import RewardBatch, Scores
+
+Function = Callable[[list[Image.Image], list[str], list[dict[str, object]]], Sequence[float | None]]
+EXAMPLE = "my_module:f or path/to/file.py:f"
+
+
+class PythonReward(Reward):
+    """Scores from a function `f(images, prompts, metadata) -> list[float | None]`, higher is better.
+
+    It gets a list of RGB PIL images, the prompts and one metadata dict an image (empty where there is none), and gives
+    one number an image, in the same order. None, nan or inf for an image is a failed score of that image; an
+    exception, an answer of the wrong length or kind, or no answer within `time_limit` fails every image of the call.
+    A picture that is not finite fails without being shown.
+
+    Args:
+        function: an import path (`my_module:f`, or `path/to/file.py:f` for a file that is on no path), or the function.
+        time_limit: seconds a call may take; None: no limit of its own (a `RewardSet` has one for every reward).
+
+    Raises:
+        ConfigError: the module or file cannot be imported, has no such function, or it does not take three arguments.
+    """
+
+    name = "python"
+
+    def __init__(self, function: str | Function, time_limit: float | None = None) -> None:
+        self.function: Function = import_function(function) if isinstance(function, str) else function
+        label = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+        _check_signature(self.function, label)
+        self._caller: Caller[object] = Caller(time_limit)
+        self.provenance: Mapping[str, str] = {
+            "model": f"{label} ({_source_hash(self.function)})",
+            "preprocessing": "8-bit; PIL",
+        }
+
+    def score(self, batch: RewardBatch) -> Scores:
+        require_images(batch.images_BCHW)
+        finite_B = batch.images_BCHW.isfinite().flatten(1).all(dim=1)
+        shown = finite_B.nonzero().flatten().tolist()
+        values_B = torch.full((len(finite_B),), torch.nan)
+        reasons: list[str | None] = [None if ok else "the picture is not finite" for ok in finite_B.tolist()]
+        for row, (value, reason) in zip(shown, self._answers(batch, shown), strict=True):
+            values_B[row], reasons[row] = value, reason
+        return flag_failures(values_B, reasons, self.provenance)
+
+    def _answers(self, batch: RewardBatch, rows: Sequence[int]) -> list[tuple[float, str | None]]:
+        """Each shown picture's score, or nan with its reason."""
+        if not rows:
+            return []
+        images = to_pil(batch.images_BCHW[list(rows)])
+        prompts = [batch.prompts[row] for row in rows]
+        metadata = [dict(batch.metadata[row]) if batch.metadata else {} for row in rows]
+        answer = self._caller.call(lambda: self.function(images, prompts, metadata))
+        numbers = answer if isinstance(answer, Failure) else _as_list(answer, len(rows))
+        if isinstance(numbers, Failure):
+            return [(math.nan, numbers.reason)] * len(rows)
+        return [_as_score(number) for number in numbers]
+
+
+def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
+    """RGB pictures of 8 bits, as they would be saved."""
+    levels = (to_grey_levels(images_BCHW.detach().float().cpu()) * 255).round().to(torch.uint8)
+    return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).contiguous().numpy()]
+
+
+def import_function(path: str) -> Function:
+    """The function of an import path, `my_module:f` or `path/to/file.py:f`.
+
+    Raises:
+        ConfigError: there is no such module, file or function, or importing it fails.
+    """
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"{path!r} is no import path of a function. Type {EXAMPLE}.")
+    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    if name not in vars(module):
+        listed = ", ".join(functions) or "no function"
+        raise ConfigError(f"{place} has no {name!r}.{did_you_mean(name, functions)} It has {listed}.")
+    found: Any = vars(module)[name]
+    if not callable(found):
+        raise ConfigError(f"{path} is {found!r}, not a function.")
+    function: Function = found
+    return function
+
+
+def _import_module(name: str) -> ModuleType:
+    with Caught() as caught:
+        return importlib.import_module(name)
+    raise ConfigError(
+        f"The module {name!r} of a python reward could not be imported: {caught.failure and caught.failure.reason}. "
+        "It must be installed or on PYTHONPATH; a file is given as path/to/file.py:f."
+    )
+
+
+def _import_file(file: Path) -> ModuleType:
+    if not file.is_file():
+        raise ConfigError(f"There is no file {str(file)!r} (looked in {Path.cwd()}). Type {EXAMPLE}.")
+    name = f"pixrl_reward_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{file} cannot be imported as a Python file. Type {EXAMPLE}.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # as an import does, so that its classes find their module
+    with Caught() as caught:
+        spec.loader.exec_module(module)
+    if caught.failure is not None:
+        del sys.modules[name]
+        raise ConfigError(f"{file} could not be imported: {caught.failure.reason}.")
+    return module
+
+
+def _check_signature(function: Function, label: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a built-in that does not tell
+        return
+    try:
+        signature.bind([], [], [])
+    except TypeError as error:
+        raise ConfigError(
+            f"{label} must take three arguments, f(images, prompts, metadata), but is f{signature} ({error})."
+        ) from None
+
+
+def _source_hash(function: Function) -> str:
+    """16 hex digits from the file that the function is written in."""
+    module = inspect.getmodule(function)
+    file = None if module is None or module.__file__ is None else Path(module.__file__)
+    if file is None or not file.is_file():
+        return "no source file"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _as_list(answer: object, count: int) -> list[object] | Failure:
+    listed = answer.tolist() if isinstance(answer, Tensor | np.ndarray) else answer
+    if not isinstance(listed, list | tuple):
+        return Failure(f"the function gave {_short(answer)}, not a list of {count} numbers")
+    if len(listed) != count:
+        return Failure(f"the function gave {len(listed)} scores for {count} pictures")
+    return list(listed)
+
+
+def _as_score(number: object) -> tuple[float, str | None]:
+    """The number, or nan and the reason why it is none."""
+    if isinstance(number, Tensor) and number.numel() == 1:
+        number = number.item()
+    if number is None:
+        return math.nan, "the function gave None"
+    if not isinstance(number, Real):
+        return math.nan, f"the function gave {_short(number)}, not a number"
+    try:
+        value = float(number)
+    except OverflowError:
+        value = math.inf
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        return math.nan, f"the function gave {_short(number)}"
+    return value, None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{type(value).__name__} {text[:60]}..."
