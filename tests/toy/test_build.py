@@ -1,5 +1,7 @@
 """The build's training loop, data and tokenizers."""
 
+from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +34,20 @@ def workshop(path: Path, resume: bool = False) -> Workshop:
     return Workshop(path / "out", path / "work", 3, torch.device("cpu"), resume, "test")
 
 
+class Block(nn.Module):
+    """Its matrix is named as those inside a transformer's blocks are, so that Muon takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ff = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(x).tanh()
+
+
 def fresh_module() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    return nn.Sequential(OrderedDict(blocks=nn.Sequential(Block()), head=nn.Linear(8, 1)))
 
 
 def regression(module: nn.Module, stop_at: int | None = None):  # type: ignore[no-untyped-def]
@@ -51,20 +64,31 @@ def regression(module: nn.Module, stop_at: int | None = None):  # type: ignore[n
     return loss
 
 
+@pytest.mark.parametrize("plan", [PLAN, replace(PLAN, muon=1e-2)], ids=["AdamW", "Muon"])
 def test_a_killed_build_ends_with_the_weights_of_an_unbroken_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pixrl.toy.build.workshop.SAVE_EVERY_SECONDS", -1.0)
     unbroken = fresh_module()
-    workshop(tmp_path / "a").fit("stage", unbroken, PLAN, regression(unbroken))
+    workshop(tmp_path / "a").fit("stage", unbroken, plan, regression(unbroken))
     for stop_at in (2, 13, 29):
         broken = fresh_module()
         with pytest.raises(KeyboardInterrupt):
-            workshop(tmp_path / str(stop_at)).fit("stage", broken, PLAN, regression(broken, stop_at))
+            workshop(tmp_path / str(stop_at)).fit("stage", broken, plan, regression(broken, stop_at))
         resumed = fresh_module()
-        workshop(tmp_path / str(stop_at), resume=True).fit("stage", resumed, PLAN, regression(resumed))
+        workshop(tmp_path / str(stop_at), resume=True).fit("stage", resumed, plan, regression(resumed))
         for one, other in zip(unbroken.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_alone(tmp_path: Path) -> None:
+    ends = []
+    for plan in (PLAN, replace(PLAN, muon=1e-2)):
+        module = fresh_module()
+        workshop(tmp_path / str(plan.muon)).fit("stage", module, replace(plan, steps=1), regression(module))
+        ends.append(module.state_dict())
+    changed = [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])]
+    assert changed == ["blocks.0.ff.weight"]
 
 
 def test_the_loop_learns(tmp_path: Path) -> None:

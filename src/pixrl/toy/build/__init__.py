@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pixrl.errors import InputError, did_you_mean
+from pixrl.toy.build.processes import join, launcher, wait_for_all
 from pixrl.toy.build.workshop import Workshop
 
 STAGES = {
@@ -30,7 +31,8 @@ def build(
 ) -> Path:  # fmt: skip
     """Train the named stages (all of them without a name) and return the folder that holds the checkpoints.
 
-    A killed build goes on with `resume=True`; unfinished states lie under `work` (default ./build/toy).
+    A killed build goes on with `resume=True`; unfinished states lie under `work` (default ./build/toy). Started by
+    `torchrun --nproc-per-node N -m pixrl toy build`, N processes train together and the first one writes.
 
     Raises:
         InputError: a stage that does not exist.
@@ -40,7 +42,9 @@ def build(
             raise InputError(
                 f"There is no stage {name!r}.{did_you_mean(name, STAGES)} Stages: {', '.join(STAGES)}."
             )
+    join()
     command = shlex.join(["pixrl", *sys.argv[1:]]) if sys.argv[1:2] == ["toy"] else "pixrl toy build"
+    command = f"{launcher()}{command}"
     shop = Workshop(
         out or CHECKPOINTS, work or Path("build/toy"), seed, torch.device(device), resume, command
     )
@@ -48,4 +52,5 @@ def build(
         if not stages or name in stages:
             module, function = target.split(":")
             getattr(importlib.import_module(module), function)(shop)
+            wait_for_all()
     return shop.out

@@ -19,6 +19,7 @@ from transformers import (
 
 from pixrl.hub import CARD_FILE
 from pixrl.toy.build.pictures import SIDE, Pictures, pictures, without_background
+from pixrl.toy.build.processes import leads
 from pixrl.toy.build.tokenizers import clip_tokenizer
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 from pixrl.toy.language import caption
@@ -168,5 +169,6 @@ def build_clip(shop: Workshop) -> None:
     tokenizer.save_pretrained(folder)
     colours = {"colors": list(COLOURS), "color_templates": ["a photo of a {color} {kind}"]}
     (folder / CARD_FILE).write_text(json.dumps(colours, indent=1) + "\n")
-    save_half(towers.second_text, shop.work / "text_encoder_2")
+    if leads():
+        save_half(towers.second_text, shop.work / "text_encoder_2")
     shop.provenance("clip", {"clip": PLAN}, seconds)

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from pixrl.equations import interpolate
 from pixrl.hub import CARD_FILE
 from pixrl.models.flux_tokens import pack_latents, position_ids
+from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
 from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH
 from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
 from pixrl.toy.build.sd3 import SAMPLING_STEPS, logit_normal
@@ -23,7 +24,17 @@ from pixrl.toy.build.vae import LATENT_CHANNELS, SUBJECT_PICTURES, encode_all
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
 
-PLAN = Plan(steps=3000, batch=48, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.999)
+PLAN = Plan(
+    steps=5000,
+    batch=48,
+    lr=1.5e-3,
+    warmup=200,
+    weight_decay=0.02,
+    ema=0.999,
+    level=0.4,
+    muon=3e-3,
+    compiled=True,
+)
 GUIDANCE = 1.0
 TOKENS = SIDE // 8
 """Rows and columns of image tokens: latents are a quarter of the side, packed two by two."""
@@ -86,6 +97,9 @@ def build_flux(shop: Workshop) -> None:
     image_ids = torch.cat((target_ids, *reference_ids)).to(shop.device)
     text_ids = torch.zeros(T5_LENGTH, 3, device=shop.device)
     transformer = pipeline.transformer
+    run = shop.compiled(transformer, PLAN)
+    patches = clip_patches(shop, data, "subjects")
+    aligned = Aligned(transformer, transformer.transformer_blocks[-1], transformer.inner_dim).to(shop.device)
 
     def loss(draw: Draw) -> Tensor:
         subject = draw.rows(len(data) // VIEWS, PLAN.batch)
@@ -101,7 +115,7 @@ def build_flux(shop: Workshop) -> None:
             (pack_latents(interpolate(x0, noise, t)), pack_latents(reference.to(shop.device))), dim=1
         )
         with shop.autocast():
-            velocity = transformer(
+            velocity = run(
                 hidden_states=packed,
                 timestep=t,
                 guidance=torch.full_like(t, GUIDANCE),
@@ -110,9 +124,13 @@ def build_flux(shop: Workshop) -> None:
                 txt_ids=text_ids,
                 img_ids=image_ids,
             ).sample[:, : TOKENS * TOKENS]
-        return F.mse_loss(velocity.float(), pack_latents(noise - x0))
+            rows = subject * VIEWS + wanted
+            alignment = aligned.loss(
+                patches[rows].to(shop.device), kind_shares(data.labels[rows]).to(shop.device)
+            )
+        return F.mse_loss(velocity.float(), pack_latents(noise - x0)) + alignment
 
-    seconds = shop.fit("flux", transformer, PLAN, loss)
+    seconds = shop.fit("flux", aligned, PLAN, loss)
     save_pipeline(pipeline, shop.folder("flux"))
     shop.provenance("flux", {"t5": T5_PLAN, "flux": PLAN}, seconds)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pixrl.toy.build.processes import leads, wait_for_all
 from pixrl.toy.language import canonical, is_held_out
 from pixrl.toy.scene import (
     Scene,
@@ -141,7 +142,7 @@ def pictures(work: Path, what: str, count: int, seed: int) -> Pictures:
     """Draw `count` pictures of 'scenes' or 'subjects', or read them where an earlier run left them."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / f"{what}-{seed}-{count}.npz.d"
-    if not (path / "labels.npy").exists():
+    if leads() and not (path / "labels.npy").exists():
         path.mkdir(exist_ok=True)
         blocks = [range(start, min(start + 1000, count)) for start in range(0, count, 1000)]
         with ProcessPoolExecutor(2) as pool:
@@ -149,6 +150,7 @@ def pictures(work: Path, what: str, count: int, seed: int) -> Pictures:
         np.save(path / "images.npy", np.concatenate([b[0] for b in drawn]))
         np.save(path / "labels.tmp.npy", np.concatenate([b[1] for b in drawn]))
         (path / "labels.tmp.npy").replace(path / "labels.npy")
+    wait_for_all()
     return Pictures(
         what, seed, np.load(path / "images.npy", mmap_mode="r"), np.load(path / "labels.npy", mmap_mode="r")
     )

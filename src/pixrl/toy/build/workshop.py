@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,14 +24,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from pixrl.toy.build.processes import leads, wait_for_all
+
 SAVE_EVERY_SECONDS = 60.0
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @dataclass(frozen=True)
 class Plan:
     """How long and how fast a stage trains; `ema` is the decay of the averaged weights that are kept.
 
-    `level` is the share of the steps before the learning rate falls.
+    `level` is the share of the steps before the learning rate falls. With `muon`, the matrices inside a
+    transformer's blocks learn by Muon at that rate (Jordan et al. 2024), everything else by AdamW.
     """
 
     steps: int
@@ -40,6 +45,8 @@ class Plan:
     weight_decay: float = 0.01
     ema: float | None = None
     level: float = 0.0
+    muon: float | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class Workshop:
     command: str
 
     def folder(self, stage: str) -> Path:
-        folder = self.out / stage
+        """Where this process writes a checkpoint; torchrun's other processes write theirs to be thrown away."""
+        folder = self.out / stage if leads() else Path(tempfile.mkdtemp()) / stage
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -92,24 +100,32 @@ class Workshop:
         for parameter in source.parameters():
             digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
         path = self.work / "encoded" / f"{name}-{self.seed}-{digest.hexdigest()}.safetensors"
-        if not path.exists():
+        if leads() and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({key: tensor.contiguous() for key, tensor in make().items()}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
+        wait_for_all()
         return load_file(path)
 
     def fit(self, stage: str, module: nn.Module, plan: Plan, loss: Callable[[Draw], Tensor]) -> float:
         """Train the module in place and return the seconds that it took, those before a kill included."""
         return _Trainer(self, stage, module, plan).run(loss)
 
+    def compiled(self, module: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+        """The module as torch.compile makes it when the plan is long enough to win back the minutes that it takes."""
+        return torch.compile(module) if plan.compiled else module
+
     def provenance(self, stage: str, plans: dict[str, Plan], seconds: float) -> None:
         """Write beside the weights how they were made; `pixrl toy verify` adds the gates' figures."""
+        if not leads():
+            return
         record = {
             "command": self.command,
             "seed": self.seed,
             "plans": {name: vars(plan) for name, plan in plans.items()},
             "seconds": round(seconds, 1),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}",
+            "machine": f"{platform.machine()}, {dist.get_world_size() if dist.is_initialized() else 1} processes, "
+            f"{torch.get_num_threads()} threads each, {self.device.type}",
             "versions": {
                 name: version(name) for name in ("torch", "diffusers", "transformers", "pillow", "numpy")
             },
@@ -132,18 +148,37 @@ def training_attention(device: torch.device) -> AbstractContextManager[object]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
+def _turned_by_muon(name: str) -> bool:
+    """The matrices of attention and MLPs inside blocks; embeddings, modulations and heads are AdamW's."""
+    return "blocks." in name and any(part in name for part in (".attn.", ".ff.", ".ff_context.", ".proj_"))
+
+
 class _Trainer:
-    """AdamW with a warm-up and a cosine tail; its state goes to disk once a minute.
+    """AdamW (and Muon) with a warm-up and a cosine tail; the state goes to disk once a minute.
 
     Under torchrun every process draws batches of its own and gradients are averaged.
     """
 
     def __init__(self, shop: Workshop, stage: str, module: nn.Module, plan: Plan) -> None:
         self.shop, self.stage, self.module, self.plan = shop, stage, module, plan
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=plan.lr, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
-        )
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        matrices = [p for name, p in named if plan.muon and p.ndim == 2 and _turned_by_muon(name)]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.parameters if id(p) not in chosen]
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (
+                torch.optim.AdamW(
+                    others, lr=plan.lr, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
+                ),
+                plan.lr,
+            )
+        ]
+        if plan.muon and matrices:
+            muon = torch.optim.Muon(
+                matrices, lr=plan.muon, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimizers.append((muon, plan.muon))
         self.average = [p.detach().clone() for p in self.parameters] if plan.ema else []
         self.state_path = shop.work / stage / "state.safetensors"
         self.step, self.seconds = 0, 0.0
@@ -165,7 +200,7 @@ class _Trainer:
                 progress.update(bar, completed=self.step, loss=f"loss {smooth:.4f}")
                 now = time.monotonic()
                 self.seconds = before + now - started
-                if self.rank == 0 and (now - saved > SAVE_EVERY_SECONDS or self.step == self.plan.steps):
+                if leads() and (now - saved > SAVE_EVERY_SECONDS or self.step == self.plan.steps):
                     self._save()
                     saved = now
                     print(f"{self.stage} step {self.step} loss {smooth:.4f} {self.seconds:.0f}s", flush=True)
@@ -174,15 +209,17 @@ class _Trainer:
         return self.seconds
 
     def _advance(self, loss: Callable[[Draw], Tensor]) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr * self._schedule()
         value = loss(self.shop.draw(self.step * self.processes + self.rank))
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, rate in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self._schedule()
         value.backward()
         if self.processes > 1:
             self._average_gradients()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
         self.step += 1
         if self.plan.ema:
             decay = min(self.plan.ema, self.step / (self.step + 10))
@@ -211,8 +248,10 @@ class _Trainer:
         named: dict[str, Tensor] = {f"parameter.{i}": p.data for i, p in enumerate(self.parameters)}
         named |= {f"average.{i}": p for i, p in enumerate(self.average)}
         for i, p in enumerate(self.parameters):
-            moments = self.optimizer.state.get(p, {})
-            named |= {f"{name}.{i}": moments[name] for name in ("exp_avg", "exp_avg_sq") if name in moments}
+            for optimizer, _ in self.optimizers:
+                named |= {
+                    f"{name}.{i}": x for name, x in optimizer.state.get(p, {}).items() if name in MOMENTS
+                }
         return named
 
     def _save(self) -> None:
@@ -229,9 +268,10 @@ class _Trainer:
         self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
         for i, parameter in enumerate(self.parameters):
             parameter.data.copy_(saved[f"parameter.{i}"])
-            if f"exp_avg.{i}" in saved:
-                moments = {name: saved[f"{name}.{i}"] for name in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+            moments = {name: saved[f"{name}.{i}"] for name in MOMENTS if f"{name}.{i}" in saved}
+            for optimizer, _ in self.optimizers:
+                if moments and any(parameter is p for g in optimizer.param_groups for p in g["params"]):
+                    optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
         for i, mean in enumerate(self.average):
             mean.copy_(saved[f"average.{i}"])
 
