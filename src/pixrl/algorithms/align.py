@@ -1,0 +1,325 @@
+"""Aligning a flow model with rewards: `collect` draws groups of pictures, `update` learns from their scores.
+
+A method is a combination of parts, none of which knows the others:
+
+    exploration x stochastic step x advantage x loss
+    (exploration.py)  (stepping.py)   (advantages.py)  (losses.py)
+
+Flow-GRPO is noise only x flow_sde x group or global x clipped; DiffusionNFT is noise only x none x group x nft; E2PO is
+perturbed embeddings with DiffusionNFT's rest. E2PO's algorithm box, with a prompt's G K samples as one group:
+
+    1. learn K - 1 perturbed conditions per prompt, keep c_0                      Exploration.prepare
+    2. draw x ~ pi_old(. | c_k(t)) for every noise g and condition k              collect
+    3. r(x), A(x) within the group                                                combine
+    4. descend the loss, conditioned on c_0 alone                                 update
+    5. old <- d old + (1 - d) current                                             finish
+
+Processes share a step's groups; gradients are summed over them and divided by the number of terms of all, so the
+update does not depend on how many there are, nor on the micro-batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pixrl.algorithms.advantages import AdvantageSettings, combine, reward_metrics
+from pixrl.algorithms.exploration import Exploration, Variants
+from pixrl.algorithms.losses import Loss
+from pixrl.algorithms.peers import Alone, Peers, Tally, disagreement
+from pixrl.algorithms.rollouts import Group, Rollouts, Samples, roll_out
+from pixrl.algorithms.stepping import SamplingSettings, Schedule, StepPlan
+from pixrl.config import Settings
+from pixrl.errors import RunError
+from pixrl.models.base import FlowPolicy
+from pixrl.models.pipeline import chunks
+from pixrl.models.slots import LoraSlots, Slot
+from pixrl.types import Scores, sample_seed
+
+_PARTS_KEY = -3
+"""Prompt index of the draws that share a step's samples out to its optimizer steps."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW on the LoRA parameters."""
+
+    lr: float = Field(3e-4, gt=0)
+    warmup: int = Field(0, ge=0)
+    """Training steps over which the learning rate rises to `lr`."""
+    weight_decay: float = Field(1e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    updates: int = Field(1, ge=1)
+    """Optimizer steps that a training step's samples are shared out to."""
+    ema: float | None = Field(0.9, ge=0, lt=1)
+    """Decay of the averaged weights that are evaluated; none: the trained ones are evaluated."""
+    max_skipped: int = Field(10, ge=0)
+    """The run stops after more than this many optimizer steps in a row without a finite loss and gradient."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """The parts whose combination is a method."""
+
+    exploration: Exploration
+    sampling: SamplingSettings
+    advantage: AdvantageSettings
+    loss: Loss
+    optimizer: OptimizerSettings
+    noises: int
+    """G: noises of a prompt."""
+
+    @property
+    def group_size(self) -> int:
+        """G times K."""
+        return self.noises * self.exploration.variants
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """How many pictures go through the model at once. No result depends on them but for rounding."""
+
+    rollout: int
+    train: int
+
+
+class Aligner:
+    """Trains the slot `current` of a policy by a method. Holds the optimizer; everything else is given."""
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        slots: LoraSlots,
+        method: Method,
+        micro_batches: MicroBatches,
+        *,
+        seed: int,
+        peers: Peers | None = None,
+        scale_loss: bool = False,
+    ) -> None:
+        """`scale_loss`: against underflow of float16 gradients."""
+        self.policy = policy
+        self.slots = slots
+        self.method = method
+        self.micro_batches = micro_batches
+        self.seed = seed
+        self.peers: Peers = peers or Alone()
+        s = method.optimizer
+        self.parameters = slots.parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=scale_loss)
+        self.skipped_in_a_row = 0
+
+    def collect(self, groups: Sequence[Group], step: int) -> Rollouts:
+        """Draws this process's groups of a training step."""
+        method = self.method
+        plan = StepPlan.make(self.policy, method.sampling, seed=self.seed, step=step)
+        samples = Samples.of(groups, method.noises, method.exploration.variants, self.seed)
+        variants = prepare(method.exploration, self.policy, [group.prompt for group in groups])
+        with self.policy.slot(method.loss.sampling_slot):
+            drawn = roll_out(self.policy, variants, samples, plan, self.micro_batches.rollout)
+        return Rollouts(step, samples, plan, variants.anchor, *drawn, variants.metrics)
+
+    def update(
+        self, rollouts: Rollouts, scores: Mapping[str, Scores], weights: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Learns from the scores of the rollouts.
+
+        Args:
+            rollouts: of the last `collect`.
+            scores: reward name -> scores of this process's pictures, in their order; nan marks a failure.
+            weights: reward name -> weight; names that are missing are logged and not trained on.
+
+        Returns:
+            Figures of all processes for the log.
+
+        Raises:
+            RunError: the rollouts were drawn on another schedule, or too many updates in a row were not finite.
+        """
+        self._require_one_schedule(rollouts)
+        rewards = {name: self._whole(rollouts, one.values_B) for name, one in scores.items()}
+        metrics = reward_metrics(rewards, weights) | self._exploration_metrics(rollouts)
+        advantage_PS = combine(rewards, weights, self.method.advantage)
+        advantage_B = advantage_PS[[group.place for group in rollouts.samples.groups]].flatten()
+        lr = self._set_learning_rate(rollouts.step)
+        tally, norms, skipped = Tally(), [], 0
+        for number in range(self.method.optimizer.updates):
+            rows = self._rows(rollouts, advantage_PS, number)
+            norm = self._descend(rollouts, rows, advantage_B, tally, with_kl=number == 0)
+            skipped += norm is None
+            norms += [] if norm is None else [norm]
+        self._finish(rollouts.step)
+        figures = {"lr": lr, "skipped_updates": float(skipped)}
+        if norms:
+            figures["grad_norm"] = sum(norms) / len(norms)
+        return metrics | _update_metrics(tally.over(self.peers)) | figures
+
+    def gradient_disagreement(self) -> float:
+        """How far the processes' last gradients are apart; 0 when they agree."""
+        return disagreement(self.peers, _flat_gradient(self.parameters))
+
+    def _require_one_schedule(self, rollouts: Rollouts) -> None:
+        own = Schedule.of(self.policy, self.method.sampling.steps)
+        if rollouts.schedule != own:
+            raise RunError(
+                f"The rollouts were drawn on the noise levels {rollouts.schedule.sigmas}, but training uses "
+                f"{own.sigmas}. "
+                "Sampling and training share one schedule: collect again with the policy as it is now."
+            )
+
+    def _whole(self, rollouts: Rollouts, values_B: Tensor) -> Tensor:
+        """A figure of every process's samples, [P, S]; a process adds its own rows to zeros."""
+        samples = rollouts.samples
+        groups = int(self.peers.sum(torch.tensor(float(len(samples.groups)))).item())
+        own_PS = torch.zeros(groups, samples.per_group)
+        own_PS[[group.place for group in samples.groups]] = values_B.float().cpu().view(-1, samples.per_group)
+        return self.peers.sum(own_PS)
+
+    def _exploration_metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        tally = Tally()
+        weight = len(rollouts.samples.groups)
+        tally.add({name: torch.full((weight,), value) for name, value in rollouts.metrics.items()})
+        return tally.over(self.peers).means()
+
+    def _set_learning_rate(self, step: int) -> float:
+        s = self.method.optimizer
+        lr = s.lr * min(1.0, (step + 1) / (s.warmup + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _rows(self, rollouts: Rollouts, advantage_PS: Tensor, number: int) -> list[int]:
+        """This process's samples of one optimizer step: shuffled over all processes, failed ones left out."""
+        samples, size = rollouts.samples, rollouts.samples.per_group
+        drawer = torch.Generator().manual_seed(sample_seed(self.seed, rollouts.step, _PARTS_KEY, 0))
+        lot_PS = torch.randperm(advantage_PS.numel(), generator=drawer).view(advantage_PS.shape)
+        chosen_PS = (lot_PS % self.method.optimizer.updates == number) & ~advantage_PS.isnan()
+        mine = chosen_PS[[group.place for group in samples.groups]].view(-1, size).flatten()
+        return [int(row) for row in mine.nonzero().flatten()]
+
+    def _descend(
+        self, rollouts: Rollouts, rows: Sequence[int], advantage_B: Tensor, tally: Tally, *, with_kl: bool
+    ) -> float | None:
+        """One optimizer step; the gradient's norm, or None where it was not finite and nothing was changed."""
+        loss = self.method.loss
+        parts = loss.parts(rollouts)
+        count = self.peers.sum(torch.tensor(float(len(rows) * parts))).item()
+        if count == 0:
+            return 0.0
+        self.optimizer.zero_grad()
+        not_finite = 0
+        for part in range(parts):
+            for piece in chunks(len(rows), self.micro_batches.train):
+                own = rows[piece]
+                first = with_kl and piece.start == 0
+                terms = loss.terms(self.policy, rollouts, own, advantage_B[list(own)], part, first)
+                if not bool(terms.loss_B.isfinite().all()):
+                    not_finite += 1
+                    continue
+                self.scaler.scale(terms.loss_B.sum() / count).backward()
+                tally.add({"loss": terms.loss_B, **terms.figures})
+        return self._step_together(not_finite)
+
+    def _step_together(self, not_finite: int) -> float | None:
+        """Sums the gradients of all processes, clips, steps; every process decides alike."""
+        flat = torch.cat(
+            [_flat_gradient(self.parameters), torch.tensor([float(not_finite)]).to(self.policy.device)]
+        )
+        flat = self.peers.sum(flat)
+        _put_gradient(self.parameters, flat[:-1])
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.method.optimizer.grad_clip)
+        good = bool(norm.isfinite()) and flat[-1].item() == 0
+        if good:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
+        limit = self.method.optimizer.max_skipped
+        if self.skipped_in_a_row > limit:
+            raise RunError(
+                f"{self.skipped_in_a_row} updates in a row had no finite loss and gradient, above "
+                f"optimizer.max_skipped ({limit}). The weights are those before them. Lower "
+                "optimizer.lr, or compute in float32: --set dtype=float32"
+            )
+        return norm.item() if good else None
+
+    def _finish(self, step: int) -> None:
+        """The other slots follow `current`."""
+        decay = self.method.loss.old_decay(step)
+        if decay is not None:
+            self.slots.blend(Slot.OLD, Slot.CURRENT, decay)
+        if self.method.optimizer.ema is not None:
+            self.slots.blend(Slot.EMA, Slot.CURRENT, self.method.optimizer.ema)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold as tensors: slots, optimizer, exploration."""
+        states = self.optimizer.state_dict()["state"]
+        optimizer = {
+            f"optimizer/{place}/{name}": x.detach().cpu().clone()
+            for place, state in states.items()
+            for name, x in state.items()
+        }
+        slots = {f"slots/{name}": x for name, x in self.slots.state().items()}
+        exploration = {f"exploration/{name}": x for name, x in self.method.exploration.state().items()}
+        return slots | optimizer | exploration
+
+    def state(self) -> dict[str, float]:
+        """The rest of it, as JSON."""
+        return {"skipped_in_a_row": self.skipped_in_a_row, **self.scaler.state_dict()}
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, float]) -> None:
+        """Takes up what `tensors` and `state` gave. Raises CheckpointError where they do not fit."""
+        self.slots.load_state(_below("slots/", tensors))
+        self.method.exploration.load_state(_below("exploration/", tensors))
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, x in _below("optimizer/", tensors).items():
+            place, _, key = name.partition("/")
+            states.setdefault(int(place), {})[key] = x
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        left = dict(state)
+        self.skipped_in_a_row = int(left.pop("skipped_in_a_row"))
+        if left:
+            self.scaler.load_state_dict(left)
+
+
+def prepare(exploration: Exploration, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
+    """The conditions of some prompts; none of none, for a process without a group."""
+    if prompts:
+        return exploration.prepare(policy, prompts)
+    return Variants(policy.encode([""])[:0], exploration.variants)
+
+
+def _update_metrics(tally: Tally) -> dict[str, float]:
+    metrics = tally.means()
+    ratio = tally.figures.get("ratio")
+    if ratio is not None:
+        del metrics["ratio"]
+        metrics |= {
+            "ratio_mean": ratio.mean,
+            "ratio_min": ratio.least,
+            "ratio_max": ratio.greatest,
+            "ratio_std": ratio.std,
+        }
+    return metrics
+
+
+def _flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    )
+
+
+def _put_gradient(parameters: Sequence[torch.nn.Parameter], flat: Tensor) -> None:
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,305 @@
+"""What an update minimizes: the clipped surrogate of GRPO, or DiffusionNFT's contrast of good and bad samples.
+
+A loss is cut into `parts` (random steps, or noise levels), each of which can be evaluated for any rows of a step's
+rollouts, so that memory never decides what is learned.
+
+| paper                       | here                                                       |
+|-----------------------------|------------------------------------------------------------|
+| pi_old, v_old               | the slot that samples were drawn with: `sampling_slot`     |
+| epsilon                     | `ClippedSettings.clip`                                     |
+| beta of Flow-GRPO           | `ClippedSettings.kl`                                       |
+| beta of DiffusionNFT        | `NFTSettings.beta`; its KL weight is `NFTSettings.kl`      |
+| Z_c                         | `NFTSettings.certain`                                      |
+
+Deviations:
+
+1. `Transition.log_prob_B` is conditioned on the prompt itself (c_0), as the update is: a ratio between c_0 and a
+   variant's c_k(t) would not be 1 before the first update.
+2. Where no KL is asked for, the distance to the reference is still measured on the first rows, for the log.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pixrl.algorithms.rollouts import Rollouts, Use, fresh_noise
+from pixrl.algorithms.stepping import Noise, SamplingSettings
+from pixrl.config import Settings
+from pixrl.equations import (
+    clipped_surrogate,
+    gaussian_kl,
+    interpolate,
+    nft_loss,
+    old_policy_decay,
+    optimality,
+)
+from pixrl.models.base import FlowPolicy
+from pixrl.models.slots import Slot
+from pixrl.types import sample_seed
+
+NFT_SCALE = 5.0
+"""The released trainer scales its loss by 5 / beta; the KL weight of 1e-4 belongs to that scale."""
+
+
+class KLForm(StrEnum):
+    """Which published form a KL weight belongs to (`equations.gaussian_kl`)."""
+
+    FLOW_GRPO = "flow_grpo"
+    """Without sqrt(-dt) in the deviation: the form of Flow-GRPO's 0.04."""
+    EXACT = "exact"
+
+
+class OldPolicy(StrEnum):
+    """How the sampling policy of NFT follows the trained one after each step: old <- d old + (1 - d) current."""
+
+    FOLLOW = "follow"
+    """d = 0: the published kind 0."""
+    SLOW = "slow"
+    """d = min(0.001 step, 0.5): kind 1."""
+    LATE = "late"
+    """d = 0 up to step 75, then min(0.0075 (step - 75), 0.999): kind 2."""
+    CONSTANT = "constant"
+    """d = `old_decay`."""
+
+
+_KINDS = {OldPolicy.FOLLOW: 0, OldPolicy.SLOW: 1, OldPolicy.LATE: 2}
+
+
+class ClippedSettings(Settings):
+    """GRPO's loss."""
+
+    kind: Literal["clipped"] = "clipped"
+    clip: float = Field(1e-4, gt=0, lt=1)
+    """Half width of the trusted ratios. Log-densities are means over pixels, hence the small numbers."""
+    kl: float = Field(0.0, ge=0)
+    """Weight of the distance to the reference policy."""
+    kl_form: KLForm | None = None
+    """Form of the KL; none: flow_grpo."""
+
+    @model_validator(mode="after")
+    def _no_form_without_kl(self) -> "ClippedSettings":
+        if self.kl == 0 and self.kl_form is not None:
+            raise ValueError("kl_form has no effect with kl: 0; remove it, or give kl a weight")
+        return self
+
+
+class NFTSettings(Settings):
+    """DiffusionNFT's loss."""
+
+    kind: Literal["nft"] = "nft"
+    beta: float = Field(1.0, gt=0)
+    """How far the implicit good and bad policies lie from the old one."""
+    kl: float = Field(1e-4, ge=0)
+    """Weight of the mean of (v - v_ref)^2."""
+    timesteps: int = Field(9, ge=1)
+    """Noise levels of the schedule that each sample is trained at, drawn without putting back."""
+    certain: float = Field(5.0, gt=0)
+    """The advantage that counts as certainly good."""
+    old_policy: OldPolicy = OldPolicy.SLOW
+    old_decay: float | None = Field(None, ge=0, lt=1)
+    """d of `old_policy: constant`."""
+
+    @model_validator(mode="after")
+    def _decay_where_constant(self) -> "NFTSettings":
+        constant = self.old_policy is OldPolicy.CONSTANT
+        if constant != (self.old_decay is not None):
+            raise ValueError(
+                "old_policy: constant needs old_decay" if constant else
+                f"old_decay has no effect with old_policy: {self.old_policy.value}; remove it, or say constant"
+            )  # fmt: skip
+        return self
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A loss of some rows at one part, and figures of the same rows for the log."""
+
+    loss_B: Tensor
+    """To minimize, [B]."""
+    figures: Mapping[str, Tensor]
+    """Name -> [B], without gradients."""
+
+
+class Loss(ABC):
+    """What is minimized over a step's rollouts."""
+
+    sampling_slot: Slot
+
+    @abstractmethod
+    def parts(self, rollouts: Rollouts) -> int:
+        """How many terms each sample has."""
+
+    @abstractmethod
+    def terms(
+        self,
+        policy: FlowPolicy,
+        rollouts: Rollouts,
+        rows: Sequence[int],
+        advantage_B: Tensor,
+        part: int,
+        with_kl: bool,
+    ) -> Terms:
+        """The loss of some rows [B], with gradients to the slot `current`, which is active.
+
+        With `with_kl` the figures hold `kl`, the distance to the reference.
+        """
+
+    @abstractmethod
+    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
+        """How far the first update is from on-policy on some rows: 0 but for rounding."""
+
+    def old_decay(self, step: int) -> float | None:
+        """How much of the old policy stays after a step; None where this loss has no old policy."""
+        return None
+
+
+class ClippedSurrogate(Loss):
+    """max(-A rho, -A clamp(rho, 1 - clip, 1 + clip)) + kl KL at every random step."""
+
+    sampling_slot = Slot.CURRENT
+
+    def __init__(self, settings: ClippedSettings) -> None:
+        self.settings = settings
+
+    def parts(self, rollouts: Rollouts) -> int:
+        return len(rollouts.transitions)
+
+    def terms(
+        self,
+        policy: FlowPolicy,
+        rollouts: Rollouts,
+        rows: Sequence[int],
+        advantage_B: Tensor,
+        part: int,
+        with_kl: bool,
+    ) -> Terms:
+        index = list(rows)
+        transition = rollouts.transitions[part]
+        plan, number = rollouts.plan, transition.number
+        x, next_x = transition.x_B[index], transition.next_B[index]
+        old_log_prob = transition.log_prob_B[index]
+        sigma_B = x.new_full((len(x),), plan.schedule.sigmas[number])
+        condition = rollouts.conditioning(index)
+        step = plan.random_step(x, policy.velocity(x, sigma_B, condition), number, next_x=next_x)
+        loss_B = clipped_surrogate(step.log_prob, old_log_prob, advantage_B.to(x.device), self.settings.clip)
+        ratio_B = (step.log_prob.detach() - old_log_prob).exp()
+        figures = {"ratio": ratio_B, "clip_share": ((ratio_B - 1).abs() > self.settings.clip).float()}
+        if with_kl or self.settings.kl > 0:
+            with torch.no_grad(), policy.slot(Slot.REFERENCE):
+                velocity = policy.velocity(x, sigma_B, condition)
+                reference = plan.random_step(x, velocity, number, next_x=next_x).mean
+            kl_B = self._kl(step.mean, reference, step.std, x.new_full((len(x),), plan.dt(number)))
+            loss_B = loss_B + self.settings.kl * kl_B if self.settings.kl > 0 else loss_B
+            figures["kl"] = kl_B.detach()
+        return Terms(loss_B, figures)
+
+    def _kl(self, mean: Tensor, reference: Tensor, std: Tensor, dt_B: Tensor) -> Tensor:
+        if self.settings.kl_form is KLForm.EXACT:
+            return gaussian_kl(mean, reference, std)
+        return gaussian_kl(mean, reference, std, form="flow_grpo", dt=dt_B)
+
+    @torch.no_grad()
+    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
+        none_B = torch.zeros(len(rows))
+        ratios = [
+            self.terms(policy, rollouts, rows, none_B, part, with_kl=False).figures["ratio"]
+            for part in range(self.parts(rollouts))
+        ]
+        return (torch.stack(ratios) - 1).abs().max().item()
+
+
+class NegativeAware(Loss):
+    """5 / beta (r L+ + (1 - r) L-) + kl mean((v - v_ref)^2) at shuffled noise levels, fresh noise at each."""
+
+    sampling_slot = Slot.OLD
+
+    def __init__(self, settings: NFTSettings) -> None:
+        self.settings = settings
+
+    def parts(self, rollouts: Rollouts) -> int:
+        return self.settings.timesteps
+
+    def old_decay(self, step: int) -> float:
+        if self.settings.old_decay is not None:
+            return self.settings.old_decay
+        return old_policy_decay(step, _KINDS[self.settings.old_policy])
+
+    def terms(
+        self,
+        policy: FlowPolicy,
+        rollouts: Rollouts,
+        rows: Sequence[int],
+        advantage_B: Tensor,
+        part: int,
+        with_kl: bool,
+    ) -> Terms:
+        x_t, t_B, x0 = self._noised(policy, rollouts, rows, part)
+        condition = rollouts.conditioning(rows)
+        velocity = policy.velocity(x_t, t_B, condition)
+        with torch.no_grad(), policy.slot(Slot.OLD):
+            old = policy.velocity(x_t, t_B, condition)
+        good_B = optimality(advantage_B.to(x_t.device), self.settings.certain)
+        loss_B = (
+            nft_loss(x_t, t_B, x0, velocity, old, good_B, self.settings.beta) * NFT_SCALE / self.settings.beta
+        )
+        figures = {"old_distance": (velocity.detach() - old).square().flatten(1).mean(dim=1)}
+        if with_kl or self.settings.kl > 0:
+            with torch.no_grad(), policy.slot(Slot.REFERENCE):
+                reference = policy.velocity(x_t, t_B, condition)
+            kl_B = (velocity - reference).square().flatten(1).mean(dim=1)
+            loss_B = loss_B + self.settings.kl * kl_B
+            figures["kl"] = kl_B.detach()
+        return Terms(loss_B, figures)
+
+    def _noised(
+        self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], part: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t, t and x0 of some rows: each sample has an order of noise levels and fresh noises of its own."""
+        index = list(rows)
+        x0 = rollouts.x0_B[index]
+        streams = [rollouts.samples.streams[row] for row in index]
+        levels = rollouts.schedule.sigmas[:-1]
+        t_B = x0.new_tensor([levels[_shuffled(stream, len(levels))[part]] for stream in streams])
+        return interpolate(x0, fresh_noise(policy, streams, Use.FRESH, part), t_B), t_B, x0
+
+    @torch.no_grad()
+    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
+        x_t, t_B, _ = self._noised(policy, rollouts, rows, 0)
+        condition = rollouts.conditioning(rows)
+        current = policy.velocity(x_t, t_B, condition)
+        with policy.slot(Slot.OLD):
+            old = policy.velocity(x_t, t_B, condition)
+        return (current - old).abs().max().item()
+
+
+def _shuffled(stream: int, count: int) -> list[int]:
+    drawer = torch.Generator().manual_seed(sample_seed(stream, Use.ORDER, 0, 0))
+    order: list[int] = torch.randperm(count, generator=drawer).tolist()
+    return order
+
+
+LossSettings = ClippedSettings | NFTSettings
+
+
+def make_loss(settings: LossSettings) -> Loss:
+    """The loss that the settings describe."""
+    return NegativeAware(settings) if isinstance(settings, NFTSettings) else ClippedSurrogate(settings)
+
+
+def check_fit(loss: LossSettings, sampling: SamplingSettings) -> None:
+    """ValueError when a loss cannot learn from rollouts that are sampled so."""
+    if isinstance(loss, ClippedSettings):
+        if sampling.noise is Noise.NONE:
+            raise ValueError(
+                "loss: clipped needs rollouts with a density: set sampling.noise to flow_sde, dance or cps"
+            )
+    elif loss.timesteps > sampling.steps:
+        raise ValueError(
+            f"loss.timesteps is {loss.timesteps}, but {sampling.steps} sampling steps have only as many noise levels"
+        )

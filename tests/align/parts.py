@@ -1,0 +1,74 @@
+"""What the tests of align share: groups, methods, scores."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.align import Aligner, Method, MicroBatches, OptimizerSettings
+from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings
+from pixrl.algorithms.losses import ClippedSettings, LossSettings, NFTSettings, make_loss
+from pixrl.algorithms.perturbation_learning import PerturbationSettings
+from pixrl.algorithms.rollouts import Group
+from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.models.sd3 import SD3Policy
+from pixrl.types import Scores
+
+PROMPTS = ("a red owl", "two blue snails", "a cat")
+
+
+def groups(count: int = 2, epoch: int = 0) -> list[Group]:
+    return [Group(place, epoch, place, PROMPTS[place]) for place in range(count)]
+
+
+def perturbed(variants: int = 2) -> PerturbedEmbeddings:
+    return PerturbedEmbeddings(PerturbationSettings(variants=variants, steps=3))
+
+
+CLIPPED = ClippedSettings(clip=0.01)
+NFT = NFTSettings(timesteps=3)
+SDE = SamplingSettings(steps=4, noise="flow_sde")
+ODE = SamplingSettings(steps=4, solver="dpm")
+
+
+def aligner(
+    policy: SD3Policy,
+    loss: LossSettings = CLIPPED,
+    sampling: SamplingSettings = SDE,
+    *,
+    exploration: Exploration | None = None,
+    advantage: AdvantageSettings | None = None,
+    micro: tuple[int, int] = (4, 4),
+    noises: int = 3,
+    seed: int = 0,
+    **optimizer: Any,
+) -> Aligner:
+    assert policy.lora is not None
+    method = Method(
+        exploration or NoiseOnly(),
+        sampling,
+        advantage or AdvantageSettings(),
+        make_loss(loss),
+        OptimizerSettings(**{"lr": 1e-3, **optimizer}),
+        noises,
+    )
+    return Aligner(policy, policy.lora, method, MicroBatches(*micro), seed=seed)
+
+
+def scored(values: Tensor | Sequence[float], name: str = "r") -> dict[str, Scores]:
+    values_B = torch.as_tensor(values, dtype=torch.float32)
+    reasons = tuple("broken" if value != value else None for value in values_B.tolist())
+    return {name: Scores(values_B, reasons, provenance={"model": "test"})}
+
+
+def weights_of(policy: SD3Policy) -> dict[str, Tensor]:
+    assert policy.lora is not None
+    return policy.lora.state()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 0.0) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.allclose(one[name], other[name], rtol=0, atol=atol) for name in one
+    )

@@ -1,0 +1,331 @@
+"""Collect and update on a tiny random SD3: what must hold for every combination of parts."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from tests.align.parts import (
+    CLIPPED,
+    NFT,
+    ODE,
+    SDE,
+    aligner,
+    groups,
+    perturbed,
+    same,
+    scored,
+    weights_of,
+)
+
+from pixrl.algorithms.advantages import AdvantageSettings, combine, group_std, reward_metrics
+from pixrl.algorithms.align import Aligner
+from pixrl.algorithms.exploration import NoiseOnly
+from pixrl.algorithms.losses import ClippedSettings, KLForm, LossSettings, NFTSettings, OldPolicy, check_fit
+from pixrl.algorithms.rollouts import Rollouts
+from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.errors import RunError
+from pixrl.models.sd3 import SD3Policy
+
+WEIGHTS = {"r": 1.0}
+NAN = math.nan
+
+
+def brightness(rollouts: Rollouts) -> torch.Tensor:
+    return rollouts.images_BCHW.mean(dim=(1, 2, 3))
+
+
+def one_step(found: Aligner, step: int = 0) -> dict[str, float]:
+    rollouts = found.collect(groups(epoch=step), step)
+    return found.update(rollouts, scored(brightness(rollouts)), WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("exploring", "noise", "scale", "loss"),
+    [
+        *itertools.product([False], ["flow_sde", "dance", "cps"], ["group", "global"], [CLIPPED]),
+        (True, "flow_sde", "group", CLIPPED),
+        (True, "none", "group", NFT),
+        (False, "none", "none", NFT),
+        (False, "cps", "group", NFT),
+    ],
+)
+def test_any_combination_of_parts_learns(
+    policy: SD3Policy, exploring: bool, noise: str, scale: str, loss: LossSettings
+) -> None:
+    found = aligner(
+        policy,
+        loss,
+        SamplingSettings(steps=4, noise=noise),
+        exploration=perturbed() if exploring else NoiseOnly(),
+        advantage=AdvantageSettings(scale=scale),
+        noises=2,
+    )
+    before = weights_of(policy)
+    metrics = one_step(found)
+    after = weights_of(policy)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["grad_norm"] > 0
+    assert not same(before, after)
+    assert metrics["group_std"] > 0
+    if loss is CLIPPED:
+        assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert metrics["ratio_max"] - metrics["ratio_min"] < 1e-4
+    if exploring:
+        assert {"anchor_cosine", "learned_prompts"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("exploring", [False, True])
+@pytest.mark.parametrize(("loss", "sampling"), [(CLIPPED, SDE), (NFT, ODE)])
+def test_the_micro_batch_does_not_matter(
+    sd3_folder: object, exploring: bool, loss: LossSettings, sampling: SamplingSettings
+) -> None:
+    from pixrl import models
+
+    results, pictures = [], []
+    for micro in ((1, 1), (4, 3), (99, 99)):
+        policy = models.load(str(sd3_folder), device="cpu", dtype="float32")
+        assert isinstance(policy, SD3Policy)
+        policy.attach_lora(rank=4, alpha=8)
+        exploration = perturbed() if exploring else NoiseOnly()
+        found = aligner(policy, loss, sampling, exploration=exploration, micro=micro, updates=2, noises=3)
+        rollouts = found.collect(groups(), 0)
+        pictures.append(rollouts.images_BCHW)
+        found.update(rollouts, scored(torch.arange(len(rollouts)).remainder(4)), WEIGHTS)
+        results.append(weights_of(policy))
+    assert all(torch.allclose(one, pictures[0], atol=1e-4) for one in pictures)
+    assert all(same(one, results[0], atol=2e-4) for one in results)  # Adam's first steps have size lr = 1e-3
+
+
+def test_samples_are_keyed_one_by_one(policy: SD3Policy) -> None:
+    found = aligner(policy, micro=(2, 2))
+    both = found.collect(groups(2), 0)
+    second = aligner(policy, micro=(5, 5)).collect(groups(2)[1:], 0)
+    assert torch.allclose(both.images_BCHW[3:], second.images_BCHW, atol=1e-5)
+    assert both.samples.seeds[3:] == second.samples.seeds
+    assert not torch.allclose(both.images_BCHW, found.collect(groups(2, epoch=1), 0).images_BCHW, atol=1e-2)
+
+
+def test_variants_share_their_first_noise_and_nothing_later(policy: SD3Policy) -> None:
+    samples = aligner(policy, exploration=perturbed(3), noises=2).collect(groups(1), 0).samples
+    assert samples.variant_B.tolist() == [0, 0, 1, 1, 2, 2]
+    assert samples.seeds[:2] == samples.seeds[2:4] == samples.seeds[4:]
+    assert len(set(samples.streams)) == 6
+
+
+def test_the_update_is_conditioned_on_the_anchor_alone(
+    policy: SD3Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = aligner(policy, NFT, ODE, exploration=perturbed(3), noises=1)
+    rollouts = found.collect(groups(2), 0)
+    used = []
+    original = type(policy).velocity
+
+    def spy(self: SD3Policy, x: torch.Tensor, t: torch.Tensor, c: object) -> torch.Tensor:
+        used.append(c.tokens_BLD)  # type: ignore[attr-defined]
+        return original(self, x, t, c)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(policy), "velocity", spy)
+    found.update(rollouts, scored(brightness(rollouts)), WEIGHTS)
+    anchors = policy.encode([group.prompt for group in groups(2)]).tokens_BLD
+    rows = torch.cat(used)
+    assert len(rows) >= 2 * 3 * 3
+    assert all(any(torch.equal(row, anchor) for anchor in anchors) for row in rows)
+
+
+@pytest.mark.parametrize(("loss", "sampling"), [(CLIPPED, SDE), (NFT, ODE)])
+def test_samples_come_from_the_right_slot(
+    policy: SD3Policy, loss: LossSettings, sampling: SamplingSettings
+) -> None:
+    assert policy.lora is not None
+    found = aligner(policy, loss, sampling)
+    before = found.collect(groups(1), 0).images_BCHW
+    with torch.no_grad():
+        for name, parameter in policy.transformer.named_parameters():
+            if "lora_B.current" in name:
+                parameter.normal_(0, 0.3)
+    changed = not torch.allclose(before, found.collect(groups(1), 0).images_BCHW, atol=1e-4)
+    assert changed == (loss is CLIPPED)
+
+
+def test_failed_samples_are_dropped_and_change_nothing_else(policy: SD3Policy) -> None:
+    found = aligner(policy)
+    rollouts = found.collect(groups(2), 0)
+    values = torch.tensor([0.1, 0.9, NAN, 0.3, 0.5, 0.4])
+    metrics = found.update(rollouts, scored(values), WEIGHTS)
+    assert metrics["failed_share"] == pytest.approx(1 / 6)
+    assert metrics["reward/r/mean"] == pytest.approx(values.nanmean().item())
+    assert all(math.isfinite(x) for x in metrics.values())
+
+
+@pytest.mark.parametrize(("loss", "sampling"), [(CLIPPED, SDE), (NFT, ODE)])
+@pytest.mark.parametrize(
+    "values", [[0.5] * 6, [NAN] * 6, [NAN, NAN, NAN, 0.2, 0.4, 0.9], [NAN, NAN, 0.5, 0.5, 0.5, 0.5]]
+)
+def test_groups_without_a_signal_poison_nothing(
+    policy: SD3Policy, loss: LossSettings, sampling: SamplingSettings, values: list[float]
+) -> None:
+    found = aligner(policy, loss, sampling)
+    for step in range(2):
+        metrics = found.update(found.collect(groups(2), step), scored(values), WEIGHTS)
+        assert (
+            metrics["zero_std_share"] == pytest.approx(1.0)
+            or not math.isfinite(metrics["zero_std_share"])
+            or (values[-1] == 0.9)
+        )
+    assert all(bool(x.isfinite().all()) for x in weights_of(policy).values())
+
+
+def test_one_sample_groups(policy: SD3Policy) -> None:
+    found = aligner(policy, noises=1)
+    rollouts = found.collect(groups(2), 0)
+    metrics = found.update(rollouts, scored([0.3, 0.9]), WEIGHTS)
+    assert metrics["zero_std_share"] == 1
+    assert all(bool(x.isfinite().all()) for x in weights_of(policy).values())
+
+
+def test_no_group_at_all(policy: SD3Policy) -> None:
+    """A process that has no share of a step takes part all the same."""
+    for exploration in (NoiseOnly(), perturbed()):
+        found = aligner(policy, exploration=exploration)
+        rollouts = found.collect([], 0)
+        assert len(rollouts) == 0
+        assert len(rollouts.transitions) == 3
+
+
+def test_a_loss_that_is_not_finite_skips_the_update_and_at_last_stops(
+    policy: SD3Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = aligner(policy, NFT, ODE, max_skipped=1)
+    rollouts = found.collect(groups(2), 0)
+    scores = scored(brightness(rollouts))
+    before = weights_of(policy)
+    original = type(policy).velocity
+    monkeypatch.setattr(type(policy), "velocity", lambda self, x, t, c: original(self, x, t, c) * NAN)
+    metrics = found.update(rollouts, scores, WEIGHTS)
+    assert metrics["skipped_updates"] == 1
+    assert same(before, weights_of(policy))
+    with pytest.raises(RunError, match=r"2 updates in a row .* above optimizer\.max_skipped \(1\)"):
+        found.update(rollouts, scores, WEIGHTS)
+    monkeypatch.setattr(type(policy), "velocity", original)
+    found.skipped_in_a_row = 0
+    assert found.update(rollouts, scores, WEIGHTS)["skipped_updates"] == 0
+
+
+def test_permuted_transitions_give_the_same_gradient(policy: SD3Policy) -> None:
+    from dataclasses import replace
+
+    found = aligner(policy, ClippedSettings(clip=0.01, kl=0.04))
+    rollouts = found.collect(groups(2), 0)
+    gradients = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        turned = replace(rollouts, transitions=tuple(rollouts.transitions[place] for place in order))
+        found.optimizer.zero_grad()
+        for part in range(3):
+            terms = found.method.loss.terms(policy, turned, range(6), torch.arange(6.0) - 2.5, part, True)
+            terms.loss_B.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in found.parameters if p.grad is not None]))
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_another_schedule_is_refused(policy: SD3Policy) -> None:
+    found = aligner(policy)
+    rollouts = found.collect(groups(1), 0)
+    policy.pipeline.scheduler.register_to_config(shift=1.0)
+    policy.pipeline.scheduler.set_shift(1.0)
+    with pytest.raises(RunError, match="share one schedule"):
+        found.update(rollouts, scored([0.1, 0.2, 0.3]), WEIGHTS)
+
+
+def test_the_old_policy_follows_as_published() -> None:
+    from pixrl.algorithms.losses import make_loss
+
+    kinds = {
+        kind: make_loss(NFTSettings(old_policy=kind))
+        for kind in (OldPolicy.FOLLOW, OldPolicy.SLOW, OldPolicy.LATE)
+    }
+    assert [kinds[OldPolicy.FOLLOW].old_decay(step) for step in (0, 500)] == [0, 0]
+    assert [kinds[OldPolicy.SLOW].old_decay(step) for step in (0, 100, 900)] == [0, 0.1, 0.5]
+    assert [kinds[OldPolicy.LATE].old_decay(step) for step in (75, 95)] == pytest.approx([0, 0.15])
+    constant = make_loss(NFTSettings(old_policy=OldPolicy.CONSTANT, old_decay=0.3))
+    assert constant.old_decay(5) == 0.3
+    assert make_loss(CLIPPED).old_decay(5) is None
+
+
+def test_losses_need_fitting_rollouts() -> None:
+    with pytest.raises(ValueError, match=r"sampling\.noise to flow_sde"):
+        check_fit(CLIPPED, ODE)
+    with pytest.raises(ValueError, match="9, but 4 sampling steps"):
+        check_fit(NFTSettings(), ODE)
+    check_fit(NFT, ODE)
+    with pytest.raises(ValueError, match="kl_form has no effect"):
+        ClippedSettings(kl_form=KLForm.EXACT)
+    with pytest.raises(ValueError, match="old_decay has no effect"):
+        NFTSettings(old_decay=0.3)
+    with pytest.raises(ValueError, match="needs old_decay"):
+        NFTSettings(old_policy="constant")
+
+
+def test_the_two_forms_of_the_kl_differ_by_dt(policy: SD3Policy) -> None:
+    with torch.no_grad():
+        for name, parameter in policy.transformer.named_parameters():
+            if "lora_B.current" in name:
+                parameter.normal_(0, 0.1)
+    found = {}
+    for form in KLForm:
+        one = aligner(policy, ClippedSettings(clip=0.1, kl=1, kl_form=form))
+        rollouts = one.collect(groups(1), 0)
+        terms = one.method.loss.terms(policy, rollouts, [0, 1], torch.zeros(2), 1, False)
+        found[form] = terms.figures["kl"]
+    dt = rollouts.plan.dt(rollouts.transitions[1].number)
+    assert torch.allclose(found[KLForm.FLOW_GRPO], found[KLForm.EXACT] * -dt, rtol=1e-4)
+    assert bool((found[KLForm.EXACT] > 0).all())
+
+
+def test_resumed_from_its_state_it_goes_on_the_same(sd3_folder: object) -> None:
+    from pixrl import models
+
+    def fresh() -> Aligner:
+        policy = models.load(str(sd3_folder), device="cpu", dtype="float32")
+        assert isinstance(policy, SD3Policy)
+        policy.attach_lora(rank=4, alpha=8)
+        return aligner(policy, NFT, ODE, exploration=perturbed())
+
+    whole = fresh()
+    for step in range(3):
+        one_step(whole, step)
+    first = fresh()
+    one_step(first, 0)
+    second = fresh()
+    second.restore(first.tensors(), first.state())
+    for step in (1, 2):
+        one_step(second, step)
+    assert same(whole.tensors(), second.tensors())
+
+
+def test_advantages_of_several_rewards() -> None:
+    small = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.5, 0.5]])
+    settings = AdvantageSettings(eps=0, clamp=None)
+    one = combine({"a": small}, {"a": 1.0}, settings)
+    both = combine({"a": small, "b": 1000 * small, "held": small * NAN}, {"a": 0.7, "b": 0.3}, settings)
+    assert torch.allclose(one, both, atol=1e-4)
+    assert both[1].tolist() == [0, 0, 0]
+    failed = small.clone()
+    failed[0, 2] = NAN
+    mixed = combine({"a": small, "b": failed}, {"a": 1.0, "b": 1.0}, settings)
+    assert mixed[0].isnan().tolist() == [False, False, True]
+    assert torch.allclose(mixed[0, :2], torch.tensor([-2.0, 2.0]), atol=1e-4)
+    clamped = combine({"a": small}, {"a": 10.0}, AdvantageSettings(clamp=5))
+    assert clamped.abs().max() == 5
+    with pytest.raises(RunError, match="No scores of the reward 'c'"):
+        combine({"a": small}, {"c": 1.0}, settings)
+
+
+def test_reward_metrics() -> None:
+    rewards = torch.tensor([[0.0, 1.0], [0.5, 0.5], [NAN, 0.2], [NAN, NAN]])
+    metrics = reward_metrics({"a": rewards, "b": torch.ones(4, 2)}, {"a": 2.0})
+    assert metrics["group_std"] == pytest.approx(1 / 3)
+    assert metrics["zero_std_share"] == pytest.approx(2 / 3)
+    assert metrics["failed_share"] == pytest.approx(3 / 8)
+    assert metrics["reward/b/mean"] == 1
+    assert group_std(rewards).isnan().tolist() == [False, False, False, True]
