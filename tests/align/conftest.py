@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tests import tiny
 
 from pixrl import models
 from pixrl.models.sd3 import SD3Policy
+from tests import tiny
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,15 @@ import math
 
 import pytest
 import torch
+
+from pixrl.algorithms.advantages import AdvantageSettings, combine, group_std, reward_metrics
+from pixrl.algorithms.align import Aligner
+from pixrl.algorithms.exploration import NoiseOnly
+from pixrl.algorithms.losses import ClippedSettings, KLForm, LossSettings, NFTSettings, OldPolicy, check_fit
+from pixrl.algorithms.rollouts import Rollouts
+from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.errors import RunError
+from pixrl.models.sd3 import SD3Policy
 from tests.align.parts import (
     CLIPPED,
     NFT,
@@ -17,15 +26,6 @@ from tests.align.parts import (
     scored,
     weights_of,
 )
-
-from pixrl.algorithms.advantages import AdvantageSettings, combine, group_std, reward_metrics
-from pixrl.algorithms.align import Aligner
-from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.losses import ClippedSettings, KLForm, LossSettings, NFTSettings, OldPolicy, check_fit
-from pixrl.algorithms.rollouts import Rollouts
-from pixrl.algorithms.stepping import SamplingSettings
-from pixrl.errors import RunError
-from pixrl.models.sd3 import SD3Policy
 
 WEIGHTS = {"r": 1.0}
 NAN = math.nan

@@ -292,7 +292,8 @@ class Aligner:
 def prepare(exploration: Exploration, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
     """The conditions of some prompts; none of none, for a process without a group."""
     if prompts:
-        return exploration.prepare(policy, prompts)
+        with policy.text_present():
+            return exploration.prepare(policy, prompts)
     return Variants(policy.encode([""])[:0], exploration.variants)
 
 

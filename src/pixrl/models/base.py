@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -134,6 +134,10 @@ class FlowPolicy(Renderer):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pictures [B, 3, H, W] in [0, 1]; differentiable."""
+
+    def text_present(self) -> AbstractContextManager[None]:
+        """Within it the text encoders are on the device; needed only around use of the encoders themselves."""
+        return nullcontext()
 
     @abstractmethod
     def slot(self, name: str) -> AbstractContextManager[None]:

@@ -4,8 +4,9 @@ A family (SD3, FLUX) adds how it encodes a prompt, its schedule and its velocity
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pixrl.device import choose_device, choose_precision
-from pixrl.errors import RunError, ShapeError
+from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.hub import fingerprint, read_card
 from pixrl.models.base import Conditioning, FlowPolicy, SamplingSettings
 from pixrl.models.pipeline import (
@@ -33,6 +34,13 @@ from pixrl.models.pipeline import (
 )
 from pixrl.models.prompts import PromptCache, check_words
 from pixrl.models.slots import LoraSlots, Slot, parse_slot
+
+
+class Part(StrEnum):
+    """What need not be on the device all the time."""
+
+    TEXT = "text"
+    VAE = "vae"
 
 
 class FlowPipelinePolicy(FlowPolicy):
@@ -68,7 +76,8 @@ class FlowPipelinePolicy(FlowPolicy):
         side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor, patch)
         self.latent_shape = (channels, side, side)
         self.micro_batch = micro_batch_for(self.device, self.settings.resolution)
-        self._cache = PromptCache(self._encode_one)
+        self._cache = PromptCache(self._encode_row)
+        self._present: set[Part] = set(Part)
 
     @abstractmethod
     def _latent_geometry(self) -> tuple[int, int]:
@@ -90,6 +99,48 @@ class FlowPipelinePolicy(FlowPolicy):
         check_words(prompts, self.vocabulary, self.name)
         with torch.no_grad():
             return self._cache.rows(prompts)
+
+    def _encode_row(self, prompt: str) -> Conditioning:
+        with self.present(Part.TEXT):
+            return self._encode_one(prompt)
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
+        self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def offload(self) -> None:
+        """From now on text encoders and VAE are on the device only while they are used.
+
+        Raises:
+            InputError: the model is on a CPU already.
+        """
+        if self.device.type == "cpu":
+            raise InputError("offload has no effect on a CPU: remove it, or choose a GPU.")
+        for part in Part:
+            self._move(part, torch.device("cpu"))
+
+    @contextmanager
+    def present(self, part: Part) -> Iterator[None]:
+        """Within it the text encoders, or the VAE, are on the device."""
+        if part in self._present:
+            yield
+            return
+        self._move(part, self.device)
+        try:
+            yield
+        finally:
+            self._move(part, torch.device("cpu"))
+
+    def text_present(self) -> AbstractContextManager[None]:
+        return self.present(Part.TEXT)
+
+    def _move(self, part: Part, device: torch.device) -> None:
+        names = ("vae",) if part is Part.VAE else ("text_encoder", "text_encoder_2", "text_encoder_3")
+        for name in names:
+            module = self.pipeline.components.get(name)
+            if module is not None:
+                module.to(device)
+        self._present = self._present - {part} if device != self.device else self._present | {part}
 
     def schedule(self, steps: int) -> Tensor:
         return self._sigmas(steps).to(device="cpu", dtype=torch.float32).clone()
@@ -142,7 +193,7 @@ class FlowPipelinePolicy(FlowPolicy):
         return x
 
     def decode(self, latents: Tensor) -> Tensor:
-        with self.precision.context(self.device):
+        with self.present(Part.VAE), self.precision.context(self.device):
             return decode_latents(self.vae, latents.to(self.device))
 
     def attach_lora(

@@ -1,0 +1,157 @@
+"""What an align run is made from: the `align` recipe. A method is the combination of four of its parts:
+
+exploration (noise, perturbed) x sampling (solver, random steps) x advantage x loss (clipped, nft).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.align import OptimizerSettings
+from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings
+from pixrl.algorithms.losses import ClippedSettings, NFTSettings, check_fit
+from pixrl.algorithms.perturbation_learning import PerturbationSettings
+from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.config import Settings
+from pixrl.rewards.settings import RewardSetting, Stage, check_rewards
+
+
+class PromptSettings(Settings):
+    """What is drawn."""
+
+    source: str = "toy:geneval"
+    """toy:geneval, toy:geneval/counting,colors, or a .txt, .jsonl, .csv or .parquet file."""
+    per_step: int = Field(8, ge=1)
+    """P: prompts of a training step; each makes one group."""
+
+
+class ScoringSettings(Settings):
+    """How much trouble with rewards a run bears."""
+
+    time_limit: float | None = Field(300.0, gt=0)
+    """Seconds that one reward may take for a step's pictures; none: no limit."""
+    max_failed_share: float = Field(0.5, ge=0, le=1)
+    """The run stops when more than this share of a step's pictures has no score."""
+
+
+class NoiseExploration(Settings):
+    """A prompt's samples differ in their noise alone."""
+
+    kind: Literal["noise"] = "noise"
+    noises: int = Field(8, ge=1)
+    """G: samples of a prompt."""
+
+    def make(self) -> Exploration:
+        """The exploration."""
+        return NoiseOnly()
+
+
+class PerturbedExploration(PerturbationSettings):
+    """E2PO: G noises times K semantic variants of each prompt."""
+
+    kind: Literal["perturbed"] = "perturbed"
+    noises: int = Field(4, ge=1)
+    """G: noises of each variant."""
+
+    def make(self) -> Exploration:
+        """The exploration."""
+        names = PerturbationSettings.model_fields
+        return PerturbedEmbeddings(PerturbationSettings(**{name: self.__dict__[name] for name in names}))
+
+
+class LoraSettings(Settings):
+    """The trainable parameters."""
+
+    rank: int = Field(32, ge=1)
+    alpha: float = Field(64.0, gt=0)
+    targets: tuple[str, ...] | None = None
+    """Names of modules; none: the attention projections."""
+
+
+class EvaluationSettings(Settings):
+    """Pictures at fixed seeds, drawn before, during and after training, and scored by every reward."""
+
+    every: int | None = Field(None, ge=1)
+    """Training steps between two; none: before and after alone."""
+    source: str | None = None
+    """Prompts; none: the held-out ones of the toy world, or the training file's own."""
+    prompts: int = Field(24, ge=1)
+    """How many of them, spread evenly."""
+    per_prompt: int = Field(1, ge=1)
+    """Pictures of each."""
+    steps: int | None = Field(None, ge=1)
+    """Sampling steps; none: those of training."""
+
+
+class MachineSettings(Settings):
+    """Where and how the run computes; no result depends on it but for rounding."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16 (GPU)."""
+    rollout_batch: int | None = Field(None, ge=1)
+    """Pictures drawn at a time; none: planned."""
+    train_batch: int | None = Field(None, ge=1)
+    """Pictures trained on at a time; none: planned."""
+    gradient_checkpointing: bool = False
+    """Recompute activations: less memory, about a third more time."""
+    offload: bool = False
+    """Keep text encoders and VAE on the CPU while they are not needed (GPU)."""
+
+
+class OutputSettings(Settings):
+    """What the run's folder keeps."""
+
+    checkpoint_every: int = Field(10, ge=1)
+    """Training steps."""
+    keep_checkpoints: int = Field(2, ge=1)
+    images_every: int = Field(1, ge=1)
+    """Every how many training steps the pictures themselves are kept; the manifest lists all."""
+    features: str | None = None
+    """A CLIP whose image features measure the diversity of a group; none: small pixels."""
+
+
+class AlignConfig(Settings):
+    """One alignment run."""
+
+    model: str = "toy:sd3"
+    """toy:NAME, a folder in diffusers' layout, or a hub id."""
+    guidance: float | None = Field(None, ge=0)
+    """Classifier-free guidance of sampling and training; none: the checkpoint's own. Up to 1: none."""
+    resolution: int | None = Field(None, ge=1)
+    """Side of the pictures in pixels; none: the checkpoint's own."""
+    seed: int = Field(0, ge=0)
+    steps: int = Field(100, ge=1)
+    """Training steps: collect, score, update."""
+    prompts: PromptSettings = PromptSettings()
+    rewards: tuple[RewardSetting, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    """Reward weights by step range; none: the rewards' own weights throughout."""
+    scoring: ScoringSettings = ScoringSettings()
+    exploration: Annotated[NoiseExploration | PerturbedExploration, Field(discriminator="kind")] = (
+        NoiseExploration()
+    )
+    sampling: SamplingSettings = SamplingSettings()
+    advantage: AdvantageSettings = AdvantageSettings()
+    loss: Annotated[ClippedSettings | NFTSettings, Field(discriminator="kind")] = NFTSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    lora: LoraSettings = LoraSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    machine: MachineSettings = MachineSettings()
+    output: OutputSettings = OutputSettings()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "AlignConfig":
+        check_rewards(self.rewards, self.stages)
+        check_fit(self.loss, self.sampling)
+        group = self.exploration.noises
+        if isinstance(self.exploration, PerturbedExploration):
+            group *= self.exploration.variants
+        if group == 1:
+            raise ValueError(
+                "exploration makes groups of one sample, which have nothing to be compared with: raise "
+                "exploration.noises to 2 or more"
+            )
+        return self

@@ -1,0 +1,127 @@
+"""What an align run writes: metrics, manifest and pictures, evaluations, TensorBoard events.
+
+Every process writes its own pictures (they share a disk); the leading one writes the logs. All of it can be cut back to
+a checkpoint's step, so that a resumed run's logs are those of an unbroken one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from pixrl.algorithms.peers import Peers
+from pixrl.algorithms.rollouts import Rollouts
+from pixrl.training.files import write_all_atomic
+from pixrl.training.jsonl import JsonLines
+from pixrl.training.runlog import ManifestRow, RunFolder, png_bytes
+from pixrl.types import Scores
+
+EVALUATIONS = "evaluations.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class AlignLog:
+    """The logs of one run; every process has one, and calls it alike."""
+
+    def __init__(
+        self, folder: RunFolder, peers: Peers, *, images_every: int, from_step: int, images: int
+    ) -> None:
+        """Goes on from step `from_step` with `images` rows in the manifest; what lies behind is cut off."""
+        self.folder = folder
+        self.peers = peers
+        self.images_every = images_every
+        self.images = images
+        self._evaluations = JsonLines(folder.path / EVALUATIONS, folder.path)
+        self._board: SummaryWriter | None = None
+        if peers.rank == 0:
+            folder.truncate_manifest(images)
+            folder.truncate_metrics(from_step)
+            rows = self._evaluations.read()
+            self._evaluations.keep(sum(row["step"] < from_step for row in rows))
+            place = str(folder.path / TENSORBOARD)
+            self._board = SummaryWriter(place, purge_step=from_step)
+
+    def step(
+        self, rollouts: Rollouts, scores: Mapping[str, Scores], per_step: int, metrics: Mapping[str, float]
+    ) -> None:
+        """One training step: its pictures, one line each in the manifest, and one line of metrics.
+
+        `per_step`: pictures of the step over all processes.
+        """
+        keep = rollouts.step % self.images_every == 0
+        indices = self._indices(rollouts)
+        files: Sequence[str | None] = [None] * len(indices)
+        if keep and indices:
+            files = self.folder.save_images(indices, rollouts.images_BCHW)
+        rows = [row for part in self.peers.gather(_rows(rollouts, scores, indices, files)) for row in part]
+        if self.peers.rank == 0:
+            self.folder.append_manifest(sorted(rows, key=lambda row: row.index))
+            self.folder.log(rollouts.step, metrics)
+            self._to_board(metrics, rollouts.step)
+        self.images += per_step
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """One evaluation, made before training step `step`."""
+        if self.peers.rank == 0:
+            finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+            self._evaluations.append([{"step": step, **finite}])
+            self._to_board({f"evaluation/{name}": x for name, x in figures.items()}, step)
+
+    def samples(self, step: int, numbers: Sequence[int], images_BCHW: Tensor) -> None:
+        """Pictures of an evaluation: samples/step-000100/0007.png, the same number is the same prompt and seed."""
+        place = self.folder.samples_dir / f"step-{step:06d}"
+        place.mkdir(parents=True, exist_ok=True)
+        write_all_atomic(
+            {place / f"{n:04d}.png": png_bytes(one) for n, one in zip(numbers, images_BCHW, strict=True)}
+        )
+
+    def close(self) -> None:
+        """All events are on the disk."""
+        if self._board is not None:
+            self._board.close()
+
+    def _indices(self, rollouts: Rollouts) -> list[int]:
+        samples = rollouts.samples
+        first = [self.images + group.place * samples.per_group for group in samples.groups]
+        return [start + place for start in first for place in range(samples.per_group)]
+
+    def _to_board(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._board is None:
+            return
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+
+def _rows(
+    rollouts: Rollouts, scores: Mapping[str, Scores], indices: Sequence[int], files: Sequence[str | None]
+) -> list[ManifestRow]:
+    samples = rollouts.samples
+    prompts, variants = samples.prompts, samples.variant_B.tolist()
+    return [
+        ManifestRow(
+            index=index,
+            step=rollouts.step,
+            prompt=prompts[row],
+            seed=samples.seeds[row],
+            variant=variants[row],
+            scores={name: one.values_B[row].item() for name, one in scores.items()},
+            failed=_reason(scores, row),
+            file=files[row],
+        )
+        for row, index in enumerate(indices)
+    ]
+
+
+def _reason(scores: Mapping[str, Scores], row: int) -> str | None:
+    reasons = [f"{name}: {one.reasons[row]}" for name, one in scores.items() if one.reasons[row] is not None]
+    return "; ".join(reasons) or None
+
+
+def evaluations(path: Path) -> list[dict[str, Any]]:
+    """All evaluations of a run folder, in order: `step` and figures by name, None where there is none."""
+    return JsonLines(Path(path) / EVALUATIONS, Path(path)).read()

@@ -1,0 +1,122 @@
+"""How many pictures go through the model at once. The plan only decides memory and speed: every size works.
+
+On a GPU two trial batches are measured and the largest size that fits is taken; on a CPU it is the size that suits its
+cache. Either way the pieces are then made equal, and the plan says what was chosen and why.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pixrl.algorithms.align import MicroBatches
+from pixrl.models.base import Conditioning
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
+
+SAFE_SHARE = 0.8
+"""Of the free GPU memory that a plan may use."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen sizes, in words too."""
+
+    micro_batches: MicroBatches
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest size, and what sets it."""
+
+    size: int
+    because: str
+
+
+def plan(
+    policy: FlowPipelinePolicy,
+    prompt: str,
+    *,
+    rollouts: int,
+    trained: int,
+    rollout_batch: int | None = None,
+    train_batch: int | None = None,
+) -> Plan:
+    """Sizes for a process that draws `rollouts` pictures a step and takes optimizer steps of about `trained` pictures.
+
+    `rollout_batch`, `train_batch`: what the recipe asks for. `prompt`: any, for the trial on a GPU.
+    """
+    drawing, training = _limits(policy, prompt, rollout_batch, train_batch)
+    sizes = (evened(rollouts, drawing.size), evened(trained, training.size))
+    reasons = (
+        _say("rollout", rollouts, sizes[0], drawing),
+        _say("training", trained, sizes[1], training),
+    )
+    return Plan(MicroBatches(*sizes), reasons)
+
+
+def evened(count: int, most: int) -> int:
+    """The size of equal pieces of at most `most`: 24 by at most 10 is 8, not 10, 10 and 4."""
+    pieces = -(-count // most) or 1
+    return -(-count // pieces) or 1
+
+
+def _say(what: str, count: int, size: int, limit: Limit) -> str:
+    pieces = -(-count // size)
+    return f"{what}: {pieces} x {size} for {count} pictures a process; at most {limit.size} ({limit.because})"
+
+
+def _limits(
+    policy: FlowPipelinePolicy, prompt: str, rollout_batch: int | None, train_batch: int | None
+) -> tuple[Limit, Limit]:
+    given = [
+        None if size is None else Limit(size, "the recipe says so") for size in (rollout_batch, train_batch)
+    ]
+    drawing, training = given
+    if policy.device.type != "cuda":
+        usual = Limit(policy.micro_batch, "what suits a CPU's cache at this resolution")
+        return drawing or usual, training or usual
+    return (
+        drawing or _measured(policy, _trial(policy, prompt, train=False)),
+        training or _measured(policy, _trial(policy, prompt, train=True)),
+    )
+
+
+def _trial(policy: FlowPipelinePolicy, prompt: str, *, train: bool) -> Callable[[int], None]:
+    """One pass of some pictures through the model: with its gradient, or to the decoded picture."""
+
+    def velocity(count: int) -> Tensor:
+        condition = Conditioning.cat([policy.encode([prompt])] * count)
+        x = policy.initial_noise(range(count))
+        return policy.velocity(x, x.new_full((count,), 0.5), condition)
+
+    def one(count: int) -> None:
+        if train:
+            velocity(count).square().mean().backward()
+        else:
+            with torch.no_grad():
+                policy.decode(velocity(count))
+
+    return one
+
+
+def _measured(policy: FlowPipelinePolicy, trial: Callable[[int], None]) -> Limit:
+    """The largest batch within the free memory, from the peaks of 1 and 2 pictures."""
+    peaks = [_peak(policy, trial, count) for count in (1, 1, 2)]  # the first run also allocates workspaces
+    each = max(1, peaks[2] - peaks[1])
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    room = int(free * SAFE_SHARE) - (peaks[1] - each)
+    size = max(1, room // each)
+    return Limit(size, f"{each / 2**20:.0f} MiB a picture, {free / 2**30:.1f} GiB free")
+
+
+def _peak(policy: FlowPipelinePolicy, trial: Callable[[int], None], count: int) -> int:
+    """Bytes that a trial needs beyond what lies there already."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(policy.device)
+    before = torch.cuda.memory_allocated(policy.device)
+    trial(count)
+    for parameter in policy.transformer.parameters():
+        parameter.grad = None
+    return int(torch.cuda.max_memory_allocated(policy.device)) - before
