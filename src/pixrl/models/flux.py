@@ -15,13 +15,14 @@ from pixrl.errors import ShapeError
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux_tokens import Preset, Size, pack_latents, position_ids, unpack_latents
+from pixrl.models.text_variants import ClipEncoder, PerturbableText
 
 __all__ = ["FluxPolicy", "Preset", "pack_latents", "position_ids", "unpack_latents"]
 
 MAX_SEQUENCE_LENGTH = 512
 
 
-class FluxPolicy(FlowPipelinePolicy):
+class FluxPolicy(FlowPipelinePolicy, PerturbableText):
     """A FluxPipeline folder; any number of reference pictures. `preset` says how their tokens are placed."""
 
     pipeline_class = "FluxPipeline"
@@ -50,6 +51,21 @@ class FluxPolicy(FlowPipelinePolicy):
             max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
         )
         return Conditioning(tokens, pooled)
+
+    def clip_encoders(self) -> tuple[ClipEncoder, ...]:
+        """CLIP-L, of which FLUX takes the pooled features alone; its token features are T5's and stay as they are."""
+        model = self.pipeline.text_encoder
+        return (
+            ClipEncoder(
+                name="clip_l",
+                model=model,
+                tokenizer=self.pipeline.tokenizer,
+                length=self.pipeline.tokenizer_max_length,
+                projected=False,
+                pooled_columns=slice(0, model.config.hidden_size),
+                token_columns=None,
+            ),
+        )
 
     @torch.no_grad()
     def encode_references(self, images_BCHW: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.text_variants import ClipEncoder, PerturbableText
 
 MAX_SEQUENCE_LENGTH = 256
 
 
-class SD3Policy(FlowPipelinePolicy):
+class SD3Policy(FlowPipelinePolicy, PerturbableText):
     """A StableDiffusion3Pipeline folder, with or without its T5 encoder."""
 
     pipeline_class = "StableDiffusion3Pipeline"
@@ -38,6 +39,29 @@ class SD3Policy(FlowPipelinePolicy):
             max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
         )
         return Conditioning(tokens, pooled)
+
+    def clip_encoders(self) -> tuple[ClipEncoder, ...]:
+        """CLIP-L and CLIP-G: tokens side by side in the first rows, pooled features one after the other."""
+        pipeline, tokens, pooled = self.pipeline, 0, 0
+        found = []
+        for name, model, tokenizer in (
+            ("clip_l", pipeline.text_encoder, pipeline.tokenizer),
+            ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),
+        ):
+            width, projection = model.config.hidden_size, model.config.projection_dim
+            found.append(
+                ClipEncoder(
+                    name=name,
+                    model=model,
+                    tokenizer=tokenizer,
+                    length=pipeline.tokenizer_max_length,
+                    projected=True,
+                    pooled_columns=slice(pooled, pooled + projection),
+                    token_columns=slice(tokens, tokens + width),
+                )
+            )
+            tokens, pooled = tokens + width, pooled + projection
+        return tuple(found)
 
     def _sigmas(self, steps: int) -> Tensor:
         scheduler = self.pipeline.scheduler

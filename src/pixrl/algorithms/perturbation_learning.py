@@ -1,0 +1,272 @@
+"""E2PO's perturbation learning: a prompt's variants, spread from each other at a set distance from the prompt.
+
+E2PO: Embedding-perturbed Exploration Preference Optimization, section 4.2 and Table 3.
+
+| paper                               | here                                                              |
+|-------------------------------------|-------------------------------------------------------------------|
+| delta_k ~ N(0, sigma_init^2), Eq. 9 | `_Texts.delta_KPLD`, zero but for the content tokens; `sigma_init` |
+| perturbed input, Eq. 10             | `equations.perturb`                                               |
+| h_k, h_0                            | `_globals`: pooled (projected) features of the perturbed encoders |
+| L_div, L_anchor, Eqs. 11 and 12     | `equations.perturbation_objective`                                |
+| 300 steps, AdamW                    | `steps`, `lr`                                                     |
+| max norm clip 0.05                  | `max_norm`, `norm`, after every step and at the start             |
+
+Decisions where the paper's text is silent:
+
+1. h is "the global semantic embedding": CLIP's pooled output at the end token, with its projection where the pipeline
+   uses it. Both encoders perturbed: their pooled features one after the other, as SD3 itself concatenates them.
+2. Only tokens up to the first end token go through the encoder while learning; later ones cannot reach h (causal mask).
+3. Each prompt starts from a generator keyed by (seed, encoder, prompt text) and has an objective of its own: its
+   variants depend neither on the batch that it is asked in, nor on the number of processes, nor on what was learned
+   before. With `prompts_at_once: 1` that holds to the last bit; more at once is faster and changes the rounding.
+4. Learning is in float32; an encoder in half precision rounds the perturbed embeddings on the way in.
+5. AdamW's decoupled weight decay is torch's default, 0.01.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pixrl.config import Settings
+from pixrl.equations import perturb, perturbation_objective, project_delta
+from pixrl.errors import InputError, RunError
+from pixrl.models.text_variants import ClipEncoder, ClipText, PerturbableText
+
+_SAMPLING = ("variants", "perturbation_range", "schedule", "anchored")
+"""Settings that the perturbations themselves do not depend on."""
+
+
+class Schedule(StrEnum):
+    """When variants steer the sampler."""
+
+    NOISE_AWARE = "noise_aware"
+    STATIC = "static"
+
+
+class Encoders(StrEnum):
+    """Which CLIP text encoders are perturbed."""
+
+    CLIP_L = "clip_l"
+    BOTH = "both"
+
+
+class NormBound(StrEnum):
+    """What a token's perturbation is bounded by."""
+
+    ABSOLUTE = "absolute"
+    RELATIVE = "relative"
+
+
+class PerturbationSettings(Settings):
+    """E2PO's exploration. Published values are defaults; `lr` and `sigma_init` are ours, the paper's text lost them."""
+
+    variants: int = Field(4, ge=1)
+    """K, the anchor among them: 6, 4 and 3 in the paper's settings."""
+    perturbation_range: float = Field(0.4, gt=0, le=1)
+    """tau: variants steer while t > 1 - tau."""
+    schedule: Schedule = Schedule.NOISE_AWARE
+    """static: variants steer to the end (the paper's ablation)."""
+    anchored: bool = True
+    """False: variant 0 is perturbed too (the paper's ablation without the reference anchor)."""
+    encoders: Encoders = Encoders.CLIP_L
+    """both: CLIP-G too (the paper's failing ablation)."""
+    target: float = Field(0.80, gt=0, lt=1)
+    """Wanted cosine similarity to the anchor."""
+    margin: float = Field(0.01, ge=0, lt=1)
+    """Half width of the band around `target` without loss."""
+    weight: float = Field(50.0, gt=0)
+    weighted: Literal["diversity", "anchor"] = "diversity"
+    """The term that `weight` multiplies (open in the paper)."""
+    steps: int = Field(300, ge=0)
+    """0: the perturbations stay as they were drawn."""
+    lr: float = Field(1e-3, gt=0)
+    sigma_init: float = Field(1e-3, gt=0)
+    max_norm: float = Field(0.05, gt=0)
+    """The largest norm of a token's perturbation: in embedding units, or a share of the token's norm."""
+    norm: NormBound = NormBound.ABSOLUTE
+    seed: int = Field(0, ge=0)
+    prompts_at_once: int = Field(1, ge=1)
+    """Prompts that are learned in one batch: more is faster; 1 is the same to the last bit in any batch."""
+
+    @property
+    def learned(self) -> int:
+        """How many perturbations a prompt has."""
+        return self.variants - int(self.anchored)
+
+    @model_validator(mode="after")
+    def _all_options_count(self) -> "PerturbationSettings":
+        if self.learned < 1:
+            raise ValueError(
+                "variants: 1 with the anchor leaves nothing perturbed; give 2 or more, or explore with noise alone"
+            )
+        cases = (
+            (self.schedule is Schedule.STATIC, "schedule: static", ("perturbation_range",)),
+            (self.steps == 0, "steps: 0", ("lr", "weight", "weighted")),
+            (self.learned == 1, "a single perturbation, which has no pairs,", ("weight", "weighted")),
+        )
+        for holds, reason, names in cases:
+            idle = [name for name in names if self._changed(name)] if holds else []
+            if idle:
+                raise ValueError(f"{' and '.join(idle)} would have no effect with {reason}; leave it out")
+        return self
+
+    def _changed(self, name: str) -> bool:
+        return bool(self.__dict__[name] != type(self).model_fields[name].default)
+
+    def learning_key(self) -> str:
+        """What the perturbations depend on, as text; sampling options are not part of it."""
+        return self.model_dump_json(exclude={*_SAMPLING, "prompts_at_once"}) + f"x{self.learned}"
+
+
+def chosen_encoders(model: PerturbableText, name: str, choice: Encoders) -> tuple[ClipEncoder, ...]:
+    """The encoders that are perturbed.
+
+    Raises:
+        InputError: both are wanted and the model has one.
+    """
+    found = model.clip_encoders()
+    if choice is Encoders.CLIP_L:
+        return found[:1]
+    if len(found) < 2:
+        raise InputError(
+            f"{name} has one CLIP text encoder, {found[0].name}; encoders: both needs two. Give encoders: clip_l."
+        )
+    return found
+
+
+@dataclass
+class _Texts:
+    """P prompts in one encoder, cut after the last end token, and their perturbations."""
+
+    encoder: ClipEncoder
+    ids_PL: Tensor
+    content_PL: Tensor
+    embeddings_PLD: Tensor
+    delta_KPLD: Tensor
+
+    def pooled_KPE(self, delta_KPLD: Tensor) -> Tensor:
+        """Global embeddings of the variants with these perturbations."""
+        embeddings = perturb(self.embeddings_PLD, delta_KPLD, self.content_PL)
+        ids = self.ids_PL.expand(len(delta_KPLD), -1, -1)
+        pooled_BE = self.encoder.pooled(ids.flatten(0, 1), embeddings.flatten(0, 1))
+        return pooled_BE.view(*ids.shape[:2], -1)
+
+    @torch.no_grad()
+    def project(self, max_norm: float, norm: NormBound) -> None:
+        """Shrinks each token's perturbation to the bound, in place."""
+        own = self.embeddings_PLD.flatten(0, 1) if norm is NormBound.RELATIVE else None
+        shrunk = project_delta(self.delta_KPLD.flatten(1, 2), max_norm, own)
+        self.delta_KPLD.copy_(shrunk.view_as(self.delta_KPLD))
+
+    def result(self, prompt: int) -> Tensor:
+        """One prompt's perturbations [K, N, D] of its content tokens, on the CPU."""
+        return self.delta_KPLD[:, prompt, self.content_PL[prompt]].detach().cpu()
+
+
+def perturbed_embeddings(text: ClipText, delta_KND: Tensor) -> Tensor:
+    """Input embeddings [K, L, D] of a prompt's variants from perturbations [K, N, D] of its N content tokens."""
+    return perturb(text.embeddings_LD, _everywhere(text, delta_KND), text.content_L)
+
+
+def learn(
+    encoders: Sequence[ClipEncoder], prompts: Sequence[str], settings: PerturbationSettings
+) -> list[Mapping[str, Tensor]]:
+    """The perturbations of some prompts, learned in one batch.
+
+    Args:
+        encoders: those to perturb.
+        prompts: one or more.
+        settings: see there.
+
+    Returns:
+        For each prompt, encoder name -> float32 `[learned, N, D]` on the CPU, N content tokens; every token within the
+        norm bound.
+
+    Raises:
+        InputError: a prompt has no content token.
+        RunError: the perturbations became nan or infinite.
+
+    Source: E2PO section 4.2.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        parts = [_start(encoder, prompts, settings) for encoder in encoders]
+        _optimize(parts, settings)
+    found = [{part.encoder.name: part.result(place) for part in parts} for place in range(len(prompts))]
+    for prompt, deltas in zip(prompts, found, strict=True):
+        if not all(bool(delta.isfinite().all()) for delta in deltas.values()):
+            raise RunError(
+                f"Learning the variants of {prompt!r} gave nan or infinity. Lower the exploration's lr "
+                f"(it is {settings.lr:g}), or run the text encoders in float32 or bfloat16."
+            )
+    return list(found)
+
+
+def _optimize(parts: Sequence[_Texts], settings: PerturbationSettings) -> None:
+    """Steps down every prompt's own objective, projecting after each; in place."""
+
+    def objective(h_KD: Tensor, h0_D: Tensor) -> Tensor:
+        return perturbation_objective(
+            h_KD,
+            h0_D,
+            settings.weight,
+            weighted=settings.weighted,
+            target=settings.target,
+            margin=settings.margin,
+        )
+
+    with torch.no_grad():
+        h0_PD = torch.cat(
+            [part.pooled_KPE(torch.zeros_like(part.delta_KPLD[:1]))[0] for part in parts], dim=1
+        )
+    optimizer = torch.optim.AdamW([part.delta_KPLD for part in parts], lr=settings.lr)
+    for _ in range(settings.steps):
+        h_KPD = torch.cat([part.pooled_KPE(part.delta_KPLD) for part in parts], dim=2)
+        loss_P = torch.vmap(objective, in_dims=(1, 0))(h_KPD, h0_PD)
+        optimizer.zero_grad()
+        loss_P.sum().backward()
+        optimizer.step()
+        for part in parts:
+            part.project(settings.max_norm, settings.norm)
+
+
+def _start(encoder: ClipEncoder, prompts: Sequence[str], settings: PerturbationSettings) -> _Texts:
+    """The perturbations as they are drawn [9], within the bound."""
+    texts = [encoder.read(prompt) for prompt in prompts]
+    cut = max(text.end for text in texts) + 1
+    drawn = [
+        _everywhere(text, _draw(encoder, prompt, text, settings))
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    start = _Texts(
+        encoder,
+        torch.stack([text.ids_L for text in texts])[:, :cut],
+        torch.stack([text.content_L for text in texts])[:, :cut],
+        torch.stack([text.embeddings_LD for text in texts])[:, :cut],
+        torch.stack(drawn, dim=1)[:, :, :cut].contiguous(),
+    )
+    start.project(settings.max_norm, settings.norm)
+    start.delta_KPLD.requires_grad_()
+    return start
+
+
+def _draw(encoder: ClipEncoder, prompt: str, text: ClipText, settings: PerturbationSettings) -> Tensor:
+    """N(0, sigma_init^2), [K, N, D], from the prompt's own generator."""
+    key = f"{settings.seed}/{encoder.name}/{prompt}".encode()
+    number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+    shape = (settings.learned, int(text.content_L.sum()), text.embeddings_LD.shape[1])
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+    return settings.sigma_init * drawn.to(text.embeddings_LD.device)
+
+
+def _everywhere(text: ClipText, delta_KND: Tensor) -> Tensor:
+    """Perturbations [K, L, D] that are zero but for the content tokens."""
+    length, columns = text.embeddings_LD.shape
+    everywhere = delta_KND.new_zeros(len(delta_KND), length, columns)
+    everywhere[:, text.content_L] = delta_KND
+    return everywhere

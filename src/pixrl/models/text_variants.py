@@ -1,0 +1,182 @@
+"""Prompt features from changed input embeddings of a pipeline's CLIP text encoders.
+
+A variant of a prompt is its token embeddings plus a perturbation, sent through the real encoder: the embedding
+table's output is replaced and everything behind it (positions, causal mask, pooling at the end token, projection)
+runs as published. All variants of a prompt go through as one batch, differentiable in the embeddings. The features
+are then written over the encoder's own part of what `encode` gave; the other encoders' parts stay as they are.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixrl.equations import content_mask
+from pixrl.errors import InputError, ShapeError
+from pixrl.models.base import Conditioning
+
+
+@dataclass(frozen=True)
+class ClipText:
+    """A prompt as one CLIP encoder sees it."""
+
+    ids_L: Tensor
+    """Token ids, padded to the pipeline's length, on the encoder's device."""
+    content_L: Tensor
+    """bool, true on the words: neither start, nor end, nor padding."""
+    embeddings_LD: Tensor
+    """The static input embeddings, float32, before positions are added."""
+    end: int
+    """Position of the first end token, where the encoder pools."""
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """What a pipeline takes from one CLIP encoder, one row a variant."""
+
+    pooled_KE: Tensor
+    tokens_KLD: Tensor | None
+    """None where the pipeline uses the pooled features alone (FLUX)."""
+
+    def __getitem__(self, rows: Tensor) -> "ClipFeatures":
+        tokens = None if self.tokens_KLD is None else self.tokens_KLD[rows]
+        return ClipFeatures(self.pooled_KE[rows], tokens)
+
+    @staticmethod
+    def cat(parts: "list[ClipFeatures]") -> "ClipFeatures":
+        """All rows of the parts, in order."""
+        tokens = [part.tokens_KLD for part in parts if part.tokens_KLD is not None]
+        return ClipFeatures(
+            torch.cat([part.pooled_KE for part in parts]), torch.cat(tokens) if tokens else None
+        )
+
+
+@dataclass(frozen=True)
+class ClipEncoder:
+    """One frozen CLIP text encoder of a pipeline and where its features stand in a `Conditioning`."""
+
+    name: str
+    """`clip_l` or `clip_g`, as the papers call them."""
+    model: Any
+    """A CLIPTextModelWithProjection or CLIPTextModel of transformers."""
+    tokenizer: Any
+    length: int
+    """Tokens that every prompt is padded or cut to."""
+    projected: bool
+    """Whether the pooled features are the projected ones (SD3) or the raw end token's (FLUX)."""
+    pooled_columns: slice
+    token_columns: slice | None
+    """Columns of the first `length` token rows; None where the pipeline takes no tokens from this encoder."""
+
+    def read(self, prompt: str) -> ClipText:
+        """A prompt's ids, content mask and static embeddings.
+
+        Raises:
+            InputError: the prompt has no word that could be perturbed.
+        """
+        table: nn.Module = self.model.get_input_embeddings()
+        found = self.tokenizer(
+            [prompt], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        ids: Tensor = found.input_ids.to(self.model.device)
+        edges = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        end = int((ids[0] == self.tokenizer.eos_token_id).int().argmax())
+        # Padding comes after the first end token. It is not told by its id: CLIP-G's "!" is also a word.
+        before_end = torch.arange(self.length, device=ids.device) < end
+        content = content_mask(ids, edges)[0] & before_end
+        if not content.any():
+            raise InputError(
+                f"The prompt {prompt!r} has no content token that {self.name} could perturb. "
+                "Take it out of the prompts, or explore with noise alone."
+            )
+        with torch.no_grad():
+            embeddings: Tensor = table(ids)[0].float()
+        return ClipText(ids[0], content, embeddings, end)
+
+    def pooled(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> Tensor:
+        """The pooled features [B, E] alone, float32; see `features`.
+
+        L may be cut after the first end tokens: under the causal mask later ones cannot reach them.
+        """
+        return self._pooled(self._run(ids_BL, embeddings_BLD, tokens=False)).float()
+
+    def features(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> ClipFeatures:
+        """Pooled and token features, in the model's dtype, differentiable in the embeddings.
+
+        Args:
+            ids_BL: token ids, which say where the end token stands.
+            embeddings_BLD: input embeddings in place of the table's.
+
+        Raises:
+            ShapeError: the embeddings are not `[B, L, D]` of these ids and this encoder.
+        """
+        output = self._run(ids_BL, embeddings_BLD, tokens=self.token_columns is not None)
+        tokens = None if self.token_columns is None else output.hidden_states[-2]
+        return ClipFeatures(self._pooled(output), tokens)
+
+    def blend(self, conditioning: Conditioning, features: ClipFeatures, weight_B: Tensor) -> Conditioning:
+        """A conditioning whose part of this encoder is (1 - weight) of its own and weight of the features.
+
+        Args:
+            conditioning: B rows; not changed.
+            features: B rows.
+            weight_B: in [0, 1]; where it is 0 the row stays exactly as it is.
+
+        Raises:
+            ShapeError: the numbers of rows differ, or the conditioning has no pooled features.
+        """
+        rows = len(conditioning)
+        if conditioning.pooled_BE is None or len(features.pooled_KE) != rows or len(weight_B) != rows:
+            raise ShapeError(
+                f"blend: {rows} conditionings, {len(features.pooled_KE)} rows of features and {len(weight_B)} "
+                "weights; give one each, and conditionings with pooled features."
+            )
+        pooled = conditioning.pooled_BE.clone()
+        _lerp(pooled[:, self.pooled_columns], features.pooled_KE, weight_B)
+        if self.token_columns is None or features.tokens_KLD is None:
+            return replace(conditioning, pooled_BE=pooled)
+        tokens = conditioning.tokens_BLD.clone()
+        _lerp(tokens[:, : self.length, self.token_columns], features.tokens_KLD, weight_B)
+        return replace(conditioning, tokens_BLD=tokens, pooled_BE=pooled)
+
+    def _run(self, ids_BL: Tensor, embeddings_BLD: Tensor, tokens: bool) -> Any:
+        wanted = (*ids_BL.shape, self.model.config.hidden_size)
+        if ids_BL.ndim != 2 or embeddings_BLD.shape != wanted:
+            raise ShapeError(
+                f"{self.name} takes embeddings {list(wanted)} for ids {list(ids_BL.shape)}, "
+                f"got {list(embeddings_BLD.shape)}."
+            )
+        with _instead(self.model.get_input_embeddings(), embeddings_BLD.to(self.model.dtype)):
+            return self.model(ids_BL, output_hidden_states=tokens)
+
+    def _pooled(self, output: Any) -> Tensor:
+        pooled: Tensor = output.text_embeds if self.projected else output.pooler_output
+        return pooled
+
+
+class PerturbableText(ABC):
+    """A policy whose prompts pass through CLIP text encoders that can be given changed input embeddings."""
+
+    @abstractmethod
+    def clip_encoders(self) -> tuple[ClipEncoder, ...]:
+        """CLIP-L first, then CLIP-G where there is one, in the layout of `encode`."""
+
+
+@contextmanager
+def _instead(table: nn.Module, output: Tensor) -> Iterator[None]:
+    """Within it, an embedding table gives `output` whatever it is asked for."""
+    handle = table.register_forward_hook(lambda *_: output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _lerp(part: Tensor, other: Tensor, weight_B: Tensor) -> None:
+    """Moves a view toward `other`, row by row; exact at the weights 0 and 1."""
+    weight = weight_B.to(device=part.device, dtype=part.dtype).view(-1, *[1] * (part.ndim - 1))
+    part.copy_(torch.lerp(part, other.to(device=part.device, dtype=part.dtype), weight))
