@@ -14,12 +14,28 @@ from pixrl.errors import PixrlError
 
 if TYPE_CHECKING:
     from pixrl import equations, models, rewards
+    from pixrl.align_api import AlignResult, align
     from pixrl.fuse_api import FusionResult, fuse
 
 __version__ = "0.1.0"
-__all__ = ["FusionResult", "PixrlError", "__version__", "equations", "fuse", "models", "rewards"]
+__all__ = [
+    "AlignResult",
+    "FusionResult",
+    "PixrlError",
+    "__version__",
+    "align",
+    "equations",
+    "fuse",
+    "models",
+    "rewards",
+]
 
-_LAZY = {"FusionResult": "pixrl.fuse_api", "fuse": "pixrl.fuse_api"}
+_LAZY = {
+    "AlignResult": "pixrl.align_api",
+    "FusionResult": "pixrl.fuse_api",
+    "align": "pixrl.align_api",
+    "fuse": "pixrl.fuse_api",
+}
 _SUBPACKAGES = {"equations", "models", "rewards"}
 
 

@@ -78,6 +78,13 @@ Model = Annotated[
     str | None, _option("toy:NAME, a folder in diffusers' layout, or a hub id.", WHAT, "toy:sd3")
 ]
 Recipe = Annotated[str | None, _option("A YAML file, or a name under recipes/; options add to it.", WHAT)]
+AlignRecipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or a name under recipes/: toy/e2po.", show_default=False
+    ),
+]
+Steps = Annotated[int | None, _option("Training steps.", HOW, "the recipe's")]
 Sampler = Annotated[
     str | None, _option("rmler, ppo, grpo, random, mean, bass, agswap, golden or search.", HOW, "rmler")
 ]
@@ -227,14 +234,66 @@ def select(run: Run, keep: Keep = None, presence: Presence = None, balance: Bala
 
 
 @app.command()
-def resume(run: Run, repair: Repair = False) -> None:
+def align(
+    recipe: AlignRecipe,
+    steps: Steps = None,
+    seed: Seed = None,
+    set_: Set = None,
+    out: Out = None,
+    force: Force = False,
+    device: Device = None,
+) -> None:
+    """Align a flow model with rewards: [bold]pixrl align toy/e2po[/bold]."""
+    from pixrl import align_api
+
+    settings = {"machine.device": device}
+    config = align_api.load(recipe, set_ or [], steps=steps, seed=seed, settings=settings)
+    out = out or align_api.default_out(recipe, config)
+    with _resumable(out):
+        align_api.run_align(config, out, force=force)
+    _say_where(out)
+
+
+@app.command()
+def selfcheck(
+    recipe: AlignRecipe,
+    seed: Seed = None,
+    set_: Set = None,
+    as_json: Annotated[bool, _option("Print one JSON object.", flag="--json")] = False,
+) -> None:
+    """Is the first update of a recipe on-policy, by dtype and batch size? Exit code 1 when it is not."""
+    from pixrl import align_api
+
+    report = align_api.selfcheck(align_api.load(recipe, set_ or [], seed=seed))
+    typer.echo(json.dumps(report.to_json(), indent=1) if as_json else "\n".join(report.lines()))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def resume(
+    run: Run,
+    repair: Repair = False,
+    set_: Set = None,
+    accept_changes: Annotated[
+        bool, _option("Go on though recipe.yaml was edited since.", flag="--accept-changes")
+    ] = False,
+) -> None:
     """Go on with a run that was interrupted; it ends as one that never was."""
-    from pixrl import fuse_api
     from pixrl.training.runlog import RunFolder
 
     with _resumable(run):
-        RunFolder.open(run, repair=repair)
-        fuse_api.resume(run)
+        kind = RunFolder.open(run, repair=repair, allow_changed=True).kind
+        if kind == "align":
+            from pixrl import align_api
+
+            align_api.resume(run, set_ or [], accept_changes=accept_changes)
+        else:
+            if set_ or accept_changes:
+                raise InputError(f"{run} is a run of kind {kind!r}, whose settings are fixed once it began.")
+            from pixrl import fuse_api
+
+            fuse_api.resume(run)
         _say_where(run)
 
 

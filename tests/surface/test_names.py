@@ -15,7 +15,17 @@ from pixrl import equations
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL", "scipy", "tensorboard"}
 
-PIXRL = ["FusionResult", "PixrlError", "__version__", "equations", "fuse", "models", "rewards"]
+PIXRL = [
+    "AlignResult",
+    "FusionResult",
+    "PixrlError",
+    "__version__",
+    "align",
+    "equations",
+    "fuse",
+    "models",
+    "rewards",
+]
 EQUATIONS = [
     "SDEStep",
     "Shortfall",
@@ -101,6 +111,7 @@ HELP = "sys.argv = ['pixrl', {}]\nfrom pixrl.cli import main\ntry: main()\nexcep
         "import pixrl, pixrl.config, pixrl.errors, pixrl.cli; pixrl.PixrlError",
         HELP.format("'--help'"),
         HELP.format("'fuse', '--help'"),
+        HELP.format("'align', '--help'"),
         HELP.format("'toy', 'build', '--help'"),
         HELP.format("'--version'"),
     ],

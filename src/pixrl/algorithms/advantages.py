@@ -40,7 +40,7 @@ class AdvantageSettings(Settings):
 
     @model_validator(mode="after")
     def _no_eps_without_scale(self) -> "AdvantageSettings":
-        if self.scale is Scale.NONE and "eps" in self.model_fields_set and self.eps != 1e-4:
+        if self.scale is Scale.NONE and self.eps != 1e-4:
             raise ValueError("eps has no effect with scale: none: remove it")
         return self
 

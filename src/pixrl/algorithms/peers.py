@@ -110,6 +110,7 @@ def disagreement(peers: Peers, values: Tensor) -> float:
     """How far the processes' copies of a vector are apart: the largest relative difference of three checksums."""
     x = values.detach().double().cpu()
     weights = torch.linspace(-1, 1, max(1, len(x)), dtype=torch.float64)[: len(x)]
-    sums = peers.gather([x.sum().item(), x.norm().item(), (x * weights).sum().item()])
+    sums: list[list[float]] = peers.gather([x.sum().item(), x.norm().item(), (x * weights).sum().item()])
     scale = max(max(abs(one) for one in row) for row in sums) or 1.0
-    return max(max(column) - min(column) for column in zip(*sums, strict=True)) / scale
+    apart: float = max(max(column) - min(column) for column in zip(*sums, strict=True))
+    return apart / scale

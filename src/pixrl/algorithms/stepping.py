@@ -19,6 +19,7 @@ Deviations:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -67,7 +68,11 @@ class Where(StrEnum):
 
 ETA = {Noise.FLOW_SDE: 0.7, Noise.DANCE: 0.3, Noise.CPS: 0.8}
 """Published noise scales."""
-_STEPS = {Noise.FLOW_SDE: flow_sde_step, Noise.DANCE: dance_step, Noise.CPS: cps_step}
+_STEPS: dict[Noise, Callable[..., SDEStep]] = {
+    Noise.FLOW_SDE: flow_sde_step,
+    Noise.DANCE: dance_step,
+    Noise.CPS: cps_step,
+}
 
 
 class SamplingSettings(Settings):

@@ -217,11 +217,11 @@ class FlowPipelinePolicy(FlowPolicy):
     def fingerprint(self) -> str:
         """Of the checkpoint's files, and of the `current` slot where there is one."""
         if self.lora is None:
-            return self._file_fingerprint
-        return sha256(f"{self._file_fingerprint}{_digest(self.lora.state())}".encode()).hexdigest()[:16]
+            return self.backbone_fingerprint
+        return sha256(f"{self.backbone_fingerprint}{_digest(self.lora.state())}".encode()).hexdigest()[:16]
 
     @cached_property
-    def _file_fingerprint(self) -> str:
+    def backbone_fingerprint(self) -> str:
         return fingerprint(self.path)
 
 

@@ -109,7 +109,7 @@ def _check_setting(setting: RewardSetting, before: set[str], *, staged: bool) ->
             f"Two rewards are called {name!r}. Give one another name and say which it is: "
             f"{{name: {name}_2, kind: {setting.reward}, ...}}"
         )
-    if "weight" in setting.model_fields_set and (setting.held_out or staged):
+    if setting.weight != 1.0 and (setting.held_out or staged):
         why = "held out, so never trained on" if setting.held_out else "weighted by the stages"
         raise ConfigError(f"The weight of {name!r} would have no effect: it is {why}. Take it out.")
 

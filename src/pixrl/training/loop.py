@@ -1,4 +1,4 @@
-"""The one loop: collect, score, update, log, evaluate, save. It knows no method; an algorithm is two verbs and a state."""
+"""The one loop: collect, score, update, log, evaluate, save. It knows no method: an algorithm is two verbs, a state."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -5,6 +5,7 @@ torn last line, which the next start drops.
 """
 
 import io
+import json
 import math
 import os
 import shutil
@@ -96,10 +97,13 @@ class RunFolder:
         return RunFolder(path, kind)
 
     @staticmethod
-    def open(path: Path, *, repair: bool = False) -> "RunFolder":
-        """An existing run, checked. `repair` drops what lies behind the last good line of damaged logs."""
+    def open(path: Path, *, repair: bool = False, allow_changed: bool = False) -> "RunFolder":
+        """An existing run, checked. `repair` drops what lies behind the last good line of damaged logs.
+
+        `allow_changed`: the caller itself compares a recipe that was edited after the run began.
+        """
         path = Path(path).absolute()
-        recipe = _read_recipe(path)
+        recipe = _read_recipe(path, allow_changed)
         kind = config.parse_yaml(recipe.decode(), str(path / RECIPE)).get("kind")
         run = RunFolder(path, str(kind))
         if repair:
@@ -108,6 +112,15 @@ class RunFolder:
         run.manifest()
         run.metrics()
         return run
+
+    def adopt_recipe(self, recipe: BaseModel) -> None:
+        """From now on the run has another recipe; the caller has found that it can go on with it."""
+        text = f"kind: {self.kind}\n{config.dump(recipe)}".encode()
+        environment = json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8"))
+        environment["recipe_sha256"] = sha256(text)
+        content = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
+        write_all_atomic({self.path / RECIPE: text, self.path / ENVIRONMENT: content.encode()})
+        fsync_folder(self.path)
 
     def recipe_text(self) -> str:
         """The resolved recipe, `kind` first."""
@@ -207,7 +220,7 @@ def _refuse_existing(path: Path, force: bool) -> None:
         )
 
 
-def _read_recipe(path: Path) -> bytes:
+def _read_recipe(path: Path, allow_changed: bool) -> bytes:
     """The recipe of a run, after checking that the folder is a run and the recipe is the one it began with."""
     if not path.is_dir():
         raise RunError(f"There is no run folder {path}. `pixrl fuse A B --out DIR` starts a run.")
@@ -220,7 +233,8 @@ def _read_recipe(path: Path) -> bytes:
     environment = config.parse_yaml(
         (path / ENVIRONMENT).read_text(encoding="utf-8", errors="replace"), ENVIRONMENT
     )
-    if not isinstance(environment, dict) or environment.get("recipe_sha256") != sha256(recipe):
+    known = environment.get("recipe_sha256") if isinstance(environment, dict) else None
+    if known is None or (known != sha256(recipe) and not allow_changed):
         raise CheckpointError(
             f"{path / RECIPE} does not match its checksum in {ENVIRONMENT}: one of them was changed after the run "
             f"began. Put it back, or start a new run from it: --recipe {path / RECIPE}"

@@ -1,0 +1,115 @@
+"""`pixrl align` for callers: run, go on, check. The command line and `pixrl.align` call these."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pixrl import config as recipes
+from pixrl.training import align_job
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_log import evaluations
+from pixrl.training.monitor import Monitor, Silent, for_terminal
+from pixrl.training.runlog import RunFolder
+from pixrl.training.selfcheck import Report
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class AlignResult:
+    """A finished alignment."""
+
+    run: Path
+    """The run's folder."""
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """One line a training step."""
+        return RunFolder.open(self.run).metrics()
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Scores of held-out prompts, before training first and after it last."""
+        return evaluations(self.run)
+
+    @property
+    def report(self) -> Path:
+        return self.run / "report.html"
+
+
+def align(
+    recipe: str | Path | Mapping[str, Any],
+    steps: int | None = None,
+    seed: int | None = None,
+    out: Path | str | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    force: bool = False,
+    live: bool = False,
+) -> AlignResult:
+    """Align a flow model with rewards.
+
+    Args:
+        recipe: a YAML file, a name under recipes/ such as `toy/e2po`, or the settings themselves.
+        steps: training steps, in place of the recipe's.
+        seed: of everything random, in place of the recipe's.
+        out: the run's folder; none: a new one under runs/.
+        settings: further ones by dotted name, `{"optimizer.lr": 1e-4}`.
+        force: replace a run that is there already.
+        live: show progress on standard error.
+
+    Raises:
+        InputError: the recipe, or something that it names, is wrong.
+        RunError: the folder is taken, or the run had to stop.
+    """
+    config = load(recipe, steps=steps, seed=seed, settings=settings)
+    place = default_out(recipe, config) if out is None else Path(out)
+    return run_align(config, place, force=force, live=live)
+
+
+def load(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> AlignConfig:
+    """The settings of a recipe with what was given besides."""
+    given = {"steps": steps, "seed": seed, **(settings or {})}
+    values = {name: value for name, value in given.items() if value is not None}
+    return recipes.load(AlignConfig, recipe, overrides, values=values, kind=align_job.KIND)
+
+
+def run_align(config: AlignConfig, out: Path, *, force: bool = False, live: bool = True) -> AlignResult:
+    """One alignment from the start."""
+    return AlignResult(align_job.start(config, out, force=force, monitor=_monitor(live)))
+
+
+def resume(
+    run: Path, overrides: Sequence[str] = (), *, accept_changes: bool = False, live: bool = True
+) -> AlignResult:
+    """Goes on with an interrupted alignment."""
+    monitor = _monitor(live)
+    done = align_job.go_on(run, overrides=overrides, accept_changes=accept_changes, monitor=monitor)
+    return AlignResult(done)
+
+
+def selfcheck(config: AlignConfig) -> Report:
+    """Whether a run of this recipe can be trusted, before it starts."""
+    return align_job.check(config)
+
+
+def default_out(recipe: str | Path | Mapping[str, Any], config: AlignConfig) -> Path:
+    """A folder under runs/ that does not exist yet."""
+    name = "align" if isinstance(recipe, Mapping) else Path(recipe).with_suffix("").name
+    number, place = 1, RUNS / f"{name}-{config.seed}"
+    while place.exists():
+        number += 1
+        place = RUNS / f"{name}-{config.seed}-{number}"
+    return place
+
+
+def _monitor(live: bool) -> Monitor:
+    return for_terminal() if live else Silent()

@@ -1,0 +1,174 @@
+"""`pixrl align` as a run folder: start it, go on with it, check it. The report is written a layer above."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixrl import config as recipes
+from pixrl.algorithms.align import Aligner, MicroBatches, prepare
+from pixrl.algorithms.losses import ClippedSurrogate
+from pixrl.algorithms.rollouts import Rollouts
+from pixrl.errors import RunError
+from pixrl.training import selfcheck
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_eval import score
+from pixrl.training.align_log import AlignLog
+from pixrl.training.align_record import (
+    differences,
+    find_place,
+    read_start,
+    require_same_model,
+    require_unchanged,
+    write_start,
+)
+from pixrl.training.align_workshop import Workshop, make_evaluator, open_workshop, plan_batches
+from pixrl.training.loop import Loop, Pace
+from pixrl.training.monitor import Monitor, Silent
+from pixrl.training.prompt_sampler import share
+from pixrl.training.runlog import RunFolder
+
+KIND = "align"
+
+
+def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monitor | None = None) -> Path:
+    """A new run, to its end; the folder. Ctrl-C leaves one that `go_on` finishes.
+
+    Raises:
+        ConfigError, InputError: the recipe, or something that it names, is wrong; nothing was written.
+        RunError: the folder is taken, or the run had to stop.
+    """
+    shop = open_workshop(config)
+    prepare(
+        shop.method.exploration, shop.policy, shop.first_prompts()[:1]
+    )  # what the model lacks shows before any folder
+    micro_batches, notes = plan_batches(shop)
+    team = shop.team
+    if team.leads:
+        folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
+        write_start(folder, shop, micro_batches, notes)
+    team.wait()
+    folder = RunFolder.open(out)
+    _play(folder, shop, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
+    return folder.path
+
+
+def go_on(
+    path: Path, *, overrides: Sequence[str] = (), accept_changes: bool = False, monitor: Monitor | None = None
+) -> Path:
+    """Finishes a broken-off run; its weights end as those of an unbroken one.
+
+    Args:
+        path: the run's folder.
+        overrides: settings to change from here on, `a.b=c`.
+        accept_changes: go on though recipe.yaml was edited after the run began.
+
+    Raises:
+        CheckpointError: recipe.yaml was edited (it says what differs), or the model is another one.
+    """
+    folder = RunFolder.open(path, allow_changed=True)
+    if folder.kind != KIND:
+        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")
+    began = read_start(folder)
+    edited = recipes.load(AlignConfig, folder.recipe(), kind=KIND)
+    require_unchanged(folder, began["recipe"], edited, accept_changes)
+    config = recipes.load(AlignConfig, edited.model_dump(mode="json"), overrides)
+    shop = open_workshop(config)
+    require_same_model(folder, began, shop.policy)
+    step, images, saved = find_place(folder)
+    micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
+    changes = differences(began["recipe"], config.model_dump(mode="json"))
+    if changes:
+        micro_batches, notes = plan_batches(shop)
+        notes = (*notes, *(f"changed: {one}" for one in changes))
+        if shop.team.leads:
+            folder.adopt_recipe(config)
+            write_start(folder, shop, micro_batches, notes)
+    _play(folder, shop, micro_batches, notes, step, images, saved, monitor if shop.team.leads else None)
+    return folder.path
+
+
+def check(config: AlignConfig) -> selfcheck.Report:
+    """Is the first update on-policy, at which dtype and batch size; do gradients agree? Writes nothing."""
+    shop = open_workshop(config)
+    micro_batches, notes = plan_batches(shop)
+    aligner = shop.aligner(micro_batches)
+    groups = shop.prompts.groups(0)
+    own = groups[share(len(groups), shop.team.rank, shop.team.size)]
+    found: list[selfcheck.Deviation] = []
+    dtypes = selfcheck.possible_dtypes(shop.policy)
+    for dtype in dtypes:
+        with selfcheck.computing_in(shop.policy, dtype):
+            drawn = aligner.collect((own or groups)[:1], 0)
+        sizes = [micro_batches.train, 1, 2, selfcheck.ROWS]
+        found += selfcheck.deviations(aligner, drawn, [dtype], sizes)
+    rollouts = aligner.collect(own, 0)
+    scores = score(shop.rewards, rollouts.samples, rollouts.images_BCHW)
+    aligner.update(rollouts, scores, shop.rewards.weights(0))
+    agreement = aligner.gradient_disagreement()
+    return selfcheck.Report(selfcheck.measure_of(aligner), tuple(found), agreement, shop.team.size, notes)
+
+
+def _play(
+    folder: RunFolder,
+    shop: Workshop,
+    micro_batches: MicroBatches,
+    notes: Sequence[str],
+    step: int,
+    images: int,
+    saved: tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None,
+    monitor: Monitor | None,
+) -> None:
+    config, team = shop.config, shop.team
+    aligner = shop.aligner(micro_batches)
+    if saved is not None:
+        aligner.restore(saved[0], saved[1]["algorithm"])
+    monitor = monitor or Silent()
+    log = AlignLog(folder, team, images_every=config.output.images_every, from_step=step, images=images)
+    loop = Loop(
+        algorithm=aligner,
+        prompts=shop.prompts,
+        rewards=shop.rewards,
+        evaluator=make_evaluator(shop, micro_batches),
+        features=shop.features,
+        log=log,
+        monitor=monitor,
+        peers=team,
+        pace=Pace(
+            config.steps,
+            config.evaluation.every,
+            config.output.checkpoint_every,
+            config.output.keep_checkpoints,
+        ),
+        group_size=shop.method.group_size,
+        before_first_update=lambda rollouts: _check_first(aligner, rollouts, monitor),
+        after_first_update=lambda: _check_agreement(aligner),
+    )
+    monitor.begin(folder.path.name, config.steps, step)
+    for note in notes:
+        monitor.say(note)
+    try:
+        loop.run(step)
+    finally:
+        log.close()
+        monitor.end()
+
+
+def _check_first(aligner: Aligner, rollouts: Rollouts, monitor: Monitor) -> dict[str, float]:
+    """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
+    later = rollouts.step > 0 and not isinstance(aligner.method.loss, ClippedSurrogate)
+    if later or not len(rollouts):
+        return {}
+    sizes = [aligner.micro_batches.train, 1]
+    found = selfcheck.deviations(aligner, rollouts, selfcheck.possible_dtypes(aligner.policy), sizes)
+    warning = selfcheck.require_on_policy(found[0], selfcheck.measure_of(aligner))
+    if warning is not None:
+        monitor.say(warning)
+    return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
+
+
+def _check_agreement(aligner: Aligner) -> dict[str, float]:
+    value = aligner.gradient_disagreement()
+    selfcheck.require_agreement(value)
+    return {"gradient_disagreement": value}

@@ -1,0 +1,94 @@
+"""What an align run began with and how far it came: `start.json` and the checkpoints."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pixrl.algorithms.align import MicroBatches
+from pixrl.errors import CheckpointError
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.training import checkpoint
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_eval import gallery, spread_evenly
+from pixrl.training.align_workshop import Workshop
+from pixrl.training.files import write_atomic
+from pixrl.training.runlog import RunFolder
+
+START = "start.json"
+GALLERY = "samples/gallery.json"
+
+
+def write_start(folder: RunFolder, shop: Workshop, micro_batches: MicroBatches, notes: Sequence[str]) -> None:
+    """What the run began with, for `go_on` to compare; and what its gallery shows."""
+    record = {
+        "recipe": shop.config.model_dump(mode="json"),
+        "model": shop.policy.name,
+        "fingerprint": shop.policy.backbone_fingerprint,
+        "micro_batches": {"rollout": micro_batches.rollout, "train": micro_batches.train},
+        "notes": list(notes),
+    }
+    settings = shop.config.evaluation
+    shown = gallery(spread_evenly(shop.held_out, settings.prompts), settings.per_prompt, shop.config.seed)
+    write_atomic(folder.path / GALLERY, json.dumps(shown, indent=1).encode() + b"\n")
+    write_atomic(folder.path / START, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def read_start(folder: RunFolder) -> dict[str, Any]:
+    """What a run began with: recipe, model, fingerprint, micro_batches, notes."""
+    path = folder.path / START
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is missing or damaged ({error}): the run stopped before its first step. "
+            "Start it anew with --force."
+        ) from None
+
+
+def require_unchanged(folder: RunFolder, began: Mapping[str, Any], now: AlignConfig, accepted: bool) -> None:
+    """CheckpointError that lists what was edited in recipe.yaml, unless that is accepted."""
+    changes = differences(began, now.model_dump(mode="json"))
+    if changes and not accepted:
+        listed = "\n  ".join(changes)
+        raise CheckpointError(
+            f"{folder.path / 'recipe.yaml'} was changed after the run began:\n  {listed}\n"
+            "Put it back; or go on with the changes: add --accept-changes"
+        )
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> list[str]:
+    """What differs between two resolved recipes: 'optimizer.lr: 0.001 when the run began, 0.003 now'."""
+    found: list[str] = []
+    for name in [*before, *(name for name in after if name not in before)]:
+        one, other = before.get(name), after.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += differences(one, other, f"{at}{name}.")
+        elif one != other:
+            found.append(f"{at}{name}: {one!r} when the run began, {other!r} now")
+    return found
+
+
+def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: FlowPipelinePolicy) -> None:
+    """CheckpointError when the run was trained from other weights."""
+    if began["fingerprint"] != policy.backbone_fingerprint:
+        raise CheckpointError(
+            f"{folder.path} was trained from {began['model']} ({began['fingerprint']}), but {policy.name} "
+            f"is another model ({policy.backbone_fingerprint}). Its LoRA weights mean nothing there: "
+            "put the model back, or start a new run."
+        )
+
+
+def find_place(folder: RunFolder) -> tuple[int, int, tuple[dict[str, torch.Tensor], dict[str, Any]] | None]:
+    """Step, images in the manifest, and the newest whole checkpoint whose images are all there."""
+    rows = len(folder.manifest())
+    found = checkpoint.latest(folder.path)
+    while found is not None:
+        tensors, state = checkpoint.load(found)
+        step = checkpoint.step_of(found)
+        if state["images"] <= rows:
+            return step, state["images"], (tensors, state)
+        found = checkpoint.latest(folder.path, at_most=step - 1)
+    return 0, 0, None

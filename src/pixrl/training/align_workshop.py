@@ -1,0 +1,149 @@
+"""Everything that an align recipe names, loaded and checked against each other."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pixrl import models
+from pixrl.algorithms.align import Aligner, Method, MicroBatches
+from pixrl.algorithms.losses import make_loss
+from pixrl.algorithms.spread import Features, pixel_features
+from pixrl.data.prompts import PromptSet, Split, load_prompts
+from pixrl.errors import ConfigError
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.prompts import check_words
+from pixrl.models.slots import LoraSlots, Slot
+from pixrl.rewards.clip import ClipSimilarity
+from pixrl.rewards.multi import RewardSet
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_eval import Evaluator, spread_evenly
+from pixrl.training.distributed import Team, limit_threads
+from pixrl.training.planner import plan
+from pixrl.training.prompt_sampler import PromptSampler, share
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Everything that a recipe names, loaded."""
+
+    config: AlignConfig
+    team: Team
+    policy: FlowPipelinePolicy
+    slots: LoraSlots
+    prompts: PromptSampler
+    held_out: PromptSet
+    rewards: RewardSet
+    method: Method
+    features: Features
+
+    def first_prompts(self) -> list[str]:
+        """This process's prompts of the first step, or any one."""
+        groups = self.prompts.groups(0)
+        mine = groups[share(len(groups), self.team.rank, self.team.size)] or groups[:1]
+        return [group.prompt for group in mine]
+
+    def aligner(self, micro_batches: MicroBatches) -> Aligner:
+        """The algorithm before its first step."""
+        return Aligner(
+            self.policy,
+            self.slots,
+            self.method,
+            micro_batches,
+            seed=self.config.seed,
+            peers=self.team,
+            scale_loss=self.policy.precision.autocast is torch.float16,
+        )
+
+
+def open_workshop(config: AlignConfig) -> Workshop:
+    """Loads the model, the rewards and the prompts of a recipe, and checks that they fit."""
+    team = Team(config.machine.device)
+    limit_threads(team.size)
+    prompts = load_prompts(config.prompts.source, split=Split.TRAIN)
+    held_out = load_prompts(config.evaluation.source or config.prompts.source, split=Split.EVALUATION)
+    policy = load_policy(config, team)
+    for one in (prompts, held_out):
+        check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
+    lora = config.lora
+    slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    scoring = config.scoring
+    rewards = RewardSet(
+        config.rewards,
+        config.stages,
+        time_limit=scoring.time_limit,
+        max_failed_share=scoring.max_failed_share,
+    )
+    method = Method(
+        exploration=config.exploration.make(),
+        sampling=config.sampling,
+        advantage=config.advantage,
+        loss=make_loss(config.loss),
+        optimizer=config.optimizer,
+        noises=config.exploration.noises,
+    )
+    features = _features(config.output.features, team.device)
+    sampler = PromptSampler(prompts, per_step=config.prompts.per_step, seed=config.seed)
+    return Workshop(config, team, policy, slots, sampler, held_out, rewards, method, features)
+
+
+def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
+    """The model of a recipe. ConfigError when it cannot be trained."""
+    policy = models.load(
+        config.model,
+        device=team.device,
+        dtype=config.machine.dtype,
+        steps=config.sampling.steps,
+        guidance=config.guidance,
+        resolution=config.resolution,
+    )
+    if not isinstance(policy, FlowPipelinePolicy):
+        raise ConfigError(
+            f"{config.model} is a {type(policy).__name__}: it draws pictures but has no velocity and no LoRA slots to "
+            "train. Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
+        )
+    if config.machine.gradient_checkpointing:
+        policy.checkpoint_gradients()
+    if config.machine.offload:
+        policy.offload()
+    return policy
+
+
+def _features(ref: str | None, device: str) -> Features:
+    return pixel_features if ref is None else ClipSimilarity(ref, device=device).image_features
+
+
+def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:
+    """Micro-batches that fit every process, and why."""
+    config, team = shop.config, shop.team
+    groups = -(-config.prompts.per_step // team.size)
+    rollouts = groups * shop.method.group_size
+    found = plan(
+        shop.policy,
+        shop.prompts.prompts[0].text,
+        rollouts=rollouts,
+        trained=-(-rollouts // config.optimizer.updates),
+        rollout_batch=config.machine.rollout_batch,
+        train_batch=config.machine.train_batch,
+    )
+    sizes = team.gather(found.micro_batches)
+    common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))
+    spread = f"{config.prompts.per_step} groups of {shop.method.group_size} over {team.size} process(es)"
+    return common, (spread, *found.reasons)
+
+
+def make_evaluator(shop: Workshop, micro_batches: MicroBatches) -> Evaluator:
+    """Of the averaged weights where there are any, with training's solver."""
+    settings = shop.config.evaluation
+    return Evaluator(
+        policy=shop.policy,
+        prompts=spread_evenly(shop.held_out, settings.prompts),
+        per_prompt=settings.per_prompt,
+        steps=settings.steps or shop.config.sampling.steps,
+        solver=shop.config.sampling.solver,
+        slot=Slot.CURRENT if shop.config.optimizer.ema is None else Slot.EMA,
+        rewards=shop.rewards,
+        features=shop.features,
+        peers=shop.team,
+        micro_batch=micro_batches.rollout,
+        seed=shop.config.seed,
+    )
