@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
+from tests.tiny_dino import dino
 
 from pixrl import models, rewards
 from pixrl.conformance import check_policy, check_renderer, check_reward
@@ -33,7 +34,7 @@ def test_renderer(kind: str, dtype: str, tmp_path: Path) -> None:
     check(renderer)
 
 
-REWARDS = ("clip_image", "clip_text", "geneval", "preference", "python")
+REWARDS = ("clip_image", "clip_text", "dino_seg", "geneval", "preference", "python")
 
 
 BRIGHTNESS = """
@@ -55,7 +56,11 @@ def make_reward(name: str, folder: Path) -> tuple[Reward, RewardBatch]:
     if name == "python":
         (folder / "mine.py").write_text(BRIGHTNESS)
         return rewards.load(name, function=f"{folder / 'mine.py'}:brightness"), RewardBatch(images, prompts)
-    metadata = [{"reference": images[0]}, {}, {"reference": images[1:3]}, {"reference": images[3]}]
+    several: object = [images[3], images[0, :, :20]]
+    metadata = [{"reference": images[0]}, {}, {"reference": images[1:3]}, {"reference": several}]
+    if name == "dino_seg":
+        cut = {"segmenter": tiny.segmenter(folder / "segmenter"), "model": dino(folder / "dino")}
+        return rewards.load(name, **cut), RewardBatch(images, prompts, metadata)
     return rewards.load(name, model=clip), RewardBatch(images, prompts, metadata)
 
 

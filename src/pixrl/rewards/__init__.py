@@ -17,6 +17,7 @@ __all__ = ["REWARDS", "load"]
 REWARDS = {
     "clip_image": "pixrl.rewards.clip:ClipImageReward",
     "clip_text": "pixrl.rewards.clip:ClipTextReward",
+    "dino_seg": "pixrl.rewards.dino:DinoSegReward",
     "geneval": "pixrl.rewards.geneval:GenEvalReward",
     "preference": "pixrl.rewards.preference:PreferenceReward",
     "python": "pixrl.rewards.python_reward:PythonReward",

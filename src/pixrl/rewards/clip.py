@@ -17,6 +17,7 @@ from pixrl.errors import CheckpointError, InputError, ShapeError
 from pixrl.hub import Layout, fingerprint, folder, read_json
 from pixrl.rewards.base import Reward
 from pixrl.rewards.preprocess import Preprocessing, batches, require_images
+from pixrl.rewards.references import references_of
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground
 from pixrl.types import RewardBatch, Scores
 
@@ -178,7 +179,7 @@ class ClipTextReward(Reward):
 
 
 class ClipImageReward(Reward):
-    """Mean cosine between the picture and its reference pictures, metadata["reference"]: [3, H, W] or [M, 3, H, W].
+    """Mean cosine between the picture and its references, metadata["reference"] (see `rewards.references`).
 
     With `segmenter` both are cut out and put on `background` first.
     """
@@ -205,18 +206,18 @@ class ClipImageReward(Reward):
         images = self._features(batch.images_BCHW)
         values, reasons = [], []
         for row, image in enumerate(images):
-            reference = batch.metadata[row].get("reference") if batch.metadata else None
-            value, reason = self._similarity(image, reference)
+            pictures = references_of(batch.metadata[row]) if batch.metadata else []
+            value, reason = self._similarity(image, pictures)
             values.append(value)
             reasons.append(reason)
         return flag_failures(torch.tensor(values), reasons, self.provenance)
 
-    def _similarity(self, image_E: Tensor, reference: object) -> tuple[float, str | None]:
-        if not isinstance(reference, Tensor):
+    def _similarity(self, image_E: Tensor, pictures: Sequence[Tensor]) -> tuple[float, str | None]:
+        if not pictures:
             return torch.nan, "no reference picture in the metadata"
         if not image_E.isfinite().all():
             return torch.nan, "no foreground found"
-        features = self._features(reference if reference.ndim == 4 else reference[None])
+        features = torch.cat([self._features(picture) for picture in pictures])
         usable = features[features.isfinite().all(dim=1)]
         if not len(usable):
             return torch.nan, "no foreground found in the reference"

@@ -126,6 +126,17 @@ class Segmenter:
         parts = self._parts(images_BCHW)
         return torch.cat([1 - self.probabilities(part)[:, self.background_index] for part in parts])
 
+    def class_masks(self, images_BCHW: Tensor, kinds: Sequence[object]) -> Tensor:
+        """P(kind) with one kind a picture, [B, H, W]; 0 where the model knows no such class."""
+        rows, asked = [], iter(kinds)
+        for part in self._parts(images_BCHW):
+            for probability_CHW in self.probabilities(part):
+                kind = next(asked)
+                known = kind in self.labels
+                index = self.labels.index(str(kind)) if known else self.background_index
+                rows.append(probability_CHW[index] * known)
+        return torch.stack(rows)
+
     def _parts(self, images_BCHW: Tensor) -> Iterator[Tensor]:
         """As many pictures at a time as their probability maps leave room for."""
         rows, columns = images_BCHW.shape[-2:]

@@ -1,0 +1,39 @@
+"""The reference pictures that a sample's metadata carries."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+KEY = "reference"
+"""metadata[KEY]: one picture [3, H, W], several of one size [M, 3, H, W], or a list of pictures of any sizes."""
+
+
+def references_of(metadata: Mapping[str, object]) -> list[Tensor]:
+    """The references, each [1, 3, H, W]; empty where there is none or it is no picture."""
+    given = metadata.get(KEY)
+    parts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    pictures: list[Tensor] = []
+    for part in parts:
+        if not isinstance(part, Tensor) or part.ndim not in (3, 4):
+            return []
+        pictures.extend([part[None]] if part.ndim == 3 else part.split(1))
+    return pictures
+
+
+class FeatureCache:
+    """Features of pictures by their content: a group's samples share their references, and so do later steps."""
+
+    def __init__(self, limit: int = 1024) -> None:
+        self.limit = limit
+        self._rows: dict[str, Tensor] = {}
+
+    def get(self, image_BCHW: Tensor, what: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives for this one picture; `what` tells apart features of the same picture."""
+        content = image_BCHW.detach().float().cpu().contiguous().numpy().tobytes()
+        key = f"{what}/{list(image_BCHW.shape)}/{hashlib.blake2b(content, digest_size=16).hexdigest()}"
+        if key not in self._rows:
+            while len(self._rows) >= self.limit:
+                del self._rows[next(iter(self._rows))]
+            self._rows[key] = make()
+        return self._rows[key]

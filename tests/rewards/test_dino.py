@@ -1,0 +1,184 @@
+"""The identity reward: the cosine of cut-out subjects, and a reason wherever there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+from tests.tiny_dino import dino
+from torch import Tensor
+
+from pixrl import rewards
+from pixrl.errors import ConfigError
+from pixrl.rewards.dino import DinoEncoder, DinoSegReward
+from pixrl.rewards.references import FeatureCache, references_of
+from pixrl.rewards.segmentation import Foreground, Segmenter
+from pixrl.types import RewardBatch, Scores
+
+
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dino(tmp_path_factory.mktemp("tiny") / "dino")
+
+
+@pytest.fixture(scope="module")
+def encoder(dino_folder: Path) -> DinoEncoder:
+    return DinoEncoder(dino_folder, device="cpu")
+
+
+def left_half(images: Tensor) -> Tensor:
+    """A foreground by rule: the left half of every picture that is not black."""
+    masks = torch.zeros(len(images), *images.shape[-2:])
+    masks[..., : images.shape[-1] // 2] = 1
+    return masks * (images.amax(dim=(1, 2, 3)) > 0).float().view(-1, 1, 1)
+
+
+def reward(folder: Path, **options: object) -> DinoSegReward:
+    made = DinoSegReward(folder, device="cpu", **{"segmenter": left_half, **options})  # type: ignore[arg-type]
+    return made
+
+
+def score(made: DinoSegReward, images: Tensor, *references: object, **more: object) -> Scores:
+    metadata = [{"reference": reference, **more} for reference in references]
+    return made.score(RewardBatch(images, ["x"] * len(images), metadata))
+
+
+def cut(images: Tensor) -> Tensor:
+    return Foreground.composite(images, left_half(images))
+
+
+def test_both_sides_are_cut_out(dino_folder: Path, encoder: DinoEncoder, images: Tensor) -> None:
+    scores = score(reward(dino_folder), images[:2], images[2], images[3])
+    ours, theirs = (encoder.image_features(cut(part)) for part in (images[:2], images[2:4]))
+    assert torch.allclose(scores.values_B, (ours * theirs).sum(dim=1), atol=1e-5)
+    assert scores.reasons == (None, None)
+
+
+def test_what_surrounds_the_subject_does_not_count(dino_folder: Path, images: Tensor) -> None:
+    changed = images.clone()
+    changed[..., 16:] = torch.rand(5, 3, 32, 16, generator=torch.Generator().manual_seed(1)).clamp_min(0.01)
+    made = reward(dino_folder)
+    assert torch.allclose(score(made, changed, *images).values_B, torch.ones(5), atol=1e-5)
+    whole = reward(dino_folder, mask="none", segmenter=None)
+    assert (score(whole, changed, *images).values_B < 0.9999).all()
+    assert torch.allclose(score(whole, images, *images).values_B, torch.ones(5), atol=1e-5)
+
+
+def test_the_reference_alone(dino_folder: Path, encoder: DinoEncoder, images: Tensor) -> None:
+    scores = score(reward(dino_folder, mask="reference"), images[:1], images[2])
+    expected = encoder.image_features(images[:1]) @ encoder.image_features(cut(images[2:3])).T
+    assert torch.allclose(scores.values_B, expected.flatten(), atol=1e-5)
+
+
+def test_all_references_or_the_first(dino_folder: Path, images: Tensor) -> None:
+    made, first = reward(dino_folder), reward(dino_folder, references="first")
+    each = [score(made, images[:1], images[k]).values_B for k in (1, 2, 3)]
+    for several in (images[1:4], list(images[1:4])):
+        assert torch.allclose(score(made, images[:1], several).values_B, sum(each) / 3, atol=1e-5)
+        assert torch.allclose(score(first, images[:1], several).values_B, each[0], atol=1e-5)
+
+
+def test_references_of_different_sizes(dino_folder: Path, images: Tensor) -> None:
+    wide = torch.nn.functional.interpolate(images[1:2], (40, 60))[0]
+    scores = score(reward(dino_folder), images[:1], [images[1], wide])
+    assert scores.values_B.isfinite().all()
+
+
+def test_no_subject_is_a_failure_with_its_reason(dino_folder: Path, images: Tensor) -> None:
+    black = torch.zeros(3, 32, 32)
+    made = reward(dino_folder)
+    scores = score(made, torch.stack([black, images[0], images[0]]), images[1], black, [black, images[1]])
+    assert scores.reasons == (
+        "no subject found in the picture",
+        "no subject found in the reference",
+        None,
+    )
+    assert scores.values_B.isnan().tolist() == [True, True, False]
+    assert torch.allclose(scores.values_B[2], score(made, images[:1], images[1]).values_B[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [None, "a.png", [], ["a.png"], torch.zeros(3), 3])
+def test_no_reference_is_a_failure(given: object, dino_folder: Path, images: Tensor) -> None:
+    scores = score(reward(dino_folder), images[:1], given)
+    assert scores.values_B.isnan().all()
+    assert scores.reasons == ("no reference picture in the metadata (under 'reference')",)
+    assert reward(dino_folder).score(RewardBatch(images, ["x"] * 5)).values_B.isnan().all()
+
+
+def test_a_broken_picture(dino_folder: Path, images: Tensor) -> None:
+    images = images.clone()
+    images[1, 0, 0, 0] = torch.nan
+    scores = score(reward(dino_folder), images[:2], images[2], images[2])
+    assert scores.reasons == (None, "the picture is not finite")
+
+
+def test_references_are_encoded_once(dino_folder: Path, images: Tensor) -> None:
+    made, calls = reward(dino_folder), []
+    original = made.encoder.image_features
+    made.encoder.image_features = lambda batch: calls.append(len(batch)) or original(batch)  # type: ignore
+    first = score(made, images[:4], *[images[4]] * 4)
+    again = score(made, images[:4], *[images[4].clone()] * 4)
+    assert calls == [4, 1, 4]
+    assert torch.equal(first.values_B, again.values_B)
+
+
+def test_the_cache_is_bounded_and_knows_pictures_apart() -> None:
+    cache, pictures = FeatureCache(limit=2), torch.rand(3, 1, 3, 2, 4)
+    made = []
+    for picture in (*pictures, pictures[2], pictures[0], pictures[2].reshape(1, 3, 4, 2)):
+        cache.get(picture, "x", lambda: made.append(1) or torch.zeros(1))  # type: ignore[func-returns-value]
+    assert len(made) == 5
+    assert len(cache._rows) == 2
+
+
+def test_references_as_lists_and_stacks() -> None:
+    assert [list(p.shape) for p in references_of({"reference": torch.zeros(2, 3, 4, 5)})] == [
+        [1, 3, 4, 5]
+    ] * 2
+    mixed = references_of({"reference": (torch.zeros(3, 4, 5), torch.zeros(2, 3, 6, 6))})
+    assert [list(p.shape) for p in mixed] == [[1, 3, 4, 5], [1, 3, 6, 6], [1, 3, 6, 6]]
+    assert references_of({}) == []
+
+
+def test_a_class_region_is_that_class(dino_folder: Path, segmenter_folder: Path, images: Tensor) -> None:
+    made = reward(dino_folder, segmenter=segmenter_folder, region="class")
+    segmenter = Segmenter(segmenter_folder, device="cpu")
+    expected = segmenter.probabilities(images)[:, tiny.KINDS.index("owl")]
+    assert torch.allclose(segmenter.class_masks(images, ["owl"] * 5), expected)
+    assert not segmenter.class_masks(images, ["dog"] * 5).any()
+    bare = score(made, images[:1], images[1])
+    assert bare.reasons == ("no class in the metadata",)
+    unknown = score(made, images[:1], images[1], **{"class": "owk"})
+    assert unknown.reasons == ("the segmenter knows no 'owk'. Did you mean 'owl'?",)
+    known = score(made, images[:1], images[1], **{"class": "owl"})
+    assert known.reasons[0] in (None, "no owl found in the picture", "no owl found in the reference")
+
+
+def test_provenance(dino_folder: Path, segmenter_folder: Path) -> None:
+    made = rewards.load("dino_seg", model=dino_folder, segmenter=segmenter_folder, device="cpu")
+    assert isinstance(made, DinoSegReward)
+    assert made.provenance["model"].startswith(str(dino_folder))
+    assert made.provenance["segmenter"].startswith(str(segmenter_folder))
+    assert made.provenance["background"] == "(1.0, 1.0, 1.0)"
+    whole = reward(dino_folder, mask="none", segmenter=None)
+    assert "segmenter" not in whole.provenance
+    assert whole.provenance["mask"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segmenter": None}, "mask both needs a segmenter, for example segmenter: toy:segmenter"),
+        ({"mask": "none"}, "segmenter would have no effect"),
+        ({"mask": "none", "segmenter": None, "background": (0, 0, 0)}, "background would have no effect"),
+        ({"mask": "none", "segmenter": None, "region": "class"}, "region would have no effect"),
+        ({"mask": "boht"}, "unknown mask 'boht'. Did you mean 'both'? Use both, reference, none."),
+        ({"references": "one"}, "Use all, first."),
+        ({"region": "object"}, "Use foreground, class."),
+        ({"region": "class"}, "needs a segmentation checkpoint"),
+    ],
+)
+def test_contradicting_options(options: dict[str, object], message: str, dino_folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        reward(dino_folder, **options)
+    assert message in str(caught.value)
