@@ -20,3 +20,10 @@ def policy(sd3_folder: Path) -> SD3Policy:
     assert isinstance(found, SD3Policy)
     found.attach_lora(rank=4, alpha=8)
     return found
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("a red owl\ntwo blue snails\na cat\na green house\na fish\n")
+    return file

@@ -1,6 +1,7 @@
 """What the tests of align share: groups, methods, scores."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from pixrl.algorithms.perturbation_learning import PerturbationSettings
 from pixrl.algorithms.rollouts import Group
 from pixrl.algorithms.stepping import SamplingSettings
 from pixrl.models.sd3 import SD3Policy
+from pixrl.training import checkpoint
 from pixrl.types import Scores
 
+JUDGE = Path(__file__).with_name("judge.py")
 PROMPTS = ("a red owl", "two blue snails", "a cat")
 
 
@@ -72,3 +75,40 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 0.0) ->
     return one.keys() == other.keys() and all(
         torch.allclose(one[name], other[name], rtol=0, atol=atol) for name in one
     )
+
+
+def recipe(model: Path, prompts: Path, **changes: Any) -> dict[str, Any]:
+    """A run of seconds: three NFT steps on a tiny model."""
+    base: dict[str, Any] = {
+        "model": str(model),
+        "steps": 3,
+        "prompts": {"source": str(prompts), "per_step": 2},
+        "rewards": [{"name": "python", "options": {"function": f"{JUDGE}:brightness"}}],
+        "exploration": {"kind": "noise", "noises": 3},
+        "sampling": {"steps": 4, "solver": "dpm"},
+        "loss": {"kind": "nft", "timesteps": 2, "old_policy": "constant", "old_decay": 0.3},
+        "optimizer": {"lr": 1e-3},
+        "lora": {"rank": 4, "alpha": 8},
+        "evaluation": {"prompts": 2, "per_prompt": 2},
+        "machine": {"device": "cpu", "dtype": "float32"},
+        "output": {"checkpoint_every": 1},
+    }
+    return base | changes
+
+
+GRPO: dict[str, Any] = {
+    "sampling": {"steps": 4, "noise": "flow_sde"},
+    "loss": {"kind": "clipped", "clip": 1e-3, "kl": 0.04},
+}
+E2PO: dict[str, Any] = {"exploration": {"kind": "perturbed", "noises": 2, "variants": 2, "steps": 3}}
+
+
+def with_reward(function: str) -> dict[str, Any]:
+    return {"rewards": [{"name": "python", "options": {"function": f"{JUDGE}:{function}"}}]}
+
+
+def final(run: Path) -> dict[str, Tensor]:
+    """The last checkpoint's tensors."""
+    found = checkpoint.latest(run)
+    assert found is not None
+    return checkpoint.load(found)[0]

@@ -1,0 +1,96 @@
+"""Recipes: the shipped ones load, bad ones are refused with what to type."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pixrl import config
+from pixrl.errors import ConfigError, InputError
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_record import differences
+
+METHODS = ["flow-grpo", "flow-grpo-fast", "dance-grpo", "mix-grpo", "diffusion-nft", "e2po", "e2po-grpo"]
+REWARD = {"rewards": [{"name": "python", "options": {"function": "m:f"}}]}
+
+
+@pytest.mark.parametrize("scale", ["toy", "paper"])
+@pytest.mark.parametrize("method", METHODS)
+def test_shipped_recipes_load_and_survive_being_written_down(scale: str, method: str, tmp_path: Path) -> None:
+    found = config.load(AlignConfig, f"{scale}/{method}", kind="align")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.dump(found))
+    assert config.load(AlignConfig, file, kind="align") == found
+    assert differences(found.model_dump(mode="json"), found.model_dump(mode="json")) == []
+
+
+def test_the_published_numbers() -> None:
+    e2po, nft, grpo = (
+        config.load(AlignConfig, f"paper/{name}") for name in ("e2po", "diffusion-nft", "flow-grpo")
+    )
+    assert (e2po.exploration.noises, e2po.exploration.variants) == (4, 6)  # type: ignore[union-attr]
+    assert nft.loss.kind == "nft" and (nft.loss.beta, nft.loss.kl, nft.loss.timesteps) == (1.0, 1e-4, 9)
+    assert grpo.loss.kind == "clipped" and (grpo.loss.clip, grpo.loss.kl) == (1e-4, 0.04)
+    assert (grpo.guidance, grpo.sampling.scale, grpo.lora.rank, grpo.optimizer.lr) == (4.5, 0.7, 32, 3e-4)
+
+
+def test_toy_methods_draw_equally_many_pictures() -> None:
+    sizes = set()
+    for method in METHODS:
+        found = config.load(AlignConfig, f"toy/{method}")
+        variants = found.exploration.variants if found.exploration.kind == "perturbed" else 1
+        sizes.add((found.steps, found.prompts.per_step, found.exploration.noises * variants))
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rewards": []}, "No reward is given"),
+        ({"loss": {"kind": "clipped"}}, "loss: clipped needs rollouts with a density: set sampling.noise"),
+        (
+            {"loss": {"kind": "clipped", "clip": 1.5}, "sampling": {"noise": "cps"}},
+            r"loss.*clip.*less than 1",
+        ),
+        (
+            {"loss": {"kind": "clipped", "clip": 0}, "sampling": {"noise": "cps"}},
+            r"loss.*clip.*greater than 0",
+        ),
+        ({"sampling": {"noise": "flow_sde", "eta": -0.1}}, r"sampling\.eta.*greater than 0"),
+        ({"sampling": {"noise": "cps", "eta": 1.2}}, r"eta of cps must be in \(0, 1\]"),
+        ({"sampling": {"eta": 0.7}}, "eta has no effect without noise"),
+        ({"loss": {"kind": "nft", "timesteps": 30}}, "10 sampling steps have only as many noise levels"),
+        ({"loss": {"kind": "nft", "clip": 1e-4}}, r"Unknown setting loss\.nft\.clip.*Allowed here: beta"),
+        ({"exploration": {"kind": "noise", "variants": 4}}, r"Unknown setting exploration\.noise\.variants"),
+        ({"exploration": {"kind": "nose"}}, "nose"),
+        ({"exploration": {"kind": "noise", "noises": 1}}, "groups of one sample"),
+        (
+            {"loss": {"kind": "clipped", "kl_form": "exact"}, "sampling": {"noise": "cps"}},
+            "kl_form has no effect",
+        ),
+        ({"advantage": {"scale": "none", "eps": 0.1}}, "eps has no effect with scale: none"),
+        ({"optimiser": {"lr": 1}}, "Unknown setting optimiser. Did you mean 'optimizer'"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_bad_recipes(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.load(AlignConfig, {**REWARD, **settings})
+
+
+def test_a_recipe_of_another_job_is_refused() -> None:
+    with pytest.raises(ConfigError, match="recipe for 'fuse', not for 'align'"):
+        config.load(AlignConfig, "toy/fuse", kind="align")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no prompts"), (b"an owl\n\xff\xfe\n", "UTF-8"), (b"an owl\na cat\nan owl\n", "line")],
+)
+def test_bad_prompt_files(tmp_path: Path, content: bytes, message: str) -> None:
+    from pixrl.data.prompts import load_prompts
+
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_prompts(file)

@@ -1,0 +1,232 @@
+"""Whole runs on a tiny model: folder, resume, command line."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import pixrl
+from pixrl import align_api, cli
+from pixrl.errors import CheckpointError, ConfigError, RunError
+from pixrl.training import align_job
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_log import evaluations
+from pixrl.training.runlog import RunFolder
+from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
+
+EVERY_STEP = {
+    "step",
+    "reward/python/mean",
+    "reward/python/std",
+    "group_std",
+    "zero_std_share",
+    "failed_share",
+    "kl",
+    "grad_norm",
+    "lr",
+    "diversity",
+    "seconds/collect",
+    "seconds/score",
+    "seconds/update",
+    "images_per_second",
+}
+
+
+@pytest.mark.parametrize("method", [{}, GRPO, E2PO, GRPO | E2PO], ids=["nft", "grpo", "e2po", "e2po-grpo"])
+def test_a_run_is_a_folder(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, method: dict[str, Any]
+) -> None:
+    done = pixrl.align(recipe(sd3_folder, prompt_file, **method), out=tmp_path / "run", seed=5)
+    rows = done.metrics
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row.keys() >= EVERY_STEP for row in rows)
+    assert all(math.isfinite(row[name]) for row in rows for name in EVERY_STEP)
+    if "loss" in method:
+        assert all(
+            {"ratio_mean", "ratio_min", "ratio_max", "ratio_std", "clip_share"} <= row.keys() for row in rows
+        )
+    if "exploration" in method:
+        assert all({"anchor_cosine"} <= row.keys() for row in rows)
+    size = 4 if "exploration" in method else 3
+    manifest = RunFolder.open(done.run).manifest()
+    assert [row.index for row in manifest] == list(range(3 * 2 * size))
+    assert all((done.run / str(row.file)).is_file() for row in manifest)
+    assert all(row.prompt and row.failed is None and row.scores["python"] for row in manifest)
+    assert [row["step"] for row in done.evaluations] == [0, 3]
+    gallery = json.loads((done.run / "samples/gallery.json").read_text())
+    for step in ("step-000000", "step-000003"):
+        assert len(list((done.run / "samples" / step).glob("*.png"))) == len(gallery) == 4
+    assert list((done.run / "tensorboard").glob("events.out.tfevents.*"))
+    assert yaml.safe_load((done.run / "recipe.yaml").read_text())["seed"] == 5
+
+
+@pytest.mark.parametrize("method", [{}, GRPO, E2PO], ids=["nft", "grpo", "e2po"])
+def test_stopped_and_resumed_ends_the_same(
+    tmp_path: Path,
+    sd3_folder: Path,
+    prompt_file: Path,
+    method: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pixrl.training.loop import Loop
+
+    config = AlignConfig.model_validate(recipe(sd3_folder, prompt_file, **method))
+    whole = align_job.start(config, tmp_path / "whole")
+    train = Loop._train
+
+    def broken(self: Loop, step: int, *, first: bool) -> None:
+        train(self, step, first=first)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "_train", broken)
+    with pytest.raises(KeyboardInterrupt):
+        align_job.start(config, tmp_path / "cut")
+    monkeypatch.setattr(Loop, "_train", train)
+    cut = align_job.go_on(tmp_path / "cut")
+    assert same(final(whole), final(cut))
+    rows = [[row.model_dump() for row in RunFolder.open(run).manifest()] for run in (whole, cut)]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in RunFolder.open(cut).metrics()] == [0, 1, 2]
+    assert evaluations(whole) == evaluations(cut)
+
+
+def test_the_seed_decides(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
+    runs = [
+        pixrl.align(recipe(sd3_folder, prompt_file), steps=1, seed=seed, out=tmp_path / name).run
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert same(final(runs[0]), final(runs[1]))
+    assert not same(final(runs[0]), final(runs[2]))
+
+
+def test_a_changed_recipe_is_refused_unless_told(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
+    run = pixrl.align(recipe(sd3_folder, prompt_file), steps=1, out=tmp_path / "run").run
+    file = run / "recipe.yaml"
+    file.write_text(file.read_text().replace("lr: 0.001", "lr: 0.002"))
+    with pytest.raises(CheckpointError, match=r"optimizer\.lr: 0\.001 when the run began, 0\.002 now"):
+        align_job.go_on(run)
+    align_job.go_on(run, accept_changes=True)
+    assert RunFolder.open(run).recipe()["optimizer"]["lr"] == 0.002
+    align_job.go_on(run, overrides=["steps=2"])
+    assert [row["lr"] for row in RunFolder.open(run).metrics()] == [0.001, 0.002]
+
+
+def test_another_model_is_refused(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
+    from tests import tiny
+
+    run = pixrl.align(recipe(sd3_folder, prompt_file), steps=1, out=tmp_path / "run").run
+    other = tiny.sd3(tmp_path / "other", seed=1, card=tiny.SD3_CARD)
+    with pytest.raises(CheckpointError, match="is another model"):
+        align_job.go_on(run, overrides=[f"model={other}"])
+    with pytest.raises(CheckpointError, match="do not fit this model"):
+        align_job.go_on(run, overrides=["lora.rank=2", "steps=2"])
+
+
+def test_a_renderer_cannot_be_aligned(tmp_path: Path, prompt_file: Path) -> None:
+    from tests import tiny
+
+    folder = tiny.sdxl(tmp_path / "sdxl")
+    with pytest.raises(ConfigError, match="no velocity and no LoRA slots"):
+        pixrl.align(recipe(folder, prompt_file), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("raises", "KeyError"),
+        ("wrong_length", "1"),
+        ("not_a_number", "nan"),
+        ("infinite", "inf"),
+        ("hangs", "no answer within 0.5 s"),
+    ],
+)
+def test_a_reward_that_fails_stops_the_run_with_its_reason(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, function: str, reason: str
+) -> None:
+    scoring = {"scoring": {"time_limit": 0.5}} if function == "hangs" else {}
+    settings = recipe(sd3_folder, prompt_file, **with_reward(function), **scoring)
+    with pytest.raises(RunError, match="failed for 4 of 4 pictures") as error:
+        pixrl.align(settings, out=tmp_path / "run")
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("function", ["some_fail", "all_equal"])
+def test_rewards_without_a_signal_poison_nothing(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, function: str
+) -> None:
+    done = pixrl.align(recipe(sd3_folder, prompt_file, **with_reward(function)), out=tmp_path / "run")
+    assert all(bool(x.isfinite().all()) for x in final(done.run).values())
+    row = done.metrics[-1]
+    assert (
+        row["zero_std_share"] == 1 if function == "all_equal" else row["failed_share"] == pytest.approx(1 / 3)
+    )
+
+
+def test_odd_sizes_simply_work(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
+    settings = recipe(
+        sd3_folder,
+        prompt_file,
+        prompts={"source": str(prompt_file), "per_step": 7},
+        exploration={"kind": "perturbed", "noises": 1, "variants": 3, "steps": 2},
+        optimizer={"lr": 1e-3, "updates": 4},
+        machine={"device": "cpu", "dtype": "float32", "rollout_batch": 5, "train_batch": 2},
+        steps=1,
+    )
+    done = pixrl.align(settings, out=tmp_path / "run")
+    manifest = RunFolder.open(done.run).manifest()
+    assert len(manifest) == 21
+    assert len({(row.prompt, row.seed) for row in manifest}) == 7  # 5 prompts, 2 of them in two epochs
+
+
+def test_the_command_line(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(yaml.safe_dump({"kind": "align", **recipe(sd3_folder, prompt_file, **GRPO)}))
+    run = tmp_path / "run"
+    options = ["--steps", "1", "--seed", "3", "--out", str(run), "--set", "optimizer.updates=2"]
+    done = CliRunner().invoke(cli.app, ["align", str(file), *options])
+    assert done.exit_code == 0, done.output
+    assert str(run) in done.output
+    again = CliRunner().invoke(cli.app, ["align", str(file), *options])
+    assert again.exit_code != 0
+    assert "pixrl resume" in again.output
+    resumed = CliRunner().invoke(cli.app, ["resume", str(run), "--set", "steps=2"])
+    assert resumed.exit_code == 0, resumed.output
+    assert len(RunFolder.open(run).metrics()) == 2
+    checked = CliRunner().invoke(cli.app, ["selfcheck", str(file), "--json"])
+    report = json.loads(checked.stdout)
+    assert checked.exit_code == 0
+    assert report["passed"] is True
+    assert {row["dtype"] for row in report["deviations"]} == {"float32", "bfloat16"}
+    assert report["gradient_disagreement"] == 0
+
+
+def test_settings_by_dotted_name(sd3_folder: Path, prompt_file: Path) -> None:
+    config = align_api.load(recipe(sd3_folder, prompt_file), settings={"optimizer.lr": 0.5}, steps=9)
+    assert (config.optimizer.lr, config.steps) == (0.5, 9)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
+    machine = {"device": "cpu", "dtype": "float32", "gradient_checkpointing": True}
+    plain = pixrl.align(recipe(sd3_folder, prompt_file), steps=1, out=tmp_path / "a").run
+    frugal = pixrl.align(recipe(sd3_folder, prompt_file, machine=machine), steps=1, out=tmp_path / "b").run
+    assert same(final(plain), final(frugal), atol=1e-6)
+
+
+def test_a_loss_that_is_never_finite_stops_the_run(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pixrl.algorithms import losses
+
+    monkeypatch.setattr(losses, "NFT_SCALE", torch.nan)
+    settings = recipe(sd3_folder, prompt_file, optimizer={"max_skipped": 1, "lr": 1e-3})
+    with pytest.raises(RunError, match="no finite loss and gradient"):
+        pixrl.align(settings, out=tmp_path / "run")
+    weights = final(tmp_path / "run")
+    assert all(bool(x.isfinite().all()) for x in weights.values())

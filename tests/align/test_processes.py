@@ -1,0 +1,117 @@
+"""Real processes: two gloo peers under `accelerate launch` end as one; a run that is killed ends as one that is not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pixrl.training.runlog import METRICS, RunFolder
+from tests.align.parts import E2PO, GRPO, final, recipe, same
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def write_recipe(folder: Path, settings: dict[str, Any]) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"kind": "align", **settings}))
+    return file
+
+
+def command(processes: int, *words: str) -> list[str]:
+    port = ["--main_process_port", str(random.randint(20000, 40000))]
+    launch = [*LAUNCH, "--num_processes", str(processes), *port, "-m"] if processes > 1 else ["-m"]
+    return [sys.executable, *launch, "pixrl", *words]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [{}, GRPO | E2PO], ids=["nft", "e2po-grpo"])
+def test_two_processes_end_as_one(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, method: dict[str, Any]
+) -> None:
+    settings = recipe(sd3_folder, prompt_file, **method)
+    settings["prompts"]["per_step"] = 3  # shared out as 1 and 2
+    settings["optimizer"]["updates"] = 2
+    file = write_recipe(tmp_path, settings)
+    for processes in (1, 2):
+        words = ["align", str(file), "--out", str(tmp_path / str(processes))]
+        subprocess.run(command(processes, *words), env=environment(), check=True, timeout=900)
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert same(final(one), final(two), atol=3e-4)  # steps of size lr = 1e-3
+    manifests = [RunFolder.open(run).manifest() for run in (one, two)]
+    for first, second in zip(*manifests, strict=True):
+        assert (first.index, first.prompt, first.seed, first.variant) == (
+            second.index, second.prompt, second.seed, second.variant,
+        )  # fmt: skip
+        assert first.scores["python"] == pytest.approx(second.scores["python"], abs=2e-3)
+        assert (two / str(second.file)).is_file()
+    metrics = [RunFolder.open(run).metrics() for run in (one, two)]
+    assert metrics[0][0]["reward/python/mean"] == pytest.approx(metrics[1][0]["reward/python/mean"], abs=1e-3)
+    assert metrics[0][0]["grad_norm"] == pytest.approx(metrics[1][0]["grad_norm"], rel=1e-2)
+    assert metrics[1][0]["gradient_disagreement"] < 1e-6
+    for name in ("samples/step-000000", "samples/step-000003"):
+        assert len(list((two / name).iterdir())) == len(list((one / name).iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_more_processes_than_prompts(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
+    settings = recipe(sd3_folder, prompt_file, steps=1)
+    settings["prompts"]["per_step"] = 1
+    file = write_recipe(tmp_path, settings)
+    words = ["align", str(file), "--out", str(tmp_path / "run")]
+    subprocess.run(command(2, *words), env=environment(), check=True, timeout=900)
+    assert len(RunFolder.open(tmp_path / "run").manifest()) == 3
+
+
+KILLS = 3
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_ends_as_never_killed(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path
+) -> None:
+    settings = recipe(sd3_folder, prompt_file, **E2PO, steps=8)
+    file = write_recipe(tmp_path, settings)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    subprocess.run(
+        command(1, "align", str(file), "--out", str(whole)), env=environment(), check=True, timeout=900
+    )
+    drawer = random.Random(0)
+    for kill in range(KILLS):
+        words = (
+            ["resume", str(run)]
+            if (run / "start.json").is_file()
+            else ["align", str(file), "--out", str(run), "--force"]
+        )
+        process = subprocess.Popen(command(1, *words), env=environment(), stderr=subprocess.DEVNULL)
+        _wait_for_lines(run / METRICS, 1 + 2 * kill, process)
+        time.sleep(drawer.random() * 0.5)
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    subprocess.run(command(1, "resume", str(run)), env=environment(), check=True, timeout=900)
+    assert same(final(whole), final(run))
+    rows = [[row.model_dump() for row in RunFolder.open(one).manifest()] for one in (whole, run)]
+    assert rows[0] == rows[1]
+
+
+def _wait_for_lines(file: Path, count: int, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 600
+    while not (file.is_file() and file.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.01)

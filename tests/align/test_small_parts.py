@@ -1,0 +1,127 @@
+"""Prompt sampler, planner, spread, figures over processes, monitor."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pixrl.algorithms.peers import Alone, Tally, disagreement
+from pixrl.algorithms.spread import group_diversity, mean_pairwise_distance, pixel_features
+from pixrl.data.prompts import Prompt, PromptSet
+from pixrl.models.sd3 import SD3Policy
+from pixrl.training.monitor import LiveView, PlainLines
+from pixrl.training.planner import evened, plan
+from pixrl.training.prompt_sampler import PromptSampler, share
+
+AnyT = TypeVar("AnyT")
+PROMPTS = PromptSet("letters", tuple(Prompt(letter) for letter in "abcdefg"))
+
+
+@pytest.mark.parametrize("per_step", [1, 3, 7, 10])
+def test_every_epoch_takes_every_prompt_once(per_step: int) -> None:
+    sampler = PromptSampler(PROMPTS, per_step=per_step, seed=0)
+    groups = [group for step in range(21) for group in sampler.groups(step)]
+    whole = len(groups) // 7
+    for epoch in range(whole):
+        assert sorted(g.prompt for g in groups if g.epoch == epoch) == list("abcdefg")
+    assert len({(g.epoch, g.index) for g in groups}) == len(groups)
+    assert len({"".join(g.prompt for g in groups if g.epoch == epoch) for epoch in range(whole)}) > 1
+    assert PromptSampler(PROMPTS, per_step=per_step, seed=0).groups(5) == sampler.groups(5)
+
+
+@pytest.mark.parametrize(("count", "size"), [(8, 1), (8, 3), (7, 2), (2, 5), (0, 2)])
+def test_shares_are_whole_even_and_in_order(count: int, size: int) -> None:
+    parts = [list(range(count))[share(count, rank, size)] for rank in range(size)]
+    assert [one for part in parts for one in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "size"), [(24, 10, 8), (7, 3, 3), (1, 99, 1), (13, 1, 1), (0, 4, 1)]
+)
+def test_pieces_are_evened(count: int, most: int, size: int) -> None:
+    assert evened(count, most) == size
+
+
+def test_the_plan_says_why(policy: SD3Policy) -> None:
+    found = plan(policy, "an owl", rollouts=17, trained=17, train_batch=5)
+    assert found.micro_batches.train == 5
+    assert "5 for 17" in found.reasons[1] and "the recipe says so" in found.reasons[1]
+    assert "cache" in found.reasons[0]
+
+
+def test_spread() -> None:
+    same = torch.rand(1, 3, 32, 32).expand(4, -1, -1, -1)
+    assert group_diversity(same, 4).item() == pytest.approx(0, abs=1e-5)
+    features = torch.eye(3)[None]
+    assert mean_pairwise_distance(features).item() == pytest.approx(1)
+    brute = pixel_features(torch.rand(5, 3, 32, 32))
+    pairs = [1 - (brute[i] @ brute[j]).item() for i in range(5) for j in range(i)]
+    assert mean_pairwise_distance(brute[None]).item() == pytest.approx(sum(pairs) / len(pairs), abs=1e-5)
+    assert math.isnan(group_diversity(torch.rand(2, 3, 8, 8), 1)[0].item())
+    broken = torch.full((2, 3, 8, 8), torch.nan)
+    assert group_diversity(broken, 2).isfinite().all()
+    assert len(group_diversity(torch.zeros(0, 3, 8, 8), 4)) == 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two processes of which the other one's values are known."""
+
+    others: Sequence[object]
+    rank: int = 0
+    size: int = 2
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather(self, value: AnyT) -> list[AnyT]:
+        return [value, *self.others]  # type: ignore[list-item]
+
+
+def test_figures_over_processes() -> None:
+    one, other = Tally(), Tally()
+    one.add({"ratio": torch.tensor([1.0, 2.0])})
+    one.add({"ratio": torch.tensor([3.0])})
+    other.add({"ratio": torch.tensor([6.0]), "kl": torch.tensor([0.5])})
+    whole = one.over(Pair([other.figures])).figures
+    assert whole["ratio"].mean == 3
+    assert whole["ratio"].std == pytest.approx(torch.tensor([1.0, 2.0, 3.0, 6.0]).std(correction=0).item())
+    assert (whole["ratio"].least, whole["ratio"].greatest) == (1, 6)
+    assert whole["kl"].mean == 0.5
+    assert Tally().over(Alone()).means() == {}
+
+
+def test_disagreement_is_noticed() -> None:
+    x = torch.randn(100)
+    assert disagreement(Alone(), x) == 0
+    assert disagreement(Pair([[0.0, 1.0, 2.0]]), x) > 0.01
+    assert disagreement(Alone(), torch.zeros(0)) == 0
+
+
+def test_displays_take_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {
+        "reward/geneval/mean": 0.5,
+        "group_std": 0.1,
+        "failed_share": 0.25,
+        "seconds/collect": 2.0,
+        "images_per_second": 9.0,
+        "kl": math.nan,
+    }
+    console = Console(force_terminal=True, width=100, record=True)
+    for display in (PlainLines(), LiveView(console)):
+        display.begin("run", 2, 0)
+        display.say("planned")
+        display.evaluation(0, {"geneval/mean": 0.4, "geneval/failed_share": 0.0})
+        for step in range(2):
+            display.step(step, metrics)
+        display.evaluation(2, {"geneval/mean": 0.6, "geneval/failed_share": 0.0})
+        display.end()
+    printed = capsys.readouterr().err
+    assert "2/2  geneval 0.500  group std 0.100" in printed
+    assert "0.400 → 0.600" in console.export_text()
