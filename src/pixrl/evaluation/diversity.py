@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def distinct_layouts(layouts: Sequence[Layout], within: float = SAME_WITHIN) -> 
     if len(layouts) < 2:
         return len(layouts)
     table = np.zeros((len(layouts), len(layouts)))
-    for i, j in zip(*np.triu_indices(len(layouts), 1), strict=True):
+    for i, j in combinations(range(len(layouts)), 2):
         table[i, j] = table[j, i] = min(layout_distance(layouts[i], layouts[j]), _APART)
     tree = linkage(squareform(table), method="complete")
     return int(fcluster(tree, within, criterion="distance").max())

@@ -41,13 +41,13 @@ def load_heldout(world: FusionWorld, ref: str, concepts: tuple[str, ...]) -> Hel
     """A CLIP or DINO checkpoint as held-out encoder of a world; thresholds come from pictures of the concepts."""
     if ref == world.clip:
         raise InputError(f"{ref!r} is the reward's own encoder; a held-out one must be another.")
-    scorer = FusionScorer(_encoder(ref), Foreground(world.segmenter))
+    scorer = FusionScorer(load_encoder(ref), Foreground(world.segmenter))
     seen_so = FusionWorld(world.renderer, scorer, world.card, clip=ref, segmenter=world.segmenter)
     calibration = calibrate_presence(seen_so, concepts)
     return HeldOut(scorer, calibration)
 
 
-def _encoder(ref: str) -> Any:
+def load_encoder(ref: str) -> Any:
     """The encoder of a checkpoint, by the class its config.json names."""
     architectures = read_json(folder(ref, Layout.TRANSFORMERS) / "config.json").get("architectures")
     named = str(architectures)
