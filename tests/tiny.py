@@ -123,11 +123,22 @@ def _vae(latent_channels: int, **settings: float) -> AutoencoderKL:
     return model
 
 
-def sd3(folder: Path, *, seed: int = 0, card: dict[str, object] | None = None, half: bool = False) -> Path:
-    """A StableDiffusion3Pipeline folder without T5 and, unless `card` is None, with a pixrl.json."""
+def sd3(
+    folder: Path,
+    *,
+    seed: int = 0,
+    card: dict[str, object] | None = None,
+    half: bool = False,
+    with_t5: bool = False,
+) -> Path:
+    """A StableDiffusion3Pipeline folder, without T5 unless asked, and with a pixrl.json unless `card` is None.
+
+    With T5 all widths differ, as published: CLIP-L 16, CLIP-G 24, T5 48.
+    """
     torch.manual_seed(seed)
     words = tokenizer(folder / "tokenizer")
-    text = CLIPTextConfig(**_text_settings(words, 16))
+    first, second, joint = (16, 24, 48) if with_t5 else (16, 16, 32)
+    t5, pieces = _t5(joint)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -136,9 +147,9 @@ def sd3(folder: Path, *, seed: int = 0, card: dict[str, object] | None = None, h
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
-        joint_attention_dim=32,
+        joint_attention_dim=joint,
         caption_projection_dim=16,
-        pooled_projection_dim=32,
+        pooled_projection_dim=first + second,
         pos_embed_max_size=8,
         qk_norm="rms_norm",
     )
@@ -147,12 +158,12 @@ def sd3(folder: Path, *, seed: int = 0, card: dict[str, object] | None = None, h
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(4, scaling_factor=1.5, shift_factor=0.06),
-        text_encoder=CLIPTextModelWithProjection(text),
+        text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**_text_settings(words, first))),
         tokenizer=words,
-        text_encoder_2=CLIPTextModelWithProjection(text),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_text_settings(words, second))),
         tokenizer_2=words,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=T5EncoderModel(t5) if with_t5 else None,
+        tokenizer_3=pieces if with_t5 else None,
     )
     pipeline.to(torch.float16 if half else torch.float32).save_pretrained(folder)
     if card is not None:
@@ -209,9 +220,7 @@ def flux(folder: Path, *, seed: int = 0) -> Path:
     """A FluxPipeline folder with a CLIP and a T5 encoder."""
     torch.manual_seed(seed)
     words = tokenizer(folder / "tokenizer")
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
-    pieces = T5Tokenizer(vocab=[*letters, *((chr(c), -2.0) for c in range(33, 127))], extra_ids=0)
-    t5 = T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+    t5, pieces = _t5(32)
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -237,6 +246,13 @@ def flux(folder: Path, *, seed: int = 0) -> Path:
     card = {"steps": 4, "guidance": 3.5, "resolution": 32, "max_sequence_length": 48}
     (folder / "pixrl.json").write_text(json.dumps(card))
     return folder
+
+
+def _t5(width: int) -> tuple[T5Config, T5Tokenizer]:
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
+    pieces = T5Tokenizer(vocab=[*letters, *((chr(c), -2.0) for c in range(33, 127))], extra_ids=0)
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+    return config, pieces
 
 
 def _make_lively(model: torch.nn.Module) -> None:

@@ -197,7 +197,7 @@ def learn(
     with torch.inference_mode(False), torch.enable_grad():
         parts = [_start(encoder, prompts, settings) for encoder in encoders]
         _optimize(parts, settings)
-    found = [{part.encoder.name: part.result(place) for part in parts} for place in range(len(prompts))]
+        found = [{part.encoder.name: part.result(place) for part in parts} for place in range(len(prompts))]
     for prompt, deltas in zip(prompts, found, strict=True):
         if not all(bool(delta.isfinite().all()) for delta in deltas.values()):
             raise RunError(

@@ -1,0 +1,36 @@
+"""Tiny checkpoints whose CLIP text encoders react to their input, made once a session."""
+
+from pathlib import Path
+
+import pytest
+from tests import tiny
+
+from pixrl import models
+from pixrl.models.flux import FluxPolicy
+from pixrl.models.sd3 import SD3Policy
+
+
+def _sd3(folder: Path, **settings: object) -> SD3Policy:
+    policy = models.load(tiny.sd3(folder, **settings), device="cpu", dtype="float32")  # type: ignore[arg-type]
+    assert isinstance(policy, SD3Policy)
+    return policy
+
+
+@pytest.fixture(scope="session")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> SD3Policy:
+    """As toy:sd3: two CLIPs, no T5, no T5 rows."""
+    return _sd3(tmp_path_factory.mktemp("tiny") / "sd3", card=tiny.SD3_CARD)
+
+
+@pytest.fixture(scope="session")
+def sd3_t5(tmp_path_factory: pytest.TempPathFactory) -> SD3Policy:
+    """As published: two CLIPs of different width, T5 wider than both."""
+    card = tiny.SD3_CARD | {"max_sequence_length": 24}
+    return _sd3(tmp_path_factory.mktemp("tiny") / "sd3-t5", card=card, with_t5=True)
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> FluxPolicy:
+    policy = models.load(tiny.flux(tmp_path_factory.mktemp("tiny") / "flux"), device="cpu", dtype="float32")
+    assert isinstance(policy, FluxPolicy)
+    return policy
