@@ -104,13 +104,13 @@ def load_prompts(source: str | Path, *, split: str = Split.TRAIN) -> PromptSet:
 
 
 def _read_lines(path: Path) -> list[_Row]:
-    lines = _lines(_text(path))
+    lines = _lines(read_text(path))
     return [_Row(f"line {number}", line.strip(), {}) for number, line in enumerate(lines, 1)]
 
 
 def _read_jsonl(path: Path) -> list[_Row]:
     rows = []
-    for number, line in enumerate(_lines(_text(path)), 1):
+    for number, line in enumerate(_lines(read_text(path)), 1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
@@ -129,7 +129,7 @@ def _read_jsonl(path: Path) -> list[_Row]:
 
 
 def _read_csv(path: Path) -> list[_Row]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     rows = []
     try:
         names = list(reader.fieldnames or ())
@@ -185,7 +185,8 @@ def _require_file(path: Path) -> None:
         raise InputError(f"{str(path)!r} is not a file. Give a list of prompts: {', '.join(_READERS)}.")
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file without its byte order mark; an InputError names the byte and the line that is not UTF-8."""
     _require_file(path)
     try:
         content = path.read_bytes()

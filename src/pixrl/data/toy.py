@@ -1,4 +1,4 @@
-"""The toy world's prompts, by name.
+"""The toy world's prompts and subjects, by name.
 
 This layer may not import the toy world, which is built on it: its parts are looked up in a table when they are needed.
 """
@@ -10,7 +10,16 @@ from typing import Any
 from pixrl.errors import InputError, did_you_mean
 
 PARTS = {
+    "ACCESSORIES": "pixrl.toy.vocabulary:ACCESSORIES",
+    "ACCESSORY_PHRASES": "pixrl.toy.vocabulary:ACCESSORY_PHRASES",
+    "BACKGROUNDS": "pixrl.toy.vocabulary:BACKGROUNDS",
+    "BACKGROUND_PHRASES": "pixrl.toy.vocabulary:BACKGROUND_PHRASES",
+    "SUBJECTS": "pixrl.toy.scene:SUBJECTS",
     "Task": "pixrl.toy.scene:Task",
+    "random_subject": "pixrl.toy.scene:random_subject",
+    "render": "pixrl.toy.scene:render",
+    "resembles_held_out": "pixrl.toy.scene:resembles_held_out",
+    "subject_scene": "pixrl.toy.scene:subject_scene",
     "random_scene": "pixrl.toy.scene:random_scene",
     "canonical": "pixrl.toy.language:canonical",
     "caption": "pixrl.toy.language:caption",
@@ -23,6 +32,11 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 """GenEval's six tasks, in its order."""
 TRAINING_PROMPTS, EVALUATION_PROMPTS = 64, 32
 """Prompts of one task in each split."""
+SUBJECTS = "subjects"
+TRAINING_SUBJECTS = 60
+VIEWS = 4
+"""Reference pictures of a subject."""
+SIDE = 64
 SEED = 71
 _EXAMPLE = "Type toy:geneval, or some of its tasks: toy:geneval/counting,colors"
 
@@ -79,3 +93,54 @@ def _prompts_of(tag: str, held_out: bool) -> list[tuple[str, dict[str, object]]]
         if is_held_out(key) == held_out:
             found.setdefault(key, caption(scene))
     return [(prompt, parse(prompt).metadata) for prompt in found.values()]
+
+
+ToySubject = tuple[str, str, tuple[str, ...], tuple[Any, ...]]
+"""Name, class word, prompts, reference pictures (PIL)."""
+
+
+def toy_subjects(name: str, *, held_out: bool) -> list[ToySubject]:
+    """The thirty held-out subjects, or sixty others that resemble none of them; the same at every call.
+
+    Each has four pictures of its own in different places, and all prompts that name a background, an accessory that it
+    does not already have, or both.
+
+    Raises:
+        InputError: the name is not `subjects`.
+    """
+    if name != SUBJECTS:
+        raise InputError(
+            f"The toy world has no subjects {name!r}.{did_you_mean(name, [SUBJECTS])} Type toy:{SUBJECTS}"
+        )
+    chosen = list(part("SUBJECTS")) if held_out else _training_subjects()
+    return [_toy_subject(number, subject, held_out) for number, subject in enumerate(chosen)]
+
+
+def _training_subjects() -> list[Any]:
+    import numpy as np
+
+    rng = np.random.default_rng((SEED, 2))
+    random_subject, resembles_held_out = part("random_subject"), part("resembles_held_out")
+    found: list[Any] = []
+    while len(found) < TRAINING_SUBJECTS:
+        subject = random_subject(rng)
+        if not resembles_held_out(subject):
+            found.append(subject)
+    return found
+
+
+def _toy_subject(number: int, subject: Any, held_out: bool) -> ToySubject:
+    import numpy as np
+
+    rng = np.random.default_rng((SEED, 3, int(held_out), number))
+    scenes = [part("subject_scene")(subject, rng, added_accessory=0.0) for _ in range(VIEWS)]
+    pictures = tuple(part("render")(scene, SIDE) for scene in scenes)
+    return f"{subject.kind}_{number:02d}", subject.kind, _subject_prompts(subject), pictures
+
+
+def _subject_prompts(subject: Any) -> tuple[str, ...]:
+    article = "an" if subject.kind[0] in "aeiou" else "a"
+    backgrounds = [part("BACKGROUND_PHRASES")[key][0] for key in part("BACKGROUNDS") if key != "plain"]
+    worn = [part("ACCESSORY_PHRASES")[key][0] for key in part("ACCESSORIES") if key != subject.accessory]
+    endings = [*backgrounds, *worn, *(f"{one} {place}" for one in worn for place in backgrounds)]
+    return tuple(f"a photo of {article} {subject.kind} {ending}" for ending in endings)

@@ -1,0 +1,201 @@
+"""Subjects: what is to be kept, in which pictures it is shown, and what is asked of it.
+
+| source | what |
+|---|---|
+| `toy:subjects` | the toy world's thirty held-out subjects (split `evaluation`), or others for training |
+| a folder | one subject: pictures, `class.txt` (its class word), `prompts.txt` (one a line) |
+| a folder of such folders | each of them |
+| a DreamBench checkout | google/dreambooth, or its `dataset/`: a folder a subject and `prompts_and_classes.txt` |
+| `list.json` | UNO's lists: `[{"prompt": ..., "image_paths": [...]}, ...]`, paths from the file's folder |
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from pixrl.data.dreambench import CLASSES_FILE, read_classes
+from pixrl.data.pictures import list_pictures, read_picture, to_tensors
+from pixrl.data.prompts import Split, load_prompts, read_text
+from pixrl.data.toy import toy_subjects
+from pixrl.errors import InputError, did_you_mean
+from pixrl.hub import TOY_PREFIX
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLASS_FILE, PROMPTS_FILE = "class.txt", "prompts.txt"
+_LAYOUT = f"A subject is a folder with pictures, {CLASS_FILE} (such as: dog) and {PROMPTS_FILE} (one a line)."
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject (or several that are always shown together, as UNO's lists may have)."""
+
+    name: str
+    word: str | None
+    """The class word that prompts call it by; None where the source does not say (UNO's lists)."""
+    prompts: tuple[str, ...]
+    references: tuple[Path | Image.Image, ...]
+    """At least one; a file is read when `pictures` is called."""
+
+    def pictures(self) -> list[Image.Image]:
+        """The references as RGB, each in its own size.
+
+        Raises:
+            InputError: a file was changed since it was checked and can no longer be read.
+        """
+        return [one if isinstance(one, Image.Image) else read_picture(one) for one in self.references]
+
+    def tensors(self) -> list["Tensor"]:
+        """The references, float32 [3, H, W] in [0, 1] each."""
+        return to_tensors(self.pictures())
+
+
+@dataclass(frozen=True)
+class SubjectSet:
+    """Subjects in the source's order."""
+
+    name: str
+    subjects: tuple[Subject, ...]
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    def __getitem__(self, index: int) -> Subject:
+        return self.subjects[index]
+
+    def __iter__(self) -> Iterator[Subject]:
+        return iter(self.subjects)
+
+
+def load_subjects(source: str | Path, *, split: str = Split.TRAIN) -> SubjectSet:
+    """The subjects of a source (see the table above). Every picture is opened once, to check it.
+
+    Args:
+        source: `toy:subjects`, a folder or a .json file.
+        split: of the toy world's subjects; a folder or file is read as it is for either.
+
+    Raises:
+        InputError: no such source or split; a subject without a picture, class word or prompt; a picture that cannot
+            be read or is tiny; a prompt that does not name the class; a list that is not as UNO writes it.
+    """
+    if split not in list(Split):
+        raise InputError(f"Unknown split {split!r}.{did_you_mean(str(split), Split)} Use {', '.join(Split)}.")
+    name = str(source)
+    if name.startswith(TOY_PREFIX):
+        toy = toy_subjects(name.removeprefix(TOY_PREFIX), held_out=split == Split.EVALUATION)
+        return SubjectSet(name, tuple(Subject(*entry) for entry in toy))
+    path = Path(source)
+    if path.suffix.lower() == ".json":
+        return SubjectSet(name, _checked(_read_uno(path)))
+    if not path.is_dir():
+        raise InputError(
+            f"{name!r} is neither a folder nor a .json list (looked in {Path.cwd()}). {_LAYOUT} "
+            "The toy world's are toy:subjects."
+        )
+    return SubjectSet(name, _checked(_read_folder(path)))
+
+
+def _read_folder(path: Path) -> list[Subject]:
+    for folder in (path, path / "dataset"):
+        if (folder / CLASSES_FILE).is_file():
+            return _read_dreambench(folder)
+    parts = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if parts and not list_pictures(path) and not (path / CLASS_FILE).exists():
+        return [_read_subject(part) for part in parts]
+    return [_read_subject(path)]
+
+
+def _read_subject(path: Path) -> Subject:
+    for name, what in ((CLASS_FILE, "its class word"), (PROMPTS_FILE, "its prompts")):
+        if not (path / name).is_file():
+            raise InputError(f"{path} has no {name} with {what}. {_LAYOUT}")
+    word = " ".join(read_text(path / CLASS_FILE).split())
+    if not word:
+        raise InputError(f"{path / CLASS_FILE} is empty. Write what the subject is, such as: dog")
+    prompts = tuple(prompt.text for prompt in load_prompts(path / PROMPTS_FILE))
+    return Subject(path.resolve().name, word, prompts, tuple(list_pictures(path)))
+
+
+def _read_dreambench(folder: Path) -> list[Subject]:
+    subjects = []
+    for name, word, prompts in read_classes(folder / CLASSES_FILE):
+        if not (folder / name).is_dir():
+            raise InputError(
+                f"{folder / CLASSES_FILE} lists {name!r}, but there is no folder {folder / name}. "
+                "Check out google/dreambooth again."
+            )
+        subjects.append(Subject(name, word, prompts, tuple(list_pictures(folder / name))))
+    return subjects
+
+
+def _read_uno(path: Path) -> list[Subject]:
+    """One subject for each list of references, with all the prompts that go with it."""
+    try:
+        entries: Any = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno} is not JSON: {error.msg}.") from None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path} must hold a list that is not empty. {_UNO_LAYOUT}")
+    prompts: dict[tuple[str, ...], list[str]] = {}
+    for number, entry in enumerate(entries, 1):
+        references, prompt = _uno_entry(path, number, entry)
+        known = prompts.setdefault(references, [])
+        if prompt in known:
+            raise InputError(f"{path}, entry {number} repeats {prompt!r} of the same pictures. Delete it.")
+        known.append(prompt)
+    return [
+        Subject(_uno_name(paths), None, tuple(asked), tuple(path.parent / one for one in paths))
+        for paths, asked in prompts.items()
+    ]
+
+
+_UNO_LAYOUT = 'Each entry is like {"prompt": "a dog in the snow", "image_paths": ["dog/00.jpg"]}.'
+
+
+def _uno_entry(path: Path, number: int, entry: object) -> tuple[tuple[str, ...], str]:
+    place = f"{path}, entry {number}"
+    if not isinstance(entry, Mapping):
+        raise InputError(f"{place} is {entry!r}. {_UNO_LAYOUT}")
+    prompt, paths = entry.get("prompt"), entry.get("image_paths")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{place} has no prompt. {_UNO_LAYOUT}")
+    if not isinstance(paths, list) or not paths or not all(isinstance(one, str) and one for one in paths):
+        raise InputError(f"{place} has no reference: image_paths is {paths!r}. {_UNO_LAYOUT}")
+    return tuple(paths), prompt.strip()
+
+
+def _uno_name(paths: Sequence[str]) -> str:
+    """The pictures' folders: `backpack` for dataset/backpack/02.jpg."""
+    return "+".join(dict.fromkeys(Path(one).parent.name or Path(one).stem for one in paths))
+
+
+def _checked(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
+    """The subjects, after every picture was opened once and every prompt read."""
+    seen: set[Path] = set()
+    for subject in subjects:
+        if not subject.references:
+            raise InputError(f"The subject {subject.name!r} has no reference picture. {_LAYOUT}")
+        for reference in subject.references:
+            if isinstance(reference, Path) and reference not in seen:
+                read_picture(reference)
+                seen.add(reference)
+        if subject.word is not None:
+            _require_word(subject.name, subject.word, subject.prompts)
+    return tuple(subjects)
+
+
+def _require_word(name: str, word: str, prompts: Sequence[str]) -> None:
+    """Every prompt says the class word, as a word of its own, in any case, singular or with an s."""
+    says = re.compile(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", re.IGNORECASE)
+    for number, prompt in enumerate(prompts, 1):
+        if not says.search(prompt):
+            raise InputError(
+                f"Prompt {number} of the subject {name!r} does not name its class {word!r}: {prompt!r}. "
+                f"The class word is how the prompt asks for the subject: write it in, or mend {CLASS_FILE}."
+            )

@@ -1,0 +1,362 @@
+"""Subjects from every source, and what can be wrong with them."""
+
+import json
+import struct
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixrl.data.pictures import list_pictures, read_picture, to_tensors
+from pixrl.data.subjects import Subject, load_subjects
+from pixrl.errors import InputError
+from pixrl.toy.language import parse
+from pixrl.toy.scene import SUBJECTS, render, subject_scene
+from pixrl.toy.vocabulary import KINDS
+
+PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data"
+TURNED = 6
+"""EXIF orientation of a camera turned by a quarter."""
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 48), colour: str = "red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def make_subject(folder: Path, word: str = "dog", prompts: str = "a dog in the snow\na red Dog\n") -> Path:
+    picture(folder / "b.png")
+    picture(folder / "a.jpg", (64, 32))
+    (folder / "class.txt").write_text(f"{word}\n")
+    (folder / "prompts.txt").write_text(prompts)
+    return folder
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_camera_that_was_turned(tmp_path: Path) -> None:
+    image = Image.new("RGB", (64, 40), "blue")
+    image.paste("red", (0, 0, 32, 40))
+    exif = Image.Exif()
+    exif[0x0112] = TURNED
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    shown = read_picture(tmp_path / "turned.jpg")
+    assert shown.size == (40, 64)
+    assert shown.getpixel((20, 5))[0] > 200  # what was left is on top
+    assert shown.getpixel((20, 60))[2] > 200
+
+
+def test_transparency_becomes_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (40, 40), (255, 0, 0, 255))
+    image.paste((0, 0, 255, 0), (0, 0, 20, 40))
+    image.putpixel((30, 0), (0, 0, 0, 128))
+    image.save(tmp_path / "alpha.png")
+    shown = read_picture(tmp_path / "alpha.png")
+    assert shown.mode == "RGB"
+    assert [shown.getpixel(at) for at in ((5, 5), (35, 5))] == [(255, 255, 255), (255, 0, 0)]
+    assert shown.getpixel((30, 0))[0] == pytest.approx(127, abs=1)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "CMYK", "1"])
+def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / ("grey.tiff" if mode == "CMYK" else "grey.png")
+    Image.new("RGB", (40, 40), (255, 255, 255)).convert(mode).save(path)
+    shown = read_picture(path)
+    assert (shown.mode, shown.getpixel((3, 3))) == ("RGB", (255, 255, 255))
+
+
+def test_a_palette_with_a_transparent_colour(tmp_path: Path) -> None:
+    image = Image.new("P", (40, 40), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.paste(1, (0, 0, 20, 40))
+    image.save(tmp_path / "palette.png", transparency=0)
+    shown = read_picture(tmp_path / "palette.png")
+    assert [shown.getpixel(at) for at in ((5, 5), (35, 5))] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_unreadable_pictures(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("cut.png", "text.png", "empty.png"):
+        with pytest.raises(InputError, match=f"{name} cannot be read as a picture"):
+            read_picture(tmp_path / name)
+    with pytest.raises(InputError, match="There is no picture"):
+        read_picture(tmp_path / "nowhere.png")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_picture(tmp_path)
+
+
+def test_a_bomb_is_not_opened(tmp_path: Path) -> None:
+    path = picture(tmp_path / "bomb.bmp")
+    content = bytearray(path.read_bytes())
+    content[18:26] = struct.pack("<ii", 100_000, 100_000)
+    path.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="exceeds limit"):
+        read_picture(path)
+
+
+def test_deep_pictures_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((40, 40), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="more than 8 bits a channel"):
+        read_picture(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize(("size", "good"), [((32, 32), True), ((31, 200), False), ((200, 31), False)])
+def test_tiny_pictures_are_refused(size: tuple[int, int], good: bool, tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png", size)
+    if good:
+        assert read_picture(path).size == size
+    else:
+        with pytest.raises(InputError, match=f"is {size[0]}x{size[1]}; the shorter side must be at least 32"):
+            read_picture(path)
+
+
+def test_listing_pictures(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpeg", ".hidden.png"):
+        picture(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in list_pictures(tmp_path)] == ["a.jpeg", "b.PNG"]
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"IMG_1\.HEIC is not read .* Save it as PNG or JPEG"):
+        list_pictures(tmp_path)
+
+
+def test_tensors_keep_their_sizes() -> None:
+    tensors = to_tensors([Image.new("RGB", (4, 6), (255, 0, 51)), Image.new("L", (3, 2), 255)])
+    assert [list(t.shape) for t in tensors] == [[3, 6, 4], [3, 2, 3]]
+    assert tensors[0][:, 0, 0].tolist() == pytest.approx([1, 0, 0.2])
+    assert tensors[0].dtype is torch.float32
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_folder(tmp_path: Path) -> None:
+    (subject,) = load_subjects(make_subject(tmp_path / "rex"))
+    assert (subject.name, subject.word, subject.prompts) == ("rex", "dog", ("a dog in the snow", "a red Dog"))
+    assert [one.size for one in subject.pictures()] == [(64, 32), (40, 48)]
+    assert [list(one.shape) for one in subject.tensors()] == [[3, 32, 64], [3, 48, 40]]
+    assert load_subjects(tmp_path / "rex", split="evaluation").subjects == (subject,)
+
+
+def test_a_folder_of_folders(tmp_path: Path) -> None:
+    make_subject(tmp_path / "rex")
+    make_subject(tmp_path / "tom", "stuffed animal", "two Stuffed Animals at night")
+    (tmp_path / ".git").mkdir()
+    subjects = load_subjects(tmp_path)
+    assert [s.name for s in subjects] == ["rex", "tom"]
+    assert len(subjects) == 2
+    assert subjects[1].word == "stuffed animal"
+
+
+def remove_pictures(folder: Path) -> None:
+    for name in ("a.jpg", "b.png"):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (remove_pictures, "'rex' has no reference picture"),
+        (lambda f: (f / "class.txt").unlink(), r"has no class\.txt with its class word"),
+        (lambda f: (f / "class.txt").write_text(" \n"), r"class\.txt is empty\. Write what the subject is"),
+        (lambda f: (f / "prompts.txt").unlink(), r"has no prompts\.txt with its prompts"),
+        (lambda f: (f / "prompts.txt").write_text(""), "holds no prompts"),
+        (lambda f: (f / "prompts.txt").write_bytes(b"a dog\na dog \xe9"), r"byte 12 \(0xe9\), in line 2"),
+        (lambda f: (f / "prompts.txt").write_text("a dog\na dog"), "line 2 repeats line 1"),
+        (
+            lambda f: (f / "prompts.txt").write_text("a dog\na hotdog"),
+            r"Prompt 2 of the subject 'rex' does not name its class 'dog': 'a hotdog'",
+        ),
+        (lambda f: picture(f / "c.png", (10, 10)), "c.png is 10x10"),
+        (lambda f: (f / "c.png").write_bytes(b"x"), "c.png cannot be read as a picture"),
+        (lambda f: (f / "c.heic").write_bytes(b"x"), "c.heic is not read"),
+    ],
+)
+def test_bad_folders(spoil: object, message: str, tmp_path: Path) -> None:
+    folder = make_subject(tmp_path / "rex")
+    assert callable(spoil)
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        load_subjects(folder)
+
+
+def test_bad_sources(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"neither a folder nor a \.json list .* toy:subjects"):
+        load_subjects(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"'subject'\. Did you mean 'subjects'\?"):
+        load_subjects("toy:subject")
+    with pytest.raises(InputError, match="Unknown split"):
+        load_subjects("toy:subjects", split="test")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"has no class\.txt"):
+        load_subjects(tmp_path / "empty")
+
+
+# --- DreamBench and UNO ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """google/dreambooth with its published text file and made-up pictures."""
+    if not PUBLISHED.is_dir():
+        pytest.skip(f"the published lists are not in {PUBLISHED}")
+    dataset = tmp_path / "dreambooth" / "dataset"
+    dataset.mkdir(parents=True)
+    text = (PUBLISHED / "dreambench_prompts_and_classes.txt").read_text()
+    (dataset / "prompts_and_classes.txt").write_text(text)
+    known = json.loads((PUBLISHED / "dreambench.json").read_text())
+    for entry in known["subjects"]:
+        for name in {"00.jpg", entry["uno_reference"]}:
+            picture(dataset / entry["name"] / name)
+    return tmp_path
+
+
+def test_dreambench(checkout: Path) -> None:
+    subjects = load_subjects(checkout / "dreambooth")
+    assert load_subjects(checkout / "dreambooth" / "dataset").subjects == subjects.subjects
+    known = json.loads((PUBLISHED / "dreambench.json").read_text())
+    assert [(s.name, s.word) for s in subjects] == [(k["name"], k["class"]) for k in known["subjects"]]
+    for subject, entry in zip(subjects, known["subjects"], strict=True):
+        templates = known["live_prompts" if entry["live"] else "object_prompts"]
+        assert subject.word is not None
+        assert list(subject.prompts) == [
+            t.replace("{0} ", "").replace("{1}", subject.word) for t in templates
+        ]
+    assert sum(len(s.prompts) for s in subjects) == 750
+
+
+def test_unos_list_asks_the_same_of_dreambench(checkout: Path) -> None:
+    listed = checkout / "list.json"
+    listed.write_text((PUBLISHED / "uno_dreambench_singleip.json").read_text())
+    theirs, ours = load_subjects(listed), load_subjects(checkout / "dreambooth")
+    assert {s.name: s.prompts for s in theirs} == {s.name: s.prompts for s in ours}
+    assert all(len(s.references) == 1 and s.word is None for s in theirs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("subject_name,class", "", "no line 'subject_name,class'"),
+        ("backpack,backpack", "backpack", "line 4: 'backpack' is not 'name,class'"),
+        ("backpack,backpack\n", "backpack,backpack\nnobody,dog\n", "lists 'nobody', but there is no folder"),
+        ("Object Prompts", "Objects", "no section 'Object Prompts'"),
+        (".format(", "%(", "no prompts under 'Object Prompts'"),
+        ("subject_name,class\n", "subject_name,class\n\n", "lists no subject"),
+    ],
+)
+def test_bad_dreambench_files(old: str, new: str, message: str, checkout: Path) -> None:
+    file = checkout / "dreambooth" / "dataset" / "prompts_and_classes.txt"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(InputError, match=message):
+        load_subjects(checkout / "dreambooth")
+
+
+def test_a_dreambench_subject_without_pictures(checkout: Path) -> None:
+    for file in (checkout / "dreambooth" / "dataset" / "vase").iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match="'vase' has no reference picture"):
+        load_subjects(checkout / "dreambooth")
+
+
+def write_list(folder: Path, entries: object) -> Path:
+    path = folder / "list.json"
+    path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    return path
+
+
+def test_uno_lists_with_several_references(tmp_path: Path) -> None:
+    picture(tmp_path / "cat" / "0.png")
+    picture(tmp_path / "hat.png")
+    both = ["./cat/0.png", "hat.png"]
+    entries = [{"prompt": "a cat with a hat", "image_paths": both, "image_tgt_path": "x.png"}]
+    entries += [{"prompt": "a cat", "image_paths": both[:1]}, {"prompt": "two", "image_paths": both}]
+    first, second = load_subjects(write_list(tmp_path, entries))
+    assert (first.name, first.prompts, len(first.references)) == ("cat+hat", ("a cat with a hat", "two"), 2)
+    assert (second.name, second.prompts) == ("cat", ("a cat",))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("[{]", "line 1 is not JSON"),
+        ({}, "must hold a list"),
+        ([], "must hold a list"),
+        (["a"], "entry 1 is 'a'"),
+        ([{"image_paths": ["a.png"]}], "entry 1 has no prompt"),
+        ([{"prompt": " ", "image_paths": ["a.png"]}], "entry 1 has no prompt"),
+        ([{"prompt": "a"}], "entry 1 has no reference: image_paths is None"),
+        ([{"prompt": "a", "image_paths": []}], r"has no reference: image_paths is \[\]"),
+        ([{"prompt": "a", "image_paths": "a.png"}], "has no reference"),
+        ([{"prompt": "a", "image_paths": ["nowhere.png"]}], "There is no picture"),
+        ([{"prompt": "a", "image_paths": ["a.png"]}] * 2, "entry 2 repeats 'a'"),
+    ],
+)
+def test_bad_uno_lists(entries: object, message: str, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    with pytest.raises(InputError, match=message):
+        load_subjects(write_list(tmp_path, entries))
+
+
+# --- the toy world ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy() -> dict[str, list[Subject]]:
+    return {split: list(load_subjects("toy:subjects", split=split)) for split in ("train", "evaluation")}
+
+
+def test_the_thirty_held_out_subjects(toy: dict[str, list[Subject]]) -> None:
+    held_out = toy["evaluation"]
+    assert [s.word for s in held_out] == [s.kind for s in SUBJECTS]
+    assert len({s.name for s in held_out}) == 30
+    assert all(len(s.references) == 4 for s in held_out)
+    assert all(one.size == (64, 64) for s in held_out for one in s.pictures())
+
+
+def test_training_subjects_are_others(toy: dict[str, list[Subject]]) -> None:
+    assert len(toy["train"]) == 60
+    shown = {one.tobytes() for s in toy["evaluation"] for one in s.pictures()}
+    assert not shown & {one.tobytes() for s in toy["train"] for one in s.pictures()}
+    assert len(Counter(s.word for s in toy["train"])) > 15
+
+
+def test_toy_prompts_name_the_class_and_what_it_lacks(toy: dict[str, list[Subject]]) -> None:
+    for subject, known in zip(toy["evaluation"], SUBJECTS, strict=True):
+        assert len(subject.prompts) == len(set(subject.prompts)) == (23 if known.accessory else 29)
+        for prompt in subject.prompts:
+            read = parse(prompt)
+            assert read.metadata["include"] == [{"class": known.kind, "count": 1}]
+            assert known.accessory not in read.accessories
+            assert read.accessories or read.background
+    assert {s.word for s in toy["evaluation"]} == set(KINDS)
+
+
+def test_toy_subjects_are_the_same_each_time(toy: dict[str, list[Subject]]) -> None:
+    again = load_subjects("toy:subjects", split="evaluation")
+    assert [one.tobytes() for s in again for one in s.pictures()] == [
+        one.tobytes() for s in toy["evaluation"] for one in s.pictures()
+    ]
+    drawn = render(subject_scene(SUBJECTS[0], np.random.default_rng((71, 3, 1, 0)), added_accessory=0.0), 64)
+    assert again[0].pictures()[0].tobytes() == drawn.tobytes()
+
+
+def test_loading_subjects_loads_no_torch(tmp_path: Path) -> None:
+    make_subject(tmp_path / "rex")
+    code = (
+        f"import sys; from pixrl.data.subjects import load_subjects; load_subjects({str(tmp_path)!r});"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
