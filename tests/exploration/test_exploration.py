@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests import tiny
 from torch import Tensor
 
+from pixrl import models
 from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings, Variants
 from pixrl.algorithms.perturbation_learning import PerturbationSettings
 from pixrl.equations import variant_weight
@@ -288,3 +290,18 @@ class Bare(FlowPolicy):
 def test_a_model_without_clip_is_refused_at_once() -> None:
     with pytest.raises(InputError, match=r"bare \(Bare\) has no CLIP text encoders.*noise alone"):
         exploration().prepare(Bare(), [OWL])
+
+
+def test_encoders_in_half_precision(tmp_path: Path) -> None:
+    """As on a GPU: perturbations stay in float32, conditions keep the encoders' dtype."""
+    policy = models.load(tiny.sd3(tmp_path, card=tiny.SD3_CARD), device="cpu", dtype="float32")
+    assert isinstance(policy, SD3Policy)
+    for encoder in policy.clip_encoders():
+        encoder.model.to(torch.bfloat16)
+    explorer = exploration()
+    variants = explorer.prepare(policy, [OWL])
+    assert {delta.dtype for delta in explorer.state().values()} == {torch.float32}
+    found = everything(variants, 0.9)
+    assert found.tokens_BLD.dtype == pooled(found).dtype == variants.anchor.tokens_BLD.dtype == torch.bfloat16
+    assert found.tokens_BLD.isfinite().all() and not torch.equal(found.tokens_BLD[1], found.tokens_BLD[0])
+    assert variants.metrics["pairwise_cosine"] < 0.999
