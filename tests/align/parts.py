@@ -77,12 +77,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 0.0) ->
     )
 
 
-def recipe(model: Path, prompts: Path, **changes: Any) -> dict[str, Any]:
+def recipe(model: Path, prompt_file: Path, **changes: Any) -> dict[str, Any]:
     """A run of seconds: three NFT steps on a tiny model."""
     base: dict[str, Any] = {
         "model": str(model),
         "steps": 3,
-        "prompts": {"source": str(prompts), "per_step": 2},
+        "prompts": {"source": str(prompt_file), "per_step": 2},
         "rewards": [{"name": "python", "options": {"function": f"{JUDGE}:brightness"}}],
         "exploration": {"kind": "noise", "noises": 3},
         "sampling": {"steps": 4, "solver": "dpm"},

@@ -37,8 +37,7 @@ def load(name: str, **options: object) -> "Reward":
         raise InputError(
             f"Unknown reward {name!r}.{did_you_mean(name, REWARDS)} There are {', '.join(REWARDS)}."
         )
-    module, _, class_name = REWARDS[name].partition(":")
-    make: Any = importlib.import_module(module).__dict__[class_name]
+    make = _class_of(name)
     parameters = inspect.signature(make).parameters
     for option in options:
         if option not in parameters:
@@ -56,3 +55,13 @@ def load(name: str, **options: object) -> "Reward":
         )
     reward: Reward = make(**options)
     return reward
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether a reward of the table has such an option."""
+    return option in inspect.signature(_class_of(name)).parameters
+
+
+def _class_of(name: str) -> Any:
+    module, _, class_name = REWARDS[name].partition(":")
+    return importlib.import_module(module).__dict__[class_name]

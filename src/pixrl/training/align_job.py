@@ -77,6 +77,7 @@ def go_on(
     shop = open_workshop(config)
     require_same_model(folder, began, shop.policy)
     step, images, saved = find_place(folder)
+    shop.team.wait()  # all have read the logs before the first one cuts them back
     micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
     changes = differences(began["recipe"], config.model_dump(mode="json"))
     if changes:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from pixrl import models
+from pixrl import rewards as rewards_table
 from pixrl.algorithms.align import Aligner, Method, MicroBatches
 from pixrl.algorithms.losses import make_loss
 from pixrl.algorithms.spread import Features, pixel_features
@@ -15,6 +16,7 @@ from pixrl.models.prompts import check_words
 from pixrl.models.slots import LoraSlots, Slot
 from pixrl.rewards.clip import ClipSimilarity
 from pixrl.rewards.multi import RewardSet
+from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_eval import Evaluator, spread_evenly
 from pixrl.training.distributed import Team, limit_threads
@@ -68,7 +70,7 @@ def open_workshop(config: AlignConfig) -> Workshop:
     slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
     scoring = config.scoring
     rewards = RewardSet(
-        config.rewards,
+        [placed(setting, team.device) for setting in config.rewards],
         config.stages,
         time_limit=scoring.time_limit,
         max_failed_share=scoring.max_failed_share,
@@ -106,6 +108,13 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
     if config.machine.offload:
         policy.offload()
     return policy
+
+
+def placed(setting: RewardSetting, device: str) -> RewardSetting:
+    """A reward that computes where the process does, unless its options say where."""
+    if "device" in setting.options or not rewards_table.takes(setting.reward, "device"):
+        return setting
+    return setting.model_copy(update={"options": {**setting.options, "device": device}})
 
 
 def _features(ref: str | None, device: str) -> Features:
