@@ -109,7 +109,7 @@ def build(folder: Path, sizes: Sizes) -> dict[str, Path]:
 
 
 def _sdxl(folder: Path, sizes: Sizes) -> Path:
-    words = _tokenizer(folder / "tokenizer")
+    words = tokenizer(folder / "tokenizer")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         unet = UNet2DConditionModel(
@@ -134,8 +134,8 @@ def _sdxl(folder: Path, sizes: Sizes) -> Path:
             scaling_factor=0.13025,
             force_upcast=False,
         )
-        first = CLIPTextModel(_text_config(sizes.first, words))
-        second = CLIPTextModelWithProjection(_text_config(sizes.second, words))
+        first = CLIPTextModel(text_config(sizes.first, words))
+        second = CLIPTextModelWithProjection(text_config(sizes.second, words))
     scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -159,7 +159,7 @@ def _sdxl(folder: Path, sizes: Sizes) -> Path:
 
 
 def _clip(folder: Path, sizes: Sizes) -> Path:
-    words = _tokenizer(folder)
+    words = tokenizer(folder)
     vision: dict[str, Any] = {
         "hidden_size": sizes.clip_vision.width,
         "intermediate_size": 4 * sizes.clip_vision.width,
@@ -169,7 +169,7 @@ def _clip(folder: Path, sizes: Sizes) -> Path:
         "patch_size": sizes.clip_patch,
         "projection_dim": sizes.clip_width,
     }
-    text = _text_config(sizes.clip_text, words).to_dict() | {"projection_dim": sizes.clip_width}
+    text = text_config(sizes.clip_text, words).to_dict() | {"projection_dim": sizes.clip_width}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=sizes.clip_width)
     CLIPModel(config).save_pretrained(folder)
     words.save_pretrained(folder)
@@ -193,7 +193,7 @@ def _segmenter(folder: Path) -> Path:
     return folder
 
 
-def _text_config(size: Text, words: CLIPTokenizer) -> CLIPTextConfig:
+def text_config(size: Text, words: CLIPTokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=size.width,
@@ -208,7 +208,7 @@ def _text_config(size: Text, words: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def tokenizer(folder: Path) -> CLIPTokenizer:
     """A byte-level tokenizer without merges."""
     folder.mkdir(parents=True, exist_ok=True)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

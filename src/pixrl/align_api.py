@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pixrl import config as recipes
+from pixrl.evaluation.align_report import write_align_report
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_log import evaluations
@@ -83,8 +84,8 @@ def load(
 
 
 def run_align(config: AlignConfig, out: Path, *, force: bool = False, live: bool = True) -> AlignResult:
-    """One alignment from the start."""
-    return AlignResult(align_job.start(config, out, force=force, monitor=_monitor(live)))
+    """One alignment from the start, with its report."""
+    return _finish(align_job.start(config, out, force=force, monitor=_monitor(live)))
 
 
 def resume(
@@ -93,7 +94,7 @@ def resume(
     """Goes on with an interrupted alignment."""
     monitor = _monitor(live)
     done = align_job.go_on(run, overrides=overrides, accept_changes=accept_changes, monitor=monitor)
-    return AlignResult(done)
+    return _finish(done)
 
 
 def selfcheck(config: AlignConfig) -> Report:
@@ -109,6 +110,11 @@ def default_out(recipe: str | Path | Mapping[str, Any], config: AlignConfig) -> 
         number += 1
         place = RUNS / f"{name}-{config.seed}-{number}"
     return place
+
+
+def _finish(run: Path) -> AlignResult:
+    write_align_report(run)
+    return AlignResult(run)
 
 
 def _monitor(live: bool) -> Monitor:

@@ -299,10 +299,17 @@ def resume(
 
 @app.command()
 def report(run: Run) -> None:
-    """Write a run's report again."""
-    from pixrl import fuse_api
+    """Write a run's report again; of an alignment also before it is finished."""
+    from pixrl.training.runlog import RunFolder
 
-    typer.echo(f"Report: {fuse_api.write_report(run)}")
+    if RunFolder.open(run).kind == "align":
+        from pixrl.evaluation.align_report import write_align_report
+
+        typer.echo(f"Report: {write_align_report(run)}")
+    else:
+        from pixrl import fuse_api
+
+        typer.echo(f"Report: {fuse_api.write_report(run)}")
 
 
 @app.command()

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from pixrl.evaluation import charts
 from pixrl.evaluation.fusion_metrics import figures
-from pixrl.evaluation.report import inline, write_fuse_report
+from pixrl.evaluation.page import inline
+from pixrl.evaluation.report import write_fuse_report
 from pixrl.evaluation.reproduce_text import command_line
 from pixrl.training import fuse_job
 from pixrl.training.fuse_config import FuseConfig

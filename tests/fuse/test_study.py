@@ -11,7 +11,7 @@ from pixrl import config as recipes
 from pixrl.errors import ConfigError, InputError
 from pixrl.evaluation import study as study_module
 from pixrl.evaluation.heldout import HeldOut
-from pixrl.evaluation.intervals import bootstrap, by_pair, paired
+from pixrl.evaluation.intervals import bootstrap, by_unit, paired
 from pixrl.evaluation.study import StudyConfig, main, run_study
 from pixrl.training.calibration import BALANCE_SHARE, calibrate_presence
 from tests.fuse.world import FakeScorer, fake_world
@@ -135,11 +135,11 @@ def test_seeds_are_averaged_within_a_pair_and_differences_are_paired():
         for variant, value in (("a", base + seed + 1), ("b", base + seed))
     ]
     random.Random(0).shuffle(records)
-    assert by_pair(records, "a", "x") == {"p": 1.5, "q": 101.5}
+    assert by_unit(records, "a", "x") == {"p": 1.5, "q": 101.5}
     difference = paired(records, "a", "b", "x")
     assert (difference.mean, difference.low, difference.high) == (1.0, 1.0, 1.0)
     assert difference.excludes_zero
-    assert by_pair(records, "a", "y") == {}
+    assert by_unit(records, "a", "y") == {}
 
 
 def test_calibration_lies_between_other_kinds_and_the_own_kind(fake):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 30, 40
@@ -49,6 +50,18 @@ class Curve:
     label: str
     values: Sequence[tuple[float, float]]
     css: str
+    band: Sequence[tuple[float, float, float]] = ()
+    """x, low and high of a shaded region around it."""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """The points of one kind in a scatter plot."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    colour: int
+    """Number of its colour, 0 to 8, as in the style sheet."""
 
 
 def axis(values: Sequence[float], start: float, end: float, pad: float = 0.06) -> Axis:
@@ -81,13 +94,52 @@ def reward_chart(rewards: Sequence[float], batch: int) -> str:
     )
 
 
-def lines_chart(curves: Sequence[Curve], x_label: str, y_label: str) -> str:
-    """Several lines over the same axes."""
+def lines_chart(curves: Sequence[Curve], x_label: str, y_label: str, *, legend: bool = False) -> str:
+    """Several lines over the same axes, with their bands; `legend` names them below the axis (room for about three)."""
     points = [point for curve in curves for point in curve.values]
+    edges = [edge for curve in curves for _, *pair in curve.band for edge in pair]
     x = axis([p[0] for p in points], LEFT, WIDTH - RIGHT, 0.02)
+    y = axis([p[1] for p in points] + edges, HEIGHT - BOTTOM, TOP)
+    body = "".join(_band(curve, x, y) for curve in curves) + "".join(_line(curve, x, y) for curve in curves)
+    named = _legend([(curve.css, curve.label) for curve in curves]) if legend else ""
+    return _frame(body, x, y, x_label, y_label, named)
+
+
+def clouds_chart(clouds: Sequence[Cloud], x_label: str, y_label: str) -> str:
+    """Points of several kinds over the same axes."""
+    points = [point for cloud in clouds for point in cloud.points]
+    x = axis([p[0] for p in points], LEFT, WIDTH - RIGHT)
     y = axis([p[1] for p in points], HEIGHT - BOTTOM, TOP)
-    body = "".join(_line(curve, x, y) for curve in curves)
+    body = "".join(
+        f'<circle class="spot f{cloud.colour}" cx="{x(px)}" cy="{y(py)}" r="3.4"/>'
+        for cloud in clouds
+        for px, py in cloud.points
+    )
     return _frame(body, x, y, x_label, y_label, "")
+
+
+def standalone(chart: str, title: str, legend: Sequence[tuple[str, str]]) -> str:
+    """A chart as a file of its own: title above, legend (css class, label) below, colours and white ground within."""
+    rows, place = [], LEFT + 0.0
+    line = 0
+    for css, label in legend:
+        wide = 34 + 6.4 * len(label)
+        if place + wide > WIDTH and place > LEFT:
+            place, line = LEFT + 0.0, line + 1
+        rows.append(_legend_entry(css, label, place, HEIGHT + 14 + 18 * line))
+        place += wide
+    height = HEIGHT + (22 + 18 * line if legend else 0) + 4
+    inner = chart[chart.index(">") + 1 : chart.rindex("</svg>")]
+    style = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    colours = style.partition("@media (prefers-color-scheme: dark)")[0]
+    rules = "\n".join(row for row in style.splitlines() if row.startswith("svg"))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 -26 {WIDTH} {height + 26}" '
+        f'width="{2 * WIDTH}" height="{2 * (height + 26)}">'
+        f"<style>{colours}{rules}</style>"
+        f'<rect y="-26" width="{WIDTH}" height="{height + 26}" fill="#ffffff"/>'
+        f'<text class="heading" x="4" y="-8">{escape(title)}</text>{inner}{"".join(rows)}</svg>\n'
+    )
 
 
 def scatter_chart(
@@ -131,17 +183,32 @@ def _line(curve: Curve, x: Axis, y: Axis) -> str:
     )
 
 
+def _band(curve: Curve, x: Axis, y: Axis) -> str:
+    known = [row for row in curve.band if all(math.isfinite(value) for value in row)]
+    if not known:
+        return ""
+    there = [f"{x(at)},{y(high)}" for at, _, high in known]
+    back = [f"{x(at)},{y(low)}" for at, low, _ in reversed(known)]
+    return f'<polygon class="band {curve.css}" points="{" ".join(there + back)}"/>'
+
+
 def _legend(entries: Sequence[tuple[str, str]]) -> str:
     parts, place = [], LEFT + 6.0
     for css, label in entries:
-        mark = (
-            f'<circle class="dot" cx="{place + 8}" cy="{HEIGHT - 7}" r="2.8"/>'
-            if css == "dot"
-            else f'<line class="line {css}" x1="{place}" x2="{place + 16}" y1="{HEIGHT - 7}" y2="{HEIGHT - 7}"/>'
-        )
-        parts.append(f'{mark}<text x="{place + 21}" y="{HEIGHT - 3}">{escape(label)}</text>')
+        parts.append(_legend_entry(css, label, place, HEIGHT - 7))
         place += 34 + 6.4 * len(label)
     return "".join(parts)
+
+
+def _legend_entry(css: str, label: str, x: float, y: float) -> str:
+    """A mark and its name; classes of dots are `dot` and `spot`, all others are lines."""
+    kind, *_ = css.split()
+    mark = (
+        f'<circle class="{css}" cx="{x + 8}" cy="{y}" r="2.8"/>'
+        if kind in ("dot", "spot")
+        else f'<line class="line {css}" x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}"/>'
+    )
+    return f'{mark}<text x="{x + 21}" y="{y + 4}">{escape(label)}</text>'
 
 
 def _frame(body: str, x: Axis, y: Axis, x_label: str, y_label: str, legend: str) -> str:

@@ -1,9 +1,11 @@
-"""Means with 95 % intervals over pairs of concepts, and paired differences."""
+"""Means with 95 % intervals over units (pairs of concepts, seeds), and paired differences."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES = 10_000
 SEED = 0
@@ -11,47 +13,80 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval: the percentile bootstrap over pairs, 10,000 resamples with a fixed seed."""
+    """A mean and its 95 % interval; nan bounds where one value gives none."""
 
     mean: float
     low: float
     high: float
-    pairs: int
+    count: int
+    """Units: pairs, or seeds."""
 
     def text(self, digits: int = 3) -> str:
-        if self.pairs == 0:
+        if self.count == 0:
             return "–"
+        if math.isnan(self.low):
+            return f"{self.mean:.{digits}f}"
         return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
     @property
     def excludes_zero(self) -> bool:
-        return self.pairs > 1 and (self.low > 0 or self.high < 0)
+        return self.count > 1 and (self.low > 0 or self.high < 0)
+
+
+Intervals = Callable[[Sequence[float]], Interval]
 
 
 def bootstrap(values: Sequence[float]) -> Interval:
-    """The interval of the mean of one value a pair; nan values are left out."""
-    known = np.asarray([value for value in values if not np.isnan(value)], dtype=np.float64)
+    """Percentile bootstrap of the mean of one value a unit, 10,000 resamples with a fixed seed; nan is left out."""
+    known = _known(values)
     if not len(known):
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
+        return Interval(math.nan, math.nan, math.nan, 0)
     rng = np.random.default_rng(SEED)
     means = known[rng.integers(len(known), size=(RESAMPLES, len(known)))].mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(known.mean()), float(low), float(high), len(known))
 
 
-def by_pair(records: Sequence[Mapping[str, object]], variant: str, figure: str) -> dict[str, float]:
-    """A figure of a variant, one value a pair: the mean over its seeds. Seeds without the figure are left out."""
+def student(values: Sequence[float]) -> Interval:
+    """Student's t-interval of the mean of one value a unit; nan is left out.
+
+    For few units (three seeds), where a bootstrap has too few different resamples and comes out far too narrow.
+    """
+    known = _known(values)
+    if len(known) < 2:
+        mean = float(known[0]) if len(known) else math.nan
+        return Interval(mean, math.nan, math.nan, len(known))
+    half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
+    mean = float(known.mean())
+    return Interval(mean, mean - half, mean + half, len(known))
+
+
+def by_unit(
+    records: Sequence[Mapping[str, object]], variant: str, figure: str, unit: str = "pair"
+) -> dict[str, float]:
+    """A figure of a variant, one value a unit: the mean over its records. Records without the figure are left out."""
     found: dict[str, list[float]] = {}
     for record in records:
         figures = record["figures"]
         assert isinstance(figures, Mapping)
         value = figures.get(figure)
         if record["variant"] == variant and value is not None:
-            found.setdefault(str(record["pair"]), []).append(float(value))
-    return {pair: sum(values) / len(values) for pair, values in found.items()}
+            found.setdefault(str(record[unit]), []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def paired(records: Sequence[Mapping[str, object]], first: str, second: str, figure: str) -> Interval:
-    """The mean difference first - second over the pairs that have both."""
-    a, b = by_pair(records, first, figure), by_pair(records, second, figure)
-    return bootstrap([a[pair] - b[pair] for pair in a if pair in b])
+def paired(
+    records: Sequence[Mapping[str, object]],
+    first: str,
+    second: str,
+    figure: str,
+    unit: str = "pair",
+    interval: Intervals = bootstrap,
+) -> Interval:
+    """The mean difference first - second over the units that have both."""
+    a, b = by_unit(records, first, figure, unit), by_unit(records, second, figure, unit)
+    return interval([a[name] - b[name] for name in a if name in b])
+
+
+def _known(values: Sequence[float]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    return np.asarray([value for value in values if not math.isnan(value)], dtype=np.float64)

@@ -7,7 +7,8 @@ from typing import Any
 from markupsafe import Markup
 
 from pixrl.evaluation import charts
-from pixrl.evaluation.report import THUMBNAIL, child_of, inline, render, run_figures, write_fuse_report
+from pixrl.evaluation.page import THUMBNAIL, inline, render
+from pixrl.evaluation.report import child_of, run_figures, write_fuse_report
 from pixrl.evaluation.reproduce_text import many_command
 from pixrl.training import fuse_job
 from pixrl.training.files import write_atomic

@@ -1,21 +1,16 @@
 """The report of a fusion: one HTML page that needs nothing but itself."""
 
-import base64
-import io
 import math
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
-from PIL import Image
 
 from pixrl.evaluation import charts
 from pixrl.evaluation.fusion_metrics import FusionFigures, figures
+from pixrl.evaluation.page import FULL, THUMBNAIL, Picture, inline, render
 from pixrl.evaluation.reproduce_text import command_line, python_lines, run_facts
 from pixrl.training import fuse_job
 from pixrl.training.files import write_atomic
@@ -23,18 +18,6 @@ from pixrl.training.fuse_job import FinishedRun
 from pixrl.training.fuse_select import SCORE, similarities_of
 from pixrl.training.fuse_writer import COEFFICIENTS
 from pixrl.training.runlog import ManifestRow
-
-SMALL = 128
-"""Pictures up to this side are enlarged in blocks, not smoothed, and embedded as they are."""
-THUMBNAIL, FULL = 256, 768
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture inside the page."""
-
-    uri: str
-    pixel: bool
 
 
 @dataclass(frozen=True)
@@ -168,44 +151,6 @@ def child_of(run: FinishedRun, row: ManifestRow, side: int) -> Child:
         spread=summary["spread"],
         coefficients=f"{COEFFICIENTS}/step-{row.step:06d}.safetensors, row {row.index - row.step * run.config.batch}",
     )
-
-
-def inline(path: Path, side: int) -> Picture:
-    """A picture as a data URI: small ones as they are, large ones scaled down to `side`."""
-    content = path.read_bytes()
-    with Image.open(io.BytesIO(content)) as picture:
-        if max(picture.size) <= SMALL:
-            return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", True)
-        smaller = picture.convert("RGB")
-        smaller.thumbnail((side, side), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        smaller.save(buffer, format="WEBP", quality=86)
-    return Picture(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", False)
-
-
-def render(template: str, view: dict[str, Any]) -> str:
-    """A page from its template."""
-    return _templates().get_template(template).render(version=_version(), **view)
-
-
-@cache
-def _templates() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("pixrl.evaluation"),
-        autoescape=select_autoescape(["html", "j2"], default=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["three"] = lambda value: "–" if value is None or math.isnan(value) else f"{value:.3f}"
-    return environment
-
-
-def _version() -> str:
-    try:
-        return version("pixrl")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _parent(run: FinishedRun, place: int, best: Child | None) -> Parent:

@@ -6,15 +6,12 @@ Records go to DIR/records.jsonl, one a run; a study that was broken off goes on 
 DIR/summary.json are written from them at the end, or by `--table` alone.
 """
 
-import argparse
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +21,16 @@ from pydantic import Field, field_validator
 from pixrl import config as recipes
 from pixrl.config import Settings
 from pixrl.data.pairs import parse_pairs
-from pixrl.errors import ConfigError, PixrlError, did_you_mean
 from pixrl.evaluation.fusion_metrics import figures
 from pixrl.evaluation.heldout import HeldOut, load_heldout
+from pixrl.evaluation.study_runner import check_differences, open_records, run_tasks, study_command
 from pixrl.evaluation.study_table import write_tables
-from pixrl.training.environment import describe
-from pixrl.training.files import sha256, write_atomic
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.fuse_loop import FusionStep, make_sampler, play
 from pixrl.training.fuse_noise import NoisePlan
 from pixrl.training.fuse_select import choose, choose_thresholds
 from pixrl.training.fuse_world import FusionSession, FusionWorld, load_world
-from pixrl.training.jsonl import JsonLines
 
-RECORDS, RECIPE, ENVIRONMENT = "records.jsonl", "recipe.yaml", "environment.json"
 KIND = "fuse-study"
 Task = tuple[str, str, int]
 """Pair, variant, seed."""
@@ -86,11 +79,7 @@ class StudyConfig(Settings):
     def check(self) -> None:
         """ConfigError for a pair, a variant or a difference that cannot be."""
         parse_pairs(self.pairs, "the study's pairs")
-        for names in self.differences:
-            for name in names:
-                if name not in self.variants:
-                    hint = did_you_mean(name, self.variants)
-                    raise ConfigError(f"differences names {name!r}, which is no variant.{hint}")
+        check_differences(self.differences, self.variants)
         for variant in self.variants:
             self.recipe((self.pairs[0], variant, 0))
 
@@ -145,34 +134,13 @@ def run_study(
 ) -> list[dict[str, Any]]:
     """All runs that are not yet recorded in `out`; returns all records."""
     study.check()
-    log = _open(study, out)
-    done = {(row["pair"], row["variant"], row["seed"]) for row in log.read()}
-    todo = [task for task in study.tasks() if task not in done]
-    begun = time.monotonic()
-    for number, record in enumerate(_records(study, todo, workers), 1):
-        log.append([record])
-        if not quiet and (number % 10 == 0 or number == len(todo)):
-            left = (time.monotonic() - begun) / number * (len(todo) - number)
-            print(
-                f"{len(done) + number}/{len(done) + len(todo)} runs, {left / 60:.1f} min left",
-                file=sys.stderr,
-            )
-    return log.read()
+    log = open_records(study, KIND, out)
+    work = partial(_work, study.model_dump_json())
+    return run_tasks(log, list(study.tasks()), _task_of, work, workers=workers, quiet=quiet)
 
 
-def _records(study: StudyConfig, todo: Sequence[Task], workers: int) -> Iterator[dict[str, Any]]:
-    if workers <= 1:
-        for task in todo:
-            yield _work(study.model_dump_json(), task)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        text = study.model_dump_json()
-        futures = [pool.submit(_work, text, task) for task in todo]
-        for future in as_completed(futures):
-            yield future.result()
+def _task_of(row: Mapping[str, Any]) -> Task:
+    return row["pair"], row["variant"], row["seed"]
 
 
 def _work(study_json: str, task: Task) -> dict[str, Any]:
@@ -189,44 +157,18 @@ def _parse(study_json: str) -> StudyConfig:
     return StudyConfig.model_validate_json(study_json)
 
 
-def _open(study: StudyConfig, out: Path) -> JsonLines:
-    """The study's records; a folder of another study is refused."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = f"kind: {KIND}\n{recipes.dump(study)}"
-    path = out / RECIPE
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ConfigError(f"{out} holds another study (its {path.name} differs). Choose another --out.")
-    if not path.is_file():
-        write_atomic(path, text.encode())
-        write_atomic(out / ENVIRONMENT, describe(None, sha256(text.encode())))
-    return JsonLines(out / RECORDS, out)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m pixrl.evaluation.study", description=__doc__)
-    parser.add_argument("recipe", help="a YAML file, or a name under recipes/")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C")
-    parser.add_argument("--table", action="store_true", help="only write the tables of the records so far")
-    given = parser.parse_args(arguments)
-    try:
-        study = recipes.load(StudyConfig, given.recipe, given.set, kind=KIND)
-        records = (
-            _open(study, given.out).read()
-            if given.table
-            else run_study(study, given.out, workers=given.workers)
-        )
-        calibration = _heldout_calibration(study, records)
-        print(write_tables(study.model_dump(), records, given.out, calibration))
-    except PixrlError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on where it stopped.", file=sys.stderr)
-        return 130
-    return 0
+    module = "pixrl.evaluation.study"
+    return study_command(module, __doc__, KIND, StudyConfig, _run, _tables, arguments)
+
+
+def _run(study: StudyConfig, out: Path, workers: int) -> list[dict[str, Any]]:
+    return run_study(study, out, workers=workers)
+
+
+def _tables(study: StudyConfig, records: list[dict[str, Any]], out: Path) -> str:
+    return write_tables(study.model_dump(), records, out, _heldout_calibration(study, records))
 
 
 def _heldout_calibration(study: StudyConfig, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """The tables of a study, as Markdown and JSON."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pixrl.evaluation.intervals import Interval, bootstrap, by_pair, paired
+from pixrl.evaluation.intervals import Interval, Intervals, bootstrap, by_unit, paired
 from pixrl.training.files import write_atomic
 
 COLUMNS = {
@@ -59,13 +59,44 @@ def write_tables(
 
 
 def rows_of(
-    records: Sequence[Mapping[str, Any]], variants: Sequence[str], names: Sequence[str]
+    records: Sequence[Mapping[str, Any]],
+    variants: Sequence[str],
+    names: Sequence[str],
+    unit: str = "pair",
+    interval: Intervals = bootstrap,
 ) -> dict[str, dict[str, Interval]]:
-    """Variant -> figure -> mean over pairs with its interval."""
+    """Variant -> figure -> mean over units with its interval."""
     return {
-        variant: {name: bootstrap(list(by_pair(records, variant, name).values())) for name in names}
+        variant: {name: interval(list(by_unit(records, variant, name, unit).values())) for name in names}
         for variant in variants
     }
+
+
+def differences_of(
+    records: Sequence[Mapping[str, Any]],
+    pairs: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    unit: str = "pair",
+    interval: Intervals = bootstrap,
+) -> dict[str, dict[str, Interval]]:
+    """'first − second' -> figure -> mean of the paired difference over units with its interval."""
+    return {
+        f"{first} − {second}": {name: paired(records, first, second, name, unit, interval) for name in names}
+        for first, second in pairs
+    }
+
+
+def summary_of(rows: Mapping[str, Mapping[str, Interval]], unit: str = "pair") -> dict[str, Any]:
+    """The same as JSON; figures that no unit has are left out, and so are bounds that are not known."""
+    return {
+        name: {figure: _to_json(one, unit) for figure, one in row.items() if one.count}
+        for name, row in rows.items()
+    }
+
+
+def _to_json(one: Interval, unit: str) -> dict[str, float | int | None]:
+    low, high = (None if math.isnan(x) else x for x in (one.low, one.high))
+    return {"mean": one.mean, "low": low, "high": high, f"{unit}s": one.count}
 
 
 def markdown(
@@ -87,10 +118,7 @@ def _differences(
     names: list[str],
     titles: Mapping[str, str],
 ) -> list[str]:
-    rows = {
-        f"{first} − {second}": {name: paired(records, first, second, name) for name in names}
-        for first, second in study["differences"]
-    }
+    rows = differences_of(records, study["differences"], names)
     if not rows:
         return []
     return [
@@ -102,13 +130,17 @@ def _differences(
 def _summary(
     study: Mapping[str, Any], records: Sequence[Mapping[str, Any]], names: list[str]
 ) -> dict[str, Any]:
-    rows = rows_of(records, list(study["variants"]), names)
+    differences = {
+        f"{a} - {b}": row
+        for (a, b), row in zip(
+            study["differences"],
+            differences_of(records, study["differences"], names).values(),
+            strict=True,
+        )
+    }
     return {
         "runs": len(records),
         "seconds_per_run": sum(float(r["seconds"]) for r in records) / max(1, len(records)),
-        "variants": {v: {n: asdict(i) for n, i in row.items() if i.pairs} for v, row in rows.items()},
-        "differences": {
-            f"{a} - {b}": {n: asdict(i) for n in names if (i := paired(records, a, b, n)).pairs}
-            for a, b in study["differences"]
-        },
+        "variants": summary_of(rows_of(records, list(study["variants"]), names)),
+        "differences": summary_of(differences),
     }

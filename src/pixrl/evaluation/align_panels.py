@@ -1,0 +1,131 @@
+"""The charts of an alignment, from its metrics and evaluations. A panel is left out where nothing was logged for it."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pixrl.evaluation.charts import Curve, lines_chart
+from pixrl.training.align_config import AlignConfig
+
+WINDOW = 9
+"""Steps of the running mean that is drawn over noisy figures."""
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart with its heading."""
+
+    title: str
+    note: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a panel shows: figures of metrics.jsonl by name, each with its legend."""
+
+    title: str
+    note: str
+    names: Mapping[str, str]
+    smooth: bool = False
+
+
+SPECS = (
+    Spec("Group standard deviation", "Of the rewards within a group: the learning signal.",
+         {"group_std": "group std"}, smooth=True),
+    Spec("Groups without a signal", "Share of groups whose rewards are all equal; they teach nothing.",
+         {"zero_std_share": "zero-std share"}, smooth=True),
+    Spec("Clipped share", "Of ratios outside the trusted range.", {"clip_share": "clipped"}),
+    Spec("KL to the reference", "How far the trained policy has moved.", {"kl": "KL"}),
+    Spec("Distance to the old policy", "Mean square of the difference of velocities.",
+         {"old_distance": "distance"}),
+    Spec("Gradient norm", "Before clipping.", {"grad_norm": "norm"}),
+    Spec("Perturbations", "Cosine of variants to the prompt and to each other.",
+         {"anchor_cosine": "to the prompt", "pairwise_cosine": "to each other"}),
+    Spec("Failed scores", "Share of a step's pictures.", {"failed_share": "failed"}),
+)  # fmt: skip
+
+
+def reward_panels(config: AlignConfig, metrics: Rows, evaluated: Rows) -> list[Panel]:
+    """One a reward: training prompts as they came, and held-out prompts at fixed seeds."""
+    found = []
+    for setting in config.rewards:
+        training = _points(metrics, f"reward/{setting.name}/mean")
+        held_out = _points(evaluated, f"{setting.name}/mean")
+        curves = [
+            Curve("training prompts", smooth(training), "faint", _spread(metrics, setting.name)),
+            Curve("fixed prompts", held_out, "mean"),
+        ]
+        if training or held_out:
+            note = "Never trained on." if setting.held_out else "Trained on."
+            svg = lines_chart([c for c in curves if c.values], "step", setting.name, legend=True)
+            found.append(
+                Panel(setting.name, f"{note} Shaded: one standard deviation of a step's pictures.", svg)
+            )
+    return found
+
+
+def panels(metrics: Rows, evaluated: Rows) -> list[Panel]:
+    """Everything else that was logged, in a fixed order."""
+    return [*_of_specs(metrics), *_ratio(metrics), *_diversity(metrics, evaluated)]
+
+
+def smooth(points: Sequence[tuple[float, float]], window: int = WINDOW) -> list[tuple[float, float]]:
+    """The running mean over up to `window` neighbouring points, fewer at the ends, centred."""
+    half = window // 2
+    return [
+        (x, math.fsum(y for _, y in near) / len(near))
+        for at, (x, _) in enumerate(points)
+        for near in [points[max(0, at - half) : at + half + 1]]
+    ]
+
+
+def _of_specs(metrics: Rows) -> Iterator[Panel]:
+    for spec in SPECS:
+        found = {label: _points(metrics, name) for name, label in spec.names.items()}
+        curves = [
+            Curve(label, points, css)
+            for (label, points), css in zip(found.items(), ("mean", "k0"), strict=False)
+            if points
+        ]
+        if spec.smooth:
+            faint = [Curve("each step", curve.values, "faint") for curve in curves]
+            curves = [*faint, *(Curve(f"mean of {WINDOW}", smooth(c.values), "mean") for c in curves)]
+        idle = all(y == 0 for curve in curves for _, y in curve.values)
+        if curves and not (idle and spec.title == "Failed scores"):
+            yield Panel(spec.title, spec.note, lines_chart(curves, "step", "", legend=len(curves) > 1))
+
+
+def _ratio(metrics: Rows) -> Iterator[Panel]:
+    mean = _points(metrics, "ratio_mean")
+    if mean:
+        low, high = dict(_points(metrics, "ratio_min")), dict(_points(metrics, "ratio_max"))
+        band = [(x, low[x], high[x]) for x, _ in mean if x in low and x in high]
+        chart = lines_chart([Curve("ratio", mean, "mean", band)], "step", "")
+        yield Panel("Policy ratio", "Mean of a step's updates; shaded from least to greatest.", chart)
+
+
+def _diversity(metrics: Rows, evaluated: Rows) -> Iterator[Panel]:
+    curves = [
+        Curve("training groups", smooth(_points(metrics, "diversity")), "faint"),
+        Curve("fixed prompts", _points(evaluated, "diversity"), "mean"),
+    ]
+    known = [curve for curve in curves if curve.values]
+    if known:
+        note = "Mean distance of image features between the pictures of a prompt."
+        yield Panel("Diversity", note, lines_chart(known, "step", "", legend=True))
+
+
+def _spread(metrics: Rows, name: str) -> list[tuple[float, float, float]]:
+    means = dict(smooth(_points(metrics, f"reward/{name}/mean")))
+    deviations = dict(smooth(_points(metrics, f"reward/{name}/std")))
+    return [(x, means[x] - deviations[x], means[x] + deviations[x]) for x in means if x in deviations]
+
+
+def _points(rows: Rows, name: str) -> list[tuple[float, float]]:
+    """(step, value) where a finite value was logged; none where there is but one, which makes no line."""
+    pairs = ((row["step"], row.get(name)) for row in rows)
+    known = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
+    return known if len(known) > 1 else []

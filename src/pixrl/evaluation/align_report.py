@@ -1,0 +1,230 @@
+"""The report of an alignment, finished or not: one HTML page that needs nothing but itself."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from pixrl import config as recipes
+from pixrl.errors import RunError
+from pixrl.evaluation import align_words as words
+from pixrl.evaluation.align_panels import Panel, panels, reward_panels
+from pixrl.evaluation.page import THUMBNAIL, Picture, inline, render
+from pixrl.hub import TOY_PREFIX
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_job import KIND
+from pixrl.training.align_log import evaluations
+from pixrl.training.align_record import GALLERY, START
+from pixrl.training.files import write_atomic
+from pixrl.training.runlog import ManifestRow, RunFolder
+
+SHOWN = 32
+"""Pairs of the gallery."""
+FALL = 0.005
+"""A held-out reward that fell by more, as a share of its size before, is pointed out."""
+KEPT = 0.8
+"""Diversity below this share of the base's is pointed out."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same prompt and noise before and after."""
+
+    prompt: str
+    seed: int
+    before: Picture
+    after: Picture
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of held-out prompts, before and after."""
+
+    name: str
+    role: str
+    before: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        return self.after - self.before
+
+    @property
+    def css(self) -> str:
+        return "up" if self.gain > 0 else "down" if self.gain < 0 else ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a group."""
+
+    image: Picture
+    caption: str
+
+
+@dataclass(frozen=True)
+class ShownGroup:
+    """A training group: rows are semantic variants, columns noises."""
+
+    step: int
+    prompt: str
+    reward: str
+    columns: int
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+def write_align_report(path: Path) -> Path:
+    """Writes report.html into an align run's folder, whether it is finished or not.
+
+    Raises:
+        RunError: it is no align run.
+        CheckpointError: its logs or its recipe are damaged.
+    """
+    folder = RunFolder.open(path)
+    if folder.kind != KIND:
+        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}. Type: pixrl report {path}")
+    write_atomic(folder.report_path, render("align.html.j2", align_view(folder)).encode())
+    return folder.report_path
+
+
+def align_view(folder: RunFolder) -> dict[str, Any]:
+    """Everything the page shows."""
+    config = recipes.load(AlignConfig, folder.recipe(), kind=KIND)
+    metrics, evaluated, manifest = folder.metrics(), evaluations(folder.path), folder.manifest()
+    environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+    pairs = gallery_pairs(folder)
+    finished = len(metrics) >= config.steps and any(row["step"] == config.steps for row in evaluated)
+    changes = changes_of(config, evaluated)
+    return {
+        "model": config.model,
+        "parts": words.method_parts(config),
+        "done": len(metrics),
+        "steps": config.steps,
+        "finished": finished,
+        "images": len(manifest),
+        "changes": changes,
+        "evaluated": [evaluated[0]["step"], evaluated[-1]["step"]] if evaluated else [],
+        "warnings": warnings(changes),
+        "pairs": pairs[:SHOWN],
+        "more": max(len(pairs) - SHOWN, 0),
+        "unseen": config.evaluation.source is not None or config.prompts.source.startswith(TOY_PREFIX),
+        "slot": "trained" if config.optimizer.ema is None else "averaged",
+        "reward_panels": _marked(reward_panels(config, metrics, evaluated)),
+        "panels": _marked(panels(metrics, evaluated)),
+        "group": newest_group(folder.path, config, manifest),
+        "phases": phases(metrics),
+        "failures": failures(manifest),
+        "facts": words.facts(config, _start(folder)),
+        "machine": words.machine_facts(environment),
+        "recipe": folder.recipe_text(),
+        "commands": words.commands(folder.path.name, finished),
+        "date": environment["date"],
+    }
+
+
+def changes_of(config: AlignConfig, evaluated: Sequence[Mapping[str, Any]]) -> list[Change]:
+    """Every reward and the diversity at the first and at the last evaluation; empty with fewer than two."""
+    if len(evaluated) < 2:
+        return []
+    first, last = evaluated[0], evaluated[-1]
+    roles = {s.name: "never trained on" if s.held_out else "trained on" for s in config.rewards}
+    found = [
+        Change(name, role, _number(first.get(f"{name}/mean")), _number(last.get(f"{name}/mean")))
+        for name, role in roles.items()
+    ]
+    if "diversity" in last:
+        found.append(Change("diversity", "spread", _number(first["diversity"]), _number(last["diversity"])))
+    return found
+
+
+def warnings(changes: Sequence[Change]) -> list[str]:
+    """What a person should look at before trusting the run: signs of reward hacking."""
+    risen = [c for c in changes if c.role == "trained on" and c.gain > 0]
+    fallen = [c for c in changes if c.role == "never trained on" and c.gain < -FALL * abs(c.before)]
+    found = [
+        f"{c.name}, which was never trained on, fell from {c.before:.3f} to {c.after:.3f}, while "
+        f"{' and '.join(r.name for r in risen)} rose. Look at the pictures before you trust the gain."
+        for c in fallen
+        if risen
+    ]
+    found += [
+        f"Diversity is {c.after / c.before:.2f} of the base's: the pictures of a prompt grow alike."
+        for c in changes
+        if c.role == "spread" and c.before > 0 and c.after < KEPT * c.before
+    ]
+    return found
+
+
+def gallery_pairs(folder: RunFolder) -> list[Pair]:
+    """Held-out prompts by the base and by the newest evaluated weights, from the same noise."""
+    record = folder.path / GALLERY
+    steps = sorted(folder.samples_dir.glob("step-*"))
+    if len(steps) < 2 or not record.is_file():
+        return []
+    shown = json.loads(record.read_text(encoding="utf-8"))
+    return [
+        Pair(entry["prompt"], entry["seed"], inline(before, THUMBNAIL), inline(after, THUMBNAIL))
+        for entry in shown
+        for before, after in [[step / f"{entry['number']:04d}.png" for step in (steps[0], steps[-1])]]
+        if before.is_file() and after.is_file()
+    ]
+
+
+def newest_group(run: Path, config: AlignConfig, manifest: Sequence[ManifestRow]) -> ShownGroup | None:
+    """The first whole group of the newest step whose pictures were kept; None where there is none."""
+    size, noises = words.group_size(config), config.exploration.noises
+    kept = [row for row in manifest if row.file is not None]
+    newest = [row for row in kept if row.step == kept[-1].step][:size]
+    if len(newest) < size:
+        return None
+    reward = next(setting.name for setting in config.rewards if not setting.held_out)
+    cells = [Cell(inline(run / str(row.file), THUMBNAIL), _score(row, reward)) for row in newest]
+    rows = tuple(
+        ("the prompt itself" if newest[at].variant == 0 else f"variant {newest[at].variant}",
+         tuple(cells[at : at + noises]))
+        for at in range(0, size, noises)
+    )  # fmt: skip
+    return ShownGroup(newest[0].step, str(newest[0].prompt), reward, noises, rows)
+
+
+def phases(metrics: Sequence[Mapping[str, float]]) -> list[tuple[str, float, float]]:
+    """Phase, seconds in all, and percent of all phases."""
+    prefix = "seconds/"
+    names = dict.fromkeys(name for row in metrics for name in row if name.startswith(prefix))
+    seconds = {name.removeprefix(prefix): math.fsum(row.get(name, 0.0) for row in metrics) for name in names}
+    whole = math.fsum(seconds.values()) or 1.0
+    return [(name, spent, 100 * spent / whole) for name, spent in seconds.items()]
+
+
+def failures(manifest: Sequence[ManifestRow]) -> list[tuple[str, int]]:
+    """Reasons of failed scores and how often, the most frequent first."""
+    counts: dict[str, int] = {}
+    for row in manifest:
+        if row.failed is not None:
+            counts[row.failed] = counts.get(row.failed, 0) + 1
+    return sorted(counts.items(), key=lambda entry: -entry[1])
+
+
+def _score(row: ManifestRow, reward: str) -> str:
+    value = row.scores.get(reward)
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _start(folder: RunFolder) -> dict[str, Any]:
+    path = folder.path / START
+    if not path.is_file():  # it stopped before its first step
+        return {}
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def _marked(found: Sequence[Panel]) -> list[dict[str, Any]]:
+    return [{"title": one.title, "note": one.note, "svg": Markup(one.svg)} for one in found]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,180 @@
+"""Alignment methods side by side at equal images and equal updates, over seeds, against the base.
+
+    python -m pixrl.evaluation.align_study RECIPE --out DIR --workers N
+
+Each run is a run folder under DIR/runs/; one that was broken off goes on from its checkpoint. What was measured goes to
+DIR/records.jsonl, one line a run, and from there to table.md, summary.json and figures/. `--table` only writes those.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from pixrl.evaluation.align_eval import (
+    Drawing,
+    Evaluation,
+    evaluate,
+    evaluated_slot,
+    load_meter,
+    open_run,
+)
+from pixrl.evaluation.align_projection import write_projection
+from pixrl.evaluation.align_report import write_align_report
+from pixrl.evaluation.align_study_config import BASE, KIND, AlignStudyConfig, Task
+from pixrl.evaluation.align_study_figures import write_figures
+from pixrl.evaluation.align_study_table import write_tables
+from pixrl.evaluation.align_words import group_size, images_of, updates_of
+from pixrl.evaluation.diversity import DiversityMeter
+from pixrl.evaluation.study_runner import Record, open_records, run_tasks, study_command
+from pixrl.models.slots import Slot
+from pixrl.training import align_job
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_eval import spread_evenly
+from pixrl.training.align_log import evaluations
+from pixrl.training.align_record import START
+from pixrl.training.align_workshop import Workshop, open_workshop, plan_batches
+from pixrl.training.fuse_job import slug
+from pixrl.training.runlog import RunFolder
+
+RUNS = "runs"
+CURVES = ("group_std", "zero_std_share", "diversity", "kl")
+"""Figures of metrics.jsonl that a record keeps step by step, beside the rewards."""
+LATE = 0.25
+"""The share of steps that 'end' means."""
+
+
+def run_align_study(
+    study: AlignStudyConfig, out: Path, *, workers: int = 1, quiet: bool = False
+) -> list[Record]:
+    """All runs that are not yet recorded in `out`; returns all records.
+
+    Raises:
+        ConfigError: the variants cannot be compared, or `out` holds another study.
+        RunError: a run had to stop.
+    """
+    study.check()
+    log = open_records(study, KIND, out)
+    work = partial(_work, study.model_dump_json(), out)
+    tasks = list(study.tasks())
+    return run_tasks(log, tasks, _task_of, work, workers=workers, quiet=quiet, say_every=1)
+
+
+def run_task(study: AlignStudyConfig, task: Task, out: Path) -> Record:
+    """One variant with one seed: trained, unless it is the base, then measured."""
+    name, seed = task
+    config = study.recipe(task)
+    if name == BASE:
+        measured = measure(study, open_workshop(config), Slot.REFERENCE, seed)
+        training: dict[str, Any] = {"images": 0, "updates": 0, "training": {}, "curves": {}}
+    else:
+        run = train(config, out / RUNS / slug(name) / f"seed-{seed}")
+        measured = measure(study, open_run(run), evaluated_slot(config), seed)
+        training = training_record(config, RunFolder.open(run).metrics(), evaluations(run))
+    figures = measured.figures() | training.pop("training")
+    return {"variant": name, "seed": seed, "figures": figures, "measured": measured.to_json(), **training}
+
+
+def train(config: AlignConfig, path: Path) -> Path:
+    """A run from its start, or from where it was broken off, to its end; with its report."""
+    if (path / START).is_file():
+        align_job.go_on(path)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        align_job.start(config, path, force=True)  # what is there stopped before its first step
+    write_align_report(path)
+    return path
+
+
+def measure(study: AlignStudyConfig, shop: Workshop, slot: Slot, seed: int) -> Evaluation:
+    """The same prompts and noise for every variant of a seed, and for the base."""
+    m = study.measuring
+    micro_batches, _ = plan_batches(shop)
+    drawing = Drawing(m.per_prompt, m.steps, m.solver, seed, micro_batches.rollout)
+    prompts = spread_evenly(shop.held_out, m.prompts)
+    return evaluate(shop.policy, slot, prompts, drawing, shop.rewards, _meter(m.features, m.segmenter))
+
+
+def training_record(
+    config: AlignConfig, metrics: Sequence[Mapping[str, float]], evaluated: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What is kept of a run's logs: totals, means over training, and curves over pictures drawn."""
+    per_step = config.prompts.per_step * group_size(config)
+    names = [*CURVES, *(f"reward/{setting.name}/mean" for setting in config.rewards)]
+    curves = {
+        name: [[(row["step"] + 1) * per_step, row[name]] for row in metrics if math.isfinite(row[name])]
+        for name in names
+    }
+    fixed = {
+        f"fixed/{setting.name}": [
+            [row["step"] * per_step, row[key]] for row in evaluated if row.get(key) is not None
+        ]
+        for setting in config.rewards
+        for key in [f"{setting.name}/mean"]
+    }
+    seconds = math.fsum(x for row in metrics for name, x in row.items() if name.startswith("seconds/"))
+    return {
+        "images": images_of(config),
+        "updates": updates_of(config),
+        "training": training_figures(metrics) | {"minutes": seconds / 60},
+        "curves": curves | fixed,
+    }
+
+
+def training_figures(metrics: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Group std and share of groups without a signal, over all of training and over its last quarter."""
+    late = metrics[len(metrics) - max(1, round(len(metrics) * LATE)) :]
+    return {
+        f"{name}{suffix}": _mean([row[name] for row in rows])
+        for name in ("group_std", "zero_std_share")
+        for suffix, rows in (("", metrics), ("/end", late))
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    known = [value for value in values if math.isfinite(value)]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _task_of(row: Mapping[str, Any]) -> Task:
+    return row["variant"], row["seed"]
+
+
+def _work(study_json: str, out: Path, task: Task) -> Record:
+    return run_task(_parse(study_json), task, out)
+
+
+@cache
+def _parse(study_json: str) -> AlignStudyConfig:
+    return AlignStudyConfig.model_validate_json(study_json)
+
+
+@cache
+def _meter(features: str, segmenter: str | None) -> DiversityMeter:
+    return load_meter(features, segmenter)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    module = "pixrl.evaluation.align_study"
+    return study_command(module, __doc__, KIND, AlignStudyConfig, _run, write_results, arguments)
+
+
+def _run(study: AlignStudyConfig, out: Path, workers: int) -> list[Record]:
+    records = run_align_study(study, out, workers=workers)
+    if study.projection is not None:
+        write_projection(study, out, _meter(study.measuring.features, study.measuring.segmenter))
+    return records
+
+
+def write_results(study: AlignStudyConfig, records: list[Record], out: Path) -> str:
+    """table.md, summary.json and figures/ from the records so far; returns the Markdown."""
+    config = study.recipe(next(study.tasks()))
+    write_figures(study, config, records, out)
+    return write_tables(study, config, records, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The figures of an align study, as SVG files: rewards, group std and zero-std share over pictures drawn."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pixrl.evaluation.align_panels import WINDOW, smooth
+from pixrl.evaluation.align_study_config import AlignStudyConfig
+from pixrl.evaluation.charts import Curve, lines_chart, standalone
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.files import write_atomic
+
+FIGURES = "figures"
+COLOURS = 9
+_BANDS = "mean over seeds; shaded: all seeds"
+
+
+def write_figures(
+    study: AlignStudyConfig, config: AlignConfig, records: Sequence[Mapping[str, Any]], out: Path
+) -> list[Path]:
+    """figures/*.svg; a figure that no record has anything for is left out."""
+    place = out / FIGURES
+    place.mkdir(exist_ok=True)
+    running = f"running mean of {WINDOW} steps"
+    wanted = [
+        ("group-std", "group_std", f"Group std ({running}, {_BANDS})", True),
+        ("zero-std-share", "zero_std_share", f"Share of groups without a signal ({running}, {_BANDS})", True),
+        ("training-diversity", "diversity", f"Diversity of training groups ({running}, {_BANDS})", True),
+    ]
+    for s in config.rewards:
+        wanted.append((f"reward-{s.name}", f"fixed/{s.name}", f"{s.name} on fixed prompts ({_BANDS})", False))
+        title = f"{s.name} on training prompts ({running}, {_BANDS})"
+        wanted.append((f"training-{s.name}", f"reward/{s.name}/mean", title, True))
+    written = []
+    for file, curve, title, smoothed in wanted:
+        curves = curves_of(list(study.variants), records, curve, smoothed)
+        if curves:
+            chart = lines_chart(curves, "pictures drawn", "")
+            legend = [(one.css, one.label) for one in curves]
+            written.append(place / f"{file}.svg")
+            write_atomic(written[-1], standalone(chart, title, legend).encode())
+    return written
+
+
+def curves_of(
+    variants: Sequence[str], records: Sequence[Mapping[str, Any]], name: str, smoothed: bool
+) -> list[Curve]:
+    """One a variant: the mean over seeds of a curve, with the range of the seeds."""
+    found = []
+    for place, variant in enumerate(variants):
+        seeds = [record["curves"].get(name, []) for record in records if record["variant"] == variant]
+        runs = [smooth([(x, y) for x, y in points]) if smoothed else points for points in seeds if points]
+        band = over_seeds(runs)
+        if band:
+            css = f"k{place % COLOURS}"
+            line = [(x, mean) for x, mean, _, _ in band]
+            found.append(Curve(variant, line, css, [(x, low, high) for x, _, low, high in band]))
+    return found
+
+
+def over_seeds(runs: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float, float, float]]:
+    """x, mean, least and greatest at every x that all runs have."""
+    tables = [{point[0]: point[1] for point in run} for run in runs]
+    shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+    rows = ((x, [table[x] for table in tables]) for x in shared)
+    return [(x, sum(values) / len(values), min(values), max(values)) for x, values in rows]

@@ -1,0 +1,81 @@
+"""The tables of an align study, as Markdown and JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pixrl.evaluation.align_study_config import AlignStudyConfig
+from pixrl.evaluation.align_words import images_of, updates_of
+from pixrl.evaluation.intervals import student
+from pixrl.evaluation.study_table import differences_of, markdown, rows_of, summary_of
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.files import write_atomic
+
+UNIT = "seed"
+AFTER = {"diversity": "diversity ↑", "layouts": "layouts ↑"}
+DURING = {
+    "group_std": "group std",
+    "group_std/end": "group std, last quarter",
+    "zero_std_share": "zero-std share ↓",
+    "zero_std_share/end": "zero-std share, last quarter ↓",
+    "minutes": "minutes",
+}
+NOTE = (
+    "Mean over seeds [95 % interval]: Student's t over seeds. The seed is what training is repeated with; prompts and "
+    "evaluation noise are the same for every variant of a seed, and a bootstrap of so few seeds would come out far too "
+    "narrow. Differences are paired by seed. Rewards, diversity and layouts are of held-out prompts after training; "
+    "group std and zero-std share are of training itself. Minutes are of training alone: collect, score, update."
+)
+
+
+def write_tables(
+    study: AlignStudyConfig, config: AlignConfig, records: Sequence[Mapping[str, Any]], out: Path
+) -> str:
+    """Writes table.md and summary.json; returns the Markdown. `config` is any variant's: all share the rewards."""
+    titles = {**_rewards(config), **AFTER, **DURING}
+    tasks = _tasks(records, config)
+    m, budget = study.measuring, f"{images_of(config)} images and {updates_of(config)} updates a run"
+    seeds = sorted({int(record["seed"]) for record in records})
+    parts = [
+        f"{len(study.variants)} variants × {len(seeds)} seed(s), {budget}; measured on {m.prompts} held-out prompts × "
+        f"{m.per_prompt} pictures. {NOTE}",
+        markdown(rows_of(records, study.names(), list(titles), UNIT, student), "variant", titles),
+    ]
+    differences = differences_of(records, study.differences, list(titles), UNIT, student)
+    if differences:
+        parts += [
+            "Paired differences; bold where the interval excludes zero.",
+            markdown(differences, "difference", titles, True),
+        ]
+    for name, columns in tasks.items():
+        rows = rows_of(records, study.names(), list(columns), UNIT, student)
+        parts += [f"### {name}, by task", markdown(rows, "variant", columns)]
+    text = "\n\n".join(parts) + "\n"
+    write_atomic(out / "table.md", text.encode())
+    everything = [*titles, *(name for columns in tasks.values() for name in columns)]
+    summary = {
+        "runs": len(records),
+        "images": images_of(config),
+        "updates": updates_of(config),
+        "variants": summary_of(rows_of(records, study.names(), everything, UNIT, student), UNIT),
+        "differences": summary_of(differences, UNIT),
+    }
+    write_atomic(out / "summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    return text
+
+
+def _rewards(config: AlignConfig) -> dict[str, str]:
+    return {
+        f"reward/{s.name}": f"{s.name}, {'held out' if s.held_out else 'trained'} ↑" for s in config.rewards
+    }
+
+
+def _tasks(records: Sequence[Mapping[str, Any]], config: AlignConfig) -> dict[str, dict[str, str]]:
+    """Reward -> figure -> task, for rewards whose prompts name tasks."""
+    found: dict[str, dict[str, str]] = {}
+    for setting in config.rewards:
+        tasks = [task for record in records for task in record["measured"]["rewards"][setting.name]["tasks"]]
+        if tasks:
+            found[setting.name] = {f"reward/{setting.name}/{task}": task for task in dict.fromkeys(tasks)}
+    return found

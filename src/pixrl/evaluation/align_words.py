@@ -1,0 +1,113 @@
+"""An align recipe in words, for reports: the method, its sizes, how to make it again."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from pixrl.algorithms.advantages import Scale
+from pixrl.algorithms.losses import NFTSettings
+from pixrl.algorithms.stepping import Noise
+from pixrl.training.align_config import AlignConfig, PerturbedExploration
+
+
+def variants_of(config: AlignConfig) -> int:
+    """K: semantic variants of a prompt; 1 with noise alone."""
+    return config.exploration.variants if isinstance(config.exploration, PerturbedExploration) else 1
+
+
+def group_size(config: AlignConfig) -> int:
+    """G times K."""
+    return config.exploration.noises * variants_of(config)
+
+
+def images_of(config: AlignConfig) -> int:
+    """Pictures drawn for training in the whole run."""
+    return config.steps * config.prompts.per_step * group_size(config)
+
+
+def updates_of(config: AlignConfig) -> int:
+    """Optimizer steps of the whole run."""
+    return config.steps * config.optimizer.updates
+
+
+def method_parts(config: AlignConfig) -> list[tuple[str, str]]:
+    """The four parts whose combination is the method."""
+    return [
+        ("exploration", _exploration(config)),
+        ("sampling", _sampling(config)),
+        ("advantage", _advantage(config)),
+        ("loss", _loss(config)),
+    ]
+
+
+def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Sizes and settings of a run, for the page; `start` is start.json."""
+    s = config.optimizer
+    return [
+        ("model", f"{config.model} ({start.get('fingerprint', 'not started')})"),
+        ("prompts", f"{config.prompts.source}, {config.prompts.per_step} a step"),
+        ("pictures", f"{config.prompts.per_step} × {group_size(config)} a step, {images_of(config)} in all"),
+        ("updates", f"{s.updates} a step, {updates_of(config)} in all"),
+        ("optimizer", f"AdamW, lr {s.lr:g}, gradient norm at most {s.grad_clip:g}"),
+        ("averaged weights", "none" if s.ema is None else f"decay {s.ema:g}"),
+        ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}"),
+        ("seed", str(config.seed)),
+        *[("plan", str(note)) for note in start.get("notes", ())],
+    ]
+
+
+def machine_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What environment.json says, for the page."""
+    machine, versions = environment["machine"], environment["versions"]
+    gpus = ", ".join(machine["gpus"])
+    cores = f"{machine['cpu']}, {machine['cores']} core(s)"
+    known = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
+    return [
+        ("machine", f"{gpus}; {cores}" if gpus else cores),
+        ("threads", str(environment["threads"]["torch"])),
+        ("versions", known),
+        ("source", str(environment["git_commit"] or "installed package")),
+        ("began as", shlex.join(environment["command"])),
+    ]
+
+
+def commands(run: str, finished: bool) -> str:
+    """How to make the run again, or to its end."""
+    lines = [] if finished else [shlex.join(["pixrl", "resume", run]) + "    # to its end"]
+    lines.append(shlex.join(["pixrl", "align", f"{run}/recipe.yaml", "--out", f"{run}-again"]))
+    lines.append(shlex.join(["pixrl", "selfcheck", f"{run}/recipe.yaml"]) + "    # is it on-policy here?")
+    return "\n".join(lines)
+
+
+def _exploration(config: AlignConfig) -> str:
+    e = config.exploration
+    if not isinstance(e, PerturbedExploration):
+        return f"noise alone, {e.noises} samples a prompt"
+    until = "to the end" if e.schedule.value == "static" else f"down to t = {1 - e.perturbation_range:g}"
+    anchor = "with the prompt itself" if e.anchored else "without the prompt itself"
+    return (
+        f"{e.noises} noises × {e.variants} semantic variants {anchor}, {until}, on {e.encoders.value}, "
+        f"weight {e.weight:g}"
+    )
+
+
+def _sampling(config: AlignConfig) -> str:
+    s = config.sampling
+    if s.noise is Noise.NONE:
+        return f"{s.steps} {s.solver.value} steps, not random"
+    where = s.placing.value.replace("_", " ")
+    return f"{s.steps} steps, {s.noise.value} with eta {s.scale:g} on {where}, else {s.solver.value}"
+
+
+def _advantage(config: AlignConfig) -> str:
+    a = config.advantage
+    scale = "not divided" if a.scale is Scale.NONE else f"divided by the {a.scale.value} deviation"
+    return scale + ("" if a.clamp is None else f", at most ±{a.clamp:g}")
+
+
+def _loss(config: AlignConfig) -> str:
+    loss = config.loss
+    if isinstance(loss, NFTSettings):
+        old = loss.old_policy.value + ("" if loss.old_decay is None else f" {loss.old_decay:g}")
+        return f"nft, beta {loss.beta:g}, KL {loss.kl:g}, {loss.timesteps} noise levels a sample, old policy {old}"
+    return f"clipped at ±{loss.clip:g}, KL {loss.kl:g}"

@@ -1,0 +1,126 @@
+"""The report of an alignment: self-contained, complete, and usable before the run is."""
+
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from pixrl.errors import RunError
+from pixrl.evaluation import charts
+from pixrl.evaluation.align_panels import panels, smooth
+from pixrl.evaluation.align_report import (
+    Change,
+    gallery_pairs,
+    newest_group,
+    phases,
+    warnings,
+    write_align_report,
+)
+from pixrl.training.fuse_config import FuseConfig
+from pixrl.training.runlog import RunFolder
+from tests.align.synthetic import PROMPTS, run_folder, settings
+
+
+def page_of(path: Path, done: int, evaluated: tuple[int, ...]) -> str:
+    folder = run_folder(path, settings(steps=4), done=done, evaluated=evaluated)
+    return write_align_report(folder.path).read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_but_itself_and_shows_everything(tmp_path: Path) -> None:
+    page = page_of(tmp_path / "run", 4, (0, 4))
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert sources and all(source.startswith("data:image/") for source in sources)
+    assert "<script" not in page and "@import" not in page and "url(http" not in page
+    for heading in ("geneval", "preference", "Group standard deviation", "Groups without a signal",
+                    "KL to the reference", "Gradient norm", "Diversity", "Perturbations"):  # fmt: skip
+        assert f"<h3>{heading}</h3>" in page, heading
+    assert "Trained on." in page and "Never trained on." in page
+    assert page.count('class="pair"') == len(PROMPTS) and 'badge good">finished' in page
+    assert "4 noises × 3 semantic variants" in page and "variant 2" in page
+    assert "update 26 s, 58 %" in page and "no GenEval metadata" in page
+    assert "pixrl align run/recipe.yaml --out run-again" in page and "pixrl resume" not in page
+    assert "per_step: 2" in page and "abc123" in page and "rollout: 2 x 12" in page
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        ET.fromstring(svg)
+
+
+@pytest.mark.parametrize(("done", "evaluated"), [(0, ()), (0, (0,)), (2, (0,)), (3, (0, 2))])
+def test_an_unfinished_run_has_a_page_too(tmp_path: Path, done: int, evaluated: tuple[int, ...]) -> None:
+    page = page_of(tmp_path / "run", done, evaluated)
+    assert f"in {done} of 4 steps" in page and "not finished" in page and "pixrl resume run" in page
+    assert ("No step is finished yet" in page) == (done == 0)
+    assert page.count('class="pair"') == (len(PROMPTS) if len(evaluated) == 2 else 0)
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", kind="fuse", recipe=FuseConfig(concepts=("owl", "snail")))
+    with pytest.raises(RunError, match="'fuse', not 'align'"):
+        write_align_report(tmp_path / "run")
+
+
+def test_signs_of_reward_hacking_are_pointed_out_and_nothing_else() -> None:
+    up = Change("a", "trained on", 0.4, 0.6)
+    down = Change("b", "never trained on", 20.0, 19.0)
+    alike = Change("diversity", "spread", 0.3, 0.2)
+    assert [text.split(",")[0] for text in warnings([up, down])] == ["b"]
+    assert "0.67 of the base's" in warnings([up, alike])[0]
+    steady = Change("b", "never trained on", 20.0, 19.99)
+    fallen = Change("a", "trained on", 0.4, 0.3)
+    assert warnings([up, steady]) == warnings([fallen, down]) == []
+    assert warnings([Change("diversity", "spread", 0.3, 0.25)]) == []
+
+
+def test_the_gallery_pairs_the_first_and_the_newest_pictures(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", settings(steps=4), done=1, evaluated=(0, 2, 4))
+    pairs = gallery_pairs(folder)
+    assert [(pair.prompt, pair.seed) for pair in pairs] == [(p, 100 + n) for n, p in enumerate(PROMPTS)]
+    assert all(pair.before != pair.after for pair in pairs)
+
+
+def test_the_group_shown_is_the_newest_that_is_whole(tmp_path: Path) -> None:
+    config = settings(steps=40)
+    folder = run_folder(tmp_path / "run", config, done=12, evaluated=())
+    manifest = folder.manifest()
+    shown = newest_group(folder.path, config, manifest)
+    assert shown is not None and (shown.step, shown.columns) == (10, 4)
+    assert [name for name, _ in shown.rows] == ["the prompt itself", "variant 1", "variant 2"]
+    assert newest_group(folder.path, config, manifest[:5]) is None
+    assert newest_group(folder.path, config, []) is None
+
+
+def test_phases_are_summed_over_steps_that_may_lack_some() -> None:
+    rows = [{"step": 0, "seconds/a": 1.0, "seconds/b": 2.0}, {"step": 1, "seconds/a": 1.0}]
+    assert phases(rows) == [("a", 2.0, 50.0), ("b", 2.0, 50.0)]
+    assert phases([]) == []
+
+
+def test_the_running_mean_keeps_lines_and_constants() -> None:
+    line = [(float(x), 2.0 * x) for x in range(20)]
+    assert [y for _, y in smooth(line)[5:15]] == pytest.approx([y for _, y in line[5:15]])
+    assert smooth([(0.0, 1.0), (1.0, 3.0)], window=3) == [(0.0, 2.0), (1.0, 2.0)]
+    assert smooth([]) == []
+
+
+def test_panels_of_figures_that_were_not_logged_are_left_out() -> None:
+    assert panels([], []) == []
+    rows = [
+        {"step": n, "ratio_mean": 1.0, "ratio_min": 0.9, "ratio_max": 1.1, "kl": float("nan")} for n in (0, 1)
+    ]
+    assert [panel.title for panel in panels(rows, [])] == ["Policy ratio"]
+
+
+def test_bands_clouds_and_files_are_well_formed() -> None:
+    curve = charts.Curve("a <b>", [(0, 1), (1, 2)], "k0", [(0, 0, 2), (1, 1, 3), (2, float("nan"), 1)])
+    chart = charts.lines_chart([curve], "step", "reward", legend=True)
+    assert 'class="band k0"' in chart and "a &lt;b&gt;" in chart
+    band = re.search(r'class="band k0" points="([^"]+)"', chart)
+    assert band is not None and len(band[1].split()) == 4
+    cloud = charts.clouds_chart([charts.Cloud("x", [(0, 0), (1, 1)], 3)], "1", "2")
+    assert cloud.count('class="spot f3"') == 2
+    for number in (1, 12):
+        legend = [("k0", f"a long name {n}") for n in range(number)] + [("spot f1", "dots")]
+        root = ET.fromstring(charts.standalone(chart, "Title & more", legend))
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        ys = [float(text.attrib["y"]) for text in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert max(ys) < float(root.attrib["viewBox"].split()[3]) - 26
