@@ -104,7 +104,11 @@ def training_record(
     per_step = config.prompts.per_step * group_size(config)
     names = [*CURVES, *(f"reward/{setting.name}/mean" for setting in config.rewards)]
     curves = {
-        name: [[(row["step"] + 1) * per_step, row[name]] for row in metrics if math.isfinite(row[name])]
+        name: [
+            [(row["step"] + 1) * per_step, row[name]]
+            for row in metrics
+            if math.isfinite(row.get(name, math.nan))  # a step whose updates were all skipped has no kl
+        ]
         for name in names
     }
     fixed = {
