@@ -10,6 +10,7 @@ from pixrl.evaluation.align_report import write_align_report
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_log import evaluations
+from pixrl.training.distributed import Team
 from pixrl.training.monitor import Monitor, Silent, for_terminal
 from pixrl.training.runlog import RunFolder
 from pixrl.training.selfcheck import Report
@@ -113,7 +114,8 @@ def default_out(recipe: str | Path | Mapping[str, Any], config: AlignConfig) -> 
 
 
 def _finish(run: Path) -> AlignResult:
-    write_align_report(run)
+    if Team("cpu").leads:
+        write_align_report(run)
     return AlignResult(run)
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,6 +14,30 @@ import typer
 from typer.core import TyperGroup
 
 from pixrl import __version__
+from pixrl.cli_options import (
+    AlignRecipe,
+    Alpha,
+    Balance,
+    Budget,
+    Compare,
+    Concepts,
+    Device,
+    Exemplars,
+    Force,
+    Keep,
+    Model,
+    Out,
+    Pairs,
+    Presence,
+    Recipe,
+    Repair,
+    Run,
+    Sampler,
+    Seed,
+    Set,
+    Steps,
+    option,
+)
 from pixrl.errors import InputError, PixrlError
 
 if TYPE_CHECKING:
@@ -55,64 +80,6 @@ app = typer.Typer(
 )
 toy = typer.Typer(help="The embedded toy world: build and verify its checkpoints.", no_args_is_help=True)
 app.add_typer(toy, name="toy")
-
-WHAT, HOW, CHOICE, WHERE = "What", "How", "Selection", "Where"
-CALIBRATED = "the checkpoint's calibration"
-
-
-def _option(
-    help: str, panel: str | None = None, default: str | None = None, flag: str | None = None, **more: Any
-) -> Any:
-    """An option. Its default is given as text, for the settings' models hold the true ones."""
-    names = (flag,) if flag else ()
-    text = f"{help} [dim]default: {default}[/dim]" if default else help
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
-
-
-Concepts = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="CONCEPT", help="Two or more: owl snail mushroom.", show_default=False),
-]
-Pairs = Annotated[Path | None, _option("A file instead, one 'a & b' a line: fuse them all.", WHAT)]
-Model = Annotated[
-    str | None, _option("toy:NAME, a folder in diffusers' layout, or a hub id.", WHAT, "toy:sd3")
-]
-Recipe = Annotated[str | None, _option("A YAML file, or a name under recipes/; options add to it.", WHAT)]
-AlignRecipe = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE", help="A YAML file, or a name under recipes/: toy/e2po.", show_default=False
-    ),
-]
-Steps = Annotated[int | None, _option("Training steps.", HOW, "the recipe's")]
-Sampler = Annotated[
-    str | None, _option("rmler, ppo, grpo, random, mean, bass, agswap, golden or search.", HOW, "rmler")
-]
-Compare = Annotated[str | None, _option("Samplers side by side at equal budget: all, or rmler,random.", HOW)]
-Budget = Annotated[int | None, _option("Pictures in all.", HOW, "128")]
-Exemplars = Annotated[
-    int | None, _option("Pictures of each concept that children are compared with.", HOW, "4")
-]
-Alpha = Annotated[float | None, _option("Weight of the balance in the reward.", HOW, "5")]
-Seed = Annotated[int | None, _option("Of everything random.", HOW, "0")]
-Set = Annotated[
-    list[str] | None,
-    _option("Any other setting of the recipe; repeat for more.", HOW, flag="--set", metavar="A.B=C"),
-]
-Keep = Annotated[int | None, _option("How many of the candidates are selected.", CHOICE, "4")]
-Presence = Annotated[
-    float | None, _option("A child shows a concept above this similarity.", CHOICE, CALIBRATED)
-]
-Balance = Annotated[
-    float | None, _option("A child is balanced below this difference of similarities.", CHOICE, CALIBRATED)
-]
-Out = Annotated[Path | None, _option("The run's folder.", WHERE, "a new one under runs/")]
-Force = Annotated[bool, _option("Replace a run that is there already.", WHERE, flag="--force")]
-Device = Annotated[str | None, _option("auto, cpu, cuda, cuda:1 or mps.", WHERE, "auto")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
-Repair = Annotated[
-    bool, _option("First drop what lies behind the last good line of a damaged log.", flag="--repair")
-]
 
 
 def _show_version(wanted: bool) -> None:
@@ -221,7 +188,13 @@ def _resumable(run: Path) -> Iterator[None]:
 
 def _say_where(run: Path) -> None:
     report = run / "report.html"
-    typer.echo(f"Report: {report}" if report.is_file() else f"Run: {run}")
+    if _leads():
+        typer.echo(f"Report: {report}" if report.is_file() else f"Run: {run}")
+
+
+def _leads() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @app.command()
@@ -250,8 +223,8 @@ def align(
     config = align_api.load(recipe, set_ or [], steps=steps, seed=seed, settings=settings)
     out = out or align_api.default_out(recipe, config)
     with _resumable(out):
-        align_api.run_align(config, out, force=force)
-    _say_where(out)
+        done = align_api.run_align(config, out, force=force)
+    _say_where(done.run)
 
 
 @app.command()
@@ -259,13 +232,14 @@ def selfcheck(
     recipe: AlignRecipe,
     seed: Seed = None,
     set_: Set = None,
-    as_json: Annotated[bool, _option("Print one JSON object.", flag="--json")] = False,
+    as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
 ) -> None:
     """Is the first update of a recipe on-policy, by dtype and batch size? Exit code 1 when it is not."""
     from pixrl import align_api
 
     report = align_api.selfcheck(align_api.load(recipe, set_ or [], seed=seed))
-    typer.echo(json.dumps(report.to_json(), indent=1) if as_json else "\n".join(report.lines()))
+    if _leads():
+        typer.echo(json.dumps(report.to_json(), indent=1) if as_json else "\n".join(report.lines()))
     if not report.passed:
         raise typer.Exit(1)
 
@@ -276,7 +250,7 @@ def resume(
     repair: Repair = False,
     set_: Set = None,
     accept_changes: Annotated[
-        bool, _option("Go on though recipe.yaml was edited since.", flag="--accept-changes")
+        bool, option("Go on though recipe.yaml was edited since.", flag="--accept-changes")
     ] = False,
 ) -> None:
     """Go on with a run that was interrupted; it ends as one that never was."""
@@ -315,7 +289,7 @@ def report(run: Run) -> None:
 @app.command()
 def demo(
     out: Annotated[
-        Path | None, _option("The run's folder.", default="pixrl-demo, or pixrl-demo-2 ...")
+        Path | None, option("The run's folder.", default="pixrl-demo, or pixrl-demo-2 ...")
     ] = None,
 ) -> None:
     """Fuse three pairs on the toy world and write a report: two minutes, no download."""
@@ -343,11 +317,11 @@ def _unused(path: Path) -> Path:
 @toy.command("build")
 def toy_build(
     stage: Annotated[
-        list[str] | None, _option("Only this stage; repeat for more.", default="all of them")
+        list[str] | None, option("Only this stage; repeat for more.", default="all of them")
     ] = None,
-    resume: Annotated[bool, _option("Go on with a build that was killed.", flag="--resume")] = False,
-    out: Annotated[Path | None, _option("Where the checkpoints go.", default="into the package")] = None,
-    device: Annotated[str, _option("cpu, cuda or mps.", default="cpu")] = "cpu",
+    resume: Annotated[bool, option("Go on with a build that was killed.", flag="--resume")] = False,
+    out: Annotated[Path | None, option("Where the checkpoints go.", default="into the package")] = None,
+    device: Annotated[str, option("cpu, cuda or mps.", default="cpu")] = "cpu",
 ) -> None:
     """Train the toy world's checkpoints from nothing: hours on two cores, minutes on a GPU."""
     from pixrl.toy.build import build
@@ -368,8 +342,8 @@ def toy_verify(
             metavar="CHECKPOINT", help="Only these: clip sd3 ...; without one, all.", show_default=False
         ),
     ] = None,
-    quick: Annotated[bool, _option("Take a quarter of the samples.", flag="--quick")] = False,
-    as_json: Annotated[bool, _option("Print one JSON object.", flag="--json")] = False,
+    quick: Annotated[bool, option("Take a quarter of the samples.", flag="--quick")] = False,
+    as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
 ) -> None:
     """Measure the shipped checkpoints on held-out scenes against their gates; exit code 1 when one fails."""
     from pixrl.toy.verify import verify

@@ -16,7 +16,7 @@ LAYERS = [
     {"algorithms", "conformance"},
     {"training"},
     {"evaluation", "reproduce"},
-    {"cli", "align_api", "fuse_api", "studio", "__init__", "__main__"},
+    {"cli", "cli_options", "align_api", "fuse_api", "studio", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TOY_MAY_IMPORT = LAYERS[0] | LAYERS[1] | LAYERS[2]

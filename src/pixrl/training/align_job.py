@@ -40,11 +40,11 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
         RunError: the folder is taken, or the run had to stop.
     """
     shop = open_workshop(config)
-    prepare(
-        shop.method.exploration, shop.policy, shop.first_prompts()[:1]
-    )  # what the model lacks shows before any folder
+    # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
+    prepare(shop.method.exploration, shop.policy, shop.first_prompts()[:1])
     micro_batches, notes = plan_batches(shop)
     team = shop.team
+    out = team.gather(out)[0]  # each process may have seen another folder as the first free one
     if team.leads:
         folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
         write_start(folder, shop, micro_batches, notes)

@@ -1,0 +1,64 @@
+"""The arguments and options of the commands. Defaults are shown as text: the settings' models hold the true ones."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+WHAT, HOW, CHOICE, WHERE = "What", "How", "Selection", "Where"
+CALIBRATED = "the checkpoint's calibration"
+
+
+def option(
+    help: str, panel: str | None = None, default: str | None = None, flag: str | None = None, **more: Any
+) -> Any:
+    """An option that shows its default as text."""
+    names = (flag,) if flag else ()
+    text = f"{help} [dim]default: {default}[/dim]" if default else help
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
+
+
+Concepts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CONCEPT", help="Two or more: owl snail mushroom.", show_default=False),
+]
+Pairs = Annotated[Path | None, option("A file instead, one 'a & b' a line: fuse them all.", WHAT)]
+Model = Annotated[
+    str | None, option("toy:NAME, a folder in diffusers' layout, or a hub id.", WHAT, "toy:sd3")
+]
+Recipe = Annotated[str | None, option("A YAML file, or a name under recipes/; options add to it.", WHAT)]
+AlignRecipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or a name under recipes/: toy/e2po.", show_default=False
+    ),
+]
+Steps = Annotated[int | None, option("Training steps.", HOW, "the recipe's")]
+Sampler = Annotated[
+    str | None, option("rmler, ppo, grpo, random, mean, bass, agswap, golden or search.", HOW, "rmler")
+]
+Compare = Annotated[str | None, option("Samplers side by side at equal budget: all, or rmler,random.", HOW)]
+Budget = Annotated[int | None, option("Pictures in all.", HOW, "128")]
+Exemplars = Annotated[
+    int | None, option("Pictures of each concept that children are compared with.", HOW, "4")
+]
+Alpha = Annotated[float | None, option("Weight of the balance in the reward.", HOW, "5")]
+Seed = Annotated[int | None, option("Of everything random.", HOW, "0")]
+Set = Annotated[
+    list[str] | None,
+    option("Any other setting of the recipe; repeat for more.", HOW, flag="--set", metavar="A.B=C"),
+]
+Keep = Annotated[int | None, option("How many of the candidates are selected.", CHOICE, "4")]
+Presence = Annotated[
+    float | None, option("A child shows a concept above this similarity.", CHOICE, CALIBRATED)
+]
+Balance = Annotated[
+    float | None, option("A child is balanced below this difference of similarities.", CHOICE, CALIBRATED)
+]
+Out = Annotated[Path | None, option("The run's folder.", WHERE, "a new one under runs/")]
+Force = Annotated[bool, option("Replace a run that is there already.", WHERE, flag="--force")]
+Device = Annotated[str | None, option("auto, cpu, cuda, cuda:1 or mps.", WHERE, "auto")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
+Repair = Annotated[
+    bool, option("First drop what lies behind the last good line of a damaged log.", flag="--repair")
+]
