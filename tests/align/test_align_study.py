@@ -39,9 +39,8 @@ def study(
     }
     for name, change in changes.items():
         files[name] = tmp_path / f"{name}.yaml"
-        files[name].write_text(
-            "kind: align\n" + json.dumps(recipe(sd3_folder, prompt_file, steps=2, **change))
-        )
+        settings = recipe(sd3_folder, prompt_file, steps=2, **change)
+        files[name].write_text(json.dumps({"kind": "align", **settings}))
     return {
         "variants": {name: {"recipe": str(file)} for name, file in files.items()},
         "seeds": [0, 1],
@@ -56,7 +55,7 @@ def load(study: dict[str, Any], **changes: Any) -> AlignStudyConfig:
 
 
 def write(study: dict[str, Any], path: Path, **changes: Any) -> Path:
-    path.write_text(f"kind: align-study\n{json.dumps({**study, **changes})}")
+    path.write_text(json.dumps({"kind": "align-study", **study, **changes}))
     return path
 
 

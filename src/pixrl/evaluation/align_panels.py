@@ -60,7 +60,7 @@ def reward_panels(config: AlignConfig, metrics: Rows, evaluated: Rows) -> list[P
         ]
         if training or held_out:
             note = "Never trained on." if setting.held_out else "Trained on."
-            svg = lines_chart([c for c in curves if c.values], "step", setting.name, legend=True)
+            svg = lines_chart([c for c in curves if c.values], "step", "", legend=True)
             found.append(
                 Panel(setting.name, f"{note} Shaded: one standard deviation of a step's pictures.", svg)
             )
