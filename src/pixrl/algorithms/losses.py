@@ -152,7 +152,10 @@ class Loss(ABC):
 
     @abstractmethod
     def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
-        """How far the first update is from on-policy on some rows: 0 but for rounding."""
+        """How far the first update is from on-policy on some rows: 0 but for rounding.
+
+        Computed as the update does, with gradients, since that may take other kernels than sampling did.
+        """
 
     def old_decay(self, step: int) -> float | None:
         """How much of the old policy stays after a step; None where this loss has no old policy."""
@@ -204,7 +207,6 @@ class ClippedSurrogate(Loss):
             return gaussian_kl(mean, reference, std)
         return gaussian_kl(mean, reference, std, form="flow_grpo", dt=dt_B)
 
-    @torch.no_grad()
     def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
         none_B = torch.zeros(len(rows))
         ratios = [
@@ -268,12 +270,11 @@ class NegativeAware(Loss):
         t_B = x0.new_tensor([levels[_shuffled(stream, len(levels))[part]] for stream in streams])
         return interpolate(x0, fresh_noise(policy, streams, Use.FRESH, part), t_B), t_B, x0
 
-    @torch.no_grad()
     def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
         x_t, t_B, _ = self._noised(policy, rollouts, rows, 0)
         condition = rollouts.conditioning(rows)
-        current = policy.velocity(x_t, t_B, condition)
-        with policy.slot(Slot.OLD):
+        current = policy.velocity(x_t, t_B, condition).detach()
+        with torch.no_grad(), policy.slot(Slot.OLD):
             old = policy.velocity(x_t, t_B, condition)
         return (current - old).abs().max().item()
 
