@@ -13,7 +13,11 @@ from torch import Tensor
 from pixrl.algorithms.peers import Alone, Tally, disagreement
 from pixrl.algorithms.spread import group_diversity, mean_pairwise_distance, pixel_features
 from pixrl.data.prompts import Prompt, PromptSet
+from pixrl.errors import InputError
+from pixrl.models.flow_pipeline import Part
 from pixrl.models.sd3 import SD3Policy
+from pixrl.rewards.settings import RewardSetting
+from pixrl.training.align_workshop import placed
 from pixrl.training.monitor import LiveView, PlainLines
 from pixrl.training.planner import evened, plan
 from pixrl.training.prompt_sampler import PromptSampler, share
@@ -125,3 +129,30 @@ def test_displays_take_everything(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().err
     assert "2/2  geneval 0.500  group std 0.100" in printed
     assert "0.400 → 0.600" in console.export_text()
+
+
+def test_offloading_on_a_cpu_has_no_effect_and_says_so(policy: SD3Policy) -> None:
+    with pytest.raises(InputError, match="no effect on a CPU"):
+        policy.offload()
+
+
+def test_parts_are_fetched_and_sent_away_again(policy: SD3Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[tuple[Part, str]] = []
+    monkeypatch.setattr(policy, "_move", lambda part, device: moves.append((part, device.type)))
+    monkeypatch.setattr(policy, "device", torch.device("meta"))
+    policy._present.clear()
+    with policy.present(Part.VAE):
+        assert moves == [(Part.VAE, "meta")]
+    assert moves == [(Part.VAE, "meta"), (Part.VAE, "cpu")]
+    policy._present.add(Part.TEXT)
+    with policy.text_present():
+        assert len(moves) == 2
+
+
+def test_rewards_compute_where_the_process_does() -> None:
+    clip = RewardSetting(name="clip_text", options={"model": "toy:clip"})
+    assert placed(clip, "cuda:1").options == {"model": "toy:clip", "device": "cuda:1"}
+    own = RewardSetting(name="clip_text", options={"model": "toy:clip", "device": "cpu"})
+    assert placed(own, "cuda:1") == own
+    python = RewardSetting(name="python", options={"function": "m:f"})
+    assert placed(python, "cuda:1") == python
