@@ -56,6 +56,7 @@ class Card(BaseModel):
     color_zoom: bool | None = None
     min_area: float | None = None
     score_evidence: float | None = None
+    position_ids: str | None = None
 
 
 class Layout(StrEnum):

@@ -10,11 +10,12 @@ from torch import Tensor
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.align import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings
-from pixrl.algorithms.losses import ClippedSettings, LossSettings, NFTSettings, make_loss
+from pixrl.algorithms.loss_table import LossSettings, make_loss
+from pixrl.algorithms.losses import ClippedSettings, NFTSettings
 from pixrl.algorithms.perturbation_learning import PerturbationSettings
 from pixrl.algorithms.rollouts import Group
 from pixrl.algorithms.stepping import SamplingSettings
-from pixrl.models.sd3 import SD3Policy
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.training import checkpoint
 from pixrl.types import Scores
 
@@ -37,7 +38,7 @@ ODE = SamplingSettings(steps=4, solver="dpm")
 
 
 def aligner(
-    policy: SD3Policy,
+    policy: FlowPipelinePolicy,
     loss: LossSettings = CLIPPED,
     sampling: SamplingSettings = SDE,
     *,
@@ -66,7 +67,7 @@ def scored(values: Tensor | Sequence[float], name: str = "r") -> dict[str, Score
     return {name: Scores(values_B, reasons, provenance={"model": "test"})}
 
 
-def weights_of(policy: SD3Policy) -> dict[str, Tensor]:
+def weights_of(policy: FlowPipelinePolicy) -> dict[str, Tensor]:
     assert policy.lora is not None
     return policy.lora.state()
 

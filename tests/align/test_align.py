@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 
-from pixrl.algorithms.advantages import AdvantageSettings, combine, group_std, reward_metrics
+from pixrl import models
+from pixrl.algorithms.advantages import AdvantageSettings, advantages, group_std, reward_metrics
 from pixrl.algorithms.align import Aligner
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.losses import ClippedSettings, KLForm, LossSettings, NFTSettings, OldPolicy, check_fit
+from pixrl.algorithms.loss_table import LossSettings, check_fit, make_loss
+from pixrl.algorithms.losses import ClippedSettings, KLForm, NFTSettings, OldPolicy
 from pixrl.algorithms.rollouts import Rollouts
 from pixrl.algorithms.stepping import SamplingSettings
 from pixrl.errors import RunError
@@ -80,8 +82,6 @@ def test_any_combination_of_parts_learns(
 def test_the_micro_batch_does_not_matter(
     sd3_folder: object, exploring: bool, loss: LossSettings, sampling: SamplingSettings
 ) -> None:
-    from pixrl import models
-
     results, pictures = [], []
     for micro in ((1, 1), (4, 3), (99, 99)):
         policy = models.load(str(sd3_folder), device="cpu", dtype="float32")
@@ -238,8 +238,6 @@ def test_another_schedule_is_refused(policy: SD3Policy) -> None:
 
 
 def test_the_old_policy_follows_as_published() -> None:
-    from pixrl.algorithms.losses import make_loss
-
     kinds = {
         kind: make_loss(NFTSettings(old_policy=kind))
         for kind in (OldPolicy.FOLLOW, OldPolicy.SLOW, OldPolicy.LATE)
@@ -283,8 +281,6 @@ def test_the_two_forms_of_the_kl_differ_by_dt(policy: SD3Policy) -> None:
 
 
 def test_resumed_from_its_state_it_goes_on_the_same(sd3_folder: object) -> None:
-    from pixrl import models
-
     def fresh() -> Aligner:
         policy = models.load(str(sd3_folder), device="cpu", dtype="float32")
         assert isinstance(policy, SD3Policy)
@@ -306,19 +302,19 @@ def test_resumed_from_its_state_it_goes_on_the_same(sd3_folder: object) -> None:
 def test_advantages_of_several_rewards() -> None:
     small = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.5, 0.5]])
     settings = AdvantageSettings(eps=0, clamp=None)
-    one = combine({"a": small}, {"a": 1.0}, settings)
-    both = combine({"a": small, "b": 1000 * small, "held": small * NAN}, {"a": 0.7, "b": 0.3}, settings)
+    one = advantages({"a": small}, {"a": 1.0}, settings)[0]
+    both = advantages({"a": small, "b": 1000 * small, "held": small * NAN}, {"a": 0.7, "b": 0.3}, settings)[0]
     assert torch.allclose(one, both, atol=1e-4)
     assert both[1].tolist() == [0, 0, 0]
     failed = small.clone()
     failed[0, 2] = NAN
-    mixed = combine({"a": small, "b": failed}, {"a": 1.0, "b": 1.0}, settings)
+    mixed = advantages({"a": small, "b": failed}, {"a": 1.0, "b": 1.0}, settings)[0]
     assert mixed[0].isnan().tolist() == [False, False, True]
     assert torch.allclose(mixed[0, :2], torch.tensor([-2.0, 2.0]), atol=1e-4)
-    clamped = combine({"a": small}, {"a": 10.0}, AdvantageSettings(clamp=5))
+    clamped = advantages({"a": small}, {"a": 10.0}, AdvantageSettings(clamp=5))[0]
     assert clamped.abs().max() == 5
     with pytest.raises(RunError, match="No scores of the reward 'c'"):
-        combine({"a": small}, {"c": 1.0}, settings)
+        advantages({"a": small}, {"c": 1.0}, settings)[0]
 
 
 def test_reward_metrics() -> None:

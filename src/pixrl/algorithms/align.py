@@ -10,26 +10,30 @@ perturbed embeddings with DiffusionNFT's rest. E2PO's algorithm box, with a prom
 
     1. learn K - 1 perturbed conditions per prompt, keep c_0                      Exploration.prepare
     2. draw x ~ pi_old(. | c_k(t)) for every noise g and condition k              collect
-    3. r(x), A(x) within the group                                                combine
+    3. r(x), A(x, t) within the group                                             Loss.judge
     4. descend the loss, conditioned on c_0 alone                                 update
     5. old <- d old + (1 - d) current                                             finish
+
+Customized-GRPO (pixrl personalize) is Flow-GRPO with reference pictures in every condition (references.py) and its two
+shapings of the advantage (advantages.py); SFT and RPO are other losses (sft.py, rpo.py).
 
 Processes share a step's groups; gradients are summed over them and divided by the number of terms of all, so the
 update does not depend on how many there are, nor on the micro-batch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, combine, reward_metrics
+from pixrl.algorithms.advantages import AdvantageSettings, reward_metrics, shaping_metrics
 from pixrl.algorithms.exploration import Exploration, Variants
-from pixrl.algorithms.losses import Loss
+from pixrl.algorithms.losses import Judgement, Loss
 from pixrl.algorithms.peers import Alone, Peers, Tally, disagreement
-from pixrl.algorithms.rollouts import Group, Rollouts, Samples, roll_out
+from pixrl.algorithms.references import shown_to
+from pixrl.algorithms.rollouts import Group, Rollouts, Samples
 from pixrl.algorithms.stepping import SamplingSettings, Schedule, StepPlan
 from pixrl.config import Settings
 from pixrl.errors import RunError
@@ -121,9 +125,8 @@ class Aligner:
         method = self.method
         plan = StepPlan.make(self.policy, method.sampling, seed=self.seed, step=step)
         samples = Samples.of(groups, method.noises, method.exploration.variants, self.seed)
-        variants = prepare(method.exploration, self.policy, [group.prompt for group in groups])
-        with self.policy.slot(method.loss.sampling_slot):
-            drawn = roll_out(self.policy, variants, samples, plan, self.micro_batches.rollout)
+        variants = prepare(method.exploration, self.policy, groups)
+        drawn = method.loss.draw(self.policy, variants, samples, plan, self.micro_batches.rollout)
         return Rollouts(step, samples, plan, variants.anchor, *drawn, variants.metrics)
 
     def update(
@@ -145,13 +148,16 @@ class Aligner:
         self._require_one_schedule(rollouts)
         rewards = {name: self._whole(rollouts, one.values_B) for name, one in scores.items()}
         metrics = reward_metrics(rewards, weights) | self._exploration_metrics(rollouts)
-        advantage_PS = combine(rewards, weights, self.method.advantage)
-        advantage_B = advantage_PS[[group.place for group in rollouts.samples.groups]].flatten()
+        judged = self.method.loss.judge(rewards, weights, self.method.advantage, rollouts.schedule.steps)
+        metrics |= shaping_metrics(rewards, weights, self.method.advantage, judged.advantage_TPS)
+        places = [group.place for group in rollouts.samples.groups]
+        advantage_TB = judged.advantage_TPS[:, places].flatten(1)
+        rollouts = _with_rivals(rollouts, judged)
         lr = self._set_learning_rate(rollouts.step)
         tally, norms, skipped = Tally(), [], 0
         for number in range(self.method.optimizer.updates):
-            rows = self._rows(rollouts, advantage_PS, number)
-            norm = self._descend(rollouts, rows, advantage_B, tally, with_kl=number == 0)
+            rows = self._rows(rollouts, judged.advantage_TPS[0], number)
+            norm = self._descend(rollouts, rows, advantage_TB, tally, with_kl=number == 0)
             skipped += norm is None
             norms += [] if norm is None else [norm]
         self._finish(rollouts.step)
@@ -204,9 +210,12 @@ class Aligner:
         return [int(row) for row in mine.nonzero().flatten()]
 
     def _descend(
-        self, rollouts: Rollouts, rows: Sequence[int], advantage_B: Tensor, tally: Tally, *, with_kl: bool
+        self, rollouts: Rollouts, rows: Sequence[int], advantage_TB: Tensor, tally: Tally, *, with_kl: bool
     ) -> float | None:
-        """One optimizer step; the gradient's norm, or None where it was not finite and nothing was changed."""
+        """One optimizer step; the gradient's norm, or None where it was not finite and nothing was changed.
+
+        Each term takes the advantage of its own true step.
+        """
         loss = self.method.loss
         parts = loss.parts(rollouts)
         count = self.peers.sum(torch.tensor(float(len(rows) * parts))).item()
@@ -218,7 +227,8 @@ class Aligner:
             for piece in chunks(len(rows), self.micro_batches.train):
                 own = rows[piece]
                 first = with_kl and piece.start == 0
-                terms = loss.terms(self.policy, rollouts, own, advantage_B[list(own)], part, first)
+                advantage_B = advantage_TB[loss.steps(rollouts, own, part), list(own)]
+                terms = loss.terms(self.policy, rollouts, own, advantage_B, part, first)
                 if not bool(terms.loss_B.isfinite().all()):
                     not_finite += 1
                     continue
@@ -289,12 +299,27 @@ class Aligner:
             self.scaler.load_state_dict(left)
 
 
-def prepare(exploration: Exploration, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
-    """The conditions of some prompts; none of none, for a process without a group."""
-    if prompts:
+def prepare(exploration: Exploration, policy: FlowPolicy, groups: Sequence[Group]) -> Variants:
+    """The conditions of some groups, with the reference pictures that they name; none of none.
+
+    Raises:
+        InputError: a group has reference pictures and the model takes none, or not all have as many.
+    """
+    if groups:
         with policy.text_present():
-            return exploration.prepare(policy, prompts)
+            variants = exploration.prepare(policy, [group.prompt for group in groups])
+        return shown_to(policy, variants, groups)
     return Variants(policy.encode([""])[:0], exploration.variants)
+
+
+def _with_rivals(rollouts: Rollouts, judged: Judgement) -> Rollouts:
+    """Places in groups as rows of this process, where the loss learns from pairs."""
+    if judged.rival_PS is None:
+        return rollouts
+    samples = rollouts.samples
+    own_PS = judged.rival_PS[[group.place for group in samples.groups]]
+    first_P = torch.arange(len(samples.groups)) * samples.per_group
+    return replace(rollouts, rival_B=(own_PS + first_P[:, None]).flatten())
 
 
 def _update_metrics(tally: Tally) -> dict[str, float]:

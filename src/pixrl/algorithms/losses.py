@@ -1,7 +1,8 @@
 """What an update minimizes: the clipped surrogate of GRPO, or DiffusionNFT's contrast of good and bad samples.
 
 A loss is cut into `parts` (random steps, or noise levels), each of which can be evaluated for any rows of a step's
-rollouts, so that memory never decides what is learned.
+rollouts, so that memory never decides what is learned. It also says which pictures it learns from (`draw`: the samples
+of a slot) and what it takes from their scores (`judge`: advantages), where the baselines `sft.py` and `rpo.py` differ.
 
 | paper                       | here                                                       |
 |-----------------------------|------------------------------------------------------------|
@@ -28,8 +29,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pixrl.algorithms.rollouts import Rollouts, Use, fresh_noise
-from pixrl.algorithms.stepping import Noise, SamplingSettings
+from pixrl.algorithms.advantages import AdvantageSettings, advantages
+from pixrl.algorithms.exploration import Variants
+from pixrl.algorithms.rollouts import Drawn, Rollouts, Samples, Use, fresh_noise, roll_out
+from pixrl.algorithms.stepping import StepPlan
 from pixrl.config import Settings
 from pixrl.equations import (
     clipped_surrogate,
@@ -126,10 +129,41 @@ class Terms:
     """Name -> [B], without gradients."""
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What the scores of a step's samples say to a loss."""
+
+    advantage_TPS: Tensor
+    """At every step of the schedule; nan leaves a sample out."""
+    rival_PS: Tensor | None = None
+    """Place in its group of the sample that each one was preferred to, for losses of pairs."""
+
+
 class Loss(ABC):
     """What is minimized over a step's rollouts."""
 
     sampling_slot: Slot
+
+    def draw(
+        self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
+    ) -> Drawn:
+        """The pictures that a training step learns from: those of `sampling_slot`."""
+        with policy.slot(self.sampling_slot):
+            return roll_out(policy, variants, samples, plan, micro_batch)
+
+    def judge(
+        self,
+        rewards: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        settings: AdvantageSettings,
+        steps: int,
+    ) -> "Judgement":
+        """What is learned of the scores of all processes' samples [P, S], reward by reward."""
+        return Judgement(advantages(rewards, weights, settings, steps))
+
+    @abstractmethod
+    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
+        """The true step, 0 the noisiest, that each of some rows is trained at in a part."""
 
     @abstractmethod
     def parts(self, rollouts: Rollouts) -> int:
@@ -172,6 +206,9 @@ class ClippedSurrogate(Loss):
 
     def parts(self, rollouts: Rollouts) -> int:
         return len(rollouts.transitions)
+
+    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
+        return [rollouts.transitions[part].number] * len(rows)
 
     def terms(
         self,
@@ -227,6 +264,9 @@ class NegativeAware(Loss):
     def parts(self, rollouts: Rollouts) -> int:
         return self.settings.timesteps
 
+    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
+        return noise_levels(rollouts, rows, part)
+
     def old_decay(self, step: int) -> float:
         if self.settings.old_decay is not None:
             return self.settings.old_decay
@@ -241,7 +281,7 @@ class NegativeAware(Loss):
         part: int,
         with_kl: bool,
     ) -> Terms:
-        x_t, t_B, x0 = self._noised(policy, rollouts, rows, part)
+        x_t, t_B, x0, _ = noised(policy, rollouts, rows, part)
         condition = rollouts.conditioning(rows)
         velocity = policy.velocity(x_t, t_B, condition)
         with torch.no_grad(), policy.slot(Slot.OLD):
@@ -259,48 +299,39 @@ class NegativeAware(Loss):
             figures["kl"] = kl_B.detach()
         return Terms(loss_B, figures)
 
-    def _noised(
-        self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], part: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t, t and x0 of some rows: each sample has an order of noise levels and fresh noises of its own."""
-        index = list(rows)
-        x0 = rollouts.x0_B[index]
-        streams = [rollouts.samples.streams[row] for row in index]
-        levels = rollouts.schedule.sigmas[:-1]
-        t_B = x0.new_tensor([levels[_shuffled(stream, len(levels))[part]] for stream in streams])
-        return interpolate(x0, fresh_noise(policy, streams, Use.FRESH, part), t_B), t_B, x0
-
     def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
-        x_t, t_B, _ = self._noised(policy, rollouts, rows, 0)
-        condition = rollouts.conditioning(rows)
-        current = policy.velocity(x_t, t_B, condition).detach()
-        with torch.no_grad(), policy.slot(Slot.OLD):
-            old = policy.velocity(x_t, t_B, condition)
-        return (current - old).abs().max().item()
+        return velocity_deviation(policy, rollouts, rows, Slot.OLD)
+
+
+def velocity_deviation(policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], slot: Slot) -> float:
+    """The largest difference between the trained velocity and a slot's on some rows."""
+    x_t, t_B, _, _ = noised(policy, rollouts, rows, 0)
+    condition = rollouts.conditioning(rows)
+    current = policy.velocity(x_t, t_B, condition).detach()
+    with torch.no_grad(), policy.slot(slot):
+        other = policy.velocity(x_t, t_B, condition)
+    return (current - other).abs().max().item()
+
+
+def noise_levels(rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
+    """The step whose noise level each of some rows has in a part: an order of its own for each sample."""
+    count = rollouts.schedule.steps
+    return [_shuffled(rollouts.samples.streams[row], count)[part] for row in rows]
+
+
+def noised(
+    policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], part: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_t, t [B], x0 and the noise of some rows: noise levels in an order, and fresh noises, of each sample's own."""
+    index = list(rows)
+    x0 = rollouts.x0_B[index]
+    levels = rollouts.schedule.sigmas
+    t_B = x0.new_tensor([levels[step] for step in noise_levels(rollouts, rows, part)])
+    noise = fresh_noise(policy, [rollouts.samples.streams[row] for row in index], Use.FRESH, part)
+    return interpolate(x0, noise, t_B), t_B, x0, noise
 
 
 def _shuffled(stream: int, count: int) -> list[int]:
     drawer = torch.Generator().manual_seed(sample_seed(stream, Use.ORDER, 0, 0))
     order: list[int] = torch.randperm(count, generator=drawer).tolist()
     return order
-
-
-LossSettings = ClippedSettings | NFTSettings
-
-
-def make_loss(settings: LossSettings) -> Loss:
-    """The loss that the settings describe."""
-    return NegativeAware(settings) if isinstance(settings, NFTSettings) else ClippedSurrogate(settings)
-
-
-def check_fit(loss: LossSettings, sampling: SamplingSettings) -> None:
-    """ValueError when a loss cannot learn from rollouts that are sampled so."""
-    if isinstance(loss, ClippedSettings):
-        if sampling.noise is Noise.NONE:
-            raise ValueError(
-                "loss: clipped needs rollouts with a density: set sampling.noise to flow_sde, dance or cps"
-            )
-    elif loss.timesteps > sampling.steps:
-        raise ValueError(
-            f"loss.timesteps is {loss.timesteps}, but {sampling.steps} sampling steps have only as many noise levels"
-        )

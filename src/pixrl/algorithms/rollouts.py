@@ -118,6 +118,8 @@ class Rollouts:
     """Clean latents, [B, C, h, w]."""
     transitions: tuple[Transition, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    rival_B: Tensor | None = None
+    """Row of the picture that each one was preferred to, int64 [B]; where a loss learns from pairs."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -131,10 +133,14 @@ class Rollouts:
         return self.anchor[self.samples.prompt_B[list(rows)]]
 
 
+Drawn = tuple[Tensor, Tensor, tuple[Transition, ...]]
+"""Pictures [B, 3, H, W] on the CPU, clean latents [B, C, h, w], and the random steps in order."""
+
+
 @torch.no_grad()
 def roll_out(
     policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
-) -> tuple[Tensor, Tensor, tuple[Transition, ...]]:
+) -> Drawn:
     """Draw the samples with the slot that is active.
 
     Returns:
@@ -150,7 +156,7 @@ def roll_out(
     return images, torch.cat([x0 for x0, _ in parts]), tuple(_join(same) for same in by_step)
 
 
-def _nothing(policy: FlowPolicy, plan: StepPlan) -> tuple[Tensor, Tensor, tuple[Transition, ...]]:
+def _nothing(policy: FlowPolicy, plan: StepPlan) -> Drawn:
     """What a process without samples has."""
     side = policy.settings.resolution
     latents = policy.initial_noise([0])[:0]

@@ -118,7 +118,7 @@ def draw(policy: FlowPolicy, slot: Slot, prompts: Sequence[Prompt], drawing: Dra
     samples = Samples.of(groups, drawing.per_prompt, 1, drawing.seed)
     plan = StepPlan(Schedule.of(policy, drawing.steps), drawing.solver)
     with policy.slot(slot):
-        variants = prepare(NoiseOnly(), policy, [prompt.text for prompt in prompts])
+        variants = prepare(NoiseOnly(), policy, groups)
         images_BCHW, _, _ = roll_out(policy, variants, samples, plan, drawing.micro_batch)
     return Drawn(samples, images_BCHW, time.perf_counter() - begun)
 

@@ -33,6 +33,7 @@ from pixrl.training.runlog import png_bytes
 PROJECTION = "projection.json"
 FIRST_EPOCH = -1000
 """Epoch of the first round of these pictures' seeds; no other use has it."""
+NOTE = "pictures of the base before training, image features on their two principal axes"
 GAP = 2
 """Pixels between the pictures of a sheet."""
 
@@ -95,7 +96,7 @@ def project(
     if meter.detector is not None:
         for way, images in (("perturbed", explored.perturbed_SCHW), ("noise", explored.noise_SCHW)):
             figures[f"layouts_{way}"] = distinct_layouts(layouts_of(meter.detector, images))
-    return figures, standalone(clouds_chart(clouds, *axes), explored.prompt, legend)
+    return figures, standalone(clouds_chart(clouds, *axes), explored.prompt, legend, NOTE)
 
 
 def principal_plane(features_BE: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +149,6 @@ def _draw(
     samples = Samples.of(groups, noises, exploration.variants, shop.config.seed)
     plan = StepPlan(Schedule.of(shop.policy, steps), shop.config.sampling.solver)
     with shop.policy.slot(Slot.REFERENCE):
-        variants = prepare(exploration, shop.policy, [group.prompt for group in groups])
+        variants = prepare(exploration, shop.policy, groups)
         images, _, _ = roll_out(shop.policy, variants, samples, plan, shop.policy.micro_batch)
     return images

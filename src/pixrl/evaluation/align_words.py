@@ -6,6 +6,8 @@ from typing import Any
 
 from pixrl.algorithms.advantages import Scale
 from pixrl.algorithms.losses import NFTSettings
+from pixrl.algorithms.rpo import RPOSettings
+from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.stepping import Noise
 from pixrl.training.align_config import AlignConfig, PerturbedExploration
 
@@ -87,7 +89,7 @@ def _exploration(config: AlignConfig) -> str:
     anchor = "with the prompt itself" if e.anchored else "without the prompt itself"
     return (
         f"{e.noises} noises × {e.variants} semantic variants {anchor}, {until}, on {e.encoders.value}, "
-        f"weight {e.weight:g}"
+        f"weight {e.weight:g} on {e.weighted}"
     )
 
 
@@ -102,12 +104,27 @@ def _sampling(config: AlignConfig) -> str:
 def _advantage(config: AlignConfig) -> str:
     a = config.advantage
     scale = "not divided" if a.scale is Scale.NONE else f"divided by the {a.scale.value} deviation"
-    return scale + ("" if a.clamp is None else f", at most ±{a.clamp:g}")
+    parts = [scale]
+    if a.synergy is not None:
+        recentred = ", recentred" if a.synergy.recenter else ""
+        parts.append(f"synergy {a.synergy.kind.value} with alpha {a.synergy.alpha:g}{recentred}")
+    if a.time is not None:
+        bounds = (a.time.w_min, a.time.w_max) if a.time.inverted else (a.time.w_max, a.time.w_min)
+        parts.append(f"weight of the prompt from {bounds[0]:g} to {bounds[1]:g} over the steps")
+    return ", ".join(parts) + ("" if a.clamp is None else f", at most ±{a.clamp:g}")
 
 
 def _loss(config: AlignConfig) -> str:
-    loss = config.loss
-    if isinstance(loss, NFTSettings):
-        old = loss.old_policy.value + ("" if loss.old_decay is None else f" {loss.old_decay:g}")
-        return f"nft, beta {loss.beta:g}, KL {loss.kl:g}, {loss.timesteps} noise levels a sample, old policy {old}"
-    return f"clipped at ±{loss.clip:g}, KL {loss.kl:g}"
+    match config.loss:
+        case NFTSettings() as loss:
+            old = loss.old_policy.value + ("" if loss.old_decay is None else f" {loss.old_decay:g}")
+            return f"nft, beta {loss.beta:g}, KL {loss.kl:g}, {loss.timesteps} noise levels a sample, old policy {old}"
+        case SFTSettings() as loss:
+            return f"supervised flow matching on target pictures, {loss.timesteps} noise levels a sample"
+        case RPOSettings() as loss:
+            return (
+                f"rpo: best against worst of a group by the harmonic mean, beta {loss.beta:g}, similarity loss "
+                f"{loss.similarity:g}, {loss.timesteps} noise levels a pair"
+            )
+        case loss:
+            return f"clipped at ±{loss.clip:g}, KL {loss.kl:g}"

@@ -72,6 +72,7 @@ class FlowPipelinePolicy(FlowPolicy):
         self.transformer: nn.Module = self.pipeline.transformer
         self.vae: nn.Module = self.pipeline.vae.to(memory_format=memory_format(self.device))
         self.lora: LoraSlots | None = None
+        self.merged: tuple[str, ...] = ()
         channels, patch = self._latent_geometry()
         side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor, patch)
         self.latent_shape = (channels, side, side)
@@ -148,11 +149,14 @@ class FlowPipelinePolicy(FlowPolicy):
     def _shift_mu(self) -> float:
         """The resolution-dependent schedule shift: linear in the number of the picture's tokens."""
         config = self.pipeline.scheduler.config
-        patch = self._latent_geometry()[1]
-        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
         rise = config.max_shift - config.base_shift
         run = config.max_image_seq_len - config.base_image_seq_len
-        return float(config.base_shift + rise / run * (tokens - config.base_image_seq_len))
+        return float(config.base_shift + rise / run * (self._shift_tokens() - config.base_image_seq_len))
+
+    def _shift_tokens(self) -> int:
+        """Tokens of a picture; references do not count."""
+        patch = self._latent_geometry()[1]
+        return (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         return draw(generators(seeds), self.latent_shape).to(self.device)
@@ -220,8 +224,15 @@ class FlowPipelinePolicy(FlowPolicy):
             return self.backbone_fingerprint
         return sha256(f"{self.backbone_fingerprint}{_digest(self.lora.state())}".encode()).hexdigest()[:16]
 
-    @cached_property
+    @property
     def backbone_fingerprint(self) -> str:
+        """Of the checkpoint's files and of what was merged into them."""
+        if not self.merged:
+            return self._files
+        return sha256(" ".join((self._files, *self.merged)).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _files(self) -> str:
         return fingerprint(self.path)
 
 

@@ -7,22 +7,38 @@ an input of the distilled model, not a second pass.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pixrl.errors import ShapeError
+from pixrl.errors import CheckpointError, InputError, RunError, ShapeError, did_you_mean
 from pixrl.models.base import Conditioning, SamplingSettings
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.flow_pipeline import FlowPipelinePolicy, Part
+from pixrl.models.flux_lora import merge, read_lora
 from pixrl.models.flux_tokens import Preset, Size, pack_latents, position_ids, unpack_latents
+from pixrl.models.references import LatentCache, ReferencePolicy
 from pixrl.models.text_variants import ClipEncoder, PerturbableText
 
-__all__ = ["FluxPolicy", "Preset", "pack_latents", "position_ids", "unpack_latents"]
+__all__ = ["FluxPolicy", "Preset", "Shift", "pack_latents", "position_ids", "unpack_latents"]
 
 MAX_SEQUENCE_LENGTH = 512
+UNO_SHRINK = 64
+"""UNO counts one token for 16 x 16 latents where FLUX counts one for 2 x 2, which shifts its schedule less."""
 
 
-class FluxPolicy(FlowPipelinePolicy, PerturbableText):
+class Shift(StrEnum):
+    """How far a schedule that depends on the resolution is shifted; the same for sampling and training."""
+
+    FLUX = "flux"
+    """By the picture's tokens, as FluxPipeline: mu = 0.630 at 512 x 512."""
+    UNO = "uno"
+    """As UNO's published inference: mu = 0.459 at 512 x 512."""
+
+
+class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
     """A FluxPipeline folder; any number of reference pictures. `preset` says how their tokens are placed."""
 
     pipeline_class = "FluxPipeline"
@@ -31,7 +47,45 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
-    preset: Preset = Preset.UNO
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        """`options`: those of `FlowPipelinePolicy`. The preset is the card's `position_ids`, or uno."""
+        super().__init__(path, **options)
+        self.preset = _known_preset(self.card.position_ids, path)
+        self.shift = Shift.FLUX
+        self.reference_side = self.settings.resolution
+        self._latents = LatentCache()
+
+    def place(
+        self, *, preset: Preset | None = None, shift: Shift | None = None, side: int | None = None
+    ) -> None:
+        """How references are placed and sized and the schedule is shifted, in place of what the checkpoint says.
+
+        Raises:
+            InputError: the side is no multiple of two latents, or the shift would have no effect.
+        """
+        unit = 2 * int(self.pipeline.vae_scale_factor)
+        if side is not None and (side < unit or side % unit):
+            raise InputError(f"The side of a reference must be a multiple of {unit} pixels, got {side}.")
+        if shift is not None and not self.pipeline.scheduler.config.use_dynamic_shifting:
+            raise InputError(
+                f"shift {shift.value} has no effect: the schedule of {self.name} does not depend on the resolution."
+            )
+        self.preset = self.preset if preset is None else preset
+        self.shift = self.shift if shift is None else shift
+        self.reference_side = self.reference_side if side is None else side
+
+    def merge_lora(self, file: Path) -> None:
+        """Adds a LoRA to the frozen weights: UNO's published file, or any layout that diffusers reads.
+
+        Raises:
+            RunError: slots are attached already.
+            CheckpointError: the file is missing, damaged, or does not fit this transformer.
+        """
+        if self.lora is not None:
+            raise RunError("Merge a LoRA before attach_lora: slots are trained on top of the merged weights.")
+        digest = merge(self.transformer, read_lora(file), str(file))
+        self.merged = (*self.merged, digest)
 
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels) // 4, 2
@@ -68,28 +122,28 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText):
         )
 
     @torch.no_grad()
-    def encode_references(self, images_BCHW: Tensor) -> Tensor:
-        """Latents [B, C, h, w] of one reference picture a sample, scaled as the transformer takes them."""
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        with self.present(Part.VAE):
+            return torch.cat([self._latents.get(image, self._encode_image) for image in images_BCHW.split(1)])
+
+    def _encode_image(self, image_BCHW: Tensor) -> Tensor:
+        """Scaled as the transformer takes them; in the VAE's own dtype, since it is done once a picture."""
         config = self.pipeline.vae.config
-        with self.precision.context(self.device):
-            pixels = images_BCHW.to(self.device, self.precision.weights) * 2 - 1
-            mean: Tensor = self.pipeline.vae.encode(pixels).latent_dist.mean.float()
+        pixels = image_BCHW.to(self.device, self.pipeline.vae.dtype) * 2 - 1
+        mean: Tensor = self.pipeline.vae.encode(pixels).latent_dist.mean.float()
         return (mean - (config.shift_factor or 0.0)) * float(config.scaling_factor)
 
     def with_references(self, conditioning: Conditioning, references: Sequence[Tensor]) -> Conditioning:
-        """The same prompts with reference pictures: each [B, 3, H, W], sides multiples of two latents.
-
-        Raises:
-            ShapeError: another number of pictures than of prompts.
-        """
         for images in references:
             if len(images) != len(conditioning):
                 raise ShapeError(
                     f"{len(images)} reference pictures for {len(conditioning)} prompts; give one a prompt."
                 )
-        return replace(
-            conditioning, references=tuple(self.encode_references(images) for images in references)
-        )
+        return replace(conditioning, references=tuple(self.encode_images(images) for images in references))
+
+    def _shift_tokens(self) -> int:
+        tokens = super()._shift_tokens()
+        return tokens if self.shift is Shift.FLUX else tokens // UNO_SHRINK
 
     def _sigmas(self, steps: int) -> Tensor:
         scheduler = self.pipeline.scheduler
@@ -127,3 +181,14 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText):
 def _token_size(latents: Tensor) -> Size:
     """Rows and columns of the tokens that latents [B, C, h, w] are packed into."""
     return latents.shape[2] // 2, latents.shape[3] // 2
+
+
+def _known_preset(named: str | None, path: Path) -> Preset:
+    if named is None:
+        return Preset.UNO
+    if named not in list(Preset):
+        raise CheckpointError(
+            f"{path}: its card names the position ids {named!r}.{did_you_mean(named, list(Preset))} "
+            f"Known are {', '.join(Preset)}."
+        )
+    return Preset(named)

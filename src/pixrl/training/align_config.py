@@ -1,6 +1,7 @@
 """What an align run is made from: the `align` recipe. A method is the combination of four of its parts:
 
-exploration (noise, perturbed) x sampling (solver, random steps) x advantage x loss (clipped, nft).
+exploration (noise, perturbed) x sampling (solver, random steps) x advantage (weights, synergy, time) x loss (clipped,
+nft; sft and rpo as baselines).
 """
 
 from typing import Annotated, Literal
@@ -10,11 +11,12 @@ from pydantic import Field, model_validator
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.align import OptimizerSettings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings, check_fit
+from pixrl.algorithms.loss_table import LossSettings, check_advantage, check_fit
+from pixrl.algorithms.losses import NFTSettings
 from pixrl.algorithms.perturbation_learning import PerturbationSettings
 from pixrl.algorithms.stepping import SamplingSettings
 from pixrl.config import Settings
-from pixrl.rewards.settings import RewardSetting, Stage, check_rewards
+from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
 
 
 class PromptSettings(Settings):
@@ -135,7 +137,7 @@ class AlignConfig(Settings):
     )
     sampling: SamplingSettings = SamplingSettings()
     advantage: AdvantageSettings = AdvantageSettings()
-    loss: Annotated[ClippedSettings | NFTSettings, Field(discriminator="kind")] = NFTSettings()
+    loss: Annotated[LossSettings, Field(discriminator="kind")] = NFTSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lora: LoraSettings = LoraSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -146,6 +148,9 @@ class AlignConfig(Settings):
     def _parts_fit(self) -> "AlignConfig":
         check_rewards(self.rewards, self.stages)
         check_fit(self.loss, self.sampling)
+        check_advantage(self.loss, self.advantage)
+        for step in (0, *(stage.until for stage in self.stages if stage.until is not None)):
+            self.advantage.check_rewards(weights_at(self.rewards, self.stages, step))
         group = self.exploration.noises
         if isinstance(self.exploration, PerturbedExploration):
             group *= self.exploration.variants

@@ -48,7 +48,7 @@ class Evaluator:
         samples = Samples.of(groups, self.per_prompt, 1, self.seed)
         plan = StepPlan(Schedule.of(self.policy, self.steps), self.solver)
         with self.policy.slot(self.slot):
-            variants = prepare(NoiseOnly(), self.policy, [group.prompt for group in groups])
+            variants = prepare(NoiseOnly(), self.policy, groups)
             images, _, _ = roll_out(self.policy, variants, samples, plan, self.micro_batch)
         first = mine.start * self.per_prompt
         log.samples(step, range(first, first + len(samples)), images)

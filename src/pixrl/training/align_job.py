@@ -41,7 +41,7 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
     """
     shop = open_workshop(config)
     # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
-    prepare(shop.method.exploration, shop.policy, shop.first_prompts()[:1])
+    prepare(shop.method.exploration, shop.policy, shop.first_groups()[:1])
     micro_batches, notes = plan_batches(shop)
     team = shop.team
     out = team.gather(out)[0]  # each process may have seen another folder as the first free one

@@ -7,7 +7,8 @@ import torch
 from pixrl import models
 from pixrl import rewards as rewards_table
 from pixrl.algorithms.align import Aligner, Method, MicroBatches
-from pixrl.algorithms.losses import make_loss
+from pixrl.algorithms.loss_table import make_loss
+from pixrl.algorithms.rollouts import Group
 from pixrl.algorithms.spread import Features, pixel_features
 from pixrl.data.prompts import PromptSet, Split, load_prompts
 from pixrl.errors import ConfigError
@@ -38,11 +39,10 @@ class Workshop:
     method: Method
     features: Features
 
-    def first_prompts(self) -> list[str]:
-        """This process's prompts of the first step, or any one."""
+    def first_groups(self) -> list[Group]:
+        """This process's groups of the first step, or any one."""
         groups = self.prompts.groups(0)
-        mine = groups[share(len(groups), self.team.rank, self.team.size)] or groups[:1]
-        return [group.prompt for group in mine]
+        return groups[share(len(groups), self.team.rank, self.team.size)] or groups[:1]
 
     def aligner(self, micro_batches: MicroBatches) -> Aligner:
         """The algorithm before its first step."""

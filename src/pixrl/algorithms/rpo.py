@@ -1,0 +1,182 @@
+"""RPO: preference pairs by the harmonic mean of rewards, learned with DPO and a similarity loss.
+
+Miao et al. 2024 (Reward Preference Optimization), as Customized-GRPO replicates it (its appendix A.2): the frozen base
+draws candidates from the prompt alone, the harmonic mean of identity and prompt reward says which won, and the tuning
+combines DPO's loss with a similarity loss that keeps the identity.
+
+| paper                         | here                                                                             |
+|-------------------------------|----------------------------------------------------------------------------------|
+| frozen base                   | the slot `reference`, which also is DPO's reference policy                       |
+| lambda-harmonic reward        | sum w / sum (w / s), s in (0, 1) for each reward; w are the rewards' own weights |
+| y_w, y_l                      | best and worst of a group                                                        |
+| DPO (Rafailov et al. 2023)    | -log sigmoid(-beta / 2 (d_w - d_l)), d = |v - u|^2 - |v_ref - u|^2, u = noise - x0 |
+| similarity loss               | flow matching on the first reference itself, asked for as "a photo of a CLASS"   |
+
+Deviations:
+
+1. RPO's two rewards are cosines of one model; ours have scales of their own. Each is normalized in its group and put
+   into (0, 1) by the logistic function first, since a harmonic mean needs positive numbers of one scale.
+2. Pairs are drawn anew each step instead of once beforehand: the base is frozen, so their distribution is the same.
+3. Log-probabilities of a flow are the usual bound by its regression error (Wallace et al. 2024, Diffusion-DPO); winner
+   and loser share their noise and its level, which lowers the variance.
+4. d is a mean over pixels, not a sum; beta belongs to that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from pixrl.algorithms.advantages import FLAT, AdvantageSettings, normalized
+from pixrl.algorithms.exploration import Variants
+from pixrl.algorithms.losses import Judgement, Loss, Terms, noise_levels, noised, velocity_deviation
+from pixrl.algorithms.rollouts import Drawn, Group, Rollouts, Samples, roll_out
+from pixrl.algorithms.stepping import StepPlan
+from pixrl.config import Settings
+from pixrl.equations import interpolate
+from pixrl.errors import InputError
+from pixrl.models.base import Conditioning, FlowPolicy
+from pixrl.models.slots import Slot
+
+
+class RPOSettings(Settings):
+    """Preference pairs from the frozen base."""
+
+    kind: Literal["rpo"] = "rpo"
+    beta: float = Field(100.0, gt=0)
+    """How sharply DPO tells winner from loser; of errors that are means over pixels."""
+    similarity: float = Field(1.0, ge=0)
+    """Weight of the similarity loss."""
+    timesteps: int = Field(9, ge=1)
+    """Noise levels of the schedule that each pair is trained at, drawn without putting back."""
+    shown: bool = False
+    """Whether candidates are drawn with the reference pictures; the paper's are drawn from the prompt alone."""
+
+
+class PreferencePairs(Loss):
+    """DPO on the best and the worst of a group by the harmonic mean of rewards, plus the similarity loss."""
+
+    sampling_slot = Slot.REFERENCE
+
+    def __init__(self, settings: RPOSettings) -> None:
+        self.settings = settings
+
+    def draw(
+        self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
+    ) -> Drawn:
+        """Candidates of the frozen base, by default from the prompts alone."""
+        shown = (
+            variants
+            if self.settings.shown
+            else replace(variants, anchor=replace(variants.anchor, references=()))
+        )
+        with policy.slot(self.sampling_slot):
+            return roll_out(policy, shown, samples, plan, micro_batch)
+
+    def judge(
+        self,
+        rewards: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        settings: AdvantageSettings,
+        steps: int,
+    ) -> Judgement:
+        """1 for the winner of each group, nan for the others; none in a group without a difference."""
+        score_PS = harmonic_scores(rewards, weights, settings)
+        winner_P = score_PS.nan_to_num(-torch.inf).argmax(dim=1)
+        loser_P = score_PS.nan_to_num(torch.inf).argmin(dim=1)
+        places = torch.arange(len(score_PS))
+        differs_P = score_PS[places, winner_P] - score_PS[places, loser_P] > FLAT
+        advantage_PS = torch.full_like(score_PS, torch.nan)
+        advantage_PS[places[differs_P], winner_P[differs_P]] = 1.0
+        return Judgement(advantage_PS.expand(steps, -1, -1), loser_P[:, None].expand_as(score_PS))
+
+    def parts(self, rollouts: Rollouts) -> int:
+        return self.settings.timesteps
+
+    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
+        return noise_levels(rollouts, rows, part)
+
+    def terms(
+        self,
+        policy: FlowPolicy,
+        rollouts: Rollouts,
+        rows: Sequence[int],
+        advantage_B: Tensor,
+        part: int,
+        with_kl: bool,
+    ) -> Terms:
+        assert rollouts.rival_B is not None
+        x_t, t_B, x0, noise = noised(policy, rollouts, rows, part)
+        lost = rollouts.x0_B[rollouts.rival_B[list(rows)]]
+        condition = rollouts.conditioning(rows)
+        both = Conditioning.cat([condition, condition])
+        x_2t = torch.cat([x_t, interpolate(lost, noise, t_B)])
+        wanted = torch.cat([noise - x0, noise - lost])
+        velocity = policy.velocity(x_2t, torch.cat([t_B, t_B]), both)
+        with torch.no_grad(), policy.slot(Slot.REFERENCE):
+            reference = policy.velocity(x_2t, torch.cat([t_B, t_B]), both)
+        gain = _error(velocity, wanted) - _error(reference, wanted)
+        won_B, lost_B = gain.chunk(2)
+        margin_B = -self.settings.beta / 2 * (won_B - lost_B)
+        loss_B = -F.logsigmoid(margin_B)
+        figures = {"pair_accuracy": (margin_B.detach() > 0).float()}
+        if self.settings.similarity > 0:
+            similarity_B = self._similarity(policy, rollouts, rows, t_B, noise)
+            loss_B = loss_B + self.settings.similarity * similarity_B
+            figures["similarity_loss"] = similarity_B.detach()
+        if with_kl:
+            figures["kl"] = _error(velocity.detach(), reference).chunk(2)[0]
+        return Terms(loss_B, figures)
+
+    def _similarity(
+        self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], t_B: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Flow matching [B] on the first reference of each row, under the class prompt."""
+        references = rollouts.conditioning(rows).references
+        if not references:
+            raise InputError("rpo's similarity loss needs reference pictures: set loss.similarity to 0.")
+        x0 = references[0]
+        if x0.shape[1:] != noise.shape[1:]:
+            raise InputError(
+                f"rpo's similarity loss needs references as large as the pictures, latents {list(noise.shape[1:])}, "
+                f"not {list(x0.shape[1:])}: leave references.side out, or set loss.similarity to 0."
+            )
+        groups = rollouts.samples.groups
+        asked = [class_prompt(groups[row]) for row in rollouts.samples.prompt_B[list(rows)].tolist()]
+        with policy.text_present():
+            condition = replace(policy.encode(asked), references=references)
+        x_t = interpolate(x0, noise, t_B)
+        return _error(policy.velocity(x_t, t_B, condition), noise - x0)
+
+    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
+        return velocity_deviation(policy, rollouts, rows, Slot.REFERENCE)
+
+
+def harmonic_scores(
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings
+) -> Tensor:
+    """The weighted harmonic mean [P, S] of the trained rewards, each in (0, 1); nan where one failed.
+
+    Source: Miao et al. 2024, the lambda-harmonic reward.
+    """
+    parts, failed_PS = normalized(rewards, weights, settings)
+    inverse_PS = torch.stack([weights[name] / part_PS.sigmoid() for name, part_PS in parts.items()]).sum(
+        dim=0
+    )
+    return (sum(weights.values()) / inverse_PS).masked_fill(failed_PS, torch.nan)
+
+
+def class_prompt(group: Group) -> str:
+    """What the similarity loss asks for: the class alone, or the prompt itself where no class word is known."""
+    word = group.metadata.get("class")
+    if not isinstance(word, str):
+        return group.prompt
+    return f"a photo of {'an' if word[0].lower() in 'aeiou' else 'a'} {word}"
+
+
+def _error(velocity: Tensor, wanted: Tensor) -> Tensor:
+    return (velocity - wanted).square().flatten(1).mean(dim=1)

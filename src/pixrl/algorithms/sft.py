@@ -1,0 +1,125 @@
+"""SFT: supervised flow matching on target pictures, the baseline that learns from no reward.
+
+Lipman et al. 2023 (flow matching); Customized-GRPO's Eq. 4 and the row SFT of its Table 2. The same prompts and
+reference pictures as the other methods, and a picture for each of them that shows how it should be.
+
+| paper         | here                                                                          |
+|---------------|-------------------------------------------------------------------------------|
+| x_0           | the latents of metadata["target"], one picture a prompt                       |
+| x_1, t        | fresh noise and a level of the schedule, keyed by each sample's own stream    |
+| v = x_1 - x_0 | the target of `velocity`                                                      |
+
+Deviations:
+
+1. A group's samples are one target with G noises, so that SFT takes as many gradient terms as the others do.
+2. t is drawn from the noise levels of the schedule that pictures are drawn on, not from a continuous density.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.exploration import Variants
+from pixrl.algorithms.losses import Judgement, Loss, Terms, noise_levels, noised, velocity_deviation
+from pixrl.algorithms.rollouts import Drawn, Rollouts, Samples
+from pixrl.algorithms.stepping import StepPlan
+from pixrl.config import Settings
+from pixrl.errors import InputError
+from pixrl.models.base import FlowPolicy
+from pixrl.models.references import ReferencePolicy, on_square
+from pixrl.models.slots import Slot
+
+TARGET = "target"
+"""metadata[TARGET]: the picture [3, H, W] that a prompt with its references should give."""
+
+
+class SFTSettings(Settings):
+    """Supervised flow matching."""
+
+    kind: Literal["sft"] = "sft"
+    timesteps: int = Field(9, ge=1)
+    """Noise levels of the schedule that each sample is trained at, drawn without putting back."""
+
+
+class FlowMatching(Loss):
+    """mean (v - (noise - x0))^2 over target pictures; rewards are only logged."""
+
+    sampling_slot = Slot.REFERENCE
+
+    def __init__(self, settings: SFTSettings) -> None:
+        self.settings = settings
+
+    @torch.no_grad()
+    def draw(
+        self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
+    ) -> Drawn:
+        """The targets instead of samples.
+
+        Raises:
+            InputError: a prompt has no target picture, or the model's pictures cannot be encoded.
+        """
+        if not isinstance(policy, ReferencePolicy):
+            raise InputError(
+                f"{policy.name} ({type(policy).__name__}) cannot encode target pictures: give a FLUX model."
+            )
+        side = policy.settings.resolution
+        if not len(samples):
+            return torch.zeros(0, 3, side, side), policy.initial_noise([0])[:0], ()
+        targets = [on_square(target_of(group.metadata, group.prompt), side) for group in samples.groups]
+        images_BCHW = torch.stack(targets)[samples.prompt_B]
+        return images_BCHW, policy.encode_images(images_BCHW), ()
+
+    def judge(
+        self,
+        rewards: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        settings: AdvantageSettings,
+        steps: int,
+    ) -> Judgement:
+        """Every sample counts alike, also where a reward failed: no score is learned from."""
+        first_PS = next(iter(rewards.values()))
+        return Judgement(torch.ones(steps, *first_PS.shape))
+
+    def parts(self, rollouts: Rollouts) -> int:
+        return self.settings.timesteps
+
+    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
+        return noise_levels(rollouts, rows, part)
+
+    def terms(
+        self,
+        policy: FlowPolicy,
+        rollouts: Rollouts,
+        rows: Sequence[int],
+        advantage_B: Tensor,
+        part: int,
+        with_kl: bool,
+    ) -> Terms:
+        x_t, t_B, x0, noise = noised(policy, rollouts, rows, part)
+        condition = rollouts.conditioning(rows)
+        velocity = policy.velocity(x_t, t_B, condition)
+        loss_B = (velocity - (noise - x0)).square().flatten(1).mean(dim=1)
+        figures = {}
+        if with_kl:
+            with torch.no_grad(), policy.slot(Slot.REFERENCE):
+                reference = policy.velocity(x_t, t_B, condition)
+            figures["kl"] = (velocity.detach() - reference).square().flatten(1).mean(dim=1)
+        return Terms(loss_B, figures)
+
+    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
+        return velocity_deviation(policy, rollouts, rows, Slot.REFERENCE)
+
+
+def target_of(metadata: Mapping[str, object], prompt: str) -> Tensor:
+    """The target picture of one prompt. InputError where there is none."""
+    target = metadata.get(TARGET)
+    if not isinstance(target, Tensor):
+        raise InputError(
+            f"sft needs a target picture for every prompt, and {prompt!r} has none. Sources with targets are "
+            'toy:subjects and UNO\'s lists with "image_tgt_path"; the other methods need none.'
+        )
+    return target

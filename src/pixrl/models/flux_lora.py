@@ -1,0 +1,197 @@
+"""LoRA files of FLUX: reading UNO's published layout (and every other that diffusers reads), merging, writing.
+
+UNO (bytedance/UNO) trains x-flux's processors on FLUX.1-dev, without an alpha, so that a module's change is up @ down:
+
+| published key                                        | diffusers module                                          |
+|------------------------------------------------------|-----------------------------------------------------------|
+| double_blocks.N.processor.qkv_lora1.{down,up}.weight | transformer_blocks.N.attn.to_q, to_k, to_v                |
+| double_blocks.N.processor.qkv_lora2                  | transformer_blocks.N.attn.add_q_proj, add_k_proj, add_v_proj |
+| double_blocks.N.processor.proj_lora1, proj_lora2     | transformer_blocks.N.attn.to_out.0, to_add_out            |
+| single_blocks.N.processor.qkv_lora                   | single_transformer_blocks.N.attn.to_q, to_k, to_v         |
+| single_blocks.N.processor.proj_lora                  | single_transformer_blocks.N.proj_out                      |
+
+A LoRA on q, k and v apart is written exactly: the three downs one above the other, the ups as blocks on a diagonal,
+so the rank of the file is three times that of training. UNO's own code takes one rank for all modules, so the others
+are filled up with zeros.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pixrl.device import quiet_loading
+from pixrl.errors import CheckpointError
+
+PREFIX = "transformer."
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+_QKV = ("to_q", "to_k", "to_v")
+_TEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+_LAYOUT = {
+    ("transformer_blocks", "attn", _QKV): ("double_blocks", "qkv_lora1"),
+    ("transformer_blocks", "attn", _TEXT_QKV): ("double_blocks", "qkv_lora2"),
+    ("transformer_blocks", "attn", ("to_out.0",)): ("double_blocks", "proj_lora1"),
+    ("transformer_blocks", "attn", ("to_add_out",)): ("double_blocks", "proj_lora2"),
+    ("single_transformer_blocks", "attn", _QKV): ("single_blocks", "qkv_lora"),
+    ("single_transformer_blocks", "", ("proj_out",)): ("single_blocks", "proj_lora"),
+}
+Lora = Mapping[str, tuple[Tensor, Tensor]]
+"""Module of the transformer -> (down [r, in], up [out, r]), whose product up @ down is added to its weight."""
+
+
+def read_lora(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A LoRA file as `Lora`, float32, through diffusers' own converters.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of a layout that is not known.
+    """
+    if not file.is_file():
+        raise CheckpointError(
+            f"There is no LoRA file {str(file)!r} (looked in {Path.cwd()}). UNO's is dit_lora.safetensors: "
+            "hf download bytedance-research/UNO dit_lora.safetensors --local-dir ."
+        )
+    try:
+        raw = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is no safetensors file, or cut short: {error}") from error
+    with quiet_loading():
+        from diffusers import FluxPipeline
+
+        try:
+            found, alphas = FluxPipeline.lora_state_dict(dict(raw), return_alphas=True)
+        except (ValueError, KeyError, AssertionError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{file} is in no LoRA layout of FLUX that diffusers reads: {error}"
+            ) from error
+    return _pairs(found, alphas or {}, file)
+
+
+def _pairs(
+    found: Mapping[str, Tensor], alphas: Mapping[str, float | Tensor], file: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    pairs = {}
+    for key, down in found.items():
+        if not key.endswith(DOWN):
+            continue
+        module = key.removesuffix(DOWN)
+        up = found.get(module + UP)
+        if up is None or down.ndim != 2 or up.shape[1:] != down.shape[:1]:
+            raise CheckpointError(f"{file}: {module} has no down and up of one rank. Download it again.")
+        alpha = alphas.get(f"{module}.alpha")
+        scale = 1.0 if alpha is None else float(alpha) / len(down)
+        pairs[module.removeprefix(PREFIX)] = (down.float(), up.float() * scale)
+    if not pairs:
+        raise CheckpointError(f"{file} holds no LoRA of FLUX's transformer.")
+    return pairs
+
+
+@torch.no_grad()
+def merge(backbone: nn.Module, lora: Lora, name: str) -> str:
+    """Adds a LoRA to a backbone's weights; a hash of what was added.
+
+    Raises:
+        CheckpointError: a module does not exist or has another shape; nothing was changed.
+    """
+    layers: dict[str, nn.Linear] = {}
+    for module, (down, up) in lora.items():
+        layer = dict(backbone.named_modules()).get(module)
+        if not isinstance(layer, nn.Linear) or layer.weight.shape != (len(up), down.shape[1]):
+            shape = list(layer.weight.shape) if isinstance(layer, nn.Linear) else "missing"
+            raise CheckpointError(
+                f"{name} does not fit this transformer: {module} is {shape} here and "
+                f"{[len(up), down.shape[1]]} there. It belongs to another model."
+            )
+        layers[module] = layer
+    total = hashlib.sha256()
+    for module, layer in sorted(layers.items()):
+        down, up = (x.to(layer.weight.device) for x in lora[module])
+        layer.weight.add_((up @ down).to(layer.weight.dtype))
+        for x in lora[module]:
+            total.update(module.encode() + x.contiguous().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def slot_lora(state: Mapping[str, Tensor], slot: str, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """One slot of `LoraSlots.state()` as `Lora`; `scale` is alpha / rank, put into the ups."""
+    own = {key.removeprefix(f"{slot}/"): x for key, x in state.items() if key.startswith(f"{slot}/")}
+    modules = [key.removesuffix(DOWN) for key in own if key.endswith(DOWN)]
+    return {module: (own[module + DOWN].float(), own[module + UP].float() * scale) for module in modules}
+
+
+def added(loras: Sequence[Lora]) -> dict[str, tuple[Tensor, Tensor]]:
+    """One LoRA whose change is the sum of several: an imported one and what was trained on top."""
+    modules = dict.fromkeys(module for lora in loras for module in lora)
+    return {
+        module: (
+            torch.cat([lora[module][0] for lora in loras if module in lora]),
+            torch.cat([lora[module][1] for lora in loras if module in lora], dim=1),
+        )
+        for module in modules
+    }
+
+
+def to_uno(lora: Lora) -> dict[str, Tensor]:
+    """A LoRA in UNO's published key layout.
+
+    Raises:
+        CheckpointError: a module has no place in that layout.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    left = dict(lora)
+    for (blocks, inner, names), (published, processor) in _LAYOUT.items():
+        pattern = re.compile(
+            rf"{blocks}\.(\d+)\.{inner + '.' if inner else ''}({'|'.join(map(re.escape, names))})"
+        )
+        numbers = dict.fromkeys(match[1] for key in lora if (match := pattern.fullmatch(key)))
+        for number in numbers:
+            keys = [".".join(part for part in (blocks, number, inner, name) if part) for name in names]
+            parts = [left.pop(key, None) for key in keys]
+            found[f"{published}.{number}.processor.{processor}"] = _side_by_side(keys, parts)
+    if left:
+        raise CheckpointError(
+            f"{len(left)} LoRA modules have no place in UNO's layout, first {next(iter(left))!r}. "
+            "Train the attention projections (lora.targets left out), or write diffusers' layout."
+        )
+    rank = max(len(down) for down, _ in found.values())
+    file = {}
+    for name, (down, up) in found.items():
+        file[f"{name}.down.weight"] = torch.cat([down, down.new_zeros(rank - len(down), down.shape[1])])
+        file[f"{name}.up.weight"] = torch.cat([up, up.new_zeros(len(up), rank - up.shape[1])], dim=1)
+    return file
+
+
+def _side_by_side(
+    keys: Sequence[str], parts: Sequence[tuple[Tensor, Tensor] | None]
+) -> tuple[Tensor, Tensor]:
+    """Modules with one input as one module: downs one above the other, ups as blocks on a diagonal."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        missing = next(key for key, part in zip(keys, parts, strict=True) if part is None)
+        raise CheckpointError(
+            f"UNO's layout needs q, k and v together, but {missing} has no LoRA. "
+            "Train all three (lora.targets left out), or write diffusers' layout."
+        )
+    if len(known) == 1:
+        return known[0]
+    return torch.cat([down for down, _ in known]), torch.block_diag(*(up for _, up in known))
+
+
+def to_diffusers(lora: Lora) -> dict[str, Tensor]:
+    """A LoRA as `FluxPipeline.load_lora_weights` takes it, without alphas."""
+    return {
+        f"{PREFIX}{module}{end}": x
+        for module, pair in lora.items()
+        for end, x in zip((DOWN, UP), pair, strict=True)
+    }
+
+
+def write_lora(file: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Saves `to_uno` or `to_diffusers`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.contiguous() for name, x in tensors.items()}, file)
+    return file
