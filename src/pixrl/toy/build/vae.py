@@ -9,7 +9,7 @@ from pixrl.toy.build.pictures import SIDE, Pictures, pictures
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 
 PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=100, weight_decay=0.0, ema=0.998)
-DECODER_PLAN = Plan(steps=3000, batch=16, lr=2e-3, warmup=50, weight_decay=0.0, ema=0.998)
+DECODER_PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=50, weight_decay=0.0, ema=0.998)
 """A second round in which only the decoder learns: pictures get sharper and latents stay as they are."""
 SCENES = 48_000
 SUBJECT_PICTURES = 24_000
