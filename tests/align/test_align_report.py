@@ -120,7 +120,14 @@ def test_bands_clouds_and_files_are_well_formed() -> None:
     assert cloud.count('class="spot f3"') == 2
     for number in (1, 12):
         legend = [("k0", f"a long name {n}") for n in range(number)] + [("spot f1", "dots")]
-        root = ET.fromstring(charts.standalone(chart, "Title & more", legend))
+        root = ET.fromstring(charts.standalone(chart, "Title & more", legend, "a note < 1"))
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         ys = [float(text.attrib["y"]) for text in root.iter("{http://www.w3.org/2000/svg}text")]
-        assert max(ys) < float(root.attrib["viewBox"].split()[3]) - 26
+        assert max(ys) < float(root.attrib["viewBox"].split()[3]) - charts.HEAD
+
+
+def test_ticks_are_exact_and_short() -> None:
+    given = (0.0, 7680.0, 0.0125, 19.6225, 0.00015, -0.000125, 2e-7)
+    found = [charts._tick(value) for value in given]
+    assert found == ["0", "7680", "0.0125", "19.6225", "1.5e-4", "-1.25e-4", "2e-7"]
+    assert [float(text) for text in found] == list(given)

@@ -21,24 +21,23 @@ def write_figures(
     """figures/*.svg; a figure that no record has anything for is left out."""
     place = out / FIGURES
     place.mkdir(exist_ok=True)
-    running = f"running mean of {WINDOW} steps"
+    steps, checks = f"running mean of {WINDOW} steps, {_BANDS}", _BANDS
     wanted = [
-        ("group-std", "group_std", f"Group std ({running}, {_BANDS})", True),
-        ("zero-std-share", "zero_std_share", f"Share of groups without a signal ({running}, {_BANDS})", True),
-        ("training-diversity", "diversity", f"Diversity of training groups ({running}, {_BANDS})", True),
+        ("group-std", "group_std", "Group standard deviation", steps),
+        ("zero-std-share", "zero_std_share", "Share of groups without a signal", steps),
+        ("training-diversity", "diversity", "Diversity of training groups", steps),
     ]
     for s in config.rewards:
-        wanted.append((f"reward-{s.name}", f"fixed/{s.name}", f"{s.name} on fixed prompts ({_BANDS})", False))
-        title = f"{s.name} on training prompts ({running}, {_BANDS})"
-        wanted.append((f"training-{s.name}", f"reward/{s.name}/mean", title, True))
+        wanted.append((f"reward-{s.name}", f"fixed/{s.name}", f"{s.name} on fixed prompts", checks))
+        wanted.append((f"training-{s.name}", f"reward/{s.name}/mean", f"{s.name} on training prompts", steps))
     written = []
-    for file, curve, title, smoothed in wanted:
-        curves = curves_of(list(study.variants), records, curve, smoothed)
+    for file, curve, title, note in wanted:
+        curves = curves_of(list(study.variants), records, curve, smoothed=note == steps)
         if curves:
             chart = lines_chart(curves, "pictures drawn", "")
             legend = [(one.css, one.label) for one in curves]
             written.append(place / f"{file}.svg")
-            write_atomic(written[-1], standalone(chart, title, legend).encode())
+            write_atomic(written[-1], standalone(chart, title, legend, note).encode())
     return written
 
 

@@ -13,6 +13,7 @@ from pixrl.training.align_config import AlignConfig
 from pixrl.training.files import write_atomic
 
 UNIT = "seed"
+GENEVAL = "geneval"
 AFTER = {"diversity": "diversity ↑", "layouts": "layouts ↑"}
 DURING = {
     "group_std": "group std",
@@ -72,9 +73,11 @@ def _rewards(config: AlignConfig) -> dict[str, str]:
 
 
 def _tasks(records: Sequence[Mapping[str, Any]], config: AlignConfig) -> dict[str, dict[str, str]]:
-    """Reward -> figure -> task, for rewards whose prompts name tasks."""
+    """Reward -> figure -> task, for GenEval rewards whose prompts name tasks."""
     found: dict[str, dict[str, str]] = {}
     for setting in config.rewards:
+        if setting.reward != GENEVAL:
+            continue
         tasks = [task for record in records for task in record["measured"]["rewards"][setting.name]["tasks"]]
         if tasks:
             found[setting.name] = {f"reward/{setting.name}/{task}": task for task in dict.fromkeys(tasks)}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 30, 40
+HEAD = 42
+"""Above a chart that is a file of its own, for its title and note."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ def clouds_chart(clouds: Sequence[Cloud], x_label: str, y_label: str) -> str:
     return _frame(body, x, y, x_label, y_label, "")
 
 
-def standalone(chart: str, title: str, legend: Sequence[tuple[str, str]]) -> str:
-    """A chart as a file of its own: title above, legend (css class, label) below, colours and white ground within."""
+def standalone(chart: str, title: str, legend: Sequence[tuple[str, str]], note: str = "") -> str:
+    """A chart as a file of its own: title and note above, legend (css class, label) below, white ground within."""
     rows, place = [], LEFT + 0.0
     line = 0
     for css, label in legend:
@@ -134,11 +136,12 @@ def standalone(chart: str, title: str, legend: Sequence[tuple[str, str]]) -> str
     colours = style.partition("@media (prefers-color-scheme: dark)")[0]
     rules = "\n".join(row for row in style.splitlines() if row.startswith("svg"))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 -26 {WIDTH} {height + 26}" '
-        f'width="{2 * WIDTH}" height="{2 * (height + 26)}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 -{HEAD} {WIDTH} {height + HEAD}" '
+        f'width="{2 * WIDTH}" height="{2 * (height + HEAD)}">'
         f"<style>{colours}{rules}</style>"
-        f'<rect y="-26" width="{WIDTH}" height="{height + 26}" fill="#ffffff"/>'
-        f'<text class="heading" x="4" y="-8">{escape(title)}</text>{inner}{"".join(rows)}</svg>\n'
+        f'<rect y="-{HEAD}" width="{WIDTH}" height="{height + HEAD}" fill="#ffffff"/>'
+        f'<text class="heading" x="4" y="-24">{escape(title)}</text><text x="4" y="-8">{escape(note)}</text>'
+        f"{inner}{''.join(rows)}</svg>\n"
     )
 
 
@@ -214,12 +217,13 @@ def _legend_entry(css: str, label: str, x: float, y: float) -> str:
 def _frame(body: str, x: Axis, y: Axis, x_label: str, y_label: str, legend: str) -> str:
     grid = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v)}" y2="{y(v)}"/>'
-        f'<text class="tick" x="{LEFT - 7}" y="{y(v) + 4}" text-anchor="end">{v:g}</text>'
+        f'<text class="tick" x="{LEFT - 7}" y="{y(v) + 4}" text-anchor="end">{_tick(v)}</text>'
         for v in y.ticks()
     )
     below = HEIGHT - BOTTOM
     ticks = "".join(
-        f'<text class="tick" x="{x(v)}" y="{below + 15}" text-anchor="middle">{v:g}</text>' for v in x.ticks()
+        f'<text class="tick" x="{x(v)}" y="{below + 15}" text-anchor="middle">{_tick(v)}</text>'
+        for v in x.ticks()
     )
     labels = (
         f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_label)}</text>'
@@ -228,3 +232,11 @@ def _frame(body: str, x: Axis, y: Axis, x_label: str, y_label: str, legend: str)
     edge = f'<line class="edge" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{below}" y2="{below}"/>'
     inside = f"{grid}{ticks}{edge}{body}{labels}{legend}"
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{inside}</svg>'
+
+
+def _tick(value: float) -> str:
+    """A tick's number; very small ones in the short scientific form that the margin has room for, 2.5e-4."""
+    if not 0 < abs(value) < 1e-3:
+        return f"{value:g}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
