@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixrl.algorithms.advantages import Scale
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings
+from pixrl.algorithms.losses import NFTSettings
 from pixrl.algorithms.rpo import RPOSettings
 from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.stepping import Noise
@@ -127,7 +127,4 @@ def _loss(config: AlignConfig) -> str:
                 f"{loss.similarity:g}, {loss.timesteps} noise levels a pair"
             )
         case loss:
-            if isinstance(loss, ClippedSettings):
-        return f"clipped at ±{loss.clip:g}, KL {loss.kl:g}"
-    others = {name: value for name, value in loss.model_dump(mode="json").items() if name != "kind"}
-    return ", ".join([loss.kind, *(f"{name} {value}" for name, value in others.items() if value is not None)])
+            return f"clipped at ±{loss.clip:g}, KL {loss.kl:g}"
