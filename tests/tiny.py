@@ -216,7 +216,7 @@ def sdxl(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def flux(folder: Path, *, seed: int = 0) -> Path:
+def flux(folder: Path, *, seed: int = 0, guidance_embeds: bool = False) -> Path:
     """A FluxPipeline folder with a CLIP and a T5 encoder."""
     torch.manual_seed(seed)
     words = tokenizer(folder / "tokenizer")
@@ -231,6 +231,7 @@ def flux(folder: Path, *, seed: int = 0) -> Path:
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=(4, 6, 6),
+        guidance_embeds=guidance_embeds,
     )
     _make_lively(transformer)
     pipeline = FluxPipeline(

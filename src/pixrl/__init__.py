@@ -14,7 +14,7 @@ from pixrl.errors import PixrlError
 
 if TYPE_CHECKING:
     from pixrl import equations, models, rewards
-    from pixrl.align_api import AlignResult, align
+    from pixrl.align_api import AlignResult, align, personalize
     from pixrl.fuse_api import FusionResult, fuse
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "equations",
     "fuse",
     "models",
+    "personalize",
     "rewards",
 ]
 
@@ -35,6 +36,7 @@ _LAZY = {
     "FusionResult": "pixrl.fuse_api",
     "align": "pixrl.align_api",
     "fuse": "pixrl.fuse_api",
+    "personalize": "pixrl.align_api",
 }
 _SUBPACKAGES = {"equations", "models", "rewards"}
 

@@ -1,14 +1,14 @@
-"""`pixrl align` for callers: run, go on, check. The command line and `pixrl.align` call these."""
+"""`pixrl align` and `pixrl personalize` for callers: run, go on, check. The command line calls these."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pixrl import config as recipes
 from pixrl.evaluation.align_report import write_align_report
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_kinds import ALIGN, PERSONALIZE, load_recipe
 from pixrl.training.align_log import evaluations
 from pixrl.training.distributed import Team
 from pixrl.training.monitor import Monitor, Silent, for_terminal
@@ -16,6 +16,8 @@ from pixrl.training.runlog import RunFolder
 from pixrl.training.selfcheck import Report
 
 RUNS = Path("runs")
+PERSONALIZE_RECIPE = "toy/customized-grpo"
+"""What `pixrl personalize` does where no recipe is given."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,60 @@ def align(
         InputError: the recipe, or something that it names, is wrong.
         RunError: the folder is taken, or the run had to stop.
     """
-    config = load(recipe, steps=steps, seed=seed, settings=settings)
+    config = load(recipe, steps=steps, seed=seed, settings=settings, kind=ALIGN)
     place = default_out(recipe, config) if out is None else Path(out)
     return run_align(config, place, force=force, live=live)
+
+
+def personalize(
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    out: Path | str | None = None,
+    *,
+    subject: Path | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    force: bool = False,
+    live: bool = False,
+) -> AlignResult:
+    """Train a model to keep a subject's identity while it follows the prompt.
+
+    Args:
+        recipe: a YAML file, a name under recipes/, or the settings themselves; none: `toy/customized-grpo`.
+        steps: training steps, in place of the recipe's.
+        seed: of everything random, in place of the recipe's.
+        out: the run's folder; none: a new one under runs/.
+        subject: a subject's folder (pictures, class.txt, prompts.txt) in place of the recipe's subjects, for training
+            and evaluation.
+        settings: further ones by dotted name, `{"advantage.synergy.alpha": 0.8}`.
+        force: replace a run that is there already.
+        live: show progress on standard error.
+
+    Raises:
+        InputError: the recipe, or something that it names, is wrong.
+        RunError: the folder is taken, or the run had to stop.
+    """
+    config, name = load_personalize(recipe, subject=subject, steps=steps, seed=seed, settings=settings)
+    place = default_out(name, config) if out is None else Path(out)
+    return run_align(config, place, force=force, live=live)
+
+
+def load_personalize(
+    recipe: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    *,
+    subject: Path | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[AlignConfig, str | Path | Mapping[str, Any]]:
+    """The settings of a personalization, and what to name its folder after."""
+    own = {} if subject is None else {"prompts.source": str(subject), "evaluation.source": str(subject)}
+    source = PERSONALIZE_RECIPE if recipe is None else recipe
+    config = load(
+        source, overrides, steps=steps, seed=seed, settings={**own, **(settings or {})}, kind=PERSONALIZE
+    )
+    return config, source if subject is None else Path(subject).resolve().name
 
 
 def load(
@@ -77,11 +130,12 @@ def load(
     steps: int | None = None,
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    kind: str | None = None,
 ) -> AlignConfig:
-    """The settings of a recipe with what was given besides."""
+    """The settings of a recipe with what was given besides; `kind`: the job to do, none: the recipe's own."""
     given = {"steps": steps, "seed": seed, **(settings or {})}
     values = {name: value for name, value in given.items() if value is not None}
-    return recipes.load(AlignConfig, recipe, overrides, values=values, kind=align_job.KIND)
+    return load_recipe(recipe, overrides, values=values, kind=kind)
 
 
 def run_align(config: AlignConfig, out: Path, *, force: bool = False, live: bool = True) -> AlignResult:

@@ -28,6 +28,7 @@ from pixrl.cli_options import (
     Model,
     Out,
     Pairs,
+    PersonalizeRecipe,
     Presence,
     Recipe,
     Repair,
@@ -36,6 +37,7 @@ from pixrl.cli_options import (
     Seed,
     Set,
     Steps,
+    SubjectFolder,
     option,
 )
 from pixrl.errors import InputError, PixrlError
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from pixrl.training.fuse_config import FuseConfig
 
 INTERRUPTED = 130
+LOOP_KINDS = ("align", "personalize")
 DEMO_PAIRS = ("owl & snail", "turtle & mushroom", "penguin & pineapple")
 
 
@@ -220,8 +223,32 @@ def align(
     from pixrl import align_api
 
     settings = {"machine.device": device}
-    config = align_api.load(recipe, set_ or [], steps=steps, seed=seed, settings=settings)
+    config = align_api.load(recipe, set_ or [], steps=steps, seed=seed, settings=settings, kind="align")
     out = out or align_api.default_out(recipe, config)
+    with _resumable(out):
+        done = align_api.run_align(config, out, force=force)
+    _say_where(done.run)
+
+
+@app.command()
+def personalize(
+    recipe: PersonalizeRecipe = None,
+    subject: SubjectFolder = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    set_: Set = None,
+    out: Out = None,
+    force: Force = False,
+    device: Device = None,
+) -> None:
+    """Keep a subject's identity while following the prompt: [bold]pixrl personalize --subject FOLDER[/bold]."""
+    from pixrl import align_api
+
+    settings = {"machine.device": device}
+    config, name = align_api.load_personalize(
+        recipe, set_ or [], subject=subject, steps=steps, seed=seed, settings=settings
+    )
+    out = out or align_api.default_out(name, config)
     with _resumable(out):
         done = align_api.run_align(config, out, force=force)
     _say_where(done.run)
@@ -258,7 +285,7 @@ def resume(
 
     with _resumable(run):
         kind = RunFolder.open(run, repair=repair, allow_changed=True).kind
-        if kind == "align":
+        if kind in LOOP_KINDS:
             from pixrl import align_api
 
             align_api.resume(run, set_ or [], accept_changes=accept_changes)
@@ -276,14 +303,14 @@ def report(run: Run) -> None:
     """Write a run's report again; of an alignment also before it is finished."""
     from pixrl.training.runlog import RunFolder
 
-    if RunFolder.open(run).kind == "align":
+    if RunFolder.open(run).kind in LOOP_KINDS:
         from pixrl.evaluation.align_report import write_align_report
 
         typer.echo(f"Report: {write_align_report(run)}")
-    else:
-        from pixrl import fuse_api
+        return
+    from pixrl import fuse_api
 
-        typer.echo(f"Report: {fuse_api.write_report(run)}")
+    typer.echo(f"Report: {fuse_api.write_report(run)}")
 
 
 @app.command()

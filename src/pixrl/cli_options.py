@@ -33,6 +33,22 @@ AlignRecipe = Annotated[
         metavar="RECIPE", help="A YAML file, or a name under recipes/: toy/e2po.", show_default=False
     ),
 ]
+PersonalizeRecipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or a name under recipes/. [dim]default: toy/customized-grpo[/dim]",
+        show_default=False,
+    ),
+]
+SubjectFolder = Annotated[
+    Path | None,
+    option(
+        "A subject's folder instead of the recipe's: pictures, class.txt, prompts.txt.",
+        WHAT,
+        flag="--subject",
+    ),
+]
 Steps = Annotated[int | None, option("Training steps.", HOW, "the recipe's")]
 Sampler = Annotated[
     str | None, option("rmler, ppo, grpo, random, mean, bass, agswap, golden or search.", HOW, "rmler")

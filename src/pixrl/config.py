@@ -57,6 +57,12 @@ def load(
         raise ConfigError(_explain(model_cls, error, origin)) from None
 
 
+def kind_of(source: Path | str | Mapping[str, Any]) -> str | None:
+    """Which job a recipe says it is for; None where it does not say."""
+    found = _read(source)[0].get("kind")
+    return None if found is None else str(found)
+
+
 def dump(model: BaseModel) -> str:
     """All settings of a model, defaults included, as YAML that `load` reads back to an equal model."""
     return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

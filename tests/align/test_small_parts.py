@@ -53,7 +53,7 @@ def test_pieces_are_evened(count: int, most: int, size: int) -> None:
 
 
 def test_the_plan_says_why(policy: SD3Policy) -> None:
-    found = plan(policy, "an owl", rollouts=17, trained=17, train_batch=5)
+    found = plan(policy, policy.encode(["an owl"]), rollouts=17, trained=17, train_batch=5)
     assert found.micro_batches.train == 5
     assert "5 for 17" in found.reasons[1] and "the recipe says so" in found.reasons[1]
     assert "cache" in found.reasons[0]

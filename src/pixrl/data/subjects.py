@@ -6,13 +6,15 @@
 | a folder | one subject: pictures, `class.txt` (its class word), `prompts.txt` (one a line) |
 | a folder of such folders | each of them |
 | a DreamBench checkout | google/dreambooth, or its `dataset/`: a folder a subject and `prompts_and_classes.txt` |
-| `list.json` | UNO's lists: `[{"prompt": ..., "image_paths": [...]}, ...]`, paths from the file's folder |
+| `list.json` | UNO's lists: `[{"prompt": ..., "image_paths": [...]}, ...]`, paths from the file's folder; those for |
+|           | training also have an `image_tgt_path` |
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,13 @@ class Subject:
     prompts: tuple[str, ...]
     references: tuple[Path | Image.Image, ...]
     """At least one; a file is read when `pictures` is called."""
+    targets: tuple[Path | Callable[[], Image.Image] | None, ...] = ()
+    """How the picture of each prompt should look, where the source has that; empty where it has none."""
+
+    def target(self, number: int) -> Callable[[], Image.Image] | None:
+        """What opens the target of a prompt, by its number; None where there is none."""
+        found = self.targets[number] if self.targets else None
+        return partial(read_picture, found) if isinstance(found, Path) else found
 
     def pictures(self) -> list[Image.Image]:
         """The references as RGB, each in its own size.
@@ -142,15 +151,21 @@ def _read_uno(path: Path) -> list[Subject]:
         raise InputError(f"{path}, line {error.lineno} is not JSON: {error.msg}.") from None
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path} must hold a list that is not empty. {_UNO_LAYOUT}")
-    prompts: dict[tuple[str, ...], list[str]] = {}
+    prompts: dict[tuple[str, ...], dict[str, Path | None]] = {}
     for number, entry in enumerate(entries, 1):
-        references, prompt = _uno_entry(path, number, entry)
-        known = prompts.setdefault(references, [])
+        references, prompt, target = _uno_entry(path, number, entry)
+        known = prompts.setdefault(references, {})
         if prompt in known:
             raise InputError(f"{path}, entry {number} repeats {prompt!r} of the same pictures. Delete it.")
-        known.append(prompt)
+        known[prompt] = None if target is None else path.parent / target
     return [
-        Subject(_uno_name(paths), None, tuple(asked), tuple(path.parent / one for one in paths))
+        Subject(
+            _uno_name(paths),
+            None,
+            tuple(asked),
+            tuple(path.parent / one for one in paths),
+            tuple(asked.values()),
+        )
         for paths, asked in prompts.items()
     ]
 
@@ -158,16 +173,18 @@ def _read_uno(path: Path) -> list[Subject]:
 _UNO_LAYOUT = 'Each entry is like {"prompt": "a dog in the snow", "image_paths": ["dog/00.jpg"]}.'
 
 
-def _uno_entry(path: Path, number: int, entry: object) -> tuple[tuple[str, ...], str]:
+def _uno_entry(path: Path, number: int, entry: object) -> tuple[tuple[str, ...], str, str | None]:
     place = f"{path}, entry {number}"
     if not isinstance(entry, Mapping):
         raise InputError(f"{place} is {entry!r}. {_UNO_LAYOUT}")
-    prompt, paths = entry.get("prompt"), entry.get("image_paths")
+    prompt, paths, target = entry.get("prompt"), entry.get("image_paths"), entry.get("image_tgt_path")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{place} has no prompt. {_UNO_LAYOUT}")
     if not isinstance(paths, list) or not paths or not all(isinstance(one, str) and one for one in paths):
         raise InputError(f"{place} has no reference: image_paths is {paths!r}. {_UNO_LAYOUT}")
-    return tuple(paths), prompt.strip()
+    if target is not None and not (isinstance(target, str) and target):
+        raise InputError(f"{place}: image_tgt_path is {target!r}; give a path, or leave it out.")
+    return tuple(paths), prompt.strip(), target
 
 
 def _uno_name(paths: Sequence[str]) -> str:
@@ -181,10 +198,10 @@ def _checked(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
     for subject in subjects:
         if not subject.references:
             raise InputError(f"The subject {subject.name!r} has no reference picture. {_LAYOUT}")
-        for reference in subject.references:
-            if isinstance(reference, Path) and reference not in seen:
-                read_picture(reference)
-                seen.add(reference)
+        for picture in (*subject.references, *subject.targets):
+            if isinstance(picture, Path) and picture not in seen:
+                read_picture(picture)
+                seen.add(picture)
         if subject.word is not None:
             _require_word(subject.name, subject.word, subject.prompts)
     return tuple(subjects)

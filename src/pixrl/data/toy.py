@@ -3,7 +3,9 @@
 This layer may not import the toy world, which is built on it: its parts are looked up in a table when they are needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -95,8 +97,8 @@ def _prompts_of(tag: str, held_out: bool) -> list[tuple[str, dict[str, object]]]
     return [(prompt, parse(prompt).metadata) for prompt in found.values()]
 
 
-ToySubject = tuple[str, str, tuple[str, ...], tuple[Any, ...]]
-"""Name, class word, prompts, reference pictures (PIL)."""
+ToySubject = tuple[str, str, tuple[str, ...], tuple[Any, ...], tuple[Callable[[], Any], ...]]
+"""Name, class word, prompts, reference pictures (PIL), and what draws the target of each prompt."""
 
 
 def toy_subjects(name: str, *, held_out: bool) -> list[ToySubject]:
@@ -135,12 +137,50 @@ def _toy_subject(number: int, subject: Any, held_out: bool) -> ToySubject:
     rng = np.random.default_rng((SEED, 3, int(held_out), number))
     scenes = [part("subject_scene")(subject, rng, added_accessory=0.0) for _ in range(VIEWS)]
     pictures = tuple(part("render")(scene, SIDE) for scene in scenes)
-    return f"{subject.kind}_{number:02d}", subject.kind, _subject_prompts(subject), pictures
+    asked = _subject_prompts(subject)
+    targets = tuple(
+        partial(_subject_target, subject, (SEED, 4, int(held_out), number, k), accessory, background)
+        for k, (_, accessory, background) in enumerate(asked)
+    )
+    prompts = tuple(text for text, _, _ in asked)
+    return f"{subject.kind}_{number:02d}", subject.kind, prompts, pictures, targets
 
 
-def _subject_prompts(subject: Any) -> tuple[str, ...]:
+def _subject_prompts(subject: Any) -> list[tuple[str, str | None, str | None]]:
+    """Each prompt with the accessory and the background that it names."""
     article = "an" if subject.kind[0] in "aeiou" else "a"
-    backgrounds = [part("BACKGROUND_PHRASES")[key][0] for key in part("BACKGROUNDS") if key != "plain"]
-    worn = [part("ACCESSORY_PHRASES")[key][0] for key in part("ACCESSORIES") if key != subject.accessory]
-    endings = [*backgrounds, *worn, *(f"{one} {place}" for one in worn for place in backgrounds)]
-    return tuple(f"a photo of {article} {subject.kind} {ending}" for ending in endings)
+    backgrounds = [key for key in part("BACKGROUNDS") if key != "plain"]
+    worn = [key for key in part("ACCESSORIES") if key != subject.accessory]
+    asked: list[tuple[str | None, str | None]] = [
+        *((None, background) for background in backgrounds),
+        *((accessory, None) for accessory in worn),
+        *((accessory, background) for accessory in worn for background in backgrounds),
+    ]
+    return [
+        (f"a photo of {article} {subject.kind} {_ending(accessory, background)}", accessory, background)
+        for accessory, background in asked
+    ]
+
+
+def _ending(accessory: str | None, background: str | None) -> str:
+    phrases = [
+        part(table)[key][0]
+        for table, key in (("ACCESSORY_PHRASES", accessory), ("BACKGROUND_PHRASES", background))
+        if key is not None
+    ]
+    return " ".join(phrases)
+
+
+def _subject_target(subject: Any, key: tuple[int, ...], accessory: str | None, background: str | None) -> Any:
+    """The subject as a prompt asks for it, in a place of its own; a background that is not named is plain."""
+    import numpy as np
+
+    scene = part("subject_scene")(subject, np.random.default_rng(key), added_accessory=0.0)
+    (thing,) = scene.objects
+    wanted = replace(
+        scene,
+        objects=(replace(thing, accessory=accessory),),
+        background="plain" if background is None else background,
+        mentions_background=background is not None,
+    )
+    return part("render")(wanted, SIDE)

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pixrl import config as recipes
 from pixrl.algorithms.align import prepare
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.rollouts import Group, Samples, roll_out
 from pixrl.algorithms.stepping import Schedule, Solver, StepPlan
 from pixrl.data.prompts import Prompt
-from pixrl.errors import RunError
 from pixrl.evaluation.diversity import DiversityMeter
 from pixrl.evaluation.heldout import load_encoder
 from pixrl.models.base import FlowPolicy
@@ -26,7 +24,7 @@ from pixrl.models.slots import Slot
 from pixrl.rewards.multi import RewardSet
 from pixrl.rewards.segmentation import Segmenter
 from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_job import KIND
+from pixrl.training.align_kinds import read_config
 from pixrl.training.align_record import find_place, read_start, require_same_model
 from pixrl.training.align_workshop import Workshop, open_workshop
 from pixrl.training.runlog import RunFolder
@@ -189,9 +187,7 @@ def open_run(path: Path) -> Workshop:
         CheckpointError: the model is another one now.
     """
     folder = RunFolder.open(path)
-    if folder.kind != KIND:
-        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")
-    shop = open_workshop(recipes.load(AlignConfig, folder.recipe(), kind=KIND))
+    shop = open_workshop(read_config(folder))
     require_same_model(folder, read_start(folder), shop.policy)
     _, _, saved = find_place(folder)
     if saved is not None:

@@ -9,14 +9,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pixrl import config as recipes
-from pixrl.errors import RunError
 from pixrl.evaluation import align_words as words
 from pixrl.evaluation.align_panels import Panel, panels, reward_panels
 from pixrl.evaluation.page import THUMBNAIL, Picture, inline, render
 from pixrl.hub import TOY_PREFIX
 from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_job import KIND
+from pixrl.training.align_kinds import ALIGN, PERSONALIZE, read_config, require_kind
 from pixrl.training.align_log import evaluations
 from pixrl.training.align_record import GALLERY, START
 from pixrl.training.files import write_atomic
@@ -26,18 +24,21 @@ SHOWN = 32
 """Pairs of the gallery."""
 FALL = 0.005
 """A held-out reward that fell by more, as a share of its size before, is pointed out."""
+DONE = {ALIGN: "aligned", PERSONALIZE: "personalized"}
+"""What a kind of run does to a model, in headings."""
 KEPT = 0.8
 """Diversity below this share of the base's is pointed out."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The same prompt and noise before and after."""
+    """The same prompt and noise before and after, beside the subject that both were shown."""
 
     prompt: str
     seed: int
     before: Picture
     after: Picture
+    reference: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,14 @@ def write_align_report(path: Path) -> Path:
         CheckpointError: its logs or its recipe are damaged.
     """
     folder = RunFolder.open(path)
-    if folder.kind != KIND:
-        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}. Type: pixrl report {path}")
+    require_kind(folder)
     write_atomic(folder.report_path, render("align.html.j2", align_view(folder)).encode())
     return folder.report_path
 
 
 def align_view(folder: RunFolder) -> dict[str, Any]:
     """Everything the page shows."""
-    config = recipes.load(AlignConfig, folder.recipe(), kind=KIND)
+    config = read_config(folder)
     metrics, evaluated, manifest = folder.metrics(), evaluations(folder.path), folder.manifest()
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     pairs = gallery_pairs(folder)
@@ -101,6 +101,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
     changes = changes_of(config, evaluated)
     return {
         "model": config.model,
+        "done_to_it": DONE[folder.kind],
         "parts": words.method_parts(config),
         "done": len(metrics),
         "steps": config.steps,
@@ -121,7 +122,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "facts": words.facts(config, _start(folder)),
         "machine": words.machine_facts(environment),
         "recipe": folder.recipe_text(),
-        "commands": words.commands(folder.path.name, finished),
+        "commands": words.commands(folder.path.name, finished, folder.kind),
         "date": environment["date"],
     }
 
@@ -167,7 +168,13 @@ def gallery_pairs(folder: RunFolder) -> list[Pair]:
         return []
     shown = json.loads(record.read_text(encoding="utf-8"))
     return [
-        Pair(entry["prompt"], entry["seed"], inline(before, THUMBNAIL), inline(after, THUMBNAIL))
+        Pair(
+            entry["prompt"],
+            entry["seed"],
+            inline(before, THUMBNAIL),
+            inline(after, THUMBNAIL),
+            inline(folder.path / entry["reference"], THUMBNAIL) if "reference" in entry else None,
+        )
         for entry in shown
         for before, after in [[step / f"{entry['number']:04d}.png" for step in (steps[0], steps[-1])]]
         if before.is_file() and after.is_file()

@@ -5,14 +5,13 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from pixrl import config as recipes
 from pixrl.algorithms.stepping import Solver
 from pixrl.config import Settings
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.evaluation.align_words import images_of, updates_of
 from pixrl.evaluation.study_runner import check_differences
 from pixrl.training.align_config import AlignConfig, PerturbedExploration
-from pixrl.training.align_job import KIND as ALIGN
+from pixrl.training.align_kinds import load_recipe
 from pixrl.training.fuse_job import slug
 
 KIND = "align-study"
@@ -109,7 +108,7 @@ class AlignStudyConfig(Settings):
         name, seed = task
         variant = next(iter(self.variants.values())) if name == BASE else self._variant(name)
         values = {**self.settings, **variant.settings, "seed": seed}
-        return recipes.load(AlignConfig, variant.recipe, values=values, kind=ALIGN)
+        return load_recipe(variant.recipe, values=values)
 
     def check(self) -> None:
         """ConfigError for what cannot be, or would be no fair comparison."""

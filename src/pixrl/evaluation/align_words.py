@@ -73,10 +73,10 @@ def machine_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def commands(run: str, finished: bool) -> str:
+def commands(run: str, finished: bool, kind: str) -> str:
     """How to make the run again, or to its end."""
     lines = [] if finished else [shlex.join(["pixrl", "resume", run]) + "    # to its end"]
-    lines.append(shlex.join(["pixrl", "align", f"{run}/recipe.yaml", "--out", f"{run}-again"]))
+    lines.append(shlex.join(["pixrl", kind, f"{run}/recipe.yaml", "--out", f"{run}-again"]))
     lines.append(shlex.join(["pixrl", "selfcheck", f"{run}/recipe.yaml"]) + "    # is it on-policy here?")
     return "\n".join(lines)
 

@@ -7,7 +7,6 @@ an input of the distilled model, not a second pass.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pixrl.errors import CheckpointError, InputError, RunError, ShapeError, did_
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flow_pipeline import FlowPipelinePolicy, Part
 from pixrl.models.flux_lora import merge, read_lora
-from pixrl.models.flux_tokens import Preset, Size, pack_latents, position_ids, unpack_latents
+from pixrl.models.flux_tokens import Preset, Shift, Size, pack_latents, position_ids, unpack_latents
 from pixrl.models.references import LatentCache, ReferencePolicy
 from pixrl.models.text_variants import ClipEncoder, PerturbableText
 
@@ -27,15 +26,6 @@ __all__ = ["FluxPolicy", "Preset", "Shift", "pack_latents", "position_ids", "unp
 MAX_SEQUENCE_LENGTH = 512
 UNO_SHRINK = 64
 """UNO counts one token for 16 x 16 latents where FLUX counts one for 2 x 2, which shifts its schedule less."""
-
-
-class Shift(StrEnum):
-    """How far a schedule that depends on the resolution is shifted; the same for sampling and training."""
-
-    FLUX = "flux"
-    """By the picture's tokens, as FluxPipeline: mu = 0.630 at 512 x 512."""
-    UNO = "uno"
-    """As UNO's published inference: mu = 0.459 at 512 x 512."""
 
 
 class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):

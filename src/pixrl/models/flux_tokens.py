@@ -21,6 +21,15 @@ class Preset(StrEnum):
     KONTEXT = "kontext"
 
 
+class Shift(StrEnum):
+    """How far a schedule that depends on the resolution is shifted; the same for sampling and training."""
+
+    FLUX = "flux"
+    """By the picture's tokens, as FluxPipeline: mu = 0.630 at 512 x 512."""
+    UNO = "uno"
+    """As UNO's published inference: mu = 0.459 at 512 x 512."""
+
+
 Size = tuple[int, int]
 """(rows, columns), in tokens."""
 

@@ -88,8 +88,11 @@ def spread_evenly(prompts: PromptSet, count: int) -> tuple[Prompt, ...]:
 
 
 def gallery(prompts: Sequence[Prompt], per_prompt: int, seed: int) -> list[dict[str, object]]:
-    """What the numbers of `samples/` mean: prompt and seed of each picture."""
+    """What the numbers of `samples/` mean: prompt and seed of each picture, and its subject where there is one."""
     groups = [Group(n, _EPOCH, n, prompt.text, prompt.metadata) for n, prompt in enumerate(prompts)]
     samples = Samples.of(groups, per_prompt, 1, seed)
-    pairs = zip(samples.prompts, samples.seeds, strict=True)
-    return [{"number": n, "prompt": prompt, "seed": own} for n, (prompt, own) in enumerate(pairs)]
+    shown = [{"subject": one["subject"]} if "subject" in one else {} for one in samples.metadata]
+    return [
+        {"number": n, "prompt": prompt, "seed": own, **subject}
+        for n, (prompt, own, subject) in enumerate(zip(samples.prompts, samples.seeds, shown, strict=True))
+    ]

@@ -1,4 +1,7 @@
-"""`pixrl align` as a run folder: start it, go on with it, check it. The report is written a layer above."""
+"""`pixrl align` and `pixrl personalize` as a run folder: start it, go on with it, check it.
+
+The report is written a layer above.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +13,10 @@ from pixrl import config as recipes
 from pixrl.algorithms.align import Aligner, MicroBatches, prepare
 from pixrl.algorithms.losses import ClippedSurrogate
 from pixrl.algorithms.rollouts import Rollouts
-from pixrl.errors import RunError
 from pixrl.training import selfcheck
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_eval import score
+from pixrl.training.align_kinds import kind_of, read_config
 from pixrl.training.align_log import AlignLog
 from pixrl.training.align_record import (
     differences,
@@ -28,8 +31,6 @@ from pixrl.training.loop import Loop, Pace
 from pixrl.training.monitor import Monitor, Silent
 from pixrl.training.prompt_sampler import share
 from pixrl.training.runlog import RunFolder
-
-KIND = "align"
 
 
 def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monitor | None = None) -> Path:
@@ -46,7 +47,7 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
     team = shop.team
     out = team.gather(out)[0]  # each process may have seen another folder as the first free one
     if team.leads:
-        folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
+        folder = RunFolder.create(out, kind=kind_of(config), recipe=config, force=force)
         write_start(folder, shop, micro_batches, notes)
     team.wait()
     folder = RunFolder.open(out)
@@ -68,12 +69,10 @@ def go_on(
         CheckpointError: recipe.yaml was edited (it says what differs), or the model is another one.
     """
     folder = RunFolder.open(path, allow_changed=True)
-    if folder.kind != KIND:
-        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")
+    edited = read_config(folder)
     began = read_start(folder)
-    edited = recipes.load(AlignConfig, folder.recipe(), kind=KIND)
     require_unchanged(folder, began["recipe"], edited, accept_changes)
-    config = recipes.load(AlignConfig, edited.model_dump(mode="json"), overrides)
+    config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     shop = open_workshop(config)
     require_same_model(folder, began, shop.policy)
     step, images, saved = find_place(folder)

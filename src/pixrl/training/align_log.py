@@ -102,6 +102,7 @@ def _rows(
 ) -> list[ManifestRow]:
     samples = rollouts.samples
     prompts, variants = samples.prompts, samples.variant_B.tolist()
+    subjects = [{"subject": one["subject"]} if "subject" in one else {} for one in samples.metadata]
     return [
         ManifestRow(
             index=index,
@@ -112,6 +113,7 @@ def _rows(
             scores={name: one.values_B[row].item() for name, one in scores.items()},
             failed=_reason(scores, row),
             file=files[row],
+            extra=subjects[row],
         )
         for row, index in enumerate(indices)
     ]

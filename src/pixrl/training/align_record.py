@@ -7,17 +7,23 @@ from typing import Any
 import torch
 
 from pixrl.algorithms.align import MicroBatches
+from pixrl.algorithms.references import shown_pictures
+from pixrl.data.prompts import Prompt
 from pixrl.errors import CheckpointError
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.references import on_square
 from pixrl.training import checkpoint
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_eval import gallery, spread_evenly
 from pixrl.training.align_workshop import Workshop
 from pixrl.training.files import write_atomic
-from pixrl.training.runlog import RunFolder
+from pixrl.training.runlog import RunFolder, png_bytes
 
 START = "start.json"
 GALLERY = "samples/gallery.json"
+REFERENCES = "samples/references"
+"""Pictures of the gallery's subjects, as 0007.png for the seventh prompt."""
+REFERENCE_SIDE = 256
 
 
 def write_start(folder: RunFolder, shop: Workshop, micro_batches: MicroBatches, notes: Sequence[str]) -> None:
@@ -30,9 +36,28 @@ def write_start(folder: RunFolder, shop: Workshop, micro_batches: MicroBatches, 
         "notes": list(notes),
     }
     settings = shop.config.evaluation
-    shown = gallery(spread_evenly(shop.held_out, settings.prompts), settings.per_prompt, shop.config.seed)
+    prompts = spread_evenly(shop.held_out, settings.prompts)
+    shown = gallery(prompts, settings.per_prompt, shop.config.seed)
+    files = _write_references(folder, prompts)
+    for place, entry in enumerate(shown):
+        entry |= files[place // settings.per_prompt]
     write_atomic(folder.path / GALLERY, json.dumps(shown, indent=1).encode() + b"\n")
     write_atomic(folder.path / START, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict[str, str]]:
+    """Saves what the model is shown with each prompt, the first picture of each; where each one lies."""
+    files: list[dict[str, str]] = []
+    for number, prompt in enumerate(prompts):
+        pictures = shown_pictures(prompt.metadata)
+        if not pictures:
+            files.append({})
+            continue
+        name = f"{REFERENCES}/{number:04d}.png"
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder.path / name, png_bytes(on_square(pictures[0], REFERENCE_SIDE)))
+        files.append({"reference": name})
+    return files
 
 
 def read_start(folder: RunFolder) -> dict[str, Any]:

@@ -1,18 +1,23 @@
 """Everything that an align recipe names, loaded and checked against each other."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pixrl import models
 from pixrl import rewards as rewards_table
-from pixrl.algorithms.align import Aligner, Method, MicroBatches
+from pixrl.algorithms.align import Aligner, Method, MicroBatches, prepare
+from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import make_loss
 from pixrl.algorithms.rollouts import Group
 from pixrl.algorithms.spread import Features, pixel_features
 from pixrl.data.prompts import PromptSet, Split, load_prompts
+from pixrl.data.subject_prompts import subject_prompts
+from pixrl.data.subjects import load_subjects
 from pixrl.errors import ConfigError
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.flux import FluxPolicy
 from pixrl.models.prompts import check_words
 from pixrl.models.slots import LoraSlots, Slot
 from pixrl.rewards.clip import ClipSimilarity
@@ -21,6 +26,8 @@ from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_eval import Evaluator, spread_evenly
 from pixrl.training.distributed import Team, limit_threads
+from pixrl.training.memory import require_room
+from pixrl.training.personalize_config import PersonalizeConfig, ReferenceSettings
 from pixrl.training.planner import plan
 from pixrl.training.prompt_sampler import PromptSampler, share
 
@@ -61,8 +68,8 @@ def open_workshop(config: AlignConfig) -> Workshop:
     """Loads the model, the rewards and the prompts of a recipe, and checks that they fit."""
     team = Team(config.machine.device)
     limit_threads(team.size)
-    prompts = load_prompts(config.prompts.source, split=Split.TRAIN)
-    held_out = load_prompts(config.evaluation.source or config.prompts.source, split=Split.EVALUATION)
+    prompts = _prompts(config, config.prompts.source, Split.TRAIN)
+    held_out = _prompts(config, config.evaluation.source or config.prompts.source, Split.EVALUATION)
     policy = load_policy(config, team)
     for one in (prompts, held_out):
         check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
@@ -88,6 +95,13 @@ def open_workshop(config: AlignConfig) -> Workshop:
     return Workshop(config, team, policy, slots, sampler, held_out, rewards, method, features)
 
 
+def _prompts(config: AlignConfig, source: str, split: Split) -> PromptSet:
+    """The prompts of a source, with their subjects where the recipe is one of subjects."""
+    if isinstance(config, PersonalizeConfig):
+        return subject_prompts(load_subjects(source, split=split), count=config.references.count)
+    return load_prompts(source, split=split)
+
+
 def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
     """The model of a recipe. ConfigError when it cannot be trained."""
     policy = models.load(
@@ -103,11 +117,25 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
             f"{config.model} is a {type(policy).__name__}: it draws pictures but has no velocity and no LoRA slots to "
             "train. Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
         )
+    if isinstance(config, PersonalizeConfig):
+        _show_references(policy, config.references)
     if config.machine.gradient_checkpointing:
         policy.checkpoint_gradients()
     if config.machine.offload:
         policy.offload()
     return policy
+
+
+def _show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> None:
+    """Sets the model up for reference pictures. ConfigError when it takes none."""
+    if not isinstance(policy, FluxPolicy):
+        raise ConfigError(
+            f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a FLUX model: "
+            "--set model=toy:flux, or a FLUX checkpoint."
+        )
+    policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
+    if settings.lora is not None:
+        policy.merge_lora(Path(settings.lora))
 
 
 def placed(setting: RewardSetting, device: str) -> RewardSetting:
@@ -126,9 +154,11 @@ def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:
     config, team = shop.config, shop.team
     groups = -(-config.prompts.per_step // team.size)
     rollouts = groups * shop.method.group_size
+    condition = prepare(NoiseOnly(), shop.policy, shop.first_groups()[:1]).anchor
+    require_room(shop.policy, condition)
     found = plan(
         shop.policy,
-        shop.prompts.prompts[0].text,
+        condition,
         rollouts=rollouts,
         trained=-(-rollouts // config.optimizer.updates),
         rollout_batch=config.machine.rollout_batch,

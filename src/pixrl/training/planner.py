@@ -36,7 +36,7 @@ class Limit:
 
 def plan(
     policy: FlowPipelinePolicy,
-    prompt: str,
+    condition: Conditioning,
     *,
     rollouts: int,
     trained: int,
@@ -45,9 +45,10 @@ def plan(
 ) -> Plan:
     """Sizes for a process that draws `rollouts` pictures a step and takes optimizer steps of about `trained` pictures.
 
-    `rollout_batch`, `train_batch`: what the recipe asks for. `prompt`: any, for the trial on a GPU.
+    `rollout_batch`, `train_batch`: what the recipe asks for. `condition`: one row, with references as all have,
+    for the trial on a GPU.
     """
-    drawing, training = _limits(policy, prompt, rollout_batch, train_batch)
+    drawing, training = _limits(policy, condition, rollout_batch, train_batch)
     sizes = (evened(rollouts, drawing.size), evened(trained, training.size))
     reasons = (
         _say("rollout", rollouts, sizes[0], drawing),
@@ -68,7 +69,7 @@ def _say(what: str, count: int, size: int, limit: Limit) -> str:
 
 
 def _limits(
-    policy: FlowPipelinePolicy, prompt: str, rollout_batch: int | None, train_batch: int | None
+    policy: FlowPipelinePolicy, condition: Conditioning, rollout_batch: int | None, train_batch: int | None
 ) -> tuple[Limit, Limit]:
     given = [
         None if size is None else Limit(size, "the recipe says so") for size in (rollout_batch, train_batch)
@@ -78,18 +79,17 @@ def _limits(
         usual = Limit(policy.micro_batch, "what suits a CPU's cache at this resolution")
         return drawing or usual, training or usual
     return (
-        drawing or _measured(policy, _trial(policy, prompt, train=False)),
-        training or _measured(policy, _trial(policy, prompt, train=True)),
+        drawing or _measured(policy, _trial(policy, condition, train=False)),
+        training or _measured(policy, _trial(policy, condition, train=True)),
     )
 
 
-def _trial(policy: FlowPipelinePolicy, prompt: str, *, train: bool) -> Callable[[int], None]:
+def _trial(policy: FlowPipelinePolicy, condition: Conditioning, *, train: bool) -> Callable[[int], None]:
     """One pass of some pictures through the model: with its gradient, or to the decoded picture."""
 
     def velocity(count: int) -> Tensor:
-        condition = Conditioning.cat([policy.encode([prompt])] * count)
         x = policy.initial_noise(range(count))
-        return policy.velocity(x, x.new_full((count,), 0.5), condition)
+        return policy.velocity(x, x.new_full((count,), 0.5), Conditioning.cat([condition] * count))
 
     def one(count: int) -> None:
         if train:

@@ -1,0 +1,135 @@
+"""Prompts x subjects as a prompt list: each prompt carries its subject's pictures in its metadata.
+
+| key         | what                                                                             |
+|-------------|----------------------------------------------------------------------------------|
+| `subject`   | its name                                                                         |
+| `class`     | its class word, where the source has one                                         |
+| `shown`     | the pictures that the model is shown: the first `count` references               |
+| `reference` | all references, which rewards compare with                                       |
+| `target`    | how the picture should look, where the source has it; only `sft` learns from it  |
+
+Pictures are read when they are asked for, and the last ones are kept.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from pixrl.data.pictures import read_picture, to_tensors
+from pixrl.data.prompts import Prompt, PromptSet
+from pixrl.data.subjects import Subject, SubjectSet
+from pixrl.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CACHE_BYTES = 2**28
+
+
+def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet:
+    """Every prompt of every subject, subject by subject.
+
+    Args:
+        subjects: of `load_subjects`.
+        count: how many references the model is shown of each subject, the first ones; None: all.
+
+    Raises:
+        InputError: a subject has fewer references, or with None not all have as many.
+    """
+    _require_references(subjects, count)
+    store = _Store()
+    return PromptSet(
+        subjects.name,
+        tuple(
+            Prompt(text, _About(store, index, subject, number, count))
+            for index, subject in enumerate(subjects)
+            for number, text in enumerate(subject.prompts)
+        ),
+    )
+
+
+def _require_references(subjects: SubjectSet, count: int | None) -> None:
+    have = {subject.name: len(subject.references) for subject in subjects}
+    fewest, most = min(have, key=have.__getitem__), max(have, key=have.__getitem__)
+    if count is None and have[fewest] != have[most]:
+        raise InputError(
+            f"The subjects of {subjects.name} have different numbers of references ({fewest}: {have[fewest]}, "
+            f"{most}: {have[most]}), and all of a batch must be shown as many. Say how many: "
+            f"--set references.count={have[fewest]}"
+        )
+    if count is not None and have[fewest] < count:
+        raise InputError(
+            f"references.count is {count}, but the subject {fewest!r} has {have[fewest]}. Give it more pictures, or "
+            f"type: --set references.count={have[fewest]}"
+        )
+
+
+class _Store:
+    """Pictures as tensors, oldest first out."""
+
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
+        self._limit = limit
+        self._kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: tuple[object, ...], read: Callable[[], Image.Image]) -> "Tensor":
+        """The picture of a key, float32 [3, H, W]."""
+        found = self._kept.get(key)
+        if found is None:
+            found = to_tensors([read()])[0]
+            self._bytes += found.nbytes
+        self._kept[key] = found
+        self._kept.move_to_end(key)
+        while self._bytes > self._limit and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return found
+
+
+class _About(Mapping[str, object]):
+    """One prompt's metadata."""
+
+    def __init__(self, store: _Store, index: int, subject: Subject, number: int, count: int | None) -> None:
+        self._store = store
+        self._index = index
+        self._subject = subject
+        self._number = number
+        self._count = count
+        self._keys = ["subject", "reference", "shown"]
+        self._keys += ["class"] if subject.word is not None else []
+        self._keys += ["target"] if subject.target(number) is not None else []
+
+    def __getitem__(self, key: str) -> object:
+        if key not in self._keys:
+            raise KeyError(key)
+        match key:
+            case "subject":
+                return self._subject.name
+            case "class":
+                return self._subject.word
+            case "target":
+                target = self._subject.target(self._number)
+                assert target is not None
+                return self._store.get((self._index, key, self._number), target)
+            case "shown":
+                return self._pictures(self._count)
+        return self._pictures(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _pictures(self, count: int | None) -> "list[Tensor]":
+        chosen = self._subject.references[:count]
+        return [
+            self._store.get((self._index, number), partial(_opened, one)) for number, one in enumerate(chosen)
+        ]
+
+
+def _opened(picture: Path | Image.Image) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else read_picture(picture)

@@ -1,0 +1,43 @@
+"""What a personalize run is made from: an align recipe whose prompts come with subjects.
+
+Customized-GRPO is noise exploration x random steps x (synergy, time weights) x clipped; every other combination runs.
+"""
+
+from pydantic import Field
+
+from pixrl.config import Settings
+from pixrl.models.flux_tokens import Preset, Shift
+from pixrl.training.align_config import AlignConfig, PromptSettings
+
+
+class SubjectSettings(PromptSettings):
+    """Which subjects, with which prompts; each pair of them makes one group."""
+
+    source: str = "toy:subjects"
+    """toy:subjects, a subject's folder, a folder of such folders, DreamBench, or a UNO list (docs/data.md)."""
+    per_step: int = Field(4, ge=1)
+    """P: pairs of a prompt and a subject in a training step."""
+
+
+class ReferenceSettings(Settings):
+    """How the model is shown a subject."""
+
+    count: int | None = Field(1, ge=1)
+    """Pictures of each subject, the first ones; none: all."""
+    side: int | None = Field(None, ge=1)
+    """Pixels of the square that each is laid out on; none: the pictures' own resolution."""
+    preset: Preset | None = None
+    """Position ids of their tokens, uno or kontext; none: what the checkpoint's card says, else uno."""
+    shift: Shift | None = None
+    """Schedule shift, flux or uno; none: flux. One schedule serves sampling and training."""
+    lora: str | None = None
+    """A LoRA file that makes the base model (UNO's dit_lora.safetensors); merged before training."""
+
+
+class PersonalizeConfig(AlignConfig):
+    """One personalization run."""
+
+    model: str = "toy:flux"
+    """toy:flux, a FLUX folder in diffusers' layout, or a hub id."""
+    prompts: SubjectSettings = SubjectSettings()
+    references: ReferenceSettings = ReferenceSettings()

@@ -1,0 +1,161 @@
+"""UNO's LoRA layout: read, merged, written; and what cannot be read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pixrl import models
+from pixrl.errors import CheckpointError, RunError
+from pixrl.models import flux_lora
+from pixrl.models.flux import FluxPolicy
+
+WIDTH, RANK = 32, 3
+INNER = {"qkv_lora1": 3, "qkv_lora2": 3, "proj_lora1": 1, "proj_lora2": 1}
+
+
+def published(seed: int = 0) -> dict[str, Tensor]:
+    """A file as UNO publishes it, for the tiny transformer: one double and one single block of width 32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(name: str, into: int, out_of: int) -> dict[str, Tensor]:
+        return {
+            f"{name}.down.weight": torch.randn(RANK, into, generator=generator) * 0.1,
+            f"{name}.up.weight": torch.randn(out_of, RANK, generator=generator) * 0.1,
+        }
+
+    found: dict[str, Tensor] = {}
+    for processor, times in INNER.items():
+        found |= pair(f"double_blocks.0.processor.{processor}", WIDTH, times * WIDTH)
+    found |= pair("single_blocks.0.processor.qkv_lora", WIDTH, 3 * WIDTH)
+    found |= pair("single_blocks.0.processor.proj_lora", 5 * WIDTH, WIDTH)
+    return found
+
+
+def load(folder: Path) -> FluxPolicy:
+    found = models.load(folder, device="cpu", dtype="float32")
+    assert isinstance(found, FluxPolicy)
+    return found
+
+
+@torch.no_grad()
+def velocity(policy: FluxPolicy) -> Tensor:
+    x = policy.initial_noise([0, 1])
+    return policy.velocity(x, torch.tensor([0.8, 0.2]), policy.encode(["a cat", "an owl"]))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "dit_lora.safetensors"
+    save_file(published(), path)
+    return path
+
+
+def test_every_module_gets_its_part_of_the_change(bare: FluxPolicy, file: Path) -> None:
+    before = {name: x.clone() for name, x in bare.transformer.state_dict().items()}
+    bare.merge_lora(file)
+    given = published()
+
+    def change(name: str) -> Tensor:
+        return given[f"{name}.up.weight"] @ given[f"{name}.down.weight"]
+
+    double, single = "double_blocks.0.processor.", "single_blocks.0.processor."
+    expected = {"transformer_blocks.0.attn.to_out.0": change(f"{double}proj_lora1")}
+    expected["transformer_blocks.0.attn.to_add_out"] = change(f"{double}proj_lora2")
+    expected["single_transformer_blocks.0.proj_out"] = change(f"{single}proj_lora")
+    for prefix, names, whole in (
+        ("transformer_blocks.0.attn.", ("to_q", "to_k", "to_v"), change(f"{double}qkv_lora1")),
+        (
+            "transformer_blocks.0.attn.",
+            ("add_q_proj", "add_k_proj", "add_v_proj"),
+            change(f"{double}qkv_lora2"),
+        ),
+        ("single_transformer_blocks.0.attn.", ("to_q", "to_k", "to_v"), change(f"{single}qkv_lora")),
+    ):
+        expected |= {prefix + name: part for name, part in zip(names, whole.chunk(3), strict=True)}
+    for name, after in bare.transformer.state_dict().items():
+        module = name.removesuffix(".weight")
+        wanted = before[name] + expected[module] if module in expected and name != module else before[name]
+        assert torch.allclose(after, wanted, atol=1e-6), name
+
+
+def test_it_is_what_diffusers_makes_of_the_file(flux_folder: Path, bare: FluxPolicy, file: Path) -> None:
+    bare.merge_lora(file)
+    other = load(flux_folder)
+    other.pipeline.load_lora_weights(load_file(file))
+    assert torch.allclose(velocity(bare), velocity(other), atol=1e-5)
+
+
+def test_slots_come_back_through_both_layouts(flux_folder: Path, policy: FluxPolicy, tmp_path: Path) -> None:
+    assert policy.lora is not None
+    with torch.no_grad():
+        for parameter in policy.lora.parameters():
+            parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    lora = flux_lora.slot_lora(policy.lora.state(), "current", scale=8 / 4)
+    with_proj = lora | {"single_transformer_blocks.0.proj_out": (torch.zeros(4, 160), torch.zeros(32, 4))}
+    wanted = velocity(policy)
+    for name, tensors in (
+        ("uno", flux_lora.to_uno(with_proj)),
+        ("uno without the single projections", flux_lora.to_uno(lora)),
+        ("diffusers", flux_lora.to_diffusers(lora)),
+    ):
+        again = load(flux_folder)
+        assert not torch.allclose(velocity(again), wanted, atol=1e-3)
+        again.merge_lora(flux_lora.write_lora(tmp_path / f"{name}.safetensors", tensors))
+        assert torch.allclose(velocity(again), wanted, atol=1e-4), name
+    found, _ = FluxPipeline.lora_state_dict(dict(flux_lora.to_uno(with_proj)), return_alphas=True)
+    assert all(key.startswith("transformer.") for key in found)
+    shapes = {x.shape[0] for key, x in flux_lora.to_uno(with_proj).items() if "down" in key}
+    assert shapes == {12}
+
+
+def test_an_imported_lora_and_what_was_trained_add_up(flux_folder: Path, file: Path, tmp_path: Path) -> None:
+    policy = load(flux_folder)
+    policy.merge_lora(file)
+    slots = policy.attach_lora(rank=2, alpha=2)
+    with torch.no_grad():
+        for parameter in slots.parameters():
+            parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    whole = flux_lora.added([flux_lora.read_lora(file), flux_lora.slot_lora(slots.state(), "current", 1.0)])
+    again = load(flux_folder)
+    again.merge_lora(flux_lora.write_lora(tmp_path / "both.safetensors", flux_lora.to_uno(whole)))
+    assert torch.allclose(velocity(again), velocity(policy), atol=1e-4)
+
+
+def test_the_fingerprint_tells_a_merged_backbone(bare: FluxPolicy, file: Path, tmp_path: Path) -> None:
+    before = bare.backbone_fingerprint
+    bare.merge_lora(file)
+    assert bare.backbone_fingerprint != before
+    bare.attach_lora(rank=2, alpha=2)
+    with pytest.raises(RunError, match="before attach_lora"):
+        bare.merge_lora(file)
+
+
+def test_files_that_cannot_be_read(bare: FluxPolicy, file: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="hf download bytedance-research/UNO"):
+        bare.merge_lora(tmp_path / "missing.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="cut short"):
+        bare.merge_lora(cut)
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, other)
+    with pytest.raises(CheckpointError, match="no LoRA of FLUX"):
+        bare.merge_lora(other)
+    large = {name: torch.zeros(RANK, 64) if "down" in name else x for name, x in published().items()}
+    save_file(large, other)
+    before = velocity(bare)
+    with pytest.raises(CheckpointError, match="another model"):
+        bare.merge_lora(other)
+    assert torch.equal(velocity(bare), before)
+
+
+def test_what_has_no_place_in_the_layout() -> None:
+    pair = (torch.zeros(2, 32), torch.zeros(32, 2))
+    with pytest.raises(CheckpointError, match="q, k and v together"):
+        flux_lora.to_uno({"transformer_blocks.0.attn.to_q": pair})
+    with pytest.raises(CheckpointError, match="no place in UNO's layout"):
+        flux_lora.to_uno({"transformer_blocks.0.ff.net.2": pair})
