@@ -42,3 +42,8 @@ def infinite(images: Images, prompts: list[str], metadata: list[dict[str, Any]])
 def hangs(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
     time.sleep(5)
     return [0.5] * len(images)
+
+
+def redness(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    arrays = [np.asarray(image).astype(float) for image in images]
+    return [float(one[..., 0].mean() - one[..., 2].mean()) / 255 for one in arrays]

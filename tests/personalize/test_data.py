@@ -1,0 +1,95 @@
+"""Prompts x subjects: what a prompt carries, targets, numbers of references."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pixrl.data.subject_prompts import subject_prompts
+from pixrl.data.subjects import load_subjects
+from pixrl.errors import InputError
+from pixrl.toy.language import parse
+from tests.personalize.conftest import make_subject
+
+
+def test_every_prompt_of_every_subject(subjects: Path) -> None:
+    found = subject_prompts(load_subjects(subjects), count=1)
+    assert [prompt.text for prompt in found][:4] == [
+        "a dog in snow",
+        "a red dog",
+        "an old dog",
+        "a cat in snow",
+    ]
+    about = found[3].metadata
+    assert (about["subject"], about["class"]) == ("tom", "cat")
+    shown, reference = about["shown"], about["reference"]
+    assert isinstance(shown, list) and isinstance(reference, list)
+    assert [tuple(one.shape) for one in reference] == [(3, 40, 48), (3, 48, 48)]
+    assert len(shown) == 1 and torch.equal(shown[0], reference[0])
+    assert "target" not in about and set(about) == {"subject", "class", "shown", "reference"}
+    assert about.get("tag") is None
+    assert dict(about).keys() == set(about)
+
+
+def test_pictures_are_read_once(subjects: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pixrl.data import subject_prompts as module
+
+    found = subject_prompts(load_subjects(subjects), count=2)
+    reads: list[Path] = []
+    real = module.read_picture
+    monkeypatch.setattr(module, "read_picture", lambda path: reads.append(path) or real(path))
+    for prompt in found:
+        for key in ("shown", "reference"):
+            assert prompt.metadata[key]
+    assert len(reads) == len(set(reads)) == 4
+
+
+def test_numbers_of_references(subjects: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    shutil.copytree(subjects, folder)
+    make_subject(folder / "zoe", pictures=3, word="owl")
+    loaded = load_subjects(folder)
+    assert len(subject_prompts(loaded, count=2)) == 9
+    with pytest.raises(InputError, match=r"'rex' has 2.*--set references\.count=2"):
+        subject_prompts(loaded, count=3)
+    with pytest.raises(InputError, match=r"rex: 2, zoe: 3.*--set references\.count=2"):
+        subject_prompts(loaded, count=None)
+
+
+def test_toy_targets_show_what_the_prompt_asks_for() -> None:
+    loaded = load_subjects("toy:subjects")
+    subject = loaded[0]
+    assert len(subject.targets) == len(subject.prompts)
+    prompts = subject_prompts(loaded, count=1)
+    first, last = prompts[0], prompts[len(subject.prompts) - 1]
+    pictures = [first.metadata["target"], last.metadata["target"]]
+    assert all(isinstance(one, Tensor) and one.shape == (3, 64, 64) for one in pictures)
+    assert torch.equal(prompts[0].metadata["target"], pictures[0])  # type: ignore[arg-type]
+    assert not torch.equal(*pictures)  # type: ignore[arg-type]
+    assert parse(first.text).background is not None
+
+
+def test_uno_lists_may_have_targets(tmp_path: Path) -> None:
+    for name in ("ref", "wanted"):
+        Image.new("RGB", (40, 40), "red").save(tmp_path / f"{name}.png")
+    entries = [
+        {"prompt": "a dog in snow", "image_paths": ["ref.png"], "image_tgt_path": "wanted.png"},
+        {"prompt": "a dog", "image_paths": ["ref.png"]},
+    ]
+    file = tmp_path / "list.json"
+    file.write_text(json.dumps(entries))
+    found = subject_prompts(load_subjects(file), count=1)
+    assert isinstance(found[0].metadata["target"], Tensor)
+    assert "target" not in found[1].metadata and "class" not in found[1].metadata
+    entries[0]["image_tgt_path"] = 3  # type: ignore[assignment]
+    file.write_text(json.dumps(entries))
+    with pytest.raises(InputError, match="image_tgt_path is 3"):
+        load_subjects(file)
+    entries[0]["image_tgt_path"] = "missing.png"
+    file.write_text(json.dumps(entries))
+    with pytest.raises(InputError, match="no picture"):
+        load_subjects(file)

@@ -1,0 +1,322 @@
+"""Whole runs on a tiny FLUX: every method, resume, command line, and what can be wrong."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import pixrl
+from pixrl import align_api, cli, models
+from pixrl.algorithms.align import prepare
+from pixrl.algorithms.exploration import NoiseOnly
+from pixrl.algorithms.rollouts import Group
+from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
+from pixrl.evaluation.align_eval import open_run
+from pixrl.evaluation.align_study_config import AlignStudyConfig
+from pixrl.models.flux import FluxPolicy, Preset
+from pixrl.training import align_job
+from pixrl.training.align_kinds import load_recipe
+from pixrl.training.memory import kept_bytes, require_room
+from pixrl.training.runlog import RunFolder
+from tests import tiny, tiny_dino
+from tests.align.parts import JUDGE, final, same
+from tests.personalize.conftest import make_subject
+from tests.personalize.test_lora import published
+
+METHODS: dict[str, dict[str, Any]] = {
+    "customized": {},
+    "naive": {"advantage": {}},
+    "nft": {
+        "sampling": {"steps": 3, "solver": "dpm"},
+        "loss": {"kind": "nft", "timesteps": 2},
+    },
+    "e2po-sars": {
+        "sampling": {"steps": 3, "solver": "dpm"},
+        "loss": {"kind": "nft", "timesteps": 2},
+        "exploration": {"kind": "perturbed", "noises": 2, "variants": 2, "steps": 2},
+    },
+    "e2po-grpo-sars": {"exploration": {"kind": "perturbed", "noises": 2, "variants": 2, "steps": 2}},
+    "rpo": {"sampling": {"steps": 3}, "loss": {"kind": "rpo", "timesteps": 2}, "advantage": {}},
+}
+SHAPING = {"synergy": {"alpha": 0.5}, "time": {"identity": ["identity"]}}
+
+
+def rewards() -> list[dict[str, Any]]:
+    judges = {"identity": "brightness", "prompt": "redness"}
+    return [
+        {"name": name, "kind": "python", "options": {"function": f"{JUDGE}:{judge}"}}
+        for name, judge in judges.items()
+    ]
+
+
+def recipe(model: Path, subjects: Path, **changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "model": str(model),
+        "steps": 2,
+        "prompts": {"source": str(subjects), "per_step": 2},
+        "rewards": rewards(),
+        "exploration": {"kind": "noise", "noises": 4},
+        "sampling": {"steps": 3, "noise": "flow_sde"},
+        "advantage": SHAPING,
+        "loss": {"kind": "clipped", "clip": 1e-2},
+        "optimizer": {"lr": 1e-3},
+        "lora": {"rank": 4, "alpha": 8},
+        "evaluation": {"prompts": 3, "per_prompt": 2},
+        "machine": {"device": "cpu", "dtype": "float32"},
+        "output": {"checkpoint_every": 1},
+    }
+    return base | changes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_a_folder(tmp_path: Path, flux_folder: Path, subjects: Path, method: str) -> None:
+    done = pixrl.personalize(recipe(flux_folder, subjects, **METHODS[method]), out=tmp_path / "run", seed=3)
+    rows = done.metrics
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        for name in (
+            "reward/identity/mean",
+            "reward/prompt/mean",
+            "group_std",
+            "grad_norm",
+            "kl",
+            "diversity",
+        ):
+            assert math.isfinite(row[name]), name
+        assert {"advantage_mean", "conflict_share", "reward_correlation"} <= row.keys()
+    folder = RunFolder.open(done.run)
+    assert folder.kind == "personalize"
+    assert {row.extra["subject"] for row in folder.manifest()} <= {"rex", "tom"}
+    gallery = json.loads((done.run / "samples/gallery.json").read_text())
+    assert len(gallery) == 6 and all((done.run / entry["reference"]).is_file() for entry in gallery)
+    page = done.report.read_text()
+    assert "personalized" in page and 'alt="reference"' in page and "pixrl personalize" in page
+    assert load_recipe(folder.recipe()) == load_recipe(
+        recipe(flux_folder, subjects, **METHODS[method], kind="personalize"), values={"seed": 3}
+    )
+
+
+def test_sft_runs_on_a_list_with_targets(tmp_path: Path, flux_folder: Path, subjects: Path) -> None:
+    entries = [
+        {"prompt": text, "image_paths": ["rex/00.png"], "image_tgt_path": "rex/01.png"}
+        for text in ("a dog in snow", "a red dog")
+    ]
+    shutil.copytree(subjects / "rex", tmp_path / "rex")
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    changes = {"sampling": {"steps": 3}, "loss": {"kind": "sft", "timesteps": 2}, "advantage": {}}
+    done = pixrl.personalize(recipe(flux_folder, tmp_path / "list.json", **changes), out=tmp_path / "run")
+    assert all(math.isfinite(row["loss"]) for row in done.metrics)
+
+
+@pytest.mark.parametrize("method", ["customized", "e2po-sars", "rpo"])
+def test_stopped_and_resumed_ends_the_same(
+    tmp_path: Path, flux_folder: Path, subjects: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pixrl.training.loop import Loop
+
+    config = load_recipe(recipe(flux_folder, subjects, **METHODS[method]), kind="personalize")
+    whole = align_job.start(config, tmp_path / "whole")
+    train = Loop._train
+
+    def broken(self: Loop, step: int, *, first: bool) -> None:
+        train(self, step, first=first)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "_train", broken)
+    with pytest.raises(KeyboardInterrupt):
+        align_job.start(config, tmp_path / "cut")
+    monkeypatch.setattr(Loop, "_train", train)
+    cut = align_job.go_on(tmp_path / "cut")
+    assert same(final(whole), final(cut))
+    assert [row.model_dump() for row in RunFolder.open(whole).manifest()] == [
+        row.model_dump() for row in RunFolder.open(cut).manifest()
+    ]
+
+
+def test_real_identity_and_preference_rewards(tmp_path: Path, flux_folder: Path, subjects: Path) -> None:
+    dino, clip = tiny_dino.dino(tmp_path / "dino"), tiny.clip(tmp_path / "clip")
+    found = [
+        {"name": "identity", "kind": "dino_seg", "options": {"model": str(dino), "mask": "none"}},
+        {"name": "prompt", "kind": "preference", "options": {"model": str(clip)}},
+        {"name": "clip_image", "held_out": True, "options": {"model": str(clip)}},
+        {"name": "clip_text", "held_out": True, "options": {"model": str(clip)}},
+    ]
+    done = pixrl.personalize(recipe(flux_folder, subjects, rewards=found), out=tmp_path / "run", steps=1)
+    (row,) = done.metrics
+    assert row["failed_share"] == 0
+    assert -1 <= row["reward/identity/mean"] <= 1 and math.isfinite(row["reward/clip_image/mean"])
+
+
+def test_from_the_command_line(tmp_path: Path, flux_folder: Path) -> None:
+    subject = make_subject(tmp_path / "rex")
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(recipe(flux_folder, tmp_path / "nowhere", kind="personalize")))
+    run = CliRunner().invoke
+    arguments = ["personalize", str(file), "--subject", str(subject), "--steps", "1", "--seed", "4"]
+    arguments += ["--set", "advantage.synergy.kind=min", "--out", str(tmp_path / "run")]
+    done = run(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run/report.html").is_file()
+    kept = RunFolder.open(tmp_path / "run").recipe()
+    assert kept["prompts"]["source"] == kept["evaluation"]["source"] == str(subject)
+    assert (kept["seed"], kept["advantage"]["synergy"]["kind"]) == (4, "min")
+    assert run(cli.app, arguments).exit_code == 1
+    assert run(cli.app, [*arguments, "--force"]).exit_code == 0
+    assert run(cli.app, ["resume", str(tmp_path / "run"), "--set", "steps=2"]).exit_code == 0
+    assert len(RunFolder.open(tmp_path / "run").metrics()) == 2
+    assert run(cli.app, ["report", str(tmp_path / "run")]).exit_code == 0
+    checked = run(cli.app, ["selfcheck", str(tmp_path / "run/recipe.yaml"), "--json"])
+    assert checked.exit_code == 0 and json.loads(checked.output)["passed"]
+    wrong = run(cli.app, ["align", str(file)])
+    assert wrong.exit_code == 2 and "pixrl personalize" in wrong.output
+
+
+def test_a_finished_run_can_be_measured_and_studied(
+    tmp_path: Path, flux_folder: Path, subjects: Path
+) -> None:
+    done = pixrl.personalize(recipe(flux_folder, subjects), out=tmp_path / "run", steps=1)
+    shop = open_run(done.run)
+    assert isinstance(shop.policy, FluxPolicy) and len(shop.held_out) == 6
+    assert AlignStudyConfig.model_fields  # a study's variants may name recipes of subjects: see load_recipe
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_references(tmp_path: Path, subjects: Path) -> None:
+    sd3 = tiny.sd3(tmp_path / "sd3", card=tiny.SD3_CARD)
+    with pytest.raises(ConfigError, match=r"takes no reference pictures.*model=toy:flux"):
+        pixrl.personalize(recipe(sd3, subjects), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    policy = models.load(sd3, device="cpu")
+    group = Group(0, 0, 0, "a cat", {"shown": [torch.rand(3, 32, 32)]})
+    with pytest.raises(InputError, match="takes no reference pictures"):
+        prepare(NoiseOnly(), policy, [group])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: [file.unlink() for file in p.glob("*.png")], "has no reference picture"),
+        (lambda p: (p / "00.png").write_bytes(b"no picture"), "cannot be read as a picture"),
+        (lambda p: (p / "prompts.txt").write_text("a tree in snow\n"), "does not name its class 'dog'"),
+        (lambda p: (p / "class.txt").unlink(), "has no class.txt"),
+    ],
+)
+def test_a_subject_that_cannot_be_used(tmp_path: Path, flux_folder: Path, spoil: Any, message: str) -> None:
+    subject = make_subject(tmp_path / "rex")
+    spoil(subject)
+    with pytest.raises(InputError, match=message):
+        pixrl.personalize(recipe(flux_folder, tmp_path), subject=subject, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tiny_picture(tmp_path: Path, flux_folder: Path) -> None:
+    from PIL import Image
+
+    subject = make_subject(tmp_path / "rex")
+    Image.new("RGB", (31, 100)).save(subject / "00.png")
+    with pytest.raises(InputError, match="31x100; the shorter side must be at least 32"):
+        pixrl.personalize(recipe(flux_folder, tmp_path), subject=subject, out=tmp_path / "run")
+
+
+def test_alpha_and_rotation_reach_the_model_upright(tmp_path: Path, bare: FluxPolicy) -> None:
+    from PIL import Image
+
+    from pixrl.data.subject_prompts import subject_prompts
+    from pixrl.data.subjects import load_subjects
+
+    subject = make_subject(tmp_path / "rex", pictures=1)
+    image = Image.new("RGBA", (40, 64), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 32, 40, 64))  # the lower half is transparent
+    image.save(subject / "00.png")
+    turned = Image.new("RGB", (64, 40), "white")
+    turned.paste("red", (0, 0, 32, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(subject / "01.png", exif=exif)
+    (about,) = {
+        id(p.metadata): p.metadata for p in subject_prompts(load_subjects(subject), count=2)[:1]
+    }.values()
+    alpha, camera = about["shown"]  # type: ignore[misc]
+    assert alpha.shape == camera.shape == (3, 64, 40)
+    assert torch.allclose(alpha, camera, atol=0.02)
+
+
+def test_more_references_than_a_subject_has(tmp_path: Path, flux_folder: Path, subjects: Path) -> None:
+    with pytest.raises(InputError, match=r"references\.count is 5.*has 2"):
+        pixrl.personalize(recipe(flux_folder, subjects, references={"count": 5}), out=tmp_path / "run")
+
+
+def test_too_many_references_for_memory(policy: FluxPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(count: int) -> Any:
+        pictures = [torch.rand(3, 32, 32) for _ in range(count)]
+        return prepare(NoiseOnly(), policy, [Group(0, 0, 0, "a cat", {"shown": pictures})]).anchor
+
+    one, two, five = (kept_bytes(policy, row(count)) for count in (1, 2, 5))
+    assert five == pytest.approx(one + 4 * (two - one), rel=0.02)
+    require_room(policy, row(5), room=2 * five)
+    with pytest.raises(InputError, match=r"5 reference pictures.*3 fit: --set references\.count=3"):
+        require_room(policy, row(5), room=one + 2 * (two - one) + (two - one) // 2)
+    with pytest.raises(InputError, match="not even one fits"):
+        require_room(policy, row(2), room=1000)
+    require_room(policy, row(1), room=0)  # nothing to choose: the planner and the machine decide
+
+
+def test_a_subject_that_the_segmenter_does_not_find(
+    tmp_path: Path, flux_folder: Path, subjects: Path
+) -> None:
+    """A failed score with its reason, and past the allowed share the run stops: never a 0."""
+    dino, segmenter = tiny_dino.dino(tmp_path / "dino"), tiny.segmenter(tmp_path / "segmenter")
+    with torch.no_grad():  # it sees background everywhere
+        file = segmenter / "model.safetensors"
+        from safetensors.torch import load_file
+
+        weights = load_file(file)
+        weights["decode_head.classifier.bias"] = torch.tensor([1e4, 0.0, 0.0, 0.0])
+        save_file(weights, file, metadata={"format": "pt"})
+    identity = {
+        "name": "identity",
+        "kind": "dino_seg",
+        "options": {"model": str(dino), "segmenter": str(segmenter)},
+    }
+    wanted = recipe(flux_folder, subjects, rewards=[identity, rewards()[1]])
+    with pytest.raises(RunError, match=r"'identity' failed for 8 of 8(.|\n)*no subject found in the picture"):
+        pixrl.personalize(wanted, out=tmp_path / "run")
+    lenient = wanted | {"scoring": {"max_failed_share": 1.0}}
+    done = pixrl.personalize(lenient, out=tmp_path / "lenient", steps=1)
+    assert done.metrics[0]["failed_share"] == 1
+    row = RunFolder.open(done.run).manifest()[0]
+    assert row.scores["identity"] is None and "no subject found" in str(row.failed)
+
+
+def test_the_card_and_the_recipe_place_references(tmp_path: Path, flux_folder: Path, subjects: Path) -> None:
+    folder = tmp_path / "flux"
+    shutil.copytree(flux_folder, folder)
+    card = json.loads((folder / "pixrl.json").read_text())
+    (folder / "pixrl.json").write_text(json.dumps(card | {"position_ids": "kontext"}))
+    loaded = models.load(folder, device="cpu")
+    assert isinstance(loaded, FluxPolicy) and loaded.preset is Preset.KONTEXT
+    (folder / "pixrl.json").write_text(json.dumps(card | {"position_ids": "unno"}))
+    with pytest.raises(CheckpointError, match="Did you mean 'uno'"):
+        models.load(folder, device="cpu")
+    save_file(published(), tmp_path / "lora.safetensors")
+    settings = {
+        "preset": "kontext",
+        "shift": "uno",
+        "side": 16,
+        "count": 2,
+        "lora": str(tmp_path / "lora.safetensors"),
+    }
+    config = load_recipe(recipe(flux_folder, subjects, references=settings), kind="personalize")
+    done = align_api.run_align(config, tmp_path / "run", live=False)
+    shop = open_run(done.run)
+    assert isinstance(shop.policy, FluxPolicy)
+    assert (shop.policy.preset, shop.policy.reference_side, len(shop.policy.merged)) == ("kontext", 16, 1)
