@@ -9,10 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pixrl import rewards
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import load_subjects
-from pixrl.errors import InputError
+from pixrl.errors import ConfigError, InputError
+from pixrl.rewards.references import of_subject
 from pixrl.toy.language import parse
+from pixrl.types import RewardBatch
+from tests import tiny_dino
 from tests.personalize.conftest import make_subject
 
 
@@ -93,3 +97,61 @@ def test_uno_lists_may_have_targets(tmp_path: Path) -> None:
     file.write_text(json.dumps(entries))
     with pytest.raises(InputError, match="no picture"):
         load_subjects(file)
+
+
+TOGETHER = {"prompt": "a dog and a cat in snow", "image_paths": ["a.png", "b.png"], "classes": ["dog", "cat"]}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """Two pictures that a list shows together."""
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{name}.png")
+    return tmp_path / "list.json"
+
+
+def test_several_subjects_in_one_picture(pair: Path) -> None:
+    pair.write_text(json.dumps([TOGETHER]))
+    (prompt,) = subject_prompts(load_subjects(pair), count=None)
+    several, shown = prompt.metadata["subjects"], prompt.metadata["shown"]
+    assert isinstance(several, list) and isinstance(shown, list)
+    assert [one["class"] for one in several] == ["dog", "cat"]
+    assert all(torch.equal(one["reference"], picture) for one, picture in zip(several, shown, strict=True))
+    assert of_subject(prompt.metadata, 1)["class"] == "cat"
+    assert of_subject(prompt.metadata, None) is prompt.metadata
+    assert of_subject(prompt.metadata, 2) == of_subject({}, 0) == {}
+
+
+def test_each_subject_is_judged_by_a_reward_of_its_own(pair: Path, tmp_path: Path) -> None:
+    pair.write_text(json.dumps([TOGETHER]))
+    (prompt,) = subject_prompts(load_subjects(pair), count=None)
+    images = torch.stack([torch.tensor([1.0, 0, 0]), torch.tensor([0, 0, 1.0])])[:, :, None, None].expand(
+        -1, -1, 40, 40
+    )
+    batch = RewardBatch(images, [prompt.text] * 2, [prompt.metadata] * 2)
+    model = tiny_dino.dino(tmp_path / "dino")
+    for subject, match in ((0, 0), (1, 1)):
+        reward = rewards.load("dino_seg", model=str(model), mask="none", subject=subject)
+        assert reward.score(batch).values_B[match] == pytest.approx(1, abs=1e-5)
+        assert reward.score(batch).values_B[1 - match] < 1 - 1e-4
+    missing = rewards.load("dino_seg", model=str(model), mask="none", subject=2).score(batch)
+    assert missing.values_B.isnan().all() and "number 2" in str(missing.reasons[0])
+    with pytest.raises(ConfigError, match="counts from 0"):
+        rewards.load("dino_seg", model=str(model), mask="none", subject=-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ["dog"]}, "2 pictures and 1 classes"),
+        ({"classes": "dog"}, "write it like"),
+        ({"classes": ["dog", "owl"]}, "does not name its class 'owl'"),
+    ],
+)
+def test_classes_of_a_list(pair: Path, change: dict[str, object], message: str) -> None:
+    pair.write_text(json.dumps([TOGETHER | change]))
+    with pytest.raises(InputError, match=message):
+        load_subjects(pair)
+    pair.write_text(json.dumps([TOGETHER, TOGETHER | {"prompt": "a dog", "classes": []}]))
+    with pytest.raises(InputError, match="Give the same everywhere"):
+        load_subjects(pair)

@@ -24,6 +24,7 @@ PIXRL = [
     "equations",
     "fuse",
     "models",
+    "personalize",
     "rewards",
 ]
 EQUATIONS = [

@@ -6,6 +6,7 @@
 | `class`     | its class word, where the source has one                                         |
 | `shown`     | the pictures that the model is shown: the first `count` references               |
 | `reference` | all references, which rewards compare with                                       |
+| `subjects`  | where several are shown together: a list of `class` and `reference`, one a subject |
 | `target`    | how the picture should look, where the source has it; only `sft` learns from it  |
 
 Pictures are read when they are asked for, and the last ones are kept.
@@ -100,6 +101,7 @@ class _About(Mapping[str, object]):
         self._count = count
         self._keys = ["subject", "reference", "shown"]
         self._keys += ["class"] if subject.word is not None else []
+        self._keys += ["subjects"] if subject.words else []
         self._keys += ["target"] if subject.target(number) is not None else []
 
     def __getitem__(self, key: str) -> object:
@@ -110,6 +112,12 @@ class _About(Mapping[str, object]):
                 return self._subject.name
             case "class":
                 return self._subject.word
+            case "subjects":
+                pictures = self._pictures(None)
+                return [
+                    {"class": word, "reference": picture}
+                    for word, picture in zip(self._subject.words, pictures, strict=True)
+                ]
             case "target":
                 target = self._subject.target(self._number)
                 assert target is not None

@@ -7,7 +7,7 @@
 | a folder of such folders | each of them |
 | a DreamBench checkout | google/dreambooth, or its `dataset/`: a folder a subject and `prompts_and_classes.txt` |
 | `list.json` | UNO's lists: `[{"prompt": ..., "image_paths": [...]}, ...]`, paths from the file's folder; those for |
-|           | training also have an `image_tgt_path` |
+|           | training also have an `image_tgt_path`. Ours: `classes`, the class word of each picture's subject |
 """
 
 import json
@@ -46,6 +46,8 @@ class Subject:
     """At least one; a file is read when `pictures` is called."""
     targets: tuple[Path | Callable[[], Image.Image] | None, ...] = ()
     """How the picture of each prompt should look, where the source has that; empty where it has none."""
+    words: tuple[str, ...] = ()
+    """Class words of several subjects that are shown together, one a reference; empty for one subject."""
 
     def target(self, number: int) -> Callable[[], Image.Image] | None:
         """What opens the target of a prompt, by its number; None where there is none."""
@@ -152,8 +154,15 @@ def _read_uno(path: Path) -> list[Subject]:
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path} must hold a list that is not empty. {_UNO_LAYOUT}")
     prompts: dict[tuple[str, ...], dict[str, Path | None]] = {}
+    words: dict[tuple[str, ...], tuple[str, ...]] = {}
     for number, entry in enumerate(entries, 1):
         references, prompt, target = _uno_entry(path, number, entry)
+        own = _uno_classes(path, number, entry, references, prompt)
+        if words.setdefault(references, own) != own:
+            raise InputError(
+                f"{path}, entry {number} gives the classes {list(own)} to the same pictures as an entry before, which "
+                f"gives {list(words[references])}. Give the same everywhere."
+            )
         known = prompts.setdefault(references, {})
         if prompt in known:
             raise InputError(f"{path}, entry {number} repeats {prompt!r} of the same pictures. Delete it.")
@@ -165,6 +174,7 @@ def _read_uno(path: Path) -> list[Subject]:
             tuple(asked),
             tuple(path.parent / one for one in paths),
             tuple(asked.values()),
+            words[paths],
         )
         for paths, asked in prompts.items()
     ]
@@ -185,6 +195,22 @@ def _uno_entry(path: Path, number: int, entry: object) -> tuple[tuple[str, ...],
     if target is not None and not (isinstance(target, str) and target):
         raise InputError(f"{place}: image_tgt_path is {target!r}; give a path, or leave it out.")
     return tuple(paths), prompt.strip(), target
+
+
+def _uno_classes(
+    path: Path, number: int, entry: Mapping[str, Any], references: Sequence[str], prompt: str
+) -> tuple[str, ...]:
+    """The class word of each reference's subject, which the prompt must name; none where there is no `classes`."""
+    given = entry.get("classes", [])
+    if not isinstance(given, list) or not all(isinstance(one, str) and one.strip() for one in given):
+        raise InputError(f'{path}, entry {number}: classes is {given!r}; write it like ["dog", "cat"].')
+    if given and len(given) != len(references):
+        raise InputError(
+            f"{path}, entry {number} has {len(references)} pictures and {len(given)} classes; give one class a picture."
+        )
+    for word in given:
+        _require_word(f"entry {number} of {path.name}", word, [prompt])
+    return tuple(given)
 
 
 def _uno_name(paths: Sequence[str]) -> str:

@@ -159,7 +159,10 @@ def _check_shared(configs: Mapping[str, AlignConfig]) -> None:
 
 
 def _at(config: AlignConfig, path: str) -> object:
+    """A setting by its dotted path; of rewards all but their weights, which are a method's own and change no score."""
     found: Any = config.model_dump(mode="json")
+    for reward in found["rewards"]:
+        del reward["weight"]
     for part in path.split("."):
         found = found[part]
     return found

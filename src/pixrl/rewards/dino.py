@@ -21,7 +21,7 @@ from pixrl.hub import Layout, fingerprint, folder
 from pixrl.rewards.base import Reward
 from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.preprocess import Preprocessing, require_images
-from pixrl.rewards.references import KEY, FeatureCache, references_of
+from pixrl.rewards.references import KEY, SUBJECTS, FeatureCache, of_subject, references_of
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction, Segmenter
 from pixrl.types import RewardBatch, Scores
 
@@ -111,6 +111,8 @@ class DinoSegReward(Reward):
         region: see `Region`.
         references: see `References`.
         background: what surrounds a cut-out subject; white where it is not given.
+        subject: which of several subjects in a picture is judged, from 0: class and reference then come from
+            metadata["subjects"][subject]. One reward a subject; use region class.
 
     Raises:
         ConfigError: an unknown choice, or options that contradict each other.
@@ -127,9 +129,13 @@ class DinoSegReward(Reward):
         region: str = Region.FOREGROUND,
         references: str = References.ALL,
         background: Colour | None = None,
+        subject: int | None = None,
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
+        if subject is not None and subject < 0:
+            raise ConfigError(f"dino_seg: subject counts from 0, got {subject}.")
+        self.subject = subject
         self.mask, self.region = _choice("mask", mask, Mask), _choice("region", region, Region)
         self.references = _choice("references", references, References)
         _check_options(self.mask, self.region, segmenter, background)
@@ -139,6 +145,7 @@ class DinoSegReward(Reward):
             **self.encoder.provenance,
             "mask": self.mask.value,
             "references": self.references.value,
+            **({} if subject is None else {"subject": str(subject)}),
         }
         if segmenter is not None:
             loaded = Segmenter(segmenter, device=device) if isinstance(segmenter, str | Path) else segmenter
@@ -154,7 +161,8 @@ class DinoSegReward(Reward):
 
     def score(self, batch: RewardBatch) -> Scores:
         require_images(batch.images_BCHW)
-        metadata = batch.metadata or [{}] * len(batch.images_BCHW)
+        given = batch.metadata or [{}] * len(batch.images_BCHW)
+        metadata = [of_subject(entry, self.subject) for entry in given]
         kinds = [entry.get("class") for entry in metadata]
         features_BE = self._features(batch.images_BCHW, kinds, cut_out=self.mask is Mask.BOTH)
         finite = batch.images_BCHW.isfinite().flatten(1).all(dim=1).tolist()
@@ -170,7 +178,8 @@ class DinoSegReward(Reward):
     def _compare(self, feature_E: Tensor, metadata: Mapping[str, object]) -> tuple[float, str | None]:
         pictures = references_of(metadata)
         if not pictures:
-            return torch.nan, f"no reference picture in the metadata (under {KEY!r})"
+            where = repr(KEY) if self.subject is None else f"{SUBJECTS!r}, number {self.subject}"
+            return torch.nan, f"no reference picture in the metadata (under {where})"
         kind = metadata.get("class")
         unknown = self._unknown(kind)
         if unknown:

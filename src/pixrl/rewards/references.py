@@ -9,6 +9,21 @@ KEY = "reference"
 """metadata[KEY]: one picture [3, H, W], several of one size [M, 3, H, W], or a list of pictures of any sizes."""
 
 
+SUBJECTS = "subjects"
+"""metadata[SUBJECTS]: metadata of each of several subjects that a picture should hold, a class and a reference each."""
+
+
+def of_subject(metadata: Mapping[str, object], number: int | None) -> Mapping[str, object]:
+    """The metadata of one of several subjects; all of it with None, and nothing where there is no such subject."""
+    if number is None:
+        return metadata
+    several = metadata.get(SUBJECTS)
+    if not isinstance(several, Sequence) or not 0 <= number < len(several):
+        return {}
+    found = several[number]
+    return found if isinstance(found, Mapping) else {}
+
+
 def references_of(metadata: Mapping[str, object]) -> list[Tensor]:
     """The references, each [1, 3, H, W]; empty where there is none or it is no picture."""
     given = metadata.get(KEY)
