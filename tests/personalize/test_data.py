@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixrl import rewards
 from pixrl.data.subject_prompts import subject_prompts
-from pixrl.data.subjects import load_subjects
+from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.rewards.references import of_subject
 from pixrl.toy.language import parse
@@ -95,8 +95,14 @@ def test_uno_lists_may_have_targets(tmp_path: Path) -> None:
         load_subjects(file)
     entries[0]["image_tgt_path"] = "missing.png"
     file.write_text(json.dumps(entries))
+    loaded = load_subjects(file)  # only supervised training needs targets
     with pytest.raises(InputError, match="no picture"):
-        load_subjects(file)
+        check_targets(loaded)
+    entries[0]["image_tgt_path"] = "wanted.png"
+    file.write_text(json.dumps(entries))
+    with pytest.raises(InputError, match=r"'a dog' of .* has none"):
+        check_targets(load_subjects(file))
+    check_targets(load_subjects("toy:subjects"))
 
 
 TOGETHER = {"prompt": "a dog and a cat in snow", "image_paths": ["a.png", "b.png"], "classes": ["dog", "cat"]}

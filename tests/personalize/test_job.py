@@ -124,6 +124,20 @@ def test_sft_runs_on_a_list_with_targets(tmp_path: Path, flux_folder: Path, subj
     assert all(math.isfinite(row["loss"]) for row in done.metrics)
 
 
+def test_sft_without_targets_is_refused(tmp_path: Path, flux_folder: Path, subjects: Path) -> None:
+    changes: dict[str, Any] = {
+        "sampling": {"steps": 3},
+        "loss": {"kind": "sft", "timesteps": 2},
+        "advantage": {},
+    }
+    wanted = recipe(flux_folder, subjects, **changes)
+    with pytest.raises(InputError, match="sft needs a target picture for every prompt"):
+        pixrl.personalize(wanted, out=tmp_path / "run")
+    with pytest.raises(ConfigError, match="which only subjects have"):
+        pixrl.align({**wanted, "prompts": {"source": "toy:geneval"}}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("method", ["customized", "e2po-sars", "rpo"])
 def test_stopped_and_resumed_ends_the_same(
     tmp_path: Path, flux_folder: Path, subjects: Path, method: str, monkeypatch: pytest.MonkeyPatch

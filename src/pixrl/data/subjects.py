@@ -112,6 +112,24 @@ def load_subjects(source: str | Path, *, split: str = Split.TRAIN) -> SubjectSet
     return SubjectSet(name, _checked(_read_folder(path)))
 
 
+def check_targets(subjects: SubjectSet) -> None:
+    """Refuses subjects that supervised training cannot learn from. Every target in a file is opened once.
+
+    Raises:
+        InputError: a prompt has no target picture, or one that cannot be read.
+    """
+    for subject in subjects:
+        for number, prompt in enumerate(subject.prompts):
+            if subject.target(number) is None:
+                raise InputError(
+                    f"sft needs a target picture for every prompt, and {prompt!r} of {subject.name!r} has none. Sources "
+                    'with targets are toy:subjects and UNO\'s lists with "image_tgt_path"; other methods need none.'
+                )
+            path = subject.targets[number]
+            if isinstance(path, Path):
+                read_picture(path)
+
+
 def _read_folder(path: Path) -> list[Subject]:
     for folder in (path, path / "dataset"):
         if (folder / CLASSES_FILE).is_file():
@@ -224,7 +242,7 @@ def _checked(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
     for subject in subjects:
         if not subject.references:
             raise InputError(f"The subject {subject.name!r} has no reference picture. {_LAYOUT}")
-        for picture in (*subject.references, *subject.targets):
+        for picture in subject.references:
             if isinstance(picture, Path) and picture not in seen:
                 read_picture(picture)
                 seen.add(picture)

@@ -11,10 +11,11 @@ from pixrl.algorithms.align import Aligner, Method, MicroBatches, prepare
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import make_loss
 from pixrl.algorithms.rollouts import Group
+from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.spread import Features, pixel_features
 from pixrl.data.prompts import PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
-from pixrl.data.subjects import load_subjects
+from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
@@ -97,8 +98,16 @@ def open_workshop(config: AlignConfig) -> Workshop:
 
 def _prompts(config: AlignConfig, source: str, split: Split) -> PromptSet:
     """The prompts of a source, with their subjects where the recipe is one of subjects."""
+    supervised = isinstance(config.loss, SFTSettings)
     if isinstance(config, PersonalizeConfig):
-        return subject_prompts(load_subjects(source, split=split), count=config.references.count)
+        subjects = load_subjects(source, split=split)
+        if supervised and split is Split.TRAIN:
+            check_targets(subjects)
+        return subject_prompts(subjects, count=config.references.count)
+    if supervised:
+        raise ConfigError(
+            "loss: sft learns from target pictures, which only subjects have: pixrl personalize toy/sft"
+        )
     return load_prompts(source, split=split)
 
 
