@@ -16,28 +16,28 @@ from tests.fuse.world import fake_world
     ("noise", "distinct"), [(Noise.IMAGE, 64), (Noise.GROUP, 16), (Noise.BATCH, 4), (Noise.RUN, 1)]
 )
 def test_noise_is_shared_as_asked(noise, distinct):
-    plan = NoisePlan(noise, 0)
+    plan = NoisePlan(noise, 0, 8)
     seeds = [seed for step in range(4) for seed in plan.seeds(step, 16)]
     assert len(set(seeds)) == distinct
-    assert seeds != [seed for step in range(4) for seed in NoisePlan(noise, 1).seeds(step, 16)]
+    assert seeds != [seed for step in range(4) for seed in NoisePlan(noise, 1, 8).seeds(step, 16)]
 
 
-def test_narrow_keeps_the_best_noises_in_turn():
-    plan = NoisePlan(Noise.NARROW, 0)
-    first = plan.seeds(0, 16)
-    assert len(set(first)) == 16
-    rewards = [float(i) for i in range(15)] + [float("nan")]
-    plan.tell(first, rewards)
-    second = plan.seeds(1, 16)
-    assert set(second) == set(first[11:15])
-    assert all(second.count(seed) == 4 for seed in set(second))
-    other = NoisePlan(Noise.NARROW, 0)
+def test_narrow_keeps_the_best_noises_of_the_first_half_in_turn():
+    plan = NoisePlan(Noise.NARROW, 0, 4)
+    first, second = plan.seeds(0, 16), plan.seeds(1, 16)
+    assert len({*first, *second}) == 32
+    plan.tell(first, [float(i) for i in range(15)] + [float("nan")])
+    plan.tell(second, [-1.0] * 15 + [99.0])
+    third = plan.seeds(2, 16)
+    assert set(third) == {*first[12:15], second[15]}
+    assert all(third.count(seed) == 4 for seed in set(third))
+    other = NoisePlan(Noise.NARROW, 0, 4)
     other.restore(plan.state())
-    assert other.seeds(1, 16) == second
+    assert other.seeds(2, 16) == third
 
 
 def test_narrow_with_no_score_yet_draws_new_noises():
-    plan = NoisePlan(Noise.NARROW, 0)
+    plan = NoisePlan(Noise.NARROW, 0, 2)
     plan.tell(plan.seeds(0, 4), [float("nan")] * 4)
     assert len(set(plan.seeds(1, 4))) == 4
 

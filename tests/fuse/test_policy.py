@@ -12,7 +12,6 @@ from pixrl.algorithms.rmler import RMLer
 from pixrl.errors import ShapeError
 from pixrl.training.fuse_config import FuseConfig, resolve_options
 from pixrl.training.fuse_loop import make_sampler, play
-from pixrl.training.fuse_noise import NoisePlan
 from pixrl.training.fuse_world import FusionSession
 from tests.fuse.test_samplers import sampler_of, scores, task, told
 from tests.fuse.world import fake_world
@@ -152,7 +151,7 @@ def test_swapping_the_concepts_mirrors_the_first_proposals():
 def rewards_of(world, **settings):
     config = FuseConfig(**settings)
     session = FusionSession(world, config)
-    steps = list(play(session, make_sampler(config, session), config, NoisePlan(config.noise, config.seed)))
+    steps = list(play(session, make_sampler(config, session), config, config.noise_plan()))
     return torch.stack([step.feedback.rewards_B.mean() for step in steps])
 
 

@@ -11,7 +11,6 @@ from pixrl.algorithms.fusion_samplers import GoldenSection, uniform_simplex
 from pixrl.algorithms.swap_samplers import BASS, BASSSettings
 from pixrl.training.fuse_config import FuseConfig, SamplerName, resolve_options
 from pixrl.training.fuse_loop import make_sampler, play
-from pixrl.training.fuse_noise import NoisePlan
 from pixrl.training.fuse_world import FusionSession
 from tests.fuse.world import fake_world
 
@@ -62,10 +61,7 @@ def test_every_sampler_makes_exactly_its_budget(name, budget, batch):
     config = FuseConfig(concepts=("owl", "snail"), sampler=name, budget=budget, batch=batch, exemplars=1)
     session = FusionSession(world, config)
     before = world.renderer.rendered
-    made = [
-        len(step)
-        for step in play(session, make_sampler(config, session), config, NoisePlan(config.noise, config.seed))
-    ]
+    made = [len(step) for step in play(session, make_sampler(config, session), config, config.noise_plan())]
     assert sum(made) == budget == world.renderer.rendered - before
 
 

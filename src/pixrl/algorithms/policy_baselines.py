@@ -1,10 +1,10 @@
 """Policy-gradient controls for RMLer: PPO with a critic (the paper's Table 1), and GRPO.
 
-Both draw from the same policies as RMLer, with the same settings, so that only the advantage differs.
+Both draw from the same policies as RMLer. PPO has rates of its own: with RMLer's it did worse (docs/log.md).
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from pixrl.algorithms.base import Feedback, FusionTask, Proposal
 from pixrl.algorithms.fusion_policy import linear
-from pixrl.algorithms.policy_gradient import PolicySampler, PolicySettings, module_tensors, restore_module
+from pixrl.algorithms.policy_gradient import (
+    DEFAULTS,
+    Defaults,
+    PolicyKind,
+    PolicySampler,
+    PolicySettings,
+    module_tensors,
+    restore_module,
+)
 from pixrl.equations import group_advantages
 from pixrl.types import sample_seed
 
@@ -21,6 +29,12 @@ _CRITIC = -3
 
 class PPOSettings(PolicySettings):
     """PPO's own settings; gamma and lam are those of RMLer's released, unused, GAE."""
+
+    defaults: ClassVar[Defaults] = DEFAULTS | {
+        PolicyKind.COMPACT: {
+            "lr": 0.05, "epochs": 4, "hidden": 32, "groups": 16, "std": 0.7, "balance_std": 0.3,
+        }
+    }  # fmt: skip
 
     gamma: float = Field(0.99, ge=0, le=1)
     """Discount of later rewards; 0 makes it a contextual bandit."""

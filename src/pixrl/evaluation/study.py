@@ -27,7 +27,6 @@ from pixrl.evaluation.study_runner import check_differences, open_records, run_t
 from pixrl.evaluation.study_table import write_tables
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.fuse_loop import FusionStep, make_sampler, play
-from pixrl.training.fuse_noise import NoisePlan
 from pixrl.training.fuse_select import choose, choose_thresholds
 from pixrl.training.fuse_world import FusionSession, FusionWorld, load_world
 
@@ -89,7 +88,7 @@ def run_task(study: StudyConfig, task: Task, world: FusionWorld, heldout: HeldOu
     begun = time.perf_counter()
     config = study.recipe(task)
     session = FusionSession(world, config)
-    steps = list(play(session, make_sampler(config, session), config, NoisePlan(config.noise, config.seed)))
+    steps = list(play(session, make_sampler(config, session), config, config.noise_plan()))
     similarities_BN = torch.cat([step.feedback.similarities_BN for step in steps])
     thresholds = choose_thresholds(config, world.card.presence)
     selection = choose(similarities_BN, config, thresholds, 1)

@@ -9,7 +9,7 @@ from pixrl import algorithms
 from pixrl.config import Settings
 from pixrl.data.pairs import check_concepts
 from pixrl.errors import did_you_mean
-from pixrl.training.fuse_noise import Noise
+from pixrl.training.fuse_noise import Noise, NoisePlan
 
 
 class SamplerName(StrEnum):
@@ -64,7 +64,7 @@ class FuseConfig(Settings):
     balance: float | None = Field(None, gt=0)
     """A child is balanced below this difference of similarities; none: the checkpoint's calibration."""
     pooled: Pooled = Pooled.WEIGHT
-    noise: Noise = Noise.IMAGE
+    noise: Noise = Noise.NARROW
     max_failed_share: float = Field(0.5, ge=0, lt=1)
     """The run stops when more than this share of its pictures could not be scored."""
     clip: str | None = None
@@ -103,6 +103,10 @@ class FuseConfig(Settings):
     def count(self, step: int) -> int:
         """Pictures of a step."""
         return min(self.batch, self.budget - step * self.batch)
+
+    def noise_plan(self) -> NoisePlan:
+        """A run's seeds."""
+        return NoisePlan(self.noise, self.seed, self.steps)
 
 
 def settings_type(sampler: str) -> type[Settings]:

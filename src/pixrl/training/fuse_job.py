@@ -165,7 +165,7 @@ def _run(
 ) -> FinishedRun:
     session = FusionSession(world, config)
     sampler = make_sampler(config, session)
-    noise = NoisePlan(config.noise, config.seed)
+    noise = config.noise_plan()
     if place is not START:
         sampler.restore(place.tensors, place.state["sampler"])
         noise.restore(place.state["noise"])

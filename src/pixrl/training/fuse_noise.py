@@ -13,7 +13,7 @@ from typing import Any
 from pixrl.types import sample_seed
 
 FEW = 4
-"""`narrow`: noises that stay in the game, and pictures that each of them gets in a batch of 16."""
+"""`narrow`: noises that stay in the game. `group`: pictures that share one."""
 
 
 class Noise(StrEnum):
@@ -28,15 +28,17 @@ class Noise(StrEnum):
     RUN = "run"
     """All of them: the paper's code."""
     NARROW = "narrow"
-    """The first batch has one each; later ones the four noises that have scored best so far, in turn."""
+    """In the first half of the budget none do; the second half takes the four noises that scored best, in turn."""
 
 
 class NoisePlan:
     """Hands out seeds. They know nothing of the concepts: a pair's run in a list is its run alone."""
 
-    def __init__(self, kind: Noise, run_seed: int) -> None:
+    def __init__(self, kind: Noise, run_seed: int, batches: int) -> None:
         self.kind = kind
         self.run_seed = run_seed
+        self.wide = (batches + 1) // 2
+        """`narrow`: batches with a noise a picture."""
         self.best: dict[int, float] = {}
         """`narrow`: the best reward of each noise so far."""
 
@@ -48,7 +50,7 @@ class NoisePlan:
             return (sample_seed(self.run_seed, step, 0, 0),) * count
         if self.kind is Noise.GROUP:
             return tuple(sample_seed(self.run_seed, step, 0, i // FEW) for i in range(count))
-        if self.kind is Noise.NARROW and self.best:
+        if self.kind is Noise.NARROW and step >= self.wide and self.best:
             ranked = sorted(self.best, key=lambda seed: -self.best[seed])[:FEW]
             return tuple(ranked[i % len(ranked)] for i in range(count))
         return tuple(sample_seed(self.run_seed, step, 0, i) for i in range(count))
