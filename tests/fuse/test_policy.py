@@ -149,7 +149,7 @@ def test_swapping_the_concepts_mirrors_the_first_proposals():
 
 
 def rewards_of(world, **settings):
-    config = FuseConfig(**settings)
+    config = FuseConfig(**settings, noise="image")  # what rises is the policy's doing, not the choice of noises
     session = FusionSession(world, config)
     steps = list(play(session, make_sampler(config, session), config, config.noise_plan()))
     return torch.stack([step.feedback.rewards_B.mean() for step in steps])
@@ -158,14 +158,13 @@ def rewards_of(world, **settings):
 @pytest.mark.learning
 @pytest.mark.parametrize(
     ("policy", "least", "mean"),
-    [({}, 0.08, 0.15), ({"policy": "paper", "hidden": 64, "lr": 0.003, "epochs": 8}, 0.05, 0.15)],
+    [({}, 0.14, 0.15), ({"policy": "paper", "hidden": 64, "lr": 0.003, "epochs": 8}, 0.05, 0.15)],
     ids=["compact", "paper"],
 )
 def test_rmler_learns(policy, least, mean):
     """On the synthetic world the reward rises from the first to the last batches: half of what was measured, or less.
 
-    Measured gains of three seeds: compact 0.39, 0.16, 0.19 (it starts near the balance, so there is less to gain; with
-    balance_std 0.7 it was 0.55, 0.35, 0.31, from a lower start); the paper's wide Gaussian 0.10, 0.27, 0.23.
+    Measured gains of three seeds: compact 0.32, 0.29, 0.28; the paper's wide Gaussian 0.10, 0.27, 0.23.
     """
     gains = []
     for seed in range(3):
