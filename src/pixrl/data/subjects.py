@@ -122,8 +122,9 @@ def check_targets(subjects: SubjectSet) -> None:
         for number, prompt in enumerate(subject.prompts):
             if subject.target(number) is None:
                 raise InputError(
-                    f"sft needs a target picture for every prompt, and {prompt!r} of {subject.name!r} has none. Sources "
-                    'with targets are toy:subjects and UNO\'s lists with "image_tgt_path"; other methods need none.'
+                    f"sft needs a target picture for every prompt, and {prompt!r} of {subject.name!r} has none. "
+                    "Sources with targets are toy:subjects and UNO's lists with image_tgt_path; other methods need "
+                    "none."
                 )
             path = subject.targets[number]
             if isinstance(path, Path):

@@ -37,6 +37,12 @@ SPECS = (
          {"group_std": "group std"}, smooth=True),
     Spec("Groups without a signal", "Share of groups whose rewards are all equal; they teach nothing.",
          {"zero_std_share": "zero-std share"}, smooth=True),
+    Spec("Do the rewards agree?", "Samples whose two advantages have opposite signs (half of them where rewards are "
+         "independent), and the correlation of the advantages.",
+         {"conflict_share": "conflict share", "reward_correlation": "correlation"}),
+    Spec("Mean advantage", "What shaping adds to all samples alike.", {"advantage_mean": "mean"}),
+    Spec("Pairs told apart", "Share of preference pairs whose winner the trained policy prefers.",
+         {"pair_accuracy": "accuracy"}),
     Spec("Clipped share", "Of ratios outside the trusted range.", {"clip_share": "clipped"}),
     Spec("KL to the reference", "How far the trained policy has moved.", {"kl": "KL"}),
     Spec("Distance to the old policy", "Mean square of the difference of velocities.",

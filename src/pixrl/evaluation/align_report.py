@@ -112,7 +112,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "warnings": warnings(changes),
         "pairs": pairs[:SHOWN],
         "more": max(len(pairs) - SHOWN, 0),
-        "unseen": config.evaluation.source is not None or config.prompts.source.startswith(TOY_PREFIX),
+        "unseen": is_unseen(config),
         "slot": "trained" if config.optimizer.ema is None else "averaged",
         "reward_panels": _marked(reward_panels(config, metrics, evaluated)),
         "panels": _marked(panels(metrics, evaluated)),
@@ -125,6 +125,13 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "commands": words.commands(folder.path.name, finished, folder.kind),
         "date": environment["date"],
     }
+
+
+def is_unseen(config: AlignConfig) -> bool:
+    """Whether the prompts of the evaluation are others than those of training."""
+    source = config.prompts.source
+    other = config.evaluation.source not in (None, source)
+    return other or source.startswith(TOY_PREFIX)
 
 
 def changes_of(config: AlignConfig, evaluated: Sequence[Mapping[str, Any]]) -> list[Change]:

@@ -10,6 +10,7 @@ from pixrl.algorithms.rpo import RPOSettings
 from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.stepping import Noise
 from pixrl.training.align_config import AlignConfig, PerturbedExploration
+from pixrl.training.personalize_config import PersonalizeConfig
 
 
 def variants_of(config: AlignConfig) -> int:
@@ -48,6 +49,7 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
     return [
         ("model", f"{config.model} ({start.get('fingerprint', 'not started')})"),
         ("prompts", f"{config.prompts.source}, {config.prompts.per_step} a step"),
+        *_references(config),
         ("pictures", f"{config.prompts.per_step} × {group_size(config)} a step, {images_of(config)} in all"),
         ("updates", f"{s.updates} a step, {updates_of(config)} in all"),
         ("optimizer", f"AdamW, lr {s.lr:g}, gradient norm at most {s.grad_clip:g}"),
@@ -56,6 +58,20 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
         ("seed", str(config.seed)),
         *[("plan", str(note)) for note in start.get("notes", ())],
     ]
+
+
+def _references(config: AlignConfig) -> list[tuple[str, str]]:
+    """How subjects are shown; nothing for a run without."""
+    if not isinstance(config, PersonalizeConfig):
+        return []
+    r = config.references
+    count = "all pictures" if r.count is None else f"{r.count} picture{'s' if r.count > 1 else ''}"
+    parts = [f"{count} of each subject"]
+    parts += [] if r.side is None else [f"on {r.side} × {r.side} pixels"]
+    parts += [] if r.preset is None else [f"position ids {r.preset.value}"]
+    parts += [] if r.shift is None else [f"schedule shift {r.shift.value}"]
+    parts += [] if r.lora is None else [f"base with {r.lora}"]
+    return [("references", ", ".join(parts))]
 
 
 def machine_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
