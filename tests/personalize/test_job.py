@@ -99,7 +99,8 @@ def test_a_run_is_a_folder(tmp_path: Path, flux_folder: Path, subjects: Path, me
             "diversity",
         ):
             assert math.isfinite(row[name]), name
-        assert {"advantage_mean", "conflict_share", "reward_correlation"} <= row.keys()
+        assert {"conflict_share", "reward_correlation"} <= row.keys()
+        assert ("advantage_mean" in row) is (method != "rpo") is ("pair_share" not in row)
     folder = RunFolder.open(done.run)
     assert folder.kind == "personalize"
     assert {row.extra["subject"] for row in folder.manifest()} <= {"rex", "tom"}

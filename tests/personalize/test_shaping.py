@@ -15,9 +15,9 @@ from pixrl.algorithms.advantages import (
     SynergySettings,
     TimeSettings,
     advantages,
-    shaping_metrics,
+    conflict_metrics,
 )
-from pixrl.algorithms.losses import noise_levels
+from pixrl.algorithms.losses import ClippedSurrogate, noise_levels
 from pixrl.algorithms.rollouts import Rollouts
 from pixrl.equations import group_advantages, prompt_weight, shape_advantage, synergy
 from pixrl.errors import ConfigError
@@ -131,8 +131,7 @@ def test_conflict_and_correlation_stand_side_by_side() -> None:
     shares, correlations = [], []
     for other in (noise, one, -one, (one + noise) / 2):
         rewards = {"identity": one, "prompt": other}
-        table = advantages(rewards, WEIGHTS, CUSTOMIZED, 10)
-        figures = shaping_metrics(rewards, WEIGHTS, CUSTOMIZED, table)
+        figures = conflict_metrics(rewards, WEIGHTS, CUSTOMIZED)
         shares.append(figures["conflict_share"])
         correlations.append(figures["reward_correlation"])
     assert shares[0] == pytest.approx(0.5, abs=0.03) and correlations[0] == pytest.approx(0, abs=0.05)
@@ -148,18 +147,15 @@ def test_synergy_moves_the_mean_of_a_group() -> None:
     means = {}
     for recenter in (False, True):
         settings = AdvantageSettings(synergy=SynergySettings(recenter=recenter), clamp=None)
-        table = advantages(rewards, WEIGHTS, settings)
-        means[recenter] = shaping_metrics(rewards, WEIGHTS, settings, table)["advantage_mean"]
+        judged = ClippedSurrogate(CLIPPED).judge(rewards, WEIGHTS, settings, 2)
+        means[recenter] = judged.figures["advantage_mean"]
     assert means[False] == pytest.approx(-0.11, abs=0.03)
     assert means[True] == pytest.approx(0, abs=1e-5)
 
 
 def test_one_reward_has_no_conflict() -> None:
     rewards = {"identity": draw()["identity"]}
-    table = advantages(rewards, {"identity": 1.0}, AdvantageSettings())
-    assert shaping_metrics(rewards, {"identity": 1.0}, AdvantageSettings(), table).keys() == {
-        "advantage_mean"
-    }
+    assert conflict_metrics(rewards, {"identity": 1.0}, AdvantageSettings()) == {}
 
 
 # --- in the loop -----------------------------------------------------------------------------------------------------

@@ -228,26 +228,24 @@ def _pairwise_synergy(parts: Mapping[str, Tensor], kind: SynergyKind) -> Tensor:
     return torch.stack(terms).mean(dim=0)
 
 
-def shaping_metrics(
-    rewards: Mapping[str, Tensor],
-    weights: Mapping[str, float],
-    settings: AdvantageSettings,
-    advantages_TPS: Tensor,
+def conflict_metrics(
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings
 ) -> dict[str, float]:
-    """The mean advantage; with two trained rewards and more also how they go together, as means over their pairs.
+    """How trained rewards go together, as means over their pairs; nothing for one reward.
 
     `conflict_share`: samples whose two advantages have opposite signs. Independent rewards conflict in half of them,
     so `reward_correlation` stands beside it.
     """
-    known = advantages_TPS[~advantages_TPS.isnan()]
-    figures = {"advantage_mean": known.mean().item() if len(known) else torch.nan}
     parts, failed_PS = normalized(rewards, weights, settings)
     pairs = [(one[~failed_PS], other[~failed_PS]) for one, other in combinations(parts.values(), 2)]
-    if pairs:
-        shares = [(one * other < 0).float().mean() for one, other in pairs]
-        figures["conflict_share"] = torch.stack(shares).mean().item()
-        figures["reward_correlation"] = torch.stack([_correlation(*pair) for pair in pairs]).mean().item()
-    return figures
+    if not pairs:
+        return {}
+    shares = [(one * other < 0).float().mean() for one, other in pairs]
+    correlations = [_correlation(one, other) for one, other in pairs]
+    return {
+        "conflict_share": torch.stack(shares).mean().item(),
+        "reward_correlation": torch.stack(correlations).mean().item(),
+    }
 
 
 def _correlation(one: Tensor, other: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, reward_metrics, shaping_metrics
+from pixrl.algorithms.advantages import AdvantageSettings, conflict_metrics, reward_metrics
 from pixrl.algorithms.exploration import Exploration, Variants
 from pixrl.algorithms.losses import Judgement, Loss
 from pixrl.algorithms.peers import Alone, Peers, Tally, disagreement
@@ -149,7 +149,7 @@ class Aligner:
         rewards = {name: self._whole(rollouts, one.values_B) for name, one in scores.items()}
         metrics = reward_metrics(rewards, weights) | self._exploration_metrics(rollouts)
         judged = self.method.loss.judge(rewards, weights, self.method.advantage, rollouts.schedule.steps)
-        metrics |= shaping_metrics(rewards, weights, self.method.advantage, judged.advantage_TPS)
+        metrics |= {**conflict_metrics(rewards, weights, self.method.advantage), **judged.figures}
         places = [group.place for group in rollouts.samples.groups]
         advantage_TB = judged.advantage_TPS[:, places].flatten(1)
         rollouts = _with_rivals(rollouts, judged)

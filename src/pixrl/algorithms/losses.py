@@ -21,7 +21,7 @@ Deviations:
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -137,6 +137,8 @@ class Judgement:
     """At every step of the schedule; nan leaves a sample out."""
     rival_PS: Tensor | None = None
     """Place in its group of the sample that each one was preferred to, for losses of pairs."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """For the log."""
 
 
 class Loss(ABC):
@@ -159,7 +161,8 @@ class Loss(ABC):
         steps: int,
     ) -> "Judgement":
         """What is learned of the scores of all processes' samples [P, S], reward by reward."""
-        return Judgement(advantages(rewards, weights, settings, steps))
+        table = advantages(rewards, weights, settings, steps)
+        return Judgement(table, figures={"advantage_mean": table.nanmean().item()})
 
     @abstractmethod
     def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:

@@ -92,7 +92,9 @@ class PreferencePairs(Loss):
         differs_P = score_PS[places, winner_P] - score_PS[places, loser_P] > FLAT
         advantage_PS = torch.full_like(score_PS, torch.nan)
         advantage_PS[places[differs_P], winner_P[differs_P]] = 1.0
-        return Judgement(advantage_PS.expand(steps, -1, -1), loser_P[:, None].expand_as(score_PS))
+        rival_PS = loser_P[:, None].expand_as(score_PS)
+        figures = {"pair_share": differs_P.float().mean().item()}
+        return Judgement(advantage_PS.expand(steps, -1, -1), rival_PS, figures)
 
     def parts(self, rollouts: Rollouts) -> int:
         return self.settings.timesteps
