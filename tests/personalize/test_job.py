@@ -107,7 +107,7 @@ def test_a_run_is_a_folder(tmp_path: Path, flux_folder: Path, subjects: Path, me
     gallery = json.loads((done.run / "samples/gallery.json").read_text())
     assert len(gallery) == 6 and all((done.run / entry["reference"]).is_file() for entry in gallery)
     page = done.report.read_text()
-    assert "These prompts were trained on" in page and "Do the rewards agree?" in page
+    assert "These subjects were trained on" in page and "Do the rewards agree?" in page
     assert "1 picture of each subject" in page
     assert "personalized" in page and 'alt="reference"' in page and "pixrl personalize" in page
     assert load_recipe(folder.recipe()) == load_recipe(

@@ -113,6 +113,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "pairs": pairs[:SHOWN],
         "more": max(len(pairs) - SHOWN, 0),
         "unseen": is_unseen(config),
+        "shown": "subjects" if folder.kind == PERSONALIZE else "prompts",
         "slot": "trained" if config.optimizer.ema is None else "averaged",
         "reward_panels": _marked(reward_panels(config, metrics, evaluated)),
         "panels": _marked(panels(metrics, evaluated)),

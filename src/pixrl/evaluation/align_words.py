@@ -120,6 +120,10 @@ def _sampling(config: AlignConfig) -> str:
 def _advantage(config: AlignConfig) -> str:
     a = config.advantage
     scale = "not divided" if a.scale is Scale.NONE else f"divided by the {a.scale.value} deviation"
+    if isinstance(config.loss, SFTSettings):
+        return "none: no score is learned from"
+    if isinstance(config.loss, RPOSettings):
+        return f"{scale}, only to rank a group's samples"
     parts = [scale]
     if a.synergy is not None:
         recentred = ", recentred" if a.synergy.recenter else ""
