@@ -102,7 +102,9 @@ def test_only_the_encoders_own_part_changes(sd3_t5: SD3Policy) -> None:
         sd3_t5.clip_encoders(), (slice(0, 16), slice(16, 40)), (slice(0, 16), slice(16, 40)), strict=True
     ):
         text = encoder.read(PROMPT)
-        features = encoder.features(text.ids_L[None], text.embeddings_LD[None] + 0.1)
+        # not a constant: the first normalization would take it out again
+        delta_LD = torch.randn(text.embeddings_LD.shape, generator=torch.Generator().manual_seed(0))
+        features = encoder.features(text.ids_L[None], (text.embeddings_LD + delta_LD)[None])
         changed = encoder.blend(plain, features, ONES)
         assert changed.pooled_BE is not None
         moved = changed.tokens_BLD != plain.tokens_BLD

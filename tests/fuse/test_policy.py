@@ -149,7 +149,9 @@ def test_swapping_the_concepts_mirrors_the_first_proposals():
 
 
 def rewards_of(world, **settings):
-    config = FuseConfig(**settings, noise="image")  # what rises is the policy's doing, not the choice of noises
+    config = FuseConfig(
+        **settings, noise="image"
+    )  # what rises is the policy's doing, not the choice of noises
     session = FusionSession(world, config)
     steps = list(play(session, make_sampler(config, session), config, config.noise_plan()))
     return torch.stack([step.feedback.rewards_B.mean() for step in steps])

@@ -79,7 +79,8 @@ def test_the_heldout_encoder_scores_the_same_pictures(tmp_path):
 
 
 def test_variants_share_one_alpha_in_the_figures(tmp_path):
-    variants = {"a": {"sampler": "random", "alpha": 0.0}, "b": {"sampler": "random", "alpha": 7.0}}
+    same = {"sampler": "random", "noise": "image"}
+    variants = {"a": {**same, "alpha": 0.0}, "b": {**same, "alpha": 7.0}}
     records = run_study(load(variants=variants, differences=[]), tmp_path / "s", quiet=True)
     by_name = {(r["variant"], r["pair"], r["seed"]): r["figures"] for r in records}
     assert by_name["a", "owl & snail", 0] == by_name["b", "owl & snail", 0]

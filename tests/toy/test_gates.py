@@ -26,7 +26,7 @@ def test_checkpoint_passes_its_gates(name: str) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_provenance_says_how_it_was_made_and_what_was_measured(name: str) -> None:
     record = json.loads((CHECKPOINTS / name / "provenance.json").read_text())
-    assert record["command"].startswith("pixrl toy build")
+    assert "pixrl toy build" in record["command"]
     assert record["seconds"] > 0 and record["plans"] and record["versions"]["torch"]
     for gate in record["gates"]:
         figures = Gate(
