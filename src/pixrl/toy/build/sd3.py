@@ -27,13 +27,13 @@ from pixrl.toy.language import WORDS, caption
 from pixrl.toy.vocabulary import KINDS
 
 PLAN = Plan(
-    steps=10_000,
+    steps=20_000,
     batch=64,
     lr=1.5e-3,
     warmup=200,
     weight_decay=0.02,
     ema=0.999,
-    level=0.4,
+    level=0.6,
     muon=3e-3,
     compiled=True,
 )
