@@ -1,6 +1,7 @@
 """`clip`: image and text towers trained contrastively, and a second text tower for the generator's second encoder."""
 
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,12 @@ class Towers(nn.Module):
 class Batch(NamedTuple):
     images: Tensor
     captions: list[str]
+
+
+def second_text_tower(shop: Workshop) -> Path:
+    """Where the second text tower lies: the build's own, or, when only shipped checkpoints are left, `sd3`'s copy."""
+    built = shop.work / "text_encoder_2"
+    return built if built.exists() else shop.out / "sd3" / "text_encoder_2"
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int) -> dict[str, int | str]:

@@ -14,7 +14,7 @@ from pixrl.equations import interpolate
 from pixrl.hub import CARD_FILE
 from pixrl.models.flux_tokens import pack_latents, position_ids
 from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
-from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH
+from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH, second_text_tower
 from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
 from pixrl.toy.build.sd3 import SAMPLING_STEPS, logit_normal
 from pixrl.toy.build.text import PLAN as T5_PLAN
@@ -54,7 +54,7 @@ def new_pipeline(shop: Workshop) -> FluxPipeline:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(shop.out / "vae", torch_dtype=torch.float32),
-        text_encoder=CLIPTextModel.from_pretrained(shop.work / "text_encoder_2", dtype=torch.float32).eval(),
+        text_encoder=CLIPTextModel.from_pretrained(second_text_tower(shop), dtype=torch.float32).eval(),
         tokenizer=CLIPTokenizer.from_pretrained(shop.out / "clip"),
         text_encoder_2=t5,
         tokenizer_2=t5_tokenizer,

@@ -1,6 +1,6 @@
 """The pictures that the toy world's networks learn from, drawn once and kept on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,6 +31,11 @@ TASK_SHARES = {
     Task.SINGLE_OBJECT: 0.26, Task.TWO_OBJECT: 0.14, Task.COUNTING: 0.18,
     Task.COLORS: 0.16, Task.POSITION: 0.13, Task.COLOR_ATTR: 0.13,
 }  # fmt: skip
+FOCUS_SHARES = {
+    Task.SINGLE_OBJECT: 0.38, Task.TWO_OBJECT: 0.11, Task.COUNTING: 0.10,
+    Task.COLORS: 0.24, Task.POSITION: 0.07, Task.COLOR_ATTR: 0.10,
+}  # fmt: skip
+"""The generator's last round: lone objects most of all, so that RL finds room in the other tasks."""
 VIEWS = 6
 """Pictures of each training subject."""
 
@@ -41,9 +46,17 @@ Rows = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
 
 def training_scene(seed: int, index: int) -> Scene:
     """The index-th training scene: never one whose prompt is held out."""
-    rng = np.random.default_rng((seed, 1, index))
+    return _unheld_scene(np.random.default_rng((seed, 1, index)), TASK_SHARES)
+
+
+def focus_scene(seed: int, index: int) -> Scene:
+    """The index-th scene of the generator's last round; its prompt is never held out either."""
+    return _unheld_scene(np.random.default_rng((seed, 6, index)), FOCUS_SHARES)
+
+
+def _unheld_scene(rng: np.random.Generator, shares: dict[Task, float]) -> Scene:
     while True:
-        task = rng.choice(list(TASK_SHARES), p=list(TASK_SHARES.values()))
+        task = rng.choice(list(shares), p=list(shares.values()))
         scene = random_scene(rng, Task(task))
         if not is_held_out(canonical(scene)):
             return scene
@@ -84,11 +97,16 @@ def draw(scene: Scene) -> tuple[Bytes, Bytes]:
     return np.asarray(image), labels
 
 
-def _draw_block(what: str, seed: int, rows: range) -> tuple[Bytes, Bytes]:
-    def scene(i: int) -> Scene:
-        return training_scene(seed, i) if what == "scenes" else subject_view(seed, i // VIEWS, i % VIEWS)
+SCENE_OF: dict[str, Callable[[int, int], Scene]] = {
+    "scenes": training_scene,
+    "focus": focus_scene,
+    "subjects": lambda seed, row: subject_view(seed, row // VIEWS, row % VIEWS),
+}
+"""The sets of pictures: seed and row to scene."""
 
-    pairs = [draw(scene(i)) for i in rows]
+
+def _draw_block(what: str, seed: int, rows: range) -> tuple[Bytes, Bytes]:
+    pairs = [draw(SCENE_OF[what](seed, i)) for i in rows]
     return np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs])
 
 
@@ -110,12 +128,7 @@ class Pictures:
 
     def scene(self, row: int) -> Scene:
         if row not in self._scenes:
-            made = (
-                training_scene(self.seed, row)
-                if self.what == "scenes"
-                else subject_view(self.seed, row // VIEWS, row % VIEWS)
-            )
-            self._scenes[row] = made
+            self._scenes[row] = SCENE_OF[self.what](self.seed, row)
         return self._scenes[row]
 
     def tensor(self, rows: Rows) -> Tensor:
@@ -139,7 +152,7 @@ def without_background(scene: Scene) -> Scene:
 
 
 def pictures(work: Path, what: str, count: int, seed: int) -> Pictures:
-    """Draw `count` pictures of 'scenes' or 'subjects', or read them where an earlier run left them."""
+    """Draw `count` pictures of a set in SCENE_OF, or read them where an earlier run left them."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / f"{what}-{seed}-{count}.npz.d"
     if leads() and not (path / "labels.npy").exists():

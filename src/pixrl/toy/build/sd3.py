@@ -1,7 +1,10 @@
 """`sd3`: a StableDiffusion3Pipeline with two CLIP encoders, trained by flow matching in the shared latent space."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from pixrl.equations import interpolate
 from pixrl.hub import CARD_FILE
 from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
-from pixrl.toy.build.clip import SCENES, SECOND_WIDTH, WIDTH
+from pixrl.toy.build.clip import SCENES, SECOND_WIDTH, WIDTH, second_text_tower
 from pixrl.toy.build.pictures import SIDE, Pictures, pictures
 from pixrl.toy.build.processes import leads
 from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
@@ -27,16 +30,30 @@ from pixrl.toy.language import WORDS, caption
 from pixrl.toy.vocabulary import KINDS
 
 PLAN = Plan(
-    steps=20_000,
+    steps=10_000,
     batch=64,
     lr=1.5e-3,
     warmup=200,
     weight_decay=0.02,
     ema=0.999,
-    level=0.6,
+    level=0.4,
     muon=3e-3,
     compiled=True,
 )
+FOCUS_PLAN = Plan(
+    steps=4_000,
+    batch=64,
+    lr=1e-3,
+    warmup=100,
+    weight_decay=0.02,
+    ema=0.998,
+    level=0.3,
+    muon=2e-3,
+    compiled=True,
+)
+"""A second round on pictures of its own, most of them of one object: 27 rounds over the first set are enough."""
+FOCUS_SCENES = 64_000
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 SAMPLING_STEPS = 10
 ALIGNED_BLOCK = 2
 """The block whose tokens are aligned with `clip`'s."""
@@ -66,7 +83,7 @@ def new_pipeline(shop: Workshop) -> StableDiffusion3Pipeline:
             shop.out / "clip", dtype=torch.float32
         ).eval(),
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(
-            shop.work / "text_encoder_2", dtype=torch.float32
+            second_text_tower(shop), dtype=torch.float32
         ).eval(),
         text_encoder_3=None,
         tokenizer=tokenizer,
@@ -105,50 +122,93 @@ def logit_normal(draw: Draw, batch: int) -> Tensor:
 
 
 def build_sd3(shop: Workshop) -> None:
-    """Train and save `sd3`."""
+    """Train and save `sd3`: a broad round with aligned features, then one that dwells on single objects."""
     torch.manual_seed(shop.seed)
-    data = pictures(shop.work, "scenes", SCENES, shop.seed)
     pipeline = new_pipeline(shop).to(shop.device)
-    latents = encode_all(pipeline.vae, data, shop, "scenes")
-    unique, index = np.unique(captions_of(data, shop.seed), return_inverse=True)
-    texts = shop.cached(
-        "captions", pipeline.text_encoder, lambda: encode_texts(pipeline, [*unique.tolist(), ""])
-    )
-    tokens, pooled = texts["tokens"], texts["pooled"]
-    print(
-        f"{len(latents)} latents, {len(tokens)} captions, latent std {latents.float().std():.3f}", flush=True
-    )
-    transformer = pipeline.transformer
-    patches = clip_patches(shop, data, "scenes")
-    aligned = Aligned(transformer, transformer.transformer_blocks[ALIGNED_BLOCK], transformer.inner_dim).to(
-        shop.device
-    )
-
-    run = shop.compiled(transformer, PLAN)
-
-    def loss(draw: Draw) -> Tensor:
-        rows = draw.rows(len(data), PLAN.batch)
-        chosen = index[rows + len(data) * draw.rng.integers(CAPTIONS_EACH, size=PLAN.batch)]
-        chosen = np.where(draw.rng.random(PLAN.batch) < DROPPED_CAPTIONS, len(unique), chosen)
-        x0 = latents[rows].float().to(shop.device)
-        noise, t = draw.normal(*x0.shape).to(shop.device), logit_normal(draw, PLAN.batch).to(shop.device)
-        with shop.autocast():
-            velocity = run(
-                hidden_states=interpolate(x0, noise, t),
-                timestep=t * 1000,
-                encoder_hidden_states=tokens[chosen].float().to(shop.device),
-                pooled_projections=pooled[chosen].float().to(shop.device),
-            ).sample
-            alignment = aligned.loss(
-                patches[rows].to(shop.device), kind_shares(data.labels[rows]).to(shop.device)
-            )
-        return F.mse_loss(velocity.float(), noise - x0) + alignment
-
-    seconds = shop.fit("sd3", aligned, PLAN, loss)
+    seconds = _broad_round(shop, pipeline)
+    seconds += _focus_round(shop, pipeline)
     save_pipeline(pipeline, shop.folder("sd3"))
     if leads():
         calibrate(shop)
-    shop.provenance("sd3", {"sd3": PLAN}, seconds)
+    shop.provenance("sd3", {"sd3": PLAN, "sd3-focus": FOCUS_PLAN}, seconds)
+
+
+def _broad_round(shop: Workshop, pipeline: StableDiffusion3Pipeline) -> float:
+    """The first round; a checkpoint that holds it and nothing more is taken as its result."""
+    done = shop.finished("sd3", {"sd3": PLAN})
+    if done is not None:
+        stored = SD3Transformer2DModel.from_pretrained(
+            shop.out / "sd3" / "transformer", torch_dtype=torch.float32
+        )
+        pipeline.transformer.load_state_dict(stored.state_dict())
+        return done
+    lessons = Lessons.of(shop, pipeline, pictures(shop.work, "scenes", SCENES, shop.seed), "scenes")
+    transformer = pipeline.transformer
+    patches = clip_patches(shop, lessons.data, "scenes")
+    aligned = Aligned(transformer, transformer.transformer_blocks[ALIGNED_BLOCK], transformer.inner_dim)
+    aligned.to(shop.device)
+    run = shop.compiled(transformer, PLAN)
+
+    def loss(draw: Draw) -> Tensor:
+        rows = draw.rows(len(lessons.data), PLAN.batch)
+        with shop.autocast():
+            flow = lessons.flow_loss(run, draw, rows)
+            alignment = aligned.loss(
+                patches[rows].to(shop.device), kind_shares(lessons.data.labels[rows]).to(shop.device)
+            )
+        return flow + alignment
+
+    return shop.fit("sd3", aligned, PLAN, loss)
+
+
+def _focus_round(shop: Workshop, pipeline: StableDiffusion3Pipeline) -> float:
+    lessons = Lessons.of(shop, pipeline, pictures(shop.work, "focus", FOCUS_SCENES, shop.seed), "focus")
+    run = shop.compiled(pipeline.transformer, FOCUS_PLAN)
+
+    def loss(draw: Draw) -> Tensor:
+        with shop.autocast():
+            return lessons.flow_loss(run, draw, draw.rows(len(lessons.data), FOCUS_PLAN.batch))
+
+    return shop.fit("sd3-focus", pipeline.transformer, FOCUS_PLAN, loss)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Pictures with their latents and encoded captions."""
+
+    shop: Workshop
+    data: Pictures
+    latents: Tensor
+    texts: dict[str, Tensor]
+    """Every caption once, the empty one last."""
+    index: IntArray
+    """Which caption row + round x pictures has."""
+
+    @classmethod
+    def of(cls, shop: Workshop, pipeline: StableDiffusion3Pipeline, data: Pictures, name: str) -> "Lessons":
+        latents = encode_all(pipeline.vae, data, shop, name)
+        unique, index = np.unique(captions_of(data, shop.seed), return_inverse=True)
+        texts = shop.cached(
+            f"{name}-captions", pipeline.text_encoder, lambda: encode_texts(pipeline, [*unique.tolist(), ""])
+        )
+        print(f"{len(latents)} latents of {name}, {len(unique)} captions", flush=True)
+        return cls(shop, data, latents, texts, index)
+
+    def flow_loss(self, run: Callable[..., Any], draw: Draw, rows: IntArray) -> Tensor:
+        """The mean squared error of the velocity at random times."""
+        device, batch = self.shop.device, len(rows)
+        chosen = self.index[rows + len(self.data) * draw.rng.integers(CAPTIONS_EACH, size=batch)]
+        empty = len(self.texts["tokens"]) - 1
+        chosen = np.where(draw.rng.random(batch) < DROPPED_CAPTIONS, empty, chosen)
+        x0 = self.latents[rows].float().to(device)
+        noise, t = draw.normal(*x0.shape).to(device), logit_normal(draw, batch).to(device)
+        velocity = run(
+            hidden_states=interpolate(x0, noise, t),
+            timestep=t * 1000,
+            encoder_hidden_states=self.texts["tokens"][chosen].float().to(device),
+            pooled_projections=self.texts["pooled"][chosen].float().to(device),
+        ).sample
+        return F.mse_loss(velocity.float(), noise - x0)
 
 
 def calibrate(shop: Workshop) -> None:

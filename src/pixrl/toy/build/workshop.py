@@ -111,6 +111,15 @@ class Workshop:
         """Train the module in place and return the seconds that it took, those before a kill included."""
         return _Trainer(self, stage, module, plan).run(loss)
 
+    def finished(self, stage: str, plans: dict[str, Plan]) -> float | None:
+        """The seconds that the checkpoint in `out` took, when resuming and it was made by exactly these plans."""
+        path = self.out / stage / "provenance.json"
+        if not self.resume or not path.exists():
+            return None
+        record = json.loads(path.read_text())
+        wanted = {name: vars(plan) for name, plan in plans.items()}
+        return float(record["seconds"]) if (record["seed"], record["plans"]) == (self.seed, wanted) else None
+
     def compiled(self, module: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         """The module as torch.compile makes it when the plan is long enough to win back the minutes that it takes."""
         return torch.compile(module) if plan.compiled else module
