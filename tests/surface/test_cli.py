@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from pixrl import cli, fuse_api
+from pixrl import cli, cli_fuse, fuse_api
 from pixrl.errors import RunError
 from pixrl.training import fuse_job
 from pixrl.training.runlog import MANIFEST, RunFolder
@@ -88,7 +88,7 @@ def test_select_and_report_generate_nothing(pixrl: Pixrl) -> None:
 
 
 def test_demo_takes_a_free_folder_each_time(pixrl: Pixrl, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "DEMO_PAIRS", ("owl & snail",))
+    monkeypatch.setattr(cli_fuse, "DEMO_PAIRS", ("owl & snail",))
     Path("pixrl-demo").mkdir()
     done = pixrl("demo")
     assert done.exit_code == 0, done.output
@@ -254,5 +254,5 @@ def test_the_demo_uses_words_of_the_toy_world() -> None:
     from pixrl.data.pairs import parse_pairs
     from pixrl.toy.vocabulary import KINDS
 
-    words = {concept for pair in parse_pairs(cli.DEMO_PAIRS).pairs for concept in pair}
+    words = {concept for pair in parse_pairs(cli_fuse.DEMO_PAIRS).pairs for concept in pair}
     assert words <= set(KINDS)

@@ -16,7 +16,8 @@ LAYERS = [
     {"algorithms", "conformance"},
     {"training"},
     {"evaluation", "reproduce"},
-    {"cli", "cli_options", "align_api", "fuse_api", "studio", "__init__", "__main__"},
+    {"align_api", "fuse_api", "studio", "__init__", "__main__"}
+    | {"cli", "cli_options", "cli_runs", "cli_fuse", "cli_train", "cli_models", "cli_serve", "cli_toy"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TOY_MAY_IMPORT = LAYERS[0] | LAYERS[1] | LAYERS[2]
@@ -26,8 +27,9 @@ TOY_MAY_IMPORT_MODULES = (
     "pixrl.training.files",
     "pixrl.training.fuse_world",
 )
-MAY_IMPORT_TOY = {"toy", "cli"}
-TORCH_FREE = ["errors", "config", "hub", "cli", "__init__", "__main__"]
+MAY_IMPORT_TOY = {"toy", "cli_toy"}
+TORCH_FREE = ["errors", "config", "hub", "__init__", "__main__"]
+TORCH_FREE += sorted(path.stem for path in PACKAGE.glob("cli*.py"))
 LIBRARIES_OF_EQUATIONS = {"torch", "pixrl"}
 
 

@@ -1,0 +1,146 @@
+"""The commands of fusion: fuse, select, demo."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pixrl.cli_options import (
+    Alpha,
+    Balance,
+    Budget,
+    Compare,
+    Concepts,
+    Device,
+    Exemplars,
+    Force,
+    Keep,
+    Model,
+    Out,
+    Pairs,
+    Presence,
+    Recipe,
+    Run,
+    Sampler,
+    Seed,
+    Set,
+    option,
+)
+from pixrl.cli_runs import resumable, say_where
+from pixrl.errors import InputError
+
+if TYPE_CHECKING:
+    from pixrl.training.fuse_config import FuseConfig
+
+DEMO_PAIRS = ("owl & snail", "turtle & mushroom", "penguin & pineapple")
+commands = typer.Typer()
+
+
+@commands.command()
+def fuse(
+    concepts: Concepts = None,
+    pairs: Pairs = None,
+    model: Model = None,
+    recipe: Recipe = None,
+    sampler: Sampler = None,
+    compare: Compare = None,
+    budget: Budget = None,
+    exemplars: Exemplars = None,
+    alpha: Alpha = None,
+    seed: Seed = None,
+    set_: Set = None,
+    keep: Keep = None,
+    presence: Presence = None,
+    balance: Balance = None,
+    out: Out = None,
+    force: Force = False,
+    device: Device = None,
+) -> None:
+    """Fuse two or more concepts into one new object: [bold]pixrl fuse owl snail[/bold]."""
+    if pairs is not None and (concepts or compare):
+        raise InputError("--pairs names the concepts and runs one sampler: leave out CONCEPTS and --compare.")
+    if compare is not None and sampler is not None:
+        raise InputError("--sampler names one sampler and --compare several: give one of them.")
+    given = {
+        "concepts": concepts or None,
+        "model": model,
+        "sampler": sampler,
+        "budget": budget,
+        "exemplars": exemplars,
+        "alpha": alpha,
+        "seed": seed,
+        "keep": keep,
+        "presence": presence,
+        "balance": balance,
+        "device": device,
+    }
+    config = _fuse_config(
+        recipe, {name: value for name, value in given.items() if value is not None}, set_ or []
+    )
+    _start_fusion(config, pairs, compare, out, force)
+
+
+def _fuse_config(recipe: str | None, values: dict[str, Any], overrides: list[str]) -> "FuseConfig":
+    from pixrl import config
+    from pixrl.training.fuse_config import FuseConfig
+
+    return config.load(FuseConfig, recipe, overrides, values=values, kind="fuse")
+
+
+def _start_fusion(
+    config: "FuseConfig", pairs: Path | None, compare: str | None, out: Path | None, force: bool
+) -> None:
+    from pixrl import fuse_api
+
+    if pairs is not None:
+        out = out or fuse_api.default_out(config, pairs=pairs)
+        with resumable(out):
+            fuse_api.run_pairs(config, pairs, out, force=force)
+    elif compare is not None:
+        names = "all" if compare == "all" else [name.strip() for name in compare.split(",")]
+        out = out or fuse_api.default_out(config, compare=True)
+        with resumable(out):
+            fuse_api.run_compare(config, names, out, force=force)
+    else:
+        out = out or fuse_api.default_out(config)
+        with resumable(out):
+            result = fuse_api.run_fuse(config, out, force=force)
+            typer.echo(result.selection.summary())
+    say_where(out)
+
+
+@commands.command()
+def select(run: Run, keep: Keep = None, presence: Presence = None, balance: Balance = None) -> None:
+    """Select from a finished run again, with other thresholds; generates nothing."""
+    from pixrl import fuse_api
+
+    typer.echo(fuse_api.select_run(run, keep=keep, presence=presence, balance=balance).summary())
+    say_where(run)
+
+
+@commands.command()
+def demo(
+    out: Annotated[
+        Path | None, option("The run's folder.", default="pixrl-demo, or pixrl-demo-2 ...")
+    ] = None,
+) -> None:
+    """Fuse three pairs on the toy world and write a report: two minutes, no download."""
+    from pixrl import fuse_api
+
+    out = out or _unused(Path("pixrl-demo"))
+    config = _fuse_config(None, {"model": "toy:sd3"}, [])
+    typer.echo(f"Fusing {', '.join(DEMO_PAIRS)} on the toy world, 128 pictures each.")
+    with resumable(out):
+        run = fuse_api.run_pairs(config, DEMO_PAIRS, out)
+    typer.echo(f"\nOpen {(run / 'report.html').absolute()} in a browser.")
+    typer.echo("Then try:  pixrl fuse owl snail mushroom")
+
+
+def _unused(path: Path) -> Path:
+    """The path, or path-2, path-3 ... where it is taken."""
+    number = 1
+    candidate = path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate

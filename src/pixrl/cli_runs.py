@@ -1,0 +1,37 @@
+"""What the commands share: an interrupted run says how to go on, a finished one where it is."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def resumable(run: Path) -> Iterator[None]:
+    """Ctrl-C within: everything finished is on the disk, and the user learns how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        started = (run / "recipe.yaml").is_file()
+        hint = (
+            f"Everything finished is saved. To go on, type: pixrl resume {run}"
+            if started
+            else "Nothing was started."
+        )
+        typer.echo(f"\nInterrupted. {hint}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def say_where(run: Path) -> None:
+    report = run / "report.html"
+    if leads():
+        typer.echo(f"Report: {report}" if report.is_file() else f"Run: {run}")
+
+
+def leads() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"

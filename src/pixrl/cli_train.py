@@ -1,0 +1,130 @@
+"""The commands of training: align, personalize, selfcheck; and of any run: resume, report."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from pixrl.cli_options import (
+    AlignRecipe,
+    Device,
+    Force,
+    Out,
+    PersonalizeRecipe,
+    Repair,
+    Run,
+    Seed,
+    Set,
+    Steps,
+    SubjectFolder,
+    option,
+)
+from pixrl.cli_runs import leads, resumable, say_where
+from pixrl.errors import InputError
+
+LOOP_KINDS = ("align", "personalize")
+commands = typer.Typer()
+
+
+@commands.command()
+def align(
+    recipe: AlignRecipe,
+    steps: Steps = None,
+    seed: Seed = None,
+    set_: Set = None,
+    out: Out = None,
+    force: Force = False,
+    device: Device = None,
+) -> None:
+    """Align a flow model with rewards: [bold]pixrl align toy/e2po[/bold]."""
+    from pixrl import align_api
+
+    settings = {"machine.device": device}
+    config = align_api.load(recipe, set_ or [], steps=steps, seed=seed, settings=settings, kind="align")
+    out = out or align_api.default_out(recipe, config)
+    with resumable(out):
+        done = align_api.run_align(config, out, force=force)
+    say_where(done.run)
+
+
+@commands.command()
+def personalize(
+    recipe: PersonalizeRecipe = None,
+    subject: SubjectFolder = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    set_: Set = None,
+    out: Out = None,
+    force: Force = False,
+    device: Device = None,
+) -> None:
+    """Keep a subject's identity while following the prompt: [bold]pixrl personalize --subject FOLDER[/bold]."""
+    from pixrl import align_api
+
+    settings = {"machine.device": device}
+    config, name = align_api.load_personalize(
+        recipe, set_ or [], subject=subject, steps=steps, seed=seed, settings=settings
+    )
+    out = out or align_api.default_out(name, config)
+    with resumable(out):
+        done = align_api.run_align(config, out, force=force)
+    say_where(done.run)
+
+
+@commands.command()
+def selfcheck(
+    recipe: AlignRecipe,
+    seed: Seed = None,
+    set_: Set = None,
+    as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
+) -> None:
+    """Is the first update of a recipe on-policy, by dtype and batch size? Exit code 1 when it is not."""
+    from pixrl import align_api
+
+    report = align_api.selfcheck(align_api.load(recipe, set_ or [], seed=seed))
+    if leads():
+        typer.echo(json.dumps(report.to_json(), indent=1) if as_json else "\n".join(report.lines()))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@commands.command()
+def resume(
+    run: Run,
+    repair: Repair = False,
+    set_: Set = None,
+    accept_changes: Annotated[
+        bool, option("Go on though recipe.yaml was edited since.", flag="--accept-changes")
+    ] = False,
+) -> None:
+    """Go on with a run that was interrupted; it ends as one that never was."""
+    from pixrl.training.runlog import RunFolder
+
+    with resumable(run):
+        kind = RunFolder.open(run, repair=repair, allow_changed=True).kind
+        if kind in LOOP_KINDS:
+            from pixrl import align_api
+
+            align_api.resume(run, set_ or [], accept_changes=accept_changes)
+        else:
+            if set_ or accept_changes:
+                raise InputError(f"{run} is a run of kind {kind!r}, whose settings are fixed once it began.")
+            from pixrl import fuse_api
+
+            fuse_api.resume(run)
+        say_where(run)
+
+
+@commands.command()
+def report(run: Run) -> None:
+    """Write a run's report again; of an alignment also before it is finished."""
+    from pixrl.training.runlog import RunFolder
+
+    if RunFolder.open(run).kind in LOOP_KINDS:
+        from pixrl.evaluation.align_report import write_align_report
+
+        typer.echo(f"Report: {write_align_report(run)}")
+        return
+    from pixrl import fuse_api
+
+    typer.echo(f"Report: {fuse_api.write_report(run)}")
