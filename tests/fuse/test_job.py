@@ -14,6 +14,7 @@ from pixrl.errors import CheckpointError, InputError, RunError, UnknownWordError
 from pixrl.training import checkpoint, fuse_job
 from pixrl.training.fuse_config import FuseConfig, Pooled, SamplerName
 from pixrl.training.fuse_job import go_on, select_again, start
+from pixrl.training.fuse_select import one_a_noise_first
 from pixrl.training.fuse_world import FusionSession
 from pixrl.training.fuse_writer import StepWriter, load_coefficients
 from pixrl.training.runlog import RunFolder
@@ -219,10 +220,19 @@ def test_selecting_again_makes_nothing_and_says_how_far_the_best_fell_short(tmp_
     assert f"The nearest, {near.index}, fell short by" in strict.selection.summary()
     loose = select_again(run.folder.path, presence=-0.5, balance=3.0, keep=3)
     totals = [sum(run.rows[i].scores[f"S/{c}"] for c in PAIR) for i in range(32)]
-    assert list(loose.selection.indices) == sorted(range(32), key=lambda i: -totals[i])[:3]
+    ranked = sorted(range(32), key=lambda i: -totals[i])
+    assert list(loose.selection.indices) == one_a_noise_first(ranked, [row.seed for row in run.rows])[:3]
+    assert loose.selection.indices[0] == ranked[0]
+    assert len({run.rows[i].seed for i in loose.selection.indices}) == 3
     assert len(list((run.folder.path / "samples").glob("selected-*.png"))) == 3
     assert world.renderer.rendered == made
     assert fuse_job.open_finished(run.folder.path).selection == loose.selection
+
+
+def test_each_noise_shows_its_best_before_any_shows_its_second():
+    assert one_a_noise_first([4, 2, 0, 1, 3], [7, 8, 7, 8, 7]) == [4, 1, 2, 3, 0]
+    assert one_a_noise_first([2, 0, 1], [5, 5, 5]) == [2, 0, 1]
+    assert one_a_noise_first([2, 0, 1], [1, 2, 3]) == [2, 0, 1]
 
 
 def test_the_offered_presence_threshold_lets_the_nearest_pass(tmp_path, world):

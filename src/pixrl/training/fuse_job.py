@@ -204,7 +204,7 @@ def _follow(
 def _choose(folder: RunFolder, config: FuseConfig, rows: list[ManifestRow]) -> FinishedRun:
     thresholds = choose_thresholds(config, read_world(folder).presence)
     similarities_BN = similarities_of(rows, config.concepts)
-    selection = choose(similarities_BN, config, thresholds, config.keep)
+    selection = choose(similarities_BN, config, thresholds, config.keep, [row.seed for row in rows])
     content = json.dumps(selection.to_json(), indent=1).encode() + b"\n"
     write_atomic(folder.path / SELECTION, content)
     _copy_selected(folder, rows, selection)

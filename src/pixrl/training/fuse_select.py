@@ -1,6 +1,7 @@
 """Two-stage selection over a run's manifest: candidates by presence and balance, then the largest total similarity."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -105,12 +106,23 @@ def choose_thresholds(config: FuseConfig, calibrated: Presence | None) -> Thresh
     return Thresholds(presence, balance, presence_source, balance_source)
 
 
-def choose(similarities_BN: Tensor, config: FuseConfig, thresholds: Thresholds, keep: int) -> Selection:
-    """The selection among scored pictures; row i is picture i."""
+def choose(
+    similarities_BN: Tensor,
+    config: FuseConfig,
+    thresholds: Thresholds,
+    keep: int,
+    seeds: Sequence[int] | None = None,
+) -> Selection:
+    """The selection among scored pictures; row i is picture i, drawn from the noise `seeds[i]`.
+
+    The first is the candidate with the largest total similarity (RMLer Eq. 7). Pictures of one noise look much alike,
+    so the following ones take the best candidate of each other noise first.
+    """
     listed_B = shortlist(similarities_BN, config)
     passed_BN = similarities_BN.masked_fill(~listed_B[:, None], torch.nan)
     limits = (thresholds.presence, thresholds.balance)
-    chosen = select(passed_BN, keep, *limits)
+    ranked = select(passed_BN, len(passed_BN), *limits).tolist() if len(passed_BN) else []
+    chosen = one_a_noise_first(ranked, seeds or range(len(passed_BN)))[:keep]
     failed = int(similarities_BN.isnan().any(dim=1).sum())
     return Selection(
         thresholds=thresholds,
@@ -118,9 +130,19 @@ def choose(similarities_BN: Tensor, config: FuseConfig, thresholds: Thresholds, 
         images=len(similarities_BN),
         failed=failed,
         candidates=int(is_candidate(passed_BN, *limits).sum()),
-        indices=tuple(chosen.tolist()),
+        indices=tuple(chosen),
         nearest=() if len(chosen) else _nearest(passed_BN, *limits, keep),
     )
+
+
+def one_a_noise_first(ranked: Sequence[int], seeds: Sequence[int]) -> list[int]:
+    """The ranking with each noise's best picture in front of every noise's second best, and so on."""
+    places: Counter[int] = Counter()
+    order = []
+    for rank, index in enumerate(ranked):
+        order.append((places[seeds[index]], rank, index))
+        places[seeds[index]] += 1
+    return [index for _, _, index in sorted(order)]
 
 
 def shortlist(similarities_BN: Tensor, config: FuseConfig) -> Tensor:

@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -16,11 +22,12 @@ from pixrl.models.flux_tokens import pack_latents, position_ids
 from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
 from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH, second_text_tower
 from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
-from pixrl.toy.build.sd3 import SAMPLING_STEPS, logit_normal
+from pixrl.toy.build.sd3 import SAMPLING_STEPS, encode_texts, logit_normal
 from pixrl.toy.build.text import PLAN as T5_PLAN
 from pixrl.toy.build.text import t5_features, train_t5
 from pixrl.toy.build.tokenizers import T5_LENGTH
-from pixrl.toy.build.vae import LATENT_CHANNELS, SUBJECT_PICTURES, encode_all
+from pixrl.toy.build.transfer import Texts, start_from
+from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
 
@@ -35,6 +42,9 @@ PLAN = Plan(
     muon=3e-3,
     compiled=True,
 )
+SUBJECT_PICTURES = 48_000
+CAPTIONS_COMPARED = 2000
+"""How many captions tell how FLUX's text features map to SD3's."""
 GUIDANCE = 1.0
 TOKENS = SIDE // 8
 """Rows and columns of image tokens: latents are a quarter of the side, packed two by two."""
@@ -80,6 +90,22 @@ def reference_latents(vae: AutoencoderKL, data: Pictures, shop: Workshop) -> Ten
     return encode_all(vae, cut, shop, "cutouts")
 
 
+def start_from_sd3(
+    shop: Workshop, transformer: FluxTransformer2DModel, captions: list[str], tokens: Tensor, pooled: Tensor
+) -> None:
+    """Take over what `sd3` knows; word i of a caption is T5's token i and CLIP's token i + 1."""
+    sd3 = StableDiffusion3Pipeline.from_pretrained(
+        shop.out / "sd3", torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+    )
+    known, count = encode_texts(sd3, captions), len(captions)
+    start_from(
+        transformer,
+        sd3.transformer,
+        Texts(tokens[:count, :-1].flatten(0, 1), pooled[:count]),
+        Texts(known["tokens"][:, 1:].flatten(0, 1), known["pooled"]),
+    )
+
+
 def build_flux(shop: Workshop) -> None:
     """Train and save `flux`."""
     torch.manual_seed(shop.seed)
@@ -97,6 +123,7 @@ def build_flux(shop: Workshop) -> None:
     image_ids = torch.cat((target_ids, *reference_ids)).to(shop.device)
     text_ids = torch.zeros(T5_LENGTH, 3, device=shop.device)
     transformer = pipeline.transformer
+    start_from_sd3(shop, transformer, unique[:CAPTIONS_COMPARED].tolist(), tokens, pooled)
     run = shop.compiled(transformer, PLAN)
     patches = clip_patches(shop, data, "subjects")
     aligned = Aligned(transformer, transformer.transformer_blocks[-1], transformer.inner_dim).to(shop.device)
