@@ -7,7 +7,7 @@ before anything heavy is imported. This module imports neither torch nor the mod
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 
@@ -163,13 +163,13 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.safetensors"))
 
 
-def fingerprint(path: Path) -> str:
-    """16 hex digits from the contents of a checkpoint's safetensors files.
+def fingerprint(path: Path, files: Iterable[Path] | None = None) -> str:
+    """16 hex digits from the contents of a checkpoint's safetensors files, or of the given ones in its folder.
 
     Files in the hub's cache are links to blobs named by their sha256, which is then taken instead of reading them.
     """
     total = hashlib.sha256()
-    for file in weight_files(path):
+    for file in weight_files(path) if files is None else sorted(files):
         total.update(f"{file.relative_to(path).as_posix()}={_content_hash(file)}\n".encode())
     return total.hexdigest()[:16]
 
