@@ -32,6 +32,10 @@ class RunError(PixrlError):
     """A run cannot start or go on (folder exists, too many failed scores, disk full ...)."""
 
 
+class ServiceError(RunError):
+    """A service that the run depends on stayed away, refuses it or has become another one: stop, go on later."""
+
+
 class CheckpointError(PixrlError):
     """A checkpoint, manifest or model folder is missing, half written or does not match its checksum."""
 

@@ -1,6 +1,9 @@
-"""The reward interface."""
+"""The reward interface, and the one of rewards whose gradient reaches the picture."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from pixrl.types import RewardBatch, Scores
 
@@ -13,3 +16,26 @@ class Reward(ABC):
     @abstractmethod
     def score(self, batch: RewardBatch) -> Scores:
         """One float a sample. Scores do not depend on how a set is cut into batches."""
+
+
+class DifferentiableReward(Reward):
+    """A reward that can also be differentiated by the picture, for direct reward back-propagation.
+
+    Its own parameters are frozen: the gradient goes to the pictures alone.
+    """
+
+    @abstractmethod
+    def differentiable_scores(
+        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()
+    ) -> Tensor:
+        """Scores [B], float32 on the pictures' device, with a graph back to the pictures.
+
+        They are what `score` gives, but for the rounding to 8 bits, through which no gradient passes: pictures are
+        resized, cropped and normalized as tensors, within about one grey level of `score`'s. A sample that `score`
+        fails is nan here: leave it out before averaging (`scores[scores.isfinite()]`), or its nan spreads.
+
+        Args:
+            images_BCHW: float [B, 3, H, W] in [0, 1]; values outside are clamped and get no gradient.
+            prompts: one a picture.
+            metadata: one mapping a picture, as in `RewardBatch`; empty where the reward reads none.
+        """

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from pixrl.errors import ConfigError
+from pixrl.errors import ConfigError, ServiceError
 
 T = TypeVar("T")
 LONGEST_REASON = 300
@@ -25,6 +25,8 @@ class Failure:
     """Why a call gave nothing."""
 
     reason: str
+    lost: ServiceError | None = None
+    """What must end the run rather than fail some scores."""
 
 
 class Caught(AbstractContextManager["Caught"]):
@@ -37,7 +39,7 @@ class Caught(AbstractContextManager["Caught"]):
     ) -> bool:
         if not isinstance(error, Exception | SystemExit):
             return False
-        self.failure = Failure(describe(error))
+        self.failure = Failure(describe(error), error if isinstance(error, ServiceError) else None)
         return True
 
 

@@ -29,7 +29,7 @@ class RewardSet:
         settings: the rewards, held-out ones too; each is loaded here, once.
         stages: weights by step range; none: the settings' own weights at every step.
         time_limit: seconds that one reward may take for one batch; None: no limit. A call that takes longer fails, and
-            so do the following ones for as long as it is still busy.
+            so do the following ones for as long as it is still busy. A reward that keeps its own time has none.
         max_failed_share: in [0, 1]; the run stops when more than this share of a batch has no score from one reward,
             a held-out one included. Give `score` a whole step's pictures, so that it is a share of many.
 
@@ -53,8 +53,10 @@ class RewardSet:
         self.stages = tuple(stages)
         self.max_failed_share = max_failed_share
         self.names: tuple[str, ...] = tuple(setting.name for setting in settings)
-        self._callers: dict[str, Caller[Scores]] = {name: Caller(time_limit) for name in self.names}
         self._rewards: dict[str, Reward] = {s.name: rewards.load(s.reward, **s.options) for s in settings}
+        self._callers: dict[str, Caller[Scores]] = {
+            name: Caller(None if one.keeps_time else time_limit) for name, one in self._rewards.items()
+        }
 
     def weights(self, step: int) -> Mapping[str, float]:
         """Reward -> weight above 0 of what is trained on at a step (counted from 0); never a held-out one."""
@@ -67,6 +69,7 @@ class RewardSet:
 
         Raises:
             RunError: more than `max_failed_share` of the batch failed; names the reward and the reasons.
+            ServiceError: a service that a reward asks is gone for longer than the reward waits.
             ShapeError: there is not one prompt (and one metadata, where there is any) a picture.
         """
         count = _count(batch)
@@ -77,6 +80,8 @@ class RewardSet:
 
     def _score(self, name: str, batch: RewardBatch, count: int) -> Scores:
         answer = self._callers[name].call(lambda: self._rewards[name].score(batch))
+        if isinstance(answer, Failure) and answer.lost is not None:
+            raise answer.lost
         if isinstance(answer, Scores):
             shape = list(answer.values_B.shape)
             if shape == [count] and len(answer.reasons) == count:
