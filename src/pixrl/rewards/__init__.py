@@ -19,6 +19,7 @@ REWARDS = {
     "clip_text": "pixrl.rewards.clip:ClipTextReward",
     "dino_seg": "pixrl.rewards.dino:DinoSegReward",
     "geneval": "pixrl.rewards.geneval:GenEvalReward",
+    "image_reward": "pixrl.rewards.image_reward:ImageReward",
     "preference": "pixrl.rewards.preference:PreferenceReward",
     "python": "pixrl.rewards.python_reward:PythonReward",
 }

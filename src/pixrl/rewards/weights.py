@@ -125,15 +125,19 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path)
     module.load_state_dict(dict(weights))
 
 
-def build(kind: Any, config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype, source: Path) -> Any:
+def build(
+    kind: Any, config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype, source: Path, **options: object
+) -> Any:
     """A frozen transformers model of a class and configuration, from weights under the names that it saves itself.
+
+    `options` are further arguments of the class.
 
     Raises:
         CheckpointError: the weights do not fit.
     """
     try:
         model, report = kind.from_pretrained(
-            None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True
+            None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source} could not be loaded as a {kind.__name__}: {error}") from error

@@ -1,0 +1,251 @@
+"""ImageReward (Xu et al. 2023): a BLIP encoder whose text stream looks at the picture, and a small head on [CLS].
+
+    reward = (head(h_CLS) - MEAN) / STD
+
+The published file holds the weights under BLIP's own names; they go into transformers' BlipVisionModel and
+BlipTextModel. Its text tower sees the picture, so nothing of a prompt can be kept between pictures.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixrl.device import choose_device, choose_precision, quiet_loading
+from pixrl.errors import CheckpointError
+from pixrl.hub import read_json
+from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.pairs import load_tokenizer, score_pairs
+from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing
+from pixrl.rewards.weights import (
+    build,
+    load_weights,
+    origin,
+    published_folder,
+    read_weights,
+    require_file,
+)
+from pixrl.types import RewardBatch, Scores
+
+WEIGHTS, CONFIG, VOCABULARY = "ImageReward.pt", "med_config.json", "vocab.txt"
+LICENCE = "Apache-2.0"
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of the head's output over ImageReward's own data, as its code has them."""
+TEXT_LENGTH = 35
+HEAD_WIDTHS = (1024, 128, 64, 16, 1)
+HEAD_LAYERS = (0, 2, 4, 6, 7)
+"""Where the head's linear layers stand in the published Sequential: dropout stands between, no activation."""
+COLUMNS_PER_HEAD = 64
+"""Of BLIP's vision transformers, both sizes; the file doesn't say how many attention heads it has."""
+VISION_EPS = 1e-6
+BATCH = 32
+_VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
+_VISION_NAMES = (
+    ("cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "embeddings.position_embedding"),
+    ("patch_embed.proj", "embeddings.patch_embedding"),
+    ("blocks.", "encoder.layers."),
+    ("attn.qkv", "self_attn.qkv"),
+    ("attn.proj", "self_attn.projection"),
+    ("norm1", "layer_norm1"),
+    ("norm2", "layer_norm2"),
+)
+"""Parts of BLIP's names -> transformers' names."""
+
+
+class ImageReward(DifferentiableReward):
+    """How much people would like the picture for its prompt: about -2.3 to 2, mean 0 and deviation 1 on its own data.
+
+    Args:
+        model: a folder or hub id (THUDM/ImageReward) that holds ImageReward.pt and med_config.json.
+        tokenizer: where BERT's vocab.txt is (google-bert/bert-base-uncased), if not in the model's folder.
+
+    Raises:
+        CheckpointError: a file is missing, half written or of another model.
+    """
+
+    name = "image_reward"
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "float32",
+    ) -> None:
+        folder = published_folder(model, (WEIGHTS, CONFIG, VOCABULARY))
+        file = require_file(folder, WEIGHTS)
+        self.device = choose_device(device)
+        self.precision = choose_precision(self.device, dtype)
+        self.tokenizer = load_tokenizer(_vocabulary_folder(folder, tokenizer), "BertTokenizer")
+        parts = split_weights(read_weights([file]), file)
+        self.vision, self.text = _towers(parts, require_file(folder, CONFIG), self.precision.weights)
+        self.head = _head(parts.head, self.text.config.hidden_size, file).to(self.device)
+        self.vision.to(self.device), self.text.to(self.device)
+        side = int(self.vision.config.image_size)
+        self.preprocess = Preprocessing(side, None, (side, side), OPENAI_MEAN, OPENAI_STD, "bicubic")
+        self.provenance: Mapping[str, str] = {
+            **origin(model, folder, [file], LICENCE),
+            "tokenizer": str(model if tokenizer is None else tokenizer),
+            "preprocessing": self.preprocess.describe(),
+            "scale": f"(head - {MEAN:.6g}) / {STD:.6g}",
+        }
+
+    @torch.inference_mode()
+    def score(self, batch: RewardBatch) -> Scores:
+        return score_pairs(
+            batch,
+            lambda images, prompts: self.rewards(self.preprocess(images.to(self.device)), prompts),
+            at_once=BATCH,
+            provenance=self.provenance,
+        )
+
+    def differentiable_scores(
+        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()
+    ) -> Tensor:
+        pixels = self.preprocess.differentiable(images_BCHW.to(self.device))
+        return self.rewards(pixels, prompts).to(images_BCHW.device)
+
+    def rewards(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[B] of preprocessed pictures, float32 on the device and differentiable."""
+        words = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=TEXT_LENGTH,
+            return_tensors="pt",
+        ).to(self.device)
+        with self.precision.context(self.device):
+            seen = self.vision(pixel_values=pixels_BCHW.to(self.precision.weights)).last_hidden_state
+            states = self.text(
+                input_ids=words.input_ids,
+                attention_mask=words.attention_mask,
+                encoder_hidden_states=seen,
+                is_decoder=False,
+            ).last_hidden_state
+        return normalize(self.head(states[:, 0].float())[:, 0])
+
+
+def normalize(outputs_B: Tensor) -> Tensor:
+    """The head's outputs on the published scale."""
+    return (outputs_B - MEAN) / STD
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The file's weights under transformers' names, one mapping a model; training's momentum copies are left out."""
+
+    vision: Mapping[str, Tensor]
+    text: Mapping[str, Tensor]
+    head: Mapping[str, Tensor]
+
+
+def split_weights(weights: Mapping[str, Tensor], source: Path) -> Parts:
+    """What belongs to which model.
+
+    Raises:
+        CheckpointError: one of the three has no weights in the file.
+    """
+    text = {key.removeprefix(_TEXT): value for key, value in weights.items() if key.startswith(_TEXT)}
+    text.pop("embeddings.position_ids", None)  # a buffer that old transformers saved
+    vision = {_vision_name(key): value for key, value in weights.items() if key.startswith(_VISION)}
+    head = {key.removeprefix(_HEAD): value for key, value in weights.items() if key.startswith(_HEAD)}
+    for prefix, part in ((_VISION, vision), (_TEXT, text), (_HEAD, head)):
+        if not part:
+            raise CheckpointError(
+                f"{source} has no weights under {prefix!r}; it starts with {next(iter(weights))!r}. "
+                "Is it ImageReward's file?"
+            )
+    return Parts(vision, text, head)
+
+
+def _vision_name(key: str) -> str:
+    key = key.removeprefix(_VISION)
+    if key.startswith("norm."):
+        return f"post_layernorm.{key.removeprefix('norm.')}"
+    for theirs, ours in _VISION_NAMES:
+        key = key.replace(theirs, ours)
+    return key
+
+
+def _towers(parts: Parts, config_file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The vision and text models; the vision model's sizes are read from its weights."""
+    with quiet_loading():
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+        embedding = parts.vision["embeddings.patch_embedding.weight"]
+        width, patch = int(embedding.shape[0]), int(embedding.shape[-1])
+        patches = int(parts.vision["embeddings.position_embedding"].shape[1]) - 1
+        layers = {key.split(".")[2] for key in parts.vision if key.startswith("encoder.layers.")}
+        vision = BlipVisionConfig(
+            hidden_size=width,
+            intermediate_size=int(parts.vision["encoder.layers.0.mlp.fc1.weight"].shape[0]),
+            num_hidden_layers=len(layers),
+            num_attention_heads=width // COLUMNS_PER_HEAD,
+            image_size=math.isqrt(patches) * patch,
+            patch_size=patch,
+            layer_norm_eps=VISION_EPS,
+        )
+        text = BlipTextConfig(
+            **_text_settings(config_file),
+            encoder_hidden_size=width,
+            is_decoder=True,  # or it would have no cross-attention
+            bos_token_id=None,
+            sep_token_id=None,
+        )
+        source = config_file.parent / WEIGHTS
+        return (
+            build(BlipVisionModel, vision, parts.vision, dtype, source),
+            build(BlipTextModel, text, parts.text, dtype, source, add_pooling_layer=False),
+        )
+
+
+def _text_settings(config_file: Path) -> dict[str, Any]:
+    """BLIP's med_config.json in transformers' names; what its code doesn't read is left out."""
+    config = read_json(config_file)
+    names = (
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_norm_eps",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "pad_token_id",
+        "vocab_size",
+    )
+    missing = [name for name in names if name not in config]
+    if missing:
+        raise CheckpointError(f"{config_file} has no {missing[0]!r}: is it ImageReward's med_config.json?")
+    return {name: config[name] for name in names}
+
+
+def _head(weights: Mapping[str, Tensor], width: int, source: Path) -> nn.Sequential:
+    """The published head without its dropout: linear layers in a row, in float32."""
+    widths = (width, *HEAD_WIDTHS)
+    head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
+    places = {str(theirs): str(ours) for ours, theirs in enumerate(HEAD_LAYERS)}
+    renamed = {}
+    for key, value in weights.items():
+        layer, _, what = key.partition(".")
+        renamed[f"{places.get(layer, layer)}.{what}"] = value.float()
+    load_weights(head, renamed, source)
+    return head.requires_grad_(False).eval()
+
+
+def _vocabulary_folder(folder: Path, tokenizer: str | Path | None) -> Path:
+    if tokenizer is not None:
+        given = published_folder(tokenizer, (VOCABULARY, "tokenizer*"))
+        require_file(given, VOCABULARY)
+        return given
+    if not (folder / VOCABULARY).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {VOCABULARY}, as published. Say where BERT's is, for example "
+            "tokenizer: google-bert/bert-base-uncased"
+        )
+    return folder
