@@ -1,29 +1,57 @@
 """Where checkpoints come from, and what their folders say about themselves.
 
-A checkpoint reference is `toy:NAME` (shipped with the package), a local folder, or a hub id `owner/name`. All three
-end as a local folder in the published diffusers / transformers layout; `check_folder` refuses a half-written one
-before anything heavy is imported. This module imports neither torch nor the model libraries.
+A checkpoint reference is one of
+
+    toy:NAME                          shipped with the package
+    FOLDER                            in the published diffusers / transformers layout
+    owner/name, owner/name@revision   a hub id; a branch, tag or commit pins it
+    FILE.safetensors                  a whole pipeline in one file, described by the folder of the same name beside it,
+    FILE.safetensors@CONFIG           or by CONFIG: a folder or a hub id, which also holds what the file lacks
+
+All end as a local folder, which `check_folder` (hub_check.py) refuses when it is half written, before anything heavy
+is imported; hub_fetch.py downloads. This module imports neither torch nor the model libraries.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from enum import StrEnum
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pixrl import hub_check
 from pixrl.errors import CheckpointError, InputError, did_you_mean
+from pixrl.hub_check import TOY_ROOT, Layout, check_folder, components, read_header, read_json, remedy
+from pixrl.hub_fetch import CONFIG_FILES, fetch_files, fetch_pipeline, is_hub_id
+
+__all__ = [
+    "CARD_FILE",
+    "TOY_NAMES",
+    "TOY_PREFIX",
+    "TOY_ROOT",
+    "Card",
+    "Checkpoint",
+    "Layout",
+    "Presence",
+    "check_folder",
+    "components",
+    "fingerprint",
+    "folder",
+    "locate",
+    "read_card",
+    "read_json",
+    "resolve",
+    "weight_files",
+]
 
 TOY_PREFIX = "toy:"
-TOY_ROOT = Path(__file__).parent / "toy" / "checkpoints"
 TOY_NAMES = ("clip", "vae", "segmenter", "identity", "preference", "sd3", "flux")
 CARD_FILE = "pixrl.json"
+SINGLE_FILE = ".safetensors"
 _TRANSFORMERS_FILES = (
     "*config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", CARD_FILE,
 )  # fmt: skip
-_T5_COMPONENTS = ("text_encoder_3", "tokenizer_3")
 
 
 class Presence(BaseModel):
@@ -59,11 +87,14 @@ class Card(BaseModel):
     position_ids: str | None = None
 
 
-class Layout(StrEnum):
-    """The two published folder layouts."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A pipeline on the disk."""
 
-    PIPELINE = "pipeline"
-    TRANSFORMERS = "transformers"
+    folder: Path
+    """Its configs and, but for what `file` holds, its weights."""
+    file: Path | None = None
+    """The one file that holds the weights, in the layout of the model's authors."""
 
 
 def resolve(ref: str | Path) -> Path | str:
@@ -71,7 +102,7 @@ def resolve(ref: str | Path) -> Path | str:
 
     Raises:
         CheckpointError: the toy checkpoint or the folder does not exist.
-        InputError: the reference is none of the three kinds.
+        InputError: the reference is none of the kinds.
     """
     text = str(ref)
     if text.startswith(TOY_PREFIX):
@@ -84,26 +115,71 @@ def resolve(ref: str | Path) -> Path | str:
             f"The checkpoint folder {text!r} does not exist. Give a folder with a model_index.json or config.json, "
             f"a hub id such as 'stabilityai/sdxl-turbo', or one of {_toy_list()}."
         )
-    owner, slash, name = text.partition("/")
-    if slash and owner and name and "/" not in name and not any(c.isspace() for c in text):
+    if is_hub_id(text):
         return text
     raise InputError(
         f"{text!r} is not a checkpoint reference.{did_you_mean(f'{TOY_PREFIX}{text}', _toy_refs())} "
-        f"Give {_toy_list()}, a local folder, or a hub id 'owner/name'."
+        f"Give {_toy_list()}, a local folder, or a hub id 'owner/name' or 'owner/name@revision'."
     )
 
 
 def folder(ref: str | Path, layout: Layout) -> Path:
     """The complete local folder of a reference, downloaded where it is a hub id and not yet in the cache."""
     found = resolve(ref)
-    path = found if isinstance(found, Path) else _download(found, layout)
+    if isinstance(found, Path):
+        path = found
+    elif layout is Layout.PIPELINE:
+        path = fetch_pipeline(found)
+    else:
+        path = fetch_files(found, _TRANSFORMERS_FILES)
     check_folder(path, layout)
     return path
 
 
+def locate(ref: str | Path) -> Checkpoint:
+    """The pipeline of any reference, complete on the disk.
+
+    Raises:
+        CheckpointError: it is missing, half written, or cannot be fetched.
+        InputError: the reference is none of the kinds.
+    """
+    split = split_single_file(ref)
+    if split is None:
+        return Checkpoint(folder(ref, Layout.PIPELINE))
+    file, config = split
+    if not file.is_file():
+        raise CheckpointError(f"The checkpoint file {str(file)!r} does not exist (looked in {Path.cwd()}).")
+    read_header(file)
+    found = resolve(_config_of(file) if config is None else config)
+    path = fetch_files(found, CONFIG_FILES) if isinstance(found, str) else found
+    read_json(path / hub_check.INDEX)
+    return Checkpoint(path, file)
+
+
+def split_single_file(ref: str | Path) -> tuple[Path, str | None] | None:
+    """The file and the CONFIG of `FILE.safetensors@CONFIG`; None for every other kind of reference."""
+    text = str(ref)
+    name, at, config = text.partition(f"{SINGLE_FILE}@")
+    if at:
+        return Path(f"{name}{SINGLE_FILE}").expanduser(), config
+    return (Path(text).expanduser(), None) if text.endswith(SINGLE_FILE) else None
+
+
+def _config_of(file: Path) -> Path:
+    """The folder that describes a single file where none is named."""
+    beside = file.with_suffix("")
+    if not beside.is_dir():
+        raise CheckpointError(
+            f"{file} holds weights, but what pipeline it is must be told by configs, and there is no folder {beside}. "
+            f"Name a folder or a hub id that has them: {file}@FOLDER, or {file}@stabilityai/stable-diffusion-3.5-medium"
+        )
+    return beside
+
+
 def read_card(ref: str | Path) -> Card:
     """The card of a toy or local checkpoint; an empty one where there is none or the reference is a hub id."""
-    found = resolve(ref)
+    split = split_single_file(ref)
+    found = resolve(ref if split is None else split[1] or _config_of(split[0]))
     path = Path(found) / CARD_FILE
     if isinstance(found, str) or not path.is_file():
         return Card()
@@ -113,49 +189,6 @@ def read_card(ref: str | Path) -> Card:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: the entry {where!r} is wrong: {first['msg']}.") from error
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a checkpoint's file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the checkpoint is not complete. {_remedy(path)}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is not readable JSON ({error}): half written? {_remedy(path)}"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold a JSON object. {_remedy(path)}")
-    return content
-
-
-def check_folder(path: Path, layout: Layout) -> None:
-    """Refuses a folder in which a listed component, its config or its weights are missing or cut short."""
-    if layout is Layout.TRANSFORMERS:
-        _check_model(path)
-        return
-    for name, kind in components(path).items():
-        part = path / name
-        if not part.is_dir():
-            raise CheckpointError(
-                f"{path}/model_index.json lists the component {name!r} ({kind}), but the folder {part} is missing. "
-                f"{_remedy(path)}"
-            )
-        _check_component(part, kind)
-
-
-def components(path: Path) -> dict[str, str]:
-    """Component name -> class name, as `model_index.json` lists them; T5 is left out where its folders are absent."""
-    index = read_json(path / "model_index.json")
-    listed = {
-        name: str(entry[1])
-        for name, entry in index.items()
-        if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
-    }
-    if not any((path / name).is_dir() for name in _T5_COMPONENTS):
-        listed = {name: kind for name, kind in listed.items() if name not in _T5_COMPONENTS}
-    return listed
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -191,87 +224,11 @@ def _toy_list() -> str:
 
 
 def _toy_folder(name: str) -> Path:
-    path = TOY_ROOT / name
+    path = hub_check.TOY_ROOT / name
     if name not in TOY_NAMES:
         raise InputError(
             f"There is no toy checkpoint {name!r}.{did_you_mean(name, TOY_NAMES)} There are {_toy_list()}."
         )
     if not path.is_dir():
-        raise CheckpointError(f"The toy checkpoint {name!r} is not in {TOY_ROOT}. {_remedy(path)}")
+        raise CheckpointError(f"The toy checkpoint {name!r} is not in {hub_check.TOY_ROOT}. {remedy(path)}")
     return path
-
-
-def _remedy(path: Path) -> str:
-    """What to type to get a complete checkpoint."""
-    if path.is_relative_to(TOY_ROOT):
-        return f"Type: pixrl toy build --stage {path.relative_to(TOY_ROOT).parts[0]}"
-    return "Save or download it again, for example: hf download OWNER/NAME --local-dir FOLDER"
-
-
-def _download(repo: str, layout: Layout) -> Path:
-    try:
-        if layout is Layout.PIPELINE:
-            from diffusers import DiffusionPipeline
-
-            return Path(DiffusionPipeline.download(repo, use_safetensors=True))
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(repo, allow_patterns=list(_TRANSFORMERS_FILES)))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"The checkpoint {repo!r} could not be fetched from the hub: {error}. Check the name and the connection, "
-            f"download it once with: hf download {repo}, or give a local folder or one of {_toy_list()}."
-        ) from error
-
-
-def _check_component(part: Path, kind: str) -> None:
-    if "Tokenizer" in kind:
-        if not any((part / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
-            raise CheckpointError(
-                f"{part} holds no tokenizer.json, vocab.json or spiece.model. {_remedy(part)}"
-            )
-    elif "Scheduler" in kind:
-        read_json(part / "scheduler_config.json")
-    elif kind.endswith(("Processor", "Extractor", "ProcessorFast", "ProcessorPil")):
-        read_json(part / "preprocessor_config.json")
-    else:
-        _check_model(part)
-
-
-def _check_model(part: Path) -> None:
-    read_json(part / "config.json")
-    files = list(_listed_shards(part)) or sorted(part.glob("*.safetensors"))
-    if not files:
-        pickled = sorted([*part.glob("*.bin"), *part.glob("*.ckpt")])
-        found = f" It has {pickled[0].name}, but pickled weights are never loaded." if pickled else ""
-        raise CheckpointError(f"{part} holds no .safetensors weights.{found} {_remedy(part)}")
-    for file in files:
-        _check_safetensors(file)
-
-
-def _listed_shards(part: Path) -> Iterator[Path]:
-    for index in sorted(part.glob("*.safetensors.index.json")):
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, Mapping):
-            raise CheckpointError(f"{index} has no weight_map. {_remedy(part)}")
-        yield from (part / name for name in sorted(set(shards.values())))
-
-
-def _check_safetensors(file: Path) -> None:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: its index lists it. {_remedy(file)}")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{file} is cut short: {size} bytes, its header alone needs more. {_remedy(file)}"
-            )
-        try:
-            header = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} is damaged: its header is not JSON. {_remedy(file)}") from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise CheckpointError(f"{file} is cut short: {size} bytes of {expected}. {_remedy(file)}")

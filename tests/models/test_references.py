@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pixrl import hub, models
+from pixrl import hub, hub_check, models
 from pixrl.errors import CheckpointError, InputError
 
 
 def test_a_toy_name_is_a_folder_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "TOY_ROOT", tmp_path)
+    monkeypatch.setattr(hub_check, "TOY_ROOT", tmp_path)
     (tmp_path / "sd3").mkdir()
     assert models.resolve("toy:sd3") == tmp_path / "sd3"
 
@@ -25,7 +25,7 @@ def test_an_unknown_toy_name_lists_the_known_ones() -> None:
 
 
 def test_a_toy_checkpoint_that_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "TOY_ROOT", tmp_path)
+    monkeypatch.setattr(hub_check, "TOY_ROOT", tmp_path)
     with pytest.raises(CheckpointError, match="pixrl toy build --stage sd3"):
         models.resolve("toy:sd3")
 
@@ -152,7 +152,7 @@ def test_a_half_written_checkpoint(damage: str, sd3_folder: Path, tmp_path: Path
 def test_the_remedy_names_the_toy_stage(
     sd3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "TOY_ROOT", tmp_path)
+    monkeypatch.setattr(hub_check, "TOY_ROOT", tmp_path)
     shutil.copytree(sd3_folder, tmp_path / "sd3")
     _truncate(tmp_path / "sd3/vae/diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match="Type: pixrl toy build --stage sd3"):
