@@ -312,7 +312,7 @@ def test_strict_scores_from_maps(reward: GenEvalReward, monkeypatch: pytest.Monk
 
 
 def test_graded_scores(clip_folder: Path, segmenter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    graded = GenEvalReward(segmenter_folder, clip_folder, graded=True, device="cpu")
+    graded = GenEvalReward(segmenter_folder, clip=clip_folder, graded=True, device="cpu")
     see(graded, monkeypatch, [scene((1, 4, 2))])
     both = wants(entry(), entry("cat"), tag="two_object")
     assert graded.score(RewardBatch(numbered(1), ["x"], [both])).values_B.tolist() == [0.5]
@@ -331,7 +331,7 @@ class OneOwl:
 
 
 def test_any_detector_fits_the_slot(clip_folder: Path) -> None:
-    reward = GenEvalReward(OneOwl(), clip_folder, device="cpu")
+    reward = GenEvalReward(OneOwl(), clip=clip_folder, device="cpu")
     scores = reward.score(RewardBatch(numbered(2), ["x"] * 2, [wants(entry()), wants(entry("cat"))]))
     assert scores.values_B.tolist() == [1.0, 0.0]
     assert scores.provenance["model"] == "one owl"
@@ -387,7 +387,7 @@ def test_the_card_names_colours_and_templates(tmp_path: Path, segmenter_folder: 
     folder = tiny.clip(tmp_path)
     card = {"colors": ["red", "blue"], "color_templates": ["a {color} {kind}"], "color_zoom": False}
     (folder / "pixrl.json").write_text(json.dumps(card))
-    reward = GenEvalReward(segmenter_folder, folder, device="cpu")
+    reward = GenEvalReward(segmenter_folder, clip=folder, device="cpu")
     assert reward.colors.colors == ("red", "blue")
     assert reward.colors._classifier("owl").shape[0] == 2
     assert isinstance(reward.detector, Segmenter)

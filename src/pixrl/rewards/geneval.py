@@ -1,7 +1,8 @@
 """GenEval: does the picture hold the objects, counts, colours and places that the prompt asks for?
 
-`judge` is the published rule on detections; `GenEvalReward` makes the detections with a segmentation model and names
-colours with CLIP. The published detector is Mask2Former; which one was used is in every score's provenance.
+`judge` is the published rule on detections; `GenEvalReward` makes the detections with Mask2Former, as published
+(`detector`), or with a semantic segmentation model (`segmenter`), and names colours with CLIP. Which ones were used is
+in every score's provenance.
 """
 
 import math
@@ -13,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pixrl.errors import InputError, did_you_mean
+from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.hub import read_card
 from pixrl.rewards.base import Reward
 from pixrl.rewards.clip import ClipSimilarity, flag_failures
+from pixrl.rewards.mask2former import Mask2FormerDetector
 from pixrl.rewards.preprocess import to_grey_levels
 from pixrl.rewards.segmentation import Colour, Foreground, Instance, Segmenter
 from pixrl.types import RewardBatch, Scores
@@ -275,25 +277,34 @@ class ColorNamer:
 class GenEvalReward(Reward):
     """1 where GenEval's rule holds and 0 where not (`judge`); with `graded`, how nearly it holds (`grade`).
 
-    `metadata` of the batch holds one GenEval entry a picture; a picture without one fails. `segmenter` is a checkpoint
-    or any `Detector`.
+    `metadata` of the batch holds one GenEval entry a picture; a picture without one fails.
+
+    Args:
+        segmenter: a semantic segmentation checkpoint, or any `Detector`; regions of one class are its objects.
+        clip: the CLIP that names colours; GenEval's is openai/clip-vit-large-patch14.
+        detector: instead of the segmenter, GenEval's own: Mask2Former as OpenMMLab's .pth file, a folder or a hub id.
+        graded: see above.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of CLIP and the segmenter; Mask2Former computes in float32.
+
+    Raises:
+        ConfigError: not exactly one of `segmenter` and `detector` is given.
+        CheckpointError: a checkpoint is missing, half written or of another class.
     """
 
     name = "geneval"
 
     def __init__(
         self,
-        segmenter: str | Path | Detector,
+        segmenter: str | Path | Detector | None = None,
+        *,
         clip: str | Path,
+        detector: str | Path | None = None,
         graded: bool = False,
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
-        self.detector: Detector = (
-            Segmenter(segmenter, device=device, dtype=dtype)
-            if isinstance(segmenter, str | Path)
-            else segmenter
-        )
+        self.detector = _detector(segmenter, detector, device, dtype)
         self.colors = ColorNamer(ClipSimilarity(clip, device=device, dtype=dtype), clip)
         self.graded = graded
         zoom = "crop" if self.colors.zoom else "in place"
@@ -343,6 +354,24 @@ class GenEvalReward(Reward):
 
     def _value(self, detections: Detections, entry: Metadata) -> float:
         return grade(detections, entry) if self.graded else float(judge(detections, entry).correct)
+
+
+def _detector(
+    segmenter: str | Path | Detector | None, detector: str | Path | None, device: str, dtype: str
+) -> Detector:
+    if (segmenter is None) == (detector is None):
+        given = "neither is" if segmenter is None else "both are"
+        raise ConfigError(
+            f"geneval takes one of the options 'detector' (GenEval's Mask2Former) and 'segmenter', and {given} "
+            "given. Type, for example: detector: facebook/mask2former-swin-small-coco-instance, or: segmenter: "
+            "toy:segmenter"
+        )
+    if detector is not None:
+        return Mask2FormerDetector(detector, device=device, least=THRESHOLD)
+    if isinstance(segmenter, str | Path):
+        return Segmenter(segmenter, device=device, dtype=dtype)
+    assert segmenter is not None
+    return segmenter
 
 
 def _coloured_kinds(entry: Metadata) -> frozenset[str]:

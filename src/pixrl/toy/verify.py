@@ -203,7 +203,7 @@ def task_scores(policy: Renderer, reward: Reward, thin: int, each: int = 96) -> 
 
 def check_sd3(root: Path, thin: int) -> Iterable[Gate]:
     """The toy GenEval reward of pictures drawn in ten Euler steps without guidance."""
-    reward = GenEvalReward(root / "segmenter", root / "clip")
+    reward = GenEvalReward(root / "segmenter", clip=root / "clip")
     scores = task_scores(models.load(root / "sd3"), reward, thin)
     limits = {Task.SINGLE_OBJECT: 0.90, Task.COLORS: 0.85}
     for task, score in scores.items():

@@ -1,0 +1,211 @@
+"""OpenMMLab's Mask2Former files (mmdet 2.x, instance segmentation with a Swin backbone) as transformers' model.
+
+The file is a pickle, `{"meta": ..., "state_dict": ...}`. It is read by torch's restricted unpickler, which makes
+tensors and plain containers and runs nothing. Names are turned into those that transformers keeps on disk; the sizes of
+the model are read off the tensors, so every Swin size of the family loads.
+
+Two tensors differ by more than their name: mmdet keeps q, k and v of an attention in one matrix, and it merges 2 x 2
+patches with the channel before the place, in the order of `nn.Unfold`, where transformers has the place before the
+channel, column by column.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pixrl.errors import CheckpointError
+from pixrl.rewards.weights import read_weights
+
+GENEVAL_FILE = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
+"""GenEval's detector, of OpenMMLab's model zoo (mmdet 2.x)."""
+LEVELS, POINTS = 3, 4
+"""Feature maps and sampling points a head of the pixel decoder's deformable attention; fixed in both libraries."""
+SHOWN = 3
+_PIXEL = "model.pixel_level_module."
+_ENCODER, _DECODER = f"{_PIXEL}encoder.", f"{_PIXEL}decoder."
+_TRANSFORMER = "model.transformer_module."
+_PIXEL_LAYER = r"^panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\."
+_DECODER_LAYER = r"^panoptic_head\.transformer_decoder\.layers\.(\d+)\."
+_BLOCK = r"^backbone\.stages\.(\d+)\.blocks\.(\d+)\."
+_BLOCK_TO = rf"{_ENCODER}encoder.layers.\1.blocks.\2."
+_PIXEL_TO = rf"{_DECODER}encoder.layers.\1."
+_DECODER_TO = rf"{_TRANSFORMER}decoder.layers.\1."
+
+RENAMED: Mapping[str, str] = {
+    r"^backbone\.patch_embed\.projection\.": f"{_ENCODER}embeddings.patch_embeddings.projection.",
+    r"^backbone\.patch_embed\.norm\.": f"{_ENCODER}embeddings.norm.",
+    rf"{_BLOCK}attn\.w_msa\.proj\.": f"{_BLOCK_TO}attention.output.dense.",
+    rf"{_BLOCK}attn\.w_msa\.relative_position_bias_table$": (
+        f"{_BLOCK_TO}attention.self.relative_position_bias_table"
+    ),
+    rf"{_BLOCK}norm1\.": f"{_BLOCK_TO}layernorm_before.",
+    rf"{_BLOCK}norm2\.": f"{_BLOCK_TO}layernorm_after.",
+    rf"{_BLOCK}ffn\.layers\.0\.0\.": f"{_BLOCK_TO}intermediate.dense.",
+    rf"{_BLOCK}ffn\.layers\.1\.": f"{_BLOCK_TO}output.dense.",
+    r"^panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.conv\.": rf"{_DECODER}input_projections.\1.0.",
+    r"^panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.gn\.": rf"{_DECODER}input_projections.\1.1.",
+    r"^panoptic_head\.pixel_decoder\.lateral_convs\.0\.conv\.": f"{_DECODER}adapter_1.0.",
+    r"^panoptic_head\.pixel_decoder\.lateral_convs\.0\.gn\.": f"{_DECODER}adapter_1.1.",
+    r"^panoptic_head\.pixel_decoder\.output_convs\.0\.conv\.": f"{_DECODER}layer_1.0.",
+    r"^panoptic_head\.pixel_decoder\.output_convs\.0\.gn\.": f"{_DECODER}layer_1.1.",
+    r"^panoptic_head\.pixel_decoder\.mask_feature\.": f"{_DECODER}mask_projection.",
+    r"^panoptic_head\.pixel_decoder\.level_encoding\.weight$": f"{_DECODER}level_embed",
+    rf"{_PIXEL_LAYER}attentions\.0\.": f"{_PIXEL_TO}self_attn.",
+    rf"{_PIXEL_LAYER}ffns\.0\.layers\.0\.0\.": f"{_PIXEL_TO}fc1.",
+    rf"{_PIXEL_LAYER}ffns\.0\.layers\.1\.": f"{_PIXEL_TO}fc2.",
+    rf"{_PIXEL_LAYER}norms\.0\.": f"{_PIXEL_TO}self_attn_layer_norm.",
+    rf"{_PIXEL_LAYER}norms\.1\.": f"{_PIXEL_TO}final_layer_norm.",
+    rf"{_DECODER_LAYER}attentions\.0\.attn\.": f"{_DECODER_TO}cross_attn.",
+    rf"{_DECODER_LAYER}attentions\.1\.attn\.out_proj\.": f"{_DECODER_TO}self_attn.out_proj.",
+    rf"{_DECODER_LAYER}ffns\.0\.layers\.0\.0\.": f"{_DECODER_TO}fc1.",
+    rf"{_DECODER_LAYER}ffns\.0\.layers\.1\.": f"{_DECODER_TO}fc2.",
+    rf"{_DECODER_LAYER}norms\.0\.": f"{_DECODER_TO}cross_attn_layer_norm.",
+    rf"{_DECODER_LAYER}norms\.1\.": f"{_DECODER_TO}self_attn_layer_norm.",
+    rf"{_DECODER_LAYER}norms\.2\.": f"{_DECODER_TO}final_layer_norm.",
+    r"^panoptic_head\.transformer_decoder\.post_norm\.": f"{_TRANSFORMER}decoder.layernorm.",
+    r"^panoptic_head\.cls_embed\.": "class_predictor.",
+    r"^panoptic_head\.query_embed\.": f"{_TRANSFORMER}queries_embedder.",
+    r"^panoptic_head\.query_feat\.": f"{_TRANSFORMER}queries_features.",
+    r"^panoptic_head\.level_embed\.": f"{_TRANSFORMER}level_embed.",
+}
+"""mmdet's name (a pattern) -> transformers' name on disk; what follows the pattern is kept."""
+SPLIT: Mapping[str, tuple[str, ...]] = {
+    rf"{_BLOCK}attn\.w_msa\.qkv\.": tuple(
+        f"{_BLOCK_TO}attention.self.{x}." for x in ("query", "key", "value")
+    ),
+    rf"{_DECODER_LAYER}attentions\.1\.attn\.in_proj_": tuple(
+        f"{_DECODER_TO}self_attn.{x}_proj." for x in "qkv"
+    ),
+}
+"""Three matrices in one."""
+_DOWNSAMPLE = re.compile(r"^backbone\.stages\.(\d+)\.downsample\.(.+)$")
+_STAGE_NORM = re.compile(r"^backbone\.norm(\d+)\.(\w+)$")
+_MASK_EMBED = re.compile(r"^panoptic_head\.mask_embed\.(\d+)\.(\w+)$")
+_COMPUTED = "relative_position_index"
+"""A table that both libraries compute."""
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The weights of an OpenMMLab file, under mmdet's names.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or holds more than tensors and plain containers.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {str(path)!r} (looked in {Path.cwd()}). {_REMEDY}")
+    return read_weights([path])
+
+
+def convert(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same weights under the names that transformers keeps on disk; `path` is for messages.
+
+    Raises:
+        CheckpointError: a name is not mmdet 2.x's.
+    """
+    found: dict[str, Tensor] = {}
+    strange = []
+    for name, x in state.items():
+        if name.endswith(_COMPUTED):
+            continue
+        parts = dict(_converted(name, x))
+        strange += [] if parts else [name]
+        found |= parts
+    if strange:
+        raise CheckpointError(
+            f"{path} is not mmdet 2.x's Mask2Former for instances: {len(strange)} names are unknown, first "
+            f"{', '.join(strange[:SHOWN])}. mmdet 3.x names them otherwise. {_REMEDY}"
+        )
+    return found
+
+
+def _converted(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a tensor becomes; nothing where its name is unknown."""
+    for pattern, names in SPLIT.items():
+        if re.match(pattern, name):
+            yield from (
+                (re.sub(pattern, to, name), part.clone()) for to, part in zip(names, x.chunk(3), strict=True)
+            )
+    for pattern, to in RENAMED.items():
+        if re.match(pattern, name):
+            yield re.sub(pattern, to, name), x
+    if match := _DOWNSAMPLE.match(name):
+        yield f"{_ENCODER}encoder.layers.{match[1]}.downsample.{match[2]}", _place_before_channel(x)
+    if match := _STAGE_NORM.match(name):
+        yield f"{_ENCODER}hidden_states_norms.stage{int(match[1]) + 1}.{match[2]}", x
+    if match := _MASK_EMBED.match(name):  # every other layer is a ReLU
+        yield f"{_TRANSFORMER}decoder.mask_predictor.mask_embedder.{int(match[1]) // 2}.0.{match[2]}", x
+
+
+def _place_before_channel(x: Tensor) -> Tensor:
+    """Columns [channel, (row, column)] as [(column, row), channel]."""
+    channels = x.shape[-1] // 4
+    places = x.unflatten(-1, (channels, 2, 2))
+    return places.movedim((-1, -2), (-3, -2)).flatten(-3).contiguous()
+
+
+def config(state: Mapping[str, Tensor], path: Path) -> Any:
+    """The Mask2FormerConfig of some weights under mmdet's names.
+
+    Raises:
+        CheckpointError: a tensor that tells a size is missing.
+    """
+    from transformers import Mask2FormerConfig, SwinConfig
+
+    try:
+        swin = SwinConfig(**_swin_sizes(state))
+        return Mask2FormerConfig(backbone_config=swin, **_head_sizes(state))
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path} has no tensor {error}, so it is not mmdet 2.x's Mask2Former. {_REMEDY}"
+        ) from None
+
+
+def _swin_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    patch = state["backbone.patch_embed.projection.weight"]
+    stages = _count(state, r"^backbone\.stages\.(\d+)\.")
+    tables = [
+        state[f"backbone.stages.{n}.blocks.0.attn.w_msa.relative_position_bias_table"] for n in range(stages)
+    ]
+    window = (isqrt(len(tables[0])) + 1) // 2  # a table has (2 window - 1)^2 rows
+    width = len(patch)
+    return {
+        "embed_dim": width,
+        "patch_size": patch.shape[-1],
+        "depths": [_count(state, rf"^backbone\.stages\.{n}\.blocks\.(\d+)\.") for n in range(stages)],
+        "num_heads": [table.shape[1] for table in tables],
+        "window_size": window,
+        "mlp_ratio": len(state["backbone.stages.0.blocks.0.ffn.layers.0.0.weight"]) / width,
+        "image_size": window * patch.shape[-1] * 2 ** (stages - 1),
+        "out_features": [f"stage{n + 1}" for n in range(stages)],
+    }
+
+
+def _head_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    pixel, decoder = "panoptic_head.pixel_decoder.", "panoptic_head.transformer_decoder."
+    queries, width = state["panoptic_head.query_feat.weight"].shape
+    looks = len(state[f"{pixel}encoder.layers.0.attentions.0.attention_weights.weight"])
+    return {
+        "num_queries": queries,
+        "hidden_dim": width,
+        "feature_size": len(state[f"{pixel}lateral_convs.0.conv.weight"]),
+        "mask_feature_size": len(state[f"{pixel}mask_feature.weight"]),
+        "encoder_layers": _count(state, _PIXEL_LAYER),
+        "encoder_feedforward_dim": len(state[f"{pixel}encoder.layers.0.ffns.0.layers.0.0.weight"]),
+        "decoder_layers": 1 + _count(state, _DECODER_LAYER),  # with the prediction before the first layer
+        "dim_feedforward": len(state[f"{decoder}layers.0.ffns.0.layers.0.0.weight"]),
+        "num_attention_heads": looks // (LEVELS * POINTS),
+        "num_labels": len(state["panoptic_head.cls_embed.weight"]) - 1,  # the last one is "no object"
+    }
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest number in the names that fit a pattern."""
+    numbers = [int(match[1]) for name in state if (match := re.match(pattern, name))]
+    return max(numbers, default=-1) + 1
+
+
+_REMEDY = f"GenEval's own is {GENEVAL_FILE} of OpenMMLab's model zoo (mmdet 2.x)."
