@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,6 +13,8 @@ class Reward(ABC):
     """Scores pictures, higher is better. A sample that cannot be scored gets nan and a reason, never 0."""
 
     name: str
+    keeps_time: ClassVar[bool] = False
+    """It bounds its own time, for it may wait long for a service that is gone: a `RewardSet` does not cut it off."""
 
     @abstractmethod
     def score(self, batch: RewardBatch) -> Scores:
