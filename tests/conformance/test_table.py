@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import tiny, tiny_blip
+from tests import language_rewards, tiny
 from tests.tiny_dino import dino
 
 from pixrl import models, rewards
@@ -34,7 +34,15 @@ def test_renderer(kind: str, dtype: str, tmp_path: Path) -> None:
     check(renderer)
 
 
-REWARDS = ("clip_image", "clip_text", "dino_seg", "geneval", "image_reward", "preference", "python")
+REWARDS = (
+    "clip_image",
+    "clip_text",
+    "dino_seg",
+    "geneval",
+    "preference",
+    "python",
+    *language_rewards.OPTIONS,
+)
 
 
 BRIGHTNESS = """
@@ -53,8 +61,11 @@ def make_reward(name: str, folder: Path) -> tuple[Reward, RewardBatch]:
         options: dict[str, object] = {"segmenter": tiny.segmenter(folder / "segmenter"), "clip": clip}
         metadata = [{"tag": "colors", "include": [{"class": "owl", "count": 1, "color": "red"}]}, {}] * 2
         return rewards.load(name, **options), RewardBatch(images, prompts, metadata)
-    if name == "image_reward":
-        return rewards.load(name, model=tiny_blip.image_reward(folder / "blip")), RewardBatch(images, prompts)
+    if name in language_rewards.OPTIONS:
+        made = language_rewards.OPTIONS[name](folder)
+        return rewards.load(name, **made), RewardBatch(
+            images, prompts, language_rewards.METADATA.get(name, ())
+        )
     if name == "python":
         (folder / "mine.py").write_text(BRIGHTNESS)
         return rewards.load(name, function=f"{folder / 'mine.py'}:brightness"), RewardBatch(images, prompts)

@@ -19,11 +19,21 @@ REWARDS = {
     "clip_text": "pixrl.rewards.clip:ClipTextReward",
     "dino_seg": "pixrl.rewards.dino:DinoSegReward",
     "geneval": "pixrl.rewards.geneval:GenEvalReward",
+    "hpsv3": "pixrl.rewards.hpsv3:HPSv3Reward",
     "image_reward": "pixrl.rewards.image_reward:ImageReward",
+    "judge": "pixrl.rewards.judge:JudgeReward",
     "preference": "pixrl.rewards.preference:PreferenceReward",
     "python": "pixrl.rewards.python_reward:PythonReward",
+    "remote": "pixrl.rewards.remote:RemoteReward",
 }
 """Name -> class."""
+_EXAMPLES = {
+    "base_url": "http://127.0.0.1:8000/v1",
+    "function": "my_module:f",
+    "reward": "geneval",
+    "url": "http://127.0.0.1:8765",
+}
+"""Of options that a reward cannot do without."""
 
 
 def load(name: str, **options: object) -> "Reward":
@@ -50,7 +60,7 @@ def load(name: str, **options: object) -> "Reward":
         key for key, p in parameters.items() if p.default is inspect.Parameter.empty and key not in options
     ]
     if missing:
-        example = "my_module:f" if missing[0] == "function" else "toy:clip"
+        example = _EXAMPLES.get(missing[0], "toy:clip")
         raise ConfigError(
             f"The reward {name!r} needs the option {missing[0]!r}, for example {missing[0]}: {example}"
         )

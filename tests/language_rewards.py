@@ -1,0 +1,17 @@
+"""How to make each reward with a language model from tiny checkpoints, for what is asked of all rewards."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from tests import tiny_blip, tiny_hpsv3
+
+OPTIONS: Mapping[str, Callable[[Path], dict[str, object]]] = {
+    "hpsv3": lambda folder: {
+        "model": tiny_hpsv3.hpsv3(folder / "hpsv3"),
+        "processor": tiny_hpsv3.qwen2_vl(folder / "qwen"),
+    },
+    "image_reward": lambda folder: {"model": tiny_blip.image_reward(folder / "image_reward")},
+}
+"""Name -> its options, in a folder that the checkpoint is written to."""
+METADATA: Mapping[str, Sequence[Mapping[str, object]]] = {}
+"""Name -> what it reads of four pictures, where it reads anything."""
