@@ -130,10 +130,12 @@ def sd3(
     card: dict[str, object] | None = None,
     half: bool = False,
     with_t5: bool = False,
+    dual: bool = False,
 ) -> Path:
     """A StableDiffusion3Pipeline folder, without T5 unless asked, and with a pixrl.json unless `card` is None.
 
-    With T5 all widths differ, as published: CLIP-L 16, CLIP-G 24, T5 48.
+    With T5 all widths differ, as published: CLIP-L 16, CLIP-G 24, T5 48. `dual`: the first block has a second attention
+    over the image's tokens, as in SD3.5 Medium.
     """
     torch.manual_seed(seed)
     words = tokenizer(folder / "tokenizer")
@@ -152,6 +154,7 @@ def sd3(
         pooled_projection_dim=first + second,
         pos_embed_max_size=8,
         qk_norm="rms_norm",
+        dual_attention_layers=(0,) if dual else (),
     )
     _make_lively(transformer)
     pipeline = StableDiffusion3Pipeline(

@@ -13,7 +13,7 @@ is imported; hub_fetch.py downloads. This module imports neither torch nor the m
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pixrl import hub_check
 from pixrl.errors import CheckpointError, InputError, did_you_mean
-from pixrl.hub_check import TOY_ROOT, Layout, check_folder, components, read_header, read_json, remedy
+from pixrl.hub_check import (
+    T5_COMPONENTS,
+    TOY_ROOT,
+    Layout,
+    check_folder,
+    components,
+    read_header,
+    read_json,
+    remedy,
+)
 from pixrl.hub_fetch import CONFIG_FILES, fetch_files, fetch_pipeline, is_hub_id
 
 __all__ = [
@@ -34,6 +43,7 @@ __all__ = [
     "Layout",
     "Presence",
     "check_folder",
+    "checkpoint_fingerprint",
     "components",
     "fingerprint",
     "folder",
@@ -123,21 +133,24 @@ def resolve(ref: str | Path) -> Path | str:
     )
 
 
-def folder(ref: str | Path, layout: Layout) -> Path:
-    """The complete local folder of a reference, downloaded where it is a hub id and not yet in the cache."""
+def folder(ref: str | Path, layout: Layout, *, without: Sequence[str] = ()) -> Path:
+    """The complete local folder of a reference, downloaded where it is a hub id and not yet in the cache.
+
+    `without`: components of a pipeline that are not downloaded.
+    """
     found = resolve(ref)
     if isinstance(found, Path):
         path = found
     elif layout is Layout.PIPELINE:
-        path = fetch_pipeline(found)
+        path = fetch_pipeline(found, without)
     else:
         path = fetch_files(found, _TRANSFORMERS_FILES)
     check_folder(path, layout)
     return path
 
 
-def locate(ref: str | Path) -> Checkpoint:
-    """The pipeline of any reference, complete on the disk.
+def locate(ref: str | Path, *, t5: bool = True) -> Checkpoint:
+    """The pipeline of any reference, complete on the disk. `t5` False: SD3's third text encoder is not downloaded.
 
     Raises:
         CheckpointError: it is missing, half written, or cannot be fetched.
@@ -145,7 +158,7 @@ def locate(ref: str | Path) -> Checkpoint:
     """
     split = split_single_file(ref)
     if split is None:
-        return Checkpoint(folder(ref, Layout.PIPELINE))
+        return Checkpoint(folder(ref, Layout.PIPELINE, without=() if t5 else T5_COMPONENTS))
     file, config = split
     if not file.is_file():
         raise CheckpointError(f"The checkpoint file {str(file)!r} does not exist (looked in {Path.cwd()}).")
@@ -205,6 +218,14 @@ def fingerprint(path: Path, files: Iterable[Path] | None = None) -> str:
     for file in weight_files(path) if files is None else sorted(files):
         total.update(f"{file.relative_to(path).as_posix()}={_content_hash(file)}\n".encode())
     return total.hexdigest()[:16]
+
+
+def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
+    """16 hex digits from all weights of a pipeline, its single file among them."""
+    own = fingerprint(checkpoint.folder)
+    if checkpoint.file is None:
+        return own
+    return hashlib.sha256(f"{own} {_content_hash(checkpoint.file)}".encode()).hexdigest()[:16]
 
 
 def _content_hash(file: Path) -> str:

@@ -27,8 +27,8 @@ def split_revision(ref: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-def fetch_pipeline(ref: str) -> Path:
-    """The folder of a pipeline, downloaded where it is not yet in the cache.
+def fetch_pipeline(ref: str, without: Sequence[str] = ()) -> Path:
+    """The folder of a pipeline, downloaded but for the components `without` where it is not yet in the cache.
 
     Raises:
         CheckpointError: it cannot be had; says why and what to do.
@@ -37,7 +37,11 @@ def fetch_pipeline(ref: str) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(repo, revision=revision, use_safetensors=True))
+        return Path(
+            DiffusionPipeline.download(
+                repo, revision=revision, use_safetensors=True, **dict.fromkeys(without)
+            )
+        )
     except (OSError, ValueError) as error:
         raise explained(ref, error) from error
 

@@ -1,7 +1,7 @@
 """Image generators behind two interfaces: `Renderer` draws, `FlowPolicy` can also be trained.
 
-`load("toy:sd3")`, `load("/my/folder")` and `load("stabilityai/sdxl-turbo")` go the same way. Importing this package
-imports no torch.
+`load("toy:sd3")`, `load("/my/folder")`, `load("stabilityai/sdxl-turbo@main")` and `load("model.safetensors")` go the
+same way. Importing this package imports no torch.
 """
 
 import importlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixrl.errors import CheckpointError, InputError, did_you_mean
-from pixrl.hub import Card, Layout, folder, read_card, read_json, resolve
+from pixrl.hub import Card, locate, read_card, read_json, resolve
 
 if TYPE_CHECKING:
     from pixrl.models.base import Renderer
@@ -27,6 +27,7 @@ PIPELINES = {
     "StableDiffusion3Pipeline": "sd3",
     "StableDiffusionXLPipeline": "sdxl",
     "FluxPipeline": "flux",
+    "FluxKontextPipeline": "flux",
 }
 """`_class_name` of a checkpoint's model_index.json -> kind."""
 
@@ -40,15 +41,17 @@ def load(
     steps: int | None = None,
     guidance: float | None = None,
     resolution: int | None = None,
+    t5: bool = True,
 ) -> "Renderer":
-    """A generator from `toy:NAME`, a local folder or a hub id.
+    """A generator from `toy:NAME`, a local folder, a hub id with or without `@revision`, or one safetensors file.
 
     Args:
-        ref: the checkpoint.
+        ref: the checkpoint, as `pixrl.hub` describes.
         kind: a name of `RENDERERS`; found from the checkpoint's model_index.json when None.
         device: "auto" (a GPU when there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32", "bfloat16" or "float16" (GPU only).
         steps, guidance, resolution: in place of what the checkpoint's card or the adapter's default says.
+        t5: load SD3's third text encoder, where the checkpoint has it.
 
     Raises:
         CheckpointError: the checkpoint is missing, half written or of an unknown pipeline class.
@@ -58,22 +61,28 @@ def load(
         raise InputError(
             f"Unknown kind {kind!r}.{did_you_mean(kind, RENDERERS)} There are {', '.join(RENDERERS)}."
         )
-    path = folder(ref, Layout.PIPELINE)
-    module, _, name = RENDERERS[kind or _kind_of(path)].partition(":")
-    adapter: Any = importlib.import_module(module).__dict__[name]
-    renderer: Renderer = adapter(
-        path,
+    checkpoint = locate(ref, t5=t5)
+    renderer: Renderer = adapter_of(kind or kind_of(checkpoint.folder))(
+        checkpoint,
         name=str(ref),
         device=device,
         dtype=dtype,
         steps=steps,
         guidance=guidance,
         resolution=resolution,
+        t5=t5,
     )
     return renderer
 
 
-def _kind_of(path: Path) -> str:
+def adapter_of(kind: str) -> Any:
+    """The adapter class of a kind."""
+    module, _, name = RENDERERS[kind].partition(":")
+    return importlib.import_module(module).__dict__[name]
+
+
+def kind_of(path: Path) -> str:
+    """The kind of a pipeline's folder. CheckpointError where there is no adapter for it."""
     class_name = str(read_json(path / "model_index.json").get("_class_name"))
     if class_name not in PIPELINES:
         raise CheckpointError(

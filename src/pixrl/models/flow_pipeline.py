@@ -11,15 +11,16 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pixrl.device import choose_device, choose_precision
 from pixrl.errors import InputError, RunError, ShapeError
-from pixrl.hub import fingerprint, read_card
+from pixrl.hub import Checkpoint, checkpoint_fingerprint, read_card
 from pixrl.models.base import Conditioning, FlowPolicy, SamplingSettings
+from pixrl.models.loading import load_pipeline
 from pixrl.models.pipeline import (
     check_pairs,
     chunks,
@@ -27,7 +28,6 @@ from pixrl.models.pipeline import (
     draw,
     generators,
     latent_side,
-    load_pipeline,
     make_settings,
     memory_format,
     micro_batch_for,
@@ -52,7 +52,7 @@ class FlowPipelinePolicy(FlowPolicy):
 
     def __init__(
         self,
-        path: Path,
+        checkpoint: Checkpoint,
         *,
         name: str = "",
         device: str = "auto",
@@ -60,15 +60,26 @@ class FlowPipelinePolicy(FlowPolicy):
         steps: int | None = None,
         guidance: float | None = None,
         resolution: int | None = None,
+        t5: bool = True,
+        pipeline: Any = None,
     ) -> None:
-        self.name = name or path.name
-        self.path = path
-        self.card = read_card(path)
+        """`pipeline`: one that was made already, in place of the checkpoint's weights. Others as `models.load`.
+
+        Raises:
+            InputError: an option would have no effect on this checkpoint.
+        """
+        self.name = name or checkpoint.folder.name
+        self.checkpoint = checkpoint
+        self.card = read_card(checkpoint.folder)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
-        self.settings = make_settings(self.card, self.defaults, steps, guidance, resolution)
+        self._check_options(guidance, t5)
+        defaults = self._published(checkpoint.folder)
+        self.settings = make_settings(self.card, defaults, steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
-        self.pipeline = load_pipeline(self.pipeline_class, path, self.precision, self.device)
+        self.pipeline = pipeline or load_pipeline(
+            self.pipeline_class, checkpoint, self.precision, self.device, t5=t5
+        )
         self.transformer: nn.Module = self.pipeline.transformer
         self.vae: nn.Module = self.pipeline.vae.to(memory_format=memory_format(self.device))
         self.lora: LoraSlots | None = None
@@ -79,6 +90,15 @@ class FlowPipelinePolicy(FlowPolicy):
         self.micro_batch = micro_batch_for(self.device, self.settings.resolution)
         self._cache = PromptCache(self._encode_row)
         self._present: set[Part] = set(Part)
+
+    def _published(self, folder: Path) -> SamplingSettings:
+        """How a checkpoint without a card is sampled, by its configs."""
+        return self.defaults
+
+    def _check_options(self, guidance: float | None, t5: bool) -> None:
+        """InputError for an option that this checkpoint takes no notice of."""
+        if not t5:
+            raise InputError(f"t5 has no effect: {self.name} is no SD3 checkpoint. Leave it out.")
 
     @abstractmethod
     def _latent_geometry(self) -> tuple[int, int]:
@@ -233,7 +253,7 @@ class FlowPipelinePolicy(FlowPolicy):
 
     @cached_property
     def _files(self) -> str:
-        return fingerprint(self.path)
+        return checkpoint_fingerprint(self.checkpoint)
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

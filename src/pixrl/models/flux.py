@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pixrl.errors import CheckpointError, InputError, RunError, ShapeError, did_you_mean
+from pixrl.hub import Checkpoint, read_json
+from pixrl.hub_check import INDEX
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flow_pipeline import FlowPipelinePolicy, Part
 from pixrl.models.flux_lora import merge, read_lora
@@ -24,6 +26,11 @@ from pixrl.models.text_variants import ClipEncoder, PerturbableText
 __all__ = ["FluxPolicy", "Preset", "Shift", "pack_latents", "position_ids", "unpack_latents"]
 
 MAX_SEQUENCE_LENGTH = 512
+SCHNELL_LENGTH = 256
+SCHNELL = SamplingSettings(steps=4, guidance=0.0, resolution=512)
+"""FLUX.1-schnell's own: distilled to four steps, without guidance."""
+KONTEXT_PIPELINE = "FluxKontextPipeline"
+"""Its folder differs from FLUX's in that name alone."""
 UNO_SHRINK = 64
 """UNO counts one token for 16 x 16 latents where FLUX counts one for 2 x 2, which shifts its schedule less."""
 
@@ -38,13 +45,24 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
 
-    def __init__(self, path: Path, **options: Any) -> None:
-        """`options`: those of `FlowPipelinePolicy`. The preset is the card's `position_ids`, or uno."""
-        super().__init__(path, **options)
-        self.preset = _known_preset(self.card.position_ids, path)
+    def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
+        """`options`: those of `FlowPipelinePolicy`. The preset is the card's, kontext for that pipeline, else uno."""
+        super().__init__(checkpoint, **options)
+        self.preset = _known_preset(self.card.position_ids, checkpoint.folder)
         self.shift = Shift.FLUX
         self.reference_side = self.settings.resolution
         self._latents = LatentCache()
+
+    def _published(self, folder: Path) -> SamplingSettings:
+        return self.defaults if _is_guided(folder) else SCHNELL
+
+    def _check_options(self, guidance: float | None, t5: bool) -> None:
+        super()._check_options(guidance, t5)
+        if guidance is not None and not _is_guided(self.checkpoint.folder):
+            raise InputError(
+                f"guidance {guidance:g} has no effect: {self.name} has no guidance embedding (as FLUX.1-schnell). "
+                "Leave it out."
+            )
 
     def place(
         self, *, preset: Preset | None = None, shift: Shift | None = None, side: int | None = None
@@ -87,14 +105,20 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         return super().encode(prompts)
 
     def _encode_one(self, prompt: str) -> Conditioning:
-        length = self.card.max_sequence_length
         tokens, pooled, _ = self.pipeline.encode_prompt(
             prompt=[prompt],
             prompt_2=None,
             device=self.device,
-            max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
+            max_sequence_length=self.text_length,
         )
         return Conditioning(tokens, pooled)
+
+    @property
+    def text_length(self) -> int:
+        """Rows of token features: the card's, 512, or 256 where the model has no guidance embedding (schnell)."""
+        if self.card.max_sequence_length is not None:
+            return self.card.max_sequence_length
+        return MAX_SEQUENCE_LENGTH if self.pipeline.transformer.config.guidance_embeds else SCHNELL_LENGTH
 
     def clip_encoders(self) -> tuple[ClipEncoder, ...]:
         """CLIP-L, of which FLUX takes the pooled features alone; its token features are T5's and stay as they are."""
@@ -173,9 +197,15 @@ def _token_size(latents: Tensor) -> Size:
     return latents.shape[2] // 2, latents.shape[3] // 2
 
 
+def _is_guided(folder: Path) -> bool:
+    """Whether the transformer takes the guidance scale as an input, as FLUX.1-dev and Kontext do."""
+    return bool(read_json(folder / "transformer" / "config.json").get("guidance_embeds", False))
+
+
 def _known_preset(named: str | None, path: Path) -> Preset:
     if named is None:
-        return Preset.UNO
+        is_kontext = read_json(path / INDEX).get("_class_name") == KONTEXT_PIPELINE
+        return Preset.KONTEXT if is_kontext else Preset.UNO
     if named not in list(Preset):
         raise CheckpointError(
             f"{path}: its card names the position ids {named!r}.{did_you_mean(named, list(Preset))} "

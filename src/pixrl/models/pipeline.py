@@ -1,48 +1,15 @@
-"""What the adapters of diffusers pipelines share: loading, settings, seeded noise and decoding."""
+"""What the adapters of diffusers pipelines share: settings, seeded noise and decoding. loading.py loads them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pixrl.device import Precision, quiet_loading
-from pixrl.errors import CheckpointError, InputError, ShapeError
-from pixrl.hub import Card, components, weight_files
+from pixrl.errors import InputError, ShapeError
+from pixrl.hub import Card
 from pixrl.models.base import Conditioning, SamplingSettings
-
-OPTIONAL_PARTS = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}
-"""Parts that a folder may lack: SD3 draws without its T5 encoder."""
-
-
-def load_pipeline(class_name: str, path: Path, precision: Precision, device: torch.device) -> Any:
-    """A diffusers pipeline from a complete folder, frozen and in evaluation mode."""
-    present = components(path)
-    without = {name: None for name in OPTIONAL_PARTS.get(class_name, ()) if name not in present}
-    files = [file.name for file in weight_files(path)]
-    variant = "fp16" if files and all(".fp16" in name for name in files) else None
-    decoder_dtype = torch.bfloat16 if precision.weights is torch.float16 else precision.weights
-    with quiet_loading():
-        import diffusers
-
-        try:
-            pipeline = getattr(diffusers, class_name).from_pretrained(
-                str(path),
-                dtype={"default": precision.weights, "vae": decoder_dtype},
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=True,
-                **without,
-            )
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{path} could not be loaded as a {class_name}: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
-    return pipeline.to(device)
 
 
 def make_settings(

@@ -8,8 +8,10 @@ and in training alike.
 import torch
 from torch import Tensor
 
+from pixrl.errors import InputError
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.loading import has_t5
 from pixrl.models.text_variants import ClipEncoder, PerturbableText
 
 MAX_SEQUENCE_LENGTH = 256
@@ -24,6 +26,10 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
+
+    def _check_options(self, guidance: float | None, t5: bool) -> None:
+        if not t5 and not has_t5(self.checkpoint) and self.checkpoint.file is None:
+            raise InputError(f"t5=false has no effect: {self.name} has no T5 encoder. Leave it out.")
 
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels), int(self.pipeline.patch_size)

@@ -1,21 +1,24 @@
 """SDXL and SDXL-Turbo as a frozen renderer, on diffusers' StableDiffusionXLPipeline.
 
-The defaults are SDXL-Turbo's: 4 steps without guidance at 512 x 512. The pipeline's own loop and scheduler run on
-cached embeddings, one fused batch at a time; only the latents and the ancestral noise are seeded per picture. With a
-guidance scale above 1 (the base model) the pipeline's own empty prompt is the negative one.
+SDXL-Turbo is drawn in 4 steps without guidance at 512 x 512, the base model in 50 steps with guidance 5 at 1024 x 1024;
+the schedulers of their folders tell them apart. The pipeline's own loop and scheduler run on cached embeddings, one
+fused batch at a time; only the latents and the ancestral noise are seeded per picture. With a guidance scale above 1
+every step has a second pass with the pipeline's own negative prompt.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pixrl.device import DType, choose_device, choose_precision
-from pixrl.errors import ShapeError
-from pixrl.hub import fingerprint, read_card
+from pixrl.errors import InputError, ShapeError
+from pixrl.hub import Checkpoint, checkpoint_fingerprint, read_card, read_json
 from pixrl.models.base import Conditioning, Renderer, SamplingSettings
+from pixrl.models.loading import load_pipeline
 from pixrl.models.pipeline import (
     check_pairs,
     chunks,
@@ -23,14 +26,15 @@ from pixrl.models.pipeline import (
     draw,
     generators,
     latent_side,
-    load_pipeline,
     make_settings,
     memory_format,
     micro_batch_for,
 )
 from pixrl.models.prompts import PromptCache, check_words
 
-DEFAULTS = SamplingSettings(steps=4, guidance=0.0, resolution=512)
+TURBO = SamplingSettings(steps=4, guidance=0.0, resolution=512)
+BASE = SamplingSettings(steps=50, guidance=5.0, resolution=1024)
+"""The published pipeline's own."""
 
 
 class SDXLRenderer(Renderer):
@@ -38,7 +42,7 @@ class SDXLRenderer(Renderer):
 
     def __init__(
         self,
-        path: Path,
+        checkpoint: Checkpoint,
         *,
         name: str = "",
         device: str = "auto",
@@ -46,15 +50,22 @@ class SDXLRenderer(Renderer):
         steps: int | None = None,
         guidance: float | None = None,
         resolution: int | None = None,
+        t5: bool = True,
+        pipeline: Any = None,
     ) -> None:
-        self.name = name or path.name
-        self.path = path
-        self.card = read_card(path)
+        """`pipeline`: one that was made already, in place of the checkpoint's weights. Others as `models.load`."""
+        self.name = name or checkpoint.folder.name
+        if not t5:
+            raise InputError(f"t5 has no effect: {self.name} is no SD3 checkpoint. Leave it out.")
+        self.checkpoint = checkpoint
+        self.card = read_card(checkpoint.folder)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype, on_gpu=DType.FLOAT16)
-        self.settings = make_settings(self.card, DEFAULTS, steps, guidance, resolution)
+        self.settings = make_settings(self.card, published(checkpoint.folder), steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
-        self.pipeline = load_pipeline("StableDiffusionXLPipeline", path, self.precision, self.device)
+        self.pipeline = pipeline or load_pipeline(
+            "StableDiffusionXLPipeline", checkpoint, self.precision, self.device
+        )
         self.pipeline.unet.to(memory_format=memory_format(self.device))
         self.vae = self.pipeline.vae.to(memory_format=memory_format(self.device))
         side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor)
@@ -120,4 +131,10 @@ class SDXLRenderer(Renderer):
 
     @cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(self.path)
+        return checkpoint_fingerprint(self.checkpoint)
+
+
+def published(folder: Path) -> SamplingSettings:
+    """How a checkpoint without a card is meant to be sampled. Turbo's timesteps are trailing, the base's leading."""
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    return TURBO if scheduler.get("timestep_spacing") == "trailing" else BASE
