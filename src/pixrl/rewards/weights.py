@@ -21,7 +21,7 @@ from pixrl.rewards.calls import Caught
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
-CONTAINERS = ("state_dict", "model", "module")
+CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 """Names under which training code saves a state dict beside other things."""
 NAMED_KEYS = 3
 """How many keys an error names."""
@@ -142,6 +142,22 @@ def build(
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source} could not be loaded as a {kind.__name__}: {error}") from error
     refuse_misfits(sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), source)
+    return model.requires_grad_(False).eval()
+
+
+def load_folder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A frozen transformers model of a class from a local folder, which may hold more than the class needs.
+
+    Raises:
+        CheckpointError: it cannot be read, or a weight is missing.
+    """
+    try:
+        model, report = kind.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder} could not be loaded as a {kind.__name__}: {error}") from error
+    refuse_misfits(sorted(report["missing_keys"]), [], folder)
     return model.requires_grad_(False).eval()
 
 
