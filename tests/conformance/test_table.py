@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import language_rewards, tiny
+from tests.rewards.services import TOKEN, service_for
 from tests.tiny_dino import dino
 
 from pixrl import models, rewards
@@ -43,6 +44,7 @@ REWARDS = (
     "python",
     *language_rewards.OPTIONS,
 )
+SERVED = ("judge", "remote")
 
 
 BRIGHTNESS = """
@@ -78,9 +80,18 @@ def make_reward(name: str, folder: Path) -> tuple[Reward, RewardBatch]:
 
 
 def test_every_reward_of_the_table_is_checked() -> None:
-    assert set(REWARDS) == rewards.REWARDS.keys()
+    assert {*REWARDS, *SERVED} == rewards.REWARDS.keys()
 
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_reward(name: str, tmp_path: Path) -> None:
     check_reward(*make_reward(name, tmp_path))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_reward_of_a_service(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIXRL_REWARD_TOKEN", TOKEN)
+    images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), (32, 32), mode="bilinear")
+    with service_for(name, tmp_path) as options:
+        reward = rewards.load(name, **options)
+        check_reward(reward, RewardBatch(images, ["an owl", "a cat", "two owls", "an owl and a cat"]))

@@ -15,21 +15,28 @@ if TYPE_CHECKING:
 __all__ = ["REWARDS", "load"]
 
 REWARDS = {
+    "aesthetic": "pixrl.rewards.aesthetic:AestheticReward",
+    "clip_i": "pixrl.rewards.dreambench:clip_i",
     "clip_image": "pixrl.rewards.clip:ClipImageReward",
+    "clip_t": "pixrl.rewards.dreambench:clip_t",
     "clip_text": "pixrl.rewards.clip:ClipTextReward",
+    "dino": "pixrl.rewards.dreambench:dino",
     "dino_seg": "pixrl.rewards.dino:DinoSegReward",
     "geneval": "pixrl.rewards.geneval:GenEvalReward",
+    "hpsv2": "pixrl.rewards.hpsv2:HPSv2Reward",
     "hpsv3": "pixrl.rewards.hpsv3:HPSv3Reward",
     "image_reward": "pixrl.rewards.image_reward:ImageReward",
     "judge": "pixrl.rewards.judge:JudgeReward",
     "preference": "pixrl.rewards.preference:PreferenceReward",
     "python": "pixrl.rewards.python_reward:PythonReward",
     "remote": "pixrl.rewards.remote:RemoteReward",
+    "vqascore": "pixrl.rewards.vqascore:VQAScoreReward",
 }
-"""Name -> class."""
+"""Name -> class, or function that makes one with published settings."""
 _EXAMPLES = {
     "base_url": "http://127.0.0.1:8000/v1",
     "function": "my_module:f",
+    "head": "sac+logos+ava1-l14-linearMSE.pth",
     "reward": "geneval",
     "url": "http://127.0.0.1:8765",
 }

@@ -13,6 +13,7 @@ from pixrl import config as recipes
 from pixrl.algorithms.align import Aligner, MicroBatches, prepare
 from pixrl.algorithms.losses import ClippedSurrogate
 from pixrl.algorithms.rollouts import Rollouts
+from pixrl.errors import ServiceError
 from pixrl.training import selfcheck
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_eval import score
@@ -150,6 +151,11 @@ def _play(
         monitor.say(note)
     try:
         loop.run(step)
+    except ServiceError as error:
+        raise ServiceError(
+            f"{error} The run is kept up to its last checkpoint: when the service is there again, type: "
+            f"pixrl resume {folder.path}"
+        ) from error
     finally:
         log.close()
         monitor.end()

@@ -1,0 +1,257 @@
+"""A vision language model as the judge of a picture, behind any API that is compatible with OpenAI's chat completions.
+
+vLLM, SGLang, Ollama and llama.cpp serve local models so; OpenAI, Gemini and others their own. The judge is asked about
+one picture at a time and must give one number on the scale. What it says otherwise is a failed score with the reason:
+no number, two different ones, one off the scale, a refusal. Judges are not exactly repeatable, not even at temperature
+0: a resumed run sees the scores of its own calls, not those of an unbroken one.
+"""
+
+import hashlib
+import json
+import math
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from pixrl.errors import ConfigError, did_you_mean
+from pixrl.rewards.base import Reward
+from pixrl.rewards.clip import flag_failures
+from pixrl.rewards.http import START_WAIT, Patience, Service, Silence
+from pixrl.rewards.preprocess import require_images
+from pixrl.rewards.wire import png_base64
+from pixrl.types import RewardBatch, Scores
+
+TEMPLATE = """\
+A text-to-image model made this picture for the prompt:
+
+{prompt}
+
+How well does the picture show what the prompt asks for, and how good does it look? Give one number from {low} (worst) \
+to {high} (best). Answer with JSON alone: {"score": NUMBER}"""
+FIELDS = ("prompt", "low", "high")
+REQUEST: Mapping[str, object] = {"temperature": 0, "max_tokens": 512}
+OWN = ("model", "messages", "stream", "n")
+"""What a request's body always holds, and nobody sets."""
+_NUMBER = r"([-+]?\d+(?:\.\d+)?)(?!\w|\.\d)(?:\s*/\s*(\d+(?:\.\d+)?))?"
+_IN_JSON = re.compile(rf'\{{\s*"score"\s*:\s*"?{_NUMBER}', re.IGNORECASE)
+_IN_TEXT = re.compile(rf"\bscore\b[\"'*_\s]*(?:[:=]|is\b)[\"'*_\s]*{_NUMBER}", re.IGNORECASE)
+_ALONE = re.compile(rf"[\s*]*{_NUMBER}[\s*.]*")
+_THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The numbers that a judge may give, both ends included."""
+
+    low: float
+    high: float
+
+    def read(self, text: str) -> tuple[float, str | None]:
+        """The one score in what a judge said, or nan with the reason why there is none.
+
+        A number in JSON counts before one after the word score, that before a lone number; thoughts do not count.
+        """
+        said = _THOUGHT.sub(" ", text)
+        alone = _ALONE.fullmatch(said)
+        found = (
+            [match.groups() for match in _IN_JSON.finditer(said)]
+            or [match.groups() for match in _IN_TEXT.finditer(said)]
+            or ([alone.groups()] if alone else [])
+        )
+        if not found:
+            return math.nan, f"the judge gave no score: {_short(text)}"
+        if len({float(number) for number, _ in found}) > 1:
+            return math.nan, f"the judge gave {len(found)} different scores: {_short(text)}"
+        number, out_of = found[-1]
+        value = float(number)
+        if not self.low <= value <= self.high or (out_of is not None and float(out_of) != self.high):
+            given = number if out_of is None else f"{number}/{out_of}"
+            return math.nan, f"the judge gave {given}, off the scale from {self.low:g} to {self.high:g}"
+        return value, None
+
+
+class JudgeReward(Reward):
+    """The number that a vision language model gives a picture and its prompt.
+
+    Args:
+        base_url: of the API, with its version: https://api.openai.com/v1, http://127.0.0.1:8000/v1.
+        model: the judge's name there.
+        key_env: the environment variable that holds the key; None: none is sent. The key itself is in no recipe.
+        prompt: what the judge is told; {prompt}, {low} and {high} are filled in, other braces stay.
+        scale: its least and its greatest number.
+        request: further fields of the request's body, in place of temperature 0 and max_tokens 512.
+        parallel: pictures that are asked about at once.
+        tries: of a request that fails (HTTP 500) or is too slow; then the picture's score fails.
+        time_limit: seconds that one answer may take.
+        patience: seconds that a judge which is gone or refuses more requests (429) is waited for.
+
+    Raises:
+        ConfigError: an option is wrong, or the key is not set.
+        ServiceError: nothing answers at the address, or the key is refused.
+    """
+
+    name = "judge"
+    keeps_time = True
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        key_env: str | None = None,
+        prompt: str = TEMPLATE,
+        scale: Sequence[float] = (1.0, 10.0),
+        request: Mapping[str, object] | None = None,
+        parallel: int = 8,
+        tries: int = 4,
+        time_limit: float = 60.0,
+        patience: float = 900.0,
+    ) -> None:
+        _check_template(prompt)
+        if parallel < 1 or tries < 1 or not time_limit > 0 or not patience >= 0:
+            raise ConfigError(
+                "judge: parallel and tries are at least 1, time_limit is above 0 s and patience at least 0 s; got "
+                f"{parallel!r}, {tries!r}, {time_limit!r} and {patience!r}."
+            )
+        self.model = model
+        self.template = prompt
+        self.scale = _scale(scale)
+        self.body = _further_fields(REQUEST if request is None else request)
+        self.parallel, self.tries, self.time_limit, self.patience = parallel, tries, time_limit, patience
+        self.service = Service(base_url, name=f"The judge {model!r}", key_env=key_env)
+        self.provenance: Mapping[str, str] = {
+            "model": f"{model} at {self.service.url}",
+            "licence": "that of the service",
+            "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16],
+            "scale": f"{self.scale.low:g} to {self.scale.high:g}",
+            "request": json.dumps(self.body, sort_keys=True),
+            "preprocessing": "PNG of 8 bits",
+        }
+        waiting = self._patience(min(patience, START_WAIT), threading.Event())
+        waiting.ask(self.service, lambda: self.service.ask("/models", None, time_limit))
+
+    def score(self, batch: RewardBatch) -> Scores:
+        require_images(batch.images_BCHW)
+        stop = threading.Event()
+        waiting = self._patience(self.patience, stop)
+        with ThreadPoolExecutor(self.parallel, thread_name_prefix="pixrl-judge") as pool:
+            try:
+                jobs = [
+                    pool.submit(self._judge, image, prompt, waiting)
+                    for image, prompt in zip(batch.images_BCHW, batch.prompts, strict=True)
+                ]
+                found = [job.result() for job in jobs]
+            finally:  # after an error or Ctrl-C nobody goes on asking, or paying, for what is lost
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+        values = torch.tensor([value for value, _ in found])
+        return flag_failures(values, [reason for _, reason in found], self.provenance)
+
+    def _patience(self, seconds: float, stop: threading.Event) -> Patience:
+        advice = "Start it again, or correct the reward's base_url."
+        return Patience(seconds, self.tries, slow_is_gone=False, advice=advice, stop=stop)
+
+    def _judge(self, image_CHW: Tensor, prompt: str, waiting: Patience) -> tuple[float, str | None]:
+        """One picture's score, or nan with the reason."""
+        if not image_CHW.isfinite().all():
+            return math.nan, "the picture is not finite"
+        question = self._question(image_CHW, prompt)
+        path = "/chat/completions"
+        found = waiting.ask(self.service, lambda: self.service.ask(path, question, self.time_limit))
+        if isinstance(found, Silence):
+            return math.nan, f"{found.reason} ({self.tries} tries)"
+        if found.status != 200:
+            return math.nan, f"HTTP {found.status}: {found.text}"
+        text, problem = _said(found.body)
+        return (math.nan, problem) if text is None else self.scale.read(text)
+
+    def _question(self, image_CHW: Tensor, prompt: str) -> bytes:
+        fields = {"prompt": prompt, "low": f"{self.scale.low:g}", "high": f"{self.scale.high:g}"}
+        text = re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], self.template)
+        picture = {"url": f"data:image/png;base64,{png_base64(image_CHW)}"}
+        content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": picture}]
+        messages = [{"role": "user", "content": content}]
+        return json.dumps({**self.body, "model": self.model, "messages": messages}).encode()
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Part(_Lenient):
+    text: str = ""
+
+
+class _Message(_Lenient):
+    content: str | list[_Part] | None = None
+    refusal: str | None = None
+
+
+class _Choice(_Lenient):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Completion(_Lenient):
+    choices: list[_Choice]
+
+
+def _said(body: bytes) -> tuple[str | None, str | None]:
+    """The text of a completion, or None and why there is none."""
+    try:
+        completion = _Completion.model_validate_json(body)
+    except ValidationError:
+        return None, f"no chat completion: it begins {_short(body[:120].decode(errors='replace'))}"
+    if not completion.choices:
+        return None, "the judge gave no choice"
+    choice = completion.choices[0]
+    content = choice.message.content
+    text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    if choice.message.refusal:
+        return None, f"the judge refused: {_short(choice.message.refusal)}"
+    if choice.finish_reason == "length":
+        return None, f"the judge was cut off; raise max_tokens in the option request: {_short(text)}"
+    return text, None
+
+
+def _check_template(template: str) -> None:
+    named = re.findall(r"\{(\w+)\}", template)
+    for field in named:
+        if field not in FIELDS:
+            raise ConfigError(
+                f"judge: the prompt has the field {{{field}}}.{did_you_mean(field, FIELDS)} "
+                "There are {prompt}, {low} and {high}; in other braces put no single word."
+            )
+    if "prompt" not in named:
+        raise ConfigError(
+            "judge: the prompt never says {prompt}, so the judge would not know what was asked for."
+        )
+
+
+def _scale(given: Sequence[float]) -> Scale:
+    numbers = [x for x in given if isinstance(x, int | float) and math.isfinite(x)]
+    if len(numbers) != 2 or len(given) != 2 or not numbers[0] < numbers[1]:
+        raise ConfigError(
+            f"judge: scale is the least and the greatest number, as in [1, 10]; got {list(given)!r}."
+        )
+    return Scale(float(numbers[0]), float(numbers[1]))
+
+
+def _further_fields(given: Mapping[str, object]) -> dict[str, Any]:
+    for field in OWN:
+        if field in given:
+            raise ConfigError(
+                f"judge: the option request cannot set {field!r}; `model` and `prompt` are options of their own."
+            )
+    return dict(given)
+
+
+def _short(text: str) -> str:
+    one_line = " ".join(text.split())
+    return repr(one_line if len(one_line) <= 100 else f"{one_line[:100]}...")
