@@ -34,7 +34,10 @@ def test_every_prompt_of_every_subject(subjects: Path) -> None:
     assert isinstance(shown, list) and isinstance(reference, list)
     assert [tuple(one.shape) for one in reference] == [(3, 40, 48), (3, 48, 48)]
     assert len(shown) == 1 and torch.equal(shown[0], reference[0])
-    assert "target" not in about and set(about) == {"subject", "class", "shown", "reference"}
+    entry = {"include", "exclude"}
+    assert "target" not in about and set(about) == {"subject", "class", "shown", "reference"} | entry
+    assert about["include"] == [{"class": "cat", "count": 1}]
+    assert about["exclude"] == [{"class": "cat", "count": 2}]
     assert about.get("tag") is None
     assert dict(about).keys() == set(about)
 

@@ -4,6 +4,7 @@
 |-------------|----------------------------------------------------------------------------------|
 | `subject`   | its name                                                                         |
 | `class`     | its class word, where the source has one                                         |
+| `include`, `exclude` | with the class word: a GenEval entry that asks for one of its class and no second one |
 | `shown`     | the pictures that the model is shown: the first `count` references               |
 | `reference` | all references, which rewards compare with                                       |
 | `subjects`  | where several are shown together: a list of `class` and `reference`, one a subject |
@@ -100,7 +101,7 @@ class _About(Mapping[str, object]):
         self._number = number
         self._count = count
         self._keys = ["subject", "reference", "shown"]
-        self._keys += ["class"] if subject.word is not None else []
+        self._keys += ["class", "include", "exclude"] if subject.word is not None else []
         self._keys += ["subjects"] if subject.words else []
         self._keys += ["target"] if subject.target(number) is not None else []
 
@@ -112,6 +113,8 @@ class _About(Mapping[str, object]):
                 return self._subject.name
             case "class":
                 return self._subject.word
+            case "include" | "exclude":
+                return [{"class": self._subject.word, "count": 1 if key == "include" else 2}]
             case "subjects":
                 pictures = self._pictures(None)
                 return [

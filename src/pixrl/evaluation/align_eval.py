@@ -23,6 +23,7 @@ from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
 from pixrl.rewards.multi import RewardSet
 from pixrl.rewards.segmentation import Segmenter
+from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_kinds import read_config
 from pixrl.training.align_record import find_place, read_start, require_same_model
@@ -179,15 +180,20 @@ def load_meter(features: str, segmenter: str | None) -> DiversityMeter:
     return DiversityMeter(load_encoder(features).image_features, detector)
 
 
-def open_run(path: Path) -> Workshop:
+def open_run(path: Path, rewards: Sequence[RewardSetting] = ()) -> Workshop:
     """A run's recipe, loaded, with the slots of its newest checkpoint; before the first one they are the base.
+
+    Args:
+        path: the run's folder.
+        rewards: further ones to judge by, held out.
 
     Raises:
         RunError: it is no align run.
         CheckpointError: the model is another one now.
     """
     folder = RunFolder.open(path)
-    shop = open_workshop(read_config(folder))
+    config = read_config(folder)
+    shop = open_workshop(config.model_copy(update={"rewards": (*config.rewards, *rewards)}))
     require_same_model(folder, read_start(folder), shop.policy)
     _, _, saved = find_place(folder)
     if saved is not None:

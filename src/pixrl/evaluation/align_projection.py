@@ -20,7 +20,7 @@ from pixrl.algorithms.spread import mean_pairwise_distance
 from pixrl.algorithms.stepping import Schedule, StepPlan
 from pixrl.data.prompts import Prompt
 from pixrl.errors import ShapeError
-from pixrl.evaluation.align_study_config import AlignStudyConfig
+from pixrl.evaluation.align_study_config import RunStudyConfig
 from pixrl.evaluation.align_study_figures import FIGURES
 from pixrl.evaluation.charts import Cloud, clouds_chart, standalone
 from pixrl.evaluation.diversity import DiversityMeter, distinct_layouts, layouts_of
@@ -47,7 +47,7 @@ class Explored:
     noise_SCHW: Tensor
 
 
-def write_projection(study: AlignStudyConfig, out: Path, meter: DiversityMeter) -> None:
+def write_projection(study: RunStudyConfig, out: Path, meter: DiversityMeter) -> None:
     """figures/projection-N.svg, figures/variants-N.png and projection.json, unless they are there."""
     if study.projection is None or (out / PROJECTION).is_file():
         return

@@ -4,15 +4,19 @@
 
 Each run is a run folder under DIR/runs/; one that was broken off goes on from its checkpoint. What was measured goes to
 DIR/records.jsonl, one line a run, and from there to table.md, summary.json and figures/. `--table` only writes those.
+With `--set reuse=OTHER` finished runs of another study's folder with the same recipe and seed are measured instead of
+trained again.
 """
 
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from pixrl.evaluation.align_budget import draws_its_own
 from pixrl.evaluation.align_eval import (
     Drawing,
     Evaluation,
@@ -23,7 +27,7 @@ from pixrl.evaluation.align_eval import (
 )
 from pixrl.evaluation.align_projection import write_projection
 from pixrl.evaluation.align_report import write_align_report
-from pixrl.evaluation.align_study_config import BASE, KIND, AlignStudyConfig, Task
+from pixrl.evaluation.align_study_config import BASE, AlignStudyConfig, RunStudyConfig, Task
 from pixrl.evaluation.align_study_figures import write_figures
 from pixrl.evaluation.align_study_table import write_tables
 from pixrl.evaluation.align_words import group_size, images_of, updates_of
@@ -32,7 +36,7 @@ from pixrl.evaluation.study_runner import Record, open_records, run_tasks, study
 from pixrl.models.slots import Slot
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_eval import spread_evenly
+from pixrl.training.align_kinds import kind_of, read_config
 from pixrl.training.align_log import evaluations
 from pixrl.training.align_record import START
 from pixrl.training.align_workshop import Workshop, open_workshop, plan_batches
@@ -40,14 +44,16 @@ from pixrl.training.fuse_job import slug
 from pixrl.training.runlog import RunFolder
 
 RUNS = "runs"
-CURVES = ("group_std", "zero_std_share", "diversity", "kl")
-"""Figures of metrics.jsonl that a record keeps step by step, beside the rewards."""
+OWN = ("group_std", "zero_std_share", "diversity", "conflict_share", "reward_correlation", "advantage_mean")
+"""Figures of metrics.jsonl that a record keeps step by step where they are of the trained model's own pictures."""
+SUMMED_UP = ("group_std", "zero_std_share", "conflict_share", "reward_correlation")
+"""Those of them whose means over training a record has."""
 LATE = 0.25
 """The share of steps that 'end' means."""
 
 
 def run_align_study(
-    study: AlignStudyConfig, out: Path, *, workers: int = 1, quiet: bool = False
+    study: RunStudyConfig, out: Path, *, workers: int = 1, quiet: bool = False
 ) -> list[Record]:
     """All runs that are not yet recorded in `out`; returns all records.
 
@@ -56,25 +62,38 @@ def run_align_study(
         RunError: a run had to stop.
     """
     study.check()
-    log = open_records(study, KIND, out)
-    work = partial(_work, study.model_dump_json(), out)
+    log = open_records(study, study.kind, out)
+    work = partial(_work, type(study), study.model_dump_json(), out)
     tasks = list(study.tasks())
     return run_tasks(log, tasks, _task_of, work, workers=workers, quiet=quiet, say_every=1)
 
 
-def run_task(study: AlignStudyConfig, task: Task, out: Path) -> Record:
+def run_task(study: RunStudyConfig, task: Task, out: Path) -> Record:
     """One variant with one seed: trained, unless it is the base, then measured."""
     name, seed = task
     config = study.recipe(task)
     if name == BASE:
-        measured = measure(study, open_workshop(config), Slot.REFERENCE, seed)
-        training: dict[str, Any] = {"images": 0, "updates": 0, "training": {}, "curves": {}}
+        measured = measure(study, open_workshop(study.judged(config)), Slot.REFERENCE, seed)
+        training: dict[str, Any] = {"run": None, "images": 0, "updates": 0, "training": {}, "curves": {}}
     else:
-        run = train(config, out / RUNS / slug(name) / f"seed-{seed}")
-        measured = measure(study, open_run(run), evaluated_slot(config), seed)
+        run = finished_run(study.reuse, config) or train(config, out / RUNS / slug(name) / f"seed-{seed}")
+        measured = measure(study, open_run(run, study.measuring.rewards), evaluated_slot(config), seed)
         training = training_record(config, RunFolder.open(run).metrics(), evaluations(run))
+        training["run"] = Path(os.path.relpath(run, out.absolute())).as_posix()
     figures = measured.figures() | training.pop("training")
     return {"variant": name, "seed": seed, "figures": figures, "measured": measured.to_json(), **training}
+
+
+def finished_run(study: Path | None, config: AlignConfig) -> Path | None:
+    """A run of another study's folder that has this very recipe, seed included, and was played to its end."""
+    if study is None:
+        return None
+    for path in sorted(study.absolute().glob(f"{RUNS}/*/seed-{config.seed}")):
+        folder = RunFolder.open(path)
+        same = folder.kind == kind_of(config) and read_config(folder) == config
+        if same and evaluations(path)[-1:] and evaluations(path)[-1]["step"] == config.steps:
+            return path
+    return None
 
 
 def train(config: AlignConfig, path: Path) -> Path:
@@ -85,24 +104,28 @@ def train(config: AlignConfig, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         align_job.start(config, path, force=True)  # what is there stopped before its first step
     write_align_report(path)
-    return path
+    return path.absolute()
 
 
-def measure(study: AlignStudyConfig, shop: Workshop, slot: Slot, seed: int) -> Evaluation:
+def measure(study: RunStudyConfig, shop: Workshop, slot: Slot, seed: int) -> Evaluation:
     """The same prompts and noise for every variant of a seed, and for the base."""
     m = study.measuring
     micro_batches, _ = plan_batches(shop)
     drawing = Drawing(m.per_prompt, m.steps, m.solver, seed, micro_batches.rollout)
-    prompts = spread_evenly(shop.held_out, m.prompts)
+    prompts = m.choose(shop.held_out)
     return evaluate(shop.policy, slot, prompts, drawing, shop.rewards, _meter(m.features, m.segmenter))
 
 
 def training_record(
     config: AlignConfig, metrics: Sequence[Mapping[str, float]], evaluated: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What is kept of a run's logs: totals, means over training, and curves over pictures drawn."""
-    per_step = config.prompts.per_step * group_size(config)
-    names = [*CURVES, *(f"reward/{setting.name}/mean" for setting in config.rewards)]
+    """What is kept of a run's logs: totals, means over training, and curves over pictures drawn.
+
+    Of sft and rpo the figures of training's pictures are left out: those pictures are not the trained model's.
+    """
+    per_step, own = config.prompts.per_step * group_size(config), draws_its_own(config)
+    of_pictures = [*OWN, *(f"reward/{setting.name}/mean" for setting in config.rewards)]
+    names = ["kl", *(of_pictures if own else [])]
     curves = {
         name: [
             [(row["step"] + 1) * per_step, row[name]]
@@ -122,17 +145,18 @@ def training_record(
     return {
         "images": images_of(config),
         "updates": updates_of(config),
-        "training": training_figures(metrics) | {"minutes": seconds / 60},
+        "training": (training_figures(metrics) if own else {}) | {"minutes": seconds / 60},
         "curves": curves | fixed,
     }
 
 
 def training_figures(metrics: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
-    """Group std and share of groups without a signal, over all of training and over its last quarter."""
+    """Means of `SUMMED_UP` over all of training and over its last quarter; those that were logged."""
     late = metrics[len(metrics) - max(1, round(len(metrics) * LATE)) :]
     return {
-        f"{name}{suffix}": _mean([row[name] for row in rows])
-        for name in ("group_std", "zero_std_share")
+        f"{name}{suffix}": _mean([row.get(name, math.nan) for row in rows])
+        for name in SUMMED_UP
+        if any(name in row for row in metrics)
         for suffix, rows in (("", metrics), ("/end", late))
     }
 
@@ -146,13 +170,13 @@ def _task_of(row: Mapping[str, Any]) -> Task:
     return row["variant"], row["seed"]
 
 
-def _work(study_json: str, out: Path, task: Task) -> Record:
-    return run_task(_parse(study_json), task, out)
+def _work(model: type[RunStudyConfig], study_json: str, out: Path, task: Task) -> Record:
+    return run_task(_parse(model, study_json), task, out)
 
 
 @cache
-def _parse(study_json: str) -> AlignStudyConfig:
-    return AlignStudyConfig.model_validate_json(study_json)
+def _parse(model: type[RunStudyConfig], study_json: str) -> RunStudyConfig:
+    return model.model_validate_json(study_json)
 
 
 @cache
@@ -163,21 +187,23 @@ def _meter(features: str, segmenter: str | None) -> DiversityMeter:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     module = "pixrl.evaluation.align_study"
-    return study_command(module, __doc__, KIND, AlignStudyConfig, _run, write_results, arguments)
+    return study_command(
+        module, __doc__, AlignStudyConfig.kind, AlignStudyConfig, run_study, write_results, arguments
+    )
 
 
-def _run(study: AlignStudyConfig, out: Path, workers: int) -> list[Record]:
+def run_study(study: RunStudyConfig, out: Path, workers: int) -> list[Record]:
+    """All runs, and the projection where one is asked for."""
     records = run_align_study(study, out, workers=workers)
     if study.projection is not None:
         write_projection(study, out, _meter(study.measuring.features, study.measuring.segmenter))
     return records
 
 
-def write_results(study: AlignStudyConfig, records: list[Record], out: Path) -> str:
+def write_results(study: RunStudyConfig, records: list[Record], out: Path) -> str:
     """table.md, summary.json and figures/ from the records so far; returns the Markdown."""
-    config = study.recipe(next(study.tasks()))
-    write_figures(study, config, records, out)
-    return write_tables(study, config, records, out)
+    write_figures(study, records, out)
+    return write_tables(study, records, out)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
-"""What an align study compares: methods at equal images and equal updates, over seeds."""
+"""What a study of runs compares: methods at equal images and equal updates, over seeds. `AlignStudyConfig` is one."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from pixrl.algorithms.stepping import Solver
 from pixrl.config import Settings
+from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, did_you_mean
-from pixrl.evaluation.align_words import images_of, updates_of
+from pixrl.evaluation.align_budget import check_budgets
 from pixrl.evaluation.study_runner import check_differences
+from pixrl.rewards.settings import RewardSetting, check_rewards
 from pixrl.training.align_config import AlignConfig, PerturbedExploration
+from pixrl.training.align_eval import spread_evenly
 from pixrl.training.align_kinds import load_recipe
 from pixrl.training.fuse_job import slug
+from pixrl.training.personalize_config import PersonalizeConfig
 
 KIND = "align-study"
 BASE = "base"
@@ -21,6 +27,8 @@ Task = tuple[str, int]
 """Variant, seed."""
 _SHARED = ("model", "resolution", "guidance", "prompts.source", "evaluation.source", "rewards", "stages")
 """What must be the same in all variants, for their figures to mean the same."""
+_SHARED_SUBJECTS = ("references",)
+"""And where they have subjects."""
 
 
 class Variant(Settings):
@@ -32,13 +40,11 @@ class Variant(Settings):
     """Dotted name -> value: what it changes in its recipe, after the study's own settings."""
 
 
-class Measuring(Settings):
+class Measuring(Settings, ABC):
     """How every variant, and the base, is measured in the end: the same prompts and noise for all of a seed."""
 
-    prompts: int = Field(48, ge=1)
-    """Held-out prompts, spread evenly over the set."""
     per_prompt: int = Field(8, ge=2)
-    """Pictures of each; two or more, or there would be no diversity."""
+    """Pictures of each prompt; two or more, or there would be no diversity."""
     steps: int = Field(10, ge=1)
     """Sampling steps."""
     solver: Solver = Solver.DPM
@@ -46,6 +52,40 @@ class Measuring(Settings):
     """The encoder of the diversity: a CLIP or DINO checkpoint, best one that is no reward."""
     segmenter: str | None = "toy:segmenter"
     """Whose detections make layouts; none: no layouts."""
+    rewards: tuple[RewardSetting, ...] = ()
+    """Rewards that no variant trains on or logs: only the study judges by them. Say held_out: true."""
+
+    @field_validator("rewards")
+    @classmethod
+    def _all_held_out(cls, rewards: tuple[RewardSetting, ...]) -> tuple[RewardSetting, ...]:
+        for setting in rewards:
+            if not setting.held_out:
+                raise ValueError(
+                    f"{setting.name!r} is only measured by: add held_out: true. What is trained on stands in the "
+                    "variants' recipes."
+                )
+        return rewards
+
+    @abstractmethod
+    def choose(self, held_out: PromptSet) -> tuple[Prompt, ...]:
+        """The prompts that are drawn."""
+
+    @abstractmethod
+    def in_words(self) -> str:
+        """Which prompts those are."""
+
+
+class PromptMeasuring(Measuring):
+    """By prompts that are spread evenly over the held-out ones, which may be sorted by task."""
+
+    prompts: int = Field(48, ge=1)
+    """How many."""
+
+    def choose(self, held_out: PromptSet) -> tuple[Prompt, ...]:
+        return spread_evenly(held_out, self.prompts)
+
+    def in_words(self) -> str:
+        return f"{self.prompts} held-out prompts"
 
 
 class Projection(Settings):
@@ -59,17 +99,20 @@ class Projection(Settings):
     """Groups drawn of each prompt."""
 
 
-class AlignStudyConfig(Settings):
-    """Every variant with every seed, and the base."""
+class RunStudyConfig(Settings):
+    """Every variant with every seed, and the base. What both kinds of study share."""
 
+    kind: ClassVar[str]
     variants: dict[str, Variant]
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     settings: dict[str, Any] = Field(default_factory=dict)
     """Dotted name -> value, for all variants."""
-    measuring: Measuring = Measuring()
+    measuring: Measuring
     differences: tuple[tuple[str, str], ...] = ()
     """Pairs of variants (or the base) whose paired difference is reported."""
     projection: Projection | None = None
+    reuse: Path | None = None
+    """Folder of another study: a finished run of it with the same recipe and seed is taken, not trained again."""
 
     @field_validator("variants")
     @classmethod
@@ -97,6 +140,14 @@ class AlignStudyConfig(Settings):
         """The base and every variant."""
         return [BASE, *self.variants]
 
+    def drawn(self) -> Sequence[str]:
+        """The variants whose curves figures show."""
+        return list(self.variants)
+
+    def configs(self) -> dict[str, AlignConfig]:
+        """Every variant's recipe with the first seed."""
+        return {name: self.recipe((name, self.seeds[0])) for name in self.variants}
+
     def tasks(self) -> Iterator[Task]:
         """Every run, seed by seed, so that a broken-off study has whole seeds."""
         for seed in self.seeds:
@@ -110,12 +161,22 @@ class AlignStudyConfig(Settings):
         values = {**self.settings, **variant.settings, "seed": seed}
         return load_recipe(variant.recipe, values=values)
 
+    def judged(self, config: AlignConfig) -> AlignConfig:
+        """A variant's recipe with the rewards that only the study judges by."""
+        return config.model_copy(update={"rewards": (*config.rewards, *self.measuring.rewards)})
+
     def check(self) -> None:
         """ConfigError for what cannot be, or would be no fair comparison."""
-        configs = {name: self.recipe((name, self.seeds[0])) for name in self.variants}
+        configs = self.configs()
         _check_shared(configs)
-        _check_budgets(configs)
+        check_budgets(configs)
+        for config in configs.values():
+            check_rewards(self.judged(config).rewards, config.stages)
         check_differences(self.differences, self.names())
+        if self.reuse is not None and not self.reuse.is_dir():
+            raise ConfigError(
+                f"reuse names {self.reuse}, which is no folder. Run that study first, or take it out."
+            )
         if self.projection is not None:
             self._check_projection(self.projection.variant)
 
@@ -133,21 +194,16 @@ class AlignStudyConfig(Settings):
             )
 
 
-def _check_budgets(configs: Mapping[str, AlignConfig]) -> None:
-    budgets = {name: (images_of(config), updates_of(config)) for name, config in configs.items()}
-    if len(set(budgets.values())) > 1:
-        listed = "\n  ".join(
-            f"{name}: {images} images, {updates} updates" for name, (images, updates) in budgets.items()
-        )
-        raise ConfigError(
-            f"The variants are not compared at equal images and equal updates:\n  {listed}\n"
-            "images = steps × prompts.per_step × G × K, updates = steps × optimizer.updates. "
-            "Change them in the variants' settings."
-        )
+class AlignStudyConfig(RunStudyConfig):
+    """Alignments, measured on held-out prompts."""
+
+    kind = KIND
+    measuring: PromptMeasuring = PromptMeasuring()
 
 
 def _check_shared(configs: Mapping[str, AlignConfig]) -> None:
-    for path in _SHARED:
+    with_subjects = all(isinstance(config, PersonalizeConfig) for config in configs.values())
+    for path in (*_SHARED, *(_SHARED_SUBJECTS if with_subjects else ())):
         found = {name: _at(config, path) for name, config in configs.items()}
         first = next(iter(found))
         for name, value in found.items():

@@ -5,19 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from pixrl.evaluation.align_panels import WINDOW, smooth
-from pixrl.evaluation.align_study_config import AlignStudyConfig
-from pixrl.evaluation.charts import Curve, lines_chart, standalone
-from pixrl.training.align_config import AlignConfig
+from pixrl.evaluation.align_study_config import RunStudyConfig
+from pixrl.evaluation.charts import COLOURS, Curve, lines_chart, standalone
 from pixrl.training.files import write_atomic
 
 FIGURES = "figures"
-COLOURS = 9
 _BANDS = "mean over seeds; shaded: all seeds"
 
 
-def write_figures(
-    study: AlignStudyConfig, config: AlignConfig, records: Sequence[Mapping[str, Any]], out: Path
-) -> list[Path]:
+def write_figures(study: RunStudyConfig, records: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
     """figures/*.svg; a figure that no record has anything for is left out."""
     place = out / FIGURES
     place.mkdir(exist_ok=True)
@@ -27,12 +23,12 @@ def write_figures(
         ("zero-std-share", "zero_std_share", "Share of groups without a signal", steps),
         ("training-diversity", "diversity", "Diversity of training groups", steps),
     ]
-    for s in config.rewards:
+    for s in next(iter(study.configs().values())).rewards:  # all variants share them
         wanted.append((f"reward-{s.name}", f"fixed/{s.name}", f"{s.name} on fixed prompts", checks))
         wanted.append((f"training-{s.name}", f"reward/{s.name}/mean", f"{s.name} on training prompts", steps))
     written = []
     for file, curve, title, note in wanted:
-        curves = curves_of(list(study.variants), records, curve, smoothed=note == steps)
+        curves = curves_of(study.drawn(), records, curve, smoothed=note == steps)
         if curves:
             chart = lines_chart(curves, "pictures drawn", "")
             legend = [(one.css, one.label) for one in curves]

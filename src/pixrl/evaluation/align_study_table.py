@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pixrl.evaluation.align_study_config import AlignStudyConfig
+from pixrl.evaluation.align_budget import budget_of, budget_table
+from pixrl.evaluation.align_study_config import RunStudyConfig
 from pixrl.evaluation.align_words import images_of, updates_of
 from pixrl.evaluation.intervals import student
 from pixrl.evaluation.study_table import differences_of, markdown, rows_of, summary_of
@@ -26,21 +28,33 @@ NOTE = (
     "Mean over seeds [95 % interval]: Student's t over seeds. The seed is what training is repeated with; prompts and "
     "evaluation noise are the same for every variant of a seed, and a bootstrap of so few seeds would come out far too "
     "narrow. Differences are paired by seed. Rewards, diversity and layouts are of held-out prompts after training; "
-    "group std and zero-std share are of training itself. Minutes are of training alone: collect, score, update."
+    "group std and zero-std share are of training itself, where its pictures are the trained model's own. Minutes are "
+    "of training alone: collect, score, update."
 )
 
 
 def write_tables(
-    study: AlignStudyConfig, config: AlignConfig, records: Sequence[Mapping[str, Any]], out: Path
+    study: RunStudyConfig,
+    records: Sequence[Mapping[str, Any]],
+    out: Path,
+    sections: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> str:
-    """Writes table.md and summary.json; returns the Markdown. `config` is any variant's: all share the rewards."""
-    titles = {**_rewards(config), **AFTER, **DURING}
+    """Writes table.md and summary.json; returns the Markdown.
+
+    Args:
+        study: what was compared.
+        records: one a run.
+        out: the study's folder.
+        sections: further Markdown, behind the tables that every study has.
+        more: further entries of summary.json.
+    """
+    configs = study.configs()
+    config = study.judged(next(iter(configs.values())))  # all share the rewards
+    titles = {**reward_titles(config), **AFTER, **DURING}
     tasks = _tasks(records, config)
-    m, budget = study.measuring, f"{images_of(config)} images and {updates_of(config)} updates a run"
-    seeds = sorted({int(record["seed"]) for record in records})
     parts = [
-        f"{len(study.variants)} variants × {len(seeds)} seed(s), {budget}; measured on {m.prompts} held-out prompts × "
-        f"{m.per_prompt} pictures. {NOTE}",
+        f"{_sizes(study, config, records)} {NOTE}",
         markdown(rows_of(records, study.names(), list(titles), UNIT, student), "variant", titles),
     ]
     differences = differences_of(records, study.differences, list(titles), UNIT, student)
@@ -52,6 +66,7 @@ def write_tables(
     for name, columns in tasks.items():
         rows = rows_of(records, study.names(), list(columns), UNIT, student)
         parts += [f"### {name}, by task", markdown(rows, "variant", columns)]
+    parts += ["### What a run spends", budget_table(configs), *sections]
     text = "\n\n".join(parts) + "\n"
     write_atomic(out / "table.md", text.encode())
     everything = [*titles, *(name for columns in tasks.values() for name in columns)]
@@ -59,14 +74,25 @@ def write_tables(
         "runs": len(records),
         "images": images_of(config),
         "updates": updates_of(config),
+        "budgets": {name: asdict(budget_of(one)) for name, one in configs.items()},
         "variants": summary_of(rows_of(records, study.names(), everything, UNIT, student), UNIT),
         "differences": summary_of(differences, UNIT),
+        **(more or {}),
     }
     write_atomic(out / "summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     return text
 
 
-def _rewards(config: AlignConfig) -> dict[str, str]:
+def _sizes(study: RunStudyConfig, config: AlignConfig, records: Sequence[Mapping[str, Any]]) -> str:
+    seeds = sorted({int(record["seed"]) for record in records})
+    return (
+        f"{len(study.variants)} variants × {len(seeds)} seed(s), {images_of(config)} images and {updates_of(config)} "
+        f"updates a run; measured on {study.measuring.in_words()} × {study.measuring.per_prompt} pictures."
+    )
+
+
+def reward_titles(config: AlignConfig) -> dict[str, str]:
+    """The column of each reward: `identity, trained ↑`."""
     return {
         f"reward/{s.name}": f"{s.name}, {'held out' if s.held_out else 'trained'} ↑" for s in config.rewards
     }

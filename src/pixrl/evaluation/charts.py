@@ -10,6 +10,8 @@ WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 30, 40
 HEAD = 42
 """Above a chart that is a file of its own, for its title and note."""
+COLOURS = 9
+"""k0 to k8 for lines and f0 to f8 for dots, in the style sheet."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,21 @@ class Cloud:
     """Number of its colour, 0 to 8, as in the style sheet."""
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A mean in two dimensions with its intervals; bounds that are not known are nan."""
+
+    label: str
+    """Of the legend."""
+    x: tuple[float, float, float]
+    """Mean, low and high."""
+    y: tuple[float, float, float]
+    colour: int
+    """Number of its colour, 0 to 8, as in the style sheet."""
+    caption: str = ""
+    """Beside the mark itself."""
+
+
 def axis(values: Sequence[float], start: float, end: float, pad: float = 0.06) -> Axis:
     """An axis around the values that are finite."""
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
@@ -120,26 +137,49 @@ def clouds_chart(clouds: Sequence[Cloud], x_label: str, y_label: str) -> str:
     return _frame(body, x, y, x_label, y_label, "")
 
 
-def standalone(chart: str, title: str, legend: Sequence[tuple[str, str]], note: str = "") -> str:
-    """A chart as a file of its own: title and note above, legend (css class, label) below, white ground within."""
+def marks_chart(marks: Sequence[Mark], x_label: str, y_label: str, *, joined: bool = False) -> str:
+    """Means with their intervals as crosses; `joined`: those of one colour are connected in their order."""
+    x = axis([value for mark in marks for value in mark.x], LEFT, WIDTH - RIGHT)
+    y = axis([value for mark in marks for value in mark.y], HEIGHT - BOTTOM, TOP)
+    paths = [
+        Curve("", [(mark.x[0], mark.y[0]) for mark in marks if mark.colour == colour], f"k{colour}")
+        for colour in dict.fromkeys(mark.colour for mark in marks)
+        if joined
+    ]
+    parts = [*(_line(path, x, y) for path in paths), *(_cross(mark, x, y) for mark in marks)]
+    return _frame("".join(parts), x, y, x_label, y_label, "")
+
+
+def standalone(
+    charts: str | Sequence[str], title: str, legend: Sequence[tuple[str, str]], note: str = ""
+) -> str:
+    """One chart, or several side by side, as a file: title and note above, legend (css class, label) below.
+
+    The ground is white whatever the reader's colours are.
+    """
+    shown = [charts] if isinstance(charts, str) else list(charts)
+    width = WIDTH * len(shown)
     rows, place = [], LEFT + 0.0
     line = 0
     for css, label in legend:
         wide = 34 + 6.4 * len(label)
-        if place + wide > WIDTH and place > LEFT:
+        if place + wide > width and place > LEFT:
             place, line = LEFT + 0.0, line + 1
         rows.append(_legend_entry(css, label, place, HEIGHT + 14 + 18 * line))
         place += wide
     height = HEIGHT + (22 + 18 * line if legend else 0) + 4
-    inner = chart[chart.index(">") + 1 : chart.rindex("</svg>")]
+    inner = "".join(
+        f'<g transform="translate({WIDTH * number},0)">{chart[chart.index(">") + 1 : chart.rindex("</svg>")]}</g>'
+        for number, chart in enumerate(shown)
+    )
     style = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
     colours = style.partition("@media (prefers-color-scheme: dark)")[0]
     rules = "\n".join(row for row in style.splitlines() if row.startswith("svg"))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 -{HEAD} {WIDTH} {height + HEAD}" '
-        f'width="{2 * WIDTH}" height="{2 * (height + HEAD)}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 -{HEAD} {width} {height + HEAD}" '
+        f'width="{2 * width}" height="{2 * (height + HEAD)}">'
         f"<style>{colours}{rules}</style>"
-        f'<rect y="-{HEAD}" width="{WIDTH}" height="{height + HEAD}" fill="#ffffff"/>'
+        f'<rect y="-{HEAD}" width="{width}" height="{height + HEAD}" fill="#ffffff"/>'
         f'<text class="heading" x="4" y="-24">{escape(title)}</text><text x="4" y="-8">{escape(note)}</text>'
         f"{inner}{''.join(rows)}</svg>\n"
     )
@@ -177,6 +217,23 @@ def _mark(point: Point, x: Axis, y: Axis) -> str:
     title = f"<title>{escape(point.label)}</title>"
     place = f'cx="{x(point.x)}" cy="{y(point.y)}" r="{radius}"'
     return f'<circle class="{css}" {place} opacity="{opacity}">{title}</circle>'
+
+
+def _cross(mark: Mark, x: Axis, y: Axis) -> str:
+    """A dot at the mean, a bar along each axis whose interval is known, and the caption beside it."""
+    (mx, left, right), (my, low, high) = mark.x, mark.y
+    ends = [(left, my, right, my), (mx, low, mx, high)]
+    thin = 'stroke-width="1.3" opacity=".65"'
+    bars = "".join(
+        f'<line class="k{mark.colour}" {thin} x1="{x(a)}" y1="{y(b)}" x2="{x(c)}" y2="{y(d)}"/>'
+        for a, b, c, d in ends
+        if all(math.isfinite(value) for value in (a, b, c, d))
+    )
+    at, down = x(mx), y(my)
+    title = f"<title>{escape(mark.label)}</title>"
+    dot = f'<circle class="f{mark.colour}" cx="{at}" cy="{down}" r="4.2">{title}</circle>'
+    words = f'<text x="{at + 7}" y="{down - 6}">{escape(mark.caption)}</text>' if mark.caption else ""
+    return bars + dot + words
 
 
 def _line(curve: Curve, x: Axis, y: Axis) -> str:

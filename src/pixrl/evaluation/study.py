@@ -146,7 +146,7 @@ def _work(study_json: str, task: Task) -> dict[str, Any]:
     """One task in this process; the models are loaded once."""
     study = _parse(study_json)
     config = study.recipe(task)
-    world = load_world(config.model, config.clip, config.segmenter, config.device)
+    world = load_world(*config.world)
     heldout = load_heldout(world, study.heldout, study.concepts()) if study.heldout else None
     return run_task(study, task, world, heldout)
 
@@ -174,7 +174,7 @@ def _heldout_calibration(study: StudyConfig, records: Sequence[Mapping[str, Any]
     if study.heldout is None or not records:
         return {}
     config = study.recipe(next(study.tasks()))
-    world = load_world(config.model, config.clip, config.segmenter, config.device)
+    world = load_world(*config.world)
     return {
         "reward": json.loads(world.card.presence.model_dump_json()) if world.card.presence else None,
         "heldout": {
