@@ -158,7 +158,7 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"n": [1, 2], "caption": ["an owl", "a cat"]}), path)
     assert texts(path) == ["an owl", "a cat"]
     parquet.write_table(arrow.table({"n": [1, 2]}), path)
-    with pytest.raises(InputError, match="has no column 'prompt' or 'caption'; it has n"):
+    with pytest.raises(InputError, match="has no column 'prompt' or 'prompts' or 'caption'; it has n"):
         load_prompts(path)
     parquet.write_table(arrow.table({"prompt": ["an owl", None]}), path)
     with pytest.raises(InputError, match="row 2: prompt is None, not text"):
@@ -173,7 +173,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match="Type: pip install pyarrow"):
+    with pytest.raises(InputError, match=r"Type: pip install 'pixrl\[parquet\]'"):
         load_prompts(write(tmp_path, "list.parquet", b""))
 
 
@@ -227,10 +227,10 @@ def test_duplicates_are_told_with_their_lines(tmp_path: Path) -> None:
         ("list.jsonl", '{"prompt": " "}', "line 1 holds no prompt"),
         ("list.jsonl", '{"prompt": "a"}\n{"prompt": "b"', "line 2 is not JSON: .* at character 15"),
         ("list.jsonl", '{"prompt": "a"}\n\n', "line 2 is not JSON"),
-        ("list.jsonl", '{"caption": "a"}', r'line 1 has no text under "prompt" \(found: caption\)'),
+        ("list.jsonl", '{"text": "a"}', r'line 1 has no text under "prompt" \(found: text\)'),
         ("list.jsonl", '{"prompt": 3}', "has no text under"),
         ("list.jsonl", '["a"]', r"\(found: list\)"),
-        ("list.csv", "text,Prompts\nan owl,x\n", r"it has text, Prompts\. Did you mean 'prompt'\?"),
+        ("list.csv", "text,Promts\nan owl,x\n", r"it has text, Promts\. Did you mean 'prompts'\?"),
         ("list.csv", "prompt\nan owl, a cat\n", "line 2 has not 1 cells"),
         ("list.csv", "prompt,n\nan owl\n", "line 2 has not 2 cells"),
         ("list.csv", 'prompt\n"an owl\n', "is not CSV"),

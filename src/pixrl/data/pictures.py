@@ -78,6 +78,20 @@ def list_pictures(folder: Path) -> list[Path]:
     return [file for file in files if file.suffix.lower() in SUFFIXES]
 
 
+def read_pictures(folder: Path) -> list[Image.Image]:
+    """A folder of reference pictures, sorted by name; each as `read_picture` gives it.
+
+    Raises:
+        InputError: there is no such folder, it holds no picture, or one that cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {str(folder)!r} (looked in {Path.cwd()}).")
+    files = list_pictures(folder)
+    if not files:
+        raise InputError(f"{folder} holds no pictures. They end in {', '.join(SUFFIXES)}.")
+    return [read_picture(file) for file in files]
+
+
 def to_tensors(images: Sequence[Image.Image]) -> list["Tensor"]:
     """Each picture as float32 [3, H, W] in [0, 1], in its own size: what a reward's metadata["reference"] takes."""
     import numpy as np

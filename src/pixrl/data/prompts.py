@@ -4,9 +4,12 @@
 |---|---|
 | `toy:geneval`, `toy:geneval/counting,colors` | the toy world's GenEval prompts, all six tasks or some |
 | `list.txt` | one prompt a line |
-| `list.jsonl` | one object a line with a `prompt`; GenEval's metadata files are such |
-| `list.csv` | a column `prompt` or `caption`; the other columns become metadata |
-| `list.parquet` | a column `prompt` or `caption`; needs pyarrow |
+| `list.jsonl` | one object a line with a `prompt`, all of which becomes metadata; GenEval's files are such |
+| `list.csv` | a column of prompts; the other columns become metadata |
+| `list.parquet` | a column of prompts; other columns of text and numbers become metadata; needs pyarrow |
+
+Published files call their prompts `prompt` (GenEval), `prompts` or `Prompts` (DrawBench), or `caption` (Pick-a-Pic,
+PartiPrompts).
 """
 
 import csv
@@ -24,8 +27,9 @@ from pixrl.data.toy import toy_prompts
 from pixrl.errors import InputError, did_you_mean
 from pixrl.hub import TOY_PREFIX
 
-COLUMNS = ("prompt", "caption")
-"""What a column of prompts may be called, the first one that is there."""
+COLUMNS = ("prompt", "prompts", "caption")
+"""What a column of prompts may be called, in any case; the first one that is there."""
+PARQUET_EXTRA = "pip install 'pixrl[parquet]'"
 DUPLICATES_SHOWN = 5
 
 
@@ -118,13 +122,14 @@ def _read_jsonl(path: Path) -> list[_Row]:
                 f"{path}, line {number} is not JSON: {error.msg} at character {error.pos + 1}. "
                 'Each line is one object, like {"prompt": "a photo of an owl"}.'
             ) from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        column = _find_column(list(entry)) if isinstance(entry, dict) else None
+        if column is None or not isinstance(entry[column], str):
             keys = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
             raise InputError(
                 f'{path}, line {number} has no text under "prompt" (found: {keys or "nothing"}). '
                 'Each line is one object, like {"prompt": "a photo of an owl"}.'
             )
-        rows.append(_Row(f"line {number}", entry["prompt"].strip(), entry))
+        rows.append(_Row(f"line {number}", entry[column].strip(), entry))
     return rows
 
 
@@ -157,17 +162,29 @@ def _read_parquet(path: Path) -> list[_Row]:
         parquet: Any = import_module("pyarrow.parquet")
     except ImportError:
         raise InputError(
-            f"Reading {path} needs pyarrow, which is not installed. Type: pip install pyarrow"
+            f"Reading {path} needs pyarrow, which is not installed. Type: {PARQUET_EXTRA}"
         ) from None
     try:
-        column = _prompt_column(path, parquet.read_schema(path).names)
-        values = parquet.read_table(path, columns=[column])[column].to_pylist()
+        schema = parquet.read_schema(path)
+        column = _prompt_column(path, schema.names)
+        plain = [field.name for field in schema if _is_plain(arrow, field.type)]
+        entries = parquet.read_table(path, columns=list(dict.fromkeys([column, *plain]))).to_pylist()
     except (arrow.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read as parquet: {error}") from None
-    wrong = next((n for n, value in enumerate(values, 1) if not isinstance(value, str)), None)
-    if wrong is not None:
-        raise InputError(f"{path}, row {wrong}: {column} is {values[wrong - 1]!r}, not text.")
-    return [_Row(f"row {number}", value.strip(), {}) for number, value in enumerate(values, 1)]
+    rows = []
+    for number, entry in enumerate(entries, 1):
+        text = entry.pop(column)
+        if not isinstance(text, str):
+            raise InputError(f"{path}, row {number}: {column} is {text!r}, not text.")
+        rows.append(_Row(f"row {number}", text.strip(), entry))
+    return rows
+
+
+def _is_plain(arrow: Any, kind: Any) -> bool:
+    """Text, numbers and truth values; pictures and lists stay in the file."""
+    types = arrow.types
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(test(kind) for test in tests)
 
 
 _READERS: Mapping[str, Callable[[Path], list[_Row]]] = {
@@ -208,15 +225,21 @@ def _lines(text: str) -> list[str]:
     return lines[:-1] if not lines[-1] else lines
 
 
+def _find_column(names: Sequence[str]) -> str | None:
+    """The name that means prompts, as the file writes it."""
+    by_meaning = {name.strip().lower(): name for name in reversed(names)}
+    return next((by_meaning[column] for column in COLUMNS if column in by_meaning), None)
+
+
 def _prompt_column(path: Path, names: Sequence[str]) -> str:
-    for column in COLUMNS:
-        if column in names:
-            return column
-    guess = next((hint for name in names if (hint := did_you_mean(name.strip().lower(), COLUMNS))), "")
-    raise InputError(
-        f"{path} has no column {' or '.join(repr(column) for column in COLUMNS)}; it has {', '.join(names)}.{guess} "
-        "Name the column of prompts 'prompt' in the first line."
-    )
+    column = _find_column(names)
+    if column is None:
+        guess = next((hint for name in names if (hint := did_you_mean(name.strip().lower(), COLUMNS))), "")
+        raise InputError(
+            f"{path} has no column {' or '.join(repr(column) for column in COLUMNS)}; it has {', '.join(names)}."
+            f"{guess} Name the column of prompts 'prompt' in the first line."
+        )
+    return column
 
 
 def _refuse_empty(path: Path, rows: Sequence[_Row]) -> None:
