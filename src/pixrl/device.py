@@ -1,5 +1,6 @@
 """Where a model runs and in which precision."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 import torch
 
 from pixrl.errors import InputError
+
+_MEMINFO = Path("/proc/meminfo")
 
 
 class DType(StrEnum):
@@ -72,6 +75,17 @@ def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware."""
     info = Path("/proc/cpuinfo")
     return info.is_file() and "avx512_bf16" in info.read_text(encoding="utf-8", errors="replace")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if _MEMINFO.is_file():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

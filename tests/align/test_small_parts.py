@@ -14,7 +14,8 @@ from pixrl.algorithms.peers import Alone, Tally, disagreement
 from pixrl.algorithms.spread import group_diversity, mean_pairwise_distance, pixel_features
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import InputError
-from pixrl.models.flow_pipeline import Part
+from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.placement import Part, Placement
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_workshop import placed
@@ -133,18 +134,19 @@ def test_displays_take_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_offloading_on_a_cpu_has_no_effect_and_says_so(policy: SD3Policy) -> None:
     with pytest.raises(InputError, match="no effect on a CPU"):
-        policy.offload()
+        Placement(policy.pipeline, policy.transformer, policy.device, MemoryPlan(offload="parts"))
 
 
 def test_parts_are_fetched_and_sent_away_again(policy: SD3Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     moves: list[tuple[Part, str]] = []
-    monkeypatch.setattr(policy, "_move", lambda part, device: moves.append((part, device.type)))
-    monkeypatch.setattr(policy, "device", torch.device("meta"))
-    policy._present.clear()
+    placement = policy.placement
+    monkeypatch.setattr(placement, "_move", lambda part, device: moves.append((part, device.type)))
+    monkeypatch.setattr(placement, "device", torch.device("meta"))
+    placement._present.clear()
     with policy.present(Part.VAE):
         assert moves == [(Part.VAE, "meta")]
     assert moves == [(Part.VAE, "meta"), (Part.VAE, "cpu")]
-    policy._present.add(Part.TEXT)
+    placement._present.add(Part.TEXT)
     with policy.text_present():
         assert len(moves) == 2
 

@@ -13,6 +13,7 @@ from pixrl.hub import Card, locate, read_card, read_json, resolve
 
 if TYPE_CHECKING:
     from pixrl.models.base import Renderer
+    from pixrl.models.memory_plan import MemoryPlan
 
 __all__ = ["PIPELINES", "RENDERERS", "Card", "load", "read_card", "resolve"]
 
@@ -42,6 +43,7 @@ def load(
     guidance: float | None = None,
     resolution: int | None = None,
     t5: bool = True,
+    plan: "MemoryPlan | None" = None,
 ) -> "Renderer":
     """A generator from `toy:NAME`, a local folder, a hub id with or without `@revision`, or one safetensors file.
 
@@ -52,6 +54,7 @@ def load(
         dtype: "auto", "float32", "bfloat16" or "float16" (GPU only).
         steps, guidance, resolution: in place of what the checkpoint's card or the adapter's default says.
         t5: load SD3's third text encoder, where the checkpoint has it.
+        plan: what to do to save memory (`pixrl.models.memory_plan.MemoryPlan`); nothing when None.
 
     Raises:
         CheckpointError: the checkpoint is missing, half written or of an unknown pipeline class.
@@ -71,6 +74,7 @@ def load(
         guidance=guidance,
         resolution=resolution,
         t5=t5,
+        plan=plan,
     )
     return renderer
 

@@ -139,6 +139,10 @@ class FlowPolicy(Renderer):
         """Within it the text encoders are on the device; needed only around use of the encoders themselves."""
         return nullcontext()
 
+    def decoder_present(self) -> AbstractContextManager[None]:
+        """Within it the decoder stays on the device; needed only around a gradient through `decode`."""
+        return nullcontext()
+
     @abstractmethod
     def slot(self, name: str) -> AbstractContextManager[None]:
         """Within it, `velocity` uses that LoRA slot: 'current', 'old', 'ema', or 'reference' (adapters off)."""

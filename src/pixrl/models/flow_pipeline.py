@@ -4,9 +4,8 @@ A family (SD3, FLUX) adds how it encodes a prompt, its schedule and its velocity
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
@@ -21,6 +20,7 @@ from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.hub import Checkpoint, checkpoint_fingerprint, read_card
 from pixrl.models.base import Conditioning, FlowPolicy, SamplingSettings
 from pixrl.models.loading import load_pipeline
+from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.pipeline import (
     check_pairs,
     chunks,
@@ -32,15 +32,9 @@ from pixrl.models.pipeline import (
     memory_format,
     micro_batch_for,
 )
+from pixrl.models.placement import Part, Placement, set_decoding, without_gradients
 from pixrl.models.prompts import PromptCache, check_words
 from pixrl.models.slots import LoraSlots, Slot, parse_slot
-
-
-class Part(StrEnum):
-    """What need not be on the device all the time."""
-
-    TEXT = "text"
-    VAE = "vae"
 
 
 class FlowPipelinePolicy(FlowPolicy):
@@ -61,6 +55,7 @@ class FlowPipelinePolicy(FlowPolicy):
         guidance: float | None = None,
         resolution: int | None = None,
         t5: bool = True,
+        plan: MemoryPlan | None = None,
         pipeline: Any = None,
     ) -> None:
         """`pipeline`: one that was made already, in place of the checkpoint's weights. Others as `models.load`.
@@ -77,11 +72,12 @@ class FlowPipelinePolicy(FlowPolicy):
         defaults = self._published(checkpoint.folder)
         self.settings = make_settings(self.card, defaults, steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
-        self.pipeline = pipeline or load_pipeline(
-            self.pipeline_class, checkpoint, self.precision, self.device, t5=t5
-        )
+        self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision, t5=t5)
         self.transformer: nn.Module = self.pipeline.transformer
         self.vae: nn.Module = self.pipeline.vae.to(memory_format=memory_format(self.device))
+        plan = plan or MemoryPlan()
+        set_decoding(self.vae, plan, self.settings.resolution)
+        self.placement = Placement(self.pipeline, self.transformer, self.device, plan)
         self.lora: LoraSlots | None = None
         self.merged: tuple[str, ...] = ()
         channels, patch = self._latent_geometry()
@@ -89,7 +85,6 @@ class FlowPipelinePolicy(FlowPolicy):
         self.latent_shape = (channels, side, side)
         self.micro_batch = micro_batch_for(self.device, self.settings.resolution)
         self._cache = PromptCache(self._encode_row)
-        self._present: set[Part] = set(Part)
 
     def _published(self, folder: Path) -> SamplingSettings:
         """How a checkpoint without a card is sampled, by its configs."""
@@ -129,39 +124,27 @@ class FlowPipelinePolicy(FlowPolicy):
         """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
         self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
 
-    def offload(self) -> None:
-        """From now on text encoders and VAE are on the device only while they are used.
+    def drop_text(self, prompts: Sequence[str]) -> None:
+        """Encodes these prompts and the empty one, keeps their rows on the CPU, and frees the text encoders for good.
 
         Raises:
-            InputError: the model is on a CPU already.
+            InputError: the rows would not fit into memory.
+            UnknownWordError: a prompt has a word outside the vocabulary.
         """
-        if self.device.type == "cpu":
-            raise InputError("offload has no effect on a CPU: remove it, or choose a GPU.")
-        for part in Part:
-            self._move(part, torch.device("cpu"))
+        check_words(prompts, self.vocabulary, self.name)
+        with torch.no_grad(), self.present(Part.TEXT):
+            self._cache.keep(["", *prompts])
+        self.placement.drop_text()
 
-    @contextmanager
-    def present(self, part: Part) -> Iterator[None]:
+    def present(self, part: Part) -> AbstractContextManager[None]:
         """Within it the text encoders, or the VAE, are on the device."""
-        if part in self._present:
-            yield
-            return
-        self._move(part, self.device)
-        try:
-            yield
-        finally:
-            self._move(part, torch.device("cpu"))
+        return self.placement.present(part)
 
     def text_present(self) -> AbstractContextManager[None]:
         return self.present(Part.TEXT)
 
-    def _move(self, part: Part, device: torch.device) -> None:
-        names = ("vae",) if part is Part.VAE else ("text_encoder", "text_encoder_2", "text_encoder_3")
-        for name in names:
-            module = self.pipeline.components.get(name)
-            if module is not None:
-                module.to(device)
-        self._present = self._present - {part} if device != self.device else self._present | {part}
+    def decoder_present(self) -> AbstractContextManager[None]:
+        return self.present(Part.VAE)
 
     def schedule(self, steps: int) -> Tensor:
         return self._sigmas(steps).to(device="cpu", dtype=torch.float32).clone()
@@ -203,7 +186,7 @@ class FlowPipelinePolicy(FlowPolicy):
         check_pairs(conditioning, seeds)
         side = self.settings.resolution
         images = torch.empty(len(seeds), 3, side, side)
-        with torch.inference_mode():
+        with without_gradients(self.placement.offload):
             for rows in chunks(len(seeds), self.micro_batch):
                 images[rows] = self.decode(self._integrate(conditioning[rows], seeds[rows])).cpu()
         return images
@@ -227,7 +210,8 @@ class FlowPipelinePolicy(FlowPolicy):
         if self.lora is not None:
             raise RunError("This policy already has LoRA slots. Load the model again to attach others.")
         wanted = self.lora_targets if targets is None else targets
-        self.lora = LoraSlots(self.transformer, rank=rank, alpha=alpha, targets=wanted, seed=seed)
+        with self.placement.changing_layers():
+            self.lora = LoraSlots(self.transformer, rank=rank, alpha=alpha, targets=wanted, seed=seed)
         return self.lora
 
     def slot(self, name: str) -> AbstractContextManager[None]:

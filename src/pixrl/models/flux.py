@@ -17,9 +17,10 @@ from pixrl.errors import CheckpointError, InputError, RunError, ShapeError, did_
 from pixrl.hub import Checkpoint, read_json
 from pixrl.hub_check import INDEX
 from pixrl.models.base import Conditioning, SamplingSettings
-from pixrl.models.flow_pipeline import FlowPipelinePolicy, Part
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux_lora import merge, read_lora
 from pixrl.models.flux_tokens import Preset, Shift, Size, pack_latents, position_ids, unpack_latents
+from pixrl.models.placement import Part
 from pixrl.models.references import LatentCache, ReferencePolicy
 from pixrl.models.text_variants import ClipEncoder, PerturbableText
 

@@ -31,10 +31,8 @@ _PREFIXES = {
 _FAILURES = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError)
 
 
-def load_pipeline(
-    class_name: str, checkpoint: Checkpoint, precision: Precision, device: torch.device, *, t5: bool = True
-) -> Any:
-    """A diffusers pipeline of that class, frozen and in evaluation mode.
+def load_pipeline(class_name: str, checkpoint: Checkpoint, precision: Precision, *, t5: bool = True) -> Any:
+    """A diffusers pipeline of that class on the CPU, frozen and in evaluation mode.
 
     `t5`: load SD3's third text encoder where the checkpoint has it.
 
@@ -48,7 +46,7 @@ def load_pipeline(
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    return pipeline.to(device)
+    return pipeline
 
 
 def decoder_dtype(precision: Precision) -> torch.dtype:

@@ -89,7 +89,7 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     else:
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
     latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device))
-    kind = vae.device.type
+    kind = latents.device.type  # the VAE's own may be another until its hooks have moved it
     narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
     with torch.autocast(kind, dtype=torch.bfloat16) if narrow else nullcontext():
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]

@@ -3,6 +3,9 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import torch
+
+from pixrl.device import free_bytes
 from pixrl.errors import InputError, UnknownWordError, did_you_mean
 from pixrl.models.base import Conditioning
 
@@ -43,6 +46,29 @@ class PromptCache:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def keep(self, prompts: Sequence[str], room: int | None = None) -> None:
+        """Encodes prompts, keeps their rows on the CPU for good, and encodes nothing else from now on.
+
+        `room`: bytes; None: half of the memory that is free.
+
+        Raises:
+            InputError: the rows would not fit.
+        """
+        wanted = list(dict.fromkeys(prompts))
+        room = free_bytes(torch.device("cpu")) // 2 if room is None else room
+        each = _size(self._encode_one(wanted[0]))
+        if each * len(wanted) > room:
+            raise InputError(
+                f"The embeddings of {len(wanted)} prompts need {each * len(wanted) / 2**30:.1f} GiB, and "
+                f"{room / 2**30:.1f} GiB may be used: keep the text encoders (machine.drop_text_encoders=false), on a "
+                "GPU with machine.offload=parts."
+            )
+        self.clear()
+        self._limit = room
+        for prompt in wanted:
+            self._rows[prompt] = self._encode_one(prompt).to(device="cpu")
+        self._encode_one = _refuse
+
     def clear(self) -> None:
         """Forget every row: needed when the text encoder itself has changed."""
         self._rows.clear()
@@ -65,6 +91,13 @@ class PromptCache:
         while self._bytes > self._limit and len(self._rows) > 1:
             self._bytes -= _size(self._rows.popitem(last=False)[1])
         return row
+
+
+def _refuse(prompt: str) -> Conditioning:
+    raise InputError(
+        f"The prompt {prompt!r} was not among those that were encoded before the text encoders were dropped: "
+        "set machine.drop_text_encoders=false."
+    )
 
 
 def _size(row: Conditioning) -> int:

@@ -80,7 +80,7 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
         if self.settings.guidance <= 1:
             return self._predict(x_t, t_B, conditioning)
         with torch.no_grad():
-            empty = self._cache.rows([""] * len(x_t))
+            empty = self._cache.rows([""] * len(x_t)).to(device=self.device)
         both = self._predict(
             torch.cat([x_t, x_t]), torch.cat([t_B, t_B]), Conditioning.cat([empty, conditioning])
         )

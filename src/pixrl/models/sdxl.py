@@ -19,6 +19,7 @@ from pixrl.errors import InputError, ShapeError
 from pixrl.hub import Checkpoint, checkpoint_fingerprint, read_card, read_json
 from pixrl.models.base import Conditioning, Renderer, SamplingSettings
 from pixrl.models.loading import load_pipeline
+from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.pipeline import (
     check_pairs,
     chunks,
@@ -30,6 +31,7 @@ from pixrl.models.pipeline import (
     memory_format,
     micro_batch_for,
 )
+from pixrl.models.placement import offload_pipeline, set_decoding, without_gradients
 from pixrl.models.prompts import PromptCache, check_words
 
 TURBO = SamplingSettings(steps=4, guidance=0.0, resolution=512)
@@ -51,6 +53,7 @@ class SDXLRenderer(Renderer):
         guidance: float | None = None,
         resolution: int | None = None,
         t5: bool = True,
+        plan: MemoryPlan | None = None,
         pipeline: Any = None,
     ) -> None:
         """`pipeline`: one that was made already, in place of the checkpoint's weights. Others as `models.load`."""
@@ -63,11 +66,13 @@ class SDXLRenderer(Renderer):
         self.precision = choose_precision(self.device, dtype, on_gpu=DType.FLOAT16)
         self.settings = make_settings(self.card, published(checkpoint.folder), steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
-        self.pipeline = pipeline or load_pipeline(
-            "StableDiffusionXLPipeline", checkpoint, self.precision, self.device
-        )
+        self.pipeline = pipeline or load_pipeline("StableDiffusionXLPipeline", checkpoint, self.precision)
         self.pipeline.unet.to(memory_format=memory_format(self.device))
         self.vae = self.pipeline.vae.to(memory_format=memory_format(self.device))
+        plan = plan or MemoryPlan()
+        set_decoding(self.vae, plan, self.settings.resolution)
+        self.offload = plan.offload
+        offload_pipeline(self.pipeline, plan.offload, self.device)
         side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor)
         self.latent_shape = (int(self.pipeline.unet.config.in_channels), side, side)
         self.micro_batch = micro_batch_for(self.device, self.settings.resolution)
@@ -97,7 +102,7 @@ class SDXLRenderer(Renderer):
         check_pairs(conditioning, seeds)
         side = self.settings.resolution
         images = torch.empty(len(seeds), 3, side, side)
-        with torch.inference_mode(), self.precision.context(self.device):
+        with without_gradients(self.offload), self.precision.context(self.device):
             for rows in chunks(len(seeds), self.micro_batch):
                 latents = self._denoise(conditioning[rows], seeds[rows])
                 images[rows] = decode_latents(self.vae, latents).cpu()

@@ -1,7 +1,7 @@
 """What an align run is made from: the `align` recipe. A method is the combination of four of its parts:
 
 exploration (noise, perturbed) x sampling (solver, random steps) x advantage (weights, synergy, time) x loss (clipped,
-nft; sft and rpo as baselines).
+nft, draft; sft and rpo as baselines).
 """
 
 from typing import Annotated, Literal
@@ -10,12 +10,20 @@ from pydantic import Field, model_validator
 
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.align import OptimizerSettings
+from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings
-from pixrl.algorithms.loss_table import LossSettings, check_advantage, check_fit
+from pixrl.algorithms.loss_table import (
+    LossSettings,
+    check_advantage,
+    check_fit,
+    check_gradients,
+    check_updates,
+)
 from pixrl.algorithms.losses import NFTSettings
 from pixrl.algorithms.perturbation_learning import PerturbationSettings
 from pixrl.algorithms.stepping import SamplingSettings
 from pixrl.config import Settings
+from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
 
 
@@ -86,8 +94,8 @@ class EvaluationSettings(Settings):
     """Sampling steps; none: those of training."""
 
 
-class MachineSettings(Settings):
-    """Where and how the run computes; no result depends on it but for rounding."""
+class MachineSettings(MemoryPlan):
+    """Where and how the run computes; no result depends on it but for rounding, and for the seams of VAE tiles."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -99,8 +107,8 @@ class MachineSettings(Settings):
     """Pictures trained on at a time; none: planned."""
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, about a third more time."""
-    offload: bool = False
-    """Keep text encoders and VAE on the CPU while they are not needed (GPU)."""
+    drop_text_encoders: bool = False
+    """Encode every prompt at the start, then free the text encoders; the embeddings wait on the CPU."""
 
 
 class OutputSettings(Settings):
@@ -119,11 +127,13 @@ class AlignConfig(Settings):
     """One alignment run."""
 
     model: str = "toy:sd3"
-    """toy:NAME, a folder in diffusers' layout, or a hub id."""
+    """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
     guidance: float | None = Field(None, ge=0)
     """Classifier-free guidance of sampling and training; none: the checkpoint's own. Up to 1: none."""
     resolution: int | None = Field(None, ge=1)
     """Side of the pictures in pixels; none: the checkpoint's own."""
+    t5: bool = True
+    """SD3's third text encoder; false: neither downloaded nor loaded; long prompts are understood worse."""
     seed: int = Field(0, ge=0)
     steps: int = Field(100, ge=1)
     """Training steps: collect, score, update."""
@@ -149,14 +159,31 @@ class AlignConfig(Settings):
         check_rewards(self.rewards, self.stages)
         check_fit(self.loss, self.sampling)
         check_advantage(self.loss, self.advantage)
+        check_updates(self.loss, self.optimizer.updates)
+        check_gradients(self.loss, self.rewards)
         for step in (0, *(stage.until for stage in self.stages if stage.until is not None)):
             self.advantage.check_rewards(weights_at(self.rewards, self.stages, step))
         group = self.exploration.noises
         if isinstance(self.exploration, PerturbedExploration):
             group *= self.exploration.variants
-        if group == 1:
+        if group == 1 and not isinstance(self.loss, DraftSettings):
             raise ValueError(
                 "exploration makes groups of one sample, which have nothing to be compared with: raise "
                 "exploration.noises to 2 or more"
             )
+        self._memory_fits()
         return self
+
+    def _memory_fits(self) -> None:
+        """ValueError for ways of saving memory that the method cannot bear."""
+        machine = self.machine
+        if machine.drop_text_encoders and isinstance(self.exploration, PerturbedExploration):
+            raise ValueError(
+                "machine.drop_text_encoders: perturbed exploration computes with the text encoders in every step; "
+                "take machine.offload=parts instead"
+            )
+        if machine.offload is Offload.SEQUENTIAL and not machine.gradient_checkpointing:
+            raise ValueError(
+                "machine.offload=sequential saves nothing in training unless activations are computed again: "
+                "add machine.gradient_checkpointing=true"
+            )

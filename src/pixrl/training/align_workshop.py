@@ -8,6 +8,7 @@ import torch
 from pixrl import models
 from pixrl import rewards as rewards_table
 from pixrl.algorithms.align import Aligner, Method, MicroBatches, prepare
+from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import make_loss
 from pixrl.algorithms.rollouts import Group
@@ -74,6 +75,8 @@ def open_workshop(config: AlignConfig) -> Workshop:
     policy = load_policy(config, team)
     for one in (prompts, held_out):
         check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
+    if config.machine.drop_text_encoders:
+        policy.drop_text([prompt.text for one in (prompts, held_out) for prompt in one])
     lora = config.lora
     slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
     scoring = config.scoring
@@ -87,7 +90,7 @@ def open_workshop(config: AlignConfig) -> Workshop:
         exploration=config.exploration.make(),
         sampling=config.sampling,
         advantage=config.advantage,
-        loss=make_loss(config.loss),
+        loss=make_loss(config.loss, rewards.differentiable()),
         optimizer=config.optimizer,
         noises=config.exploration.noises,
     )
@@ -120,6 +123,8 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
         steps=config.sampling.steps,
         guidance=config.guidance,
         resolution=config.resolution,
+        t5=config.t5,
+        plan=config.machine,
     )
     if not isinstance(policy, FlowPipelinePolicy):
         raise ConfigError(
@@ -130,8 +135,6 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
         _show_references(policy, config.references)
     if config.machine.gradient_checkpointing:
         policy.checkpoint_gradients()
-    if config.machine.offload:
-        policy.offload()
     return policy
 
 
@@ -172,6 +175,7 @@ def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:
         trained=-(-rollouts // config.optimizer.updates),
         rollout_batch=config.machine.rollout_batch,
         train_batch=config.machine.train_batch,
+        through_decoder=isinstance(config.loss, DraftSettings),
     )
     sizes = team.gather(found.micro_batches)
     common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))

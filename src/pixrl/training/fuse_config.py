@@ -9,6 +9,7 @@ from pixrl import algorithms
 from pixrl.config import Settings
 from pixrl.data.pairs import check_concepts
 from pixrl.errors import did_you_mean
+from pixrl.models.memory_plan import MemoryPlan
 from pixrl.training.fuse_noise import Noise, NoisePlan
 
 
@@ -43,7 +44,7 @@ class FuseConfig(Settings):
     concepts: tuple[str, ...] = ()
     """Two or more different concepts."""
     model: str = "toy:sd3"
-    """toy:NAME, a folder in diffusers' layout, or a hub id."""
+    """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
     sampler: SamplerName = SamplerName.RMLER
     """How the mixing coefficients are chosen."""
     options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
@@ -73,6 +74,10 @@ class FuseConfig(Settings):
     """The foreground segmentation; none: the checkpoint's own choice."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """Of the generator: auto, float32, bfloat16 or float16 (GPU)."""
+    memory: MemoryPlan = MemoryPlan()
+    """What to do to save memory."""
 
     @field_validator("concepts")
     @classmethod
@@ -94,6 +99,11 @@ class FuseConfig(Settings):
                 f"raise --budget to {self.batch} or more, or add --set batch={max(2, self.budget)}"
             )
         return self
+
+    @property
+    def world(self) -> tuple[str, str | None, str | None, str, str, MemoryPlan]:
+        """What `fuse_world.load_world` takes."""
+        return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory
 
     @property
     def steps(self) -> int:

@@ -123,7 +123,7 @@ def open_finished(path: Path) -> FinishedRun:
 
 def world_of(config: FuseConfig) -> FusionWorld:
     """The generator and scorer that a recipe names."""
-    return load_world(config.model, config.clip, config.segmenter, config.device)
+    return load_world(*config.world)
 
 
 def open_run(path: Path) -> tuple[RunFolder, FuseConfig]:

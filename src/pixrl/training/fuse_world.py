@@ -13,6 +13,7 @@ from pixrl.equations import fuse
 from pixrl.errors import RunError, ShapeError
 from pixrl.hub import Card, read_card
 from pixrl.models.base import Conditioning, Renderer
+from pixrl.models.memory_plan import MemoryPlan
 from pixrl.training.fuse_config import FuseConfig, Pooled
 from pixrl.types import sample_seed
 
@@ -91,7 +92,12 @@ class FusionWorld:
 
 @lru_cache(maxsize=2)
 def load_world(
-    model: str, clip: str | None = None, segmenter: str | None = None, device: str = "auto"
+    model: str,
+    clip: str | None = None,
+    segmenter: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: MemoryPlan | None = None,
 ) -> FusionWorld:
     """The world of a checkpoint; a second call in one process gives the same one."""
     from pixrl.models import load
@@ -102,7 +108,9 @@ def load_world(
     clip = clip or card.clip or PUBLISHED_CLIP
     segmenter = segmenter or card.segmenter or PUBLISHED_SEGMENTER
     scorer = FusionScorer(ClipSimilarity(clip, device=device), Foreground(segmenter, device=device))
-    return FusionWorld(load(model, device=device), scorer, card, clip=clip, segmenter=segmenter)
+    return FusionWorld(
+        load(model, device=device, dtype=dtype, plan=memory), scorer, card, clip=clip, segmenter=segmenter
+    )
 
 
 class FusionSession:

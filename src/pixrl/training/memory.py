@@ -1,19 +1,17 @@
 """Whether a picture's training fits into memory with the reference pictures that a recipe asks for."""
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pixrl.device import free_bytes
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 
 SAFE_SHARE = 0.8
 """Of the free memory that may be used."""
-_MEMINFO = Path("/proc/meminfo")
 
 
 def require_room(policy: FlowPipelinePolicy, condition: Conditioning, room: int | None = None) -> None:
@@ -61,14 +59,3 @@ def kept_bytes(policy: FlowPipelinePolicy, condition: Conditioning) -> int:
         velocity = policy.velocity(x, x.new_full((1,), 0.5), condition)
     del velocity  # only now: what it kept must not have been freed and counted again under the same address
     return sum(sizes.values())
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free now on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if _MEMINFO.is_file():
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -38,6 +38,6 @@ class PersonalizeConfig(AlignConfig):
     """One personalization run."""
 
     model: str = "toy:flux"
-    """toy:flux, a FLUX folder in diffusers' layout, or a hub id."""
+    """toy:flux, a FLUX folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
     prompts: SubjectSettings = SubjectSettings()
     references: ReferenceSettings = ReferenceSettings()

@@ -1,0 +1,82 @@
+"""AdamW in 32 and in 8 bits, and their moments as tensors for a checkpoint.
+
+The 8-bit one keeps both moments of large tensors as bytes with a scale for every 256 values (Dettmers et al., 2022,
+"8-bit Optimizers via Block-wise Quantization"); tensors below 4096 values stay in 32 bits.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixrl.errors import CheckpointError, ConfigError
+
+EIGHT_BIT_PACKAGE = "bitsandbytes"
+EIGHT_BIT_EXTRA = "eightbit"
+_STEP = "step"
+
+
+def adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """torch's own, in one kernel."""
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def adamw_8bit(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """The one of bitsandbytes.
+
+    Raises:
+        ConfigError: that package is not installed.
+    """
+    if find_spec(EIGHT_BIT_PACKAGE) is None:
+        raise ConfigError(
+            f"optimizer.eight_bit needs the package {EIGHT_BIT_PACKAGE}, which is not installed. Type: "
+            f"pip install 'pixrl[{EIGHT_BIT_EXTRA}]' - or set optimizer.eight_bit=false"
+        )
+    import bitsandbytes
+
+    made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    return made
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that an optimizer remembers, 'PARAMETER/NAME' -> a copy on the CPU; parameters are counted from 0."""
+    return {
+        f"{place}/{name}": torch.as_tensor(x).detach().cpu().clone()
+        for place, parameter in enumerate(_parameters(optimizer))
+        for name, x in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `moments` gave.
+
+    Raises:
+        CheckpointError: it was another optimizer's.
+    """
+    known = _parameters(optimizer)
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        place, _, key = name.partition("/")
+        states.setdefault(int(place), {})[key] = x
+    is_bytes = any(x.dtype is torch.uint8 for x in tensors.values())
+    in_bytes = not isinstance(optimizer, torch.optim.AdamW)
+    if (is_bytes and not in_bytes) or max(states, default=-1) >= len(known):
+        raise CheckpointError(
+            "The optimizer's moments in the checkpoint are those of another optimizer: put optimizer.eight_bit and "
+            "the LoRA settings back to what the run began with."
+        )
+    if not in_bytes:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": states, "param_groups": groups})
+        return
+    for place, state in states.items():
+        parameter = known[place]
+        optimizer.state[parameter] = {
+            name: int(x.item()) if name == _STEP else x.to(parameter.device) for name, x in state.items()
+        }
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Sequence[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,47 @@
+"""How memory is saved, as settings; placement.py does it. Loads no torch.
+
+| plan | on the device | costs |
+|---|---|---|
+| offload: none | everything | nothing |
+| offload: parts | the denoiser; text encoders and VAE while they are used | moving them, once a step at most |
+| offload: sequential | LoRA, buffers, and each layer of the denoiser while it computes | moving all weights each pass |
+| vae_slicing | one picture's decoder activations at a time | a little time |
+| vae_tiling: N | the activations of N x N pixels at a time | blended seams: the pictures change a little |
+
+Sequential offload keeps the weights that a backward pass will need, so training with it takes gradient checkpointing.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from pixrl.config import Settings
+
+
+class Offload(StrEnum):
+    """What waits on the CPU while it is not needed."""
+
+    NONE = "none"
+    PARTS = "parts"
+    """Text encoders and VAE."""
+    SEQUENTIAL = "sequential"
+    """Every layer."""
+
+
+class MemoryPlan(Settings):
+    """How memory is saved; no result depends on it but for rounding, and for the seams of tiles."""
+
+    offload: Offload = Offload.NONE
+    """none; parts: text encoders and VAE wait on the CPU; sequential: each layer does, slow (GPU). true means parts."""
+    vae_slicing: bool = False
+    """Decode one picture at a time."""
+    vae_tiling: int | None = Field(None, ge=1)
+    """Decode in tiles of this many pixels a side; none: whole pictures."""
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _yes_or_no(cls, given: Any) -> Any:
+        if isinstance(given, bool):
+            return Offload.PARTS if given else Offload.NONE
+        return given

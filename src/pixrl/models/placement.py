@@ -1,0 +1,143 @@
+"""Where the parts of a pipeline are, and how its VAE decodes, by a memory plan."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from enum import StrEnum
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from torch import nn
+
+from pixrl.errors import InputError
+from pixrl.models.memory_plan import MemoryPlan, Offload
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_LORA = "lora_"
+
+
+class Part(StrEnum):
+    """What need not be on the device all the time."""
+
+    TEXT = "text"
+    VAE = "vae"
+
+
+class Placement:
+    """Where the parts of a pipeline are. `pipeline` is on the CPU when it is given."""
+
+    def __init__(self, pipeline: Any, denoiser: nn.Module, device: torch.device, plan: MemoryPlan) -> None:
+        if plan.offload is not Offload.NONE and device.type == "cpu":
+            raise InputError(
+                f"offload={plan.offload.value} has no effect on a CPU: remove it, or choose a GPU."
+            )
+        self.pipeline = pipeline
+        self.denoiser = denoiser
+        self.device = device
+        self.offload = plan.offload
+        self._present: set[Part] = set()
+        if plan.offload is Offload.SEQUENTIAL:
+            stream_weights(denoiser, device)
+            return
+        denoiser.to(device)
+        if plan.offload is Offload.NONE:
+            for part in Part:
+                self._move(part, device)
+
+    @contextmanager
+    def present(self, part: Part) -> Iterator[None]:
+        """Within it the text encoders, or the VAE, are on the device."""
+        if part in self._present:
+            yield
+            return
+        self._move(part, self.device)
+        try:
+            yield
+        finally:
+            self._move(part, torch.device("cpu"))
+
+    @contextmanager
+    def changing_layers(self) -> Iterator[None]:
+        """Around a change of the denoiser's layers, such as adding LoRA: streaming stops and begins anew."""
+        if self.offload is not Offload.SEQUENTIAL:
+            yield
+            return
+        unstream_weights(self.denoiser)
+        yield
+        stream_weights(self.denoiser, self.device)
+
+    def drop_text(self) -> None:
+        """Frees the text encoders for good."""
+        self.pipeline.register_modules(
+            **{name: None for name in TEXT_PARTS if self.pipeline.components.get(name) is not None}
+        )
+
+    def _move(self, part: Part, device: torch.device) -> None:
+        for name in ("vae",) if part is Part.VAE else TEXT_PARTS:
+            module = self.pipeline.components.get(name)
+            if module is not None:
+                module.to(device)
+        here = self._present | {part}
+        self._present = here if device == self.device else self._present - {part}
+
+
+def stream_weights(module: nn.Module, device: torch.device) -> None:
+    """From now on frozen weights are kept on the CPU, and each layer's are on `device` only while it computes.
+
+    LoRA layers and buffers move to the device and stay there.
+    """
+    for name, layer in list(module.named_modules()):
+        if _LORA in name:
+            layer.to(device)
+        elif next(layer.parameters(recurse=False), None) is not None:
+            hook = AlignDevicesHook(execution_device=device, offload=True)
+            add_hook_to_module(layer, hook)
+        else:
+            for key, buffer in layer.named_buffers(recurse=False):
+                layer.register_buffer(key, buffer.to(device), key not in layer._non_persistent_buffers_set)
+
+
+def unstream_weights(module: nn.Module) -> None:
+    """Puts all weights back on the CPU, and ends `stream_weights`."""
+    for layer in module.modules():
+        remove_hook_from_module(layer)
+
+
+def without_gradients(offload: Offload) -> AbstractContextManager[None]:
+    """For drawing. Weights that move within torch's inference mode could not be trained with afterwards."""
+    return torch.inference_mode() if offload is Offload.NONE else torch.no_grad()
+
+
+def offload_pipeline(pipeline: Any, offload: Offload, device: torch.device) -> None:
+    """The same for a pipeline that only draws, by diffusers' own hooks."""
+    if offload is Offload.NONE:
+        pipeline.to(device)
+    elif device.type == "cpu":
+        raise InputError(f"offload={offload.value} has no effect on a CPU: remove it, or choose a GPU.")
+    elif offload is Offload.PARTS:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.enable_sequential_cpu_offload(device=device)
+
+
+def set_decoding(vae: Any, plan: MemoryPlan, resolution: int) -> None:
+    """How a VAE decodes, and encodes references.
+
+    Raises:
+        InputError: tiles as large as the pictures, or no multiple of a latent, or too small for one.
+    """
+    if plan.vae_slicing:
+        vae.enable_slicing()
+    side = plan.vae_tiling
+    if side is None:
+        return
+    unit = 2 ** (len(vae.config.block_out_channels) - 1)
+    if side >= resolution:
+        raise InputError(
+            f"vae_tiling={side} has no effect on pictures of {resolution} pixels: give a smaller tile, or leave it out."
+        )
+    if side % unit or side < 2 * unit:
+        raise InputError(f"vae_tiling={side} must be a multiple of {unit} pixels, and at least {2 * unit}.")
+    vae.enable_tiling()
+    vae.tile_sample_min_size = side
+    vae.tile_latent_min_size = side // unit
