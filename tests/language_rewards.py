@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tests import tiny_blip, tiny_hpsv3
+from tests import tiny_blip, tiny_flant5, tiny_hpsv3
 
 OPTIONS: Mapping[str, Callable[[Path], dict[str, object]]] = {
     "hpsv3": lambda folder: {
@@ -11,6 +11,10 @@ OPTIONS: Mapping[str, Callable[[Path], dict[str, object]]] = {
         "processor": tiny_hpsv3.qwen2_vl(folder / "qwen"),
     },
     "image_reward": lambda folder: {"model": tiny_blip.image_reward(folder / "image_reward")},
+    "vqascore": lambda folder: {
+        "model": tiny_flant5.flant5(folder / "flant5", tiny_flant5.vision_tower(folder / "tower")),
+        "tokenizer": tiny_flant5.tokenizer(folder / "t5"),
+    },
 }
 """Name -> its options, in a folder that the checkpoint is written to."""
 METADATA: Mapping[str, Sequence[Mapping[str, object]]] = {}

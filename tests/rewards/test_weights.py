@@ -118,6 +118,6 @@ def test_the_origin_names_id_checksum_revision_and_licence(tmp_path: Path) -> No
 
 def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CheckpointError, match=r"The files w\.pt of 'owner/nothing' could not be fetched"):
+    with pytest.raises(CheckpointError, match="'owner/nothing' could not be fetched"):
         published_folder("owner/nothing", ["w.pt"])
     assert published_folder(tmp_path, ["w.pt"]) == tmp_path

@@ -5,7 +5,7 @@ Importing this package imports no torch.
 
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
 
@@ -78,6 +78,15 @@ def load(name: str, **options: object) -> "Reward":
 def takes(name: str, option: str) -> bool:
     """Whether a reward of the table has such an option."""
     return option in inspect.signature(_class_of(name)).parameters
+
+
+def is_differentiable(name: str) -> bool:
+    """Whether a reward of the table has a gradient by the picture. Loads torch, but no model."""
+    from pixrl.rewards.base import DifferentiableReward
+
+    made = _class_of(name)
+    kind = made if isinstance(made, type) else get_type_hints(made)["return"]
+    return issubclass(kind, DifferentiableReward)
 
 
 def _class_of(name: str) -> Any:

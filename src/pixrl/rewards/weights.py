@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError
 from pixrl.hub import fingerprint, read_json, resolve
+from pixrl.hub_fetch import fetch_files
 from pixrl.rewards.calls import Caught
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -37,15 +38,7 @@ def published_folder(ref: str | Path, patterns: Sequence[str]) -> Path:
     found = resolve(ref)
     if isinstance(found, Path):
         return found
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(found, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"The files {', '.join(patterns)} of {found!r} could not be fetched from the hub: {error}. Check the name "
-            f"and the connection, download them once with: hf download {found}, or give a local folder."
-        ) from error
+    return fetch_files(found, patterns)
 
 
 def require_file(folder: Path, name: str) -> Path:
