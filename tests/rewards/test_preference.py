@@ -1,15 +1,20 @@
 """The preference score is PickScore's: transformers' own logits, at three scales."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tests import tiny
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError
 from pixrl.rewards.clip import ClipSimilarity
+from pixrl.rewards.preference import PreferenceReward
 from pixrl.types import RewardBatch, Scores
 
 PROMPTS = ["a red owl", "two cats", "a red owl", "a snail", "an owl on grass"]
@@ -35,6 +40,60 @@ def test_the_three_scales_are_multiples(clip_folder: Path, images: Tensor) -> No
     assert torch.allclose(div26, raw / 26)
     assert torch.allclose(cosine * ClipSimilarity(clip_folder).logit_scale, raw, atol=1e-4)
     assert cosine.abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"), [("raw", [24.0, -10.0]), ("div26", [24 / 26, -10 / 26]), ("cosine", [0.24, -0.1])]
+)
+def test_known_answers(scale: str, expected: list[float], tmp_path: Path) -> None:
+    """Cosines of 0.24 and -0.1 at PickScore's own scale, exp(4.6052) = 100, written into a checkpoint."""
+    folder = tiny.clip(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["logit_scale"] = torch.tensor(100.0).log()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    reward = rewards.load("preference", model=folder, scale=scale, device="cpu")
+    assert isinstance(reward, PreferenceReward)
+    axis, other = torch.eye(16)[0], torch.eye(16)[1]
+    reward.clip.image_features = lambda images: axis.expand(len(images), -1)  # type: ignore[method-assign]
+    for text, cosine in (("a", 0.24), ("b", -0.1)):
+        reward.clip._texts[text] = cosine * axis + (1 - cosine**2) ** 0.5 * other
+    scores = reward.score(RewardBatch(torch.rand(2, 3, 28, 28), ["a", "b"]))
+    assert scores.values_B.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@torch.no_grad()
+def test_the_call_of_pickscores_readme(tmp_path: Path) -> None:
+    """Published layout: the model's folder holds weights alone, the processor's an old preprocessor_config.json."""
+    whole = tiny.clip(tmp_path / "laion")
+    bare = tmp_path / "PickScore_v1"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (whole / name).rename(bare / name)
+    (whole / "config.json").write_text((bare / "config.json").read_text())
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 28, "crop_size": 28, "resample": 3}
+    stats = json.loads((whole / "preprocessor_config.json").read_text())
+    old |= {key: stats[key] for key in ("image_mean", "image_std")} | dict.fromkeys(
+        ("do_resize", "do_center_crop", "do_normalize"), True
+    )
+    (whole / "preprocessor_config.json").write_text(json.dumps(old))
+    images = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+
+    model = AutoModel.from_pretrained(bare).eval()
+    arrays = [Image.fromarray(a) for a in (images * 255).byte().permute(0, 2, 3, 1).numpy()]
+    pixels = AutoImageProcessor.from_pretrained(whole, backend="pil")(arrays, return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    words = tokenizer(PROMPTS[:3], padding=True, truncation=True, max_length=32, return_tensors="pt")
+    pictures = model.get_image_features(**pixels).pooler_output
+    texts = model.get_text_features(**words).pooler_output
+    pictures, texts = (e / e.norm(dim=-1, keepdim=True) for e in (pictures, texts))
+    expected = model.logit_scale.exp() * (texts * pictures).sum(dim=1)
+
+    for scale, factor in (("raw", 1), ("div26", 1 / 26)):
+        reward = rewards.load("preference", model=bare, processor=whole, scale=scale, device="cpu")
+        scores = reward.score(RewardBatch(images, PROMPTS[:3]))
+        assert torch.allclose(scores.values_B, factor * expected, atol=1e-4)
+        assert scores.provenance["model"].startswith(str(bare))
+        assert {"licence", "revision", "processor"} <= scores.provenance.keys()
 
 
 def test_an_unknown_scale(clip_folder: Path, images: Tensor) -> None:

@@ -12,22 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixrl.device import choose_device, choose_precision, quiet_loading
-from pixrl.errors import CheckpointError, InputError, ShapeError
-from pixrl.hub import Layout, fingerprint, folder, read_json
-from pixrl.rewards.base import Reward
-from pixrl.rewards.preprocess import Preprocessing, batches, require_images
-from pixrl.rewards.references import references_of
+from pixrl.device import choose_device, choose_precision
+from pixrl.errors import InputError, ShapeError
+from pixrl.rewards.base import DifferentiableReward, Reward
+from pixrl.rewards.clip_loading import load_clip
+from pixrl.rewards.encoder import PictureEncoder
+from pixrl.rewards.preprocess import InputPreprocessing
+from pixrl.rewards.references import References, choice, chosen, references_of
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground
 from pixrl.types import RewardBatch, Scores
 
 BATCH = 64
 
 
-class ClipSimilarity:
-    """A transformers CLIPModel with its tokenizer and preprocessing, from `toy:clip`, a folder or a hub id.
+class ClipSimilarity(PictureEncoder):
+    """A CLIPModel with its tokenizer and preprocessing, from `toy:clip`, a folder, a hub id, or an OpenCLIP file.
 
-    `processor` is another checkpoint, whose tokenizer and preprocessing are taken instead.
+    Args:
+        ref: see `clip_loading`.
+        processor: another checkpoint, whose tokenizer and preprocessing are taken instead. An OpenCLIP file needs one:
+            its config.json says what the file holds.
+        preprocess: takes the place of the checkpoint's preprocessing.
+        clean: what each text goes through before the tokenizer.
     """
 
     def __init__(
@@ -38,48 +44,26 @@ class ClipSimilarity:
         dtype: str = "float32",
         batch: int = BATCH,
         processor: str | Path | None = None,
+        preprocess: InputPreprocessing | None = None,
+        clean: Callable[[str], str] = str,
     ) -> None:
-        path = folder(ref, Layout.TRANSFORMERS)
-        words = path if processor is None else folder(processor, Layout.TRANSFORMERS)
-        kind = read_json(path / "config.json").get("model_type")
-        if kind != "clip":
-            raise CheckpointError(
-                f"{path} holds a {kind!r} model; CLIP similarity needs a 'clip' one, such as toy:clip."
-            )
         self.name = str(ref)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
         self.batch = batch
-        self.preprocess = Preprocessing.from_folder(words, square=False)
-        with quiet_loading():
-            from transformers import AutoTokenizer, CLIPModel
-
-            try:
-                model = CLIPModel.from_pretrained(path, dtype=self.precision.weights, local_files_only=True)
-                self.tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-            except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-                raise CheckpointError(f"{path} could not be loaded as a CLIPModel: {error}") from error
-        self.model = model.requires_grad_(False).eval().to(self.device)
-        self.logit_scale = float(model.logit_scale.detach().float().exp())
-        self._text_length = int(model.config.text_config.max_position_embeddings)
+        loaded = load_clip(ref, processor, preprocess, self.precision.weights)
+        self.preprocess = loaded.preprocess
+        self.tokenizer = loaded.tokenizer
+        self.provenance: Mapping[str, str] = loaded.provenance
+        self.model = loaded.model.requires_grad_(False).eval().to(self.device)
+        self.logit_scale = float(self.model.logit_scale.detach().float().exp())
+        self._clean = clean
+        self._text_length = int(self.model.config.text_config.max_position_embeddings)
         self._texts: dict[str, Tensor] = {}
-        self.provenance: Mapping[str, str] = {
-            "model": f"{self.name} ({fingerprint(path)})",
-            "preprocessing": self.preprocess.describe(),
-        }
 
-    @torch.inference_mode()
-    def image_features(self, images_BCHW: Tensor) -> Tensor:
-        """Unit vectors [B, E], float32 on the CPU."""
-        require_images(images_BCHW)
-        parts = batches(images_BCHW, self.batch)
-        return torch.cat([self.embed(self.preprocess(part.to(self.device))).cpu() for part in parts])
-
-    def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        """Unit vectors of preprocessed pictures, on the device and differentiable."""
-        with self.precision.context(self.device):
-            output = self.model.get_image_features(pixel_values=pixels_BCHW.to(self.precision.weights))
-        return F.normalize(output.pooler_output.float(), dim=-1)
+    def _output(self, pixels_BCHW: Tensor) -> Tensor:
+        projected: Tensor = self.model.get_image_features(pixel_values=pixels_BCHW).pooler_output
+        return projected
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -94,7 +78,11 @@ class ClipSimilarity:
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self._text_length, return_tensors="pt"
+            [self._clean(text) for text in texts],
+            padding="max_length",
+            truncation=True,
+            max_length=self._text_length,
+            return_tensors="pt",
         )
         with self.precision.context(self.device):
             output = self.model.get_text_features(
@@ -127,6 +115,7 @@ class FusionScorer:
             **clip.provenance,
             "foreground": foreground.provenance["model"],
             "foreground_preprocessing": foreground.provenance["preprocessing"],
+            "foreground_licence": foreground.provenance["licence"],
             "background": str(tuple(background)),
         }
 
@@ -164,24 +153,73 @@ def _usable(rows: Tensor, concept: int) -> Tensor:
     return kept
 
 
-class ClipTextReward(Reward):
-    """Cosine between the picture and its prompt."""
+class PromptCosineReward(DifferentiableReward):
+    """factor * cosine between the picture and its prompt; what the CLIPs below, PickScore and HPSv2 have in common.
+
+    Args:
+        clip: the encoder.
+        factor: what the cosine is multiplied by.
+        clamp: whether a cosine below 0 counts as 0.
+        provenance: further entries beside the encoder's.
+    """
+
+    def __init__(
+        self,
+        clip: ClipSimilarity,
+        *,
+        factor: float = 1.0,
+        clamp: bool = False,
+        provenance: Mapping[str, str] | None = None,
+    ) -> None:
+        self.clip = clip
+        self.factor = factor
+        self.clamp = clamp
+        self.provenance: Mapping[str, str] = {**clip.provenance, **(provenance or {})}
+
+    def score(self, batch: RewardBatch) -> Scores:
+        scores_B = self._scores(self.clip.image_features(batch.images_BCHW), batch.prompts)
+        return flag_failures(scores_B, [None] * len(scores_B), self.provenance)
+
+    def differentiable_scores(
+        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()
+    ) -> Tensor:
+        scores_B = self._scores(self.clip.differentiable_features(images_BCHW), prompts)
+        return scores_B.to(images_BCHW.device)
+
+    def _scores(self, images_BE: Tensor, prompts: Sequence[str]) -> Tensor:
+        # cloned: autograd cannot keep a tensor of inference mode
+        texts_BE = self.clip.text_features(prompts).clone().to(images_BE.device)
+        cosines_B = (images_BE * texts_BE).sum(dim=1)
+        return self.factor * (cosines_B.clamp_min(0) if self.clamp else cosines_B)
+
+
+class ClipTextReward(PromptCosineReward):
+    """Cosine between the picture and its prompt.
+
+    Args:
+        model: `toy:clip`, a folder or a hub id of a CLIPModel.
+        clamp: whether a cosine below 0 counts as 0, as Customized-GRPO's evaluation has it.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, half written or not a CLIPModel.
+    """
 
     name = "clip_text"
 
-    def __init__(self, model: str | Path, device: str = "auto", dtype: str = "float32") -> None:
-        self.clip = ClipSimilarity(model, device=device, dtype=dtype)
-
-    def score(self, batch: RewardBatch) -> Scores:
-        images = self.clip.image_features(batch.images_BCHW)
-        values_B = (images * self.clip.text_features(batch.prompts)).sum(dim=1)
-        return flag_failures(values_B, [None] * len(values_B), self.clip.provenance)
+    def __init__(
+        self, model: str | Path, clamp: bool = False, device: str = "auto", dtype: str = "float32"
+    ) -> None:
+        clip = ClipSimilarity(model, device=device, dtype=dtype)
+        super().__init__(clip, clamp=clamp, provenance={"below_0": "counts as 0" if clamp else "kept"})
 
 
 class ClipImageReward(Reward):
     """Mean cosine between the picture and its references, metadata["reference"] (see `rewards.references`).
 
-    With `segmenter` both are cut out and put on `background` first.
+    Args:
+        model: `toy:clip`, a folder or a hub id of a CLIPModel.
+        segmenter: with it, picture and references are cut out and put on `background` first.
+        references: `all` (the mean over them) or `first` (that one alone).
     """
 
     name = "clip_image"
@@ -191,9 +229,11 @@ class ClipImageReward(Reward):
         model: str | Path,
         segmenter: str | Path | None = None,
         background: Colour = WHITE,
+        references: str = References.ALL,
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
+        self.references = choice("clip_image", "references", references, References)
         self.clip = ClipSimilarity(model, device=device, dtype=dtype)
         self._features: Callable[[Tensor], Tensor] = self.clip.image_features
         self.provenance: Mapping[str, str] = {**self.clip.provenance, "background": "kept"}
@@ -201,6 +241,7 @@ class ClipImageReward(Reward):
             scorer = FusionScorer(self.clip, Foreground(segmenter, device=device), background)
             self._features = scorer.exemplar_features
             self.provenance = scorer.provenance
+        self.provenance = {**self.provenance, "references": self.references.value}
 
     def score(self, batch: RewardBatch) -> Scores:
         images = self._features(batch.images_BCHW)
@@ -217,7 +258,7 @@ class ClipImageReward(Reward):
             return torch.nan, "no reference picture in the metadata"
         if not image_E.isfinite().all():
             return torch.nan, "no foreground found"
-        features = torch.cat([self._features(picture) for picture in pictures])
+        features = torch.cat([self._features(picture) for picture in chosen(pictures, self.references)])
         usable = features[features.isfinite().all(dim=1)]
         if not len(usable):
             return torch.nan, "no foreground found in the reference"

@@ -1,34 +1,59 @@
 """DINO features of pictures: the class token of a DINOv2 (or DINO v1) encoder, as unit vectors.
 
+Every number depends on how the picture is made ready. `dreambench` is the transform of published DINO figures;
+`checkpoint` is what the folder's preprocessor_config.json says, which for facebook/dino-vits16 is another one.
+
 `dino_seg` is Customized-GRPO's identity reward: the cosine of the subject's features in the generated picture and in
 its references, the subject cut out of both.
   1. The paper's code cuts out the reference alone, offline; here `mask: both` is the default, as the paper says.
   2. Its scores are 100 x the cosine; ours are the cosine, which group normalization makes the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, ConfigError, did_you_mean
-from pixrl.hub import Layout, fingerprint, folder
-from pixrl.rewards.base import Reward
+from pixrl.hub import Layout, folder, read_json
+from pixrl.rewards.base import DifferentiableReward
 from pixrl.rewards.clip import flag_failures
+from pixrl.rewards.encoder import PictureEncoder
 from pixrl.rewards.preprocess import Preprocessing, require_images
-from pixrl.rewards.references import KEY, SUBJECTS, FeatureCache, of_subject, references_of
-from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction, Segmenter
+from pixrl.rewards.references import (
+    KEY,
+    SUBJECTS,
+    FeatureCache,
+    References,
+    choice,
+    chosen,
+    of_subject,
+    references_of,
+)
+from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction, Segmenter, load_back_end
+from pixrl.rewards.sources import describe
 from pixrl.types import RewardBatch, Scores
 
 BATCH = 64
 
 
-class DinoEncoder:
+Encode = Callable[[Tensor], Tensor]
+"""Pictures [B, 3, H, W] to unit vectors [B, E]."""
+
+
+class Transform(StrEnum):
+    """How a picture is resized, cropped and normalized."""
+
+    CHECKPOINT = "checkpoint"
+    """As the checkpoint's preprocessor_config.json says."""
+    DREAMBENCH = "dreambench"
+    """`Preprocessing.dreambench`: of DINO v1 on DreamBench, and of DINOv2."""
+
+
+class DinoEncoder(PictureEncoder):
     """A transformers Dinov2Model or ViTModel with its preprocessing, from `toy:identity`, a folder or a hub id.
 
     Raises:
@@ -36,38 +61,45 @@ class DinoEncoder:
     """
 
     def __init__(
-        self, ref: str | Path, *, device: str = "auto", dtype: str = "float32", batch: int = BATCH
+        self,
+        ref: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "float32",
+        batch: int = BATCH,
+        transform: Transform = Transform.CHECKPOINT,
     ) -> None:
         path = folder(ref, Layout.TRANSFORMERS)
         self.name = str(ref)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
         self.batch = batch
-        self.preprocess = Preprocessing.from_folder(path, square=False)
+        if transform is Transform.DREAMBENCH:
+            self.preprocess = Preprocessing.dreambench()
+        else:
+            self.preprocess = Preprocessing.from_folder(path, square=False)
+        # DINO v1 was published without a pooler, and one with random weights would be made for it
+        options = (
+            {"add_pooling_layer": False} if read_json(path / "config.json").get("model_type") == "vit" else {}
+        )
         with quiet_loading():
             from transformers import AutoModel
 
             try:
-                model = AutoModel.from_pretrained(path, dtype=self.precision.weights, local_files_only=True)
+                model = AutoModel.from_pretrained(
+                    path, dtype=self.precision.weights, local_files_only=True, **options
+                )
             except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
                 raise CheckpointError(f"{path} could not be loaded as a DINO encoder: {error}") from error
         self.model = model.requires_grad_(False).eval().to(self.device)
         self.provenance: Mapping[str, str] = {
-            "model": f"{self.name} ({fingerprint(path)})",
+            **describe(ref, path),
             "preprocessing": self.preprocess.describe(),
         }
 
-    @torch.inference_mode()
-    def image_features(self, images_BCHW: Tensor) -> Tensor:
-        """Unit vectors [B, E], float32 on the CPU."""
-        parts = images_BCHW.split(self.batch)
-        return torch.cat([self.embed(self.preprocess(part.to(self.device))).cpu() for part in parts])
-
-    def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        """Unit vectors of preprocessed pictures, on the device and differentiable."""
-        with self.precision.context(self.device):
-            states = self.model(pixel_values=pixels_BCHW.to(self.precision.weights)).last_hidden_state
-        return F.normalize(states[:, 0].float(), dim=-1)
+    def _output(self, pixels_BCHW: Tensor) -> Tensor:
+        states_BLD: Tensor = self.model(pixel_values=pixels_BCHW).last_hidden_state
+        return states_BLD[:, 0]
 
 
 class Mask(StrEnum):
@@ -90,14 +122,7 @@ class Region(StrEnum):
     """
 
 
-class References(StrEnum):
-    """Which of a sample's references are compared: the mean over all, or the first alone."""
-
-    ALL = "all"
-    FIRST = "first"
-
-
-class DinoSegReward(Reward):
+class DinoSegReward(DifferentiableReward):
     """Mean cosine in [-1, 1] of DINO class tokens: the generated subject against its references.
 
     The references are in metadata["reference"]: [3, H, W], [M, 3, H, W] or a list of pictures of any sizes. A sample
@@ -106,10 +131,12 @@ class DinoSegReward(Reward):
 
     Args:
         model: `toy:identity`, a folder or a hub id (facebook/dinov2-large in the paper).
-        segmenter: a semantic segmentation checkpoint, or a function [B, 3, H, W] -> masks [B, H, W].
+        segmenter: a semantic segmentation or BiRefNet checkpoint, or a function [B, 3, H, W] -> masks [B, H, W]. No
+            gradient passes through its masks.
         mask: see `Mask`; `none` compares whole pictures and takes no segmenter.
         region: see `Region`.
-        references: see `References`.
+        references: `all` (the mean over them) or `first` (that one alone).
+        transform: see `Transform`.
         background: what surrounds a cut-out subject; white where it is not given.
         subject: which of several subjects in a picture is judged, from 0: class and reference then come from
             metadata["subjects"][subject]. One reward a subject; use region class.
@@ -130,16 +157,20 @@ class DinoSegReward(Reward):
         references: str = References.ALL,
         background: Colour | None = None,
         subject: int | None = None,
+        transform: str = Transform.CHECKPOINT,
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
         if subject is not None and subject < 0:
             raise ConfigError(f"dino_seg: subject counts from 0, got {subject}.")
         self.subject = subject
-        self.mask, self.region = _choice("mask", mask, Mask), _choice("region", region, Region)
-        self.references = _choice("references", references, References)
+        self.mask = choice(self.name, "mask", mask, Mask)
+        self.region = choice(self.name, "region", region, Region)
+        self.references = choice(self.name, "references", references, References)
         _check_options(self.mask, self.region, segmenter, background)
-        self.encoder = DinoEncoder(model, device=device, dtype=dtype)
+        self.encoder = DinoEncoder(
+            model, device=device, dtype=dtype, transform=choice(self.name, "transform", transform, Transform)
+        )
         self.background: Colour = WHITE if background is None else background
         self.provenance: Mapping[str, str] = {
             **self.encoder.provenance,
@@ -148,67 +179,87 @@ class DinoSegReward(Reward):
             **({} if subject is None else {"subject": str(subject)}),
         }
         if segmenter is not None:
-            loaded = Segmenter(segmenter, device=device) if isinstance(segmenter, str | Path) else segmenter
+            loaded = load_back_end(segmenter, device=device)
             self._segmenter = loaded if isinstance(loaded, Segmenter) else None
+            if self.region is Region.CLASS and self._segmenter is None:
+                raise ConfigError(f"dino_seg: {segmenter} knows no classes. Take region: foreground")
             self._foreground = Foreground(loaded)
             self.provenance = {
                 **self.provenance,
                 "segmenter": self._foreground.provenance["model"],
+                "segmenter_licence": self._foreground.provenance["licence"],
                 "region": self.region.value,
                 "background": str(tuple(self.background)),
             }
         self._cache = FeatureCache()
 
+    @torch.no_grad()
     def score(self, batch: RewardBatch) -> Scores:
-        require_images(batch.images_BCHW)
-        given = batch.metadata or [{}] * len(batch.images_BCHW)
-        metadata = [of_subject(entry, self.subject) for entry in given]
-        kinds = [entry.get("class") for entry in metadata]
-        features_BE = self._features(batch.images_BCHW, kinds, cut_out=self.mask is Mask.BOTH)
-        finite = batch.images_BCHW.isfinite().flatten(1).all(dim=1).tolist()
-        values, reasons = [], []
-        for entry, feature_E, ok in zip(metadata, features_BE, finite, strict=True):
-            value, reason = (
-                self._compare(feature_E, entry) if ok else (torch.nan, "the picture is not finite")
-            )
-            values.append(value)
-            reasons.append(reason)
-        return flag_failures(torch.tensor(values), reasons, self.provenance)
+        values_B, reasons = self._judge(batch.images_BCHW, batch.metadata, self.encoder.image_features)
+        return flag_failures(values_B, reasons, self.provenance)
 
-    def _compare(self, feature_E: Tensor, metadata: Mapping[str, object]) -> tuple[float, str | None]:
-        pictures = references_of(metadata)
-        if not pictures:
-            where = repr(KEY) if self.subject is None else f"{SUBJECTS!r}, number {self.subject}"
-            return torch.nan, f"no reference picture in the metadata (under {where})"
-        kind = metadata.get("class")
-        unknown = self._unknown(kind)
-        if unknown:
-            return torch.nan, unknown
+    def differentiable_scores(
+        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()
+    ) -> Tensor:
+        values_B, _ = self._judge(images_BCHW, metadata, self.encoder.differentiable_features)
+        return values_B.to(images_BCHW.device)
+
+    def _judge(
+        self, images_BCHW: Tensor, metadata: Sequence[Mapping[str, object]], encode: Encode
+    ) -> tuple[Tensor, list[str | None]]:
+        """Scores [B], nan with a reason where there is none."""
+        require_images(images_BCHW)
+        entries = [of_subject(entry, self.subject) for entry in metadata or [{}] * len(images_BCHW)]
+        kinds = [entry.get("class") for entry in entries]
+        features_BE = self._features(images_BCHW, kinds, encode, cut_out=self.mask is Mask.BOTH)
+        finite = images_BCHW.isfinite().flatten(1).all(dim=1).tolist()
+        judged = [
+            self._compare(feature_E, entry)
+            if ok
+            else (feature_E.new_tensor(torch.nan), "the picture is not finite")
+            for entry, feature_E, ok in zip(entries, features_BE, finite, strict=True)
+        ]
+        return torch.stack([value for value, _ in judged]), [reason for _, reason in judged]
+
+    def _compare(self, feature_E: Tensor, metadata: Mapping[str, object]) -> tuple[Tensor, str | None]:
+        """One picture's score, or nan and the reason."""
+        nothing = feature_E.new_tensor(torch.nan)
+        pictures, kind = references_of(metadata), metadata.get("class")
+        reason = self._unknown(kind) if pictures else self._no_reference()
+        if reason is not None:
+            return nothing, reason
         subject = "no subject found" if self.region is Region.FOREGROUND else f"no {kind} found"
         if not feature_E.isfinite().all():
-            return torch.nan, f"{subject} in the picture"
-        chosen = pictures[:1] if self.references is References.FIRST else pictures
-        rows_ME = torch.cat([self._reference(picture, kind) for picture in chosen])
+            return nothing, f"{subject} in the picture"
+        rows_ME = torch.cat([self._reference(picture, kind) for picture in chosen(pictures, self.references)])
         usable = rows_ME[rows_ME.isfinite().all(dim=1)]
         if not len(usable):
-            return torch.nan, f"{subject} in the reference"
-        return float((usable @ feature_E).mean()), None
+            return nothing, f"{subject} in the reference"
+        return (usable.to(feature_E.device) @ feature_E).mean(), None
+
+    def _no_reference(self) -> str:
+        where = repr(KEY) if self.subject is None else f"{SUBJECTS!r}, number {self.subject}"
+        return f"no reference picture in the metadata (under {where})"
 
     def _reference(self, image_BCHW: Tensor, kind: object) -> Tensor:
         """[1, E] of one reference, the same however it is batched."""
         cut_out = self.mask is not Mask.NONE
         return self._cache.get(
-            image_BCHW, str(kind), lambda: self._features(image_BCHW, [kind], cut_out=cut_out)
+            image_BCHW,
+            str(kind),
+            lambda: self._features(image_BCHW, [kind], self.encoder.image_features, cut_out=cut_out),
         )
 
-    def _features(self, images_BCHW: Tensor, kinds: list[object], *, cut_out: bool) -> Tensor:
+    def _features(self, images_BCHW: Tensor, kinds: list[object], encode: Encode, *, cut_out: bool) -> Tensor:
         """Unit vectors [B, E]; a row of nan where nothing was found to cut out."""
         if not cut_out:
-            return self.encoder.image_features(images_BCHW)
-        masks_BHW = self._masks(images_BCHW, kinds)
+            return encode(images_BCHW)
+        # cloned: autograd cannot keep a tensor of inference mode
+        masks_BHW = self._masks(images_BCHW.detach(), kinds).clone()
         composed = Foreground.composite(images_BCHW.float().cpu(), masks_BHW, self.background)
-        found_B = self._foreground.is_present(masks_BHW)
-        return torch.where(found_B[:, None], self.encoder.image_features(composed), torch.nan)
+        features_BE = encode(composed)
+        found_B = self._foreground.is_present(masks_BHW).to(features_BE.device)
+        return torch.where(found_B[:, None], features_BE, torch.nan)
 
     def _masks(self, images_BCHW: Tensor, kinds: list[object]) -> Tensor:
         if self.region is Region.FOREGROUND or self._segmenter is None:
@@ -223,17 +274,6 @@ class DinoSegReward(Reward):
             return "no class in the metadata"
         labels = self._segmenter.labels
         return None if kind in labels else f"the segmenter knows no {kind!r}.{did_you_mean(kind, labels)}"
-
-
-ChoiceT = TypeVar("ChoiceT", bound=StrEnum)
-
-
-def _choice(option: str, given: str, choices: type[ChoiceT]) -> ChoiceT:
-    if given not in list(choices):
-        raise ConfigError(
-            f"dino_seg: unknown {option} {given!r}.{did_you_mean(str(given), choices)} Use {', '.join(choices)}."
-        )
-    return choices(given)
 
 
 def _check_options(mask: Mask, region: Region, segmenter: object, background: Colour | None) -> None:

@@ -5,14 +5,11 @@ scores is the probability that people choose one picture over the other, which i
 `yuvalkirstain/PickScore_v1` takes its tokenizer and preprocessing from `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
 """
 
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 
-from pixrl.errors import ConfigError, did_you_mean
-from pixrl.rewards.base import Reward
-from pixrl.rewards.clip import ClipSimilarity, flag_failures
-from pixrl.types import RewardBatch, Scores
+from pixrl.rewards.clip import ClipSimilarity, PromptCosineReward
+from pixrl.rewards.references import choice
 
 
 class Scale(StrEnum):
@@ -26,7 +23,7 @@ class Scale(StrEnum):
     """1, as D²-Align reports it."""
 
 
-class PreferenceReward(Reward):
+class PreferenceReward(PromptCosineReward):
     """Scaled cosine between the picture and its prompt, from a model of people's choices.
 
     Args:
@@ -49,20 +46,14 @@ class PreferenceReward(Reward):
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
-        if scale not in list(Scale):
-            raise ConfigError(
-                f"preference: unknown scale {scale!r}.{did_you_mean(str(scale), Scale)} Use {', '.join(Scale)}."
-            )
-        self.clip = ClipSimilarity(model, device=device, dtype=dtype, processor=processor)
-        learned = self.clip.logit_scale
-        self.factor = {Scale.RAW: learned, Scale.DIV26: learned / 26, Scale.COSINE: 1.0}[Scale(scale)]
-        self.provenance: Mapping[str, str] = {
-            **self.clip.provenance,
-            "processor": str(model if processor is None else processor),
-            "scale": f"{Scale(scale)} (cosine x {self.factor:.6g})",
-        }
-
-    def score(self, batch: RewardBatch) -> Scores:
-        images_BE = self.clip.image_features(batch.images_BCHW)
-        cosines_B = (images_BE * self.clip.text_features(batch.prompts)).sum(dim=1)
-        return flag_failures(self.factor * cosines_B, [None] * len(cosines_B), self.provenance)
+        chosen = choice(self.name, "scale", scale, Scale)
+        clip = ClipSimilarity(model, device=device, dtype=dtype, processor=processor)
+        factor = {Scale.RAW: clip.logit_scale, Scale.DIV26: clip.logit_scale / 26, Scale.COSINE: 1.0}[chosen]
+        super().__init__(
+            clip,
+            factor=factor,
+            provenance={
+                "processor": str(model if processor is None else processor),
+                "scale": f"{chosen} (cosine x {factor:.6g})",
+            },
+        )

@@ -1,10 +1,12 @@
 """Pictures to a model's input, as tensors: the published PIL preprocessing within one grey level, batched.
 
 The numbers come from the checkpoint's own preprocessor_config.json (or processor_config.json). Pictures are rounded to
-8 bits where PIL rounds them, so that a score taken in memory equals the score of the saved PNG.
+8 bits where PIL rounds them, so that a score taken in memory equals the score of the saved PNG. No gradient passes
+through rounding, so each preprocessing has a `differentiable` twin without it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from pixrl.hub import read_json
 
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the filters that published checkpoints use."""
+_HALF_LEVEL = 0.5 / 255
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_grey_levels(images_BCHW: Tensor) -> Tensor:
@@ -35,8 +40,38 @@ def require_images(images_BCHW: Tensor) -> None:
         raise ShapeError(f"Pictures must be float [B, 3, H, W] in [0, 1], got {images_BCHW.dtype} {shape}.")
 
 
+class InputPreprocessing(ABC):
+    """Pictures [B, 3, H, W] in [0, 1], of one size, to a model's input."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @abstractmethod
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """As published, 8-bit pictures included."""
+
+    @abstractmethod
+    def differentiable(self, images_BCHW: Tensor) -> Tensor:
+        """The same but for rounding to 8 bits, through which no gradient would pass.
+
+        PIL rounds after each of two passes, so a value may differ by 0.5 + 0.5 * 1.25 grey levels, 0.3 on average.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for provenance."""
+
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        """(picture - mean) / std."""
+        mean, std = (images_BCHW.new_tensor(x).view(1, 3, 1, 1) for x in (self.mean, self.std))
+        return (images_BCHW - mean) / std
+
+
+Resize = Callable[[Tensor, tuple[int, int], str], Tensor]
+
+
 @dataclass(frozen=True)
-class Preprocessing:
+class Preprocessing(InputPreprocessing):
     """Resize, crop, normalize."""
 
     shortest: int | None
@@ -47,6 +82,15 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mode: str
+
+    @classmethod
+    def dreambench(cls) -> "Preprocessing":
+        """DreamBench's transform of DINO: shorter side 256 bicubic, centre 224 x 224, ImageNet's mean and deviation.
+
+        The preprocessor_config.json beside facebook/dino-vits16 says otherwise (224 x 224 bilinear, 0.5), and its
+        numbers are not comparable with published ones.
+        """
+        return cls(256, None, (224, 224), IMAGENET_MEAN, IMAGENET_STD, "bicubic")
 
     @classmethod
     def from_folder(cls, path: Path, *, square: bool) -> "Preprocessing":
@@ -71,27 +115,26 @@ class Preprocessing:
         )
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Pictures in [0, 1] of one size to the model's input."""
         require_images(images_BCHW)
-        return self.normalize(self.fit(to_grey_levels(images_BCHW.float())))
+        return self.normalize(self._fit(to_grey_levels(images_BCHW.float()), resize_8_bit))
 
-    def fit(self, images_BCHW: Tensor) -> Tensor:
+    def differentiable(self, images_BCHW: Tensor) -> Tensor:
+        require_images(images_BCHW)
+        return self.normalize(self._fit(images_BCHW.float().clamp(0, 1), _resize_smoothly))
+
+    def _fit(self, images_BCHW: Tensor, resize: Resize) -> Tensor:
         """Resized and cropped, not yet normalized."""
         height, width = images_BCHW.shape[-2:]
         rows, columns = self._target(height, width)
-        # PIL's order: columns first, and 8 bits after each pass
+        # The order of PIL up to 12, which published scores were made with: columns first, and 8 bits after each pass.
+        # Pillow 13 takes rows first where they shrink much more than columns, which no kept ratio does.
         if columns != width:
-            images_BCHW = _resize_8_bit(images_BCHW, (height, columns), self.mode)
+            images_BCHW = resize(images_BCHW, (height, columns), self.mode)
         if rows != height:
-            images_BCHW = _resize_8_bit(images_BCHW, (rows, columns), self.mode)
+            images_BCHW = resize(images_BCHW, (rows, columns), self.mode)
         return images_BCHW if self.crop is None else _centre_crop(images_BCHW, self.crop)
 
-    def normalize(self, images_BCHW: Tensor) -> Tensor:
-        mean, std = (images_BCHW.new_tensor(x).view(1, 3, 1, 1) for x in (self.mean, self.std))
-        return (images_BCHW - mean) / std
-
     def describe(self) -> str:
-        """One line for provenance."""
         steps = ["8-bit"]
         if self.shortest is not None:
             steps.append(f"shortest edge {self.shortest} {self.mode} antialias")
@@ -110,6 +153,44 @@ class Preprocessing:
         if rows <= columns:
             return self.shortest, int(self.shortest * columns / rows)
         return int(self.shortest * rows / columns), self.shortest
+
+
+@dataclass(frozen=True)
+class PadToSquare(InputPreprocessing):
+    """HPSv2's: the picture becomes a float tensor first, its longer side is scaled to `side`, and black fills the rest.
+
+    Bicubic overshoot is kept, since nothing clamps a float tensor.
+    """
+
+    side: int
+    mean: tuple[float, ...] = OPENAI_MEAN
+    std: tuple[float, ...] = OPENAI_STD
+    antialias: bool = True
+    """False: as torchvision up to 0.16 resized float tensors, which old HPSv2 figures come from."""
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        require_images(images_BCHW)
+        return self.normalize(self._place(to_grey_levels(images_BCHW.float())))
+
+    def differentiable(self, images_BCHW: Tensor) -> Tensor:
+        require_images(images_BCHW)
+        return self.normalize(self._place(images_BCHW.float().clamp(0, 1)))
+
+    def describe(self) -> str:
+        filter_name = "bicubic antialias" if self.antialias else "bicubic without antialias"
+        stats = f"mean {_short(self.mean)} std {_short(self.std)}"
+        return f"8-bit; longest edge {self.side} {filter_name} in float; black to a square; {stats}"
+
+    def _place(self, images_BCHW: Tensor) -> Tensor:
+        height, width = images_BCHW.shape[-2:]
+        scale = self.side / max(height, width)
+        rows, columns = (max(1, round(edge * scale)) for edge in (height, width))
+        if (rows, columns) != (height, width):
+            images_BCHW = F.interpolate(
+                images_BCHW, (rows, columns), mode="bicubic", antialias=self.antialias
+            )
+        below, right = self.side - rows, self.side - columns
+        return F.pad(images_BCHW, (right // 2, right - right // 2, below // 2, below - below // 2))
 
 
 def _read_config(path: Path) -> Mapping[str, object]:
@@ -147,10 +228,16 @@ def _three(config: Mapping[str, object], key: str, path: Path) -> tuple[float, .
     return tuple(float(value) for value in values)
 
 
-def _resize_8_bit(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+def resize_8_bit(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """Resized on the scale 0 to 255 and rounded there, a half upwards as PIL does."""
     levels = F.interpolate((images_BCHW * 255).round(), size, mode=mode, antialias=True)
     return (levels + 0.5).floor().clamp(0, 255) / 255
+
+
+def _resize_smoothly(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Resized, and clamped as 8 bits would be: half a level of slack lets the gradient of full white and black pass."""
+    resized = F.interpolate(images_BCHW, size, mode=mode, antialias=True)
+    return resized.clamp(-_HALF_LEVEL, 1 + _HALF_LEVEL)
 
 
 def _centre_crop(images_BCHW: Tensor, crop: tuple[int, int]) -> Tensor:

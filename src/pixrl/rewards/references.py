@@ -2,8 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from typing import TypeVar
 
 from torch import Tensor
+
+from pixrl.errors import ConfigError, did_you_mean
 
 KEY = "reference"
 """metadata[KEY]: one picture [3, H, W], several of one size [M, 3, H, W], or a list of pictures of any sizes."""
@@ -34,6 +38,34 @@ def references_of(metadata: Mapping[str, object]) -> list[Tensor]:
             return []
         pictures.extend([part[None]] if part.ndim == 3 else part.split(1))
     return pictures
+
+
+class References(StrEnum):
+    """Which of a sample's references are compared: the mean over all, or the first alone."""
+
+    ALL = "all"
+    FIRST = "first"
+
+
+def chosen(pictures: Sequence[Tensor], which: References) -> Sequence[Tensor]:
+    """The references that are compared."""
+    return pictures[:1] if which is References.FIRST else pictures
+
+
+ChoiceT = TypeVar("ChoiceT", bound=StrEnum)
+
+
+def choice(reward: str, option: str, given: str, choices: type[ChoiceT]) -> ChoiceT:
+    """A reward's option as one of its choices.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if given not in list(choices):
+        raise ConfigError(
+            f"{reward}: unknown {option} {given!r}.{did_you_mean(str(given), choices)} Use {', '.join(choices)}."
+        )
+    return choices(given)
 
 
 class FeatureCache:

@@ -1,7 +1,8 @@
 """Foreground masks and detected objects, from a semantic segmentation model.
 
-A foreground back end is a transformers semantic segmentation folder (foreground probability = 1 - P(background)) or any
-callable from pictures to soft masks. Objects are the connected regions of one class in the most probable map.
+A foreground back end is a transformers semantic segmentation folder (foreground probability = 1 - P(background)), a
+BiRefNet or RMBG-2.0 folder, or any callable from pictures to soft masks. Objects are the connected regions of one class
+in the most probable map.
 
 A region's score is the probability of its class among the object classes, its pixels taken together as EVIDENCE
 independent looks: softmax(EVIDENCE * mean log p). The mean of pixel probabilities would not do for a detector's score:
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, InputError, ShapeError
-from pixrl.hub import Layout, fingerprint, folder, read_card
+from pixrl.hub import Layout, folder, read_card
+from pixrl.rewards.birefnet import BiRefNetForeground, is_birefnet
 from pixrl.rewards.preprocess import Preprocessing, batches, require_images
+from pixrl.rewards.sources import describe
 
 Colour = tuple[float, float, float]
 MaskFunction = Callable[[Tensor], Tensor]
@@ -91,7 +94,7 @@ class Segmenter:
             )
         self.background_index = self.labels.index(BACKGROUND_LABEL)
         self.provenance: Mapping[str, str] = {
-            "model": f"{self.name} ({fingerprint(path)})",
+            **describe(ref, path),
             "preprocessing": self.preprocess.describe(),
             "min_area": f"{self.min_area:g}",
             "score_evidence": f"{self.evidence:g}",
@@ -178,24 +181,39 @@ def group(instances: Sequence[Instance]) -> dict[str, list[dict[str, object]]]:
     return classes
 
 
+BackEnd = Segmenter | BiRefNetForeground | MaskFunction
+
+
+def load_back_end(back_end: str | Path | BackEnd, *, device: str = "auto") -> BackEnd:
+    """The foreground model of a checkpoint, by the class that its config names; what is loaded is given back."""
+    if not isinstance(back_end, str | Path):
+        return back_end
+    path = folder(back_end, Layout.TRANSFORMERS)
+    return (BiRefNetForeground if is_birefnet(path) else Segmenter)(back_end, device=device)
+
+
 class Foreground:
-    """Soft foreground masks, from a segmentation checkpoint or from a callable [B, 3, H, W] -> [B, H, W]."""
+    """Soft foreground masks, from a checkpoint (see `load_back_end`) or from a callable [B, 3, H, W] -> [B, H, W]."""
 
     def __init__(
         self,
-        back_end: str | Path | Segmenter | MaskFunction,
+        back_end: str | Path | BackEnd,
         *,
         device: str = "auto",
         min_area: float = MIN_FOREGROUND,
     ) -> None:
         self.min_area = min_area
-        loaded = Segmenter(back_end, device=device) if isinstance(back_end, str | Path) else back_end
-        if isinstance(loaded, Segmenter):
+        loaded = load_back_end(back_end, device=device)
+        if isinstance(loaded, Segmenter | BiRefNetForeground):
             self._masks: MaskFunction = loaded.foreground
             self.provenance: Mapping[str, str] = loaded.provenance
         elif callable(loaded):
             self._masks = loaded
-            self.provenance = {"model": _callable_name(loaded), "preprocessing": "its own"}
+            self.provenance = {
+                "model": _callable_name(loaded),
+                "preprocessing": "its own",
+                "licence": "its own",
+            }
         else:
             raise InputError(f"A foreground back end is a checkpoint or a callable, got {back_end!r}.")
 

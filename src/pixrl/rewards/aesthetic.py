@@ -1,0 +1,200 @@
+"""Aesthetic predictors: how beautiful people find a picture, from 1 to 10, whatever its prompt.
+
+Both are five linear layers, without activations between them, on the unit vector of a frozen encoder:
+
+* `laion-v2` (improved-aesthetic-predictor, Schuhmann 2022): CLIP ViT-L/14, head `sac+logos+ava1-l14-linearMSE.pth`.
+  Flow-GRPO's and DiffusionNFT's; typically 5 to 6.5.
+* `v2.5` (discus0434's aesthetic-predictor-v2-5): SigLIP so400m/14-384, head `aesthetic_predictor_v2_5.pth`. E²PO's; 5.5
+  and above is good. Code and head are under AGPL-3.0, which reaches those who offer a service with it: the option
+  `accept_licence: AGPL-3.0` says that you know. pixrl holds neither; its layers are our own, the head is your file.
+
+Their scores are not comparable.
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pixrl.device import choose_device, choose_precision, quiet_loading
+from pixrl.errors import CheckpointError, ConfigError
+from pixrl.hub import Layout, folder, read_json
+from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.clip import ClipSimilarity, flag_failures
+from pixrl.rewards.encoder import PictureEncoder
+from pixrl.rewards.preprocess import Preprocessing
+from pixrl.rewards.references import choice
+from pixrl.rewards.sources import describe, describe_files, find_file
+from pixrl.rewards.weights import read_weights, refuse_misfits
+from pixrl.types import RewardBatch, Scores
+
+HEAD_WIDTHS = (1024, 128, 64, 16, 1)
+"""Columns that come out of the published layers."""
+AGPL = "AGPL-3.0"
+BATCH = 64
+
+
+class Version(StrEnum):
+    """Which predictor; see above."""
+
+    LAION = "laion-v2"
+    V2_5 = "v2.5"
+
+
+ENCODERS = {Version.LAION: "openai/clip-vit-large-patch14", Version.V2_5: "google/siglip-so400m-patch14-384"}
+HEADS = {Version.LAION: "sac+logos+ava1-l14-linearMSE.pth", Version.V2_5: "aesthetic_predictor_v2_5.pth"}
+HEAD_NAMES = {Version.LAION: "layers", Version.V2_5: "scoring_head"}
+HEAD_LICENCES = {Version.LAION: "Apache-2.0", Version.V2_5: AGPL}
+HEAD_PAGES = {
+    Version.LAION: "https://github.com/christophschuhmann/improved-aesthetic-predictor",
+    Version.V2_5: "https://github.com/discus0434/aesthetic-predictor-v2-5",
+}
+
+
+class SiglipEncoder(PictureEncoder):
+    """The vision tower of a SiglipModel with its preprocessing, from a folder or a hub id.
+
+    Raises:
+        CheckpointError: the folder is missing, half written or of another class.
+    """
+
+    def __init__(
+        self, ref: str | Path, *, device: str = "auto", dtype: str = "float32", batch: int = BATCH
+    ) -> None:
+        path = folder(ref, Layout.TRANSFORMERS)
+        kind = read_json(path / "config.json").get("model_type")
+        if kind not in ("siglip", "siglip_vision_model"):
+            raise CheckpointError(
+                f"{path} holds a {kind!r} model; the v2.5 predictor needs a 'siglip' one, such as "
+                f"{ENCODERS[Version.V2_5]}."
+            )
+        self.device = choose_device(device)
+        self.precision = choose_precision(self.device, dtype)
+        self.batch = batch
+        self.preprocess = Preprocessing.from_folder(path, square=True)
+        with quiet_loading():
+            from transformers import SiglipVisionModel
+
+            try:
+                model, report = SiglipVisionModel.from_pretrained(
+                    path, dtype=self.precision.weights, local_files_only=True, output_loading_info=True
+                )
+            except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+                raise CheckpointError(
+                    f"{path} could not be loaded as a SiglipVisionModel: {error}"
+                ) from error
+        refuse_misfits(sorted(report["missing_keys"]), [], path)
+        self.model = model.requires_grad_(False).eval().to(self.device)
+        self.provenance: Mapping[str, str] = {
+            **describe(ref, path),
+            "preprocessing": self.preprocess.describe(),
+        }
+
+    def _output(self, pixels_BCHW: Tensor) -> Tensor:
+        pooled: Tensor = self.model(pixel_values=pixels_BCHW).pooler_output
+        return pooled
+
+
+class AestheticReward(DifferentiableReward):
+    """An aesthetic predictor's score; the prompt plays no part.
+
+    Args:
+        head: the published file of the head (.pth or .safetensors), or a folder or hub id that holds it.
+        version: see the top of this file.
+        model: the encoder; the version's published one where it is not given.
+        accept_licence: `AGPL-3.0`, which v2.5 asks for and nothing else takes.
+
+    Raises:
+        ConfigError: an unknown version, or a licence that is not accepted or not asked for.
+        CheckpointError: a file is missing, damaged, or of another model.
+    """
+
+    name = "aesthetic"
+
+    def __init__(
+        self,
+        head: str | Path,
+        version: str = Version.LAION,
+        model: str | Path | None = None,
+        accept_licence: str | None = None,
+        device: str = "auto",
+        dtype: str = "float32",
+    ) -> None:
+        chosen = choice(self.name, "version", version, Version)
+        _check_licence(chosen, accept_licence)
+        ref = ENCODERS[chosen] if model is None else model
+        make = ClipSimilarity if chosen is Version.LAION else SiglipEncoder
+        self.encoder: PictureEncoder = make(ref, device=device, dtype=dtype)
+        file = find_file(head, HEADS[chosen])
+        self.head = read_head(file, HEAD_NAMES[chosen]).to(self.encoder.device)
+        _require_width(file, self.head, self.encoder)
+        head_source = describe_files(head, file.parent, [file])
+        self.provenance: Mapping[str, str] = {
+            **self.encoder.provenance,
+            "version": chosen.value,
+            "head": head_source["model"],
+            "head_revision": head_source["revision"],
+            "head_licence": HEAD_LICENCES[chosen],
+        }
+
+    def score(self, batch: RewardBatch) -> Scores:
+        features_BE = self.encoder.image_features(batch.images_BCHW).to(self.encoder.device)
+        with torch.no_grad():
+            scores_B = self.head(features_BE)[:, 0].cpu()
+        return flag_failures(scores_B, [None] * len(scores_B), self.provenance)
+
+    def differentiable_scores(
+        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()
+    ) -> Tensor:
+        scores_B: Tensor = self.head(self.encoder.differentiable_features(images_BCHW))[:, 0]
+        return scores_B.to(images_BCHW.device)
+
+
+def read_head(file: Path, name: str) -> nn.Sequential:
+    """The linear layers NAME.0, NAME.2 ... of a published head, in float32; other tensors of the file are passed over.
+
+    Raises:
+        CheckpointError: they are not the published five.
+    """
+    weights = {key: w for key, w in read_weights([file]).items() if key.startswith(f"{name}.")}
+    numbers = sorted({int(key.split(".")[1]) for key in weights})
+    expected = [f"{name}.{number}.{end}" for number in numbers for end in ("weight", "bias")]
+    refuse_misfits([k for k in expected if k not in weights], [k for k in weights if k not in expected], file)
+    shapes = [tuple(weights[f"{name}.{number}.weight"].shape) for number in numbers]
+    fits = all(out == into for (out, _), (_, into) in pairwise(shapes))
+    if tuple(out for out, _ in shapes) != HEAD_WIDTHS or not fits:
+        raise CheckpointError(
+            f"{file} holds no published aesthetic head: its layers called {name!r} have the shapes {shapes}, but "
+            f"{', '.join(map(str, HEAD_WIDTHS))} columns must come out of five. Is it the head of another version?"
+        )
+    layers = nn.Sequential(*(nn.Linear(into, out) for out, into in shapes))
+    for layer, number in zip(layers, numbers, strict=True):
+        layer.load_state_dict({end: weights[f"{name}.{number}.{end}"] for end in ("weight", "bias")})
+    return layers.requires_grad_(False).eval()
+
+
+def _require_width(file: Path, head: nn.Sequential, encoder: PictureEncoder) -> None:
+    """Refuses a head that was trained on another encoder's vectors."""
+    side = 64
+    given = encoder.image_features(torch.zeros(1, 3, side, side)).shape[1]
+    (first, *_) = head
+    if isinstance(first, nn.Linear) and first.in_features != given:
+        raise CheckpointError(
+            f"{file} takes {first.in_features} numbers a picture, but the encoder {encoder.provenance['model']} gives "
+            f"{given}. Give the encoder that it was trained on."
+        )
+
+
+def _check_licence(version: Version, accepted: str | None) -> None:
+    if version is Version.V2_5 and accepted != AGPL:
+        raise ConfigError(
+            f"aesthetic: the head of v2.5 is published under {AGPL} ({HEAD_PAGES[version]}), whose terms reach "
+            f"services that use it. If they suit you, say so: accept_licence: {AGPL}. If not: version: {Version.LAION}"
+        )
+    if version is not Version.V2_5 and accepted is not None:
+        raise ConfigError(
+            f"aesthetic: {version} asks for no licence, so accept_licence has no effect. Take it out."
+        )

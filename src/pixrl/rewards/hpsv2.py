@@ -1,0 +1,102 @@
+"""HPSv2 and HPSv2.1: what people prefer, by a CLIP ViT-H/14 fine-tuned on 798 k pairwise choices.
+
+Wu et al. 2023 (Human Preference Score v2): s(x, y) = cos(E_image(y), E_text(x)), without logit scale or softmax; the
+benchmark's tables show 100 s. v2.0 and v2.1 are two sets of weights whose scores are not comparable.
+
+Published as OpenCLIP weights in `xswu/HPSv2` (Apache-2.0): one .pt file a version, without config or tokenizer, which
+are taken from the CLIP that it was trained from. The picture goes in whole: the longer side is scaled to 224 and black
+fills the square, where CLIP's own preprocessing would crop.
+  1. A non-square picture whose longer side is 224 already is padded too; the official code forgets it and fails.
+"""
+
+import html
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+
+from pixrl.hub import read_json
+from pixrl.rewards.clip import ClipSimilarity, PromptCosineReward
+from pixrl.rewards.preprocess import PadToSquare
+from pixrl.rewards.references import choice
+from pixrl.rewards.sources import describe_files, find_file, words_folder
+
+HUB_ID = "xswu/HPSv2"
+TRAINED_FROM = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+class Version(StrEnum):
+    """Which of the two sets of weights."""
+
+    V2 = "v2.0"
+    """RMLer's: about 0.26 to 0.28."""
+    V2_1 = "v2.1"
+    """E²PO's, DanceGRPO's and D²-Align's: about 0.20 to 0.33."""
+
+
+FILES = {Version.V2: "HPS_v2_compressed.pt", Version.V2_1: "HPS_v2.1_compressed.pt"}
+
+
+class HPSv2Reward(PromptCosineReward):
+    """Cosine between the picture and its prompt, from HPSv2's weights.
+
+    Args:
+        model: a hub id, a folder that holds the version's file, or such a file.
+        version: see `Version`. A file given by its path is taken as that version's.
+        processor: whose config and tokenizer fit the weights.
+        antialias: false repeats figures made with torchvision up to 0.16, which resized float tensors without it.
+
+    Raises:
+        ConfigError: there is no such version.
+        CheckpointError: a file is missing, damaged, or holds another model.
+    """
+
+    name = "hpsv2"
+
+    def __init__(
+        self,
+        model: str | Path = HUB_ID,
+        version: str = Version.V2_1,
+        processor: str | Path = TRAINED_FROM,
+        antialias: bool = True,
+        device: str = "auto",
+        dtype: str = "float32",
+    ) -> None:
+        self.version = choice(self.name, "version", version, Version)
+        file = find_file(model, FILES[self.version])
+        side = _picture_side(words_folder(processor))
+        clip = ClipSimilarity(
+            file,
+            device=device,
+            dtype=dtype,
+            processor=processor,
+            preprocess=PadToSquare(side, antialias=antialias),
+            clean=clean_text,
+        )
+        super().__init__(
+            clip,
+            provenance={
+                **describe_files(f"{model}", file.parent, [file]),
+                "file": file.name,
+                "version": self.version.value,
+                "text_cleaning": "ftfy, html, lower case" if find_spec("ftfy") else "html, lower case",
+            },
+        )
+
+
+def clean_text(text: str) -> str:
+    """OpenCLIP's cleaning before its tokenizer: broken Unicode mended where ftfy is installed, html entities, spaces.
+
+    Lower case and the cutting at 77 tokens are the tokenizer's.
+    """
+    if find_spec("ftfy"):
+        from ftfy import fix_text
+
+        text = fix_text(text)
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def _picture_side(words: Path) -> int:
+    """224 for the published config."""
+    vision = read_json(words / "config.json").get("vision_config")
+    side = vision.get("image_size", 224) if isinstance(vision, dict) else 224
+    return int(side)
