@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pixrl.errors import InputError
+from pixrl.libraries import check_torchvision
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -90,7 +91,12 @@ def free_bytes(device: torch.device) -> int:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars and no advice from diffusers and transformers within; their errors still come through."""
+    """No progress bars and no advice from diffusers and transformers within; their errors still come through.
+
+    Raises:
+        RunError: they cannot be imported, because torchvision was built for another torch.
+    """
+    check_torchvision()
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 

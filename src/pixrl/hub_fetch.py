@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pixrl.errors import CheckpointError, InputError
+from pixrl.libraries import check_torchvision
 
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model")
 """What describes a pipeline and its tokenizers, without weights."""
@@ -34,6 +35,7 @@ def fetch_pipeline(ref: str, without: Sequence[str] = ()) -> Path:
         CheckpointError: it cannot be had; says why and what to do.
     """
     repo, revision = split_revision(ref)
+    check_torchvision()
     from diffusers import DiffusionPipeline
 
     try:

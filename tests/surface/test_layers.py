@@ -10,7 +10,7 @@ import pixrl.config
 
 PACKAGE = Path(pixrl.config.__file__).parent
 LAYERS = [
-    {"errors", "types", "config", "hub", "hub_check", "hub_fetch", "device"},
+    {"errors", "types", "config", "hub", "hub_check", "hub_fetch", "device", "libraries"},
     {"equations"},
     {"models", "rewards", "data"},
     {"algorithms", "conformance"},

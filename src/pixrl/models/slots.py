@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from enum import StrEnum
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError, InputError, RunError
+from pixrl.libraries import check_torchvision
 
 
 class Slot(StrEnum):
@@ -47,6 +46,10 @@ class LoraSlots:
     ) -> None:
         if rank < 1:
             raise InputError(f"The LoRA rank must be at least 1, got {rank}.")
+        check_torchvision()
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
         backbone.requires_grad_(False)
         config = LoraConfig(
             r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"

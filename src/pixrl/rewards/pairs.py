@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pixrl.device import quiet_loading
 from pixrl.errors import CheckpointError
+from pixrl.libraries import require
 from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.preprocess import require_images
 from pixrl.types import RewardBatch, Scores
@@ -57,7 +58,10 @@ def load_tokenizer(folder: Path, kind: str = "AutoTokenizer") -> Any:
 
     Raises:
         CheckpointError: the folder has none that can be read.
+        RunError: it is a SentencePiece file, and that library is missing; says which extra to install.
     """
+    if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+        require("sentencepiece", "rewards", f"The tokenizer spiece.model in {folder}")
     with quiet_loading():
         import transformers
 

@@ -1,0 +1,57 @@
+"""Libraries that may be missing, or installed in a way that breaks others: one sentence that says what to type."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from types import ModuleType
+
+from pixrl.errors import RunError
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """A library that only some jobs need, imported.
+
+    Args:
+        module: its name in Python, such as `spacy`.
+        extra: the extra of pixrl that installs it.
+        purpose: what needs it, as the beginning of a sentence.
+
+    Raises:
+        RunError: it is not installed, or cannot be imported; says which extra to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RunError(
+            f"{purpose} needs {module}, which cannot be imported ({error}). Type: pip install 'pixrl[{extra}]'"
+        ) from error
+
+
+def check_torchvision() -> None:
+    """Nothing where torchvision is absent, as pixrl wants it, or can be imported.
+
+    diffusers, transformers and peft ask the package's metadata whether it is there, and then fail to import half of
+    their models, with messages about anything but torchvision: its compiled part must be built for the very torch
+    that is installed (a CUDA wheel beside a CPU torch is the usual way to break it).
+
+    Raises:
+        RunError: it is installed and cannot be imported.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except (RuntimeError, ImportError, OSError, AttributeError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RunError(
+            f"torchvision {_version('torchvision')} does not match torch {_version('torch')} ({said}); while it is "
+            "installed, diffusers and transformers cannot load their models. pixrl does not need it: "
+            "pip uninstall torchvision, or install the build that belongs to this torch."
+        ) from error
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
