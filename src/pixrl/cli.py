@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pixrl import __version__, cli_fuse, cli_serve, cli_toy, cli_train
+from pixrl import __version__, cli_fuse, cli_models, cli_serve, cli_toy, cli_train
 from pixrl.errors import PixrlError
 
 
@@ -45,6 +45,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_fuse.commands)
 app.add_typer(cli_train.commands)
+app.add_typer(cli_models.commands)
 app.add_typer(cli_serve.commands)
 app.add_typer(cli_toy.commands, name="toy")
 

@@ -51,6 +51,7 @@ __all__ = [
     "read_card",
     "read_json",
     "resolve",
+    "split_single_file",
     "weight_files",
 ]
 

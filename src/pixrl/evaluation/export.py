@@ -1,0 +1,129 @@
+"""A run's LoRA as a file that other programs load, with a model card and pictures beside it.
+
+The last whole checkpoint is taken. The weights are saved with their scale (alpha / rank) in the up projections, so
+that a reader needs no alpha. Where the run was trained on top of a merged LoRA (UNO's), the file holds both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from torch import Tensor
+
+from pixrl import models
+from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
+from pixrl.evaluation.model_card import Facts, pipeline_name, shown_pairs, write_card
+from pixrl.hub import locate
+from pixrl.models.comfy_lora import to_comfyui
+from pixrl.models.flux_lora import added, read_lora, slot_lora, to_diffusers, write_lora
+from pixrl.models.slots import Slot
+from pixrl.training import checkpoint
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_kinds import read_config, require_kind
+from pixrl.training.files import write_atomic
+from pixrl.training.personalize_config import PersonalizeConfig
+from pixrl.training.runlog import RunFolder
+
+CARD = "README.md"
+_SLOTS = "slots/"
+
+
+class Format(StrEnum):
+    """Key layouts of LoRA files."""
+
+    DIFFUSERS = "diffusers"
+    COMFYUI = "comfyui"
+
+
+def parse_format(name: str) -> Format:
+    """The layout of that name. InputError where there is none."""
+    if name not in list(Format):
+        raise InputError(
+            f"Unknown format {name!r}.{did_you_mean(name, list(Format))} Use {' or '.join(Format)}."
+        )
+    return Format(name)
+
+
+FILES = {
+    Format.DIFFUSERS: "pytorch_lora_weights.safetensors",
+    Format.COMFYUI: "comfyui_lora.safetensors",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    file: Path
+    card: Path
+    slot: Slot
+    step: int
+
+
+def export(
+    run: Path, *, out: Path | None = None, layout: Format = Format.DIFFUSERS, slot: Slot | None = None
+) -> Exported:
+    """Writes a run's LoRA, model card and pictures.
+
+    Args:
+        run: an align or personalize run, finished or not.
+        out: the folder; None: `export` in the run's.
+        layout: diffusers' or ComfyUI's names.
+        slot: current or ema; None: the averaged weights where the run has them.
+
+    Raises:
+        RunError: it is no such run, or has no checkpoint yet.
+        ConfigError: the run has no averaged weights, or no LoRA in that slot.
+        CheckpointError: a module has no place in the layout, or the base model's folder is gone.
+    """
+    folder = RunFolder.open(run, allow_changed=True)
+    require_kind(folder)
+    config = read_config(folder)
+    chosen = _slot(config, slot)
+    saved = checkpoint.latest(folder.path)
+    if saved is None:
+        raise RunError(f"{folder.path} has no checkpoint yet. Type: pixrl resume {folder.path}")
+    tensors, _ = checkpoint.load(saved)
+    base = locate(config.model).folder
+    lora = _lora(config, tensors, chosen)
+    named = to_diffusers(lora) if layout is Format.DIFFUSERS else to_comfyui(lora, models.kind_of(base))
+    place = folder.path / "export" if out is None else out
+    facts = Facts(FILES[layout], chosen.value, checkpoint.step_of(saved), layout.value, pipeline_name(base))
+    metadata = {"format": "pt", "made_by": "pixrl", "run": folder.path.name, "slot": chosen.value}
+    file = write_lora(place / FILES[layout], named, metadata)
+    return Exported(file, _describe(folder, config, facts, place), chosen, facts.step)
+
+
+def _slot(config: AlignConfig, asked: Slot | None) -> Slot:
+    averaged = config.optimizer.ema is not None
+    if asked is Slot.EMA and not averaged:
+        raise ConfigError("This run keeps no averaged weights (optimizer.ema is null). Type: --slot current")
+    if asked not in (None, Slot.EMA, Slot.CURRENT):
+        raise ConfigError(
+            f"The slot {asked.value!r} is not for use outside. Type: --slot current or --slot ema"
+        )
+    return asked or (Slot.EMA if averaged else Slot.CURRENT)
+
+
+def _lora(
+    config: AlignConfig, tensors: Mapping[str, Tensor], slot: Slot
+) -> Mapping[str, tuple[Tensor, Tensor]]:
+    state = {name.removeprefix(_SLOTS): x for name, x in tensors.items() if name.startswith(_SLOTS)}
+    trained = slot_lora(state, slot.value, config.lora.alpha / config.lora.rank)
+    if not trained:
+        raise CheckpointError(f"The checkpoint holds no LoRA in the slot {slot.value!r}.")
+    if isinstance(config, PersonalizeConfig) and config.references.lora is not None:
+        return added([read_lora(Path(config.references.lora)), trained])
+    return trained
+
+
+def _describe(folder: RunFolder, config: AlignConfig, facts: Facts, place: Path) -> Path:
+    """Writes the card and its pictures; the card's path."""
+    pairs = shown_pairs(folder)
+    for pair in pairs:
+        for source, name in (pair.before, pair.after):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(place / name, source.read_bytes())
+    write_atomic(place / CARD, write_card(folder, config, facts, pairs).encode())
+    return place / CARD

@@ -1,0 +1,251 @@
+"""The model card of an exported LoRA: what it is, how it was made, what it gained and lost, how to use it."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pixrl.evaluation import align_words as words
+from pixrl.evaluation.align_report import Change, changes_of, failures, is_unseen, warnings
+from pixrl.hub import TOY_PREFIX, split_single_file
+from pixrl.hub_check import INDEX, read_json
+from pixrl.hub_fetch import is_hub_id, split_revision
+from pixrl.models.licences import NOT_STATED, TOY, generator_licence
+from pixrl.rewards.settings import RewardSetting
+from pixrl.rewards.sources import LICENCES as REWARD_LICENCES
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_log import evaluations
+from pixrl.training.align_record import GALLERY
+from pixrl.training.personalize_config import PersonalizeConfig
+from pixrl.training.runlog import RunFolder
+
+SHOWN = 6
+"""Pairs of pictures."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One pair of a card: files of the run before and after, and their names in the export."""
+
+    prompt: str
+    before: tuple[Path, str]
+    after: tuple[Path, str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the card says that the run's folder does not."""
+
+    file: str
+    slot: str
+    step: int
+    layout: str
+    pipeline: str
+    """diffusers' class."""
+
+
+def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
+    """Held-out prompts by the base and by the last evaluated weights, from the same noise; spread evenly."""
+    record = folder.path / GALLERY
+    steps = sorted(folder.samples_dir.glob("step-*"))
+    if len(steps) < 2 or not record.is_file():
+        return []
+    entries = json.loads(record.read_text(encoding="utf-8"))
+    found = []
+    for entry in entries:
+        before, after = (step / f"{entry['number']:04d}.png" for step in (steps[0], steps[-1]))
+        if before.is_file() and after.is_file():
+            names = [f"images/{entry['number']:04d}-{when}.png" for when in ("before", "after")]
+            found.append(Shown(entry["prompt"], (before, names[0]), (after, names[1])))
+    total = min(count, len(found))
+    return [found[place * len(found) // total] for place in range(total)]
+
+
+def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequence[Shown]) -> str:
+    """The card as markdown, with the front matter that model hubs read."""
+    evaluated = evaluations(folder.path)
+    changes = changes_of(config, evaluated)
+    sections = [
+        _front_matter(config),
+        _title(folder, config, facts),
+        _pictures(pairs),
+        _changes(config, changes, evaluated),
+        _artefacts(folder, changes),
+        _method(folder, config),
+        _usage(config, facts),
+        _licences(config),
+        f"## Recipe\n\n```yaml\n{folder.recipe_text().strip()}\n```",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(config: AlignConfig) -> str:
+    fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    base = split_revision(config.model)[0]
+    if is_hub_id(config.model) and not Path(config.model).is_dir():
+        fields["base_model"] = base
+    licence = generator_licence(config.model)
+    fields |= {"license": "other", "license_name": licence} if licence != NOT_STATED else {}
+    fields["tags"] = ["lora", "diffusers", "pixrl", "reinforcement-learning"]
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()}\n---"
+
+
+def _title(folder: RunFolder, config: AlignConfig, facts: Facts) -> str:
+    names = " and ".join(setting.name for setting in config.rewards if not setting.held_out)
+    what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
+    return (
+        f"# {folder.path.name}\n\n"
+        f"A LoRA of rank {config.lora.rank} on `{config.model}`, trained by reinforcement learning on {names} with "
+        f"`pixrl {folder.kind}`: the {what} weights after {facts.step} of {config.steps} steps."
+    )
+
+
+def _pictures(pairs: Sequence[Shown]) -> str:
+    if not pairs:
+        return ""
+    rows = [
+        f"| {_cell(pair.prompt)} | ![before]({pair.before[1]}) | ![after]({pair.after[1]}) |"
+        for pair in pairs
+    ]
+    head = ["## Before and after", "", "The same prompt and noise.", "", "| prompt | before | after |"]
+    return "\n".join([*head, "|---|---|---|", *rows])
+
+
+def _changes(config: AlignConfig, changes: Sequence[Change], evaluated: Sequence[Mapping[str, Any]]) -> str:
+    if not changes:
+        return "## Gains and losses\n\nNot measured: the run was exported before its second evaluation."
+    s = config.evaluation
+    count = s.prompts * s.per_prompt
+    seen = "that training did not see" if is_unseen(config) else "of the training file"
+    rows = [
+        f"| {c.name} | {c.role} | {_number(c.before)} | {_number(c.after)} | {_signed(c.gain)} |"
+        for c in changes
+    ]
+    head = (
+        f"Means over up to {count} pictures of {s.prompts} prompts {seen}, from the same noise before and after "
+        f"({evaluated[0]['step']} and {evaluated[-1]['step']} updates). One seed: no interval."
+    )
+    return "\n".join(
+        [
+            "## Gains and losses",
+            "",
+            head,
+            "",
+            "| | | before | after | change |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def _artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
+    manifest = folder.manifest()
+    found = [f"- {text}" for text in warnings(changes)]
+    failed = failures(manifest)
+    if failed:
+        total = sum(count for _, count in failed)
+        found.append(
+            f"- {total} of {len(manifest)} training pictures had no score and taught nothing: {failed[0][0]} ..."
+        )
+    if not found:
+        found = [
+            "- None was detected: no reward that was never trained on fell, and pictures stay as varied as before."
+        ]
+    found.append("- A reward measures what it measures. Look at the pictures before you rely on the figures.")
+    return "## Known artefacts\n\n" + "\n".join(found)
+
+
+def _method(folder: RunFolder, config: AlignConfig) -> str:
+    environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+    start_file = folder.path / "start.json"
+    start = json.loads(start_file.read_text(encoding="utf-8")) if start_file.is_file() else {}
+    rewards = [
+        f"- `{s.name}` ({s.reward}), {'only measured' if s.held_out else f'weight {s.weight:g}'}: {_options(s)}"
+        for s in config.rewards
+    ]
+    facts = [f"- {name}: {text}" for name, text in (*words.method_parts(config), *words.facts(config, start))]
+    machine = [f"- {name}: {text}" for name, text in words.machine_facts(environment)]
+    return "\n".join(["## Method", "", *facts, "", "## Rewards", "", *rewards, "", "## Data", "", *_data(config),
+                      "", "## Machine", "", *machine])  # fmt: skip
+
+
+def _data(config: AlignConfig) -> Iterator[str]:
+    yield f"- training prompts: `{config.prompts.source}`"
+    yield f"- evaluation prompts: `{config.evaluation.source or config.prompts.source}`"
+    if isinstance(config, PersonalizeConfig):
+        yield "- reference pictures: those of the subjects named there; they are not part of this folder"
+
+
+def _options(setting: RewardSetting) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.options.items()) or "no options"
+
+
+def _usage(config: AlignConfig, facts: Facts) -> str:
+    if facts.layout == "comfyui":
+        how = f"Put `{facts.file}` into `ComfyUI/models/loras` and load it with the node *Load LoRA* (model alone)."
+        return f"## Use\n\n{how}"
+    split = split_single_file(config.model)
+    base, _, revision = config.model.partition("@")
+    if split is not None:
+        load = f'from_single_file("{split[0]}", config="{split[1] or split[0].with_suffix("")}")'
+    else:
+        load = f'from_pretrained("{base}"' + (f', revision="{revision}")' if revision else ")")
+    lines = [
+        "```python",
+        f"from diffusers import {facts.pipeline}",
+        "",
+        f"pipeline = {facts.pipeline}.{load}",
+        f'pipeline.load_lora_weights("FOLDER", weight_name="{facts.file}")',
+        "```",
+    ]
+    return "\n".join(["## Use", "", *lines])
+
+
+def _licences(config: AlignConfig) -> str:
+    rows = [
+        f"| `{config.model}` | base model; this LoRA derives from it | {generator_licence(config.model)} |"
+    ]
+    if isinstance(config, PersonalizeConfig) and config.references.lora is not None:
+        lora = config.references.lora
+        rows.append(f"| `{lora}` | LoRA that is part of this one | {_lora_licence(lora)} |")
+    for setting in config.rewards:
+        for ref in (
+            value for value in setting.options.values() if isinstance(value, str) and _is_model(value)
+        ):
+            rows.append(f"| `{ref}` | model of the reward {setting.name} | {_reward_licence(ref)} |")
+    return "\n".join(["## Licences", "", "| what | role | licence |", "|---|---|---|", *dict.fromkeys(rows)])
+
+
+def _is_model(value: str) -> bool:
+    return value.startswith(TOY_PREFIX) or is_hub_id(value) or (Path(value) / "config.json").is_file()
+
+
+def _reward_licence(ref: str) -> str:
+    if ref.startswith(TOY_PREFIX):
+        return TOY
+    return REWARD_LICENCES.get(split_revision(ref)[0]) or generator_licence(ref)
+
+
+def _lora_licence(file: str) -> str:
+    return generator_licence("/".join(Path(file).parts[-3:-1])) if len(Path(file).parts) > 2 else NOT_STATED
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.4g}"
+
+
+def _signed(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:+.4g}"
+
+
+def pipeline_name(model: Path) -> str:
+    """diffusers' class of a pipeline's folder."""
+    return str(read_json(model / INDEX).get("_class_name"))

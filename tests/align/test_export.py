@@ -1,0 +1,179 @@
+"""An exported LoRA draws, in a fresh pipeline, what the run's own slot draws; its card says what was measured."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+import pixrl
+from pixrl import cli, models
+from pixrl.errors import ConfigError, InputError, RunError
+from pixrl.evaluation.export import Format, export, parse_format
+from pixrl.models.sd3 import SD3Policy
+from pixrl.models.slots import Slot
+from pixrl.training import checkpoint
+from tests import published, tiny
+from tests.align.parts import recipe
+
+OWL, SNAIL = "a red owl", "two blue snails"
+TARGETS = [
+    "attn.to_q",
+    "attn.to_v",
+    "attn2.to_k",
+    "attn2.to_out.0",
+    "attn.add_k_proj",
+    "attn.to_add_out",
+    "ff.net.2",
+]
+
+
+@pytest.fixture(scope="module")
+def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.sd3(tmp_path_factory.mktemp("dual") / "sd3", card=tiny.SD3_CARD, dual=True)
+
+
+@pytest.fixture(scope="module")
+def run(dual_folder: Path, prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps with a large learning rate, so that every slot differs from the base."""
+    made = recipe(
+        dual_folder,
+        prompt_file,
+        steps=2,
+        optimizer={"lr": 0.05, "ema": 0.5},
+        lora={"rank": 3, "alpha": 12, "targets": TARGETS},
+    )
+    return pixrl.align(made, out=tmp_path_factory.mktemp("runs") / "bright").run
+
+
+def pictures(policy: SD3Policy) -> Tensor:
+    return policy.sample(policy.encode([OWL, SNAIL]), [1, 2])
+
+
+def fresh(folder: Path) -> SD3Policy:
+    found = models.load(folder, device="cpu", dtype="float32")
+    assert isinstance(found, SD3Policy)
+    return found
+
+
+def pictures_of_slot(folder: Path, run: Path, slot: str) -> Tensor:
+    policy = fresh(folder)
+    slots = policy.attach_lora(rank=3, alpha=12, targets=tuple(TARGETS))
+    saved = checkpoint.latest(run)
+    assert saved is not None
+    tensors, _ = checkpoint.load(saved)
+    slots.load_state({k.removeprefix("slots/"): x for k, x in tensors.items() if k.startswith("slots/")})
+    with policy.slot(slot):
+        return pictures(policy)
+
+
+@pytest.mark.parametrize("slot", ["current", "ema"])
+def test_diffusers_draws_the_slots_pictures(slot: str, run: Path, dual_folder: Path, tmp_path: Path) -> None:
+    done = export(run, out=tmp_path, slot=Slot(slot))
+    base = pictures(fresh(dual_folder))
+    policy = fresh(dual_folder)
+    policy.pipeline.load_lora_weights(str(tmp_path), weight_name=done.file.name)
+    drawn, expected = pictures(policy), pictures_of_slot(dual_folder, run, slot)
+    assert torch.allclose(drawn, expected, atol=1e-4)
+    assert (drawn - base).abs().mean() > 10 * (drawn - expected).abs().mean()
+    with safe_open(done.file, "pt") as file:
+        assert file.metadata()["slot"] == slot
+
+
+def test_the_published_weights_plus_comfyuis_file_draw_them_too(
+    run: Path, dual_folder: Path, tmp_path: Path
+) -> None:
+    file = load_file(export(run, out=tmp_path, layout=Format.COMFYUI, slot=Slot.CURRENT).file)
+    weights = published.sd3_transformer(published.part(dual_folder, "transformer"))
+    prefix = "model.diffusion_model."
+    known = {key.removeprefix(prefix).removesuffix(".weight").replace(".", "_"): key for key in weights}
+    modules = {key.rsplit(".lora_", 1)[0] for key in file if ".lora_" in key}
+    assert len(modules) > 6
+    for module in modules:  # what ComfyUI does with every pair it finds
+        down, up = file[f"{module}.lora_down.weight"], file[f"{module}.lora_up.weight"]
+        key = known[module.removeprefix("lora_unet_")]
+        weights[key] = weights[key] + file[f"{module}.alpha"] / len(down) * (up @ down)
+    policy = fresh(dual_folder)
+    policy.transformer.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(dict(weights)))
+    assert torch.allclose(pictures(policy), pictures_of_slot(dual_folder, run, "current"), atol=1e-4)
+
+
+def test_the_card_says_what_was_done_and_measured(run: Path, dual_folder: Path, tmp_path: Path) -> None:
+    done = export(run, out=tmp_path)
+    assert (done.slot, done.step) == (Slot.EMA, 2)
+    card = done.card.read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "diffusers"
+    assert "base_model" not in front  # a folder on this machine is no name that others know
+    for text in (
+        "# bright",
+        "LoRA of rank 3",
+        "averaged (ema) weights after 2 of 2 steps",
+        "## Before and after",
+        "## Gains and losses",
+        "| python | trained on | ",
+        "One seed: no interval",
+        "## Known artefacts",
+        "nft, beta 1",
+        "noise alone, 3 samples a prompt",
+        "judge.py:brightness",
+        "prompts.txt",
+        "## Licences",
+        f"| `{dual_folder}` | base model; this LoRA derives from it | not stated: see the model's page |",
+        'pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")',
+        "kind: align",
+    ):
+        assert text in card, text
+    shown = [line for line in card.splitlines() if "![before]" in line]
+    assert 1 <= len(shown) <= 6
+    for line in shown:
+        for name in (part.split(")")[0] for part in line.split("(")[1:]):
+            assert (tmp_path / name).is_file()
+
+
+def test_a_card_names_a_published_base_and_its_licence(run: Path, tmp_path: Path) -> None:
+    from pixrl.evaluation.model_card import Facts, write_card
+    from pixrl.training.align_kinds import read_config
+    from pixrl.training.runlog import RunFolder
+
+    folder = RunFolder.open(run)
+    config = read_config(folder).model_copy(update={"model": "stabilityai/stable-diffusion-3.5-medium@main"})
+    facts = Facts("x.safetensors", "current", 1, "diffusers", "StableDiffusion3Pipeline")
+    card = write_card(folder, config, facts, [])
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "stabilityai/stable-diffusion-3.5-medium"
+    assert (front["license"], front["license_name"]) == ("other", "Stability AI Community License")
+    assert 'from_pretrained("stabilityai/stable-diffusion-3.5-medium", revision="main")' in card
+
+
+def test_what_cannot_be_exported(run: Path, dual_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--slot current or --slot ema"):
+        export(run, slot=Slot.OLD)
+    with pytest.raises(InputError, match="Did you mean 'diffusers'"):
+        parse_format("difusers")
+    bare = Path(shutil.copytree(run, tmp_path / "bare"))
+    shutil.rmtree(bare / "checkpoints")
+    with pytest.raises(RunError, match=r"no checkpoint yet\. Type: pixrl resume"):
+        export(bare)
+    made = recipe(dual_folder, prompt_file, steps=1, optimizer={"lr": 1e-3, "ema": None})
+    plain = pixrl.align(made, out=tmp_path / "plain").run
+    with pytest.raises(ConfigError, match=r"no averaged weights.*--slot current"):
+        export(plain, slot=Slot.EMA)
+    assert export(plain).slot is Slot.CURRENT
+
+
+def test_the_command(run: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        cli.app, ["export", str(run), "--format", "comfyui", "--out", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "comfyui_lora.safetensors" in done.stdout.replace("\n", "")
+    assert "ComfyUI/models/loras" in (tmp_path / "out/README.md").read_text()
+    wrong = CliRunner().invoke(cli.app, ["export", str(run), "--slot", "emma"])
+    assert (wrong.exit_code, "There are current, old, ema" in wrong.stderr) == (2, True)
