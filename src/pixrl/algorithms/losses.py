@@ -19,6 +19,7 @@ Deviations:
 2. Where no KL is asked for, the distance to the reference is still measured on the first rows, for the log.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,8 +79,10 @@ class ClippedSettings(Settings):
     """GRPO's loss."""
 
     kind: Literal["clipped"] = "clipped"
-    clip: float = Field(1e-4, gt=0, lt=1)
-    """Half width of the trusted ratios. Log-densities are means over pixels, hence the small numbers."""
+    clip: float | None = Field(None, gt=0, lt=1)
+    """Half width of the trusted ratios, such as 1e-4: log-densities are means over pixels, hence the small numbers. It
+    belongs to several updates a step: before the first one every ratio is 1, and clipping would act on rounding alone.
+    """
     kl: float = Field(0.0, ge=0)
     """Weight of the distance to the reference policy."""
     kl_form: KLForm | None = None
@@ -137,6 +140,8 @@ class Judgement:
     """At every step of the schedule; nan leaves a sample out."""
     rival_PS: Tensor | None = None
     """Place in its group of the sample that each one was preferred to, for losses of pairs."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """What each reward counts, for losses that differentiate the rewards themselves."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """For the log."""
 
@@ -206,6 +211,7 @@ class ClippedSurrogate(Loss):
 
     def __init__(self, settings: ClippedSettings) -> None:
         self.settings = settings
+        self.clip = math.inf if settings.clip is None else settings.clip
 
     def parts(self, rollouts: Rollouts) -> int:
         return len(rollouts.transitions)
@@ -230,9 +236,11 @@ class ClippedSurrogate(Loss):
         sigma_B = x.new_full((len(x),), plan.schedule.sigmas[number])
         condition = rollouts.conditioning(index)
         step = plan.random_step(x, policy.velocity(x, sigma_B, condition), number, next_x=next_x)
-        loss_B = clipped_surrogate(step.log_prob, old_log_prob, advantage_B.to(x.device), self.settings.clip)
+        loss_B = clipped_surrogate(step.log_prob, old_log_prob, advantage_B.to(x.device), self.clip)
         ratio_B = (step.log_prob.detach() - old_log_prob).exp()
-        figures = {"ratio": ratio_B, "clip_share": ((ratio_B - 1).abs() > self.settings.clip).float()}
+        figures = {"ratio": ratio_B}
+        if self.settings.clip is not None:
+            figures["clip_share"] = ((ratio_B - 1).abs() > self.clip).float()
         if with_kl or self.settings.kl > 0:
             with torch.no_grad(), policy.slot(Slot.REFERENCE):
                 velocity = policy.velocity(x, sigma_B, condition)

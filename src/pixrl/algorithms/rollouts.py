@@ -92,7 +92,7 @@ def fresh_noise(policy: FlowPolicy, streams: Sequence[int], use: Use, number: in
 
 @dataclass(frozen=True)
 class Transition:
-    """One random step of all B rollouts."""
+    """One random step of all B rollouts, or an ODE step that a loss takes again (`StepPlan.kept`)."""
 
     number: int
     """The true step, 0 the noisiest, whatever order an update takes them in."""
@@ -101,7 +101,7 @@ class Transition:
     next_B: Tensor
     """Latents behind it, the shape of `x_B`."""
     log_prob_B: Tensor
-    """Log-density of `next_B` under the sampling policy, conditioned on the prompt itself, [B]."""
+    """Log-density of `next_B` under the sampling policy, conditioned on the prompt itself, [B]; 0 of an ODE step."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ class Rollouts:
     metrics: Mapping[str, float] = field(default_factory=dict)
     rival_B: Tensor | None = None
     """Row of the picture that each one was preferred to, int64 [B]; where a loss learns from pairs."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """What each reward counts; where a loss differentiates the rewards themselves."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -144,7 +146,7 @@ def roll_out(
     """Draw the samples with the slot that is active.
 
     Returns:
-        pictures [B, 3, H, W] on the CPU, clean latents [B, C, h, w], and the random steps in order.
+        pictures [B, 3, H, W] on the CPU, clean latents [B, C, h, w], and the random and kept steps in order.
     """
     if not len(samples):
         return _nothing(policy, plan)
@@ -161,7 +163,9 @@ def _nothing(policy: FlowPolicy, plan: StepPlan) -> Drawn:
     side = policy.settings.resolution
     latents = policy.initial_noise([0])[:0]
     none_B = latents.new_zeros(0)
-    transitions = tuple(Transition(number, latents, latents, none_B) for number in sorted(plan.stochastic))
+    transitions = tuple(
+        Transition(number, latents, latents, none_B) for number in sorted(plan.stochastic | plan.kept)
+    )
     return torch.zeros(0, 3, side, side), latents, transitions
 
 
@@ -185,7 +189,10 @@ def _roll_out_part(
         condition = variants.at(sigma, prompt_B, variant_B)
         velocity = policy.velocity(x, x.new_full((len(x),), sigma), condition)
         if number not in plan.stochastic:
-            x = solver.step(x, velocity, number)
+            after = solver.step(x, velocity, number)
+            if number in plan.kept:
+                transitions.append(Transition(number, x, after, x.new_zeros(len(x))))
+            x = after
             continue
         solver.forget()
         step = plan.random_step(x, velocity, number, noise=fresh_noise(policy, streams, Use.STEP, number))

@@ -94,7 +94,7 @@ class PreferencePairs(Loss):
         advantage_PS[places[differs_P], winner_P[differs_P]] = 1.0
         rival_PS = loser_P[:, None].expand_as(score_PS)
         figures = {"pair_share": differs_P.float().mean().item()}
-        return Judgement(advantage_PS.expand(steps, -1, -1), rival_PS, figures)
+        return Judgement(advantage_PS.expand(steps, -1, -1), rival_PS, figures=figures)
 
     def parts(self, rollouts: Rollouts) -> int:
         return self.settings.timesteps

@@ -168,6 +168,8 @@ class StepPlan:
     eta: float = 0.0
     stochastic: frozenset[int] = frozenset()
     """Numbers of the random steps, 0 the noisiest."""
+    kept: frozenset[int] = frozenset()
+    """Numbers of further steps whose latents a loss wants to begin again from."""
 
     @staticmethod
     def make(policy: FlowPolicy, settings: SamplingSettings, *, seed: int, step: int) -> "StepPlan":

@@ -5,6 +5,7 @@ Two figures must be equal in a study: pictures and updates. Not every method dra
 | method       | its pictures are                                                   | their scores are for           |
 |--------------|--------------------------------------------------------------------|--------------------------------|
 | clipped, nft | drawn by the model in training                                     | learning, every one            |
+| draft        | drawn by the model in training, the last K steps twice             | the log; their gradient is followed |
 | rpo          | drawn by the frozen base                                           | finding a group's best and worst |
 | sft          | targets of the data set, each with G noises of its own; none drawn | the log alone                  |
 
@@ -15,6 +16,7 @@ picture and a noise level that go through a gradient, and a study's table has th
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.losses import ClippedSettings, NFTSettings
 from pixrl.algorithms.rpo import RPOSettings
 from pixrl.algorithms.sft import SFTSettings
@@ -64,6 +66,8 @@ def budget_of(config: AlignConfig) -> Budget:
             return Budget(images, "drawn by the frozen base", images, pictures * loss.timesteps, updates)
         case NFTSettings() as loss:
             return Budget(images, "drawn by the model", images, images * loss.timesteps, updates)
+        case DraftSettings() as loss:
+            return Budget(images, "drawn by the model", images, images * loss.last, updates)
         case ClippedSettings():
             levels = len(random_steps(config.sampling, seed=0, step=0))  # as many in every training step
             return Budget(images, "drawn by the model", images, images * levels, updates)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixrl.algorithms.advantages import Scale
+from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.losses import NFTSettings
 from pixrl.algorithms.rpo import RPOSettings
 from pixrl.algorithms.sft import SFTSettings
@@ -120,6 +121,8 @@ def _sampling(config: AlignConfig) -> str:
 def _advantage(config: AlignConfig) -> str:
     a = config.advantage
     scale = "not divided" if a.scale is Scale.NONE else f"divided by the {a.scale.value} deviation"
+    if isinstance(config.loss, DraftSettings):
+        return "none: the rewards' gradient is followed"
     if isinstance(config.loss, SFTSettings):
         return "none: no score is learned from"
     if isinstance(config.loss, RPOSettings):
@@ -146,5 +149,8 @@ def _loss(config: AlignConfig) -> str:
                 f"rpo: best against worst of a group by the harmonic mean, beta {loss.beta:g}, similarity loss "
                 f"{loss.similarity:g}, {loss.timesteps} noise levels a pair"
             )
+        case DraftSettings() as loss:
+            return f"the rewards' own gradient through the last {loss.last} sampling step(s), KL {loss.kl:g}"
         case loss:
-            return f"clipped at ±{loss.clip:g}, KL {loss.kl:g}"
+            ratios = "on-policy ratio, not clipped" if loss.clip is None else f"clipped at ±{loss.clip:g}"
+            return f"{ratios}, KL {loss.kl:g}"

@@ -16,6 +16,7 @@ __all__ = ["REWARDS", "load"]
 
 REWARDS = {
     "aesthetic": "pixrl.rewards.aesthetic:AestheticReward",
+    "blip_vqa": "pixrl.rewards.blip_vqa:BlipVQAReward",
     "clip_i": "pixrl.rewards.dreambench:clip_i",
     "clip_image": "pixrl.rewards.clip:ClipImageReward",
     "clip_t": "pixrl.rewards.dreambench:clip_t",

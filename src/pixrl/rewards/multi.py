@@ -11,7 +11,7 @@ import torch
 
 from pixrl import rewards
 from pixrl.errors import ConfigError, InputError, RunError, ShapeError
-from pixrl.rewards.base import Reward
+from pixrl.rewards.base import DifferentiableReward, Reward
 from pixrl.rewards.calls import Caller, Failure
 from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
@@ -61,6 +61,10 @@ class RewardSet:
     def weights(self, step: int) -> Mapping[str, float]:
         """Reward -> weight above 0 of what is trained on at a step (counted from 0); never a held-out one."""
         return weights_at(self.settings, self.stages, step)
+
+    def differentiable(self) -> Mapping[str, DifferentiableReward]:
+        """Those that have a gradient by the picture."""
+        return {name: one for name, one in self._rewards.items() if isinstance(one, DifferentiableReward)}
 
     def score(self, batch: RewardBatch) -> Mapping[str, Scores]:
         """Every reward's scores [B], held-out ones too; nan with a reason where a reward failed.

@@ -42,13 +42,15 @@ def plan(
     trained: int,
     rollout_batch: int | None = None,
     train_batch: int | None = None,
+    through_decoder: bool = False,
 ) -> Plan:
     """Sizes for a process that draws `rollouts` pictures a step and takes optimizer steps of about `trained` pictures.
 
-    `rollout_batch`, `train_batch`: what the recipe asks for. `condition`: one row, with references as all have,
+    `rollout_batch`, `train_batch`: what the recipe asks for. `through_decoder`: the gradient passes the decoder too.
+    `condition`: one row, with references as all have,
     for the trial on a GPU.
     """
-    drawing, training = _limits(policy, condition, rollout_batch, train_batch)
+    drawing, training = _limits(policy, condition, rollout_batch, train_batch, through_decoder)
     sizes = (evened(rollouts, drawing.size), evened(trained, training.size))
     reasons = (
         _say("rollout", rollouts, sizes[0], drawing),
@@ -69,7 +71,11 @@ def _say(what: str, count: int, size: int, limit: Limit) -> str:
 
 
 def _limits(
-    policy: FlowPipelinePolicy, condition: Conditioning, rollout_batch: int | None, train_batch: int | None
+    policy: FlowPipelinePolicy,
+    condition: Conditioning,
+    rollout_batch: int | None,
+    train_batch: int | None,
+    through_decoder: bool,
 ) -> tuple[Limit, Limit]:
     given = [
         None if size is None else Limit(size, "the recipe says so") for size in (rollout_batch, train_batch)
@@ -79,24 +85,25 @@ def _limits(
         usual = Limit(policy.micro_batch, "what suits a CPU's cache at this resolution")
         return drawing or usual, training or usual
     return (
-        drawing or _measured(policy, _trial(policy, condition, train=False)),
-        training or _measured(policy, _trial(policy, condition, train=True)),
+        drawing or _measured(policy, _trial(policy, condition)),
+        training or _measured(policy, _trial(policy, condition, train=True, decode=through_decoder)),
     )
 
 
-def _trial(policy: FlowPipelinePolicy, condition: Conditioning, *, train: bool) -> Callable[[int], None]:
-    """One pass of some pictures through the model: with its gradient, or to the decoded picture."""
+def _trial(
+    policy: FlowPipelinePolicy, condition: Conditioning, *, train: bool = False, decode: bool = True
+) -> Callable[[int], None]:
+    """One pass of some pictures through the model, to the decoded picture or not, and with its gradient or not."""
 
     def velocity(count: int) -> Tensor:
         x = policy.initial_noise(range(count))
         return policy.velocity(x, x.new_full((count,), 0.5), Conditioning.cat([condition] * count))
 
     def one(count: int) -> None:
-        if train:
-            velocity(count).square().mean().backward()
-        else:
-            with torch.no_grad():
-                policy.decode(velocity(count))
+        with torch.set_grad_enabled(train), policy.decoder_present():
+            found = policy.decode(velocity(count)) if decode else velocity(count)
+            if train:
+                found.square().mean().backward()
 
     return one
 

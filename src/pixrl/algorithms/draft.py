@@ -1,0 +1,216 @@
+"""Direct reward back-propagation: the gradient of the reward itself, through the last K sampling steps.
+
+Clark et al. 2024, Directly Fine-Tuning Diffusion Models on Differentiable Rewards, the variant DRaFT-K. ReFL (Xu et al.
+2023, with ImageReward) and AlignProp (Prabhudesai et al. 2023) differ in which steps the gradient passes.
+
+| paper               | here                                                                                  |
+|---------------------|---------------------------------------------------------------------------------------|
+| r(x_0, c)           | `DifferentiableReward.differentiable_scores` of the decoded picture                   |
+| K                   | `DraftSettings.last`; K = T is full DRaFT                                             |
+| stop-gradient of x_K | the latents before the last K steps, kept when the pictures were drawn               |
+| theta               | the slot `current`                                                                    |
+
+Deviations:
+
+1. Pictures are drawn once, without gradients, and scored for the log; the last K steps are then taken again. With more
+   than one optimizer step a training step, the later ones start from latents of the weights before the first.
+2. The gradient is taken in two halves that give the same as one: of the rewards by x_0, whose graph is then freed, and
+   of x_0 by the weights. Decoder and reward models never share memory with the transformer's activations.
+3. With K > 1 each step is computed again in the backward pass (gradient checkpointing), so memory does not grow with K.
+4. Several rewards are added as they are, times their weights: there is no group to normalize them in. Give them weights
+   that make their scales alike.
+5. `kl` adds NFT's distance to the reference on those steps, against the reward hacking that this method is known for.
+6. The flow schedules of diffusers end with a step from a noise level of 0.001 (more with a shift), through which
+   next to nothing is learned. The paper's K = 1 is K = 2 there, and last steps that span less than `LEAST_SPAN` are refused.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.exploration import Variants
+from pixrl.algorithms.losses import Judgement, Loss, Terms
+from pixrl.algorithms.rollouts import Drawn, Rollouts, Samples
+from pixrl.algorithms.stepping import ODESolver, StepPlan
+from pixrl.config import Settings
+from pixrl.errors import ConfigError, InputError
+from pixrl.models.base import Conditioning, FlowPolicy
+from pixrl.models.slots import Slot
+from pixrl.rewards.base import DifferentiableReward
+
+LEAST_SPAN = 0.02
+"""Noise level that the last steps must begin at."""
+
+
+class DraftSettings(Settings):
+    """Direct reward back-propagation."""
+
+    kind: Literal["draft"] = "draft"
+    last: int = Field(2, ge=1)
+    """K: sampling steps that the gradient passes, counted from the picture; see deviation 6 for 1."""
+    kl: float = Field(0.0, ge=0)
+    """Weight of the mean of (v - v_ref)^2 over these steps."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One of the last steps, with gradients."""
+
+    number: int
+    before: Tensor
+    velocity: Tensor
+    after: Tensor
+
+
+class DirectReward(Loss):
+    """-sum_r w_r r(decode(x_0), prompt) + kl mean (v - v_ref)^2.
+
+    Args:
+        settings: K and the KL weight.
+        rewards: what can be differentiated, by name; those with a weight are.
+    """
+
+    sampling_slot = Slot.CURRENT
+
+    def __init__(self, settings: DraftSettings, rewards: Mapping[str, DifferentiableReward]) -> None:
+        self.settings = settings
+        self.rewards = rewards
+
+    def draw(
+        self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
+    ) -> Drawn:
+        """The pictures, and the latents before their last K steps.
+
+        Raises:
+            InputError: these steps span next to nothing.
+        """
+        start = plan.schedule.steps - self.settings.last
+        span = plan.schedule.sigmas[start]
+        if span < LEAST_SPAN:
+            raise InputError(
+                f"loss.last: the last {self.settings.last} of {plan.schedule.steps} steps begin at the noise level "
+                f"{span:.2g}, where nothing is left to change: raise it to {self.settings.last + 1} or more."
+            )
+        kept = replace(plan, kept=frozenset({start}))
+        return super().draw(policy, variants, samples, kept, micro_batch)
+
+    def judge(
+        self,
+        rewards: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        settings: AdvantageSettings,
+        steps: int,
+    ) -> Judgement:
+        """Every sample that all trained rewards could score counts alike; what they weigh goes on to `terms`."""
+        refuse_others(weights, self.rewards)
+        failed_PS = torch.stack([rewards[name].isnan() for name in weights]).any(dim=0)
+        counts_PS = torch.where(failed_PS, torch.nan, 1.0)
+        return Judgement(counts_PS.expand(steps, -1, -1), weights=weights)
+
+    def parts(self, rollouts: Rollouts) -> int:
+        return 1
+
+    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
+        return [rollouts.schedule.steps - 1] * len(rows)
+
+    def terms(
+        self,
+        policy: FlowPolicy,
+        rollouts: Rollouts,
+        rows: Sequence[int],
+        advantage_B: Tensor,
+        part: int,
+        with_kl: bool,
+    ) -> Terms:
+        condition = rollouts.conditioning(rows)
+        moves = list(self._last_moves(policy, rollouts, rows, condition))
+        x0 = moves[-1].after
+        score_B, slope = self._ascent(policy, rollouts, rows, x0.detach())
+        # the value is -score, the gradient that of -score through x0
+        path_B = (slope * x0).flatten(1).sum(dim=1)
+        loss_B = -score_B - (path_B - path_B.detach())
+        figures = {}
+        if with_kl or self.settings.kl > 0:
+            distances = [self._distance(policy, rollouts, move, condition) for move in moves]
+            kl_B = torch.stack(distances).mean(dim=0)
+            loss_B = loss_B + self.settings.kl * kl_B if self.settings.kl > 0 else loss_B
+            figures["kl"] = kl_B.detach()
+        return Terms(loss_B, figures)
+
+    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
+        """The last steps' mean velocity against that of sampling; of samples drawn under the prompt itself."""
+        own = [row for row in rows if int(rollouts.samples.variant_B[row]) == 0]
+        if not own:
+            return 0.0
+        *_, last = self._last_moves(policy, rollouts, own, rollouts.conditioning(own))
+        span = rollouts.schedule.sigmas[rollouts.transitions[0].number]
+        return ((last.after.detach() - rollouts.x0_B[own]).abs().max() / span).item()
+
+    def _last_moves(
+        self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], condition: Conditioning
+    ) -> Iterator[Move]:
+        """The last K steps from where sampling was, with gradients."""
+        start = rollouts.transitions[0]
+        x = start.x_B[list(rows)]
+        solver, sigmas = ODESolver(rollouts.plan), rollouts.schedule.sigmas
+
+        def velocity_at(x: Tensor, number: int) -> Tensor:
+            return policy.velocity(x, x.new_full((len(x),), sigmas[number]), condition)
+
+        for number in range(start.number, rollouts.schedule.steps):
+            if self.settings.last > 1:
+                velocity = checkpoint(velocity_at, x, number, use_reentrant=False, preserve_rng_state=False)
+            else:
+                velocity = velocity_at(x, number)
+            after = solver.step(x, velocity, number)
+            yield Move(number, x, velocity, after)
+            x = after
+
+    def _ascent(
+        self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], x0: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted score [B] of clean latents and its gradient by them; 0 where a reward gives no score."""
+        leaf = x0.requires_grad_()
+        prompts, metadata = rollouts.samples.prompts, rollouts.samples.metadata
+        asked, known = [prompts[row] for row in rows], [metadata[row] for row in rows]
+        with torch.enable_grad(), policy.decoder_present():
+            images = policy.decode(leaf)
+            score_B = torch.stack(
+                [
+                    weight * self.rewards[name].differentiable_scores(images, asked, known)
+                    for name, weight in rollouts.weights.items()
+                ]
+            ).sum(dim=0)
+            scored_B = score_B.isfinite()
+            (slope,) = torch.autograd.grad(score_B[scored_B].sum(), leaf)
+        # a picture without a score may still have left nan in its own row
+        slope = torch.where(scored_B.view(-1, *[1] * (slope.ndim - 1)), slope, 0.0)
+        return torch.where(scored_B, score_B.detach(), 0.0), slope
+
+    def _distance(
+        self, policy: FlowPolicy, rollouts: Rollouts, move: Move, condition: Conditioning
+    ) -> Tensor:
+        """Mean square [B] of the velocity's difference from the reference's, at the same latents."""
+        x = move.before.detach()
+        with torch.no_grad(), policy.slot(Slot.REFERENCE):
+            reference = policy.velocity(
+                x, x.new_full((len(x),), rollouts.schedule.sigmas[move.number]), condition
+            )
+        return (move.velocity - reference).square().flatten(1).mean(dim=1)
+
+
+def refuse_others(trained: Mapping[str, float], rewards: Mapping[str, DifferentiableReward]) -> None:
+    """ConfigError where a trained reward has no gradient."""
+    others = [name for name in trained if name not in rewards]
+    if others:
+        listed = ", ".join(rewards) or "none"
+        raise ConfigError(
+            f"loss: draft needs the gradient of every trained reward, and {others[0]!r} has none; of this run's "
+            f"rewards, {listed} have one. Set held_out: true on {others[0]!r}, or take another loss."
+        )
