@@ -100,6 +100,7 @@ def recipe(model: Path, prompt_file: Path, **changes: Any) -> dict[str, Any]:
 GRPO: dict[str, Any] = {
     "sampling": {"steps": 4, "noise": "flow_sde"},
     "loss": {"kind": "clipped", "clip": 1e-3, "kl": 0.04},
+    "optimizer": {"lr": 1e-3, "updates": 2},
 }
 E2PO: dict[str, Any] = {"exploration": {"kind": "perturbed", "noises": 2, "variants": 2, "steps": 3}}
 

@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from pixrl import models
 from pixrl.algorithms.advantages import AdvantageSettings, advantages, group_std, reward_metrics
@@ -248,6 +250,24 @@ def test_the_old_policy_follows_as_published() -> None:
     constant = make_loss(NFTSettings(old_policy=OldPolicy.CONSTANT, old_decay=0.3))
     assert constant.old_decay(5) == 0.3
     assert make_loss(CLIPPED).old_decay(5) is None
+
+
+def test_the_first_update_is_never_clipped(sd3_folder: Path) -> None:
+    """Why loss.clip is refused with one update a step: any range gives the weights of none. With two it acts."""
+    ends: dict[tuple[float | None, int], dict[str, Tensor]] = {}
+    for clip in (None, 1e-4, 0.5):
+        for updates in (1, 2):
+            policy = models.load(sd3_folder, device="cpu", dtype="float32")
+            assert isinstance(policy, SD3Policy)
+            policy.attach_lora(rank=4, alpha=8)
+            found = aligner(policy, ClippedSettings(clip=clip), updates=updates)
+            for step in range(2):
+                rollouts = found.collect(groups(2), step)
+                found.update(rollouts, scored([0.1, 0.9, 0.4, 0.2, 0.3, 0.8]), WEIGHTS)
+            ends[clip, updates] = weights_of(policy)
+    assert same(ends[None, 1], ends[1e-4, 1], atol=1e-6)
+    assert same(ends[None, 1], ends[0.5, 1], atol=1e-6)
+    assert not same(ends[0.5, 2], ends[1e-4, 2], atol=1e-6)
 
 
 def test_losses_need_fitting_rollouts() -> None:

@@ -56,6 +56,14 @@ def test_toy_methods_draw_equally_many_pictures() -> None:
             {"loss": {"kind": "clipped", "clip": 0}, "sampling": {"noise": "cps"}},
             r"loss.*clip.*greater than 0",
         ),
+        (
+            {"loss": {"kind": "clipped", "clip": 1e-4}, "sampling": {"noise": "cps"}},
+            r"loss\.clip has no effect with optimizer\.updates: 1, where every ratio is 1: remove it",
+        ),
+        (
+            {"loss": {"kind": "clipped"}, "sampling": {"noise": "cps"}, "optimizer": {"updates": 3}},
+            r"optimizer\.updates: 3 needs the range of ratios that it trusts: set loss\.clip",
+        ),
         ({"sampling": {"noise": "flow_sde", "eta": -0.1}}, r"sampling\.eta.*greater than 0"),
         ({"sampling": {"noise": "cps", "eta": 1.2}}, r"eta of cps must be in \(0, 1\]"),
         ({"sampling": {"eta": 0.7}}, "eta has no effect without noise"),

@@ -74,7 +74,7 @@ def recipe(model: Path, subjects: Path, **changes: Any) -> dict[str, Any]:
         "exploration": {"kind": "noise", "noises": 4},
         "sampling": {"steps": 3, "noise": "flow_sde"},
         "advantage": SHAPING,
-        "loss": {"kind": "clipped", "clip": 1e-2},
+        "loss": {"kind": "clipped"},
         "optimizer": {"lr": 1e-3},
         "lora": {"rank": 4, "alpha": 8},
         "evaluation": {"prompts": 3, "per_prompt": 2},

@@ -23,6 +23,8 @@ ROWS = 8
 BROKEN = 0.05
 """A deviation that no rounding explains: weights, schedule or conditioning of sampling and training differ."""
 VELOCITY_LIMIT = 0.02
+RATIO_LIMIT = 0.01
+"""Of a ratio that is not clipped: its rounding scales a gradient by as much."""
 AGREEMENT = 1e-6
 
 
@@ -74,7 +76,9 @@ class Report:
 def limit_of(aligner: Aligner) -> float:
     """The largest deviation that leaves a signal."""
     loss = aligner.method.loss
-    return loss.settings.clip if isinstance(loss, ClippedSurrogate) else VELOCITY_LIMIT
+    if isinstance(loss, ClippedSurrogate):
+        return RATIO_LIMIT if loss.settings.clip is None else loss.settings.clip
+    return VELOCITY_LIMIT
 
 
 def measure_of(aligner: Aligner) -> str:
@@ -138,7 +142,7 @@ def require_on_policy(found: Deviation, measure: str) -> str | None:
         return None
     return (
         f"Warning: {measure} is {found.value:.1e} in {found.dtype}, above {found.limit:g}: rounding drowns part of the "
-        "signal. Compute in float32 (--set machine.dtype=float32), or raise loss.clip."
+        "signal. Compute in float32 (--set machine.dtype=float32), or raise loss.clip where the recipe has one."
     )
 
 
