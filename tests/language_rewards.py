@@ -6,6 +6,7 @@ from pathlib import Path
 from tests import tiny_blip, tiny_flant5, tiny_hpsv3
 
 OPTIONS: Mapping[str, Callable[[Path], dict[str, object]]] = {
+    "blip_vqa": lambda folder: {"model": tiny_blip.blip_vqa(folder / "blip_vqa")},
     "hpsv3": lambda folder: {
         "model": tiny_hpsv3.hpsv3(folder / "hpsv3"),
         "processor": tiny_hpsv3.qwen2_vl(folder / "qwen"),
@@ -17,5 +18,12 @@ OPTIONS: Mapping[str, Callable[[Path], dict[str, object]]] = {
     },
 }
 """Name -> its options, in a folder that the checkpoint is written to."""
-METADATA: Mapping[str, Sequence[Mapping[str, object]]] = {}
+METADATA: Mapping[str, Sequence[Mapping[str, object]]] = {
+    "blip_vqa": [
+        {"phrases": ["an owl"]},
+        {"phrases": []},
+        {"phrases": ["two owls", "a red cat"]},
+        {"phrases": ["a"]},
+    ],
+}
 """Name -> what it reads of four pictures, where it reads anything."""

@@ -22,6 +22,12 @@ LICENCES = {
     "openai/clip-vit-large-patch14": "MIT",
     "xswu/HPSv2": "Apache-2.0",
     "yuvalkirstain/PickScore_v1": "MIT",
+    "PaddlePaddle/PP-OCRv5_mobile_det_safetensors": "Apache-2.0",
+    "PaddlePaddle/PP-OCRv5_mobile_rec_safetensors": "Apache-2.0",
+    "PaddlePaddle/PP-OCRv5_server_det_safetensors": "Apache-2.0",
+    "PaddlePaddle/PP-OCRv5_server_rec_safetensors": "Apache-2.0",
+    "Salesforce/blip-vqa-capfilt-large": "BSD-3-Clause",
+    "stepfun-ai/GOT-OCR-2.0-hf": "Apache-2.0",
     "ZhengPeng7/BiRefNet": "MIT",
     "ZhengPeng7/BiRefNet_lite": "MIT",
 }
