@@ -105,7 +105,9 @@ def _crossed(study: PersonalizeStudyConfig, records: Records, crossed: CrossedTa
 
 
 def _axes(study: PersonalizeStudyConfig) -> tuple[str, str]:
-    return f"{study.prompt} (prompt)", f"{study.identity} (identity)"
+    named = {"prompt": study.prompt, "identity": study.identity}
+    x, y = (reward if reward == role else f"{reward} ({role})" for role, reward in named.items())
+    return x, y
 
 
 def _training(study: PersonalizeStudyConfig, records: Records) -> str | None:

@@ -189,13 +189,25 @@ def spectrum_figure(spectrum: Spectrum, settings: SpectrumSettings) -> str:
 
 
 def _curve(figures: dict[str, Tensor], energy: dict[str, Tensor], band: str) -> Curve:
-    """Means over pictures with their intervals, in units of the finished pictures' mean energy."""
-    whole = energy[band][-1].mean()
-    rows = [(step, student((row_B / whole).tolist())) for step, row_B in enumerate(figures[band])]
-    line = [(step, one.mean) for step, one in rows]
-    return Curve(
-        band, line, "k1" if band == "low" else "k0", [(step, one.low, one.high) for step, one in rows]
-    )
+    """A figure of a band as a share of the finished pictures' energy, with its 95 % interval over pictures."""
+    line, shaded = [], []
+    for step, row_B in enumerate(figures[band]):
+        share, low, high = share_of(row_B, energy[band][-1])
+        line.append((step, share))
+        shaded.append((step, low, high))
+    return Curve(band, line, "k1" if band == "low" else "k0", shaded)
+
+
+def share_of(part_B: Tensor, whole_B: Tensor) -> tuple[float, float, float]:
+    """The ratio of two means over the same pictures with its 95 % interval.
+
+    The interval is that of the mean of part - ratio x whole (the delta method), so that pictures which have more of
+    both do not widen it; it is empty where both are the same.
+    """
+    mean = whole_B.mean()
+    ratio = part_B.mean() / mean
+    error = student(((part_B - ratio * whole_B) / mean).tolist())
+    return ratio.item(), ratio.item() + error.low, ratio.item() + error.high
 
 
 def _path_sheet(path_TBCHW: Tensor, shown: int) -> Tensor:

@@ -67,7 +67,8 @@ def _opened(
     runs = [record["run"] for record in records if (record["variant"], record["seed"]) == (name, seed)]
     if not runs or not (out / runs[0]).is_dir():
         raise RunError(
-            f"The gallery needs the run of {name!r} with seed {seed}, and it is gone. Start the study again."
+            f"The gallery needs the run of {name!r} with seed {seed}, and its folder is gone. Put it back, or "
+            "start the study in a new folder."
         )
     shop = open_run(out / runs[0])
     return shop, evaluated_slot(shop.config)
