@@ -109,6 +109,8 @@ class MachineSettings(MemoryPlan):
     """Recompute activations: less memory, about a third more time."""
     drop_text_encoders: bool = False
     """Encode every prompt at the start, then free the text encoders; the embeddings wait on the CPU."""
+    compile: str | None = None
+    """Compile the transformer's blocks by this backend of torch.compile, such as inductor; none: not compiled."""
 
 
 class OutputSettings(Settings):
@@ -186,4 +188,9 @@ class AlignConfig(Settings):
             raise ValueError(
                 "machine.offload=sequential saves nothing in training unless activations are computed again: "
                 "add machine.gradient_checkpointing=true"
+            )
+        if machine.offload is Offload.SEQUENTIAL and machine.compile is not None:
+            raise ValueError(
+                "machine.compile has no effect with machine.offload=sequential, which moves weights between a block's "
+                "operations: remove one"
             )

@@ -18,6 +18,7 @@ from pixrl.data.prompts import PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError
+from pixrl.models.compiling import compile_blocks
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.prompts import check_words
@@ -79,6 +80,8 @@ def open_workshop(config: AlignConfig) -> Workshop:
         policy.drop_text([prompt.text for one in (prompts, held_out) for prompt in one])
     lora = config.lora
     slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    if config.machine.compile is not None:
+        compile_blocks(policy.transformer, config.machine.compile)
     scoring = config.scoring
     rewards = RewardSet(
         [placed(setting, team.device) for setting in config.rewards],
