@@ -14,7 +14,7 @@ from torch import Tensor
 from pixrl import models
 from pixrl.algorithms import optimizers
 from pixrl.config import load as load_config
-from pixrl.errors import CheckpointError, ConfigError, InputError
+from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
 from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.models.placement import stream_weights, unstream_weights
 from pixrl.models.sd3 import SD3Policy
@@ -69,7 +69,9 @@ def test_sequential_offload_of_a_renderer_draws_the_same(sdxl: SDXLRenderer) -> 
     expected = sdxl.sample(sdxl.encode([OWL, SNAIL]), [1, 2])
     sdxl._cache.clear()
     sdxl.offload = Offload.SEQUENTIAL
-    for part in sdxl.pipeline.components.values():  # what enable_sequential_cpu_offload does, which takes no CPU
+    for (
+        part
+    ) in sdxl.pipeline.components.values():  # what enable_sequential_cpu_offload does, which takes no CPU
         if isinstance(part, torch.nn.Module):
             cpu_offload(part, CPU)
     assert {p.device.type for p in sdxl.pipeline.unet.parameters()} == {"meta"}
@@ -164,8 +166,10 @@ def test_plans_that_the_method_cannot_bear(settings: dict[str, object], message:
 
 
 def test_the_eight_bit_optimizer_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs the package bitsandbytes.*pip install 'pixrl\[eightbit\]'"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        RunError, match=r"optimizer.eight_bit needs bitsandbytes.*pip install 'pixrl\[eightbit\]'"
+    ):
         optimizers.adamw_8bit([torch.nn.Parameter(torch.zeros(2))], lr=1e-3)
 
 
@@ -179,7 +183,6 @@ def test_the_eight_bit_optimizer_is_the_one_of_bitsandbytes(monkeypatch: pytest.
     package.optim = ModuleType("optim")  # type: ignore[attr-defined]
     package.optim.AdamW8bit = AdamW8bit
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: name)
     made = optimizers.adamw_8bit([torch.nn.Parameter(torch.zeros(2))], lr=1e-3, betas=(0.9, 0.99))
     assert isinstance(made, AdamW8bit)
     assert made.given == {"betas": (0.9, 0.99)}
@@ -212,6 +215,11 @@ def test_moments_come_back(make: object) -> None:
     steps(two, broken, 0, 2)
     saved = optimizers.moments(two)
     assert all(x.device.type == "cpu" for x in saved.values())
+    shared = sum(x.nbytes for name, x in saved.items() if "qmap" in name)  # one table serves all parameters
+    steps_in_bytes = sum(x.nbytes for name, x in saved.items() if name.endswith("/step"))
+    counted = optimizers.moment_bytes([8192, 4], eight_bit=make is optimizers.adamw_8bit)
+    found = sum(x.nbytes for x in saved.values())
+    assert counted == (found - steps_in_bytes if shared else found)
     again = make(broken, **settings)  # type: ignore[operator]
     optimizers.restore_moments(again, saved)
     steps(again, broken, 2, 2)

@@ -5,16 +5,18 @@ The 8-bit one keeps both moments of large tensors as bytes with a scale for ever
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pixrl.errors import CheckpointError, ConfigError
+from pixrl.errors import CheckpointError
+from pixrl.libraries import require
 
 EIGHT_BIT_PACKAGE = "bitsandbytes"
 EIGHT_BIT_EXTRA = "eightbit"
+SMALLEST, BLOCK = 4096, 256
+"""Values of the smallest tensor that is kept in bytes, and of those that share a scale."""
 _STEP = "step"
 
 
@@ -27,17 +29,21 @@ def adamw_8bit(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.opt
     """The one of bitsandbytes.
 
     Raises:
-        ConfigError: that package is not installed.
+        RunError: that package is not installed.
     """
-    if find_spec(EIGHT_BIT_PACKAGE) is None:
-        raise ConfigError(
-            f"optimizer.eight_bit needs the package {EIGHT_BIT_PACKAGE}, which is not installed. Type: "
-            f"pip install 'pixrl[{EIGHT_BIT_EXTRA}]' - or set optimizer.eight_bit=false"
-        )
-    import bitsandbytes
-
-    made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    library: Any = require(EIGHT_BIT_PACKAGE, EIGHT_BIT_EXTRA, "optimizer.eight_bit")
+    made: torch.optim.Optimizer = library.optim.AdamW8bit(parameters, **settings)
     return made
+
+
+def moment_bytes(sizes: Sequence[int], *, eight_bit: bool) -> int:
+    """Bytes of what the optimizer remembers of parameters of these sizes, after its first step."""
+    if not eight_bit:
+        return sum(8 * size + 4 for size in sizes)  # two moments, and the number of steps
+    tables = 2 * 256 * 4
+    return sum(8 * size if size < SMALLEST else 2 * size + 2 * 4 * -(-size // BLOCK) for size in sizes) + (
+        tables if any(size >= SMALLEST for size in sizes) else 0
+    )
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -77,7 +77,8 @@ class FlowPipelinePolicy(FlowPolicy):
         self.vae: nn.Module = self.pipeline.vae.to(memory_format=memory_format(self.device))
         plan = plan or MemoryPlan()
         set_decoding(self.vae, plan, self.settings.resolution)
-        self.placement = Placement(self.pipeline, self.transformer, self.device, plan)
+        is_made = pipeline is not None
+        self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=is_made)
         self.lora: LoraSlots | None = None
         self.merged: tuple[str, ...] = ()
         channels, patch = self._latent_geometry()
@@ -98,6 +99,10 @@ class FlowPipelinePolicy(FlowPolicy):
     @abstractmethod
     def _latent_geometry(self) -> tuple[int, int]:
         """Channels of the latents, and the rows and columns of them in one image token."""
+
+    @abstractmethod
+    def blank(self) -> Conditioning:
+        """Zeros in the shape of one row of `encode`, for measurements; the text encoders are not needed."""
 
     @abstractmethod
     def _encode_one(self, prompt: str) -> Conditioning:

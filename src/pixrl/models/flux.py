@@ -105,6 +105,17 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
             prompts = [prompt.lower() for prompt in prompts]
         return super().encode(prompts)
 
+    def blank(self) -> Conditioning:
+        config = self.pipeline.transformer.config
+        dtype = self.precision.weights
+        tokens = torch.zeros(1, self.text_length, config.joint_attention_dim, dtype=dtype)
+        return Conditioning(tokens, torch.zeros(1, config.pooled_projection_dim, dtype=dtype))
+
+    def blank_reference(self) -> Tensor:
+        """Zeros in the shape of one reference's latents."""
+        side = self.reference_side // int(self.pipeline.vae_scale_factor)
+        return torch.zeros(1, self.latent_shape[0], side, side)
+
     def _encode_one(self, prompt: str) -> Conditioning:
         tokens, pooled, _ = self.pipeline.encode_prompt(
             prompt=[prompt],

@@ -21,7 +21,7 @@ OPTIONAL_PARTS = {"StableDiffusion3Pipeline": T5_COMPONENTS}
 _LIBRARIES = ("diffusers", "transformers")
 _HARMLESS = ("position_ids", "decoder.", "lm_head.")
 """In the names of weights that published text encoders carry and their classes do not use."""
-_PREFIXES = {
+PREFIXES = {
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": ("text_encoders.clip_l.", "conditioner.embedders.0.", "cond_stage_model."),
     "text_encoder_2": ("text_encoders.clip_g.", "text_encoders.t5xxl.", "conditioner.embedders.1."),
@@ -160,7 +160,7 @@ def _parts_beside(
     index = read_json(folder / INDEX)
     parts = {}
     for name in components(folder):
-        prefixes = _PREFIXES.get(name)
+        prefixes = PREFIXES.get(name)
         if prefixes is None or name in without or any(key.startswith(prefixes) for key in keys):
             continue
         if not weight_files(folder / name):

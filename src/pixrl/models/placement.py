@@ -24,9 +24,22 @@ class Part(StrEnum):
 
 
 class Placement:
-    """Where the parts of a pipeline are. `pipeline` is on the CPU when it is given."""
+    """Where the parts of a pipeline are."""
 
-    def __init__(self, pipeline: Any, denoiser: nn.Module, device: torch.device, plan: MemoryPlan) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        denoiser: nn.Module,
+        device: torch.device,
+        plan: MemoryPlan,
+        *,
+        placed: bool = False,
+    ) -> None:
+        """`placed`: every part lies where it should already; otherwise all are on the CPU and are moved.
+
+        Raises:
+            InputError: the plan has no effect on this device.
+        """
         if plan.offload is not Offload.NONE and device.type == "cpu":
             raise InputError(
                 f"offload={plan.offload.value} has no effect on a CPU: remove it, or choose a GPU."
@@ -35,7 +48,9 @@ class Placement:
         self.denoiser = denoiser
         self.device = device
         self.offload = plan.offload
-        self._present: set[Part] = set()
+        self._present: set[Part] = set(Part) if placed else set()
+        if placed:
+            return
         if plan.offload is Offload.SEQUENTIAL:
             stream_weights(denoiser, device)
             return

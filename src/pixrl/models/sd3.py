@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from pixrl.errors import InputError
+from pixrl.hub import read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.loading import has_t5
 from pixrl.models.text_variants import ClipEncoder, PerturbableText
 
 MAX_SEQUENCE_LENGTH = 256
+CLIP_LENGTH = 77
 
 
 class SD3Policy(FlowPipelinePolicy, PerturbableText):
@@ -34,15 +36,28 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels), int(self.pipeline.patch_size)
 
-    def _encode_one(self, prompt: str) -> Conditioning:
+    @property
+    def text_length(self) -> int:
+        """Rows of T5's token features, behind those of CLIP: the card's, or 256."""
         length = self.card.max_sequence_length
+        return MAX_SEQUENCE_LENGTH if length is None else length
+
+    def blank(self) -> Conditioning:
+        tokenizer = read_json(self.checkpoint.folder / "tokenizer" / "tokenizer_config.json")
+        clip_length = min(CLIP_LENGTH, int(str(tokenizer.get("model_max_length", CLIP_LENGTH))))
+        config = self.pipeline.transformer.config
+        dtype = self.precision.weights
+        tokens = torch.zeros(1, clip_length + self.text_length, config.joint_attention_dim, dtype=dtype)
+        return Conditioning(tokens, torch.zeros(1, config.pooled_projection_dim, dtype=dtype))
+
+    def _encode_one(self, prompt: str) -> Conditioning:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=[prompt],
             prompt_2=None,
             prompt_3=None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
+            max_sequence_length=self.text_length,
         )
         return Conditioning(tokens, pooled)
 

@@ -34,6 +34,9 @@ from pixrl.models.pipeline import (
 from pixrl.models.placement import offload_pipeline, set_decoding, without_gradients
 from pixrl.models.prompts import PromptCache, check_words
 
+TEXT_LENGTH = 77
+SIZES = 6
+"""Numbers of a picture's size and crop that the UNet is told."""
 TURBO = SamplingSettings(steps=4, guidance=0.0, resolution=512)
 BASE = SamplingSettings(steps=50, guidance=5.0, resolution=1024)
 """The published pipeline's own."""
@@ -72,7 +75,8 @@ class SDXLRenderer(Renderer):
         plan = plan or MemoryPlan()
         set_decoding(self.vae, plan, self.settings.resolution)
         self.offload = plan.offload
-        offload_pipeline(self.pipeline, plan.offload, self.device)
+        if pipeline is None:
+            offload_pipeline(self.pipeline, plan.offload, self.device)
         side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor)
         self.latent_shape = (int(self.pipeline.unet.config.in_channels), side, side)
         self.micro_batch = micro_batch_for(self.device, self.settings.resolution)
@@ -97,6 +101,27 @@ class SDXLRenderer(Renderer):
                 prompt=[""], device=self.device, do_classifier_free_guidance=True
             )
         return Conditioning(tokens, pooled)
+
+    @torch.no_grad()
+    def trial(self, count: int) -> Tensor:
+        """One denoising pass with the decoder, on zeros: for measurements of what pictures need."""
+        config, dtype = self.pipeline.unet.config, self.precision.weights
+        passes = 2 * count if self.settings.guidance > 1 else count
+        pooled = config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim
+        with self.precision.context(self.device):
+            latents = self.pipeline.unet(
+                torch.zeros(passes, *self.latent_shape, dtype=dtype),
+                1,
+                encoder_hidden_states=torch.zeros(
+                    passes, TEXT_LENGTH, config.cross_attention_dim, dtype=dtype
+                ),
+                added_cond_kwargs={
+                    "text_embeds": torch.zeros(passes, pooled, dtype=dtype),
+                    "time_ids": torch.zeros(passes, SIZES, dtype=dtype),
+                },
+                return_dict=False,
+            )[0]
+            return decode_latents(self.vae, latents[:count])
 
     def sample(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
         check_pairs(conditioning, seeds)

@@ -1,0 +1,212 @@
+"""A checkpoint on paper: how large its parts are and how much memory it computes in, before any weight is loaded.
+
+Sizes come from the headers of safetensors files. Activations come from running the real adapter on tensors that have
+shapes and no content (torch's fake tensors) and counting what is alive at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixrl.device import Precision, quiet_loading
+from pixrl.errors import CheckpointError
+from pixrl.hub import Checkpoint, components
+from pixrl.hub_check import INDEX, T5_COMPONENTS, TensorHeader, is_model, model_files, read_header, read_json
+from pixrl.models.loading import PREFIXES, decoder_dtype, part_class
+
+DENOISERS = ("transformer", "unet")
+VAE = "vae"
+_T5_KEPT_WIDE = ".wo."
+"""Weights that transformers keeps in float32 where T5 is loaded in float16."""
+_INTEGERS = ("I", "U", "B")
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """One part of a checkpoint."""
+
+    parameters: int
+    bytes: int
+    """As it will lie in memory."""
+
+
+def part_sizes(checkpoint: Checkpoint, precision: Precision, *, t5: bool = True) -> dict[str, PartSize]:
+    """Part -> its size in memory, from file headers alone.
+
+    Raises:
+        CheckpointError: a file is missing or cut short.
+    """
+    kinds = {name: kind for name, kind in components(checkpoint.folder).items() if is_model(kind)}
+    wanted = {name: kind for name, kind in kinds.items() if t5 or name not in T5_COMPONENTS}
+    return {
+        name: _size(tensors, decoder_dtype(precision) if name == VAE else precision.weights, wanted[name])
+        for name, tensors in headers(checkpoint, list(wanted)).items()
+    }
+
+
+def headers(checkpoint: Checkpoint, parts: Sequence[str]) -> dict[str, dict[str, TensorHeader]]:
+    """Part -> its tensors, from the folder, or from the single file where that holds the part."""
+    single = {} if checkpoint.file is None else read_header(checkpoint.file)
+    found: dict[str, dict[str, TensorHeader]] = {}
+    taken: set[str] = set()
+    for name in parts:
+        own = {key: x for key, x in single.items() if key.startswith(PREFIXES.get(name, ("\0",)))}
+        if name in DENOISERS and single:
+            continue
+        taken |= own.keys()
+        found[name] = own or _of_folder(checkpoint.folder / name)
+    for name in (name for name in parts if name in DENOISERS and single):
+        found[name] = {key: x for key, x in single.items() if key not in taken}
+    return found
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of a model's weights on the disk."""
+    return sum(file.stat().st_size for file in model_files(folder))
+
+
+def _of_folder(folder: Path) -> dict[str, TensorHeader]:
+    files = model_files(folder)
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors weights.")
+    return {key: x for file in files for key, x in read_header(file).items()}
+
+
+def _size(tensors: Mapping[str, TensorHeader], dtype: torch.dtype, kind: str) -> PartSize:
+    parameters = total = 0
+    for name, tensor in tensors.items():
+        count = math.prod(tensor.shape)
+        parameters += count
+        wide = kind.startswith("T5") and dtype is torch.float16 and _T5_KEPT_WIDE in name
+        total += count * (8 if tensor.dtype.startswith(_INTEGERS) else 4 if wide else dtype.itemsize)
+    return PartSize(parameters, total)
+
+
+def paper_pipeline(class_name: str, folder: Path, precision: Precision) -> Any:
+    """A pipeline whose denoiser and VAE have shapes and no content, and which has no text encoders.
+
+    Raises:
+        CheckpointError: a class or a config is not what the installed libraries know.
+    """
+    import diffusers
+
+    index = read_json(folder / INDEX)
+    with quiet_loading():
+        scheduler_class = part_class(*_entry(index, "scheduler"), folder)
+        parts: dict[str, Any] = {"scheduler": scheduler_class.from_pretrained(str(folder / "scheduler"))}
+        for name in (*DENOISERS, VAE):
+            if name in index:
+                dtype = decoder_dtype(precision) if name == VAE else precision.weights
+                parts[name] = _without_content(part_class(*_entry(index, name), folder), folder / name, dtype)
+        made = getattr(diffusers, class_name)
+        others = {name: None for name in components(folder) if name not in parts}
+        return made(**parts, **others)
+
+
+def _entry(index: Mapping[str, Any], name: str) -> tuple[str, str]:
+    library, kind = index[name]
+    return library, kind
+
+
+def _without_content(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            made: nn.Module = kind.from_config(read_json(folder / "config.json"))
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}/config.json does not describe a {kind.__name__}: {error}") from error
+    return made.to(dtype).requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pass needs beyond the weights."""
+
+    first: int
+    """Bytes that one picture takes."""
+    each: int
+    """Bytes that each further one takes."""
+    operations: int
+    """Floating point operations of one picture."""
+
+    def bytes(self, pictures: int) -> int:
+        """Of several pictures at a time."""
+        return self.first + (pictures - 1) * self.each
+
+
+@contextmanager
+def imagined(*modules: nn.Module) -> Iterator[None]:
+    """Within it everything computes with shapes alone, and so do the modules, whose content lies on no device yet."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (inner for outer in modules for inner in outer.modules()):
+            for name, parameter in module.named_parameters(recurse=False):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                module.register_parameter(name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            for name, buffer in module.named_buffers(recurse=False):
+                empty = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+                module.register_buffer(name, empty, name not in module._non_persistent_buffers_set)
+        yield
+
+
+def cost_of(trial: Callable[[int], object], modules: Sequence[nn.Module]) -> Cost:
+    """What a pass over some pictures needs, within `imagined`; from one and from two of them."""
+    peaks = []
+    for count in (1, 2):
+        meter = PeakMeter()
+        with meter:
+            trial(count)
+        peaks.append(meter.peak)
+        _forget_gradients(modules)
+    with FlopCounterMode(display=False) as counter:
+        trial(1)
+    _forget_gradients(modules)
+    return Cost(peaks[0], max(1, peaks[1] - peaks[0]), int(counter.get_total_flops()))
+
+
+def _forget_gradients(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.grad = None
+
+
+class PeakMeter(TorchDispatchMode):
+    """Within it, the bytes of tensors that are made, and the most that were alive at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {_address(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
+        for x in tree_flatten(result)[0]:
+            if isinstance(x, torch.Tensor) and _address(x) not in self._known | given:
+                self._begin(x.untyped_storage())
+        return result
+
+    def _begin(self, storage: torch.UntypedStorage) -> None:
+        size, address = storage.nbytes(), storage._cdata
+        self._known.add(address)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        finalize(storage, self._end, size, address)
+
+    def _end(self, size: int, address: int) -> None:
+        self._known.discard(address)
+        self.now -= size
+
+
+def _address(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
