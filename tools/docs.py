@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from pixrl import cli_fuse, config, fuse_api
 from pixrl.data.pairs import parse_pairs
+from pixrl.toy.drawn_sheet import generated_sheet, personal_sheet
 from pixrl.toy.sheet import contact_sheet
 from pixrl.training import fuse_job
 from pixrl.training.fuse_config import FuseConfig
@@ -22,6 +23,8 @@ def main() -> None:
     """Every picture, by the command that makes it."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     contact_sheet().save(IMAGES / "toy_vocabulary.png", optimize=True)
+    generated_sheet().save(IMAGES / "toy_sd3.png", optimize=True)
+    personal_sheet().save(IMAGES / "toy_flux.png", optimize=True)
     with tempfile.TemporaryDirectory() as folder:
         demo_sheet(Path(folder) / "demo").save(IMAGES / "fused.png", optimize=True)
     print(f"pictures in {IMAGES}")

@@ -32,19 +32,21 @@ from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
 
 PLAN = Plan(
-    steps=5000,
+    steps=6500,
     batch=48,
     lr=1.5e-3,
     warmup=200,
     weight_decay=0.02,
     ema=0.999,
-    level=0.4,
+    level=0.5,
     muon=3e-3,
     compiled=True,
 )
 SUBJECT_PICTURES = 48_000
 CAPTIONS_COMPARED = 2000
 """How many captions tell how FLUX's text features map to SD3's."""
+BARE_SHARE = 0.4
+"""Share of training batches that show no reference: they cost half, and the text must be read without one too."""
 GUIDANCE = 1.0
 TOKENS = SIDE // 8
 """Rows and columns of image tokens: latents are a quarter of the side, packed two by two."""
@@ -131,27 +133,23 @@ def build_flux(shop: Workshop) -> None:
     def loss(draw: Draw) -> Tensor:
         subject = draw.rows(len(data) // VIEWS, PLAN.batch)
         shown, wanted = np.stack([draw.rng.choice(VIEWS, 2, replace=False) for _ in subject]).T
-        chosen = index[subject * VIEWS + wanted]
+        rows, shown_rows = subject * VIEWS + wanted, subject * VIEWS + shown
         cut = torch.from_numpy(draw.rng.random(PLAN.batch) < 0.5)[:, None, None, None]
-        reference = torch.where(
-            cut, cutouts[subject * VIEWS + shown], latents[subject * VIEWS + shown]
-        ).float()
-        x0 = latents[subject * VIEWS + wanted].float().to(shop.device)
+        reference = torch.where(cut, cutouts[shown_rows], latents[shown_rows]).float().to(shop.device)
+        x0 = latents[rows].float().to(shop.device)
         noise, t = draw.normal(*x0.shape).to(shop.device), logit_normal(draw, PLAN.batch).to(shop.device)
-        packed = torch.cat(
-            (pack_latents(interpolate(x0, noise, t)), pack_latents(reference.to(shop.device))), dim=1
-        )
+        given = [interpolate(x0, noise, t), *([] if draw.rng.random() < BARE_SHARE else [reference])]
+        packed = torch.cat([pack_latents(part) for part in given], dim=1)
         with shop.autocast():
             velocity = run(
                 hidden_states=packed,
                 timestep=t,
                 guidance=torch.full_like(t, GUIDANCE),
-                encoder_hidden_states=tokens[chosen].float().to(shop.device),
-                pooled_projections=pooled[chosen].float().to(shop.device),
+                encoder_hidden_states=tokens[index[rows]].float().to(shop.device),
+                pooled_projections=pooled[index[rows]].float().to(shop.device),
                 txt_ids=text_ids,
-                img_ids=image_ids,
+                img_ids=image_ids[: packed.shape[1]],
             ).sample[:, : TOKENS * TOKENS]
-            rows = subject * VIEWS + wanted
             alignment = aligned.loss(
                 patches[rows].to(shop.device), kind_shares(data.labels[rows]).to(shop.device)
             )

@@ -31,11 +31,11 @@ TASK_SHARES = {
     Task.SINGLE_OBJECT: 0.26, Task.TWO_OBJECT: 0.14, Task.COUNTING: 0.18,
     Task.COLORS: 0.16, Task.POSITION: 0.13, Task.COLOR_ATTR: 0.13,
 }  # fmt: skip
-FOCUS_SHARES = {
+GUIDED_SHARES = {
     Task.SINGLE_OBJECT: 0.38, Task.TWO_OBJECT: 0.11, Task.COUNTING: 0.10,
     Task.COLORS: 0.24, Task.POSITION: 0.07, Task.COLOR_ATTR: 0.10,
 }  # fmt: skip
-"""The generator's last round: lone objects most of all, so that RL finds room in the other tasks."""
+"""The generator's second round, which guides lone objects and leaves the other tasks as they are."""
 VIEWS = 6
 """Pictures of each training subject."""
 
@@ -49,9 +49,9 @@ def training_scene(seed: int, index: int) -> Scene:
     return _unheld_scene(np.random.default_rng((seed, 1, index)), TASK_SHARES)
 
 
-def focus_scene(seed: int, index: int) -> Scene:
-    """The index-th scene of the generator's last round; its prompt is never held out either."""
-    return _unheld_scene(np.random.default_rng((seed, 6, index)), FOCUS_SHARES)
+def guided_scene(seed: int, index: int) -> Scene:
+    """The index-th scene of the generator's second round; its prompt is never held out either."""
+    return _unheld_scene(np.random.default_rng((seed, 6, index)), GUIDED_SHARES)
 
 
 def _unheld_scene(rng: np.random.Generator, shares: dict[Task, float]) -> Scene:
@@ -99,7 +99,7 @@ def draw(scene: Scene) -> tuple[Bytes, Bytes]:
 
 SCENE_OF: dict[str, Callable[[int, int], Scene]] = {
     "scenes": training_scene,
-    "focus": focus_scene,
+    "guided": guided_scene,
     "subjects": lambda seed, row: subject_view(seed, row // VIEWS, row % VIEWS),
 }
 """The sets of pictures: seed and row to scene."""

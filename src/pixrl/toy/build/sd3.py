@@ -1,8 +1,9 @@
 """`sd3`: a StableDiffusion3Pipeline with two CLIP encoders, trained by flow matching in the shared latent space."""
 
+import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pixrl.toy.build.processes import leads
 from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
+from pixrl.toy.scene import Task
 from pixrl.toy.vocabulary import KINDS
 
 PLAN = Plan(
@@ -40,19 +42,23 @@ PLAN = Plan(
     muon=3e-3,
     compiled=True,
 )
-FOCUS_PLAN = Plan(
-    steps=4_000,
+GUIDED_PLAN = Plan(
+    steps=1_000,
     batch=64,
-    lr=1e-3,
-    warmup=100,
-    weight_decay=0.02,
-    ema=0.998,
+    lr=5e-4,
+    warmup=50,
+    weight_decay=0.0,
+    ema=0.99,
     level=0.3,
-    muon=2e-3,
+    muon=1e-3,
     compiled=True,
 )
-"""A second round on pictures of its own, most of them of one object: 27 rounds over the first set are enough."""
-FOCUS_SCENES = 64_000
+"""A second round that moves guidance into the weights, on pictures of its own."""
+GUIDED_SCENES = 64_000
+GUIDANCE = 2.0
+GUIDED_TASKS = (Task.SINGLE_OBJECT, Task.COLORS)
+"""What is drawn as if guided. The other tasks are left as they are, so that RL finds room in them."""
+
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 SAMPLING_STEPS = 10
 ALIGNED_BLOCK = 2
@@ -122,15 +128,15 @@ def logit_normal(draw: Draw, batch: int) -> Tensor:
 
 
 def build_sd3(shop: Workshop) -> None:
-    """Train and save `sd3`: a broad round with aligned features, then one that dwells on single objects."""
+    """Train and save `sd3`: a broad round with aligned features, then one that distils guidance for lone objects."""
     torch.manual_seed(shop.seed)
     pipeline = new_pipeline(shop).to(shop.device)
     seconds = _broad_round(shop, pipeline)
-    seconds += _focus_round(shop, pipeline)
+    seconds += _guided_round(shop, pipeline)
     save_pipeline(pipeline, shop.folder("sd3"))
     if leads():
         calibrate(shop)
-    shop.provenance("sd3", {"sd3": PLAN, "sd3-focus": FOCUS_PLAN}, seconds)
+    shop.provenance("sd3", {"sd3": PLAN, "sd3-guided": GUIDED_PLAN}, seconds)
 
 
 def _broad_round(shop: Workshop, pipeline: StableDiffusion3Pipeline) -> float:
@@ -152,7 +158,8 @@ def _broad_round(shop: Workshop, pipeline: StableDiffusion3Pipeline) -> float:
     def loss(draw: Draw) -> Tensor:
         rows = draw.rows(len(lessons.data), PLAN.batch)
         with shop.autocast():
-            flow = lessons.flow_loss(run, draw, rows)
+            lesson = lessons.draw(draw, rows, DROPPED_CAPTIONS)
+            flow = F.mse_loss(lesson.velocity(run).float(), lesson.target)
             alignment = aligned.loss(
                 patches[rows].to(shop.device), kind_shares(lessons.data.labels[rows]).to(shop.device)
             )
@@ -161,15 +168,48 @@ def _broad_round(shop: Workshop, pipeline: StableDiffusion3Pipeline) -> float:
     return shop.fit("sd3", aligned, PLAN, loss)
 
 
-def _focus_round(shop: Workshop, pipeline: StableDiffusion3Pipeline) -> float:
-    lessons = Lessons.of(shop, pipeline, pictures(shop.work, "focus", FOCUS_SCENES, shop.seed), "focus")
-    run = shop.compiled(pipeline.transformer, FOCUS_PLAN)
+def _guided_round(shop: Workshop, pipeline: StableDiffusion3Pipeline) -> float:
+    """Learn the velocity that classifier-free guidance of the first round's weights would give, in one pass.
+
+    Guidance distillation (Meng et al. 2023), as in FLUX.1-dev; for GUIDED_TASKS alone.
+    """
+    lessons = Lessons.of(shop, pipeline, pictures(shop.work, "guided", GUIDED_SCENES, shop.seed), "guided")
+    tasks = np.array([lessons.data.scene(row).task for row in range(len(lessons.data))])
+    guidance = torch.from_numpy(np.where(np.isin(tasks, GUIDED_TASKS), GUIDANCE, 1.0)).float()
+    teacher = shop.compiled(copy.deepcopy(pipeline.transformer).requires_grad_(False), GUIDED_PLAN)
+    student = shop.compiled(pipeline.transformer, GUIDED_PLAN)
 
     def loss(draw: Draw) -> Tensor:
+        rows = draw.rows(len(lessons.data), GUIDED_PLAN.batch)
         with shop.autocast():
-            return lessons.flow_loss(run, draw, draw.rows(len(lessons.data), FOCUS_PLAN.batch))
+            lesson = lessons.draw(draw, rows, dropped=0.0)
+            with torch.no_grad():
+                asked = lesson.velocity(teacher).float()
+                unasked = replace(lesson, **lessons.empty_caption(len(rows))).velocity(teacher).float()
+            weight = guidance[rows].to(shop.device)[:, None, None, None]
+            return F.mse_loss(lesson.velocity(student).float(), unasked + weight * (asked - unasked))
 
-    return shop.fit("sd3-focus", pipeline.transformer, FOCUS_PLAN, loss)
+    return shop.fit("sd3-guided", pipeline.transformer, GUIDED_PLAN, loss)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One batch: noised latents and what the text encoders say of their captions."""
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    tokens: Tensor
+    pooled: Tensor
+
+    def velocity(self, model: Callable[..., Any]) -> Tensor:
+        velocity: Tensor = model(
+            hidden_states=self.x_t,
+            timestep=self.t * 1000,
+            encoder_hidden_states=self.tokens,
+            pooled_projections=self.pooled,
+        ).sample
+        return velocity
 
 
 @dataclass(frozen=True)
@@ -194,21 +234,22 @@ class Lessons:
         print(f"{len(latents)} latents of {name}, {len(unique)} captions", flush=True)
         return cls(shop, data, latents, texts, index)
 
-    def flow_loss(self, run: Callable[..., Any], draw: Draw, rows: IntArray) -> Tensor:
-        """The mean squared error of the velocity at random times."""
+    def draw(self, draw: Draw, rows: IntArray, dropped: float) -> Lesson:
+        """Pictures at random times, each with one of its captions or, for a share of them, with none."""
         device, batch = self.shop.device, len(rows)
         chosen = self.index[rows + len(self.data) * draw.rng.integers(CAPTIONS_EACH, size=batch)]
-        empty = len(self.texts["tokens"]) - 1
-        chosen = np.where(draw.rng.random(batch) < DROPPED_CAPTIONS, empty, chosen)
+        chosen = np.where(draw.rng.random(batch) < dropped, len(self.texts["tokens"]) - 1, chosen)
         x0 = self.latents[rows].float().to(device)
         noise, t = draw.normal(*x0.shape).to(device), logit_normal(draw, batch).to(device)
-        velocity = run(
-            hidden_states=interpolate(x0, noise, t),
-            timestep=t * 1000,
-            encoder_hidden_states=self.texts["tokens"][chosen].float().to(device),
-            pooled_projections=self.texts["pooled"][chosen].float().to(device),
-        ).sample
-        return F.mse_loss(velocity.float(), noise - x0)
+        texts = {name: text[chosen].float().to(device) for name, text in self.texts.items()}
+        return Lesson(interpolate(x0, noise, t), t, noise - x0, **texts)
+
+    def empty_caption(self, batch: int) -> dict[str, Tensor]:
+        """The text features of no caption, once a picture."""
+        return {
+            name: text[-1:].float().to(self.shop.device).expand(batch, *text.shape[1:])
+            for name, text in self.texts.items()
+        }
 
 
 def calibrate(shop: Workshop) -> None:

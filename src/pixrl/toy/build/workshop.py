@@ -122,7 +122,7 @@ class Workshop:
 
     def compiled(self, module: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         """The module as torch.compile makes it when the plan is long enough to win back the minutes that it takes."""
-        return torch.compile(module) if plan.compiled else module
+        return torch.compile(module, dynamic=False) if plan.compiled else module
 
     def provenance(self, stage: str, plans: dict[str, Plan], seconds: float) -> None:
         """Write beside the weights how they were made; `pixrl toy verify` adds the gates' figures."""
