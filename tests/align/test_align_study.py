@@ -35,7 +35,12 @@ def study(
     changes = {
         "nft": {"exploration": {"kind": "noise", "noises": 4}},
         "e2po": E2PO,
-        "grpo": {**GRPO, "exploration": {"kind": "noise", "noises": 4}},
+        "grpo": {
+            **GRPO,
+            "loss": {"kind": "clipped"},
+            "optimizer": {"lr": 1e-3},
+            "exploration": {"kind": "noise", "noises": 4},
+        },
     }
     for name, change in changes.items():
         files[name] = tmp_path / f"{name}.yaml"
