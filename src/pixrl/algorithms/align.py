@@ -15,7 +15,7 @@ perturbed embeddings with DiffusionNFT's rest. E2PO's algorithm box, with a prom
     5. old <- d old + (1 - d) current                                             finish
 
 Customized-GRPO (pixrl personalize) is Flow-GRPO with reference pictures in every condition (references.py) and its two
-shapings of the advantage (advantages.py); SFT and RPO are other losses (sft.py, rpo.py).
+shapings of the advantage (advantages.py); SFT, RPO and DRaFT are other losses (sft.py, rpo.py, draft.py).
 
 Processes share a step's groups; gradients are summed over them and divided by the number of terms of all, so the
 update does not depend on how many there are, nor on the micro-batch.

@@ -21,7 +21,7 @@ Deviations:
    that make their scales alike.
 5. `kl` adds NFT's distance to the reference on those steps, against the reward hacking that this method is known for.
 6. The flow schedules of diffusers end with a step from a noise level of 0.001 (more with a shift), through which
-   next to nothing is learned. The paper's K = 1 is K = 2 there, and last steps that span less than `LEAST_SPAN` are refused.
+   next to nothing is learned. The paper's K = 1 is K = 2 there; steps that span less than `LEAST_SPAN` are refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -5,7 +5,7 @@ Two figures must be equal in a study: pictures and updates. Not every method dra
 | method       | its pictures are                                                   | their scores are for           |
 |--------------|--------------------------------------------------------------------|--------------------------------|
 | clipped, nft | drawn by the model in training                                     | learning, every one            |
-| draft        | drawn by the model in training, the last K steps twice             | the log; their gradient is followed |
+| draft        | drawn by the model in training, the last K steps twice             | the log; learns from gradients |
 | rpo          | drawn by the frozen base                                           | finding a group's best and worst |
 | sft          | targets of the data set, each with G noises of its own; none drawn | the log alone                  |
 
@@ -38,8 +38,8 @@ class Budget:
     """Who draws them."""
     scores: int
     """Pictures whose scores say what is learned."""
-    gradient_terms: int | None
-    """Pictures x noise levels through a gradient; None for a loss that this module does not know."""
+    gradient_terms: int
+    """Pictures x noise levels through a gradient."""
     updates: int
     """Optimizer steps."""
 
@@ -50,8 +50,7 @@ class Budget:
 
     def cells(self) -> list[str]:
         """One a column of `COLUMNS`."""
-        terms = "–" if self.gradient_terms is None else f"{self.gradient_terms}"
-        return [f"{self.images}", self.source, f"{self.scores}", terms, f"{self.updates}"]
+        return [f"{self.images}", self.source, f"{self.scores}", f"{self.gradient_terms}", f"{self.updates}"]
 
 
 def budget_of(config: AlignConfig) -> Budget:
@@ -71,8 +70,6 @@ def budget_of(config: AlignConfig) -> Budget:
         case ClippedSettings():
             levels = len(random_steps(config.sampling, seed=0, step=0))  # as many in every training step
             return Budget(images, "drawn by the model", images, images * levels, updates)
-        case _:
-            return Budget(images, "drawn by the model", images, None, updates)
 
 
 def draws_its_own(config: AlignConfig) -> bool:

@@ -90,7 +90,7 @@ class Service:
         key = key_from(os.environ, key_env, name)
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         # a proxy that the environment names is not for this machine itself
-        proxies = {} if is_loopback(urlsplit(self.url).hostname or "") else None
+        proxies: dict[str, str] | None = {} if is_loopback(urlsplit(self.url).hostname or "") else None
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler(proxies))
 
     def ask(self, path: str, body: bytes | None, time_limit: float) -> Reply | Silence:

@@ -149,7 +149,8 @@ class RewardServer(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the network for its own name
-        self.server_name, self.server_port = self.server_address[:2]
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
 
     @property
     def url(self) -> str:
@@ -324,7 +325,7 @@ class _Handler(BaseHTTPRequestHandler):
         deadline = time.monotonic() + seconds
         while length > 0 and time.monotonic() < deadline:
             try:
-                part = self.rfile.read1(min(length, 2**20))  # type: ignore[attr-defined]
+                part = self.rfile.read1(min(length, 2**20))
             except TimeoutError:
                 return
             if not part:

@@ -18,7 +18,7 @@ import binascii
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from pixrl.errors import PixrlError
 from pixrl.rewards.python_reward import to_pil
 from pixrl.types import RewardBatch, Scores
 
-PROTOCOL = 1
+PROTOCOL: Literal[1] = 1
 PICTURE, PICTURES = "$picture", "$pictures"
 MOST_PIXELS = 2**26
 """Of all pictures of a request, 64 of 1024 x 1024: a small PNG can unfold to any size."""
@@ -44,6 +44,9 @@ class WireError(PixrlError, ValueError):
 
 class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+MessageT = TypeVar("MessageT", bound=_Message)
 
 
 class PNGPictures(_Message):
@@ -246,7 +249,7 @@ def _key(key: object, where: str) -> str:
     return key
 
 
-def _parse(kind: type[Any], body: bytes) -> Any:
+def _parse(kind: type[MessageT], body: bytes) -> MessageT:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
