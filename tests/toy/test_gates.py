@@ -40,6 +40,12 @@ def test_everything_fits_the_budget() -> None:
     assert 1e6 < size <= BUDGET_MB * 1e6
 
 
+def test_no_file_names_the_machine_that_it_was_made_on() -> None:
+    files = [path for path in CHECKPOINTS.rglob("*.json") if path.name != "tokenizer.json"]
+    named = [path for path in files if '"/' in path.read_text()]
+    assert files and not named
+
+
 def test_auc_counts_pairs() -> None:
     assert auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1.0
     assert auc(torch.tensor([0.0]), torch.tensor([1.0])) == 0.0
