@@ -1,5 +1,6 @@
 """Reward functions for tests, by import path."""
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,13 @@ def brightness(images: Images, prompts: list[str], metadata: list[dict[str, Any]
 def some_fail(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float | None]:
     values = brightness(images, prompts, metadata)
     return [None if place % 3 == 0 else value for place, value in enumerate(values)]
+
+
+def fails_on_the_first_process(
+    images: Images, prompts: list[str], metadata: list[dict[str, Any]]
+) -> list[float | None]:
+    first = os.environ.get("RANK") == "0"
+    return [None if first else value for value in brightness(images, prompts, metadata)]
 
 
 def all_equal(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:

@@ -1,7 +1,12 @@
-"""Real processes: two gloo peers under `accelerate launch` end as one; a run that is killed ends as one that is not."""
+"""Real processes: two gloo peers under `torchrun` end as one; a run that is killed ends as one that is not.
 
+`accelerate launch` starts one process on a CPU, whatever --num_processes says; on GPUs it is torchrun.
+"""
+
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
+from pixrl.training.align_record import START
 from pixrl.training.runlog import METRICS, RunFolder
-from tests.align.parts import E2PO, GRPO, final, recipe, same
+from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH = ["-m", "torch.distributed.run", "--nnodes", "1"]
 
 
 def environment() -> dict[str, str]:
@@ -35,9 +41,17 @@ def write_recipe(folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def command(processes: int, *words: str) -> list[str]:
-    port = ["--main_process_port", str(random.randint(20000, 40000))]
-    launch = [*LAUNCH, "--num_processes", str(processes), *port, "-m"] if processes > 1 else ["-m"]
+    port = ["--master-port", str(random.randint(20000, 40000))]
+    launch = [*LAUNCH, "--nproc-per-node", str(processes), *port, "-m"] if processes > 1 else ["-m"]
     return [sys.executable, *launch, "pixrl", *words]
+
+
+def processes_of(run: Path) -> int:
+    """How many processes a run was shared out to, as its start says."""
+    notes = json.loads((run / START).read_text())["notes"]
+    (found,) = [re.search(r"over (\d+) process", note) for note in notes if "process(es)" in note]
+    assert found is not None
+    return int(found[1])
 
 
 @pytest.mark.slow
@@ -53,6 +67,7 @@ def test_two_processes_end_as_one(
         words = ["align", str(file), "--out", str(tmp_path / str(processes))]
         subprocess.run(command(processes, *words), env=environment(), check=True, timeout=900)
     one, two = tmp_path / "1", tmp_path / "2"
+    assert [processes_of(run) for run in (one, two)] == [1, 2]
     assert same(final(one), final(two), atol=3e-4)  # steps of size lr = 1e-3
     manifests = [RunFolder.open(run).manifest() for run in (one, two)]
     for first, second in zip(*manifests, strict=True):
@@ -76,7 +91,23 @@ def test_more_processes_than_prompts(tmp_path: Path, sd3_folder: Path, prompt_fi
     file = write_recipe(tmp_path, settings)
     words = ["align", str(file), "--out", str(tmp_path / "run")]
     subprocess.run(command(2, *words), env=environment(), check=True, timeout=900)
+    assert processes_of(tmp_path / "run") == 2
     assert len(RunFolder.open(tmp_path / "run").manifest()) == 3
+
+
+@pytest.mark.slow
+def test_failed_scores_of_one_process_are_a_share_of_all(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path
+) -> None:
+    """All of the first process's pictures fail, a third of the step's: no reason to stop."""
+    settings = recipe(sd3_folder, prompt_file, **with_reward("fails_on_the_first_process"), steps=1)
+    settings["prompts"]["per_step"] = 3  # shared out as 1 and 2
+    file = write_recipe(tmp_path, settings)
+    words = ["align", str(file), "--out", str(tmp_path / "run")]
+    subprocess.run(command(2, *words), env=environment(), check=True, timeout=900)
+    (row,) = RunFolder.open(tmp_path / "run").metrics()
+    assert processes_of(tmp_path / "run") == 2
+    assert row["failed_share"] == pytest.approx(1 / 3)
 
 
 KILLS = int(os.environ.get("PIXRL_KILLS", "3"))

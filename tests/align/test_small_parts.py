@@ -1,9 +1,10 @@
 """Prompt sampler, planner, spread, figures over processes, monitor."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -11,20 +12,56 @@ from rich.console import Console
 from torch import Tensor
 
 from pixrl.algorithms.peers import Alone, Tally, disagreement
+from pixrl.algorithms.rollouts import Samples
 from pixrl.algorithms.spread import group_diversity, mean_pairwise_distance, pixel_features
 from pixrl.data.prompts import Prompt, PromptSet
-from pixrl.errors import InputError
+from pixrl.errors import InputError, RunError
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.placement import Part, Placement
 from pixrl.models.sd3 import SD3Policy
+from pixrl.rewards.multi import Failures, RewardSet
 from pixrl.rewards.settings import RewardSetting
+from pixrl.training.align_eval import score
 from pixrl.training.align_workshop import placed
 from pixrl.training.monitor import LiveView, PlainLines
 from pixrl.training.planner import evened, plan
 from pixrl.training.prompt_sampler import PromptSampler, share
+from tests.align.parts import JUDGE, groups
 
 AnyT = TypeVar("AnyT")
 PROMPTS = PromptSet("letters", tuple(Prompt(letter) for letter in "abcdefg"))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """This process, and others that gave their values before."""
+
+    others: Sequence[Any]
+    rank: int = 0
+
+    @property
+    def size(self) -> int:
+        return 1 + len(self.others)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather(self, value: AnyT) -> list[AnyT]:
+        return [value, *self.others]
+
+
+def test_failed_scores_are_judged_over_all_processes() -> None:
+    setting = RewardSetting(name="python", options={"function": f"{JUDGE}:raises"})
+    rewards = RewardSet([setting], time_limit=None, max_failed_share=0.5)
+    samples, images = Samples.of(groups(1), 3, 1, 0), torch.rand(3, 3, 8, 8)
+    with pytest.raises(RunError, match="failed for 3 of 3"):
+        score(rewards, samples, images, Alone())
+    clean = {"python": Failures(9, Counter())}
+    found = score(rewards, samples, images, Beside([clean]))
+    assert bool(found["python"].values_B.isnan().all())  # 3 of 12 are within the share
+    broken = {"python": Failures(9, Counter({"it broke": 9}))}
+    with pytest.raises(RunError, match="failed for 9 of 9"):
+        score(rewards, Samples.of([], 3, 1, 0), images[:0], Beside([broken]))  # without a picture of its own
 
 
 @pytest.mark.parametrize("per_step", [1, 3, 7, 10])

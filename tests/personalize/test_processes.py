@@ -8,7 +8,7 @@ import yaml
 
 from pixrl.training.runlog import RunFolder
 from tests.align.parts import final, same
-from tests.align.test_processes import command, environment
+from tests.align.test_processes import command, environment, processes_of
 from tests.personalize.test_job import METHODS, recipe
 
 
@@ -25,6 +25,7 @@ def test_two_processes_end_as_one(
         words = ["personalize", str(file), "--out", str(tmp_path / str(processes))]
         subprocess.run(command(processes, *words), env=environment(), check=True, timeout=900)
     one, two = tmp_path / "1", tmp_path / "2"
+    assert [processes_of(run) for run in (one, two)] == [1, 2]
     assert same(final(one), final(two), atol=3e-4)  # steps of size lr = 1e-3
     rows = [RunFolder.open(run).manifest() for run in (one, two)]
     assert [row.seed for row in rows[0]] == [row.seed for row in rows[1]]

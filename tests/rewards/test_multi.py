@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pixrl import config, rewards
 from pixrl.errors import ConfigError, InputError, RunError, ShapeError
 from pixrl.rewards.base import Reward
-from pixrl.rewards.multi import RewardSet, RewardSetting, Stage
+from pixrl.rewards.multi import Failures, RewardSet, RewardSetting, Stage
 from pixrl.types import RewardBatch, Scores
 
 BATCH = RewardBatch(torch.rand(4, 3, 8, 8), ["a", "b", "c", "d"])
@@ -142,6 +142,20 @@ def test_the_commonest_reasons_are_told() -> None:
     shares = one(lambda: Scores(torch.full((4,), torch.nan), reasons), share=0.0)
     with pytest.raises(RunError, match=r"2 x a\n  1 x b\n  1 x c$"):
         shares.score(BATCH)
+
+
+def test_the_share_is_that_of_all_processes() -> None:
+    """A process whose pictures all failed goes on where the others' did not; a clean one stops with the others."""
+    nan = float("nan")
+    failing, clean = gives(nan, nan, nan, nan)(), gives(1, 2, 3, 4)()
+    rewards = one(gives(1), share=0.4)
+    bad, good, none = (
+        {"one": Failures.of(scores)} for scores in (failing, clean, Scores(torch.zeros(0), ()))
+    )
+    rewards.require_enough([bad, good, good, none])  # 4 of 12
+    with pytest.raises(RunError, match=r"'one' failed for 4 of 8 pictures.*\n  4 x it is nan"):
+        rewards.require_enough([good, bad])
+    rewards.require_enough([none])
 
 
 def test_a_held_out_reward_that_fails_stops_the_run_too() -> None:

@@ -5,7 +5,8 @@ time limit for each call, and the share of failed scores past which a run stops.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -22,6 +23,23 @@ __all__ = ["RewardSet", "RewardSetting", "Stage"]
 REASONS_SHOWN = 3
 
 
+@dataclass(frozen=True)
+class Failures:
+    """How many pictures one reward was asked about, and why some have no score."""
+
+    pictures: int
+    reasons: Counter[str]
+
+    @staticmethod
+    def of(scores: Scores) -> "Failures":
+        return Failures(
+            len(scores.reasons), Counter(reason for reason in scores.reasons if reason is not None)
+        )
+
+    def __add__(self, other: "Failures") -> "Failures":
+        return Failures(self.pictures + other.pictures, self.reasons + other.reasons)
+
+
 class RewardSet:
     """The rewards of a run.
 
@@ -30,8 +48,8 @@ class RewardSet:
         stages: weights by step range; none: the settings' own weights at every step.
         time_limit: seconds that one reward may take for one batch; None: no limit. A call that takes longer fails, and
             so do the following ones for as long as it is still busy. A reward that keeps its own time has none.
-        max_failed_share: in [0, 1]; the run stops when more than this share of a batch has no score from one reward,
-            a held-out one included. Give `score` a whole step's pictures, so that it is a share of many.
+        max_failed_share: in [0, 1]; the run stops when more than this share of a step's pictures, those of all
+            processes together, has no score from one reward, a held-out one included.
 
     Raises:
         ConfigError: settings or stages contradict each other, or an option is wrong.
@@ -67,20 +85,40 @@ class RewardSet:
         return {name: one for name, one in self._rewards.items() if isinstance(one, DifferentiableReward)}
 
     def score(self, batch: RewardBatch) -> Mapping[str, Scores]:
-        """Every reward's scores [B], held-out ones too; nan with a reason where a reward failed.
-
-        A reward that raises, hangs past the time limit or gives the wrong number of scores fails for the whole batch.
+        """The scores of all of a step's pictures, where one process has them.
 
         Raises:
             RunError: more than `max_failed_share` of the batch failed; names the reward and the reasons.
+            ServiceError, ShapeError: as `score_some`.
+        """
+        scores = self.score_some(batch)
+        self.require_enough([{name: Failures.of(one) for name, one in scores.items()}])
+        return scores
+
+    def score_some(self, batch: RewardBatch) -> Mapping[str, Scores]:
+        """Every reward's scores [B], held-out ones too; nan with a reason where a reward failed.
+
+        A reward that raises, hangs past the time limit or gives the wrong number of scores fails for the whole batch.
+        How many failed is not judged: `require_enough` does, over all processes.
+
+        Raises:
             ServiceError: a service that a reward asks is gone for longer than the reward waits.
             ShapeError: there is not one prompt (and one metadata, where there is any) a picture.
         """
         count = _count(batch)
-        scores = {name: self._score(name, batch, count) for name in self.names}
-        for name, one in scores.items():
+        return {name: self._score(name, batch, count) for name in self.names}
+
+    def require_enough(self, everywhere: Iterable[Mapping[str, Failures]]) -> None:
+        """Judges the failures of a step over all processes, reward by reward.
+
+        Raises:
+            RunError: more than `max_failed_share` of the pictures failed; names the reward and the reasons.
+        """
+        whole = {name: Failures(0, Counter()) for name in self.names}
+        for tallies in everywhere:
+            whole = {name: one + tallies[name] for name, one in whole.items()}
+        for name, one in whole.items():
             self._require_enough(name, one)
-        return scores
 
     def _score(self, name: str, batch: RewardBatch, count: int) -> Scores:
         answer = self._callers[name].call(lambda: self._rewards[name].score(batch))
@@ -97,9 +135,9 @@ class RewardSet:
         model = {"model": f"{self._rewards[name].name} (failed)"}
         return Scores(torch.full((count,), torch.nan), (answer.reason,) * count, provenance=model)
 
-    def _require_enough(self, name: str, scores: Scores) -> None:
-        reasons = Counter(reason for reason in scores.reasons if reason is not None)
-        failed, count = reasons.total(), len(scores.reasons)
+    def _require_enough(self, name: str, failures: Failures) -> None:
+        reasons, count = failures.reasons, failures.pictures
+        failed = reasons.total()
         if failed <= self.max_failed_share * count:
             return
         shown = [f"{number} x {reason}" for reason, number in reasons.most_common(REASONS_SHOWN)]

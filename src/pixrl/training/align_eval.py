@@ -15,7 +15,7 @@ from pixrl.algorithms.stepping import Schedule, Solver, StepPlan
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
-from pixrl.rewards.multi import RewardSet
+from pixrl.rewards.multi import Failures, RewardSet
 from pixrl.training.align_log import AlignLog
 from pixrl.training.prompt_sampler import share
 from pixrl.types import RewardBatch, Scores
@@ -52,7 +52,7 @@ class Evaluator:
             images, _, _ = roll_out(self.policy, variants, samples, plan, self.micro_batch)
         first = mine.start * self.per_prompt
         log.samples(step, range(first, first + len(samples)), images)
-        scores = score(self.rewards, samples, images)
+        scores = score(self.rewards, samples, images, self.peers)
         figures = self._figures(scores)
         if self.per_prompt > 1:
             figures["diversity"] = self._mean(group_diversity(images, self.per_prompt, self.features))
@@ -74,11 +74,18 @@ class Evaluator:
         return (total[0] / total[1]).item()
 
 
-def score(rewards: RewardSet, samples: Samples, images_BCHW: Tensor) -> Mapping[str, Scores]:
-    """Every reward's scores of some samples; none of none."""
-    if not len(samples):
-        return {name: Scores(torch.zeros(0), ()) for name in rewards.names}
-    return rewards.score(RewardBatch(images_BCHW, samples.prompts, samples.metadata))
+def score(rewards: RewardSet, samples: Samples, images_BCHW: Tensor, peers: Peers) -> Mapping[str, Scores]:
+    """Every reward's scores of this process's samples; none of none. All processes call it together.
+
+    Raises:
+        RunError: too many of all processes' pictures have no score; on every process alike.
+    """
+    if len(samples):
+        scores = rewards.score_some(RewardBatch(images_BCHW, samples.prompts, samples.metadata))
+    else:
+        scores = {name: Scores(torch.zeros(0), ()) for name in rewards.names}
+    rewards.require_enough(peers.gather({name: Failures.of(one) for name, one in scores.items()}))
+    return scores
 
 
 def spread_evenly(prompts: PromptSet, count: int) -> tuple[Prompt, ...]:

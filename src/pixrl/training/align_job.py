@@ -105,7 +105,7 @@ def check(config: AlignConfig) -> selfcheck.Report:
         sizes = [micro_batches.train, 1, 2, selfcheck.ROWS]
         found += selfcheck.deviations(aligner, drawn, [dtype], sizes)
     rollouts = aligner.collect(own, 0)
-    scores = score(shop.rewards, rollouts.samples, rollouts.images_BCHW)
+    scores = score(shop.rewards, rollouts.samples, rollouts.images_BCHW, shop.team)
     aligner.update(rollouts, scores, shop.rewards.weights(0))
     agreement = aligner.gradient_disagreement()
     return selfcheck.Report(selfcheck.measure_of(aligner), tuple(found), agreement, shop.team.size, notes)

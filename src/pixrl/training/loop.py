@@ -114,7 +114,7 @@ class Loop:
                 groups[share(len(groups), self.peers.rank, self.peers.size)], step
             )
         with clock.phase("score"):
-            scores = score(self.rewards, rollouts.samples, rollouts.images_BCHW)
+            scores = score(self.rewards, rollouts.samples, rollouts.images_BCHW, self.peers)
         checks = dict(self.before_first_update(rollouts)) if first else {}
         with clock.phase("update"):
             metrics = self.algorithm.update(rollouts, scores, self.rewards.weights(step))
