@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from typer.testing import CliRunner
 
 import pixrl
 from pixrl import align_api, cli
+from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError, ConfigError, RunError
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_log import evaluations
+from pixrl.training.align_workshop import open_workshop, plan_batches
+from pixrl.training.prompt_sampler import PromptSampler
 from pixrl.training.runlog import RunFolder
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 
@@ -230,3 +234,40 @@ def test_a_loss_that_is_never_finite_stops_the_run(
         pixrl.align(settings, out=tmp_path / "run")
     weights = final(tmp_path / "run")
     assert all(bool(x.isfinite().all()) for x in weights.values())
+
+
+def test_an_evaluation_on_training_prompts_is_told(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path
+) -> None:
+    """In the plan that the log begins with, in start.json and in the report."""
+    done = pixrl.align(recipe(sd3_folder, prompt_file), steps=1, out=tmp_path / "run")
+    start = json.loads((done.run / "start.json").read_text())
+    assert start["trained_on"] == 2
+    (note,) = [note for note in start["notes"] if note.startswith("evaluation:")]
+    assert "all 2 prompts are trained on too" in note and "evaluation.source" in note
+    page = done.report.read_text()
+    assert "all 2 prompts are trained on too" in page
+    assert "These prompts were trained on." in page and "Held-out prompts" not in page
+
+
+@pytest.mark.parametrize(("lines", "seen"), [("a red owl\na dog\n", 1), ("a dog\na bird\n", 0)])
+def test_another_file_may_still_overlap(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, lines: str, seen: int
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(lines)
+    settings = recipe(sd3_folder, prompt_file, evaluation={"source": str(other), "prompts": 2})
+    shop = open_workshop(AlignConfig.model_validate(settings))
+    _, notes = plan_batches(shop)
+    told = [note for note in notes if "evaluation: 1 of 2 prompts are trained on too" in note]
+    assert (shop.trained_on(), len(told)) == (seen, seen)
+
+
+def test_one_text_of_two_subjects_is_two_prompts(sd3_folder: Path, prompt_file: Path) -> None:
+    shop = open_workshop(AlignConfig.model_validate(recipe(sd3_folder, prompt_file)))
+    seen, unseen = (
+        PromptSet("subjects", (Prompt("a red owl", {"subject": name}),)) for name in ("owl_01", "owl_02")
+    )
+    sampler = PromptSampler(seen, per_step=1, seed=0)
+    assert replace(shop, prompts=sampler, held_out=seen).trained_on() == 1
+    assert replace(shop, prompts=sampler, held_out=unseen).trained_on() == 0

@@ -112,7 +112,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "warnings": warnings(changes),
         "pairs": pairs[:SHOWN],
         "more": max(len(pairs) - SHOWN, 0),
-        "unseen": is_unseen(config),
+        "unseen": is_unseen(config, _start(folder)),
         "shown": "subjects" if folder.kind == PERSONALIZE else "prompts",
         "slot": "trained" if config.optimizer.ema is None else "averaged",
         "reward_panels": _marked(reward_panels(config, metrics, evaluated)),
@@ -128,8 +128,10 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def is_unseen(config: AlignConfig) -> bool:
-    """Whether the prompts of the evaluation are others than those of training."""
+def is_unseen(config: AlignConfig, start: Mapping[str, Any] | None = None) -> bool:
+    """Whether the prompts of the evaluation are others than those of training: as start.json counted, or by source."""
+    if start is not None and "trained_on" in start:
+        return bool(start["trained_on"] == 0)
     source = config.prompts.source
     other = config.evaluation.source not in (None, source)
     return other or source.startswith(TOY_PREFIX)

@@ -85,7 +85,7 @@ class EvaluationSettings(Settings):
     every: int | None = Field(None, ge=1)
     """Training steps between two; none: before and after alone."""
     source: str | None = None
-    """Prompts; none: the held-out ones of the toy world, or the training file's own."""
+    """Prompts; none: the held-out ones of the toy world, or the training file's own (which the log and report say)."""
     prompts: int = Field(24, ge=1)
     """How many of them, spread evenly."""
     per_prompt: int = Field(1, ge=1)

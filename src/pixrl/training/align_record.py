@@ -14,7 +14,7 @@ from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.references import on_square
 from pixrl.training import checkpoint
 from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_eval import gallery, spread_evenly
+from pixrl.training.align_eval import gallery
 from pixrl.training.align_workshop import Workshop
 from pixrl.training.files import write_atomic
 from pixrl.training.runlog import RunFolder, png_bytes
@@ -34,9 +34,10 @@ def write_start(folder: RunFolder, shop: Workshop, micro_batches: MicroBatches, 
         "fingerprint": shop.policy.backbone_fingerprint,
         "micro_batches": {"rollout": micro_batches.rollout, "train": micro_batches.train},
         "notes": list(notes),
+        "trained_on": shop.trained_on(),
     }
     settings = shop.config.evaluation
-    prompts = spread_evenly(shop.held_out, settings.prompts)
+    prompts = shop.evaluated()
     shown = gallery(prompts, settings.per_prompt, shop.config.seed)
     files = _write_references(folder, prompts)
     for place, entry in enumerate(shown):
@@ -61,7 +62,10 @@ def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict
 
 
 def read_start(folder: RunFolder) -> dict[str, Any]:
-    """What a run began with: recipe, model, fingerprint, micro_batches, notes."""
+    """What a run began with: recipe, model, fingerprint, micro_batches, notes, trained_on.
+
+    `trained_on` is the number of the evaluation's prompts that training asks for too.
+    """
     path = folder.path / START
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """Everything that an align recipe names, loaded and checked against each other."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pixrl.algorithms.loss_table import make_loss
 from pixrl.algorithms.rollouts import Group
 from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.spread import Features, pixel_features
-from pixrl.data.prompts import PromptSet, Split, load_prompts
+from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError
@@ -53,6 +54,15 @@ class Workshop:
         """This process's groups of the first step, or any one."""
         groups = self.prompts.groups(0)
         return groups[share(len(groups), self.team.rank, self.team.size)] or groups[:1]
+
+    def evaluated(self) -> tuple[Prompt, ...]:
+        """What the evaluation draws."""
+        return spread_evenly(self.held_out, self.config.evaluation.prompts)
+
+    def trained_on(self) -> int:
+        """How many of the evaluation's prompts are trained on too; of a subject, with that subject."""
+        known = {_identity(prompt) for prompt in self.prompts.prompts}
+        return sum(_identity(prompt) in known for prompt in self.evaluated())
 
     def aligner(self, micro_batches: MicroBatches) -> Aligner:
         """The algorithm before its first step."""
@@ -183,7 +193,22 @@ def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:
     sizes = team.gather(found.micro_batches)
     common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))
     spread = f"{config.prompts.per_step} groups of {shop.method.group_size} over {team.size} process(es)"
-    return common, (spread, *found.reasons)
+    return common, (spread, *_overlap(shop), *found.reasons)
+
+
+def _overlap(shop: Workshop) -> Iterator[str]:
+    """A note where the evaluation asks for what is trained on."""
+    seen, asked = shop.trained_on(), len(shop.evaluated())
+    if seen:
+        which = "all" if seen == asked else f"{seen} of"
+        yield (
+            f"evaluation: {which} {asked} prompts are trained on too, so its figures show what was learned of them and "
+            "not what carries over. Name others: --set evaluation.source=..."
+        )
+
+
+def _identity(prompt: Prompt) -> tuple[str, str]:
+    return prompt.text, str(prompt.metadata["subject"]) if "subject" in prompt.metadata else ""
 
 
 def make_evaluator(shop: Workshop, micro_batches: MicroBatches) -> Evaluator:
@@ -191,7 +216,7 @@ def make_evaluator(shop: Workshop, micro_batches: MicroBatches) -> Evaluator:
     settings = shop.config.evaluation
     return Evaluator(
         policy=shop.policy,
-        prompts=spread_evenly(shop.held_out, settings.prompts),
+        prompts=shop.evaluated(),
         per_prompt=settings.per_prompt,
         steps=settings.steps or shop.config.sampling.steps,
         solver=shop.config.sampling.solver,

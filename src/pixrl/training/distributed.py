@@ -1,4 +1,7 @@
-"""The processes of a run, by `accelerate launch`: gloo on CPUs, NCCL on GPUs. One process needs no launcher."""
+"""The processes of a run, by `torchrun`: gloo on CPUs, NCCL on GPUs. One process needs no launcher.
+
+`accelerate launch` is torchrun on GPUs; on CPUs it starts one process, whatever its --num_processes.
+"""
 
 from typing import TypeVar
 
