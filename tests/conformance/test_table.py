@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import language_rewards, tiny
+from tests import encoder_rewards, language_rewards, tiny
 from tests.rewards.services import TOKEN, service_for
 from tests.tiny_dino import dino
 
@@ -42,6 +42,7 @@ REWARDS = (
     "geneval",
     "preference",
     "python",
+    *encoder_rewards.OPTIONS,
     *language_rewards.OPTIONS,
 )
 SERVED = ("judge", "remote")
@@ -76,6 +77,9 @@ def make_reward(name: str, folder: Path) -> tuple[Reward, RewardBatch]:
     if name == "dino_seg":
         cut = {"segmenter": tiny.segmenter(folder / "segmenter"), "model": dino(folder / "dino")}
         return rewards.load(name, **cut), RewardBatch(images, prompts, metadata)
+    if name in encoder_rewards.OPTIONS:
+        made = encoder_rewards.OPTIONS[name](folder)
+        return rewards.load(name, **made), RewardBatch(images, prompts, metadata)
     return rewards.load(name, model=clip), RewardBatch(images, prompts, metadata)
 
 

@@ -81,9 +81,8 @@ class BiRefNetForeground:
         pixels = self.preprocess(images_BCHW.to(self.device)).to(self.precision.weights)
         with self.precision.context(self.device):
             logits_B1HW = self.model(pixels)
-        levels = (
-            logits_B1HW.float().sigmoid() * 255
-        ).floor() / 255  # the published code cuts off, it does not round
+        # the published code cuts off, it does not round
+        levels: Tensor = (logits_B1HW.float().sigmoid() * 255).floor() / 255
         rows, columns = images_BCHW.shape[-2:]
         # PIL's order: columns first, 8 bits after each pass
         for size in ((levels.shape[-2], columns), (rows, columns)):

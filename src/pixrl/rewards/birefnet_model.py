@@ -191,7 +191,8 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         hidden = self.dec_att(F.relu(self.bn_in(self.conv_in(x_BCHW))))
-        return self.bn_out(self.conv_out(hidden))
+        widened: Tensor = self.bn_out(self.conv_out(hidden))
+        return widened
 
 
 class LateralBlock(nn.Module):
@@ -202,7 +203,8 @@ class LateralBlock(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv(x_BCHW)
+        features: Tensor = self.conv(x_BCHW)
+        return features
 
 
 class PatchConvs(nn.Module):
@@ -214,14 +216,16 @@ class PatchConvs(nn.Module):
         self.conv_out = nn.Conv2d(HIDDEN, out, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv_out(self.conv1(x_BCHW))
+        features: Tensor = self.conv_out(self.conv1(x_BCHW))
+        return features
 
 
 def as_patches(image_BCHW: Tensor, like: Tensor) -> Tensor:
     """The picture cut into patches of another map's size, patches as channels (channel first, then row, column)."""
     rows, columns = (a // b for a, b in zip(image_BCHW.shape[-2:], like.shape[-2:], strict=True))
     height, width = like.shape[-2:]
-    cut = image_BCHW.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # B C rows h columns w
+    cut: Tensor = image_BCHW.unflatten(3, (columns, width)).unflatten(2, (rows, height))
+    # B C rows h columns w
     return cut.permute(0, 1, 2, 4, 3, 5).flatten(1, 3)
 
 

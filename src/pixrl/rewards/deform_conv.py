@@ -27,9 +27,8 @@ def deform_conv2d(
     """
     rows, columns = weight_OCkk.shape[-2:]
     height, width = offset_BOHW.shape[-2:]
-    place = {"device": x_BCHW.device, "dtype": offset_BOHW.dtype}
-    top_H1 = torch.arange(height, **place)[:, None] - padding
-    left_W = torch.arange(width, **place) - padding
+    top_H1 = torch.arange(height).to(offset_BOHW)[:, None] - padding
+    left_W = torch.arange(width).to(offset_BOHW) - padding
     total = x_BCHW.new_zeros(len(x_BCHW), len(weight_OCkk), height, width)
     for tap in range(rows * columns):
         row, column = divmod(tap, columns)

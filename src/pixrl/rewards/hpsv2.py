@@ -11,6 +11,7 @@ fills the square, where CLIP's own preprocessing would crop.
 
 import html
 from enum import StrEnum
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -89,9 +90,7 @@ def clean_text(text: str) -> str:
     Lower case and the cutting at 77 tokens are the tokenizer's.
     """
     if find_spec("ftfy"):
-        from ftfy import fix_text
-
-        text = fix_text(text)
+        text = str(import_module("ftfy").fix_text(text))
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
