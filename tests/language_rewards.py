@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tests import tiny_blip, tiny_flant5, tiny_hpsv3
+from tests import tiny_blip, tiny_flant5, tiny_hpsv3, tiny_ocr
 
 OPTIONS: Mapping[str, Callable[[Path], dict[str, object]]] = {
     "blip_vqa": lambda folder: {"model": tiny_blip.blip_vqa(folder / "blip_vqa")},
@@ -12,6 +12,10 @@ OPTIONS: Mapping[str, Callable[[Path], dict[str, object]]] = {
         "processor": tiny_hpsv3.qwen2_vl(folder / "qwen"),
     },
     "image_reward": lambda folder: {"model": tiny_blip.image_reward(folder / "image_reward")},
+    "ocr": lambda folder: {
+        "model": tiny_ocr.recognizer(folder / "recognizer"),
+        "detector": tiny_ocr.detector(folder / "detector"),
+    },
     "vqascore": lambda folder: {
         "model": tiny_flant5.flant5(folder / "flant5", tiny_flant5.vision_tower(folder / "tower")),
         "tokenizer": tiny_flant5.tokenizer(folder / "t5"),
@@ -27,3 +31,7 @@ METADATA: Mapping[str, Sequence[Mapping[str, object]]] = {
     ],
 }
 """Name -> what it reads of four pictures, where it reads anything."""
+PROMPTS: Mapping[str, Sequence[str]] = {
+    "ocr": ['an owl, "nt4"', 'a cat, "z4n1"', "two owls", 'an owl and "Stop"']
+}
+"""Name -> four prompts, where it asks more of them than to be text."""

@@ -66,6 +66,7 @@ def make_reward(name: str, folder: Path) -> tuple[Reward, RewardBatch]:
         return rewards.load(name, **options), RewardBatch(images, prompts, metadata)
     if name in language_rewards.OPTIONS:
         made = language_rewards.OPTIONS[name](folder)
+        prompts = list(language_rewards.PROMPTS.get(name, prompts))
         return rewards.load(name, **made), RewardBatch(
             images, prompts, language_rewards.METADATA.get(name, ())
         )

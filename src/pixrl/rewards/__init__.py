@@ -5,6 +5,7 @@ Importing this package imports no torch.
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
@@ -28,6 +29,7 @@ REWARDS = {
     "hpsv3": "pixrl.rewards.hpsv3:HPSv3Reward",
     "image_reward": "pixrl.rewards.image_reward:ImageReward",
     "judge": "pixrl.rewards.judge:JudgeReward",
+    "ocr": "pixrl.rewards.ocr:OcrReward",
     "preference": "pixrl.rewards.preference:PreferenceReward",
     "python": "pixrl.rewards.python_reward:PythonReward",
     "remote": "pixrl.rewards.remote:RemoteReward",
@@ -52,6 +54,18 @@ def load(name: str, **options: object) -> "Reward":
         ConfigError: the reward has no such option, or one that it needs is missing.
         CheckpointError: a model it needs is missing or half written.
     """
+    checked_options(name, options)
+    reward: Reward = _class_of(name)(**options)
+    return reward
+
+
+def checked_options(name: str, options: Mapping[str, object]) -> dict[str, object]:
+    """The options of a reward, those left out by their defaults. Loads torch, but no model.
+
+    Raises:
+        InputError: there is no reward of that name.
+        ConfigError: the reward has no such option, or one that it needs is missing.
+    """
     if name not in REWARDS:
         raise InputError(
             f"Unknown reward {name!r}.{did_you_mean(name, REWARDS)} There are {', '.join(REWARDS)}."
@@ -72,8 +86,7 @@ def load(name: str, **options: object) -> "Reward":
         raise ConfigError(
             f"The reward {name!r} needs the option {missing[0]!r}, for example {missing[0]}: {example}"
         )
-    reward: Reward = make(**options)
-    return reward
+    return {key: p.default for key, p in parameters.items() if key not in options} | dict(options)
 
 
 def takes(name: str, option: str) -> bool:
