@@ -134,7 +134,8 @@ def _beside(
     levels: Mapping[str, float] | None = None,
 ) -> str | None:
     """One panel a curve of the records, side by side, each with a dotted level where `levels` has one."""
-    panels, labels = [], {}
+    panels: list[str] = []
+    labels: dict[str, str] = {}
     for label, name in names.items():
         curves = curves_of(study.drawn(), records, name, smoothed=smoothed)
         if not curves:

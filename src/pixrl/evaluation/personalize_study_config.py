@@ -188,7 +188,7 @@ class PersonalizeStudyConfig(RunStudyConfig):
                 raise ConfigError(
                     f"{where} has {len(names)} variants, and figures have {COLOURS} colours: name fewer."
                 )
-        titles = [slug(table.title) for table in (*self.tables, *self.crossed)]
+        titles = [slug(table.title) for table in self._all_tables()]
         for place, title in enumerate(titles):
             if title in titles[:place]:
                 raise ConfigError(f"Two tables would have the same file, tradeoff-{title}.svg; rename one.")
@@ -196,11 +196,14 @@ class PersonalizeStudyConfig(RunStudyConfig):
     def _named(self) -> Iterator[tuple[str, str]]:
         """Where a variant is named, and which."""
         yield from (("curves", name) for name in self.curves)
-        for table in (*self.tables, *self.crossed):
+        for table in self._all_tables():
             yield from ((f"the table {table.title!r}", name) for name in table.names())
         yield from (("orderings", name) for one in self.orderings for name in (one.better, one.worse))
         if self.gallery is not None:
             yield from (("gallery", name) for name in self.gallery.variants)
+
+    def _all_tables(self) -> tuple[Table | CrossedTable, ...]:
+        return (*self.tables, *self.crossed)
 
     def _check_rewards(self, config: AlignConfig) -> None:
         known = [setting.name for setting in config.rewards]
