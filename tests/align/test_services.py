@@ -102,7 +102,7 @@ def test_the_run_waits_and_loses_nothing(
     mortal.arm()
     nurse = threading.Thread(target=mortal.rise_again)
     nurse.start()
-    done = pixrl.align(remote(mortal, sd3_folder, prompt_file, patience=120.0), out=tmp_path / "run")
+    done = pixrl.align(remote(mortal, sd3_folder, prompt_file, patience=600.0), out=tmp_path / "run")
     nurse.join()
     the_same(whole, done.run)
     assert "does not answer" in caplog.text and "is back" in caplog.text

@@ -155,7 +155,7 @@ class Process:
                 return
         raise AssertionError("the server ended before it served")
 
-    def wait(self, seconds: float = 60.0) -> int:
+    def wait(self, seconds: float = 300.0) -> int:
         """Its exit code, once it has ended."""
         assert self.process is not None
         return self.process.wait(seconds)
