@@ -4,6 +4,7 @@
 """
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -11,12 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from pixrl import cli
 from pixrl.training.align_record import START
 from pixrl.training.runlog import METRICS, RunFolder
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
@@ -110,40 +115,87 @@ def test_failed_scores_of_one_process_are_a_share_of_all(
     assert row["failed_share"] == pytest.approx(1 / 3)
 
 
-KILLS = int(os.environ.get("PIXRL_KILLS", "3"))
-"""The issue asks for ten; three keep the suite short."""
+KILLS = 10
+STEPS = 24
+"""Enough that ten pieces of a run are not the whole of it."""
+
+
+@pytest.fixture
+def fork() -> Iterator[Callable[..., BaseProcess]]:
+    """Runs a pixrl command in a process of its own, forked from one that has imported everything; all end with it."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["pixrl.training.align_job", "diffusers", "transformers", "peft"])
+    begun: list[BaseProcess] = []
+
+    def begin(*words: str) -> BaseProcess:
+        process = server.Process(target=_play, args=(words,))
+        process.start()
+        begun.append(process)
+        return process
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.join(60)
+
+
+def _play(words: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    cli.app(list(words), standalone_mode=False)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_ends_as_never_killed(
-    tmp_path: Path, sd3_folder: Path, prompt_file: Path
+def test_killed_at_ten_random_moments_and_resumed_ends_as_never_killed(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, fork: Callable[..., BaseProcess]
 ) -> None:
-    settings = recipe(sd3_folder, prompt_file, **E2PO, steps=8)
+    """Moments from the process's first breath, while it loads, to two steps later; SIGKILL each time."""
+    settings = recipe(sd3_folder, prompt_file, **E2PO, steps=STEPS)
     file = write_recipe(tmp_path, settings)
     whole, run = tmp_path / "whole", tmp_path / "run"
-    subprocess.run(
-        command(1, "align", str(file), "--out", str(whole)), env=environment(), check=True, timeout=900
-    )
+    fork("--help").join(600)  # the server has imported everything now
+    begun = time.monotonic()
+    unbroken = fork("align", str(file), "--out", str(whole))
+    _wait_for_lines(whole / METRICS, 1, unbroken)
+    until_first = time.monotonic() - begun
+    unbroken.join(900)
+    assert unbroken.exitcode == 0
     drawer = random.Random(0)
-    for kill in range(KILLS):
-        words = (
-            ["resume", str(run)]
-            if (run / "start.json").is_file()
-            else ["align", str(file), "--out", str(run), "--force"]
-        )
-        process = subprocess.Popen(command(1, *words), env=environment(), stderr=subprocess.DEVNULL)
-        _wait_for_lines(run / METRICS, 1 + 2 * kill, process)
-        time.sleep(drawer.random() * 0.5)
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
-    subprocess.run(command(1, "resume", str(run)), env=environment(), check=True, timeout=900)
+    places = []
+    for _ in range(KILLS):
+        process = fork(*_begin_or_resume(file, run))
+        moment = time.monotonic() + drawer.uniform(0.1, 1.6) * until_first
+        furthest = _lines(run / METRICS) + 2
+        while time.monotonic() < moment and _lines(run / METRICS) < furthest:
+            time.sleep(0.002)
+        assert process.is_alive(), "it ended before it could be killed"
+        process.kill()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        places.append(_lines(run / METRICS))
+    assert len(set(places)) > 2, f"it was killed at the same step every time: {places}"
+    last = fork(*_begin_or_resume(file, run))
+    last.join(900)
+    assert last.exitcode == 0
     assert same(final(whole), final(run))
     rows = [[row.model_dump() for row in RunFolder.open(one).manifest()] for one in (whole, run)]
     assert rows[0] == rows[1]
+    assert [row["step"] for row in RunFolder.open(run).metrics()] == list(range(STEPS))
 
 
-def _wait_for_lines(file: Path, count: int, process: "subprocess.Popen[bytes]") -> None:
+def _begin_or_resume(file: Path, run: Path) -> list[str]:
+    """What a person types after a kill: a run that never began is begun anew."""
+    if (run / START).is_file():
+        return ["resume", str(run)]
+    return ["align", str(file), "--out", str(run), "--force"]
+
+
+def _lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+def _wait_for_lines(file: Path, count: int, process: BaseProcess) -> None:
     deadline = time.monotonic() + 600
-    while not (file.is_file() and file.read_bytes().count(b"\n") >= count):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+    while _lines(file) < count:
+        assert process.is_alive() and time.monotonic() < deadline, "it ended before its first line"
         time.sleep(0.01)
