@@ -10,6 +10,7 @@ from tests.tiny_mask2former import RESOLUTION, mask2former, openmmlab_file
 from torch import Tensor
 
 from pixrl import rewards
+from pixrl.conformance import check_reward
 from pixrl.errors import CheckpointError, ConfigError
 from pixrl.rewards import openmmlab
 from pixrl.rewards.geneval import THRESHOLD, GenEvalReward
@@ -70,6 +71,28 @@ def test_every_tensor_of_the_file_reaches_its_place(hub_folder: Path, mmdet_file
     unused = {name for name in saved if name.startswith("criterion") or ".swin.layernorm" in name}
     assert converted.keys() == saved.keys() - unused
     assert all(torch.equal(converted[name], saved[name]) for name in converted)
+
+
+def test_mmdet_3_names_the_same_weights_otherwise(mmdet_file: Path, tmp_path: Path, pictures: Tensor) -> None:
+    """As in mmdet 3's mask2former_layers.py: one attention and one feed-forward a name, instead of numbered lists."""
+    newer = {}
+    for name, x in openmmlab.read(mmdet_file).items():
+        for old, new in (
+            ("pixel_decoder.encoder.layers.0.attentions.0.", "pixel_decoder.encoder.layers.0.self_attn."),
+            ("attentions.0.attn.", "cross_attn.attn."),
+            ("attentions.1.attn.", "self_attn.attn."),
+            ("ffns.0.", "ffn."),
+        ):
+            name = name.replace(old, new) if name.startswith("panoptic_head") else name
+        newer[name] = x
+    assert sum(".self_attn.attn." in name for name in newer) == 2 * 4
+    file = tmp_path / "mask2former_swin-s_8xb2.pth"
+    torch.save({"meta": {}, "state_dict": newer}, file)
+    assert openmmlab.read(file).keys() == openmmlab.read(mmdet_file).keys()
+    found, expected = (
+        Mask2FormerDetector(one, device="cpu", sides=SMALL).instances(pictures) for one in (file, mmdet_file)
+    )
+    assert [[one.box for one in some] for some in found] == [[one.box for one in some] for some in expected]
 
 
 @pytest.mark.skipif(not REFERENCE.is_file(), reason=f"the working notes are not at {REFERENCE}")
@@ -185,6 +208,12 @@ def test_as_the_reward(hub_folder: Path, mmdet_file: Path, tmp_path: Path, pictu
     assert "not those that GenEval is published with" in scores.provenance["weights"]
 
 
+def test_the_reward_keeps_the_interfaces_promises(hub_folder: Path, tmp_path: Path, pictures: Tensor) -> None:
+    reward = rewards.load("geneval", detector=hub_folder, clip=tiny.clip(tmp_path / "clip"), device="cpu")
+    entries = [{"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}, {}]
+    check_reward(reward, RewardBatch(pictures, ["a red cat", "a dog"], entries))
+
+
 def test_one_of_detector_and_segmenter(hub_folder: Path, tmp_path: Path) -> None:
     clip = tiny.clip(tmp_path / "clip")
     with pytest.raises(ConfigError, match="and neither is given"):
@@ -216,10 +245,14 @@ def test_broken_files(mmdet_file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cut short"):
         Mask2FormerDetector(cut)
     state = openmmlab.read(mmdet_file)
-    newer = {name.replace("attentions.1.attn", "self_attn.attn"): x for name, x in state.items()}
-    other = tmp_path / "newer.pth"
-    torch.save({"state_dict": newer}, other)
-    with pytest.raises(CheckpointError, match=r"names are unknown, first .*self_attn\.attn.*mmdet 3\.x"):
+    other = tmp_path / "other.pth"
+    torch.save({"state_dict": state | {"panoptic_head.new.weight": torch.zeros(1)}}, other)
+    with pytest.raises(CheckpointError, match=r"1 names are unknown, first panoptic_head\.new\.weight"):
+        Mask2FormerDetector(other)
+    torch.save({"state_dict": {"backbone.conv1.weight": torch.zeros(3)}}, other)
+    with pytest.raises(
+        CheckpointError, match=r"has no tensor .* not mmdet's Mask2Former\. GenEval's own: curl"
+    ):
         Mask2FormerDetector(other)
     del state["backbone.norm2.weight"]
     torch.save({"state_dict": state}, other)

@@ -1,4 +1,6 @@
-"""OpenMMLab's Mask2Former files (mmdet 2.x, instance segmentation with a Swin backbone) as transformers' model.
+"""OpenMMLab's Mask2Former files (instance segmentation with a Swin backbone) as transformers' model.
+
+The same weights are published under mmdet 2.x's names and, where GenEval's download script now points, mmdet 3.x's.
 
 The file is a pickle, `{"meta": ..., "state_dict": ...}`. It is read by torch's restricted unpickler, which makes
 tensors and plain containers and runs nothing. Names are turned into those that transformers keeps on disk; the sizes of
@@ -21,7 +23,8 @@ from pixrl.errors import CheckpointError
 from pixrl.rewards.weights import read_weights
 
 GENEVAL_FILE = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
-"""GenEval's detector, of OpenMMLab's model zoo (mmdet 2.x)."""
+"""GenEval's detector, of OpenMMLab's model zoo."""
+URL = f"https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/{GENEVAL_FILE}"
 LEVELS, POINTS = 3, 4
 """Feature maps and sampling points a head of the pixel decoder's deformable attention; fixed in both libraries."""
 SHOWN = 3
@@ -73,6 +76,13 @@ RENAMED: Mapping[str, str] = {
     r"^panoptic_head\.level_embed\.": f"{_TRANSFORMER}level_embed.",
 }
 """mmdet's name (a pattern) -> transformers' name on disk; what follows the pattern is kept."""
+OLDER: Mapping[str, str] = {
+    rf"({_PIXEL_LAYER}|{_DECODER_LAYER})ffn\.": r"\1ffns.0.",
+    rf"({_PIXEL_LAYER})self_attn\.": r"\1attentions.0.",
+    rf"({_DECODER_LAYER})cross_attn\.attn\.": r"\1attentions.0.attn.",
+    rf"({_DECODER_LAYER})self_attn\.attn\.": r"\1attentions.1.attn.",
+}
+"""mmdet 3.x's name (a pattern) -> mmdet 2.x's."""
 SPLIT: Mapping[str, tuple[str, ...]] = {
     rf"{_BLOCK}attn\.w_msa\.qkv\.": tuple(
         f"{_BLOCK_TO}attention.self.{x}." for x in ("query", "key", "value")
@@ -90,21 +100,27 @@ _COMPUTED = "relative_position_index"
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The weights of an OpenMMLab file, under mmdet's names.
+    """The weights of an OpenMMLab file, under mmdet 2.x's names.
 
     Raises:
         CheckpointError: the file is missing, cut short, or holds more than tensors and plain containers.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no file {str(path)!r} (looked in {Path.cwd()}). {_REMEDY}")
-    return read_weights([path])
+    return {_older(name): x for name, x in read_weights([path]).items()}
+
+
+def _older(name: str) -> str:
+    for pattern, to in OLDER.items():
+        name = re.sub(pattern, to, name)
+    return name
 
 
 def convert(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The same weights under the names that transformers keeps on disk; `path` is for messages.
 
     Raises:
-        CheckpointError: a name is not mmdet 2.x's.
+        CheckpointError: a name is not mmdet's.
     """
     found: dict[str, Tensor] = {}
     strange = []
@@ -116,8 +132,8 @@ def convert(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         found |= parts
     if strange:
         raise CheckpointError(
-            f"{path} is not mmdet 2.x's Mask2Former for instances: {len(strange)} names are unknown, first "
-            f"{', '.join(strange[:SHOWN])}. mmdet 3.x names them otherwise. {_REMEDY}"
+            f"{path} is not mmdet's Mask2Former for instances: {len(strange)} names are unknown, first "
+            f"{', '.join(strange[:SHOWN])}. {_REMEDY}"
         )
     return found
 
@@ -160,7 +176,7 @@ def config(state: Mapping[str, Tensor], path: Path) -> Any:
         return Mask2FormerConfig(backbone_config=swin, **_head_sizes(state))
     except KeyError as error:
         raise CheckpointError(
-            f"{path} has no tensor {error}, so it is not mmdet 2.x's Mask2Former. {_REMEDY}"
+            f"{path} has no tensor {error}, so it is not mmdet's Mask2Former. {_REMEDY}"
         ) from None
 
 
@@ -208,4 +224,4 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-_REMEDY = f"GenEval's own is {GENEVAL_FILE} of OpenMMLab's model zoo (mmdet 2.x)."
+_REMEDY = f"GenEval's own: curl -O {URL}"
