@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from pixrl import cli
 from pixrl.training.align_record import START
@@ -51,6 +52,15 @@ def command(processes: int, *words: str) -> list[str]:
     return [sys.executable, *launch, "pixrl", *words]
 
 
+EPS = 1e-2
+"""Of Adam in these tests: with its own 1e-8 an element whose gradient is rounding alone steps by lr, up or down."""
+
+
+def trained(run: Path) -> dict[str, Tensor]:
+    """The last checkpoint's slots and optimizer; what an exploration learned is a cache of the process that writes."""
+    return {name: x for name, x in final(run).items() if not name.startswith("exploration/")}
+
+
 def processes_of(run: Path) -> int:
     """How many processes a run was shared out to, as its start says."""
     notes = json.loads((run / START).read_text())["notes"]
@@ -66,14 +76,14 @@ def test_two_processes_end_as_one(
 ) -> None:
     settings = recipe(sd3_folder, prompt_file, **method)
     settings["prompts"]["per_step"] = 3  # shared out as 1 and 2
-    settings["optimizer"]["updates"] = 2
+    settings["optimizer"] = {"lr": 1e-3, "updates": 2, "eps": EPS}
     file = write_recipe(tmp_path, settings)
     for processes in (1, 2):
         words = ["align", str(file), "--out", str(tmp_path / str(processes))]
         subprocess.run(command(processes, *words), env=environment(), check=True, timeout=900)
     one, two = tmp_path / "1", tmp_path / "2"
     assert [processes_of(run) for run in (one, two)] == [1, 2]
-    assert same(final(one), final(two), atol=3e-4)  # steps of size lr = 1e-3
+    assert same(trained(one), trained(two), atol=2e-5)  # steps of size lr = 1e-3
     manifests = [RunFolder.open(run).manifest() for run in (one, two)]
     for first, second in zip(*manifests, strict=True):
         assert (first.index, first.prompt, first.seed, first.variant) == (

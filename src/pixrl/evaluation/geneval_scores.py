@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pixrl.data.pictures import list_pictures, read_picture, to_tensors
 from pixrl.data.prompts import read_text
@@ -100,7 +101,8 @@ def score_folder(path: Path, reward: Reward, batch: int = BATCH) -> GenEvalScore
         InputError: the folder has no such prompts, or a picture or an entry cannot be read.
     """
     pictures = [(file, entry) for entry, files in _prompts(path) for file in files]
-    values, reasons = [], []
+    values: list[Tensor] = []
+    reasons: list[str | None] = []
     for start in range(0, len(pictures), batch):
         part = pictures[start : start + batch]
         tensors = to_tensors([read_picture(file) for file, _ in part])

@@ -185,7 +185,8 @@ class Mask2FormerDetector:
     def instances(self, images_BCHW: Tensor) -> list[list[Instance]]:
         """Each picture's objects, the highest score first; pictures [B, 3, H, W] in [0, 1]."""
         require_images(images_BCHW)
-        frame = Frame.of(*images_BCHW.shape[-2:], self.sides)
+        rows, columns = images_BCHW.shape[-2:]
+        frame = Frame.of(rows, columns, self.sides)
         return [one for part in batches(images_BCHW, self.batch) for one in self._instances(part, frame)]
 
     @torch.inference_mode()

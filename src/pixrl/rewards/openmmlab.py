@@ -160,7 +160,8 @@ def _place_before_channel(x: Tensor) -> Tensor:
     """Columns [channel, (row, column)] as [(column, row), channel]."""
     channels = x.shape[-1] // 4
     places = x.unflatten(-1, (channels, 2, 2))
-    return places.movedim((-1, -2), (-3, -2)).flatten(-3).contiguous()
+    turned: Tensor = places.movedim((-1, -2), (-3, -2))
+    return turned.flatten(-3).contiguous()
 
 
 def config(state: Mapping[str, Tensor], path: Path) -> Any:
