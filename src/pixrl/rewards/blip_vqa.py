@@ -168,7 +168,7 @@ class BlipVQAReward(Reward):
             ).last_hidden_state
             logits = self.model.text_decoder(input_ids=starts, encoder_hidden_states=states).logits[:, 0]
         # the other words' probabilities cancel
-        return logits[:, [self.ids.yes, self.ids.no]].float().softmax(dim=-1)[:, 0]
+        return torch.as_tensor(logits[:, [self.ids.yes, self.ids.no]].float().softmax(dim=-1)[:, 0])
 
     def _phrases_of(self, batch: RewardBatch, row: int) -> Sequence[str] | str:
         """A sample's phrases, or why its metadata cannot be read."""

@@ -138,7 +138,8 @@ class PaddleReader:
 
     def text_maps(self, images_BCHW: Tensor) -> Tensor:
         """[B, h, w]: how probable it is that a pixel is text, at the detector's size."""
-        size = detector_size(*images_BCHW.shape[-2:], self.to_detector.longest)
+        rows, columns = images_BCHW.shape[-2:]
+        size = detector_size(rows, columns, self.to_detector.longest)
         resized = F.interpolate(images_BCHW, size, mode="bilinear", antialias=True)
         pixels = self.to_detector.normalize(resized).flip(1)  # the model takes BGR
         with self.precision.context(self.device):
@@ -222,7 +223,8 @@ class GotReader:
 def detector_size(rows: int, columns: int, longest: int = LONGEST) -> tuple[int, int]:
     """Rows and columns that the detector sees a picture at."""
     ratio = min(1.0, longest / max(rows, columns))
-    return tuple(max(round(int(side * ratio) / STEP) * STEP, STEP) for side in (rows, columns))  # type: ignore[return-value]
+    high, wide = (max(round(int(side * ratio) / STEP) * STEP, STEP) for side in (rows, columns))
+    return high, wide
 
 
 def find_lines(map_HW: np.ndarray, rows: int, columns: int) -> list[Box]:
