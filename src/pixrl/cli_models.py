@@ -1,13 +1,36 @@
-"""The commands about models: export."""
+"""The commands about models: doctor, export."""
 
+import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pixrl.cli_options import Run, option
+from pixrl.cli_options import AlignRecipe, Run, Seed, Set, Steps, option
 
 commands = typer.Typer()
+
+
+@commands.command()
+def doctor(
+    recipe: AlignRecipe,
+    steps: Steps = None,
+    seed: Seed = None,
+    set_: Set = None,
+    processes: Annotated[
+        int | None, option("How many would share the work.", default="as a launcher started, else 1", min=1)
+    ] = None,
+    as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
+) -> None:
+    """What a fuse, align or personalize recipe needs, and whether it can run here; exit code 1 when not."""
+    from pixrl import doctor_api
+
+    count = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    found = doctor_api.examine(recipe, set_ or [], steps=steps, seed=seed, processes=count)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(found.lines()))
+    if not found.can_run:
+        raise typer.Exit(1)
 
 
 @commands.command()

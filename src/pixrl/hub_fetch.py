@@ -6,6 +6,7 @@ the cache is taken. The hub's library is imported only where something is fetche
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pixrl.errors import CheckpointError, InputError
@@ -148,3 +149,44 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while current is not None:
         yield current
         current = current.__cause__ or current.__context__
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the hub says of a repository that is not in the cache."""
+
+    weights: int
+    """Bytes of all its safetensors files; a download takes those of one variant."""
+
+
+def ask(ref: str) -> Remote:
+    """Whether a repository can be downloaded, and how large it is; nothing is downloaded.
+
+    Raises:
+        CheckpointError: it cannot be; says why and what to do.
+    """
+    if is_offline():
+        repo, revision = split_revision(ref)
+        pinned = f" --revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{ref!r} is not in the cache, and HF_HUB_OFFLINE is set. Where there is a connection, type: "
+            f"hf download {repo}{pinned}"
+        )
+    from huggingface_hub import HfApi
+
+    repo, revision = split_revision(ref)
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        if info.gated:
+            HfApi().auth_check(repo)
+    except (OSError, ValueError) as error:
+        raise explained(ref, error) from error
+    sizes = [one.size or 0 for one in info.siblings or () if one.rfilename.endswith(".safetensors")]
+    return Remote(sum(sizes))
+
+
+def cache_place() -> Path:
+    """Where downloads go."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)

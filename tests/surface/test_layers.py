@@ -16,7 +16,7 @@ LAYERS = [
     {"algorithms", "conformance"},
     {"training"},
     {"evaluation", "reproduce"},
-    {"align_api", "fuse_api", "studio", "__init__", "__main__"}
+    {"align_api", "doctor_api", "fuse_api", "studio", "__init__", "__main__"}
     | {"cli", "cli_options", "cli_runs", "cli_fuse", "cli_train", "cli_models", "cli_serve", "cli_toy"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -77,8 +77,8 @@ def restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states, "param_groups": groups})
         return
-    for place, state in states.items():
-        parameter = known[place]
+    for number, state in states.items():
+        parameter = known[number]
         optimizer.state[parameter] = {
             name: int(x.item()) if name == _STEP else x.to(parameter.device) for name, x in state.items()
         }

@@ -193,5 +193,9 @@ def to_diffusers(lora: Lora) -> dict[str, Tensor]:
 def write_lora(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Saves `to_uno`, `to_diffusers` or `comfy_lora.to_comfyui`."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: x.contiguous() for name, x in tensors.items()}, file, metadata=metadata)
+    save_file(
+        {name: x.contiguous() for name, x in tensors.items()},
+        file,
+        metadata=None if metadata is None else dict(metadata),
+    )
     return file

@@ -28,7 +28,7 @@ PREFIXES = {
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
 """How the names of a part's weights begin in a single file of Stability AI or Black Forest Labs."""
-_FAILURES = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError)
+_FAILURES = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError)
 
 
 def load_pipeline(class_name: str, checkpoint: Checkpoint, precision: Precision, *, t5: bool = True) -> Any:

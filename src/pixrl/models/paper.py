@@ -4,6 +4,7 @@ Sizes come from the headers of safetensors files. Activations come from running 
 shapes and no content (torch's fake tensors) and counting what is alive at a time.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -110,7 +111,8 @@ def paper_pipeline(class_name: str, folder: Path, precision: Precision) -> Any:
                 dtype = decoder_dtype(precision) if name == VAE else precision.weights
                 parts[name] = _without_content(part_class(*_entry(index, name), folder), folder / name, dtype)
         made = getattr(diffusers, class_name)
-        others = {name: None for name in components(folder) if name not in parts}
+        needed = inspect.signature(made.__init__).parameters.values()
+        others = {p.name: None for p in needed if p.default is p.empty and p.name not in ("self", *parts)}
         return made(**parts, **others)
 
 
@@ -136,8 +138,6 @@ class Cost:
     """Bytes that one picture takes."""
     each: int
     """Bytes that each further one takes."""
-    operations: int
-    """Floating point operations of one picture."""
 
     def bytes(self, pictures: int) -> int:
         """Of several pictures at a time."""
@@ -161,16 +161,23 @@ def imagined(*modules: nn.Module) -> Iterator[None]:
 def cost_of(trial: Callable[[int], object], modules: Sequence[nn.Module]) -> Cost:
     """What a pass over some pictures needs, within `imagined`; from one and from two of them."""
     peaks = []
-    for count in (1, 2):
+    for count in (2, 1):
         meter = PeakMeter()
         with meter:
             trial(count)
         peaks.append(meter.peak)
         _forget_gradients(modules)
+    return Cost(peaks[1], max(1, peaks[0] - peaks[1]))
+
+
+def operations_of(trial: Callable[[int], object]) -> int:
+    """Floating point operations of a pass over one picture, within `imagined`.
+
+    Apart from `cost_of`, since torch's counter keeps tensors alive.
+    """
     with FlopCounterMode(display=False) as counter:
         trial(1)
-    _forget_gradients(modules)
-    return Cost(peaks[0], max(1, peaks[1] - peaks[0]), int(counter.get_total_flops()))
+    return int(counter.get_total_flops())
 
 
 def _forget_gradients(modules: Sequence[nn.Module]) -> None:
@@ -183,7 +190,7 @@ class PeakMeter(TorchDispatchMode):
     """Within it, the bytes of tensors that are made, and the most that were alive at a time."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._known: set[int] = set()
@@ -209,4 +216,5 @@ class PeakMeter(TorchDispatchMode):
 
 
 def _address(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
+    address: int = x.untyped_storage()._cdata
+    return address

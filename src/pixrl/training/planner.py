@@ -85,12 +85,12 @@ def _limits(
         usual = Limit(policy.micro_batch, "what suits a CPU's cache at this resolution")
         return drawing or usual, training or usual
     return (
-        drawing or _measured(policy, _trial(policy, condition)),
-        training or _measured(policy, _trial(policy, condition, train=True, decode=through_decoder)),
+        drawing or _measured(policy, trial(policy, condition)),
+        training or _measured(policy, trial(policy, condition, train=True, decode=through_decoder)),
     )
 
 
-def _trial(
+def trial(
     policy: FlowPipelinePolicy, condition: Conditioning, *, train: bool = False, decode: bool = True
 ) -> Callable[[int], None]:
     """One pass of some pictures through the model, to the decoded picture or not, and with its gradient or not."""
@@ -108,9 +108,9 @@ def _trial(
     return one
 
 
-def _measured(policy: FlowPipelinePolicy, trial: Callable[[int], None]) -> Limit:
+def _measured(policy: FlowPipelinePolicy, attempt: Callable[[int], None]) -> Limit:
     """The largest batch within the free memory, from the peaks of 1 and 2 pictures."""
-    peaks = [_peak(policy, trial, count) for count in (1, 1, 2)]  # the first run also allocates workspaces
+    peaks = [_peak(policy, attempt, count) for count in (1, 1, 2)]  # the first run also allocates workspaces
     each = max(1, peaks[2] - peaks[1])
     free, _ = torch.cuda.mem_get_info(policy.device)
     room = int(free * SAFE_SHARE) - (peaks[1] - each)
@@ -118,12 +118,12 @@ def _measured(policy: FlowPipelinePolicy, trial: Callable[[int], None]) -> Limit
     return Limit(size, f"{each / 2**20:.0f} MiB a picture, {free / 2**30:.1f} GiB free")
 
 
-def _peak(policy: FlowPipelinePolicy, trial: Callable[[int], None], count: int) -> int:
+def _peak(policy: FlowPipelinePolicy, attempt: Callable[[int], None], count: int) -> int:
     """Bytes that a trial needs beyond what lies there already."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(policy.device)
     before = torch.cuda.memory_allocated(policy.device)
-    trial(count)
+    attempt(count)
     for parameter in policy.transformer.parameters():
         parameter.grad = None
     return int(torch.cuda.max_memory_allocated(policy.device)) - before

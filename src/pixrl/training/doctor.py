@@ -1,0 +1,367 @@
+"""`pixrl doctor`: what an align or personalize recipe needs and whether it can run here, before anything loads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pixrl import models
+from pixrl.algorithms.align import MicroBatches
+from pixrl.algorithms.draft import DraftSettings
+from pixrl.algorithms.optimizers import moment_bytes
+from pixrl.algorithms.references import shown_pictures
+from pixrl.data.prompts import Prompt, Split, load_prompts
+from pixrl.data.subject_prompts import subject_prompts
+from pixrl.data.subjects import load_subjects
+from pixrl.device import Precision, choose_device, choose_precision, free_bytes
+from pixrl.errors import InputError, PixrlError
+from pixrl.hub import Checkpoint
+from pixrl.models.base import Conditioning
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.flux import FluxPolicy
+from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.models.paper import Cost, PartSize, cost_of, imagined, operations_of, paper_pipeline, part_sizes
+from pixrl.models.placement import TEXT_PARTS, set_decoding
+from pixrl.models.prompts import PromptCache, check_words
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_kinds import kind_of
+from pixrl.training.diagnosis import Batches, Diagnosis, Findings, Need, Place, Trained, Work, size
+from pixrl.training.doctor_needs import (
+    find_pipeline,
+    find_rewards,
+    model_bytes,
+    require_disk,
+    require_eight_bit,
+    require_lora,
+    require_tokenizers,
+    total,
+)
+from pixrl.training.doctor_work import lower_bound, measured
+from pixrl.training.personalize_config import PersonalizeConfig
+from pixrl.training.planner import SAFE_SHARE, evened, trial
+
+SLOTS = 3
+FLOAT = 4
+
+
+def examine(config: AlignConfig, *, processes: int = 1) -> Diagnosis:
+    """What a recipe needs, on paper.
+
+    Args:
+        config: the recipe.
+        processes: how many would share its steps.
+    """
+    findings = Findings()
+    device, place, precision = find_place(config.machine.device, config.machine.dtype, processes, findings)
+    prompts = _prompts(config, findings)
+    rewards = find_rewards(config.rewards, findings)
+    if config.output.features is not None:
+        taken = model_bytes(config.output.features, findings)
+        rewards |= {} if taken is None else {config.output.features: taken}
+    if config.optimizer.eight_bit:
+        require_eight_bit(findings)
+    if isinstance(config, PersonalizeConfig):
+        require_lora(config.references.lora, findings)
+    checkpoint = find_pipeline(config.model, findings)
+    parts: dict[str, PartSize] = {}
+    paper: Paper | None = None
+    if checkpoint is not None:
+        require_tokenizers(checkpoint, findings)
+        parts = part_sizes(checkpoint, precision, t5=config.t5)
+        paper = _on_paper(config, checkpoint, precision, device, prompts, findings)
+    batches, needed = _fit(config, device, place, parts, rewards, paper, findings)
+    disk = None if paper is None else _disk(config, paper)
+    if disk is not None:
+        require_disk(disk, findings)
+    return Diagnosis(
+        kind=kind_of(config),
+        model=config.model,
+        place=place,
+        parts=parts,
+        rewards=rewards,
+        trained=None if paper is None else paper.trained,
+        drawing=None if paper is None else paper.drawing,
+        training=None if paper is None else paper.training,
+        batches=batches,
+        needed=needed,
+        disk=disk,
+        work=_work(config, device, precision, prompts, paper, processes),
+        problems=findings.problems,
+        notes=findings.notes,
+    )
+
+
+def find_place(
+    device: str, dtype: str, processes: int, findings: Findings, *, on_gpu: str = "auto"
+) -> tuple[torch.device, Place, Precision]:
+    """Where the run would compute; what it asks for and is not there is a problem, and estimates go on without."""
+    asked = dtype
+    try:
+        chosen = choose_device(device)
+    except InputError as error:
+        findings.miss(Need.DEVICE, error)
+        chosen = torch.device("cpu")
+        precision = choose_precision(torch.device("cuda"), dtype)
+    else:
+        if chosen.type == "cuda" and dtype == "auto":
+            asked = on_gpu
+        try:
+            precision = choose_precision(chosen, asked)
+        except InputError as error:
+            findings.miss(Need.DEVICE, error)
+            precision = choose_precision(torch.device("cuda"), dtype)
+    computing = precision.autocast or precision.weights
+    names = (str(precision.weights).removeprefix("torch."), str(computing).removeprefix("torch."))
+    return chosen, Place(str(chosen), processes, *names, free_bytes(chosen)), precision
+
+
+class Paper:
+    """A policy without content, and what it takes to draw and to train one picture."""
+
+    def __init__(
+        self, policy: FlowPipelinePolicy, condition: Conditioning, config: AlignConfig, precision: Precision
+    ) -> None:
+        lora = config.lora
+        with torch.device("meta"):
+            slots = policy.attach_lora(
+                rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed
+            )
+        sizes = [parameter.numel() for parameter in slots.parameters()]
+        count = sum(sizes)
+        self.trained = Trained(
+            parameters=count,
+            lora=SLOTS * FLOAT * count,
+            gradients=FLOAT * count,
+            optimizer=moment_bytes(sizes, eight_bit=config.optimizer.eight_bit),
+        )
+        self.side = policy.settings.resolution
+        self.cpu_batch = policy.micro_batch
+        modules = (policy.transformer, policy.vae)
+        if config.machine.gradient_checkpointing:
+            policy.checkpoint_gradients()
+        policy.precision = precision
+        policy._cache = PromptCache(lambda prompt: condition[:1])
+        is_drafted = isinstance(config.loss, DraftSettings)
+        with imagined(*modules):
+            self.drawing = cost_of(trial(policy, condition), modules)
+            self.training = cost_of(trial(policy, condition, train=True, decode=is_drafted), modules)
+            one_pass = operations_of(trial(policy, condition, decode=False))
+            with_decoder = operations_of(trial(policy, condition))
+        self.operations = with_decoder + (policy.settings.steps - 1) * one_pass
+        """Floating point operations of drawing one picture."""
+
+
+def paper_renderer(
+    model: str,
+    checkpoint: Checkpoint,
+    precision: Precision,
+    device: torch.device,
+    plan: MemoryPlan,
+    findings: Findings,
+    **options: object,
+) -> object:
+    """The adapter of a checkpoint around a pipeline without content; what the plan cannot do here is a problem."""
+    adapter = models.adapter_of(models.kind_of(checkpoint.folder))
+    pipeline = paper_pipeline(_pipeline_class(adapter), checkpoint.folder, precision)
+    made = adapter(checkpoint, name=model, device="cpu", dtype="float32", pipeline=pipeline, **options)
+    try:
+        set_decoding(made.vae, plan, made.settings.resolution)
+    except InputError as error:
+        findings.miss(Need.SETTING, error)
+    if plan.offload is not Offload.NONE and device.type == "cpu":
+        findings.miss(
+            Need.SETTING, f"offload={plan.offload.value} has no effect on a CPU: remove it, or choose a GPU."
+        )
+    return made
+
+
+def _pipeline_class(adapter: type) -> str:
+    if issubclass(adapter, FlowPipelinePolicy):
+        return adapter.pipeline_class
+    return "StableDiffusionXLPipeline"
+
+
+def _on_paper(
+    config: AlignConfig,
+    checkpoint: Checkpoint,
+    precision: Precision,
+    device: torch.device,
+    prompts: Sequence[Prompt],
+    findings: Findings,
+) -> Paper | None:
+    options = {
+        "steps": config.sampling.steps,
+        "guidance": config.guidance,
+        "resolution": config.resolution,
+        "t5": config.t5,
+    }
+    try:
+        policy = paper_renderer(
+            config.model, checkpoint, precision, device, config.machine, findings, **options
+        )
+        if not isinstance(policy, FlowPipelinePolicy):
+            raise InputError(
+                f"{config.model} is a {type(policy).__name__}, which draws and cannot be trained. Give an SD3 or FLUX "
+                "checkpoint."
+            )
+        check_words([prompt.text for prompt in prompts], policy.vocabulary, policy.name)
+        return Paper(policy, _condition(policy, config, prompts), config, precision)
+    except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets that do not exist
+        findings.miss(Need.SETTING, error)
+        return None
+
+
+def _condition(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequence[Prompt]) -> Conditioning:
+    """One row as training will have it, with its reference pictures."""
+    row = policy.blank()
+    if not isinstance(config, PersonalizeConfig):
+        return row
+    if not isinstance(policy, FluxPolicy):
+        raise InputError(
+            f"{policy.name} is no FLUX model, and takes no reference pictures. Give a FLUX checkpoint."
+        )
+    settings = config.references
+    policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
+    count = settings.count or (len(shown_pictures(prompts[0].metadata)) if prompts else 1)
+    return Conditioning(row.tokens_BLD, row.pooled_BE, (policy.blank_reference(),) * count)
+
+
+def _prompts(config: AlignConfig, findings: Findings) -> Sequence[Prompt]:
+    """The training prompts; those of the evaluation are looked for as well."""
+    found: list[Prompt] = []
+    sources = {Split.TRAIN: config.prompts.source}
+    sources[Split.EVALUATION] = config.evaluation.source or config.prompts.source
+    for split, source in sources.items():
+        try:
+            if isinstance(config, PersonalizeConfig):
+                loaded = subject_prompts(load_subjects(source, split=split), count=config.references.count)
+            else:
+                loaded = load_prompts(source, split=split)
+        except PixrlError as error:
+            findings.miss(Need.DATA, error)
+            continue
+        if split is Split.TRAIN:
+            found = list(loaded)
+    return found
+
+
+def group_size(config: AlignConfig) -> int:
+    """Samples of a prompt."""
+    return config.exploration.noises * config.exploration.make().variants
+
+
+def on_device(parts: dict[str, PartSize], plan: MemoryPlan, *, text_dropped: bool = False) -> int:
+    """Bytes of weights that lie on the device at a time."""
+    sizes = {name: part.bytes for name, part in parts.items()}
+    text = sum(taken for name, taken in sizes.items() if name in TEXT_PARTS)
+    if plan.offload is Offload.SEQUENTIAL:
+        return max(text, sizes.get("vae", 0))
+    if plan.offload is Offload.PARTS:
+        return total(sizes) - text - sizes.get("vae", 0) + max(text, sizes.get("vae", 0))
+    return total(sizes) - (text if text_dropped else 0)
+
+
+def _fit(
+    config: AlignConfig,
+    device: torch.device,
+    place: Place,
+    parts: dict[str, PartSize],
+    rewards: dict[str, int],
+    paper: Paper | None,
+    findings: Findings,
+) -> tuple[Batches | None, int | None]:
+    """Micro-batches, and the bytes of a process at its peak with them."""
+    if paper is None:
+        return None, None
+    machine, trained = config.machine, paper.trained
+    weights = on_device(parts, machine, text_dropped=machine.drop_text_encoders)
+    resident = weights + total(rewards) + trained.lora + 2 * trained.gradients + trained.optimizer
+    free = place.free // (place.processes if device.type == "cpu" else 1)
+    groups = -(-config.prompts.per_step // place.processes)
+    drawn = groups * group_size(config)
+    counts = (drawn, -(-drawn // config.optimizer.updates))
+    chosen, reasons = [], []
+    for name, count, cost, given in (
+        ("rollout", counts[0], paper.drawing, machine.rollout_batch),
+        ("training", counts[1], paper.training, machine.train_batch),
+    ):
+        most, why = _most(device, cost, free - resident, paper.cpu_batch, given)
+        chosen.append(evened(count, most))
+        reasons.append(
+            f"{name}: {-(-count // chosen[-1])} x {chosen[-1]} for {count} pictures; at most {most} ({why})"
+        )
+    peak = resident + max(
+        paper.drawing.bytes(chosen[0]), paper.training.bytes(chosen[1])
+    )  # not both: drawing is over when training begins
+    if peak > free:
+        findings.miss(Need.MEMORY, _too_large(peak, free, config))
+    host = total({name: part.bytes for name, part in parts.items()}) * place.processes
+    if device.type != "cpu" and host > free_bytes(torch.device("cpu")):
+        findings.miss(Need.MEMORY, f"Weights pass through main memory, which needs {size(host)} free.")
+    micro = MicroBatches(*chosen)
+    return Batches(micro.rollout, micro.train, tuple(reasons)), peak
+
+
+def _most(device: torch.device, cost: Cost, room: int, cpu_batch: int, given: int | None) -> tuple[int, str]:
+    """The largest size, by the planner's rules."""
+    if given is not None:
+        return given, "the recipe says so"
+    if device.type == "cpu":
+        return cpu_batch, "what suits a CPU's cache at this resolution"
+    usable = int(room * SAFE_SHARE) - (cost.first - cost.each)
+    return max(
+        1, usable // cost.each
+    ), f"about {size(cost.each)} a picture, {size(max(room, 0))} for pictures"
+
+
+def _too_large(peak: int, free: int, config: AlignConfig) -> str:
+    machine = config.machine
+    ways = [
+        text
+        for text, is_open in (
+            ("machine.gradient_checkpointing=true", not machine.gradient_checkpointing),
+            ("machine.offload=parts", machine.offload is Offload.NONE),
+            ("machine.offload=sequential", machine.offload is Offload.PARTS),
+            ("optimizer.eight_bit=true", not config.optimizer.eight_bit),
+            ("a smaller resolution", True),
+        )
+        if is_open
+    ]
+    return f"{size(peak)} are needed and {size(free)} are free. Save memory with {', '.join(ways)}."
+
+
+def _disk(config: AlignConfig, paper: Paper) -> int:
+    """Bytes that the run's folder may take: checkpoints, and pictures that PNG cannot make smaller."""
+    output, evaluation = config.output, config.evaluation
+    checkpoints = (output.keep_checkpoints + 1) * (paper.trained.lora + paper.trained.optimizer)
+    kept = -(-config.steps // output.images_every) * config.prompts.per_step * group_size(config)
+    times = 2 if evaluation.every is None else 2 + config.steps // evaluation.every
+    shown = times * evaluation.prompts * evaluation.per_prompt
+    return checkpoints + (kept + shown) * 3 * paper.side**2
+
+
+def _work(
+    config: AlignConfig,
+    device: torch.device,
+    precision: Precision,
+    prompts: Sequence[Prompt],
+    paper: Paper | None,
+    processes: int,
+) -> Work:
+    count = len(prompts) or None
+    images = config.prompts.per_step * group_size(config)
+    steps = None if count is None else -(-count // config.prompts.per_step)
+    seconds, known_from = measured(config, Path("runs"))
+    is_bound = seconds is None
+    if seconds is None and paper is not None:
+        seconds, known_from = lower_bound(paper.operations * -(-images // processes), device, precision)
+    return Work(
+        prompts=count,
+        images_per_step=images,
+        steps_per_epoch=steps,
+        images_per_epoch=None if count is None else count * group_size(config),
+        images_in_all=config.steps * images,
+        seconds_per_step=seconds,
+        known_from=known_from,
+        is_lower_bound=is_bound and seconds is not None,
+    )

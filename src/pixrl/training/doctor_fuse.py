@@ -1,0 +1,104 @@
+"""`pixrl doctor` for fusions: a frozen generator and its scorer."""
+
+import torch
+
+from pixrl.device import DType
+from pixrl.errors import PixrlError
+from pixrl.hub import Checkpoint, read_card
+from pixrl.models import kind_of
+from pixrl.models.base import Renderer
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.paper import Cost, PartSize, cost_of, imagined, part_sizes
+from pixrl.models.pipeline import micro_batch_for
+from pixrl.models.prompts import PromptCache, check_words
+from pixrl.models.sdxl import SDXLRenderer
+from pixrl.training.diagnosis import Batches, Diagnosis, Findings, Need, Work, size
+from pixrl.training.doctor import find_place, on_device, paper_renderer
+from pixrl.training.doctor_needs import find_pipeline, model_bytes, require_disk, require_tokenizers, total
+from pixrl.training.fuse_config import FuseConfig
+from pixrl.training.fuse_world import PUBLISHED_CLIP, PUBLISHED_SEGMENTER
+from pixrl.training.planner import trial
+
+
+def examine_fusion(config: FuseConfig, *, processes: int = 1) -> Diagnosis:
+    """What a fusion needs, on paper."""
+    findings = Findings()
+    checkpoint = find_pipeline(config.model, findings)
+    is_sdxl = checkpoint is not None and kind_of(checkpoint.folder) == "sdxl"
+    usual = DType.FLOAT16 if is_sdxl else DType.BFLOAT16
+    device, place, precision = find_place(
+        config.device, config.dtype, processes, findings, on_gpu=usual.value
+    )
+    parts: dict[str, PartSize] = {}
+    cost: Cost | None = None
+    side, batch = 0, 1
+    if checkpoint is not None:
+        require_tokenizers(checkpoint, findings)
+        parts = part_sizes(checkpoint, precision)
+        try:
+            made = paper_renderer(config.model, checkpoint, precision, device, config.memory, findings)
+            assert isinstance(made, SDXLRenderer | FlowPipelinePolicy)
+            _check_prompts(made, checkpoint, config)
+            made.precision = precision
+            cost, side = _cost(made), made.settings.resolution
+            batch = min(micro_batch_for(device, side), config.batch)
+        except PixrlError as error:
+            findings.miss(Need.SETTING, error)
+    models = _scorer(config, checkpoint, findings)
+    needed = None
+    if cost is not None:
+        needed = on_device(parts, config.memory) + total(models) + cost.bytes(batch)
+        if needed > place.free:
+            findings.miss(
+                Need.MEMORY,
+                f"{size(needed)} are needed and {size(place.free)} are free. Save memory with memory.offload=parts or "
+                "sequential, memory.vae_slicing=true, or a smaller checkpoint.",
+            )
+    disk = None if cost is None else (config.budget + config.exemplars * len(config.concepts)) * 3 * side**2
+    if disk is not None:
+        require_disk(disk, findings)
+    reason = f"rollout: {batch} at a time, what suits the device at {side} x {side}"
+    return Diagnosis(
+        kind="fuse",
+        model=config.model,
+        place=place,
+        parts=parts,
+        rewards=models,
+        trained=None,
+        drawing=cost,
+        training=None,
+        batches=None if cost is None else Batches(batch, None, (reason,)),
+        needed=needed,
+        disk=disk,
+        work=Work(None, config.batch, None, None, config.budget),
+        problems=findings.problems,
+        notes=findings.notes,
+    )
+
+
+def _check_prompts(renderer: Renderer, checkpoint: Checkpoint, config: FuseConfig) -> None:
+    prompt = read_card(checkpoint.folder).exemplar_prompt
+    check_words([prompt.format(concept=one) for one in config.concepts], renderer.vocabulary, renderer.name)
+
+
+def _cost(renderer: SDXLRenderer | FlowPipelinePolicy) -> Cost:
+    if isinstance(renderer, SDXLRenderer):
+        modules: tuple[torch.nn.Module, ...] = (renderer.pipeline.unet, renderer.vae)
+        with imagined(*modules):
+            return cost_of(renderer.trial, modules)
+    row = renderer.blank()
+    renderer._cache = PromptCache(lambda prompt: row)
+    modules = (renderer.transformer, renderer.vae)
+    with imagined(*modules):
+        return cost_of(trial(renderer, row), modules)
+
+
+def _scorer(config: FuseConfig, checkpoint: Checkpoint | None, findings: Findings) -> dict[str, int]:
+    """The encoder and the segmenter -> bytes of their weights."""
+    card = None if checkpoint is None else read_card(checkpoint.folder)
+    named = (
+        config.clip or (card.clip if card else None) or PUBLISHED_CLIP,
+        config.segmenter or (card.segmenter if card else None) or PUBLISHED_SEGMENTER,
+    )
+    sizes = {ref: model_bytes(ref, findings) for ref in named}
+    return {ref: taken for ref, taken in sizes.items() if taken is not None}

@@ -1,0 +1,305 @@
+"""What the doctor says of a recipe, against what happens when it runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.profiler import ProfilerActivity, profile
+from typer.testing import CliRunner
+
+import pixrl
+from pixrl import cli, doctor_api, models
+from pixrl.algorithms.optimizers import adamw
+from pixrl.device import Precision
+from pixrl.errors import CheckpointError, ConfigError
+from pixrl.hub_fetch import Remote
+from pixrl.models import loading
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.paper import Cost, PartSize
+from pixrl.training import doctor, doctor_needs
+from pixrl.training.diagnosis import Diagnosis, Need
+from pixrl.training.planner import trial
+from tests import tiny
+from tests.align.parts import recipe
+
+REWARDS = [{"name": "clip_text", "options": {"model": "toy:clip"}}]
+TRAINING, DRAWING = 1.1, 1.4
+"""What was counted on paper and what the allocator gave out may differ by this factor. In drawing most of it is the
+decoder's convolutions, whose own workspace is not seen on paper."""
+FULL = {"device": "cpu", "dtype": "float32"}
+
+
+def toy(**changes: Any) -> dict[str, Any]:
+    return {"kind": "align", "model": "toy:sd3", "rewards": REWARDS, "machine": FULL} | changes
+
+
+def needs(found: Diagnosis) -> dict[Need, str]:
+    return {problem.need: problem.message for problem in found.problems}
+
+
+def load(ref: str | Path, dtype: str = "float32") -> FlowPipelinePolicy:
+    policy = models.load(ref, device="cpu", dtype=dtype)
+    assert isinstance(policy, FlowPipelinePolicy)
+    return policy
+
+
+def test_weights_lora_and_optimizer_are_exact() -> None:
+    found = doctor_api.examine(toy(lora={"rank": 6, "alpha": 6}))
+    policy = load("toy:sd3")
+    for name, part in found.parts.items():
+        tensors = policy.pipeline.components[name].state_dict().values()
+        assert part.bytes == sum(x.nbytes for x in tensors), name
+        assert part.parameters == sum(x.numel() for x in tensors), name
+    slots = policy.attach_lora(rank=6, alpha=6)
+    optimizer = adamw(slots.parameters(), lr=1e-3)
+    for parameter in slots.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert found.trained is not None
+    assert found.trained.parameters == sum(p.numel() for p in slots.parameters())
+    assert found.trained.lora == sum(x.nbytes for x in slots.state().values())
+    assert found.trained.gradients == sum(p.nbytes for p in slots.parameters())
+    moments = [x.nbytes for state in optimizer.state.values() for x in state.values()]
+    assert found.trained.optimizer == sum(moments)
+
+
+def allocated(act: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator has given out at a time, beyond those before."""
+    act()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        act()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def is_near(paper: int, real: int, factor: float) -> bool:
+    return real / factor <= paper <= real * factor
+
+
+@pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("bfloat16", True)])
+def test_activations_are_near_what_the_allocator_gives_out(dtype: str, checkpointing: bool) -> None:
+    machine = {"device": "cpu", "dtype": dtype, "gradient_checkpointing": checkpointing}
+    found = doctor_api.examine(toy(machine=machine, lora={"rank": 6, "alpha": 6}))
+    policy = load("toy:sd3", dtype)
+    policy.attach_lora(rank=6, alpha=6)
+    if checkpointing:
+        policy.checkpoint_gradients()
+        plain = doctor_api.examine(toy(machine=machine | {"gradient_checkpointing": False}))
+        assert found.training.each < 0.3 * plain.training.each  # type: ignore[union-attr]
+        assert found.needed < plain.needed  # type: ignore[operator]
+    condition = policy.encode(["a photo of an owl"])
+    assert found.training is not None
+    assert found.drawing is not None
+    for count in (1, 4):
+        for cost, train in ((found.drawing, False), (found.training, True)):
+            attempt = trial(policy, condition, train=train, decode=not train)
+
+            def act(attempt: Callable[[int], None] = attempt, count: int = count) -> None:
+                attempt(count)
+                for parameter in policy.transformer.parameters():
+                    parameter.grad = None
+
+            real = allocated(act)
+            factor = TRAINING if train else DRAWING
+            assert is_near(cost.bytes(count), real, factor), (train, count, cost.bytes(count), real)
+
+
+def test_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **more: object) -> None:
+        raise AssertionError("a weight was loaded")
+
+    monkeypatch.setattr(loading, "load_pipeline", refuse)
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    monkeypatch.setattr("torch.nn.Module.load_state_dict", refuse)
+    assert doctor_api.examine("toy/e2po").can_run
+
+
+def test_the_batches_are_those_of_the_run(sd3_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
+    made = recipe(sd3_folder, prompt_file, steps=1)
+    found = doctor_api.examine(made)
+    run = pixrl.align(made, out=tmp_path / "run").run
+    planned = json.loads((run / "start.json").read_text())["micro_batches"]
+    assert found.batches is not None
+    assert planned == {"rollout": found.batches.rollout, "train": found.batches.train}
+    two = doctor_api.examine(made, processes=2)
+    assert two.batches is not None
+    assert two.batches.rollout == 3
+    assert two.place.processes == 2
+
+
+def test_pictures_and_epochs(prompt_file: Path, sd3_folder: Path) -> None:
+    work = doctor_api.examine(recipe(sd3_folder, prompt_file, steps=7)).work
+    assert (work.prompts, work.images_per_step, work.steps_per_epoch, work.images_per_epoch) == (5, 6, 3, 15)
+    assert work.images_in_all == 42
+    assert work.is_lower_bound
+    assert work.seconds_per_epoch == pytest.approx(3 * work.seconds_per_step)  # type: ignore[operator]
+
+
+def test_time_as_an_earlier_run_measured_it(
+    prompt_file: Path, sd3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = recipe(sd3_folder, prompt_file, steps=3)
+    rows = pixrl.align(made, out=tmp_path / "runs/before").metrics
+    work = doctor_api.examine(made | {"steps": 50}).work
+    spent = [sum(x for name, x in row.items() if name.startswith("seconds/")) for row in rows[1:]]
+    assert work.seconds_per_step == pytest.approx(sum(spent) / 2)
+    assert work.known_from == "measured in runs/before"
+    assert not work.is_lower_bound
+    other = doctor_api.examine(made | {"lora": {"rank": 5, "alpha": 8}}).work
+    assert other.is_lower_bound
+
+
+def test_batches_that_a_gpu_would_take() -> None:
+    cost = Cost(first=1000, each=600)
+    gpu = torch.device("cuda")
+    assert doctor._most(gpu, cost, 10_000, 1, None)[0] == (8000 - 400) // 600
+    assert doctor._most(gpu, cost, 100, 1, None)[0] == 1
+    assert doctor._most(gpu, cost, 10_000, 1, 5) == (5, "the recipe says so")
+    assert doctor._most(torch.device("cpu"), cost, 10, 32, None)[0] == 32
+
+
+def test_what_lies_on_the_device_by_plan() -> None:
+    sizes = {"transformer": 100, "text_encoder": 20, "text_encoder_2": 30, "vae": 7}
+    parts = {name: PartSize(count, count) for name, count in sizes.items()}
+    assert doctor.on_device(parts, MemoryPlan()) == 157
+    assert doctor.on_device(parts, MemoryPlan(), text_dropped=True) == 107
+    assert doctor.on_device(parts, MemoryPlan(offload="parts")) == 150
+    assert doctor.on_device(parts, MemoryPlan(offload="sequential")) == 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "need", "message"),
+    [
+        ({"model": "nobody/nothing"}, Need.WEIGHTS, "hf download nobody/nothing"),
+        ({"model": "nobody/nothing@v2"}, Need.WEIGHTS, "--revision v2"),
+        ({"model": "./nowhere"}, Need.WEIGHTS, "does not exist"),
+        ({"rewards": [{"name": "clip_text", "options": {"model": "a/b"}}]}, Need.WEIGHTS, "hf download a/b"),
+        (
+            {"rewards": [{"name": "clip_text", "options": {"modle": "toy:clip"}}]},
+            Need.SETTING,
+            "Did you mean 'model'",
+        ),
+        ({"prompts": {"source": "nowhere.txt"}}, Need.DATA, "nowhere.txt"),
+        ({"machine": {"device": "cpu", "dtype": "float16"}}, Need.DEVICE, "needs a GPU"),
+        ({"machine": FULL | {"offload": True}}, Need.SETTING, "offload=parts has no effect on a CPU"),
+        ({"machine": FULL | {"vae_tiling": 32}}, Need.SETTING, "no effect on pictures of 32"),
+        ({"lora": {"targets": ["attn.to_x"]}}, Need.SETTING, "attn.to_x"),
+        ({"resolution": 30}, Need.SETTING, "multiple of"),
+        ({"t5": False}, Need.SETTING, "no T5 encoder"),
+    ],
+)
+def test_what_is_missing(changes: dict[str, Any], need: Need, message: str, sd3_folder: Path) -> None:
+    found = doctor_api.examine(toy(**{"model": str(sd3_folder)} | changes))
+    assert not found.can_run
+    assert message in needs(found)[need]
+    assert any(line.startswith(f"MISSING     {need.value}: ") for line in found.lines())
+
+
+def test_a_package_memory_and_disk_that_are_missing(
+    sd3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_needs, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "free_bytes", lambda device: 10_000)
+    monkeypatch.setattr(doctor_needs, "free_bytes", lambda path: 1000)
+    found = needs(doctor_api.examine(toy(model=str(sd3_folder), optimizer={"eight_bit": True})))
+    assert "pip install 'pixrl[eightbit]'" in found[Need.PACKAGE]
+    assert "9.8 KiB are free" in found[Need.MEMORY]
+    assert "machine.gradient_checkpointing=true" in found[Need.MEMORY]
+    assert "output.images_every" in found[Need.DISK]
+
+
+def test_a_download_that_is_gated_or_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(ref: str) -> Remote:
+        raise CheckpointError(f"{ref} is gated, and no token is set")
+
+    monkeypatch.setattr(doctor_needs, "ask", gated)
+    assert "no token" in needs(doctor_api.examine(toy(model="owner/name")))[Need.TOKEN]
+    monkeypatch.setattr(doctor_needs, "ask", lambda ref: Remote(10**18))
+    found = doctor_api.examine(toy(model="owner/name"))
+    assert "of weights" in needs(found)[Need.DISK]
+    monkeypatch.setattr(doctor_needs, "ask", lambda ref: Remote(1))
+    found = doctor_api.examine(toy(model="owner/name"))
+    assert found.can_run
+    assert found.needed is None
+    assert "will be downloaded" in found.notes[0]
+
+
+def test_other_kinds_of_recipes(tmp_path: Path) -> None:
+    sdxl = tiny.sdxl(tmp_path / "sdxl")
+    fuse = {
+        "kind": "fuse",
+        "model": str(sdxl),
+        "clip": "toy:clip",
+        "segmenter": "toy:segmenter",
+        "device": "cpu",
+    }
+    found = doctor_api.examine(fuse)
+    assert found.can_run
+    assert set(found.parts) == {"unet", "vae", "text_encoder", "text_encoder_2"}
+    assert found.trained is None
+    assert found.rewards.keys() == {"toy:clip", "toy:segmenter"}
+    assert "unicorn" in needs(doctor_api.examine("toy/fuse", ["concepts=[owl, unicorn]"]))[Need.SETTING]
+    flux = tiny.flux(tmp_path / "flux")
+    one = {"kind": "personalize", "model": str(flux), "rewards": REWARDS, "machine": FULL}
+    found = doctor_api.examine(one)
+    assert found.can_run
+    more = doctor_api.examine(one | {"references": {"count": 2}})
+    assert more.training is not None
+    assert found.training is not None
+    assert more.training.each > found.training.each
+    wrong = doctor_api.examine(toy(kind="personalize") | {"references": {"lora": "uno.safetensors"}})
+    assert "takes no reference pictures" in needs(wrong)[Need.SETTING]
+    assert "hf download bytedance-research/UNO" in needs(wrong)[Need.WEIGHTS]
+    with pytest.raises(ConfigError, match="not for one run"):
+        doctor_api.examine("toy/fuse-study")
+
+
+def test_a_single_file_and_half_precision(tmp_path: Path) -> None:
+    from pixrl.hub import locate
+    from pixrl.models.paper import part_sizes
+    from tests import published
+
+    folder = tiny.sd3(tmp_path / "model", card=tiny.SD3_CARD, with_t5=True)
+    file = published.sd3(folder, tmp_path / "model.safetensors")
+    half = Precision(torch.float16, torch.float16)
+    one, whole = part_sizes(locate(file), half), part_sizes(locate(folder), half)
+    assert {name: part.parameters for name, part in one.items()} == {
+        name: part.parameters for name, part in whole.items()
+    }
+    assert whole["transformer"].bytes == 2 * whole["transformer"].parameters
+    assert whole["text_encoder_3"].bytes > 2 * whole["text_encoder_3"].parameters  # T5 keeps some in float32
+    without = part_sizes(locate(folder), half, t5=False)
+    assert without.keys() == whole.keys() - {"text_encoder_3"}
+
+
+def test_the_command_prints_one_object_and_exits_1_when_it_cannot_run(
+    sd3_folder: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"kind": "align", **recipe(sd3_folder, prompt_file)}))
+    run = CliRunner()
+    good = run.invoke(cli.app, ["doctor", str(file), "--json"])
+    assert good.exit_code == 0, good.output
+    found = json.loads(good.stdout)
+    assert found["can_run"] is True
+    assert found["weights"] == sum(part["bytes"] for part in found["parts"].values())
+    assert found["batches"]["rollout"] > 0
+    words = run.invoke(cli.app, ["doctor", str(file), "--processes", "2"])
+    assert words.exit_code == 0
+    assert "cpu x 2" in words.stdout
+    assert "It can run." in words.stdout
+    bad = run.invoke(cli.app, ["doctor", str(file), "--json", "--set", "model=nobody/nothing"])
+    assert bad.exit_code == 1
+    assert json.loads(bad.stdout)["problems"][0]["need"] == "weights"
+    wrong = run.invoke(cli.app, ["doctor", str(file), "--set", "sted=3"])
+    assert (wrong.exit_code, "Unknown setting" in wrong.stderr) == (2, True)
