@@ -32,7 +32,7 @@ from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
 
 PLAN = Plan(
-    steps=6500,
+    steps=5600,
     batch=48,
     lr=1.5e-3,
     warmup=200,
