@@ -123,7 +123,7 @@ def test_a_study_from_recipe_to_gallery(
     assert capsys.readouterr().out.endswith(table + "\n")
     assert "all held-out subjects × 2 prompts of each × 2 pictures" in table
     assert "| sft | 16 | 4 targets, each with 4 noises; none drawn | 0 | 32 | 2 |" in table
-    assert "red, held out ↑" in table
+    assert "red, held out ↑" in table and "diversity ↑" in table and "layouts" not in table.split("|", 1)[1]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["budgets"]["rpo"]["gradient_terms"] == 16 and set(summary["conflict"]) == {"ours"}
     assert [one["verdict"] for one in summary["orderings"]] == ["not decided"] * 2  # one seed decides nothing

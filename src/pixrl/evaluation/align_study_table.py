@@ -51,7 +51,7 @@ def write_tables(
     """
     configs = study.configs()
     config = study.judged(next(iter(configs.values())))  # all share the rewards
-    titles = {**reward_titles(config), **AFTER, **DURING}
+    titles = {**reward_titles(config), **_measured(records, {**AFTER, **DURING})}
     tasks = _tasks(records, config)
     parts = [
         f"{_sizes(study, config, records)} {NOTE}",
@@ -81,6 +81,12 @@ def write_tables(
     }
     write_atomic(out / "summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     return text
+
+
+def _measured(records: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> dict[str, str]:
+    """The columns that any run has a figure for; there are no layouts without a segmenter."""
+    known = {name for record in records for name, value in record["figures"].items() if value is not None}
+    return {name: title for name, title in titles.items() if name in known}
 
 
 def _sizes(study: RunStudyConfig, config: AlignConfig, records: Sequence[Mapping[str, Any]]) -> str:
