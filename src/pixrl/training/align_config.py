@@ -194,8 +194,3 @@ class AlignConfig(Settings):
                 "machine.compile: layers whose weights come and go cannot be compiled; leave it out, or take "
                 "machine.offload=parts"
             )
-        if machine.offload is Offload.SEQUENTIAL and machine.compile is not None:
-            raise ValueError(
-                "machine.compile has no effect with machine.offload=sequential, which moves weights between a block's "
-                "operations: remove one"
-            )

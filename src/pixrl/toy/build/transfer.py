@@ -70,7 +70,7 @@ def _patches(given: State, channels: int) -> State:
     """Into and out of tokens: SD3 writes a patch's channels last, FLUX packs them first."""
 
     def channels_first(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (4, channels)).transpose(0, 1).flatten(0, 1)
+        return rows.reshape(4, channels, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)
 
     return {
         "x_embedder.weight": given["pos_embed.proj.weight"].flatten(1),
