@@ -258,7 +258,7 @@ class Aligner:
             raise RunError(
                 f"{self.skipped_in_a_row} updates in a row had no finite loss and gradient, above "
                 f"optimizer.max_skipped ({limit}). The weights are those before them. Lower "
-                "optimizer.lr, or compute in float32: --set dtype=float32"
+                "optimizer.lr, or compute in float32: --set machine.dtype=float32"
             )
         return norm.item() if good else None
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from pixrl.errors import ConfigError, did_you_mean
 
-VARIANTS = 64
+VARIANTS = 256
 """How often one block may be compiled: slots x gradients x kinds of block x sizes. torch's own limit is 8."""
 
 
