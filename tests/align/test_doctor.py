@@ -113,14 +113,14 @@ def test_activations_are_near_what_the_allocator_gives_out(dtype: str, checkpoin
             assert is_near(cost.bytes(count), real, factor), (train, count, cost.bytes(count), real)
 
 
-def test_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_loaded(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*given: object, **more: object) -> None:
         raise AssertionError("a weight was loaded")
 
     monkeypatch.setattr(loading, "load_pipeline", refuse)
     monkeypatch.setattr("safetensors.torch.load_file", refuse)
     monkeypatch.setattr("torch.nn.Module.load_state_dict", refuse)
-    assert doctor_api.examine("toy/e2po").can_run
+    assert doctor_api.examine(toy(model=str(sd3_folder))).can_run
 
 
 def test_the_batches_are_those_of_the_run(sd3_folder: Path, prompt_file: Path, tmp_path: Path) -> None:

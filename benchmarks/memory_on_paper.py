@@ -1,0 +1,147 @@
+"""What published generators need to train on one picture, on paper: their true shapes, no weights. For docs/models.md.
+
+    python benchmarks/memory_on_paper.py
+
+The configs are the published ones, written out below; the figures are those of `pixrl doctor`.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixrl.device import Precision
+from pixrl.hub import Checkpoint
+from pixrl.hub_check import INDEX
+from pixrl.models import adapter_of, kind_of
+from pixrl.models.paper import paper_pipeline
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.diagnosis import size
+from pixrl.training.doctor import Paper
+
+BF16 = Precision(torch.bfloat16, torch.bfloat16)
+REWARDS = [{"name": "clip_text", "options": {"model": "toy:clip"}}]
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+SD3 = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+}
+FLUX = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": [16, 56, 56],
+}
+
+
+def sd3(layers: int, heads: int, positions: int, **more: object) -> dict[str, Any]:
+    return SD3 | {
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "caption_projection_dim": 64 * heads,
+        "pos_embed_max_size": positions,
+        **more,
+    }
+
+
+MODELS = {
+    "SD3 Medium": ("StableDiffusion3Pipeline", sd3(24, 24, 192)),
+    "SD3.5 Medium": (
+        "StableDiffusion3Pipeline",
+        sd3(24, 24, 384, qk_norm="rms_norm", dual_attention_layers=list(range(13))),
+    ),
+    "SD3.5 Large": ("StableDiffusion3Pipeline", sd3(38, 38, 192, qk_norm="rms_norm")),
+    "FLUX.1-dev": ("FluxPipeline", FLUX | {"guidance_embeds": True}),
+    "FLUX.1-schnell": ("FluxPipeline", FLUX | {"guidance_embeds": False}),
+}
+TRANSFORMERS = {"StableDiffusion3Pipeline": "SD3Transformer2DModel", "FluxPipeline": "FluxTransformer2DModel"}
+
+
+def folder(place: Path, pipeline: str, transformer: dict[str, Any]) -> Path:
+    """The configs of a pipeline, without weights."""
+    scheduler = "FlowMatchEulerDiscreteScheduler"
+    files = {
+        INDEX: {
+            "_class_name": pipeline,
+            "scheduler": ["diffusers", scheduler],
+            "transformer": ["diffusers", TRANSFORMERS[pipeline]],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "transformer/config.json": transformer,
+        "vae/config.json": VAE,
+        "scheduler/scheduler_config.json": {"_class_name": scheduler, "shift": 3.0},
+        "tokenizer/tokenizer_config.json": {"model_max_length": 77},
+    }
+    for name, content in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(json.dumps(content))
+    return place
+
+
+def row(name: str, pipeline: str, transformer: dict[str, Any], checkpointing: bool) -> str:
+    """One line of the table: LoRA of rank 32 on the attention, 512 x 512, no guidance."""
+    with tempfile.TemporaryDirectory() as place:
+        path = folder(Path(place), pipeline, transformer)
+        machine = {"gradient_checkpointing": checkpointing}
+        config = AlignConfig.model_validate({"rewards": REWARDS, "machine": machine})
+        policy = adapter_of(kind_of(path))(
+            Checkpoint(path), device="cpu", dtype="float32", resolution=512, steps=10,
+            pipeline=paper_pipeline(pipeline, path, BF16),
+        )  # fmt: skip
+        policy.settings = type(policy.settings)(10, 1.0, 512)
+        count = sum(parameter.numel() for parameter in policy.transformer.parameters())
+        paper = Paper(policy, policy.blank(), config, BF16)
+    trained = paper.trained
+    cells = (
+        name,
+        f"{count / 1e9:.2f} B",
+        size(2 * count),
+        size(trained.lora + 2 * trained.gradients + trained.optimizer),
+        "yes" if checkpointing else "no",
+        size(paper.training.first),
+        size(paper.training.each),
+        size(paper.drawing.first),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    heads = (
+        "model",
+        "transformer",
+        "bfloat16",
+        "LoRA and AdamW",
+        "checkpointing",
+        "training",
+        "each further",
+        "drawing",
+    )
+    print(f"| {' | '.join(heads)} |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (pipeline, transformer) in MODELS.items():
+        for checkpointing in (False, True):
+            print(row(name, pipeline, transformer, checkpointing), flush=True)
+
+
+if __name__ == "__main__":
+    main()
