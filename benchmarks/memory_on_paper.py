@@ -2,7 +2,7 @@
 
     python benchmarks/memory_on_paper.py
 
-The configs are the published ones, written out below; the figures are those of `pixrl doctor`.
+The shapes below are written from memory and from diffusers' defaults; the figures are those of `pixrl doctor`.
 """
 
 import json

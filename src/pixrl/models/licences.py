@@ -19,7 +19,7 @@ LICENCES = {
     "black-forest-labs/FLUX.1-schnell": "Apache-2.0",
     "bytedance-research/UNO": "CC BY-NC 4.0",
 }
-"""Hub id -> licence. A local folder's own README wins."""
+"""Hub id -> licence, as known when this was written; its page decides. A local folder's own README wins."""
 TOY = "Apache-2.0 (part of pixrl)"
 
 
