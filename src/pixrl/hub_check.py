@@ -166,22 +166,27 @@ def refuse_misfits(missing: Sequence[str], unexpected: Sequence[str], source: Pa
     Raises:
         CheckpointError: names the first few, each unexpected one with the nearest of the missing ones.
     """
-    if not missing and not unexpected:
-        return
+    if missing or unexpected:
+        raise CheckpointError(
+            f"The weights of {source} do not fit a {kind} of its config.json: {misfits(missing, unexpected)}. "
+            f"Config and weights belong to different models. {remedy(source)}"
+        )
+
+
+def misfits(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Which keys do not fit, in words: the first few, each unexpected one with the nearest of the missing ones."""
     parts = []
     if missing:
-        parts.append(f"{len(missing)} weights are missing ({_some(missing)})")
+        parts.append(f"{len(missing)} weights are missing ({some(missing)})")
     if unexpected:
         near = [(key, difflib.get_close_matches(key, missing, n=1, cutoff=0.4)) for key in unexpected[:NAMED]]
         named = [f"{key} (expected {close[0]}?)" if close else key for key, close in near]
         parts.append(f"{len(unexpected)} are not known ({', '.join(named)}{_more(unexpected)})")
-    raise CheckpointError(
-        f"The weights of {source} do not fit a {kind} of its config.json: {' and '.join(parts)}. "
-        f"Config and weights belong to different models. {remedy(source)}"
-    )
+    return " and ".join(parts)
 
 
-def _some(keys: Sequence[str]) -> str:
+def some(keys: Sequence[str]) -> str:
+    """The first few, and whether there are more."""
     return f"{', '.join(keys[:NAMED])}{_more(keys)}"
 
 

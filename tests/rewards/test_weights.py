@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"1 weights are missing \(bias\)"):
         load_weights(layer, {"weight": layer.weight}, tmp_path)
     renamed = {"weights": layer.weight, "bias": layer.bias}
-    with pytest.raises(CheckpointError, match=r"1 do not belong \(weights \(expected weight\?\)\)"):
+    with pytest.raises(CheckpointError, match=r"1 are not known \(weights \(expected weight\?\)\)"):
         load_weights(layer, renamed, tmp_path)
     with pytest.raises(CheckpointError, match=r"weight has the shape \[3, 2\], but \[2, 3\] was expected"):
         load_weights(layer, {"weight": layer.weight.T, "bias": layer.bias}, tmp_path)

@@ -1,13 +1,12 @@
 """Where an encoder's weights come from, and what their provenance says: id, checksum, revision and licence."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from pixrl.errors import CheckpointError
-from pixrl.hub import resolve, weight_files
-from pixrl.hub_fetch import fetch_files
-from pixrl.rewards.weights import origin, require_file
+from pixrl.hub import weight_files
+from pixrl.rewards.weights import origin, published_folder, require_file
 
 NOT_STATED = "not stated: see the model's page"
 NON_COMMERCIAL = "BRIA RMBG-2.0: non-commercial use only, commercial use by agreement with BRIA AI"
@@ -84,7 +83,7 @@ def find_file(ref: str | Path, name: str) -> Path:
                 f"The file {str(ref)!r} does not exist. Give {name}, its folder, or a hub id."
             )
         return given
-    return require_file(_folder(ref, (name, "README.md")), name)
+    return require_file(published_folder(ref, (name, "README.md")), name)
 
 
 def words_folder(ref: str | Path) -> Path:
@@ -93,14 +92,9 @@ def words_folder(ref: str | Path) -> Path:
     Raises:
         CheckpointError: it has no config, or the hub does not give it.
     """
-    folder = _folder(ref, WORDS)
+    folder = published_folder(ref, WORDS)
     require_file(folder, "config.json")
     return folder
-
-
-def _folder(ref: str | Path, patterns: Sequence[str]) -> Path:
-    found = resolve(ref)
-    return fetch_files(found, patterns) if isinstance(found, str) else found
 
 
 def _front_matter(readme: Path) -> str | None:

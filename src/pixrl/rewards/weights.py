@@ -6,7 +6,6 @@ else: nothing in it is run. Keys that do not fit are named, each with the neares
 
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError
 from pixrl.hub import fingerprint, read_json, resolve
+from pixrl.hub_check import misfits, some
 from pixrl.hub_fetch import fetch_files
 from pixrl.rewards.calls import Caught
 
@@ -24,8 +24,6 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 """Names under which training code saves a state dict beside other things."""
-NAMED_KEYS = 3
-"""How many keys an error names."""
 
 
 def published_folder(ref: str | Path, patterns: Sequence[str]) -> Path:
@@ -160,26 +158,10 @@ def refuse_misfits(missing: Sequence[str], unexpected: Sequence[str], source: Pa
     Raises:
         CheckpointError: names the first few keys, each left-over one with the nearest of the missing ones.
     """
-    if not missing and not unexpected:
-        return
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} weights are missing ({_some(missing)})")
-    if unexpected:
-        near = [(key, get_close_matches(key, missing, n=1)) for key in unexpected[:NAMED_KEYS]]
-        named = [f"{key} (expected {close[0]}?)" if close else key for key, close in near]
-        parts.append(
-            f"{len(unexpected)} do not belong ({', '.join(named)}{_more(unexpected)})",
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{source} does not fit: {misfits(missing, unexpected)}. Is it another model's checkpoint?"
         )
-    raise CheckpointError(f"{source} does not fit: {' and '.join(parts)}. Is it another model's checkpoint?")
-
-
-def _some(keys: Sequence[str]) -> str:
-    return f"{', '.join(keys[:NAMED_KEYS])}{_more(keys)}"
-
-
-def _more(keys: Sequence[str]) -> str:
-    return ", ..." if len(keys) > NAMED_KEYS else ""
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -208,5 +190,5 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not named weights.")
     weights = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not weights:
-        raise CheckpointError(f"{file} holds no named weights, only {_some([str(key) for key in content])}.")
+        raise CheckpointError(f"{file} holds no named weights, only {some([str(key) for key in content])}.")
     return weights
