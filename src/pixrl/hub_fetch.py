@@ -45,7 +45,7 @@ def fetch_pipeline(ref: str, without: Sequence[str] = ()) -> Path:
                 repo, revision=revision, use_safetensors=True, **dict.fromkeys(without)
             )
         )
-    except (OSError, ValueError) as error:
+    except _failures() as error:
         raise explained(ref, error) from error
 
 
@@ -60,8 +60,15 @@ def fetch_files(ref: str, patterns: Sequence[str]) -> Path:
 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:
+    except _failures() as error:
         raise explained(ref, error) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the hub's library raises; without a connection that may be its transport's own error."""
+    from huggingface_hub.errors import HTTPError
+
+    return (OSError, ValueError, HTTPError)
 
 
 def cached_folder(ref: str) -> Path | None:
@@ -179,7 +186,7 @@ def ask(ref: str) -> Remote:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         if info.gated:
             HfApi().auth_check(repo)
-    except (OSError, ValueError) as error:
+    except _failures() as error:
         raise explained(ref, error) from error
     sizes = [one.size or 0 for one in info.siblings or () if one.rfilename.endswith(".safetensors")]
     return Remote(sum(sizes))

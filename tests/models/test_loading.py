@@ -228,6 +228,22 @@ def test_offline_mode_names_itself_and_the_pinned_download(monkeypatch: pytest.M
         models.load("nobody/nothing@v1")
 
 
+def test_no_connection_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoRoute(hub_errors.HTTPError):
+        """As the hub's transport raises it: no OSError."""
+
+    def unreachable(*_: object, **__: object) -> str:
+        raise NoRoute("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", unreachable)
+    for reach in (hub_fetch.ask, hub_fetch.fetch_pipeline, lambda ref: hub_fetch.fetch_files(ref, ["*"])):
+        with pytest.raises(CheckpointError, match=r"Name or service not known.*hf download owner/name"):
+            reach("owner/name")
+
+
 def test_a_pinned_revision_comes_from_the_cache(
     sd3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
