@@ -15,10 +15,13 @@ from typer.testing import CliRunner
 import pixrl
 from pixrl import cli, models
 from pixrl.errors import ConfigError, InputError, RunError
+from pixrl.evaluation.align_report import Change
 from pixrl.evaluation.export import Format, export, parse_format
+from pixrl.evaluation.model_card import artefacts
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
 from pixrl.training import checkpoint
+from pixrl.training.runlog import RunFolder
 from tests import published, tiny
 from tests.align.parts import recipe
 
@@ -135,6 +138,21 @@ def test_the_card_says_what_was_done_and_measured(run: Path, dual_folder: Path, 
     for line in shown:
         for name in (part.split(")")[0] for part in line.split("(")[1:]):
             assert (tmp_path / name).is_file()
+
+
+def test_a_card_hides_no_loss(run: Path) -> None:
+    def said(*changes: Change) -> str:
+        return artefacts(RunFolder.open(run), changes)
+
+    fell, steady = Change("strict", "never trained on", 0.75, 0.67), Change("other", "never trained on", 1, 1)
+    trained, spread = Change("geneval", "trained on", 0.86, 0.82), Change("diversity", "spread", 0.3, 0.3)
+    losses = said(trained, fell, spread)
+    assert "geneval (trained on) fell from 0.86 to 0.82" in losses
+    assert "strict (never trained on) fell from 0.75 to 0.67" in losses and "None was detected" not in losses
+    assert "no figure above fell" in said(steady, spread) and "not measured" not in said(steady, spread)
+    assert "not measured: evaluation.per_prompt is 1" in said(steady)
+    hacked = said(Change("geneval", "trained on", 0.8, 0.9), fell, spread)
+    assert hacked.count("strict") == 1
 
 
 def test_a_card_names_a_published_base_and_its_licence(run: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pixrl.evaluation import align_words as words
-from pixrl.evaluation.align_report import Change, changes_of, failures, is_unseen, warnings
+from pixrl.evaluation.align_report import FALL, Change, changes_of, failures, is_unseen, warnings
 from pixrl.hub import TOY_PREFIX, split_single_file
 from pixrl.hub_check import INDEX, read_json
 from pixrl.hub_fetch import is_hub_id, split_revision
@@ -74,7 +74,7 @@ def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequ
         _title(folder, config, facts),
         _pictures(pairs),
         _changes(config, changes, evaluated),
-        _artefacts(folder, changes),
+        artefacts(folder, changes),
         _method(folder, config),
         _usage(config, facts),
         _licences(config),
@@ -142,9 +142,16 @@ def _changes(config: AlignConfig, changes: Sequence[Change], evaluated: Sequence
     )
 
 
-def _artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
+def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
+    """What got worse, whatever the reason, and what was not looked at."""
     manifest = folder.manifest()
-    found = [f"- {text}" for text in warnings(changes)]
+    signs = warnings(changes)
+    found = [f"- {text}" for text in signs]
+    found += [
+        f"- {c.name} ({c.role}) fell from {c.before:.3g} to {c.after:.3g}."
+        for c in changes
+        if c.gain < -FALL * abs(c.before) and not any(text.startswith(f"{c.name},") for text in signs)
+    ]
     failed = failures(manifest)
     if failed:
         total = sum(count for _, count in failed)
@@ -152,9 +159,11 @@ def _artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
             f"- {total} of {len(manifest)} training pictures had no score and taught nothing: {failed[0][0]} ..."
         )
     if not found:
-        found = [
-            "- None was detected: no reward that was never trained on fell, and pictures stay as varied as before."
-        ]
+        found = ["- None was detected: no figure above fell."]
+    if not any(c.role == "spread" for c in changes):
+        found.append(
+            "- How varied the pictures of a prompt are was not measured: evaluation.per_prompt is 1."
+        )
     found.append("- A reward measures what it measures. Look at the pictures before you rely on the figures.")
     return "## Known artefacts\n\n" + "\n".join(found)
 
