@@ -14,6 +14,7 @@ from pixrl.errors import InputError
 from pixrl.toy.build import STAGES, build
 from pixrl.toy.build.pictures import (
     draw,
+    guided_scene,
     held_out_scene,
     pictures,
     subject_view,
@@ -81,6 +82,19 @@ def test_a_killed_build_ends_with_the_weights_of_an_unbroken_one(
             assert torch.equal(one, other)
 
 
+def test_a_round_is_taken_as_done_only_if_the_same_plans_made_it(tmp_path: Path) -> None:
+    shop = workshop(tmp_path)
+    assert workshop(tmp_path, resume=True).finished("sd3", {"sd3": PLAN}) is None
+    shop.folder("sd3")
+    shop.provenance("sd3", {"sd3": PLAN}, 12.5)
+    again = workshop(tmp_path, resume=True)
+    assert again.finished("sd3", {"sd3": PLAN}) == 12.5
+    assert shop.finished("sd3", {"sd3": PLAN}) is None
+    assert again.finished("sd3", {"sd3": replace(PLAN, steps=31)}) is None
+    assert again.finished("sd3", {"sd3": PLAN, "sd3-guided": PLAN}) is None
+    assert replace(again, seed=4).finished("sd3", {"sd3": PLAN}) is None
+
+
 def test_muon_takes_the_matrices_of_the_blocks_alone(tmp_path: Path) -> None:
     ends = []
     for plan in (PLAN, replace(PLAN, muon=1e-2)):
@@ -101,6 +115,7 @@ def test_the_loop_learns(tmp_path: Path) -> None:
 def test_training_never_sees_what_is_held_out() -> None:
     for index in range(300):
         assert not is_held_out(canonical(training_scene(5, index)))
+        assert not is_held_out(canonical(guided_scene(5, index)))
         assert not resembles_held_out(training_subject(5, index))
         assert not is_held_out(canonical(subject_view(5, index, index % 6)))
     rng = np.random.default_rng(0)
