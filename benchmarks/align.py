@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixrl import config as recipes
 from pixrl.algorithms.align import Aligner, MicroBatches
+from pixrl.algorithms.peers import Alone
 from pixrl.algorithms.rollouts import Rollouts
 from pixrl.models.prompts import PromptCache
 from pixrl.training.align_config import AlignConfig
@@ -52,7 +53,8 @@ class NetworkClock:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within it every network of the process is timed."""
-        call, backward = nn.Module.__call__, torch.Tensor.backward
+        call: Callable[..., Any] = nn.Module.__call__
+        backward: Callable[..., Any] = torch.Tensor.backward
 
         def timed_call(module: nn.Module, *given: Any, **named: Any) -> Any:
             return self._time(lambda: call(module, *given, **named))
@@ -107,7 +109,7 @@ class Bench:
         rollouts = self.aligner.collect(self.groups, 0)
         drawn = _now()
         scores = (
-            score(self.shop.rewards, rollouts.samples, rollouts.images_BCHW)
+            score(self.shop.rewards, rollouts.samples, rollouts.images_BCHW, Alone())
             if self.scored
             else self.random_scores(rollouts)
         )

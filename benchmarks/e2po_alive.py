@@ -172,7 +172,7 @@ def main() -> None:
         f"between noises: pixels {reference['pixels']:.4f}, clip {reference['clip']:.4f}, fit {reference['fit']:.4f}",
         flush=True,
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number in given.only:
         row, images = measure.run(GRID[number], given.seed)
         if not rows:
