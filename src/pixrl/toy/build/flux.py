@@ -1,7 +1,10 @@
 """`flux`: a FluxPipeline whose transformer takes a reference picture as appended tokens (UNO's position ids)."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from pixrl.models.flux_tokens import pack_latents, position_ids
 from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
 from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH, second_text_tower
 from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
-from pixrl.toy.build.sd3 import SAMPLING_STEPS, encode_texts, logit_normal
+from pixrl.toy.build.sd3 import SAMPLING_STEPS, IntArray, encode_texts, logit_normal
 from pixrl.toy.build.text import PLAN as T5_PLAN
 from pixrl.toy.build.text import t5_features, train_t5
 from pixrl.toy.build.tokenizers import T5_LENGTH
@@ -42,11 +45,24 @@ PLAN = Plan(
     muon=3e-3,
     compiled=True,
 )
+SECOND_PLAN = Plan(
+    steps=5600,
+    batch=48,
+    lr=1e-3,
+    warmup=100,
+    weight_decay=0.02,
+    ema=0.999,
+    level=0.4,
+    muon=2e-3,
+    compiled=True,
+)
+FIRST_PLANS = {"t5": T5_PLAN, "flux": PLAN}
 SUBJECT_PICTURES = 48_000
 CAPTIONS_COMPARED = 2000
 """How many captions tell how FLUX's text features map to SD3's."""
 BARE_SHARE = 0.4
 """Share of training batches that show no reference: they cost half, and the text must be read without one too."""
+SECOND_BARE_SHARE = 0.2
 GUIDANCE = 1.0
 TOKENS = SIDE // 8
 """Rows and columns of image tokens: latents are a quarter of the side, packed two by two."""
@@ -92,72 +108,121 @@ def reference_latents(vae: AutoencoderKL, data: Pictures, shop: Workshop) -> Ten
     return encode_all(vae, cut, shop, "cutouts")
 
 
-def start_from_sd3(
-    shop: Workshop, transformer: FluxTransformer2DModel, captions: list[str], tokens: Tensor, pooled: Tensor
-) -> None:
+def start_from_sd3(shop: Workshop, transformer: FluxTransformer2DModel, lessons: "Lessons") -> None:
     """Take over what `sd3` knows; word i of a caption is T5's token i and CLIP's token i + 1."""
     sd3 = StableDiffusion3Pipeline.from_pretrained(
         shop.out / "sd3", torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
     )
-    known, count = encode_texts(sd3, captions), len(captions)
+    known = encode_texts(sd3, lessons.captions[:CAPTIONS_COMPARED])
+    count = len(known["pooled"])
     start_from(
         transformer,
         sd3.transformer,
-        Texts(tokens[:count, :-1].flatten(0, 1), pooled[:count]),
+        Texts(lessons.tokens[:count, :-1].flatten(0, 1), lessons.pooled[:count]),
         Texts(known["tokens"][:, 1:].flatten(0, 1), known["pooled"]),
     )
 
 
 def build_flux(shop: Workshop) -> None:
-    """Train and save `flux`."""
+    """Train and save `flux`: a round that starts from `sd3`, then one that sees more references."""
     torch.manual_seed(shop.seed)
-    data = pictures(shop.work, "subjects", SUBJECT_PICTURES, shop.seed)
+    pipeline, seconds = _first_round(shop)
+    seconds += _second_round(shop, pipeline)
+    save_pipeline(pipeline, shop.folder("flux"))
+    shop.provenance("flux", FIRST_PLANS | {"flux-second": SECOND_PLAN}, seconds)
+
+
+def _first_round(shop: Workshop) -> tuple[FluxPipeline, float]:
+    """The first round and its seconds; a checkpoint that holds it and nothing more is taken as its result."""
+    done = shop.finished("flux", FIRST_PLANS)
+    if done is not None:
+        return FluxPipeline.from_pretrained(shop.out / "flux", torch_dtype=torch.float32), done
     pipeline = new_pipeline(shop).to(shop.device)
-    latents = encode_all(pipeline.vae, data, shop, "subjects")
-    cutouts = reference_latents(pipeline.vae, data, shop)
-    rng = np.random.default_rng((shop.seed, 5))
-    unique, index = np.unique(
-        [caption(data.scene(row), rng) for row in range(len(data))], return_inverse=True
-    )
-    tokens = t5_features(pipeline.text_encoder_2, pipeline.tokenizer_2, unique.tolist())
-    pooled = pooled_features(pipeline, unique.tolist())
-    target_ids, reference_ids = position_ids((TOKENS, TOKENS), [(TOKENS, TOKENS)], "uno")
-    image_ids = torch.cat((target_ids, *reference_ids)).to(shop.device)
-    text_ids = torch.zeros(T5_LENGTH, 3, device=shop.device)
+    lessons = Lessons.of(shop, pipeline)
+    start_from_sd3(shop, pipeline.transformer, lessons)
     transformer = pipeline.transformer
-    start_from_sd3(shop, transformer, unique[:CAPTIONS_COMPARED].tolist(), tokens, pooled)
     run = shop.compiled(transformer, PLAN)
-    patches = clip_patches(shop, data, "subjects")
+    patches = clip_patches(shop, lessons.data, "subjects")
     aligned = Aligned(transformer, transformer.transformer_blocks[-1], transformer.inner_dim).to(shop.device)
 
     def loss(draw: Draw) -> Tensor:
-        subject = draw.rows(len(data) // VIEWS, PLAN.batch)
+        with shop.autocast():
+            rows, flow = lessons.flow_loss(run, draw, PLAN.batch, BARE_SHARE)
+            alignment = aligned.loss(
+                patches[rows].to(shop.device), kind_shares(lessons.data.labels[rows]).to(shop.device)
+            )
+        return flow + alignment
+
+    return pipeline, shop.fit("flux", aligned, PLAN, loss)
+
+
+def _second_round(shop: Workshop, pipeline: FluxPipeline) -> float:
+    """Sharper subjects: more steps with a reference, on draws of its own, without the alignment of features."""
+    lessons = Lessons.of(shop, pipeline.to(shop.device))
+    run = shop.compiled(pipeline.transformer, SECOND_PLAN)
+
+    def loss(draw: Draw) -> Tensor:
+        with shop.autocast():
+            return lessons.flow_loss(run, draw, SECOND_PLAN.batch, SECOND_BARE_SHARE)[1]
+
+    fresh = replace(shop, seed=shop.seed + 1)
+    return fresh.fit("flux-second", pipeline.transformer, SECOND_PLAN, loss)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Pictures of subjects as latents, their cut-outs, and what the text encoders say of their captions."""
+
+    device: torch.device
+    data: Pictures
+    latents: Tensor
+    cutouts: Tensor
+    captions: list[str]
+    """Every caption once."""
+    tokens: Tensor
+    pooled: Tensor
+    index: IntArray
+    """Which caption a picture has."""
+
+    @classmethod
+    def of(cls, shop: Workshop, pipeline: FluxPipeline) -> "Lessons":
+        data = pictures(shop.work, "subjects", SUBJECT_PICTURES, shop.seed)
+        latents = encode_all(pipeline.vae, data, shop, "subjects")
+        cutouts = reference_latents(pipeline.vae, data, shop)
+        rng = np.random.default_rng((shop.seed, 5))
+        unique, index = np.unique(
+            [caption(data.scene(row), rng) for row in range(len(data))], return_inverse=True
+        )
+        captions = unique.tolist()
+        tokens = t5_features(pipeline.text_encoder_2, pipeline.tokenizer_2, captions)
+        pooled = pooled_features(pipeline, captions)
+        return cls(shop.device, data, latents, cutouts, captions, tokens, pooled, index)
+
+    def flow_loss(
+        self, run: Callable[..., Any], draw: Draw, batch: int, bare_share: float
+    ) -> tuple[IntArray, Tensor]:
+        """The rows shown and their flow-matching loss; another view of each subject is the reference, if any is."""
+        subject = draw.rows(len(self.data) // VIEWS, batch)
         shown, wanted = np.stack([draw.rng.choice(VIEWS, 2, replace=False) for _ in subject]).T
         rows, shown_rows = subject * VIEWS + wanted, subject * VIEWS + shown
-        cut = torch.from_numpy(draw.rng.random(PLAN.batch) < 0.5)[:, None, None, None]
-        reference = torch.where(cut, cutouts[shown_rows], latents[shown_rows]).float().to(shop.device)
-        x0 = latents[rows].float().to(shop.device)
-        noise, t = draw.normal(*x0.shape).to(shop.device), logit_normal(draw, PLAN.batch).to(shop.device)
-        given = [interpolate(x0, noise, t), *([] if draw.rng.random() < BARE_SHARE else [reference])]
-        packed = torch.cat([pack_latents(part) for part in given], dim=1)
-        with shop.autocast():
-            velocity = run(
-                hidden_states=packed,
-                timestep=t,
-                guidance=torch.full_like(t, GUIDANCE),
-                encoder_hidden_states=tokens[index[rows]].float().to(shop.device),
-                pooled_projections=pooled[index[rows]].float().to(shop.device),
-                txt_ids=text_ids,
-                img_ids=image_ids[: packed.shape[1]],
-            ).sample[:, : TOKENS * TOKENS]
-            alignment = aligned.loss(
-                patches[rows].to(shop.device), kind_shares(data.labels[rows]).to(shop.device)
-            )
-        return F.mse_loss(velocity.float(), pack_latents(noise - x0)) + alignment
-
-    seconds = shop.fit("flux", aligned, PLAN, loss)
-    save_pipeline(pipeline, shop.folder("flux"))
-    shop.provenance("flux", {"t5": T5_PLAN, "flux": PLAN}, seconds)
+        cut = torch.from_numpy(draw.rng.random(batch) < 0.5)[:, None, None, None]
+        reference = torch.where(cut, self.cutouts[shown_rows], self.latents[shown_rows]).float()
+        x0 = self.latents[rows].float().to(self.device)
+        noise, t = draw.normal(*x0.shape).to(self.device), logit_normal(draw, batch).to(self.device)
+        references = [] if draw.rng.random() < bare_share else [reference.to(self.device)]
+        packed = torch.cat([pack_latents(part) for part in (interpolate(x0, noise, t), *references)], dim=1)
+        target_ids, reference_ids = position_ids((TOKENS, TOKENS), [(TOKENS, TOKENS)], "uno")
+        image_ids = torch.cat((target_ids, *reference_ids)).to(self.device)
+        velocity = run(
+            hidden_states=packed,
+            timestep=t,
+            guidance=torch.full_like(t, GUIDANCE),
+            encoder_hidden_states=self.tokens[self.index[rows]].float().to(self.device),
+            pooled_projections=self.pooled[self.index[rows]].float().to(self.device),
+            txt_ids=torch.zeros(T5_LENGTH, 3, device=self.device),
+            img_ids=image_ids[: packed.shape[1]],
+        ).sample[:, : TOKENS * TOKENS]
+        return rows, F.mse_loss(velocity.float(), pack_latents(noise - x0))
 
 
 def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
