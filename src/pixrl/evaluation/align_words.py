@@ -141,7 +141,10 @@ def _loss(config: AlignConfig) -> str:
     match config.loss:
         case NFTSettings() as loss:
             old = loss.old_policy.value + ("" if loss.old_decay is None else f" {loss.old_decay:g}")
-            return f"nft, beta {loss.beta:g}, KL {loss.kl:g}, {loss.timesteps} noise levels a sample, old policy {old}"
+            levels = f"{loss.timesteps} noise levels a sample" + (
+                "" if loss.noisiest is None else f", of the noisiest {loss.noisiest}"
+            )
+            return f"nft, beta {loss.beta:g}, KL {loss.kl:g}, {levels}, old policy {old}"
         case SFTSettings() as loss:
             return f"supervised flow matching on target pictures, {loss.timesteps} noise levels a sample"
         case RPOSettings() as loss:

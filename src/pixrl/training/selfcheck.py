@@ -23,6 +23,7 @@ ROWS = 8
 BROKEN = 0.05
 """A deviation that no rounding explains: weights, schedule or conditioning of sampling and training differ."""
 VELOCITY_LIMIT = 0.02
+"""Of a relative difference."""
 RATIO_LIMIT = 0.01
 """Of a ratio that is not clipped: its rounding scales a gradient by as much."""
 AGREEMENT = 1e-6
@@ -85,7 +86,7 @@ def measure_of(aligner: Aligner) -> str:
     """What is measured, in words."""
     if isinstance(aligner.method.loss, ClippedSurrogate):
         return "largest |ratio - 1| before the first update"
-    return "largest |v - v_old| before the first update"
+    return "|v - v_old| / |v_old| before the first update"
 
 
 def deviations(
