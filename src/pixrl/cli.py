@@ -1,6 +1,6 @@
 """The command line: reads arguments, loads settings, calls one function. torch is loaded only when a job starts.
 
-The commands are in cli_fuse.py, cli_train.py and cli_toy.py; each group is one line below.
+The commands are in cli_*.py; each group is one line below.
 """
 
 import errno
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pixrl import __version__, cli_fuse, cli_models, cli_serve, cli_toy, cli_train
+from pixrl import __version__, cli_demo, cli_fuse, cli_models, cli_serve, cli_toy, cli_train
 from pixrl.errors import PixrlError
 
 
@@ -43,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_demo.commands)
 app.add_typer(cli_fuse.commands)
 app.add_typer(cli_train.commands)
 app.add_typer(cli_models.commands)

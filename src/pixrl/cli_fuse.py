@@ -1,7 +1,7 @@
-"""The commands of fusion: fuse, select, demo."""
+"""The commands of fusion: fuse, select."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -24,7 +24,6 @@ from pixrl.cli_options import (
     Sampler,
     Seed,
     Set,
-    option,
 )
 from pixrl.cli_runs import resumable, say_where
 from pixrl.errors import InputError
@@ -32,7 +31,6 @@ from pixrl.errors import InputError
 if TYPE_CHECKING:
     from pixrl.training.fuse_config import FuseConfig
 
-DEMO_PAIRS = ("owl & snail", "turtle & mushroom", "penguin & pineapple")
 commands = typer.Typer()
 
 
@@ -116,31 +114,3 @@ def select(run: Run, keep: Keep = None, presence: Presence = None, balance: Bala
 
     typer.echo(fuse_api.select_run(run, keep=keep, presence=presence, balance=balance).summary())
     say_where(run)
-
-
-@commands.command()
-def demo(
-    out: Annotated[
-        Path | None, option("The run's folder.", default="pixrl-demo, or pixrl-demo-2 ...")
-    ] = None,
-) -> None:
-    """Fuse three pairs on the toy world and write a report: two minutes, no download."""
-    from pixrl import fuse_api
-
-    out = out or _unused(Path("pixrl-demo"))
-    config = _fuse_config(None, {"model": "toy:sd3"}, [])
-    typer.echo(f"Fusing {', '.join(DEMO_PAIRS)} on the toy world, 128 pictures each.")
-    with resumable(out):
-        run = fuse_api.run_pairs(config, DEMO_PAIRS, out)
-    typer.echo(f"\nOpen {(run / 'report.html').absolute()} in a browser.")
-    typer.echo("Then try:  pixrl fuse owl snail mushroom")
-
-
-def _unused(path: Path) -> Path:
-    """The path, or path-2, path-3 ... where it is taken."""
-    number = 1
-    candidate = path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate

@@ -18,6 +18,7 @@ from pixrl.algorithms.rollouts import Rollouts
 from pixrl.algorithms.stepping import SamplingSettings
 from pixrl.errors import RunError
 from pixrl.models.sd3 import SD3Policy
+from pixrl.models.slots import Slot
 from tests.align.parts import (
     CLIPPED,
     NFT,
@@ -178,6 +179,26 @@ def test_groups_without_a_signal_poison_nothing(
     assert all(bool(x.isfinite().all()) for x in weights_of(policy).values())
 
 
+@pytest.mark.parametrize(("loss", "sampling"), [(CLIPPED, SDE), (NFT, ODE)])
+def test_groups_without_a_signal_can_be_left_out(
+    policy: SD3Policy, loss: LossSettings, sampling: SamplingSettings
+) -> None:
+    """The same gradient's direction as with them, from the other group's terms alone."""
+    flat_and_not = scored([0.5, 0.5, 0.5, 0.2, 0.9, math.nan])
+    gradients, terms = [], []
+    for skip in (False, True):
+        found = aligner(policy, loss, sampling, advantage=AdvantageSettings(skip_flat=skip), lr=1e-12)
+        found.slots.blend(Slot.OLD, Slot.CURRENT, 0.0)  # off it, NFT pulls every sample back
+        rollouts = found.collect(groups(2), 0)
+        rows = found._rows(rollouts, torch.tensor([[0.0, 0, 0], [-1, 1, math.nan]]), 0)
+        terms.append(rows)
+        found.update(rollouts, flat_and_not, WEIGHTS)
+        gradients.append(torch.cat([p.grad.flatten() for p in found.parameters if p.grad is not None]))
+    assert terms == [[0, 1, 2, 3, 4], [3, 4]]
+    directions = [gradient / gradient.norm() for gradient in gradients]
+    torch.testing.assert_close(*directions, atol=1e-4, rtol=1e-3)
+
+
 def test_one_sample_groups(policy: SD3Policy) -> None:
     found = aligner(policy, noises=1)
     rollouts = found.collect(groups(2), 0)
@@ -228,6 +249,15 @@ def test_permuted_transitions_give_the_same_gradient(policy: SD3Policy) -> None:
             terms.loss_B.sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in found.parameters if p.grad is not None]))
     assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_nft_trains_at_the_noisiest_levels_alone_when_told(policy: SD3Policy) -> None:
+    some = aligner(policy, NFTSettings(timesteps=2, noisiest=2), ODE)
+    drawn = some.collect(groups(), 0)
+    loss, rows = some.method.loss, range(len(drawn))
+    parts = [loss.steps(drawn, rows, part) for part in range(loss.parts(drawn))]
+    assert all(sorted(steps) == [0, 1] for steps in zip(*parts, strict=True))
+    assert len(set(parts[0])) == 2
 
 
 def test_another_schedule_is_refused(policy: SD3Policy) -> None:

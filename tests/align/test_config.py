@@ -68,6 +68,10 @@ def test_toy_methods_draw_equally_many_pictures() -> None:
         ({"sampling": {"noise": "cps", "eta": 1.2}}, r"eta of cps must be in \(0, 1\]"),
         ({"sampling": {"eta": 0.7}}, "eta has no effect without noise"),
         ({"loss": {"kind": "nft", "timesteps": 30}}, "10 sampling steps have only as many noise levels"),
+        (
+            {"loss": {"kind": "rpo"}, "advantage": {"skip_flat": True}},
+            "skip_flat has no effect with loss: rpo",
+        ),
         ({"loss": {"kind": "nft", "timesteps": 3, "noisiest": 10}}, "noisiest is 10, but 10 sampling steps"),
         ({"loss": {"kind": "nft", "timesteps": 4, "noisiest": 3}}, "noisiest leaves 3 noise levels to draw"),
         ({"loss": {"kind": "nft", "clip": 1e-4}}, r"Unknown setting loss\.nft\.clip.*Allowed here: beta"),

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
-from pixrl import cli, cli_fuse, fuse_api
+from pixrl import cli, cli_demo, fuse_api
+from pixrl.config import find_recipe
 from pixrl.errors import RunError
 from pixrl.training import fuse_job
 from pixrl.training.runlog import MANIFEST, RunFolder
@@ -88,12 +90,18 @@ def test_select_and_report_generate_nothing(pixrl: Pixrl) -> None:
 
 
 def test_demo_takes_a_free_folder_each_time(pixrl: Pixrl, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_fuse, "DEMO_PAIRS", ("owl & snail",))
+    settings = yaml.safe_load(find_recipe(cli_demo.ALIGN_RECIPE).read_text())
+    settings |= {"steps": 1, "prompts": {"per_step": 2}, "exploration": {"kind": "noise", "noises": 2}}
+    settings["evaluation"] = {"prompts": 2}
+    Path("small.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(cli_demo, "DEMO_PAIRS", ("owl & snail",))
+    monkeypatch.setattr(cli_demo, "ALIGN_RECIPE", "small.yaml")
     Path("pixrl-demo").mkdir()
     done = pixrl("demo")
     assert done.exit_code == 0, done.output
-    assert Path("pixrl-demo-2/report.html").is_file()
-    assert "pixrl-demo-2/report.html" in done.output.replace("\n", "")
+    for part in ("fuse", "align"):
+        assert Path(f"pixrl-demo-2/{part}/report.html").is_file()
+        assert f"pixrl-demo-2/{part}/report.html" in done.output.replace("\n", "")
 
 
 def test_ctrl_c_says_how_to_go_on_and_resume_ends_as_if_unbroken(
@@ -254,5 +262,5 @@ def test_the_demo_uses_words_of_the_toy_world() -> None:
     from pixrl.data.pairs import parse_pairs
     from pixrl.toy.vocabulary import KINDS
 
-    words = {concept for pair in parse_pairs(cli_fuse.DEMO_PAIRS).pairs for concept in pair}
+    words = {concept for pair in parse_pairs(cli_demo.DEMO_PAIRS).pairs for concept in pair}
     assert words <= set(KINDS)

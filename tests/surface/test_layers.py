@@ -17,7 +17,17 @@ LAYERS = [
     {"training"},
     {"evaluation", "reproduce"},
     {"align_api", "doctor_api", "fuse_api", "studio", "__init__", "__main__"}
-    | {"cli", "cli_options", "cli_runs", "cli_fuse", "cli_train", "cli_models", "cli_serve", "cli_toy"},
+    | {
+        "cli",
+        "cli_options",
+        "cli_runs",
+        "cli_demo",
+        "cli_fuse",
+        "cli_train",
+        "cli_models",
+        "cli_serve",
+        "cli_toy",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TOY_MAY_IMPORT = LAYERS[0] | LAYERS[1] | LAYERS[2]

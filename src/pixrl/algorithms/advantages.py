@@ -114,6 +114,8 @@ class AdvantageSettings(Settings):
     """Largest magnitude; none: no limit."""
     eps: float = Field(1e-4, ge=0)
     """Added to the standard deviation."""
+    skip_flat: bool = False
+    """Leave groups whose samples all scored alike out of the update: they cost as much as others and teach nothing."""
     synergy: SynergySettings | None = None
     """Customized-GRPO's SARS; none: rewards are only weighted and added."""
     time: TimeSettings | None = None

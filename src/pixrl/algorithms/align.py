@@ -204,11 +204,16 @@ class Aligner:
         return lr
 
     def _rows(self, rollouts: Rollouts, advantage_PS: Tensor, number: int) -> list[int]:
-        """This process's samples of one optimizer step: shuffled over all processes, failed ones left out."""
+        """This process's samples of one optimizer step: shuffled over all processes, failed ones left out.
+
+        With `skip_flat` also those of groups whose samples are all as good as each other.
+        """
         samples, size = rollouts.samples, rollouts.samples.per_group
         drawer = torch.Generator().manual_seed(sample_seed(self.seed, rollouts.step, _PARTS_KEY, 0))
         lot_PS = torch.randperm(advantage_PS.numel(), generator=drawer).view(advantage_PS.shape)
         chosen_PS = (lot_PS % self.method.optimizer.updates == number) & ~advantage_PS.isnan()
+        if self.method.advantage.skip_flat:
+            chosen_PS &= (advantage_PS.nan_to_num() != 0).any(dim=1, keepdim=True)
         mine = chosen_PS[[group.place for group in samples.groups]].view(-1, size).flatten()
         return [int(row) for row in mine.nonzero().flatten()]
 

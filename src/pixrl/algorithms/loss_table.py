@@ -107,7 +107,8 @@ def check_advantage(loss: LossSettings, advantage: AdvantageSettings) -> None:
                 raise ValueError(
                     f"advantage.{name} has no effect with loss: rpo, which ranks by the harmonic mean: remove it"
                 )
-        if advantage.clamp != AdvantageSettings().clamp:
-            raise ValueError(
-                "advantage.clamp has no effect with loss: rpo, which ranks by the harmonic mean: remove it"
-            )
+        for name in ("clamp", "skip_flat"):
+            if advantage.__dict__[name] != AdvantageSettings().__dict__[name]:
+                raise ValueError(
+                    f"advantage.{name} has no effect with loss: rpo, which ranks by the harmonic mean: remove it"
+                )

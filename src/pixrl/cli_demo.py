@@ -1,0 +1,62 @@
+"""`pixrl demo`: each job once, small, on the toy world."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixrl.cli_options import option
+from pixrl.cli_runs import resumable
+
+DEMO_PAIRS = ("owl & snail", "turtle & mushroom", "penguin & pineapple")
+ALIGN_RECIPE = "toy/demo-align"
+commands = typer.Typer()
+
+
+@commands.command()
+def demo(
+    out: Annotated[
+        Path | None, option("The folder of its runs.", default="pixrl-demo, or pixrl-demo-2 ...")
+    ] = None,
+) -> None:
+    """Fuse three pairs and align a model on the toy world: minutes, no download, a report of each."""
+    out = out or _unused(Path("pixrl-demo"))
+    reports = [_fuse(out / "fuse"), _align(out / "align")]
+    typer.echo("\nOpen in a browser:")
+    for report in reports:
+        typer.echo(f"  {report.absolute()}")
+    typer.echo("Then try:  pixrl fuse owl snail mushroom   and   pixrl align toy/e2po")
+
+
+def _fuse(run: Path) -> Path:
+    from pixrl import fuse_api
+    from pixrl.config import load
+    from pixrl.training.fuse_config import FuseConfig
+
+    typer.echo(f"Fusing {', '.join(DEMO_PAIRS)}: 128 pictures each.")
+    with resumable(run):
+        return (
+            fuse_api.run_pairs(load(FuseConfig, None, values={"model": "toy:sd3"}), DEMO_PAIRS, run)
+            / "report.html"
+        )
+
+
+def _align(run: Path) -> Path:
+    from pixrl import align_api
+
+    config = align_api.load(ALIGN_RECIPE, kind="align")
+    typer.echo(
+        f"\nAligning {config.model} with GenEval's rules: {config.steps} steps, same prompts before and after."
+    )
+    with resumable(run):
+        return align_api.run_align(config, run).report
+
+
+def _unused(path: Path) -> Path:
+    """The path, or path-2, path-3 ... where it is taken."""
+    number = 1
+    candidate = path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
