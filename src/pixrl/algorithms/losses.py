@@ -336,7 +336,7 @@ def velocity_deviation(policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[in
     current = policy.velocity(x_t, t_B, condition).detach()
     with torch.no_grad(), policy.slot(slot):
         other = policy.velocity(x_t, t_B, condition)
-    return ((current - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny)).item()
+    return float((current - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny))
 
 
 def noise_levels(

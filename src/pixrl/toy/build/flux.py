@@ -28,10 +28,10 @@ from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
 from pixrl.toy.build.sd3 import SAMPLING_STEPS, IntArray, encode_texts, logit_normal
 from pixrl.toy.build.text import PLAN as T5_PLAN
 from pixrl.toy.build.text import t5_features, train_t5
-from pixrl.toy.build.tokenizers import T5_LENGTH
+from pixrl.toy.build.tokenizers import T5_LENGTH, t5_tokenizer
 from pixrl.toy.build.transfer import Texts, start_from
 from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
-from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
+from pixrl.toy.build.workshop import Draw, Plan, Workshop, forget_origin, save_half
 from pixrl.toy.language import WORDS, caption
 
 PLAN = Plan(
@@ -136,7 +136,10 @@ def _first_round(shop: Workshop) -> tuple[FluxPipeline, float]:
     """The first round and its seconds; a checkpoint that holds it and nothing more is taken as its result."""
     done = shop.finished("flux", FIRST_PLANS)
     if done is not None:
-        return FluxPipeline.from_pretrained(shop.out / "flux", torch_dtype=torch.float32), done
+        stored = FluxPipeline.from_pretrained(
+            shop.out / "flux", torch_dtype=torch.float32, tokenizer_2=t5_tokenizer()
+        )
+        return stored, done
     pipeline = new_pipeline(shop).to(shop.device)
     lessons = Lessons.of(shop, pipeline)
     start_from_sd3(shop, pipeline.transformer, lessons)
@@ -228,6 +231,7 @@ class Lessons:
 def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
     """The published layout in half precision, and the settings that this checkpoint was trained for."""
     pipeline.save_pretrained(folder)
+    forget_origin(folder / "model_index.json")
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         save_half(pipeline.components[part], folder / part)
     settings = {

@@ -299,7 +299,7 @@ def _progress() -> Progress:
 def save_half(module: ModelMixin | PreTrainedModel, folder: Path) -> None:
     """Save a model in half precision and leave the one in memory as it is."""
     module.save_pretrained(folder)
-    _forget_origin(folder / "config.json")
+    forget_origin(folder / "config.json")
     for path in folder.glob("*.safetensors"):
         stored = load_file(path)
         save_file(
@@ -310,7 +310,7 @@ def save_half(module: ModelMixin | PreTrainedModel, folder: Path) -> None:
         path.chmod(0o644)
 
 
-def _forget_origin(config: Path) -> None:
+def forget_origin(config: Path) -> None:
     """diffusers notes where a part was loaded from: a folder of this machine, which is nobody's business."""
     settings = json.loads(config.read_text())
     settings.pop("_name_or_path", None)
