@@ -38,7 +38,7 @@ def workshop(recipe: str, prompts: int) -> Workshop:
     config = recipes.load(AlignConfig, recipe, kind="align")
     values: dict[str, Any] = {"prompts.per_step": prompts, "sampling.steps": LEVELS, "loss.kl": 0.0}
     if isinstance(config.loss, NFTSettings):
-        values |= {"loss.timesteps": LEVELS, "loss.noisiest": None}
+        values |= {"loss.timesteps": LEVELS, "loss.levels": None}
     if isinstance(config.loss, ClippedSettings):
         values |= {"loss.clip": None, "optimizer.updates": 1}
     return open_workshop(recipes.load(AlignConfig, recipe, values=values, kind="align"))

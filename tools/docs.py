@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from pixrl import cli_fuse, config, fuse_api
+from pixrl import cli_demo, config, fuse_api
 from pixrl.data.pairs import parse_pairs
 from pixrl.toy.drawn_sheet import generated_sheet, personal_sheet
 from pixrl.toy.sheet import contact_sheet
@@ -32,9 +32,9 @@ def main() -> None:
 
 def demo_sheet(out: Path) -> Image.Image:
     """The pairs of `pixrl demo`: a row each, the parents and then the best children."""
-    fuse_api.run_pairs(config.load(FuseConfig), cli_fuse.DEMO_PAIRS, out)
+    fuse_api.run_pairs(config.load(FuseConfig), cli_demo.DEMO_PAIRS, out)
     runs = [RunFolder.open(path) for path in sorted((out / "runs").iterdir())]
-    pairs = parse_pairs(cli_fuse.DEMO_PAIRS).pairs
+    pairs = parse_pairs(cli_demo.DEMO_PAIRS).pairs
     rows = [_row(run, concepts) for run, concepts in zip(runs, pairs, strict=True)]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for k, row in enumerate(rows):

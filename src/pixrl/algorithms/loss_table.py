@@ -43,10 +43,9 @@ def check_fit(loss: LossSettings, sampling: SamplingSettings) -> None:
         raise ValueError(
             f"loss.timesteps is {loss.timesteps}, but {sampling.steps} sampling steps have only as many noise levels"
         )
-    elif isinstance(loss, NFTSettings) and loss.noisiest is not None and loss.noisiest >= sampling.steps:
+    elif isinstance(loss, NFTSettings) and loss.levels is not None and loss.levels[1] > sampling.steps:
         raise ValueError(
-            f"loss.noisiest is {loss.noisiest}, but {sampling.steps} sampling steps have only as many noise levels: "
-            "remove it, or lower it"
+            f"loss.levels ends at {loss.levels[1]}, but {sampling.steps} sampling steps have only as many noise levels"
         )
     if isinstance(loss, SFTSettings) and sampling.noise is not Noise.NONE:
         raise ValueError("sampling.noise has no effect with loss: sft, which draws nothing: remove it")

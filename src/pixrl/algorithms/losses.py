@@ -105,8 +105,9 @@ class NFTSettings(Settings):
     """Weight of the mean of (v - v_ref)^2."""
     timesteps: int = Field(9, ge=1)
     """Noise levels of the schedule that each sample is trained at, drawn without putting back."""
-    noisiest: int | None = Field(None, ge=1)
-    """Train at the schedule's first levels alone, this many, where the layout of a picture is decided; none: at all."""
+    levels: tuple[int, int] | None = None
+    """Draw them from these steps alone, the first and the one after the last, counted from 0, the noisiest; none: all.
+    A picture's layout is decided in early ones."""
     certain: float = Field(5.0, gt=0)
     """The advantage that counts as certainly good."""
     old_policy: OldPolicy = OldPolicy.SLOW
@@ -125,10 +126,11 @@ class NFTSettings(Settings):
 
     @model_validator(mode="after")
     def _levels_suffice(self) -> "NFTSettings":
-        if self.noisiest is not None and self.noisiest < self.timesteps:
+        if self.levels is not None and not 0 <= self.levels[0] <= self.levels[1] - self.timesteps:
+            first, end = self.levels
             raise ValueError(
-                f"timesteps is {self.timesteps}, but noisiest leaves {self.noisiest} noise levels to draw from; raise "
-                "noisiest, or lower timesteps"
+                f"levels: [{first}, {end}] has not the {self.timesteps} noise levels that timesteps draws of it: "
+                "count steps from 0, and end after the last one, such as [0, 5]"
             )
         return self
 
@@ -287,7 +289,7 @@ class NegativeAware(Loss):
         return self.settings.timesteps
 
     def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
-        return noise_levels(rollouts, rows, part, self.settings.noisiest)
+        return noise_levels(rollouts, rows, part, self.settings.levels)
 
     def old_decay(self, step: int) -> float:
         if self.settings.old_decay is not None:
@@ -303,7 +305,7 @@ class NegativeAware(Loss):
         part: int,
         with_kl: bool,
     ) -> Terms:
-        x_t, t_B, x0, _ = noised(policy, rollouts, rows, part, self.settings.noisiest)
+        x_t, t_B, x0, _ = noised(policy, rollouts, rows, part, self.settings.levels)
         condition = rollouts.conditioning(rows)
         velocity = policy.velocity(x_t, t_B, condition)
         with torch.no_grad(), policy.slot(Slot.OLD):
@@ -340,24 +342,28 @@ def velocity_deviation(policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[in
 
 
 def noise_levels(
-    rollouts: Rollouts, rows: Sequence[int], part: int, noisiest: int | None = None
+    rollouts: Rollouts, rows: Sequence[int], part: int, among: tuple[int, int] | None = None
 ) -> list[int]:
     """The step whose noise level each of some rows has in a part: an order of its own for each sample.
 
-    Out of all steps, or out of the first `noisiest` ones.
+    Out of all steps, or `among` some: the first and the one after the last.
     """
-    count = noisiest or rollouts.schedule.steps
-    return [_shuffled(rollouts.samples.streams[row], count)[part] for row in rows]
+    first, end = among or (0, rollouts.schedule.steps)
+    return [first + _shuffled(rollouts.samples.streams[row], end - first)[part] for row in rows]
 
 
 def noised(
-    policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], part: int, noisiest: int | None = None
+    policy: FlowPolicy,
+    rollouts: Rollouts,
+    rows: Sequence[int],
+    part: int,
+    among: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_t, t [B], x0 and the noise of some rows: noise levels in an order, and fresh noises, of each sample's own."""
     index = list(rows)
     x0 = rollouts.x0_B[index]
     levels = rollouts.schedule.sigmas
-    t_B = x0.new_tensor([levels[step] for step in noise_levels(rollouts, rows, part, noisiest)])
+    t_B = x0.new_tensor([levels[step] for step in noise_levels(rollouts, rows, part, among)])
     noise = fresh_noise(policy, [rollouts.samples.streams[row] for row in index], Use.FRESH, part)
     return interpolate(x0, noise, t_B), t_B, x0, noise
 

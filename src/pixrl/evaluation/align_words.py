@@ -142,7 +142,7 @@ def _loss(config: AlignConfig) -> str:
         case NFTSettings() as loss:
             old = loss.old_policy.value + ("" if loss.old_decay is None else f" {loss.old_decay:g}")
             levels = f"{loss.timesteps} noise levels a sample" + (
-                "" if loss.noisiest is None else f", of the noisiest {loss.noisiest}"
+                "" if loss.levels is None else f" of steps {loss.levels[0]} to {loss.levels[1] - 1}"
             )
             return f"nft, beta {loss.beta:g}, KL {loss.kl:g}, {levels}, old policy {old}"
         case SFTSettings() as loss:
