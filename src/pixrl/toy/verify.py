@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from pixrl import models
 from pixrl.errors import InputError, did_you_mean
 from pixrl.models.base import Renderer
 from pixrl.models.flux import FluxPolicy
-from pixrl.models.pipeline import decode_latents
 from pixrl.rewards.base import Reward
 from pixrl.rewards.clip import ClipSimilarity
 from pixrl.rewards.dino import DinoEncoder
@@ -22,6 +22,7 @@ from pixrl.rewards.segmentation import Foreground, Segmenter
 from pixrl.toy.build import CHECKPOINTS
 from pixrl.toy.build.pictures import TASK_SHARES, draw, held_out_scene, to_tensor
 from pixrl.toy.build.preference import spoil
+from pixrl.toy.judge import FULL, QUICK, SceneJudge, reconstruct
 from pixrl.toy.language import caption, held_out_prompts, parse
 from pixrl.toy.scene import SUBJECTS, Scene, Subject, Task, random_subject, subject_scene
 from pixrl.toy.vocabulary import ACCESSORIES, BACKGROUNDS
@@ -110,15 +111,13 @@ def check_clip(root: Path, thin: int) -> Iterable[Gate]:
 
 def check_vae(root: Path, thin: int) -> Iterable[Gate]:
     """Pictures encoded and decoded."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32).eval()
     images, _ = _pictures(_scenes(256 // thin))
-    with torch.inference_mode():
-        latents = vae.encode(images * 2 - 1).latent_dist.mean
-        decoded = decode_latents(vae, (latents - vae.config.shift_factor) * vae.config.scaling_factor)
-    error = (decoded - images).square().flatten(1).mean(1)
+    error = (reconstruct(_vae(root), images) - images).square().flatten(1).mean(1)
     yield Gate("vae", "PSNR in dB, mean over pictures", float((-10 * error.log10()).mean()), 27.0)
+
+
+def _vae(root: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32).eval()
 
 
 def check_segmenter(root: Path, thin: int) -> Iterable[Gate]:
@@ -219,11 +218,16 @@ def check_flux(root: Path, thin: int) -> Iterable[Gate]:
     subjects = [subject for subject in SUBJECTS for _ in range(8 // thin)]
     references = _cut_out([subject_scene(subject, rng) for subject in subjects])
     relatives = _cut_out([subject_scene(_relative(subject.kind, rng), rng) for subject in subjects])
-    wanted = [_asking(subject, rng) for subject in subjects]
+    wanted = [asking(subject, rng) for subject in subjects]
     prompts = [caption(scene) for scene in wanted]
     seeds = [sample_seed(SEED, 1, 0, i) for i in range(len(prompts))]
     images = policy.sample(policy.with_references(policy.encode(prompts), [references]), seeds)
-    yield Gate("flux", "background and accessory right", float(_follows(root, images, wanted).mean()), 0.70)
+    vae = _vae(root)
+    judge = SceneJudge.fit(vae, SEED, QUICK if thin > 1 else FULL)
+    yield Gate(
+        "flux", "background and accessory right", float(judge.follows(images, wanted).float().mean()), 0.70
+    )
+    yield from _judge_gates(judge, vae, wanted)
     masks = Foreground(root / "segmenter").masks(images)
     encoder = DinoEncoder(root / "identity")
     drawn = encoder.image_features(Foreground.composite(images, masks))
@@ -240,7 +244,7 @@ def check_flux(root: Path, thin: int) -> Iterable[Gate]:
     )
 
 
-def _asking(subject: Subject, rng: np.random.Generator) -> Scene:
+def asking(subject: Subject, rng: np.random.Generator) -> Scene:
     """A scene of the subject whose prompt names the background and an accessory that the subject does not own."""
     while True:
         scene = subject_scene(subject, rng, added_accessory=1.0)
@@ -248,28 +252,29 @@ def _asking(subject: Subject, rng: np.random.Generator) -> Scene:
             return scene
 
 
-def _follows(
-    root: Path, images: Tensor, wanted: Sequence[Scene]
-) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """Whether `clip` prefers the scene's own background and accessory to every other: both must be right."""
-    clip = ClipSimilarity(root / "clip")
-    features = clip.image_features(images)
-    right = np.ones(len(wanted))
-    for change in (_other_backgrounds, _other_accessories):
-        for i, scene in enumerate(wanted):
-            texts = [caption(one) for one in (scene, *change(scene))]
-            right[i] *= int((clip.text_features(texts) @ features[i]).argmax()) == 0
-    return right
+def _judge_gates(judge: SceneJudge, vae: AutoencoderKL, wanted: Sequence[Scene]) -> Iterable[Gate]:
+    """The judge itself, on the wanted scenes drawn truly and with one thing exchanged: the worse of two shares each."""
+    drawn, _ = _pictures(wanted)
+    accepted = [judge.follows(images, wanted) for images in (drawn, reconstruct(vae, drawn))]
+    rng = np.random.default_rng(SEED)
+    rejected = [
+        ~judge.follows(_pictures([exchange(scene, rng) for scene in wanted])[0], wanted)
+        for exchange in (other_background, other_accessory)
+    ]
+    for figure, shares in (("accepts true", accepted), ("rejects wrong", rejected)):
+        yield Gate("flux", f"judge {figure} drawings", min(float(s.float().mean()) for s in shares), 0.95)
 
 
-def _other_backgrounds(scene: Scene) -> list[Scene]:
-    return [replace(scene, background=name) for name in BACKGROUNDS if name != scene.background]
+def other_background(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene before a background that its prompt does not name."""
+    return replace(scene, background=str(rng.choice([n for n in BACKGROUNDS if n != scene.background])))
 
 
-def _other_accessories(scene: Scene) -> list[Scene]:
+def other_accessory(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with an accessory that its prompt does not name, or without one."""
     thing = scene.objects[0]
     names = [name for name in (*ACCESSORIES, None) if name not in (thing.accessory, thing.own)]
-    return [replace(scene, objects=(replace(thing, accessory=name),)) for name in names]
+    return replace(scene, objects=(replace(thing, accessory=names[int(rng.integers(len(names)))]),))
 
 
 CHECKS: dict[str, Callable[[Path, int], Iterable[Gate]]] = {
