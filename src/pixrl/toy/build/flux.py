@@ -45,24 +45,38 @@ PLAN = Plan(
     muon=3e-3,
     compiled=True,
 )
-SECOND_PLAN = Plan(
-    steps=5600,
-    batch=48,
-    lr=1e-3,
-    warmup=100,
-    weight_decay=0.02,
-    ema=0.999,
-    level=0.4,
-    muon=2e-3,
-    compiled=True,
-)
+LATER_ROUNDS = {
+    "flux-second": Plan(
+        steps=5600,
+        batch=48,
+        lr=1e-3,
+        warmup=100,
+        weight_decay=0.02,
+        ema=0.999,
+        level=0.4,
+        muon=2e-3,
+        compiled=True,
+    ),
+    "flux-third": Plan(
+        steps=1800,
+        batch=48,
+        lr=8e-4,
+        warmup=50,
+        weight_decay=0.02,
+        ema=0.998,
+        level=0.3,
+        muon=1.6e-3,
+        compiled=True,
+    ),
+}
+"""Sharper subjects: more steps with a reference, on draws of their own, without the alignment of features."""
 FIRST_PLANS = {"t5": T5_PLAN, "flux": PLAN}
 SUBJECT_PICTURES = 48_000
 CAPTIONS_COMPARED = 2000
 """How many captions tell how FLUX's text features map to SD3's."""
 BARE_SHARE = 0.4
 """Share of training batches that show no reference: they cost half, and the text must be read without one too."""
-SECOND_BARE_SHARE = 0.2
+LATER_BARE_SHARE = 0.2
 GUIDANCE = 1.0
 TOKENS = SIDE // 8
 """Rows and columns of image tokens: latents are a quarter of the side, packed two by two."""
@@ -124,22 +138,39 @@ def start_from_sd3(shop: Workshop, transformer: FluxTransformer2DModel, lessons:
 
 
 def build_flux(shop: Workshop) -> None:
-    """Train and save `flux`: a round that starts from `sd3`, then one that sees more references."""
+    """Train and save `flux`: a round that starts from `sd3`, then those that see more references.
+
+    A checkpoint that holds the first rounds and nothing more is taken as their result.
+    """
     torch.manual_seed(shop.seed)
-    pipeline, seconds = _first_round(shop)
-    seconds += _second_round(shop, pipeline)
+    done, seconds = _rounds_done(shop)
+    pipeline = _stored(shop) if seconds else None
+    if pipeline is None:
+        pipeline, seconds = _first_round(shop)
+    for number, (name, plan) in enumerate(LATER_ROUNDS.items(), start=1):
+        if number > done:
+            seconds += _later_round(shop, pipeline, name, plan, number)
     save_pipeline(pipeline, shop.folder("flux"))
-    shop.provenance("flux", FIRST_PLANS | {"flux-second": SECOND_PLAN}, seconds)
+    shop.provenance("flux", FIRST_PLANS | LATER_ROUNDS, seconds)
+
+
+def _rounds_done(shop: Workshop) -> tuple[int, float]:
+    """How many later rounds the stored checkpoint holds, and the seconds it took; 0 seconds where there is none."""
+    for count in range(len(LATER_ROUNDS), -1, -1):
+        plans = FIRST_PLANS | dict(list(LATER_ROUNDS.items())[:count])
+        seconds = shop.finished("flux", plans)
+        if seconds is not None:
+            return count, seconds
+    return 0, 0.0
+
+
+def _stored(shop: Workshop) -> FluxPipeline:
+    return FluxPipeline.from_pretrained(
+        shop.out / "flux", torch_dtype=torch.float32, tokenizer_2=t5_tokenizer()
+    )
 
 
 def _first_round(shop: Workshop) -> tuple[FluxPipeline, float]:
-    """The first round and its seconds; a checkpoint that holds it and nothing more is taken as its result."""
-    done = shop.finished("flux", FIRST_PLANS)
-    if done is not None:
-        stored = FluxPipeline.from_pretrained(
-            shop.out / "flux", torch_dtype=torch.float32, tokenizer_2=t5_tokenizer()
-        )
-        return stored, done
     pipeline = new_pipeline(shop).to(shop.device)
     lessons = Lessons.of(shop, pipeline)
     start_from_sd3(shop, pipeline.transformer, lessons)
@@ -159,17 +190,16 @@ def _first_round(shop: Workshop) -> tuple[FluxPipeline, float]:
     return pipeline, shop.fit("flux", aligned, PLAN, loss)
 
 
-def _second_round(shop: Workshop, pipeline: FluxPipeline) -> float:
-    """Sharper subjects: more steps with a reference, on draws of its own, without the alignment of features."""
+def _later_round(shop: Workshop, pipeline: FluxPipeline, name: str, plan: Plan, number: int) -> float:
     lessons = Lessons.of(shop, pipeline.to(shop.device))
-    run = shop.compiled(pipeline.transformer, SECOND_PLAN)
+    run = shop.compiled(pipeline.transformer, plan)
 
     def loss(draw: Draw) -> Tensor:
         with shop.autocast():
-            return lessons.flow_loss(run, draw, SECOND_PLAN.batch, SECOND_BARE_SHARE)[1]
+            return lessons.flow_loss(run, draw, plan.batch, LATER_BARE_SHARE)[1]
 
-    fresh = replace(shop, seed=shop.seed + 1)
-    return fresh.fit("flux-second", pipeline.transformer, SECOND_PLAN, loss)
+    fresh = replace(shop, seed=shop.seed + number)
+    return fresh.fit(name, pipeline.transformer, plan, loss)
 
 
 @dataclass(frozen=True)
