@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup ## fuse concepts on the toy world and write a report
+demo: setup ## fuse and align on the toy world and write reports
 	$(VENV)/bin/pixrl demo
 
 lint: setup

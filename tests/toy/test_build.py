@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from pixrl.errors import InputError
 from pixrl.toy.build import STAGES, build
+from pixrl.toy.build.flux import FIRST_PLANS, LATER_ROUNDS, rounds_done
 from pixrl.toy.build.pictures import (
     draw,
     guided_scene,
@@ -93,6 +94,18 @@ def test_a_round_is_taken_as_done_only_if_the_same_plans_made_it(tmp_path: Path)
     assert again.finished("sd3", {"sd3": replace(PLAN, steps=31)}) is None
     assert again.finished("sd3", {"sd3": PLAN, "sd3-guided": PLAN}) is None
     assert replace(again, seed=4).finished("sd3", {"sd3": PLAN}) is None
+
+
+def test_flux_goes_on_after_the_rounds_that_its_checkpoint_holds(tmp_path: Path) -> None:
+    shop = workshop(tmp_path, resume=True)
+    assert rounds_done(shop) == (0, 0.0)
+    shop.folder("flux")
+    names = list(LATER_ROUNDS)
+    for count in range(len(names) + 1):
+        shop.provenance("flux", FIRST_PLANS | {name: LATER_ROUNDS[name] for name in names[:count]}, 10.0 + count)
+        assert rounds_done(shop) == (count, 10.0 + count)
+    shop.provenance("flux", {"flux": PLAN}, 1.0)
+    assert rounds_done(shop) == (0, 0.0)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_alone(tmp_path: Path) -> None:

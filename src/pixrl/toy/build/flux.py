@@ -143,7 +143,7 @@ def build_flux(shop: Workshop) -> None:
     A checkpoint that holds the first rounds and nothing more is taken as their result.
     """
     torch.manual_seed(shop.seed)
-    done, seconds = _rounds_done(shop)
+    done, seconds = rounds_done(shop)
     pipeline = _stored(shop) if seconds else None
     if pipeline is None:
         pipeline, seconds = _first_round(shop)
@@ -154,7 +154,7 @@ def build_flux(shop: Workshop) -> None:
     shop.provenance("flux", FIRST_PLANS | LATER_ROUNDS, seconds)
 
 
-def _rounds_done(shop: Workshop) -> tuple[int, float]:
+def rounds_done(shop: Workshop) -> tuple[int, float]:
     """How many later rounds the stored checkpoint holds, and the seconds it took; 0 seconds where there is none."""
     for count in range(len(LATER_ROUNDS), -1, -1):
         plans = FIRST_PLANS | dict(list(LATER_ROUNDS.items())[:count])
