@@ -102,7 +102,9 @@ def test_flux_goes_on_after_the_rounds_that_its_checkpoint_holds(tmp_path: Path)
     shop.folder("flux")
     names = list(LATER_ROUNDS)
     for count in range(len(names) + 1):
-        shop.provenance("flux", FIRST_PLANS | {name: LATER_ROUNDS[name] for name in names[:count]}, 10.0 + count)
+        shop.provenance(
+            "flux", FIRST_PLANS | {name: LATER_ROUNDS[name] for name in names[:count]}, 10.0 + count
+        )
         assert rounds_done(shop) == (count, 10.0 + count)
     shop.provenance("flux", {"flux": PLAN}, 1.0)
     assert rounds_done(shop) == (0, 0.0)
