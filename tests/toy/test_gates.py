@@ -12,8 +12,8 @@ from pixrl.toy.verify import CHECKS, Gate, auc, verify
 
 BUDGET_MB = 25
 SHIPPED = sorted(path.name for path in CHECKPOINTS.iterdir() if (path / "provenance.json").exists())
-PASSING = ["clip", "vae", "segmenter", "identity", "preference", "sd3"]
-"""Those whose gates must hold. `flux` is not there yet: docs/toy.md says where it stands."""
+PASSING = ["clip", "vae", "segmenter", "identity", "preference", "sd3", "flux"]
+"""Those whose gates must hold."""
 
 
 @pytest.mark.parametrize("name", PASSING)

@@ -68,6 +68,17 @@ LATER_ROUNDS = {
         muon=1.6e-3,
         compiled=True,
     ),
+    "flux-fourth": Plan(
+        steps=900,
+        batch=48,
+        lr=6e-4,
+        warmup=50,
+        weight_decay=0.02,
+        ema=0.998,
+        level=0.2,
+        muon=1.2e-3,
+        compiled=True,
+    ),
 }
 """Sharper subjects: more steps with a reference, on draws of their own, without the alignment of features."""
 FIRST_PLANS = {"t5": T5_PLAN, "flux": PLAN}
