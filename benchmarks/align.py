@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,7 @@ def toy(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     changes: dict[str, Callable[[], Bench]] = {
         "float32": lambda: _toy_bench("float32"),
         "bfloat16 autocast": lambda: _toy_bench("bfloat16"),
+        "bfloat16, fused attention": lambda: _with_fused_attention(_toy_bench("bfloat16")),
         "float32, no prompt cache": lambda: _without_cache(_toy_bench("float32")),
     }
     if not arguments.no_compile:
@@ -263,6 +264,8 @@ def _toy_bench(dtype: str) -> Bench:
         "exploration.noises": NOISES,
         "sampling.steps": STEPS,
         "loss.timesteps": LEVELS,
+        "loss.levels": None,
+        "advantage.skip_flat": False,
         "machine.dtype": dtype,
     }
     shop = open_workshop(recipes.load(AlignConfig, "toy/diffusion-nft", values=values, kind="align"))
@@ -275,8 +278,15 @@ def _without_cache(bench: Bench) -> Bench:
     return bench
 
 
+def _with_fused_attention(bench: Bench) -> Bench:
+    """torch's own choice of kernels in the update too (pixrl.models.attention)."""
+    bench.shop.policy.quick_backward = nullcontext  # type: ignore[method-assign]
+    return bench
+
+
 def _compiled(bench: Bench) -> Bench:
     bench.shop.policy.transformer.compile()
+    bench.shop.policy.compiled = True
     return bench
 
 

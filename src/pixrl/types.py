@@ -9,8 +9,9 @@ Tensors that cross functions carry axis suffixes:
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -45,3 +46,5 @@ class RewardBatch:
     images_BCHW: Tensor
     prompts: Sequence[str]
     metadata: Sequence[Mapping[str, object]] = ()
+    findings: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What one reward found in these pictures and another would have to find again, such as a detector's objects."""

@@ -323,11 +323,30 @@ class OneOwl:
     """A detector of its own: an owl in every picture's upper left corner."""
 
     provenance: Mapping[str, str] = {"model": "one owl", "preprocessing": "none"}
+    looks = 0
 
     def instances(self, images_BCHW: Tensor) -> list[list[Instance]]:
+        self.looks += 1
         mask = torch.zeros(images_BCHW.shape[-2:], dtype=torch.bool)
         mask[:8, :8] = True
         return [[Instance("owl", (0.0, 0.0, 8.0, 8.0), 0.95, mask)] for _ in images_BCHW]
+
+
+def test_strict_and_graded_rewards_of_one_batch_look_once(clip_folder: Path) -> None:
+    both = wants(entry(), entry("cat"), tag="two_object")
+    owls, others = OneOwl(), OneOwl()
+    strict, graded, apart = (
+        GenEvalReward(detector, clip=clip_folder, graded=graded, device="cpu")
+        for detector, graded in ((owls, False), (owls, True), (others, True))
+    )
+    batch = RewardBatch(numbered(1), ["x"], [both])
+    assert strict.score(batch).values_B.tolist() == [0.0]
+    assert graded.score(batch).values_B.tolist() == [0.5]
+    assert owls.looks == 1
+    assert apart.score(batch).values_B.tolist() == [0.5]
+    assert others.looks == 1  # another detector sees for itself
+    graded.score(RewardBatch(numbered(1), ["x"], [both]))
+    assert owls.looks == 2  # and so does another batch
 
 
 def test_any_detector_fits_the_slot(clip_folder: Path) -> None:

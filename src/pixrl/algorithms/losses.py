@@ -43,7 +43,7 @@ from pixrl.equations import (
     old_policy_decay,
     optimality,
 )
-from pixrl.models.base import FlowPolicy
+from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot
 from pixrl.types import sample_seed
 
@@ -307,9 +307,7 @@ class NegativeAware(Loss):
     ) -> Terms:
         x_t, t_B, x0, _ = noised(policy, rollouts, rows, part, self.settings.levels)
         condition = rollouts.conditioning(rows)
-        velocity = policy.velocity(x_t, t_B, condition)
-        with torch.no_grad(), policy.slot(Slot.OLD):
-            old = policy.velocity(x_t, t_B, condition)
+        velocity, old = _pair(policy, x_t, t_B, condition, Slot.OLD)
         good_B = optimality(advantage_B.to(x_t.device), self.settings.certain)
         loss_B = (
             nft_loss(x_t, t_B, x0, velocity, old, good_B, self.settings.beta) * NFT_SCALE / self.settings.beta
@@ -335,10 +333,18 @@ def velocity_deviation(policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[in
     """
     x_t, t_B, _, _ = noised(policy, rollouts, rows, 0)
     condition = rollouts.conditioning(rows)
-    current = policy.velocity(x_t, t_B, condition).detach()
-    with torch.no_grad(), policy.slot(slot):
-        other = policy.velocity(x_t, t_B, condition)
-    return float((current - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny))
+    current, other = _pair(policy, x_t, t_B, condition, slot)
+    return float((current.detach() - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny))
+
+
+def _pair(
+    policy: FlowPolicy, x_t: Tensor, t_B: Tensor, condition: Conditioning, slot: Slot
+) -> tuple[Tensor, Tensor]:
+    """The trained velocity with its graph, and that of another slot, by the same kernels."""
+    with policy.quick_backward():
+        velocity = policy.velocity(x_t, t_B, condition)
+        with torch.no_grad(), policy.slot(slot):
+            return velocity, policy.velocity(x_t, t_B, condition)
 
 
 def noise_levels(

@@ -143,6 +143,13 @@ class FlowPolicy(Renderer):
         """Within it the decoder stays on the device; needed only around a gradient through `decode`."""
         return nullcontext()
 
+    def quick_backward(self) -> AbstractContextManager[None]:
+        """Within it `velocity` may take kernels with a faster backward pass, other ones than in sampling.
+
+        Results are equal but for rounding. Not for losses that divide densities by those of sampling.
+        """
+        return nullcontext()
+
     @abstractmethod
     def slot(self, name: str) -> AbstractContextManager[None]:
         """Within it, `velocity` uses that LoRA slot: 'current', 'old', 'ema', or 'reference' (adapters off)."""

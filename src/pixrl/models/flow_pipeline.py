@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from pixrl.device import choose_device, choose_precision
 from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.hub import Checkpoint, checkpoint_fingerprint, read_card
+from pixrl.models.attention import SHORT, plain_attention
 from pixrl.models.base import Conditioning, FlowPolicy, SamplingSettings
+from pixrl.models.compiling import compile_blocks
 from pixrl.models.loading import load_pipeline
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.pipeline import (
@@ -80,6 +82,7 @@ class FlowPipelinePolicy(FlowPolicy):
         is_made = pipeline is not None
         self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=is_made)
         self.lora: LoraSlots | None = None
+        self.compiled = False
         self.merged: tuple[str, ...] = ()
         channels, patch = self._latent_geometry()
         side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor, patch)
@@ -128,6 +131,11 @@ class FlowPipelinePolicy(FlowPolicy):
     def checkpoint_gradients(self) -> None:
         """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
         self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def compile(self, backend: str) -> None:
+        """torch.compile for every transformer block; LoRA must be attached. Raises as `compile_blocks`."""
+        compile_blocks(self.transformer, backend)
+        self.compiled = True
 
     def drop_text(self, prompts: Sequence[str]) -> None:
         """Encodes these prompts and the empty one, keeps their rows on the CPU, and frees the text encoders for good.
@@ -180,6 +188,11 @@ class FlowPipelinePolicy(FlowPolicy):
                 x_t.to(self.device), t_B.to(self.device), conditioning.to(device=self.device)
             )
         return velocity.float()
+
+    def quick_backward(self) -> AbstractContextManager[None]:
+        computed_twice = self.compiled or getattr(self.transformer, "gradient_checkpointing", False)
+        quick = self.device.type == "cpu" and self._shift_tokens() <= SHORT and not computed_twice
+        return plain_attention() if quick else nullcontext()
 
     def pooled(self, conditioning: Conditioning) -> Tensor:
         """The pooled text features, which these models cannot do without."""

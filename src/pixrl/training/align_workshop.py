@@ -19,7 +19,6 @@ from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError
-from pixrl.models.compiling import compile_blocks
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.prompts import check_words
@@ -91,7 +90,7 @@ def open_workshop(config: AlignConfig) -> Workshop:
     lora = config.lora
     slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
     if config.machine.compile is not None:
-        compile_blocks(policy.transformer, config.machine.compile)
+        policy.compile(config.machine.compile)
     scoring = config.scoring
     rewards = RewardSet(
         [placed(setting, team.device) for setting in config.rewards],
