@@ -2,6 +2,7 @@
 
     python benchmarks/gradient_signal.py toy/diffusion-nft --batches 12
     python benchmarks/gradient_signal.py toy/flow-grpo --batches 12
+    python benchmarks/gradient_signal.py toy/customized-grpo --batches 12
 
 Draws batches of different prompts with the untrained policy, takes the loss's gradient level by level, and compares it
 between batches. What two batches agree on is signal, the rest is noise: with gradients g_i of n batches, signal is the
@@ -14,19 +15,17 @@ out at random.
 import argparse
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pixrl import config as recipes
+from pixrl import align_api
 from pixrl.algorithms.align import Aligner
 from pixrl.algorithms.losses import ClippedSettings, NFTSettings
 from pixrl.algorithms.peers import Alone
 from pixrl.algorithms.rollouts import Rollouts
 from pixrl.models.pipeline import chunks
 from pixrl.models.slots import Slot
-from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_eval import score
 from pixrl.training.align_workshop import Workshop, open_workshop, plan_batches
 
@@ -35,13 +34,13 @@ LEVELS = 10
 
 def workshop(recipe: str, prompts: int) -> Workshop:
     """The recipe with all of ten noise levels trained, and no pull towards other policies."""
-    config = recipes.load(AlignConfig, recipe, kind="align")
-    values: dict[str, Any] = {"prompts.per_step": prompts, "sampling.steps": LEVELS, "loss.kl": 0.0}
+    config = align_api.load(recipe)
+    changes = [f"prompts.per_step={prompts}", f"sampling.steps={LEVELS}", "loss.kl=0"]
     if isinstance(config.loss, NFTSettings):
-        values |= {"loss.timesteps": LEVELS, "loss.levels": None}
+        changes += [f"loss.timesteps={LEVELS}", "loss.levels=null"]
     if isinstance(config.loss, ClippedSettings):
-        values |= {"loss.clip": None, "optimizer.updates": 1}
-    return open_workshop(recipes.load(AlignConfig, recipe, values=values, kind="align"))
+        changes += ["loss.clip=null", "optimizer.updates=1"]
+    return open_workshop(align_api.load(recipe, changes))
 
 
 def batch_gradients(shop: Workshop, aligner: Aligner, step: int, shuffled: bool) -> dict[int, Tensor]:

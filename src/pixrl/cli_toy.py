@@ -11,6 +11,7 @@ import typer
 
 from pixrl.cli_options import option
 from pixrl.cli_runs import INTERRUPTED
+from pixrl.libraries import check_torchvision
 
 if TYPE_CHECKING:
     from pixrl.toy.verify import Gate
@@ -28,6 +29,7 @@ def toy_build(
     device: Annotated[str, option("cpu, cuda or mps.", default="cpu")] = "cpu",
 ) -> None:
     """Train the toy world's checkpoints from nothing: hours on two cores, minutes on a GPU."""
+    check_torchvision()
     from pixrl.toy.build import build
 
     try:
@@ -50,6 +52,7 @@ def toy_verify(
     as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
 ) -> None:
     """Measure the shipped checkpoints on held-out scenes against their gates; exit code 1 when one fails."""
+    check_torchvision()
     from pixrl.toy.verify import verify
 
     gates = verify(names or [], quick=quick)

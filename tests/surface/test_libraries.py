@@ -68,6 +68,21 @@ def test_a_torchvision_for_another_torch(broken_torchvision: Path) -> None:
     assert "CLIPModel" in misled and "torchvision" not in misled
 
 
+@pytest.mark.parametrize("command", [["verify", "clip"], ["build", "--stage", "clip"]])
+def test_the_toy_world_says_so_too(broken_torchvision: Path, command: list[str]) -> None:
+    path = os.pathsep.join([str(broken_torchvision), str(ROOT / "src")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pixrl", "toy", *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "torchvision 0.28.0 does not match torch 2." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_without_torchvision_there_is_nothing_to_say() -> None:
     check_torchvision()
 
