@@ -235,6 +235,18 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_at_last_stops(
     assert found.update(rollouts, scores, WEIGHTS)["skipped_updates"] == 0
 
 
+def test_the_learning_rate_rises_and_falls(policy: SD3Policy) -> None:
+    found = aligner(policy, NFT, ODE, lr=8e-3, warmup=1, decay_steps=4)
+    rates, moved = [], []
+    for step in range(5):
+        before = weights_of(policy)
+        rollouts = found.collect(groups(1, epoch=step), step)
+        rates.append(found.update(rollouts, scored([1.0, 0.0, 0.5]), {"r": 1.0})["lr"])
+        moved.append(not same(before, weights_of(policy)))
+    assert rates == pytest.approx([4e-3, 6e-3, 4e-3, 2e-3, 0.0])
+    assert moved[:4] == [True] * 4
+
+
 def test_permuted_transitions_give_the_same_gradient(policy: SD3Policy) -> None:
     from dataclasses import replace
 

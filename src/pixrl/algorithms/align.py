@@ -56,6 +56,8 @@ class OptimizerSettings(Settings):
     lr: float = Field(3e-4, gt=0)
     warmup: int = Field(0, ge=0)
     """Training steps over which the learning rate rises to `lr`."""
+    decay_steps: int | None = Field(None, ge=1)
+    """Training steps at whose end the learning rate has fallen to 0, in a straight line; none: it does not fall."""
     weight_decay: float = Field(1e-4, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -198,7 +200,8 @@ class Aligner:
 
     def _set_learning_rate(self, step: int) -> float:
         s = self.method.optimizer
-        lr = s.lr * min(1.0, (step + 1) / (s.warmup + 1))
+        left = 1.0 if s.decay_steps is None else max(0.0, 1 - step / s.decay_steps)
+        lr = s.lr * min(1.0, (step + 1) / (s.warmup + 1)) * left
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr

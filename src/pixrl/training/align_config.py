@@ -173,6 +173,12 @@ class AlignConfig(Settings):
                 "exploration makes groups of one sample, which have nothing to be compared with: raise "
                 "exploration.noises to 2 or more"
             )
+        falls = self.optimizer.decay_steps
+        if falls is not None and falls < self.steps:
+            raise ValueError(
+                f"optimizer.decay_steps: {falls} ends before the run: steps {falls} to {self.steps} would learn "
+                f"nothing. Give {self.steps} or more"
+            )
         self._memory_fits()
         return self
 
