@@ -10,6 +10,9 @@ from pixrl.cli_runs import resumable
 
 DEMO_PAIRS = ("owl & snail", "turtle & mushroom", "penguin & pineapple")
 ALIGN_RECIPE = "toy/demo-align"
+PERSONALIZE_RECIPE = "toy/demo-personalize"
+SUBJECT = 0
+"""Number of the held-out toy subject that is personalized."""
 commands = typer.Typer()
 
 
@@ -19,13 +22,14 @@ def demo(
         Path | None, option("The folder of its runs.", default="pixrl-demo, or pixrl-demo-2 ...")
     ] = None,
 ) -> None:
-    """Fuse three pairs and align a model on the toy world: minutes, no download, a report of each."""
+    """Fuse three pairs, align a model and keep a subject on the toy world: minutes, no download, three reports."""
     out = out or _unused(Path("pixrl-demo"))
-    reports = [_fuse(out / "fuse"), _align(out / "align")]
+    reports = [_fuse(out / "fuse"), _align(out / "align"), _personalize(out / "personalize", out / "subject")]
     typer.echo("\nOpen in a browser:")
     for report in reports:
         typer.echo(f"  {report.absolute()}")
     typer.echo("Then try:  pixrl fuse owl snail mushroom   and   pixrl align toy/e2po")
+    typer.echo(f"           pixrl personalize --subject {out / 'subject'}")
 
 
 def _fuse(run: Path) -> Path:
@@ -50,6 +54,30 @@ def _align(run: Path) -> Path:
     )
     with resumable(run):
         return align_api.run_align(config, run).report
+
+
+def _personalize(run: Path, folder: Path) -> Path:
+    from pixrl import align_api
+
+    word = write_subject(folder)
+    config, _ = align_api.load_personalize(PERSONALIZE_RECIPE, subject=folder)
+    typer.echo(f"\nKeeping one {word} ({folder}) in new places: {config.steps} steps.")
+    with resumable(run):
+        return align_api.run_align(config, run).report
+
+
+def write_subject(folder: Path) -> str:
+    """A folder as `pixrl personalize --subject` takes it: pictures, class.txt, prompts.txt. The class word."""
+    from pixrl.data.subjects import CLASS_FILE, PROMPTS_FILE
+    from pixrl.data.toy import toy_subjects
+
+    _, word, prompts, pictures, _ = toy_subjects("subjects", held_out=True)[SUBJECT]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number}.png")
+    (folder / CLASS_FILE).write_text(f"{word}\n", encoding="utf-8")
+    (folder / PROMPTS_FILE).write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    return word
 
 
 def _unused(path: Path) -> Path:

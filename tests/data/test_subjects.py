@@ -205,6 +205,15 @@ def test_bad_sources(tmp_path: Path) -> None:
         load_subjects(tmp_path / "empty")
 
 
+def test_toy_subjects_of_the_two_splits_share_no_name() -> None:
+    training, held_out = (
+        {subject.name for subject in load_subjects("toy:subjects", split=split).subjects}
+        for split in ("train", "evaluation")
+    )
+    assert (len(training), len(held_out)) == (60, 30)
+    assert not training & held_out
+
+
 # --- DreamBench and UNO ----------------------------------------------------------------------------------------------
 
 

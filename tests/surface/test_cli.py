@@ -94,12 +94,17 @@ def test_demo_takes_a_free_folder_each_time(pixrl: Pixrl, monkeypatch: pytest.Mo
     settings |= {"steps": 1, "prompts": {"per_step": 2}, "exploration": {"kind": "noise", "noises": 2}}
     settings["evaluation"] = {"prompts": 2}
     Path("small.yaml").write_text(yaml.safe_dump(settings))
+    kept = yaml.safe_load(find_recipe(cli_demo.PERSONALIZE_RECIPE).read_text())
+    kept |= {name: settings[name] for name in ("steps", "prompts", "exploration", "evaluation")}
+    Path("kept.yaml").write_text(yaml.safe_dump(kept))
     monkeypatch.setattr(cli_demo, "DEMO_PAIRS", ("owl & snail",))
     monkeypatch.setattr(cli_demo, "ALIGN_RECIPE", "small.yaml")
+    monkeypatch.setattr(cli_demo, "PERSONALIZE_RECIPE", "kept.yaml")
     Path("pixrl-demo").mkdir()
     done = pixrl("demo")
     assert done.exit_code == 0, done.output
-    for part in ("fuse", "align"):
+    assert len(list(Path("pixrl-demo-2/subject").glob("*.png"))) == 4
+    for part in ("fuse", "align", "personalize"):
         assert Path(f"pixrl-demo-2/{part}/report.html").is_file()
         assert f"pixrl-demo-2/{part}/report.html" in done.output.replace("\n", "")
 

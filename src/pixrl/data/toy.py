@@ -143,7 +143,8 @@ def _toy_subject(number: int, subject: Any, held_out: bool) -> ToySubject:
         for k, (_, accessory, background) in enumerate(asked)
     )
     prompts = tuple(text for text, _, _ in asked)
-    return f"{subject.kind}_{number:02d}", subject.kind, prompts, pictures, targets
+    name = f"{subject.kind}_{number:02d}" if held_out else f"training_{subject.kind}_{number:02d}"
+    return name, subject.kind, prompts, pictures, targets
 
 
 def _subject_prompts(subject: Any) -> list[tuple[str, str | None, str | None]]:
