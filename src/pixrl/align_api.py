@@ -17,6 +17,7 @@ from pixrl.training.selfcheck import Report
 
 RUNS = Path("runs")
 PERSONALIZE_RECIPE = "toy/customized-grpo"
+SUBJECT_RECIPE = "toy/subject"
 """What `pixrl personalize` does where no recipe is given."""
 
 
@@ -86,7 +87,8 @@ def personalize(
     """Train a model to keep a subject's identity while it follows the prompt.
 
     Args:
-        recipe: a YAML file, a name under recipes/, or the settings themselves; none: `toy/customized-grpo`.
+        recipe: a YAML file, a name under recipes/, or the settings themselves; none: `toy/customized-grpo`, and
+            `toy/subject` where a subject is given.
         steps: training steps, in place of the recipe's.
         seed: of everything random, in place of the recipe's.
         out: the run's folder; none: a new one under runs/.
@@ -116,7 +118,8 @@ def load_personalize(
 ) -> tuple[AlignConfig, str | Path | Mapping[str, Any]]:
     """The settings of a personalization, and what to name its folder after."""
     own = {} if subject is None else {"prompts.source": str(subject), "evaluation.source": str(subject)}
-    source = PERSONALIZE_RECIPE if recipe is None else recipe
+    usual = PERSONALIZE_RECIPE if subject is None else SUBJECT_RECIPE
+    source = usual if recipe is None else recipe
     config = load(
         source, overrides, steps=steps, seed=seed, settings={**own, **(settings or {})}, kind=PERSONALIZE
     )

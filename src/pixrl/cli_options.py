@@ -37,7 +37,8 @@ PersonalizeRecipe = Annotated[
     str | None,
     typer.Argument(
         metavar="RECIPE",
-        help="A YAML file, or a name under recipes/. [dim]default: toy/customized-grpo[/dim]",
+        help="A YAML file, or a name under recipes/. "
+        "[dim]default: toy/customized-grpo, with --subject toy/subject[/dim]",
         show_default=False,
     ),
 ]
