@@ -32,10 +32,10 @@ from pixrl.training.align_workshop import Workshop, open_workshop, plan_batches
 LEVELS = 10
 
 
-def workshop(recipe: str, prompts: int) -> Workshop:
+def workshop(recipe: str, prompts: int, changed: Sequence[str]) -> Workshop:
     """The recipe with all of ten noise levels trained, and no pull towards other policies."""
-    config = align_api.load(recipe)
-    changes = [f"prompts.per_step={prompts}", f"sampling.steps={LEVELS}", "loss.kl=0"]
+    config = align_api.load(recipe, changed)
+    changes = [*changed, f"prompts.per_step={prompts}", f"sampling.steps={LEVELS}", "loss.kl=0"]
     if isinstance(config.loss, NFTSettings):
         changes += [f"loss.timesteps={LEVELS}", "loss.levels=null"]
     if isinstance(config.loss, ClippedSettings):
@@ -104,9 +104,12 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe"
+    )
     parser.add_argument("--shuffled", action="store_true", help="the control: scores dealt out at random")
     arguments = parser.parse_args()
-    shop = workshop(arguments.recipe, arguments.prompts)
+    shop = workshop(arguments.recipe, arguments.prompts, arguments.set)
     aligner = shop.aligner(plan_batches(shop)[0])
     batches = [batch_gradients(shop, aligner, step, arguments.shuffled) for step in range(arguments.batches)]
     levels = sorted(batches[0])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from pixrl.algorithms.align import Aligner
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import LossSettings, check_fit, make_loss
 from pixrl.algorithms.losses import ClippedSettings, KLForm, NFTSettings, OldPolicy
-from pixrl.algorithms.rollouts import Rollouts
+from pixrl.algorithms.rollouts import Rollouts, Samples
 from pixrl.algorithms.stepping import SamplingSettings
 from pixrl.errors import RunError
 from pixrl.models.sd3 import SD3Policy
@@ -107,6 +108,19 @@ def test_samples_are_keyed_one_by_one(policy: SD3Policy) -> None:
     assert torch.allclose(both.images_BCHW[3:], second.images_BCHW, atol=1e-5)
     assert both.samples.seeds[3:] == second.samples.seeds
     assert not torch.allclose(both.images_BCHW, found.collect(groups(2, epoch=1), 0).images_BCHW, atol=1e-2)
+
+
+def test_a_group_can_share_its_start(policy: SD3Policy) -> None:
+    apart, shared = (Samples.of(groups(2), 3, 1, 0, shared_start=how) for how in (False, True))
+    assert len(set(apart.seeds)) == 6
+    assert shared.seeds == (apart.seeds[0],) * 3 + (apart.seeds[3],) * 3
+    assert shared.streams == apart.streams  # later noise stays each sample's own
+    found = aligner(policy, CLIPPED, noises=3)
+    found.method = replace(found.method, shared_start=True)
+    rollouts = found.collect(groups(2), 0)
+    first = rollouts.transitions[0].x_B.view(2, 3, *policy.latent_shape)
+    assert torch.equal(first[:, 0], first[:, 1]) and torch.equal(first[:, 0], first[:, 2])
+    assert not torch.equal(rollouts.x0_B[0], rollouts.x0_B[1])
 
 
 def test_variants_share_their_first_noise_and_nothing_later(policy: SD3Policy) -> None:

@@ -83,6 +83,10 @@ def test_toy_methods_draw_equally_many_pictures() -> None:
             "kl_form has no effect",
         ),
         ({"advantage": {"scale": "none", "eps": 0.1}}, "eps has no effect with scale: none"),
+        (
+            {"exploration": {"kind": "noise", "shared_start": True}},
+            "all samples of a group would be the same picture",
+        ),
         ({"steps": 5, "optimizer": {"decay_steps": 4}}, "steps 4 to 5 would learn nothing. Give 5 or more"),
         ({"optimiser": {"lr": 1}}, "Unknown setting optimiser. Did you mean 'optimizer'"),
         ({"steps": 0}, "steps"),

@@ -82,6 +82,8 @@ class Method:
     optimizer: OptimizerSettings
     noises: int
     """G: noises of a prompt."""
+    shared_start: bool = False
+    """Whether a group's samples differ in their random steps alone."""
 
     @property
     def group_size(self) -> int:
@@ -129,7 +131,13 @@ class Aligner:
         """Draws this process's groups of a training step."""
         method = self.method
         plan = StepPlan.make(self.policy, method.sampling, seed=self.seed, step=step)
-        samples = Samples.of(groups, method.noises, method.exploration.variants, self.seed)
+        samples = Samples.of(
+            groups,
+            method.noises,
+            method.exploration.variants,
+            self.seed,
+            shared_start=method.shared_start,
+        )
         variants = prepare(method.exploration, self.policy, groups)
         drawn = method.loss.draw(self.policy, variants, samples, plan, self.micro_batches.rollout)
         return Rollouts(step, samples, plan, variants.anchor, *drawn, variants.metrics)

@@ -61,8 +61,11 @@ class Samples:
         return len(self.seeds)
 
     @staticmethod
-    def of(groups: Sequence[Group], noises: int, variants: int, run_seed: int) -> "Samples":
-        """G = `noises` times K = `variants` samples of every group."""
+    def of(
+        groups: Sequence[Group], noises: int, variants: int, run_seed: int, *, shared_start: bool = False
+    ) -> "Samples":
+        """G = `noises` times K = `variants` samples of every group; `shared_start`: all begin at one noise."""
+        starts = 1 if shared_start else noises
         size = noises * variants
         keys = [(group, place) for group in groups for place in range(size)]
         return Samples(
@@ -70,7 +73,7 @@ class Samples:
             per_group=size,
             prompt_B=torch.arange(len(groups)).repeat_interleave(size),
             variant_B=torch.arange(variants).repeat_interleave(noises).repeat(len(groups)),
-            seeds=tuple(sample_seed(run_seed, g.epoch, g.index, place % noises) for g, place in keys),
+            seeds=tuple(sample_seed(run_seed, g.epoch, g.index, place % starts) for g, place in keys),
             streams=tuple(sample_seed(run_seed, g.epoch, g.index, place) for g, place in keys),
         )
 

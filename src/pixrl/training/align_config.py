@@ -4,7 +4,7 @@ exploration (noise, perturbed) x sampling (solver, random steps) x advantage (we
 nft, draft; sft and rpo as baselines).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,7 @@ from pixrl.algorithms.loss_table import (
 )
 from pixrl.algorithms.losses import NFTSettings
 from pixrl.algorithms.perturbation_learning import PerturbationSettings
-from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.algorithms.stepping import Noise, SamplingSettings
 from pixrl.config import Settings
 from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
@@ -51,6 +51,9 @@ class NoiseExploration(Settings):
     kind: Literal["noise"] = "noise"
     noises: int = Field(8, ge=1)
     """G: samples of a prompt."""
+    shared_start: bool = False
+    """All samples of a group begin at one noise and differ in what random steps add, as in DanceGRPO: all that
+    their rewards differ by is due to steps that are trained. Needs `sampling.noise`."""
 
     def make(self) -> Exploration:
         """The exploration."""
@@ -63,6 +66,7 @@ class PerturbedExploration(PerturbationSettings):
     kind: Literal["perturbed"] = "perturbed"
     noises: int = Field(4, ge=1)
     """G: noises of each variant."""
+    shared_start: ClassVar[bool] = False
 
     def make(self) -> Exploration:
         """The exploration."""
@@ -172,6 +176,11 @@ class AlignConfig(Settings):
             raise ValueError(
                 "exploration makes groups of one sample, which have nothing to be compared with: raise "
                 "exploration.noises to 2 or more"
+            )
+        if self.exploration.shared_start and self.sampling.noise is Noise.NONE:
+            raise ValueError(
+                "exploration.shared_start: without random steps all samples of a group would be the same picture: set "
+                "sampling.noise (flow_sde, dance, cps), or leave it out"
             )
         falls = self.optimizer.decay_steps
         if falls is not None and falls < self.steps:

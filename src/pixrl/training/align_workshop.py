@@ -105,6 +105,7 @@ def open_workshop(config: AlignConfig) -> Workshop:
         loss=make_loss(config.loss, rewards.differentiable()),
         optimizer=config.optimizer,
         noises=config.exploration.noises,
+        shared_start=config.exploration.shared_start,
     )
     features = _features(config.output.features, team.device)
     sampler = PromptSampler(prompts, per_step=config.prompts.per_step, seed=config.seed)
