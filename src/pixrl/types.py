@@ -46,5 +46,5 @@ class RewardBatch:
     images_BCHW: Tensor
     prompts: Sequence[str]
     metadata: Sequence[Mapping[str, object]] = ()
-    findings: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    findings: dict[Hashable, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What one reward found in these pictures and another would have to find again, such as a detector's objects."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -347,6 +348,8 @@ def test_strict_and_graded_rewards_of_one_batch_look_once(clip_folder: Path) -> 
     assert others.looks == 1  # another detector sees for itself
     graded.score(RewardBatch(numbered(1), ["x"], [both]))
     assert owls.looks == 2  # and so does another batch
+    two = replace(batch, images_BCHW=numbered(2), prompts=["x"] * 2, metadata=[both] * 2)
+    assert graded.score(two).values_B.tolist() == [0.5, 0.5]  # one made from it, too
 
 
 def test_any_detector_fits_the_slot(clip_folder: Path) -> None:
