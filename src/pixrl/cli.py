@@ -4,7 +4,9 @@ The commands are in cli_*.py; each group is one line below.
 """
 
 import errno
-from typing import Annotated, Any
+import os
+import sys
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -68,4 +70,25 @@ def _top(
 
 def main() -> None:
     """The console script."""
-    app()
+    try:
+        app()
+    except SystemExit as done:
+        if _has_peers():
+            _end_at_once(done.code)
+        raise
+
+
+def _has_peers() -> bool:
+    """Whether this is one of several processes that a launcher started; asks without importing torch."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _end_at_once(code: object) -> NoReturn:
+    """Ends without tearing the interpreter down: gloo's threads that still run then abort a process that succeeded.
+
+    Everything that a run writes is closed by now; what `print` holds back is flushed here.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))

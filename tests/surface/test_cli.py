@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -269,3 +270,22 @@ def test_the_demo_uses_words_of_the_toy_world() -> None:
 
     words = {concept for pair in parse_pairs(cli_demo.DEMO_PAIRS).pairs for concept in pair}
     assert words <= set(KINDS)
+
+
+@pytest.mark.parametrize(("code", "ended"), [(None, 0), (0, 0), (3, 3), ("a message", 1)])
+def test_one_of_several_processes_ends_at_once_with_its_code(
+    code: object, ended: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> None:
+        raise SystemExit(code)
+
+    ends: list[int] = []
+    monkeypatch.setattr(cli, "app", run)
+    monkeypatch.setattr(cli.os, "_exit", ends.append)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert not ends  # alone it ends as any program does
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(SystemExit):  # the real _exit does not come back
+        cli.main()
+    assert ends == [ended]

@@ -3,7 +3,6 @@
 `accelerate launch` is torchrun on GPUs; on CPUs it starts one process, whatever its --num_processes.
 """
 
-import atexit
 from typing import TypeVar
 
 import torch
@@ -30,8 +29,6 @@ class Team:
         asked = choose_device(device)
         self._state = PartialState(cpu=asked.type == "cpu")
         alone = self._state.num_processes == 1
-        if not alone:
-            atexit.register(_leave)
         self.device = str(asked) if alone or asked.type == "cpu" else str(self._state.device)
 
     @property
@@ -62,12 +59,6 @@ class Team:
     def wait(self) -> None:
         """Until all processes are here."""
         self._state.wait_for_everyone()
-
-
-def _leave() -> None:
-    """Ends the group before the interpreter goes: threads that still run then can abort a process that succeeded."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def limit_threads(size: int) -> None:
