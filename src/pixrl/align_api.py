@@ -17,8 +17,9 @@ from pixrl.training.selfcheck import Report
 
 RUNS = Path("runs")
 PERSONALIZE_RECIPE = "toy/customized-grpo"
-SUBJECT_RECIPE = "toy/subject"
 """What `pixrl personalize` does where no recipe is given."""
+SUBJECT_RECIPE = "toy/subject"
+"""The same where a subject is."""
 
 
 @dataclass(frozen=True)

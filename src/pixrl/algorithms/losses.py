@@ -307,15 +307,17 @@ class NegativeAware(Loss):
     ) -> Terms:
         x_t, t_B, x0, _ = noised(policy, rollouts, rows, part, self.settings.levels)
         condition = rollouts.conditioning(rows)
-        velocity, old = _pair(policy, x_t, t_B, condition, Slot.OLD)
+        with policy.quick_backward():  # all by the same kernels: rounding must not look like a distance
+            velocity = policy.velocity(x_t, t_B, condition)
+            old = _velocity_of(Slot.OLD, policy, x_t, t_B, condition)
+            held = with_kl or self.settings.kl > 0
+            reference = _velocity_of(Slot.REFERENCE, policy, x_t, t_B, condition) if held else None
         good_B = optimality(advantage_B.to(x_t.device), self.settings.certain)
         loss_B = (
             nft_loss(x_t, t_B, x0, velocity, old, good_B, self.settings.beta) * NFT_SCALE / self.settings.beta
         )
         figures = {"old_distance": (velocity.detach() - old).square().flatten(1).mean(dim=1)}
-        if with_kl or self.settings.kl > 0:
-            with torch.no_grad(), policy.slot(Slot.REFERENCE):
-                reference = policy.velocity(x_t, t_B, condition)
+        if reference is not None:
             kl_B = (velocity - reference).square().flatten(1).mean(dim=1)
             loss_B = loss_B + self.settings.kl * kl_B
             figures["kl"] = kl_B.detach()
@@ -333,18 +335,17 @@ def velocity_deviation(policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[in
     """
     x_t, t_B, _, _ = noised(policy, rollouts, rows, 0)
     condition = rollouts.conditioning(rows)
-    current, other = _pair(policy, x_t, t_B, condition, slot)
-    return float((current.detach() - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny))
-
-
-def _pair(
-    policy: FlowPolicy, x_t: Tensor, t_B: Tensor, condition: Conditioning, slot: Slot
-) -> tuple[Tensor, Tensor]:
-    """The trained velocity with its graph, and that of another slot, by the same kernels."""
     with policy.quick_backward():
-        velocity = policy.velocity(x_t, t_B, condition)
-        with torch.no_grad(), policy.slot(slot):
-            return velocity, policy.velocity(x_t, t_B, condition)
+        current = policy.velocity(x_t, t_B, condition).detach()
+        other = _velocity_of(slot, policy, x_t, t_B, condition)
+    return float((current - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny))
+
+
+@torch.no_grad()
+def _velocity_of(slot: Slot, policy: FlowPolicy, x_t: Tensor, t_B: Tensor, condition: Conditioning) -> Tensor:
+    """The velocity of another slot than the trained one, without a graph."""
+    with policy.slot(slot):
+        return policy.velocity(x_t, t_B, condition)
 
 
 def noise_levels(
