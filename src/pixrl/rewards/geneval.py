@@ -308,13 +308,13 @@ class GenEvalReward(Reward):
         self.colors = ColorNamer(ClipSimilarity(clip, device=device, dtype=dtype), clip)
         self.graded = graded
         zoom = "crop" if self.colors.zoom else "in place"
-        seen_by = {
+        self.provenance: Mapping[str, str] = {
             **self.detector.provenance,
             "color_model": self.colors.clip.provenance["model"],
             "color_preprocessing": f"{zoom}; {self.colors.clip.provenance['preprocessing']}",
             "background": str(tuple(self.colors.background)),
+            "scoring": "graded" if graded else "strict",
         }
-        self.provenance: Mapping[str, str] = {**seen_by, "scoring": "graded" if graded else "strict"}
         seer = segmenter if isinstance(segmenter, str | Path | None) else id(segmenter)
         self._eyes = (self.name, seer, detector, clip, device, dtype)
         """Equal where two rewards detect alike: a batch is looked at once for the strict and the graded one."""
