@@ -61,6 +61,17 @@ def trained(run: Path) -> dict[str, Tensor]:
     return {name: x for name, x in final(run).items() if not name.startswith("exploration/")}
 
 
+def assert_trained_alike(one: Path, other: Path) -> None:
+    """Two runs ended with the same weights and, but for rounding, the same moments: those are gradients, of any size."""
+    first, second = trained(one), trained(other)
+    assert first.keys() == second.keys()
+    for name, x in first.items():
+        if name.startswith("slots/"):
+            assert torch.allclose(x, second[name], rtol=0, atol=2e-5), name  # steps of size lr = 1e-3
+        else:
+            assert (x - second[name]).double().norm() <= 1e-2 * x.double().norm(), name
+
+
 def processes_of(run: Path) -> int:
     """How many processes a run was shared out to, as its start says."""
     notes = json.loads((run / START).read_text())["notes"]
@@ -83,7 +94,7 @@ def test_two_processes_end_as_one(
         subprocess.run(command(processes, *words), env=environment(), check=True, timeout=900)
     one, two = tmp_path / "1", tmp_path / "2"
     assert [processes_of(run) for run in (one, two)] == [1, 2]
-    assert same(trained(one), trained(two), atol=2e-5)  # steps of size lr = 1e-3
+    assert_trained_alike(one, two)
     manifests = [RunFolder.open(run).manifest() for run in (one, two)]
     for first, second in zip(*manifests, strict=True):
         assert (first.index, first.prompt, first.seed, first.variant) == (
