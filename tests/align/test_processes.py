@@ -62,7 +62,7 @@ def trained(run: Path) -> dict[str, Tensor]:
 
 
 def assert_trained_alike(one: Path, other: Path) -> None:
-    """Two runs ended with the same weights and, but for rounding, the same moments: those are gradients, of any size."""
+    """Two runs ended with the same weights and, but for rounding, the same moments (gradients, of any size)."""
     first, second = trained(one), trained(other)
     assert first.keys() == second.keys()
     for name, x in first.items():
