@@ -1,5 +1,6 @@
 """An exported LoRA draws, in a fresh pipeline, what the run's own slot draws; its card says what was measured."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def test_the_card_says_what_was_done_and_measured(run: Path, dual_folder: Path, 
         "prompts.txt",
         "## Licences",
         f"| `{dual_folder}` | base model; this LoRA derives from it | not stated: see the model's page |",
+        "| of the reward python | ",
         'pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")',
         "kind: align",
     ):
@@ -168,6 +170,29 @@ def test_a_card_names_a_published_base_and_its_licence(run: Path, tmp_path: Path
     assert front["base_model"] == "stabilityai/stable-diffusion-3.5-medium"
     assert (front["license"], front["license_name"]) == ("other", "Stability AI Community License")
     assert 'from_pretrained("stabilityai/stable-diffusion-3.5-medium", revision="main")' in card
+
+
+def test_a_card_names_every_part_of_a_reward_and_its_licence(run: Path, tmp_path: Path) -> None:
+    from pixrl.evaluation.model_card import Facts, write_card
+    from pixrl.training.align_kinds import read_config
+    from pixrl.training.runlog import RunFolder
+
+    copied = Path(shutil.copytree(run, tmp_path / "copied"))
+    start = json.loads((copied / "start.json").read_text())
+    start["rewards"] = {
+        "looks": {
+            "model": "v25 (0123456789abcdef)",
+            "licence": "AGPL-3.0",
+            "encoder": "e",
+            "encoder_licence": "MIT",
+        }
+    }
+    (copied / "start.json").write_text(json.dumps(start))
+    folder = RunFolder.open(copied)
+    facts = Facts("x.safetensors", "current", 1, "diffusers", "StableDiffusion3Pipeline")
+    card = write_card(folder, read_config(folder), facts, [])
+    assert "| `v25 (0123456789abcdef)` | of the reward looks | AGPL-3.0 |" in card
+    assert "| `e` | of the reward looks | MIT |" in card
 
 
 def test_what_cannot_be_exported(run: Path, dual_folder: Path, prompt_file: Path, tmp_path: Path) -> None:

@@ -132,6 +132,25 @@ def test_another_model_is_refused(tmp_path: Path, sd3_folder: Path, prompt_file:
         align_job.go_on(run, overrides=["lora.rank=2", "steps=2"])
 
 
+def test_another_reward_is_refused_unless_told(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
+    """A judge whose file was edited: its provenance holds the file's checksum."""
+    judge = tmp_path / "my_judge.py"
+    judge.write_text(
+        "def f(images, prompts, metadata):\n    return [float(len(prompt)) for prompt in prompts]\n"
+    )
+    reward = {"name": "mine", "kind": "python", "options": {"function": f"{judge}:f"}}
+    run = pixrl.align(recipe(sd3_folder, prompt_file, rewards=[reward]), steps=1, out=tmp_path / "run").run
+    began = json.loads((run / "start.json").read_text())["rewards"]["mine"]
+    assert began["licence"] and str(judge) in began["model"]
+    judge.write_text(judge.read_text().replace("float", "2 * float"))
+    with pytest.raises(CheckpointError, match=r"mine\.\w+: .* when the run began"):
+        align_job.go_on(run, overrides=["steps=2"])
+    align_job.go_on(run, overrides=["steps=2"], accept_changes=True)
+    start = json.loads((run / "start.json").read_text())
+    assert start["rewards"]["mine"] != began
+    assert any(note.startswith("changed: mine.") for note in start["notes"])
+
+
 def test_a_renderer_cannot_be_aligned(tmp_path: Path, prompt_file: Path) -> None:
     from tests import tiny
 

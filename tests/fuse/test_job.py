@@ -155,6 +155,15 @@ def test_a_changed_model_is_not_resumed(tmp_path, monkeypatch):
         go_on(tmp_path / "run", world=world)
 
 
+def test_a_changed_scorer_is_not_resumed(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        start(config(), tmp_path / "run", world=fake_world(die_after=12))
+    world = fake_world()
+    world.scorer.provenance = {**world.scorer.provenance, "model": "fake (fedcba9876543210)"}
+    with pytest.raises(CheckpointError, match=r"model: 'fake \(0123456789abcdef\)', now 'fake \(fedcba"):
+        go_on(tmp_path / "run", world=world)
+
+
 def test_an_existing_run_is_never_overwritten_without_force(tmp_path, world):
     start(config(), tmp_path / "run", world=world)
     before = lines(tmp_path / "run")

@@ -71,6 +71,7 @@ class FakeScorer:
         self.read = _normal("read", 3 * 64, 32) / 14
         self.broken = broken
         self.scored = 0
+        self.provenance = {"model": "fake (0123456789abcdef)", "licence": "none"}
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         pixels = (images_BCHW.flatten(1) - 0.5) * 4

@@ -52,6 +52,8 @@ STUDIED = (
     "sft",
     "rpo",
     "customized-nft",
+    "naive-nft",
+    "naive-nft-1.5",
     "e2po-sars",
 )
 SHAPING = {"synergy": {"alpha": 0.5}, "time": {"identity": ["identity"]}}

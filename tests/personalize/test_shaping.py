@@ -299,7 +299,17 @@ def test_recipes_that_contradict_themselves(change: dict[str, object], message: 
 
 @pytest.mark.parametrize(
     "name",
-    ["customized-grpo", "naive-grpo", "naive-grpo-1.5", "sft", "rpo", "customized-nft", "e2po-sars"],
+    [
+        "customized-grpo",
+        "naive-grpo",
+        "naive-grpo-1.5",
+        "sft",
+        "rpo",
+        "customized-nft",
+        "naive-nft",
+        "naive-nft-1.5",
+        "e2po-sars",
+    ],
 )
 def test_the_recipes_are_of_the_same_size(name: str) -> None:
     main, other = (load_recipe(f"toy/{one}") for one in ("customized-grpo", name))

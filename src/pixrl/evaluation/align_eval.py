@@ -18,10 +18,10 @@ from pixrl.algorithms.rollouts import Group, Samples, roll_out
 from pixrl.algorithms.stepping import Schedule, Solver, StepPlan
 from pixrl.data.prompts import Prompt
 from pixrl.evaluation.diversity import DiversityMeter
-from pixrl.evaluation.heldout import load_encoder
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
 from pixrl.rewards.multi import RewardSet
+from pixrl.rewards.picture_encoders import load_encoder
 from pixrl.rewards.segmentation import Segmenter
 from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig

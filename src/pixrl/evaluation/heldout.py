@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 from torch import Tensor
 
 from pixrl.errors import InputError
-from pixrl.hub import Layout, folder, read_json
-from pixrl.rewards.clip import ClipSimilarity, FusionScorer
-from pixrl.rewards.dino import DinoEncoder
+from pixrl.rewards.clip import FusionScorer
+from pixrl.rewards.picture_encoders import load_encoder
 from pixrl.rewards.segmentation import Foreground
 from pixrl.training.calibration import Calibration, calibrate_presence
 from pixrl.training.fuse_world import Exemplars, FusionWorld, Scorer
@@ -45,10 +43,3 @@ def load_heldout(world: FusionWorld, ref: str, concepts: tuple[str, ...]) -> Hel
     seen_so = FusionWorld(world.renderer, scorer, world.card, clip=ref, segmenter=world.segmenter)
     calibration = calibrate_presence(seen_so, concepts)
     return HeldOut(scorer, calibration)
-
-
-def load_encoder(ref: str) -> Any:
-    """The encoder of a checkpoint, by the class its config.json names."""
-    architectures = read_json(folder(ref, Layout.TRANSFORMERS) / "config.json").get("architectures")
-    named = str(architectures)
-    return ClipSimilarity(ref) if "CLIP" in named else DinoEncoder(ref)

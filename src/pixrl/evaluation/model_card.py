@@ -11,18 +11,18 @@ import yaml
 
 from pixrl.evaluation import align_words as words
 from pixrl.evaluation.align_report import FALL, Change, changes_of, failures, is_unseen, warnings
-from pixrl.hub import TOY_PREFIX, split_single_file
+from pixrl.hub import split_single_file
 from pixrl.hub_check import INDEX, read_json
 from pixrl.hub_fetch import is_hub_id, split_revision
-from pixrl.models.licences import NOT_STATED, TOY, generator_licence
+from pixrl.models.licences import NOT_STATED, generator_licence
 from pixrl.rewards.settings import RewardSetting
-from pixrl.rewards.sources import LICENCES as REWARD_LICENCES
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_log import evaluations
-from pixrl.training.align_record import GALLERY
+from pixrl.training.align_record import GALLERY, read_rewards
 from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.runlog import RunFolder
 
+LICENCE = "licence"
 SHOWN = 6
 """Pairs of pictures."""
 
@@ -77,7 +77,7 @@ def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequ
         artefacts(folder, changes),
         _method(folder, config),
         _usage(config, facts),
-        _licences(config),
+        _licences(folder, config),
         f"## Recipe\n\n```yaml\n{folder.recipe_text().strip()}\n```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -214,29 +214,25 @@ def _usage(config: AlignConfig, facts: Facts) -> str:
     return "\n".join(["## Use", "", *lines])
 
 
-def _licences(config: AlignConfig) -> str:
+def _licences(folder: RunFolder, config: AlignConfig) -> str:
     rows = [
         f"| `{config.model}` | base model; this LoRA derives from it | {generator_licence(config.model)} |"
     ]
     if isinstance(config, PersonalizeConfig) and config.references.lora is not None:
         lora = config.references.lora
         rows.append(f"| `{lora}` | LoRA that is part of this one | {_lora_licence(lora)} |")
-    for setting in config.rewards:
-        for ref in (
-            value for value in setting.options.values() if isinstance(value, str) and _is_model(value)
-        ):
-            rows.append(f"| `{ref}` | model of the reward {setting.name} | {_reward_licence(ref)} |")
+    for name, provenance in read_rewards(folder).items():
+        rows += [
+            f"| `{model}` | of the reward {name} | {licence} |" for model, licence in _licensed(provenance)
+        ]
     return "\n".join(["## Licences", "", "| what | role | licence |", "|---|---|---|", *dict.fromkeys(rows)])
 
 
-def _is_model(value: str) -> bool:
-    return value.startswith(TOY_PREFIX) or is_hub_id(value) or (Path(value) / "config.json").is_file()
-
-
-def _reward_licence(ref: str) -> str:
-    if ref.startswith(TOY_PREFIX):
-        return TOY
-    return REWARD_LICENCES.get(split_revision(ref)[0]) or generator_licence(ref)
+def _licensed(provenance: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Each part of a reward and its licence: `model` with `licence`, `segmenter` with `segmenter_licence`."""
+    for key, licence in provenance.items():
+        if key == LICENCE or key.endswith(f"_{LICENCE}"):
+            yield provenance[key.removesuffix(LICENCE).rstrip("_") or "model"], licence
 
 
 def _lora_licence(file: str) -> str:

@@ -13,6 +13,8 @@ class Reward(ABC):
     """Scores pictures, higher is better. A sample that cannot be scored gets nan and a reason, never 0."""
 
     name: str
+    provenance: Mapping[str, str]
+    """What its scores come from: id, checksum, revision and licence of the weights, and how pictures reach them."""
     keeps_time: ClassVar[bool] = False
     """It bounds its own time, for it may wait long for a service that is gone: a `RewardSet` does not cut it off."""
 

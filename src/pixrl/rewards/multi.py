@@ -80,6 +80,10 @@ class RewardSet:
         """Reward -> weight above 0 of what is trained on at a step (counted from 0); never a held-out one."""
         return weights_at(self.settings, self.stages, step)
 
+    def provenance(self) -> Mapping[str, Mapping[str, str]]:
+        """Reward -> what its scores come from, held-out ones too."""
+        return {name: dict(one.provenance) for name, one in self._rewards.items()}
+
     def differentiable(self) -> Mapping[str, DifferentiableReward]:
         """Those that have a gradient by the picture."""
         return {name: one for name, one in self._rewards.items() if isinstance(one, DifferentiableReward)}

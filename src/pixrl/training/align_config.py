@@ -126,7 +126,7 @@ class OutputSettings(Settings):
     images_every: int = Field(1, ge=1)
     """Every how many training steps the pictures themselves are kept; the manifest lists all."""
     features: str | None = None
-    """A CLIP whose image features measure the diversity of a group; none: small pixels."""
+    """A CLIP or DINO whose image features measure the diversity of a group; none: small pixels."""
 
 
 class AlignConfig(Settings):

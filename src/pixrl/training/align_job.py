@@ -20,6 +20,7 @@ from pixrl.training.align_eval import score
 from pixrl.training.align_kinds import kind_of, read_config
 from pixrl.training.align_log import AlignLog
 from pixrl.training.align_record import (
+    changed_rewards,
     differences,
     find_place,
     read_start,
@@ -64,10 +65,10 @@ def go_on(
     Args:
         path: the run's folder.
         overrides: settings to change from here on, `a.b=c`.
-        accept_changes: go on though recipe.yaml was edited after the run began.
+        accept_changes: go on though recipe.yaml was edited, or a reward's weights are others, after the run began.
 
     Raises:
-        CheckpointError: recipe.yaml was edited (it says what differs), or the model is another one.
+        CheckpointError: recipe.yaml was edited or a reward changed (it says what differs), or the model is another one.
     """
     folder = RunFolder.open(path, allow_changed=True)
     edited = read_config(folder)
@@ -76,10 +77,11 @@ def go_on(
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     shop = open_workshop(config)
     require_same_model(folder, began, shop.policy)
+    rewards = changed_rewards(folder, shop, accept_changes)
     step, images, saved = find_place(folder)
     shop.team.wait()  # all have read the logs before the first one cuts them back
     micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
-    changes = differences(began["recipe"], config.model_dump(mode="json"))
+    changes = [*differences(began["recipe"], config.model_dump(mode="json")), *rewards]
     if changes:
         micro_batches, notes = plan_batches(shop)
         notes = (*notes, *(f"changed: {one}" for one in changes))

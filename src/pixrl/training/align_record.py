@@ -32,6 +32,7 @@ def write_start(folder: RunFolder, shop: Workshop, micro_batches: MicroBatches, 
         "recipe": shop.config.model_dump(mode="json"),
         "model": shop.policy.name,
         "fingerprint": shop.policy.backbone_fingerprint,
+        "rewards": shop.rewards.provenance(),
         "micro_batches": {"rollout": micro_batches.rollout, "train": micro_batches.train},
         "notes": list(notes),
         "trained_on": shop.trained_on(),
@@ -62,7 +63,9 @@ def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict
 
 
 def read_start(folder: RunFolder) -> dict[str, Any]:
-    """What a run began with: recipe, model, fingerprint, micro_batches, notes, trained_on.
+    """What a run began with: recipe, model, fingerprint, rewards, micro_batches, notes, trained_on.
+
+    `rewards` is each reward's provenance; runs of before it was recorded have none.
 
     `trained_on` is the number of the evaluation's prompts that training asks for too.
     """
@@ -75,6 +78,12 @@ def read_start(folder: RunFolder) -> dict[str, Any]:
             f"{path} is missing or damaged ({error}): the run stopped before its first step. "
             "Start it anew with --force."
         ) from None
+
+
+def read_rewards(folder: RunFolder) -> dict[str, dict[str, str]]:
+    """Reward -> provenance, as the run began; none of runs of before it was recorded."""
+    found: dict[str, dict[str, str]] = read_start(folder).get("rewards", {})
+    return found
 
 
 def require_unchanged(folder: RunFolder, began: Mapping[str, Any], now: AlignConfig, accepted: bool) -> None:
@@ -108,6 +117,24 @@ def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: Flow
             f"is another model ({policy.backbone_fingerprint}). Its LoRA weights mean nothing there: "
             "put the model back, or start a new run."
         )
+
+
+def changed_rewards(folder: RunFolder, shop: Workshop, accepted: bool) -> list[str]:
+    """What is new about the weights that score, such as `preference.model: ...`; nothing of rewards that came or went.
+
+    Raises:
+        CheckpointError: something is, and that is not accepted.
+    """
+    before, now = read_rewards(folder), shop.rewards.provenance()
+    common = [name for name in before if name in now]
+    changes = differences({name: before[name] for name in common}, {name: now[name] for name in common})
+    if changes and not accepted:
+        listed = "\n  ".join(changes)
+        raise CheckpointError(
+            f"The rewards of {folder.path} are not what they were, so its scores would not be comparable:\n  {listed}\n"
+            "Put them back; or go on with the changes: add --accept-changes"
+        )
+    return changes
 
 
 def find_place(folder: RunFolder) -> tuple[int, int, tuple[dict[str, torch.Tensor], dict[str, Any]] | None]:

@@ -23,8 +23,8 @@ from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.prompts import check_words
 from pixrl.models.slots import LoraSlots, Slot
-from pixrl.rewards.clip import ClipSimilarity
 from pixrl.rewards.multi import RewardSet
+from pixrl.rewards.picture_encoders import load_encoder
 from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_eval import Evaluator, spread_evenly
@@ -171,7 +171,7 @@ def placed(setting: RewardSetting, device: str) -> RewardSetting:
 
 
 def _features(ref: str | None, device: str) -> Features:
-    return pixel_features if ref is None else ClipSimilarity(ref, device=device).image_features
+    return pixel_features if ref is None else load_encoder(ref, device=device).image_features
 
 
 def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:

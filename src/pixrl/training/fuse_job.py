@@ -52,6 +52,8 @@ class WorldRecord(BaseModel):
     fingerprint: str
     clip: str
     segmenter: str
+    scorer: dict[str, str] = {}
+    """Provenance of the scores; empty in runs of before it was recorded."""
     presence: Presence | None
     prompts: dict[str, str]
     exemplar_seeds: tuple[int, ...]
@@ -247,11 +249,24 @@ def _record(world: FusionWorld, session: FusionSession) -> WorldRecord:
         fingerprint=world.renderer.fingerprint(),
         clip=world.clip,
         segmenter=world.segmenter,
+        scorer=dict(world.scorer.provenance),
         presence=world.card.presence,
         prompts={e.concept: e.prompt for e in session.exemplars},
         exemplar_seeds=session.exemplars[0].seeds,
         usable_exemplars={e.concept: len(e.features_ME) for e in session.exemplars},
     )
+
+
+def _require_same_scorer(folder: RunFolder, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    changed = [
+        f"{name}: {before[name]!r}, now {now.get(name)!r}" for name in before if before[name] != now.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"What scores the pictures has changed since the run {folder.path} began:\n  "
+            + "\n  ".join(changed)
+            + "\nPut the old checkpoints back, or start a new run."
+        )
 
 
 def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession) -> None:
@@ -263,6 +278,7 @@ def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession)
                 f"{record.model} has changed since the run {folder.path} began ({before.fingerprint}, now "
                 f"{record.fingerprint}). Put the old checkpoint back, or start a new run."
             )
+        _require_same_scorer(folder, before.scorer, record.scorer)
         return
     place = folder.path / EXEMPLARS
     place.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 """The generator, the scorer and the exemplars of a fusion, loaded once a process."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -35,6 +35,9 @@ class Similarities(Protocol):
 
 class Scorer(Protocol):
     """What `pixrl.rewards.clip.FusionScorer` offers."""
+
+    @property
+    def provenance(self) -> Mapping[str, str]: ...
 
     def exemplar_features(self, images_MCHW: Tensor) -> Tensor: ...
 
