@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as arrow
 import pytest
+from pyarrow import parquet
 
 from pixrl.data.prompts import Prompt, PromptSet, load_prompts
 from pixrl.data.toy import TAGS
@@ -152,8 +154,6 @@ def test_csv(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow, which is not installed")
-    parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "list.parquet"
     parquet.write_table(arrow.table({"n": [1, 2], "caption": ["an owl", "a cat"]}), path)
     assert texts(path) == ["an owl", "a cat"]

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import pyarrow as arrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from pixrl.data.pairs import read_pairs
 from pixrl.data.pictures import read_pictures
@@ -113,10 +115,6 @@ def test_drawbench_as_csv(tmp_path: Path) -> None:
 
 def test_drawbench_and_pick_a_pic_as_parquet(tmp_path: Path) -> None:
     """Pictures within the file stay there; text and numbers become metadata."""
-    arrow = pytest.importorskip(
-        "pyarrow", reason="parquet needs pyarrow, which is not installed: pixrl[parquet]"
-    )
-    parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "test.parquet"
     parquet.write_table(arrow.table({"prompts": ["a red car"], "category": ["Colors"]}), path)
     assert load_prompts(path)[0] == Prompt("a red car", {"category": "Colors"})
