@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError, InputError, ShapeError
-from pixrl.rewards.clip import ClipSimilarity, FusionScorer
+from pixrl.rewards.clip import ClipImageReward, ClipSimilarity, FusionScorer
 from pixrl.rewards.segmentation import Foreground, Segmenter
 from pixrl.types import RewardBatch
 
@@ -141,7 +141,7 @@ def test_the_image_reward_needs_a_reference(clip_folder: Path, images: Tensor) -
     assert scores.values_B[0].item() == pytest.approx(1, abs=1e-4)
     assert scores.values_B[1].isfinite()
     assert scores.values_B[2].isnan()
-    assert scores.reasons == (None, None, "no reference picture in the metadata")
+    assert scores.reasons == (None, None, "no reference picture in the metadata (under 'reference')")
     nothing = reward.score(RewardBatch(images[:2], ["x"] * 2))
     assert nothing.values_B.isnan().all()
 
@@ -155,6 +155,37 @@ def test_the_image_reward_can_look_at_the_foreground_alone(
     scores = reward.score(RewardBatch(images[:1], ["x"], [{"reference": images[0]}]))
     assert scores.values_B.item() == pytest.approx(1, abs=1e-4)
     assert scores.provenance["background"] == "(0.0, 0.0, 0.0)"
+
+
+@pytest.mark.parametrize("cut_out", [False, True])
+def test_references_are_encoded_once(cut_out: bool, clip_folder: Path, images: Tensor) -> None:
+    """By six samples that share one, and by later steps."""
+    options = {"segmenter": left_half} if cut_out else {}
+    reward = rewards.load("clip_image", model=clip_folder, device="cpu", **options)
+    assert isinstance(reward, ClipImageReward)
+    calls: list[int] = []
+    original = reward.encoder.image_features
+    reward.encoder.image_features = lambda batch: calls.append(len(batch)) or original(batch)  # type: ignore
+    six = torch.cat([images, images[:1]])
+    first = reward.score(RewardBatch(six, ["x"] * 6, [{"reference": images[4]}] * 6))
+    again = reward.score(RewardBatch(six, ["x"] * 6, [{"reference": images[4].clone()}] * 6))
+    assert calls == [6, 1, 6]
+    assert torch.equal(first.values_B, again.values_B)
+
+
+def test_the_image_reward_says_where_nothing_was_found(clip_folder: Path, images: Tensor) -> None:
+    reward = ClipImageReward(clip_folder, segmenter=left_half, device="cpu")
+    black, broken = torch.zeros(3, 32, 32), torch.full((3, 32, 32), torch.nan)
+    pictures = torch.stack([black, images[0], images[0], broken])
+    references: list[object] = [images[1], black, [black, images[1]], images[1]]
+    scores = reward.score(RewardBatch(pictures, ["x"] * 4, [{"reference": one} for one in references]))
+    assert scores.reasons == (
+        "no foreground found in the picture",
+        "no foreground found in the reference",
+        None,
+        "the picture is not finite",
+    )
+    assert scores.values_B.isnan().tolist() == [True, True, False, True]
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:

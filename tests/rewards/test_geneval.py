@@ -415,7 +415,7 @@ def test_the_card_names_colours_and_templates(tmp_path: Path, segmenter_folder: 
     assert isinstance(reward.detector, Segmenter)
     instance = reward.detector._instances(one_hot(scene((1, 4, 2))))[0]
     assert reward.colors.crop(torch.rand(3, 32, 32), instance).shape == (3, 32, 32)
-    assert reward.provenance["color_preprocessing"].startswith("in place")
+    assert reward.provenance["color_crop"] == "in place"
 
 
 def test_colours_do_not_depend_on_the_batch(reward: GenEvalReward) -> None:

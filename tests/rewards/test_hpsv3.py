@@ -152,7 +152,8 @@ def test_the_gradient_reaches_the_picture(reward: hpsv3.HPSv3Reward, images: Ten
 def test_provenance(reward: hpsv3.HPSv3Reward, images: Tensor, qwen: Path) -> None:
     provenance = score(reward, images).provenance
     assert provenance["licence"] == "MIT" and provenance["positions"] == "plain, one a token"
-    assert provenance["processor"] == str(qwen)
+    assert provenance["processor"].startswith(f"{qwen} (")
+    assert provenance["processor_licence"] == "Apache-2.0"
 
 
 def test_what_does_not_fit_is_refused(checkpoint: Path, qwen: Path, tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from pixrl.device import choose_device, choose_precision
 from pixrl.errors import InputError, ShapeError
-from pixrl.rewards.base import DifferentiableReward, Reward
+from pixrl.rewards.base import DifferentiableReward
 from pixrl.rewards.clip_loading import load_clip
 from pixrl.rewards.encoder import PictureEncoder
 from pixrl.rewards.preprocess import InputPreprocessing
-from pixrl.rewards.references import References, choice, chosen, references_of
-from pixrl.rewards.segmentation import WHITE, Colour, Foreground
+from pixrl.rewards.provenance import describe_words, part
+from pixrl.rewards.references import Encode, ReferenceReward, References, choice, cut_out_features
+from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction
+from pixrl.rewards.sources import words_folder
 from pixrl.types import RewardBatch, Scores
 
 BATCH = 64
@@ -55,6 +57,9 @@ class ClipSimilarity(PictureEncoder):
         self.preprocess = loaded.preprocess
         self.tokenizer = loaded.tokenizer
         self.provenance: Mapping[str, str] = loaded.provenance
+        if processor is not None:
+            words = describe_words(processor, words_folder(processor))
+            self.provenance = {**loaded.provenance, **part("processor", words)}
         self.model = loaded.model.requires_grad_(False).eval().to(self.device)
         self.logit_scale = float(self.model.logit_scale.detach().float().exp())
         self._clean = clean
@@ -107,15 +112,13 @@ class FusionScorer:
     Both are cut out by the same foreground model and put on the same background before CLIP sees them.
     """
 
-    def __init__(self, clip: ClipSimilarity, foreground: Foreground, background: Colour = WHITE) -> None:
+    def __init__(self, clip: PictureEncoder, foreground: Foreground, background: Colour = WHITE) -> None:
         self.clip = clip
         self.foreground = foreground
         self.background = background
         self.provenance: Mapping[str, str] = {
             **clip.provenance,
-            "foreground": foreground.provenance["model"],
-            "foreground_preprocessing": foreground.provenance["preprocessing"],
-            "foreground_licence": foreground.provenance["licence"],
+            **part("foreground", foreground.provenance),
             "background": str(tuple(background)),
         }
 
@@ -213,13 +216,19 @@ class ClipTextReward(PromptCosineReward):
         super().__init__(clip, clamp=clamp, provenance={"below_0": "counts as 0" if clamp else "kept"})
 
 
-class ClipImageReward(Reward):
+class ClipImageReward(ReferenceReward):
     """Mean cosine between the picture and its references, metadata["reference"] (see `rewards.references`).
 
     Args:
         model: `toy:clip`, a folder or a hub id of a CLIPModel.
-        segmenter: with it, picture and references are cut out and put on `background` first.
+        segmenter: with it, picture and references are cut out and put on `background` first; a checkpoint, or a
+            function [B, 3, H, W] -> masks [B, H, W]. No gradient passes through its masks.
+        background: what surrounds a cut-out picture.
         references: `all` (the mean over them) or `first` (that one alone).
+
+    Raises:
+        ConfigError: an unknown choice of references.
+        CheckpointError: a checkpoint is missing, half written or of another class.
     """
 
     name = "clip_image"
@@ -227,42 +236,31 @@ class ClipImageReward(Reward):
     def __init__(
         self,
         model: str | Path,
-        segmenter: str | Path | None = None,
+        segmenter: str | Path | MaskFunction | None = None,
         background: Colour = WHITE,
         references: str = References.ALL,
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
-        self.references = choice("clip_image", "references", references, References)
-        self.clip = ClipSimilarity(model, device=device, dtype=dtype)
-        self._features: Callable[[Tensor], Tensor] = self.clip.image_features
-        self.provenance: Mapping[str, str] = {**self.clip.provenance, "background": "kept"}
-        if segmenter is not None:
-            scorer = FusionScorer(self.clip, Foreground(segmenter, device=device), background)
-            self._features = scorer.exemplar_features
-            self.provenance = scorer.provenance
-        self.provenance = {**self.provenance, "references": self.references.value}
+        which = choice(self.name, "references", references, References)
+        super().__init__(ClipSimilarity(model, device=device, dtype=dtype), which)
+        self.background = background
+        self._foreground = None if segmenter is None else Foreground(segmenter, device=device)
+        cut_out = {} if self._foreground is None else part("segmenter", self._foreground.provenance)
+        self.provenance = {
+            **self.encoder.provenance,
+            **cut_out,
+            "background": str(tuple(background)) if cut_out else "kept",
+            "references": self.references.value,
+        }
 
-    def score(self, batch: RewardBatch) -> Scores:
-        images = self._features(batch.images_BCHW)
-        values, reasons = [], []
-        for row, image in enumerate(images):
-            pictures = references_of(batch.metadata[row]) if batch.metadata else []
-            value, reason = self._similarity(image, pictures)
-            values.append(value)
-            reasons.append(reason)
-        return flag_failures(torch.tensor(values), reasons, self.provenance)
-
-    def _similarity(self, image_E: Tensor, pictures: Sequence[Tensor]) -> tuple[float, str | None]:
-        if not pictures:
-            return torch.nan, "no reference picture in the metadata"
-        if not image_E.isfinite().all():
-            return torch.nan, "no foreground found"
-        features = torch.cat([self._features(picture) for picture in chosen(pictures, self.references)])
-        usable = features[features.isfinite().all(dim=1)]
-        if not len(usable):
-            return torch.nan, "no foreground found in the reference"
-        return float((usable @ image_E).mean()), None
+    def _features(
+        self, images_BCHW: Tensor, kinds: Sequence[object], encode: Encode, *, of_reference: bool
+    ) -> Tensor:
+        if self._foreground is None:
+            return encode(images_BCHW)
+        masks_BHW = self._foreground.masks(images_BCHW.detach())
+        return cut_out_features(images_BCHW, masks_BHW, self._foreground, self.background, encode)
 
 
 def flag_failures(values_B: Tensor, reasons: Sequence[str | None], provenance: Mapping[str, str]) -> Scores:

@@ -9,39 +9,28 @@ its references, the subject cut out of both.
   2. Its scores are 100 x the cosine; ours are the cosine, which group normalization makes the same.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, ConfigError, did_you_mean
 from pixrl.hub import Layout, folder, read_json
-from pixrl.rewards.base import DifferentiableReward
-from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.encoder import PictureEncoder
-from pixrl.rewards.preprocess import Preprocessing, require_images
-from pixrl.rewards.references import (
-    KEY,
-    SUBJECTS,
-    FeatureCache,
-    References,
-    choice,
-    chosen,
-    of_subject,
-    references_of,
-)
+from pixrl.rewards.preprocess import Preprocessing
+from pixrl.rewards.provenance import part
+from pixrl.rewards.references import Encode, ReferenceReward, References, choice, cut_out_features
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction, Segmenter, load_back_end
 from pixrl.rewards.sources import describe
-from pixrl.types import RewardBatch, Scores
+from pixrl.rewards.weights import class_in, load_folder
 
 BATCH = 64
-
-
-Encode = Callable[[Tensor], Tensor]
-"""Pictures [B, 3, H, W] to unit vectors [B, E]."""
+MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
+"""What `model_type` says of an encoder whose first token stands for the picture; `vit` is DINO v1."""
+_MASK_TOKEN = "embeddings.mask_token"
+"""Of training alone."""
 
 
 class Transform(StrEnum):
@@ -54,10 +43,10 @@ class Transform(StrEnum):
 
 
 class DinoEncoder(PictureEncoder):
-    """A transformers Dinov2Model or ViTModel with its preprocessing, from `toy:identity`, a folder or a hub id.
+    """A transformers model of MODEL_TYPES with its preprocessing, from `toy:identity`, a folder or a hub id.
 
     Raises:
-        CheckpointError: the folder is missing, half written or of another class.
+        CheckpointError: the folder is missing, half written, lacks a weight, or is of another class.
     """
 
     def __init__(
@@ -69,7 +58,8 @@ class DinoEncoder(PictureEncoder):
         batch: int = BATCH,
         transform: Transform = Transform.CHECKPOINT,
     ) -> None:
-        path = folder(ref, Layout.TRANSFORMERS)
+        path = folder(ref, Layout.REWARD)
+        _require_dino(path)
         self.name = str(ref)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
@@ -78,20 +68,14 @@ class DinoEncoder(PictureEncoder):
             self.preprocess = Preprocessing.dreambench()
         else:
             self.preprocess = Preprocessing.from_folder(path, square=False)
-        # DINO v1 was published without a pooler, and one with random weights would be made for it
-        options = (
-            {"add_pooling_layer": False} if read_json(path / "config.json").get("model_type") == "vit" else {}
-        )
         with quiet_loading():
-            from transformers import AutoModel
+            from transformers import MODEL_MAPPING, ViTModel
 
-            try:
-                model = AutoModel.from_pretrained(
-                    path, dtype=self.precision.weights, local_files_only=True, **options
-                )
-            except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-                raise CheckpointError(f"{path} could not be loaded as a DINO encoder: {error}") from error
-        self.model = model.requires_grad_(False).eval().to(self.device)
+            kind = class_in(MODEL_MAPPING, path)
+            # DINO v1 was published without a pooler, and one with random weights would be made for it
+            options = {"add_pooling_layer": False} if kind is ViTModel else {}
+            model = load_folder(kind, path, self.precision.weights, may_lack=(_MASK_TOKEN,), **options)
+        self.model = model.to(self.device)
         self.provenance: Mapping[str, str] = {
             **describe(ref, path),
             "preprocessing": self.preprocess.describe(),
@@ -100,6 +84,15 @@ class DinoEncoder(PictureEncoder):
     def _output(self, pixels_BCHW: Tensor) -> Tensor:
         states_BLD: Tensor = self.model(pixel_values=pixels_BCHW).last_hidden_state
         return states_BLD[:, 0]
+
+
+def _require_dino(path: Path) -> None:
+    kind = read_json(path / "config.json").get("model_type")
+    if kind not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{path} holds a {kind!r} model; DINO features need one of {', '.join(MODEL_TYPES)}, such as "
+            "facebook/dinov2-base. A CLIP's features: the rewards clip_i and clip_image"
+        )
 
 
 class Mask(StrEnum):
@@ -122,12 +115,11 @@ class Region(StrEnum):
     """
 
 
-class DinoSegReward(DifferentiableReward):
+class DinoSegReward(ReferenceReward):
     """Mean cosine in [-1, 1] of DINO class tokens: the generated subject against its references.
 
-    The references are in metadata["reference"]: [3, H, W], [M, 3, H, W] or a list of pictures of any sizes. A sample
-    fails, with the reason, where it has no reference or where no subject is found in the picture or in any of its
-    references; a reference without a subject is left out of the mean.
+    The references are in metadata["reference"]: [3, H, W], [M, 3, H, W] or a list of pictures of any sizes. What
+    fails, and that a reference without a subject is left out of the mean, is as in `ReferenceReward`.
 
     Args:
         model: `toy:identity`, a folder or a hub id (facebook/dinov2-large in the paper).
@@ -166,13 +158,12 @@ class DinoSegReward(DifferentiableReward):
         self.subject = subject
         self.mask = choice(self.name, "mask", mask, Mask)
         self.region = choice(self.name, "region", region, Region)
-        self.references = choice(self.name, "references", references, References)
+        which = choice(self.name, "references", references, References)
         _check_options(self.mask, self.region, segmenter, background)
-        self.encoder = DinoEncoder(
-            model, device=device, dtype=dtype, transform=choice(self.name, "transform", transform, Transform)
-        )
+        chosen = choice(self.name, "transform", transform, Transform)
+        super().__init__(DinoEncoder(model, device=device, dtype=dtype, transform=chosen), which)
         self.background: Colour = WHITE if background is None else background
-        self.provenance: Mapping[str, str] = {
+        self.provenance = {
             **self.encoder.provenance,
             "mask": self.mask.value,
             "references": self.references.value,
@@ -186,88 +177,28 @@ class DinoSegReward(DifferentiableReward):
             self._foreground = Foreground(loaded)
             self.provenance = {
                 **self.provenance,
-                "segmenter": self._foreground.provenance["model"],
-                "segmenter_licence": self._foreground.provenance["licence"],
+                **part("segmenter", self._foreground.provenance),
                 "region": self.region.value,
                 "background": str(tuple(self.background)),
             }
-        self._cache = FeatureCache()
 
-    @torch.no_grad()
-    def score(self, batch: RewardBatch) -> Scores:
-        values_B, reasons = self._judge(batch.images_BCHW, batch.metadata, self.encoder.image_features)
-        return flag_failures(values_B, reasons, self.provenance)
-
-    def differentiable_scores(
-        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()
+    def _features(
+        self, images_BCHW: Tensor, kinds: Sequence[object], encode: Encode, *, of_reference: bool
     ) -> Tensor:
-        values_B, _ = self._judge(images_BCHW, metadata, self.encoder.differentiable_features)
-        return values_B.to(images_BCHW.device)
-
-    def _judge(
-        self, images_BCHW: Tensor, metadata: Sequence[Mapping[str, object]], encode: Encode
-    ) -> tuple[Tensor, list[str | None]]:
-        """Scores [B], nan with a reason where there is none."""
-        require_images(images_BCHW)
-        entries = [of_subject(entry, self.subject) for entry in metadata or [{}] * len(images_BCHW)]
-        kinds = [entry.get("class") for entry in entries]
-        features_BE = self._features(images_BCHW, kinds, encode, cut_out=self.mask is Mask.BOTH)
-        finite = images_BCHW.isfinite().flatten(1).all(dim=1).tolist()
-        judged = [
-            self._compare(feature_E, entry)
-            if ok
-            else (feature_E.new_tensor(torch.nan), "the picture is not finite")
-            for entry, feature_E, ok in zip(entries, features_BE, finite, strict=True)
-        ]
-        return torch.stack([value for value, _ in judged]), [reason for _, reason in judged]
-
-    def _compare(self, feature_E: Tensor, metadata: Mapping[str, object]) -> tuple[Tensor, str | None]:
-        """One picture's score, or nan and the reason."""
-        nothing = feature_E.new_tensor(torch.nan)
-        pictures, kind = references_of(metadata), metadata.get("class")
-        reason = self._unknown(kind) if pictures else self._no_reference()
-        if reason is not None:
-            return nothing, reason
-        subject = "no subject found" if self.region is Region.FOREGROUND else f"no {kind} found"
-        if not feature_E.isfinite().all():
-            return nothing, f"{subject} in the picture"
-        rows_ME = torch.cat([self._reference(picture, kind) for picture in chosen(pictures, self.references)])
-        usable = rows_ME[rows_ME.isfinite().all(dim=1)]
-        if not len(usable):
-            return nothing, f"{subject} in the reference"
-        return (usable.to(feature_E.device) @ feature_E).mean(), None
-
-    def _no_reference(self) -> str:
-        where = repr(KEY) if self.subject is None else f"{SUBJECTS!r}, number {self.subject}"
-        return f"no reference picture in the metadata (under {where})"
-
-    def _reference(self, image_BCHW: Tensor, kind: object) -> Tensor:
-        """[1, E] of one reference, the same however it is batched."""
-        cut_out = self.mask is not Mask.NONE
-        return self._cache.get(
-            image_BCHW,
-            str(kind),
-            lambda: self._features(image_BCHW, [kind], self.encoder.image_features, cut_out=cut_out),
-        )
-
-    def _features(self, images_BCHW: Tensor, kinds: list[object], encode: Encode, *, cut_out: bool) -> Tensor:
-        """Unit vectors [B, E]; a row of nan where nothing was found to cut out."""
-        if not cut_out:
+        if self.mask is Mask.NONE or (self.mask is Mask.REFERENCE and not of_reference):
             return encode(images_BCHW)
-        # cloned: autograd cannot keep a tensor of inference mode
-        masks_BHW = self._masks(images_BCHW.detach(), kinds).clone()
-        composed = Foreground.composite(images_BCHW.float().cpu(), masks_BHW, self.background)
-        features_BE = encode(composed)
-        found_B = self._foreground.is_present(masks_BHW).to(features_BE.device)
-        return torch.where(found_B[:, None], features_BE, torch.nan)
+        masks_BHW = self._masks(images_BCHW.detach(), kinds)
+        return cut_out_features(images_BCHW, masks_BHW, self._foreground, self.background, encode)
 
-    def _masks(self, images_BCHW: Tensor, kinds: list[object]) -> Tensor:
+    def _masks(self, images_BCHW: Tensor, kinds: Sequence[object]) -> Tensor:
         if self.region is Region.FOREGROUND or self._segmenter is None:
             return self._foreground.masks(images_BCHW)
         return self._segmenter.class_masks(images_BCHW.float(), kinds).cpu()
 
+    def _nothing(self, kind: object) -> str:
+        return "no subject found" if self.region is Region.FOREGROUND else f"no {kind} found"
+
     def _unknown(self, kind: object) -> str | None:
-        """Why the segmenter cannot look for that class, or None."""
         if self.region is Region.FOREGROUND or self._segmenter is None:
             return None
         if not isinstance(kind, str):

@@ -20,6 +20,7 @@ from pixrl.rewards.base import Reward
 from pixrl.rewards.clip import ClipSimilarity, flag_failures
 from pixrl.rewards.mask2former import Mask2FormerDetector
 from pixrl.rewards.preprocess import to_grey_levels
+from pixrl.rewards.provenance import part
 from pixrl.rewards.segmentation import Colour, Foreground, Instance, Segmenter
 from pixrl.types import RewardBatch, Scores
 
@@ -307,11 +308,10 @@ class GenEvalReward(Reward):
         self.detector = _detector(segmenter, detector, device, dtype)
         self.colors = ColorNamer(ClipSimilarity(clip, device=device, dtype=dtype), clip)
         self.graded = graded
-        zoom = "crop" if self.colors.zoom else "in place"
         self.provenance: Mapping[str, str] = {
             **self.detector.provenance,
-            "color_model": self.colors.clip.provenance["model"],
-            "color_preprocessing": f"{zoom}; {self.colors.clip.provenance['preprocessing']}",
+            **part("color_clip", self.colors.clip.provenance),
+            "color_crop": "to the box" if self.colors.zoom else "in place",
             "background": str(tuple(self.colors.background)),
             "scoring": "graded" if graded else "strict",
         }

@@ -24,12 +24,15 @@ from pixrl.rewards.base import DifferentiableReward
 from pixrl.rewards.hpsv3_prompt import INSTRUCTION, QUESTION, REWARD_TOKEN
 from pixrl.rewards.pairs import load_tokenizer, score_pairs
 from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing
+from pixrl.rewards.provenance import describe_words, part
 from pixrl.rewards.sources import find_file, words_folder
 from pixrl.rewards.weights import build, load_weights, origin, read_weights
 from pixrl.types import RewardBatch, Scores
 
 WEIGHTS = "HPSv3.safetensors"
 LICENCE = "MIT"
+WORDS_LICENCE = "Apache-2.0"
+"""Qwen2-VL-7B-Instruct's."""
 TEMPLATE = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>{picture}<|vision_end|>{text}<|im_end|>\n"
@@ -82,7 +85,7 @@ class HPSv3Reward(DifferentiableReward):
         self.head = _head(head, self.trunk.config.text_config.hidden_size, file).to(self.device)
         self.provenance: Mapping[str, str] = {
             **origin(model, file.parent, [file], LICENCE),
-            "processor": str(model if processor is None else processor),
+            **part("processor", describe_words(processor or model, words, known=WORDS_LICENCE)),
             "preprocessing": (
                 f"8-bit; {PIXELS // EDGE**2} tokens of {EDGE}x{EDGE}, ratio nearly kept, bicubic antialias; OpenAI's "
                 "mean and std"

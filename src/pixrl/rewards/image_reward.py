@@ -22,6 +22,7 @@ from pixrl.hub import read_json
 from pixrl.rewards.base import DifferentiableReward
 from pixrl.rewards.pairs import load_tokenizer, score_pairs
 from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing
+from pixrl.rewards.provenance import describe_words, part
 from pixrl.rewards.weights import (
     build,
     load_weights,
@@ -33,7 +34,9 @@ from pixrl.rewards.weights import (
 from pixrl.types import RewardBatch, Scores
 
 WEIGHTS, CONFIG, VOCABULARY = "ImageReward.pt", "med_config.json", "vocab.txt"
+VOCABULARY_FILES = (VOCABULARY, "tokenizer*")
 LICENCE = "Apache-2.0"
+"""ImageReward's, and bert-base-uncased's."""
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over ImageReward's own data, as its code has them."""
 TEXT_LENGTH = 35
@@ -82,7 +85,8 @@ class ImageReward(DifferentiableReward):
         file = require_file(folder, WEIGHTS)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
-        self.tokenizer = load_tokenizer(_vocabulary_folder(folder, tokenizer), "BertTokenizer")
+        words = _vocabulary_folder(folder, tokenizer)
+        self.tokenizer = load_tokenizer(words, "BertTokenizer")
         parts = split_weights(read_weights([file]), file)
         self.vision, self.text = _towers(parts, require_file(folder, CONFIG), self.precision.weights)
         self.head = _head(parts.head, self.text.config.hidden_size, file).to(self.device)
@@ -91,7 +95,7 @@ class ImageReward(DifferentiableReward):
         self.preprocess = Preprocessing(side, None, (side, side), OPENAI_MEAN, OPENAI_STD, "bicubic")
         self.provenance: Mapping[str, str] = {
             **origin(model, folder, [file], LICENCE),
-            "tokenizer": str(model if tokenizer is None else tokenizer),
+            **part("tokenizer", describe_words(tokenizer or model, words, VOCABULARY_FILES, LICENCE)),
             "preprocessing": self.preprocess.describe(),
             "scale": f"(head - {MEAN:.6g}) / {STD:.6g}",
         }
@@ -155,8 +159,8 @@ def split_weights(weights: Mapping[str, Tensor], source: Path) -> Parts:
     text.pop("embeddings.position_ids", None)  # a buffer that old transformers saved
     vision = {_vision_name(key): value for key, value in weights.items() if key.startswith(_VISION)}
     head = {key.removeprefix(_HEAD): value for key, value in weights.items() if key.startswith(_HEAD)}
-    for prefix, part in ((_VISION, vision), (_TEXT, text), (_HEAD, head)):
-        if not part:
+    for prefix, found in ((_VISION, vision), (_TEXT, text), (_HEAD, head)):
+        if not found:
             raise CheckpointError(
                 f"{source} has no weights under {prefix!r}; it starts with {next(iter(weights))!r}. "
                 "Is it ImageReward's file?"
@@ -240,7 +244,7 @@ def _head(weights: Mapping[str, Tensor], width: int, source: Path) -> nn.Sequent
 
 def _vocabulary_folder(folder: Path, tokenizer: str | Path | None) -> Path:
     if tokenizer is not None:
-        given = published_folder(tokenizer, (VOCABULARY, "tokenizer*"))
+        given = published_folder(tokenizer, VOCABULARY_FILES)
         require_file(given, VOCABULARY)
         return given
     if not (folder / VOCABULARY).is_file():

@@ -22,6 +22,7 @@ from torch import Tensor
 from pixrl.device import Precision, quiet_loading
 from pixrl.errors import CheckpointError
 from pixrl.hub import read_json
+from pixrl.rewards.provenance import part
 from pixrl.rewards.sources import describe
 from pixrl.rewards.weights import load_folder
 
@@ -119,7 +120,7 @@ class PaddleReader:
             )
         self.provenance: Mapping[str, str] = {
             **describe(model, path),
-            "detector": describe(detector, detector_path)["model"],
+            **part("detector", describe(detector, detector_path)),
             "preprocessing": f"lines above {BOX_THRESHOLD:g}, {HEIGHT} rows high; 8-bit",
         }
 

@@ -49,11 +49,4 @@ class PreferenceReward(PromptCosineReward):
         chosen = choice(self.name, "scale", scale, Scale)
         clip = ClipSimilarity(model, device=device, dtype=dtype, processor=processor)
         factor = {Scale.RAW: clip.logit_scale, Scale.DIV26: clip.logit_scale / 26, Scale.COSINE: 1.0}[chosen]
-        super().__init__(
-            clip,
-            factor=factor,
-            provenance={
-                "processor": str(model if processor is None else processor),
-                "scale": f"{chosen} (cosine x {factor:.6g})",
-            },
-        )
+        super().__init__(clip, factor=factor, provenance={"scale": f"{chosen} (cosine x {factor:.6g})"})

@@ -22,6 +22,7 @@ from pixrl.rewards.base import Reward
 from pixrl.rewards.calls import Caller, Caught, Failure
 from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.preprocess import require_images, to_grey_levels
+from pixrl.rewards.provenance import describe_function
 from pixrl.types import RewardBatch, Scores
 
 Function = Callable[[list[Image.Image], list[str], list[dict[str, object]]], Sequence[float | None]]
@@ -48,13 +49,10 @@ class PythonReward(Reward):
 
     def __init__(self, function: str | Function, time_limit: float | None = None) -> None:
         self.function: Function = import_function(function) if isinstance(function, str) else function
-        label = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
-        _check_signature(self.function, label)
+        about = describe_function(self.function, function if isinstance(function, str) else None)
+        _check_signature(self.function, about["model"].rpartition(" (")[0])
         self._caller: Caller[object] = Caller(time_limit)
-        self.provenance: Mapping[str, str] = {
-            "model": f"{label} ({_source_hash(self.function)})",
-            "preprocessing": "8-bit; PIL",
-        }
+        self.provenance: Mapping[str, str] = {**about, "preprocessing": "8-bit; PIL"}
 
     def score(self, batch: RewardBatch) -> Scores:
         require_images(batch.images_BCHW)
@@ -144,15 +142,6 @@ def _check_signature(function: Function, label: str) -> None:
         raise ConfigError(
             f"{label} must take three arguments, f(images, prompts, metadata), but is f{signature} ({error})."
         ) from None
-
-
-def _source_hash(function: Function) -> str:
-    """16 hex digits from the file that the function is written in."""
-    module = inspect.getmodule(function)
-    file = None if module is None or module.__file__ is None else Path(module.__file__)
-    if file is None or not file.is_file():
-        return "no source file"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _as_list(answer: object, count: int) -> list[object] | Failure:

@@ -1,13 +1,23 @@
-"""The reference pictures that a sample's metadata carries."""
+"""The reference pictures that a sample's metadata carries, and rewards that compare a picture with them."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from pixrl.errors import ConfigError, did_you_mean
+from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.encoder import PictureEncoder
+from pixrl.rewards.preprocess import require_images
+from pixrl.rewards.segmentation import Colour, Foreground
+from pixrl.types import RewardBatch, Scores
+
+Encode = Callable[[Tensor], Tensor]
+"""Pictures [B, 3, H, W] to unit vectors [B, E]."""
 
 KEY = "reference"
 """metadata[KEY]: one picture [3, H, W], several of one size [M, 3, H, W], or a list of pictures of any sizes."""
@@ -84,3 +94,104 @@ class FeatureCache:
                 del self._rows[next(iter(self._rows))]
             self._rows[key] = make()
         return self._rows[key]
+
+
+class ReferenceReward(DifferentiableReward):
+    """Mean cosine in [-1, 1] between an encoder's features of a picture and of its references.
+
+    A subclass says what the encoder is shown. References get no gradient, and each is encoded once, however many
+    samples share it. A sample fails, with the reason, where it has no reference, or where nothing to compare is found
+    in its picture or in any of its references; a reference in which nothing is found is left out of the mean.
+    """
+
+    provenance: Mapping[str, str]
+    subject: int | None = None
+    """Which of several subjects in a picture is compared, from 0; None: there is one."""
+
+    def __init__(self, encoder: PictureEncoder, references: References) -> None:
+        self.encoder = encoder
+        self.references = references
+        self._cache = FeatureCache()
+
+    @abstractmethod
+    def _features(
+        self, images_BCHW: Tensor, kinds: Sequence[object], encode: Encode, *, of_reference: bool
+    ) -> Tensor:
+        """Unit vectors [B, E] of pictures that show one kind each; a row of nan where nothing was found."""
+
+    def _unknown(self, kind: object) -> str | None:
+        """Why that kind cannot be looked for, or None."""
+        return None
+
+    def _nothing(self, kind: object) -> str:
+        """What a picture lacks in which nothing was found."""
+        return "no foreground found"
+
+    @torch.no_grad()
+    def score(self, batch: RewardBatch) -> Scores:
+        values_B, reasons = self._judge(batch.images_BCHW, batch.metadata, self.encoder.image_features)
+        return Scores(values_B, tuple(reasons), provenance=self.provenance)
+
+    def differentiable_scores(
+        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()
+    ) -> Tensor:
+        values_B, _ = self._judge(images_BCHW, metadata, self.encoder.differentiable_features)
+        return values_B.to(images_BCHW.device)
+
+    def _judge(
+        self, images_BCHW: Tensor, metadata: Sequence[Mapping[str, object]], encode: Encode
+    ) -> tuple[Tensor, list[str | None]]:
+        """Scores [B], nan with a reason where there is none."""
+        require_images(images_BCHW)
+        entries = [of_subject(entry, self.subject) for entry in metadata or [{}] * len(images_BCHW)]
+        kinds = [entry.get("class") for entry in entries]
+        features_BE = self._features(images_BCHW, kinds, encode, of_reference=False)
+        finite = images_BCHW.isfinite().flatten(1).all(dim=1).tolist()
+        judged = [
+            self._compare(feature_E, entry)
+            if ok
+            else (feature_E.new_tensor(torch.nan), "the picture is not finite")
+            for entry, feature_E, ok in zip(entries, features_BE, finite, strict=True)
+        ]
+        return torch.stack([value for value, _ in judged]), [reason for _, reason in judged]
+
+    def _compare(self, feature_E: Tensor, metadata: Mapping[str, object]) -> tuple[Tensor, str | None]:
+        """One picture's score, or nan and the reason."""
+        failed = feature_E.new_tensor(torch.nan)
+        pictures, kind = references_of(metadata), metadata.get("class")
+        reason = self._unknown(kind) if pictures else self._no_reference()
+        if reason is not None:
+            return failed, reason
+        if not feature_E.isfinite().all():
+            return failed, f"{self._nothing(kind)} in the picture"
+        rows_ME = torch.cat([self._reference(picture, kind) for picture in chosen(pictures, self.references)])
+        usable = rows_ME[rows_ME.isfinite().all(dim=1)]
+        if not len(usable):
+            return failed, f"{self._nothing(kind)} in the reference"
+        return (usable.to(feature_E.device) @ feature_E).mean(), None
+
+    def _no_reference(self) -> str:
+        where = repr(KEY) if self.subject is None else f"{SUBJECTS!r}, number {self.subject}"
+        return f"no reference picture in the metadata (under {where})"
+
+    def _reference(self, image_BCHW: Tensor, kind: object) -> Tensor:
+        """[1, E] of one reference, the same however it is batched."""
+        return self._cache.get(
+            image_BCHW,
+            str(kind),
+            lambda: self._features(image_BCHW, [kind], self.encoder.image_features, of_reference=True),
+        )
+
+
+def cut_out_features(
+    images_BCHW: Tensor, masks_BHW: Tensor, foreground: Foreground, background: Colour, encode: Encode
+) -> Tensor:
+    """Unit vectors [B, E] of what the masks leave, on one colour; a row of nan where that is too little.
+
+    The gradient goes to the pictures, not through the masks.
+    """
+    # cloned: autograd cannot keep a tensor of inference mode
+    masks_BHW = masks_BHW.detach().clone()
+    features_BE = encode(Foreground.composite(images_BCHW.float().cpu(), masks_BHW, background))
+    found_B = foreground.is_present(masks_BHW).to(features_BE.device)
+    return torch.where(found_B[:, None], features_BE, torch.nan)
