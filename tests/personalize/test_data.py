@@ -154,7 +154,10 @@ def test_each_subject_is_judged_by_a_reward_of_its_own(pair: Path, tmp_path: Pat
     [
         ({"classes": ["dog"]}, "2 pictures and 1 classes"),
         ({"classes": "dog"}, "write it like"),
-        ({"classes": ["dog", "owl"]}, "does not name its class 'owl'"),
+        (
+            {"classes": ["dog", "owl"]},
+            r"does not name its class 'owl'(.|\n)*mend the entry's classes in \S+\.json",
+        ),
     ],
 )
 def test_classes_of_a_list(pair: Path, change: dict[str, object], message: str) -> None:

@@ -149,6 +149,7 @@ def _read_subject(path: Path) -> Subject:
     if not word:
         raise InputError(f"{path / CLASS_FILE} is empty. Write what the subject is, such as: dog")
     prompts = tuple(prompt.text for prompt in load_prompts(path / PROMPTS_FILE))
+    _require_word(path.resolve().name, word, prompts, f"mend {path / CLASS_FILE}")
     return Subject(path.resolve().name, word, prompts, tuple(list_pictures(path)))
 
 
@@ -160,6 +161,7 @@ def _read_dreambench(folder: Path) -> list[Subject]:
                 f"{folder / CLASSES_FILE} lists {name!r}, but there is no folder {folder / name}. "
                 "Check out google/dreambooth again."
             )
+        _require_word(name, word, prompts, f"mend {folder / CLASSES_FILE}")
         subjects.append(Subject(name, word, prompts, tuple(list_pictures(folder / name))))
     return subjects
 
@@ -228,7 +230,7 @@ def _uno_classes(
             f"{path}, entry {number} has {len(references)} pictures and {len(given)} classes; give one class a picture."
         )
     for word in given:
-        _require_word(f"entry {number} of {path.name}", word, [prompt])
+        _require_word(f"entry {number} of {path.name}", word, [prompt], f"mend the entry's classes in {path}")
     return tuple(given)
 
 
@@ -238,7 +240,7 @@ def _uno_name(paths: Sequence[str]) -> str:
 
 
 def _checked(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
-    """The subjects, after every picture was opened once and every prompt read."""
+    """The subjects, after every picture was opened once."""
     seen: set[Path] = set()
     for subject in subjects:
         if not subject.references:
@@ -247,17 +249,15 @@ def _checked(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
             if isinstance(picture, Path) and picture not in seen:
                 read_picture(picture)
                 seen.add(picture)
-        if subject.word is not None:
-            _require_word(subject.name, subject.word, subject.prompts)
     return tuple(subjects)
 
 
-def _require_word(name: str, word: str, prompts: Sequence[str]) -> None:
+def _require_word(name: str, word: str, prompts: Sequence[str], mend: str) -> None:
     """Every prompt says the class word, as a word of its own, in any case, singular or with an s."""
     says = re.compile(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", re.IGNORECASE)
     for number, prompt in enumerate(prompts, 1):
         if not says.search(prompt):
             raise InputError(
                 f"Prompt {number} of the subject {name!r} does not name its class {word!r}: {prompt!r}. "
-                f"The class word is how the prompt asks for the subject: write it in, or mend {CLASS_FILE}."
+                f"The class word is how the prompt asks for the subject: write it in, or {mend}."
             )
