@@ -31,7 +31,7 @@ from pixrl.hub_check import (
     read_json,
     remedy,
 )
-from pixrl.hub_fetch import CONFIG_FILES, fetch_files, fetch_pipeline, is_hub_id
+from pixrl.hub_fetch import CONFIG_FILES, SAFETENSORS, fetch_files, fetch_model, fetch_pipeline, is_hub_id
 
 __all__ = [
     "CARD_FILE",
@@ -59,10 +59,10 @@ TOY_PREFIX = "toy:"
 TOY_NAMES = ("clip", "vae", "segmenter", "identity", "preference", "sd3", "flux")
 CARD_FILE = "pixrl.json"
 SINGLE_FILE = ".safetensors"
-_TRANSFORMERS_FILES = (
-    "*config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", CARD_FILE,
+_BESIDE_WEIGHTS = (
+    "*config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", CARD_FILE,
 )  # fmt: skip
+"""What a transformers folder holds beside its weights."""
 
 
 class Presence(BaseModel):
@@ -144,8 +144,10 @@ def folder(ref: str | Path, layout: Layout, *, without: Sequence[str] = ()) -> P
         path = found
     elif layout is Layout.PIPELINE:
         path = fetch_pipeline(found, without)
+    elif layout is Layout.REWARD:
+        path = fetch_model(found, _BESIDE_WEIGHTS)
     else:
-        path = fetch_files(found, _TRANSFORMERS_FILES)
+        path = fetch_files(found, (*_BESIDE_WEIGHTS, *SAFETENSORS))
     check_folder(path, layout)
     return path
 

@@ -5,6 +5,7 @@ Only configs and the headers of safetensors files are read. This module imports 
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,18 +15,26 @@ from pixrl.errors import CheckpointError
 
 TOY_ROOT = Path(__file__).parent / "toy" / "checkpoints"
 INDEX = "model_index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+"""Weights as torch.save writes them, whole, and the list of their shards."""
 T5_COMPONENTS = ("text_encoder_3", "tokenizer_3")
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """How what torch.save and pickle write begins."""
+_CACHED = re.compile(r"models--(?:(?!--).)+--.+")
+"""A repository's folder in the hub's cache."""
+_SHARD = re.compile(r"(.+?)(\.fp16)?-\d{5}-of-\d{5}\.safetensors")
 NAMED = 3
 """How many keys an error names."""
 
 
 class Layout(StrEnum):
-    """The two published folder layouts."""
+    """The published folder layouts."""
 
     PIPELINE = "pipeline"
     TRANSFORMERS = "transformers"
+    REWARD = "reward"
+    """TRANSFORMERS, or with pytorch_model.bin where there are no safetensors: for `rewards.weights`, which reads
+    tensors alone."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,26 @@ def remedy(path: Path) -> str:
     """What to type to get a complete checkpoint."""
     if path.is_relative_to(TOY_ROOT):
         return f"Type: pixrl toy build --stage {path.relative_to(TOY_ROOT).parts[0]}"
-    return "Save or download it again, for example: hf download OWNER/NAME --local-dir FOLDER"
+    return (
+        _mend_cache(path)
+        or "Save or download it again, for example: hf download OWNER/NAME --local-dir FOLDER"
+    )
+
+
+def _mend_cache(path: Path) -> str | None:
+    """The command for what lies in the hub's cache, `models--OWNER--NAME/snapshots/COMMIT/...`; None elsewhere."""
+    parts = path.parts
+    at = next((n for n, part in enumerate(parts[:-2]) if _CACHED.fullmatch(part)), None)
+    if at is None or parts[at + 1] != "snapshots":
+        return None
+    commit, inside = parts[at + 2], "/".join(parts[at + 3 :])
+    main = Path(*parts[: at + 1], "refs", "main")
+    words = ["hf download", parts[at].removeprefix("models--").replace("--", "/")]
+    if inside:
+        words.append(inside if path.suffix else f"--include '{inside}/*'")
+    if not main.is_file() or main.read_text(encoding="utf-8").strip() != commit:
+        words.append(f"--revision {commit}")
+    return f"Download it again: {' '.join(words)} --force-download"
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -61,8 +89,8 @@ def read_json(path: Path) -> dict[str, object]:
 
 def check_folder(path: Path, layout: Layout) -> None:
     """Refuses a folder in which a listed part, its config or its weights are missing, of another class or cut short."""
-    if layout is Layout.TRANSFORMERS:
-        _check_model(path)
+    if layout is not Layout.PIPELINE:
+        _check_model(path, bin_too=layout is Layout.REWARD)
         return
     for name, kind in components(path).items():
         part = path / name
@@ -110,8 +138,27 @@ def is_model(kind: str) -> bool:
 
 
 def model_files(part: Path) -> list[Path]:
-    """The safetensors files of one model: those that an index lists, or all."""
-    return list(_listed_shards(part)) or sorted(part.glob("*.safetensors"))
+    """The safetensors files of one model: those that an index lists, or all.
+
+    Raises:
+        CheckpointError: they are shards, and the index that lists them is missing.
+    """
+    listed = list(_listed_shards(part))
+    files = listed or sorted(part.glob("*.safetensors"))
+    shards = [] if listed else [match for file in files if (match := _SHARD.fullmatch(file.name))]
+    if shards and len(shards) == len(files):
+        index = part / f"{shards[0][1]}.safetensors.index{shards[0][2] or ''}.json"
+        raise CheckpointError(
+            f"{part} holds {len(files)} shards ({files[0].name}{_more(files, 1)}), but {index.name}, which says what "
+            f"lies in which, is missing. {remedy(index)}"
+        )
+    return files
+
+
+def bin_files(part: Path) -> list[Path]:
+    """pytorch_model.bin, or the shards that its index lists; none where there is neither."""
+    whole = part / BIN
+    return [whole] if whole.is_file() else list(_listed_shards(part, BIN_INDEX))
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:
@@ -120,8 +167,7 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     Raises:
         CheckpointError: the file is missing, cut short, damaged, or a pickle with a safetensors file's name.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: its index lists it. {remedy(file)}")
+    _require_listed(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -154,28 +200,50 @@ def _refuse_pickle(file: Path, start: bytes) -> None:
         )
 
 
-def refuse_misfits(missing: Sequence[str], unexpected: Sequence[str], source: Path, kind: str) -> None:
-    """Nothing where both are empty.
+@dataclass(frozen=True)
+class Reshaped:
+    """A weight that has another shape than the config says."""
+
+    name: str
+    found: tuple[int, ...]
+    expected: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} is {list(self.found)}, expected {list(self.expected)}"
+
+
+def refuse_misfits(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    source: Path,
+    kind: str,
+    reshaped: Sequence[Reshaped] = (),
+) -> None:
+    """Nothing where all are empty.
 
     Args:
         missing: weights that the model expects and the source lacks.
         unexpected: weights that the source has and the model does not know.
         source: a file or folder.
         kind: the model's class.
+        reshaped: weights of another shape.
 
     Raises:
         CheckpointError: names the first few, each unexpected one with the nearest of the missing ones.
     """
-    if missing or unexpected:
+    if missing or unexpected or reshaped:
         raise CheckpointError(
-            f"The weights of {source} do not fit a {kind} of its config.json: {misfits(missing, unexpected)}. "
-            f"Config and weights belong to different models. {remedy(source)}"
+            f"The weights of {source} do not fit a {kind} of its config.json: "
+            f"{misfits(missing, unexpected, reshaped)}. Config and weights belong to different models: take both from "
+            f"the same one. {remedy(source)}"
         )
 
 
-def misfits(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+def misfits(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence[Reshaped] = ()) -> str:
     """Which keys do not fit, in words: the first few, each unexpected one with the nearest of the missing ones."""
     parts = []
+    if reshaped:
+        parts.append(f"{len(reshaped)} weights have another shape ({some([str(one) for one in reshaped])})")
     if missing:
         parts.append(f"{len(missing)} weights are missing ({some(missing)})")
     if unexpected:
@@ -190,8 +258,8 @@ def some(keys: Sequence[str]) -> str:
     return f"{', '.join(keys[:NAMED])}{_more(keys)}"
 
 
-def _more(keys: Sequence[str]) -> str:
-    return ", ..." if len(keys) > NAMED else ""
+def _more(keys: Sequence[object], named: int = NAMED) -> str:
+    return ", ..." if len(keys) > named else ""
 
 
 def _check_component(part: Path, kind: str) -> None:
@@ -214,19 +282,29 @@ def _check_component(part: Path, kind: str) -> None:
             )
 
 
-def _check_model(part: Path) -> None:
+def _check_model(part: Path, *, bin_too: bool = False) -> None:
+    """`bin_too`: pytorch_model.bin counts where there are no safetensors."""
     read_json(part / "config.json")
     files = model_files(part)
-    if not files:
-        pickled = sorted([*part.glob("*.bin"), *part.glob("*.ckpt")])
-        found = f" It has {pickled[0].name}, but pickled weights are never loaded." if pickled else ""
-        raise CheckpointError(f"{part} holds no .safetensors weights.{found} {remedy(part)}")
     for file in files:
         read_header(file)
+    bins = bin_files(part) if bin_too and not files else []
+    for file in bins:
+        _require_listed(file)
+    if not files and not bins:
+        pickled = sorted([*part.glob("*.bin"), *part.glob("*.ckpt")])
+        found = f" It has {pickled[0].name}, but pickled weights are never loaded." if pickled else ""
+        or_bin = f" and no {BIN}" if bin_too else ""
+        raise CheckpointError(f"{part} holds no .safetensors weights{or_bin}.{found} {remedy(part)}")
 
 
-def _listed_shards(part: Path) -> Iterator[Path]:
-    for index in sorted(part.glob("*.safetensors.index.json")):
+def _require_listed(file: Path) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: its index lists it. {remedy(file)}")
+
+
+def _listed_shards(part: Path, indexes: str = "*.safetensors.index*.json") -> Iterator[Path]:
+    for index in sorted(part.glob(indexes)):
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, Mapping):
             raise CheckpointError(f"{index} has no weight_map. {remedy(part)}")

@@ -7,6 +7,7 @@ the cache is taken. The hub's library is imported only where something is fetche
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from pixrl.errors import CheckpointError, InputError
@@ -14,6 +15,9 @@ from pixrl.libraries import check_torchvision
 
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model")
 """What describes a pipeline and its tokenizers, without weights."""
+SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+BINS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+"""The weights of a transformers model, whole or in shards."""
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -62,6 +66,20 @@ def fetch_files(ref: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except _failures() as error:
         raise explained(ref, error) from error
+
+
+def fetch_model(ref: str, beside: Sequence[str]) -> Path:
+    """The folder of a model: the files that match, and its safetensors, or pytorch_model.bin where it has none.
+
+    Which of them the repository has is told by what came, so it works with the cache alone, too. Never both are
+    downloaded.
+
+    Raises:
+        CheckpointError: it cannot be had; says why and what to do.
+    """
+    folder = fetch_files(ref, (*beside, *SAFETENSORS))
+    has_safetensors = any(file for pattern in SAFETENSORS for file in folder.glob(pattern))
+    return folder if has_safetensors else fetch_files(ref, BINS)
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -163,7 +181,8 @@ class Remote:
     """What the hub says of a repository that is not in the cache."""
 
     weights: int
-    """Bytes of all its safetensors files; a download takes those of one variant."""
+    """Bytes of all its safetensors files, of which a download takes those of one variant; without any, of its
+    pytorch_model.bin."""
 
 
 def ask(ref: str) -> Remote:
@@ -188,8 +207,10 @@ def ask(ref: str) -> Remote:
             HfApi().auth_check(repo)
     except _failures() as error:
         raise explained(ref, error) from error
-    sizes = [one.size or 0 for one in info.siblings or () if one.rfilename.endswith(".safetensors")]
-    return Remote(sum(sizes))
+    sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+    safe = [size for name, size in sizes.items() if name.endswith(".safetensors")]
+    bins = [size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in BINS)]
+    return Remote(sum(safe or bins))
 
 
 def cache_place() -> Path:

@@ -1,15 +1,26 @@
 """The identity reward: the cosine of cut-out subjects, and a reason wherever there is none."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests import tiny
+from tests.tiny_bin import as_bin
 from tests.tiny_dino import dino
+from tests.tiny_encoders import dino_v1
 from torch import Tensor
+from transformers import (
+    AutoModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+)
 
 from pixrl import rewards
-from pixrl.errors import ConfigError
+from pixrl.errors import CheckpointError, ConfigError
 from pixrl.rewards.dino import DinoEncoder, DinoSegReward
 from pixrl.rewards.references import FeatureCache, references_of
 from pixrl.rewards.segmentation import Foreground, Segmenter
@@ -182,3 +193,76 @@ def test_contradicting_options(options: dict[str, object], message: str, dino_fo
     with pytest.raises(ConfigError) as caught:
         reward(dino_folder, **options)
     assert message in str(caught.value)
+
+
+def with_registers(folder: Path) -> Path:
+    """dinov2_with_registers: four more tokens after the first."""
+    dino(folder)
+    (folder / "model.safetensors").unlink()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+    config = Dinov2WithRegistersConfig(**sizes, image_size=28, patch_size=7, num_register_tokens=4)
+    Dinov2WithRegistersModel(config).save_pretrained(folder)
+    return folder
+
+
+def dinov3(folder: Path) -> Path:
+    """dinov3_vit."""
+    dino(folder)
+    (folder / "model.safetensors").unlink()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = DINOv3ViTConfig(**sizes, image_size=28, patch_size=7, num_register_tokens=4)
+    DINOv3ViTModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make", [dino, with_registers, dinov3])
+def test_the_features_are_the_class_token(
+    make: Callable[[Path], Path], tmp_path: Path, images: Tensor
+) -> None:
+    """What transformers calls the pooled output, in each kind of folder that is taken, safetensors or not."""
+    folder = make(tmp_path / "safe")
+    encoder = DinoEncoder(folder, device="cpu")
+    with torch.no_grad():
+        pooled = AutoModel.from_pretrained(folder)(pixel_values=encoder.preprocess(images)).pooler_output
+    expected = torch.nn.functional.normalize(pooled, dim=-1)
+    assert torch.allclose(encoder.image_features(images), expected, atol=1e-6)
+    assert torch.equal(
+        DinoEncoder(as_bin(folder, tmp_path / "bin"), device="cpu").image_features(images),
+        encoder.image_features(images),
+    )
+
+
+@pytest.mark.parametrize("make", [tiny.clip, tiny.segmenter])
+def test_another_encoder_is_refused_when_it_is_loaded(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    kind = "clip" if make is tiny.clip else "segformer"
+    allowed = "dinov2, dinov2_with_registers, dinov3_vit, vit, such as facebook/dinov2-base"
+    for load in (
+        lambda: DinoEncoder(folder, device="cpu"),
+        lambda: rewards.load("dino", model=folder, device="cpu"),
+    ):
+        with pytest.raises(
+            CheckpointError, match=f"holds a '{kind}' model; DINO features need one of {allowed}"
+        ):
+            load()
+
+
+@pytest.mark.parametrize("make", [dino, with_registers, dinov3])
+def test_the_token_of_training_alone_may_be_missing(
+    make: Callable[[Path], Path], tmp_path: Path, images: Tensor
+) -> None:
+    folder = make(tmp_path)
+    expected = DinoEncoder(folder, device="cpu").image_features(images)
+    weights = load_file(folder / "model.safetensors")
+    del weights["embeddings.mask_token"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(DinoEncoder(folder, device="cpu").image_features(images), expected)
+
+
+def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
+    folder = dino_v1(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["layernorm.weight"] = torch.ones(16)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="could not be loaded as a ViTModel"):
+        DinoEncoder(folder, device="cpu")

@@ -1,19 +1,23 @@
 """VQAScore from CLIP-FlanT5's shards: question, padding, answer, each against the original's way."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tests import tiny_flant5
+from tests import tiny, tiny_flant5
+from tests.tiny_bin import BIN, RunsCode, as_bin
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError
 from pixrl.rewards.python_reward import to_pil
+from pixrl.rewards.sources import describe
 from pixrl.rewards.vqascore import VQAScoreReward, answer_probability
+from pixrl.rewards.weights import origin
 from pixrl.types import RewardBatch, Scores
 
 PROMPTS = ["a red owl", "two cats on a very long sofa", "a red owl", "No", "an owl"]
@@ -125,7 +129,26 @@ def test_the_tower_can_be_elsewhere(
         VQAScoreReward(bare, device="cpu", dtype="float32")
     other = VQAScoreReward(bare, vision=tower, device="cpu", dtype="float32")
     assert torch.equal(score(other, images).values_B, score(reward, images).values_B)
-    assert other.provenance["vision"] == str(tower)
+    assert other.provenance["vision"] == describe(tower, tower)["model"]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a tower", "a CLIP"])
+def test_the_tower_can_be_pickled_tensors(tower: Path, words: Path, tmp_path: Path, whole: bool) -> None:
+    """As in openai/clip-vit-large-patch14-336: a pytorch_model.bin with both towers, and nothing else."""
+    bare = tiny_flant5.flant5(tmp_path / "bare", tower, with_tower=False)
+    safe = tmp_path / "safe"
+    tiny.clip(safe) if whole else shutil.copytree(tower, safe)
+    pickled = as_bin(safe, tmp_path / "pickled")
+    images = torch.rand(2, 3, 30, 40, generator=torch.Generator().manual_seed(0))
+    found, expected = (
+        score(VQAScoreReward(bare, words, vision=vision, device="cpu", dtype="float32"), images, PROMPTS[:2])
+        for vision in (pickled, safe)
+    )
+    assert torch.equal(found.values_B, expected.values_B)
+    assert found.provenance["vision"] == origin(pickled, pickled, [pickled / BIN], "")["model"]
+    torch.save({"logit_scale": RunsCode()}, pickled / BIN)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin .* more than tensors"):
+        VQAScoreReward(bare, words, vision=pickled, device="cpu", dtype="float32")
 
 
 def test_provenance(reward: VQAScoreReward, tower: Path, words: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError
-from pixrl.hub import Layout, folder, read_card, read_json, weight_files
+from pixrl.hub import Layout, folder, read_card, read_json
 from pixrl.rewards.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -25,7 +25,7 @@ from pixrl.rewards.preprocess import (
     resize_8_bit,
 )
 from pixrl.rewards.sources import describe
-from pixrl.rewards.weights import read_weights
+from pixrl.rewards.weights import read_weights, weight_shards
 
 ARCHITECTURE = "BiRefNet"
 SIDE = 1024
@@ -52,7 +52,7 @@ class BiRefNetForeground:
     ) -> None:
         from pixrl.rewards.birefnet_model import load
 
-        path = folder(ref, Layout.TRANSFORMERS)
+        path = folder(ref, Layout.REWARD)
         self.name = str(ref)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
@@ -64,7 +64,7 @@ class BiRefNetForeground:
             )
         self.preprocess = Preprocessing(None, (side, side), None, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
         with quiet_loading():
-            model = load(read_weights(weight_files(path)), path)
+            model = load(read_weights(weight_shards(path)), path)
         self.model = model.to(self.device, self.precision.weights)
         self.provenance: Mapping[str, str] = {
             **describe(ref, path),

@@ -13,12 +13,10 @@ from pixrl.hub import Layout, folder, read_json
 from pixrl.rewards.openclip import to_transformers
 from pixrl.rewards.preprocess import InputPreprocessing, Preprocessing
 from pixrl.rewards.sources import describe, is_weight_file, words_folder
-from pixrl.rewards.weights import build, read_weights, refuse_misfits
+from pixrl.rewards.weights import LOADING_ERRORS, build, load_folder, read_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
-
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def load_clip(
         words = words_folder(processor)
         model = _from_openclip(path, words, dtype)
     else:
-        path = folder(ref, Layout.TRANSFORMERS)
+        path = folder(ref, Layout.REWARD)
         words = path if processor is None else words_folder(processor)
         model = _from_folder(path, dtype)
     preprocess = preprocess or Preprocessing.from_folder(words, square=False)
@@ -61,7 +59,7 @@ def load_clip(
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-        except _LOADING_ERRORS as error:
+        except LOADING_ERRORS as error:
             raise CheckpointError(f"The tokenizer in {words} could not be loaded: {error}") from error
     provenance = {**describe(ref, path), "preprocessing": preprocess.describe()}
     if processor is not None:
@@ -82,15 +80,8 @@ def _from_folder(path: Path, dtype: torch.dtype) -> "CLIPModel":
     with quiet_loading():
         from transformers import CLIPModel
 
-        try:
-            model, report = CLIPModel.from_pretrained(
-                path, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-        except _LOADING_ERRORS as error:
-            raise CheckpointError(f"{path} could not be loaded as a CLIPModel: {error}") from error
-    refuse_misfits(sorted(report["missing_keys"]), [], path)
-    found: CLIPModel = model
-    return found
+        model: CLIPModel = load_folder(CLIPModel, path, dtype)
+    return model
 
 
 def _from_openclip(file: Path, words: Path, dtype: torch.dtype) -> "CLIPModel":

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from pixrl.device import choose_device, quiet_loading
 from pixrl.errors import CheckpointError
-from pixrl.hub import Layout, folder, read_card, read_json, weight_files
+from pixrl.hub import Layout, folder, read_card, read_json
 from pixrl.rewards import openmmlab
 from pixrl.rewards.preprocess import batches, require_images, to_grey_levels
 from pixrl.rewards.segmentation import Instance
-from pixrl.rewards.weights import origin, refuse_misfits
+from pixrl.rewards.weights import folder_arguments, from_pretrained, origin, refuse_misfits, weight_shards
 
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -202,41 +202,40 @@ def _load_file(ref: str | Path) -> _Loaded:
     path = Path(ref)
     state = openmmlab.read(path)
     config = openmmlab.config(state, path)
-    model = _load(path, None, config=config, state_dict=openmmlab.convert(state, path))
+    weights = openmmlab.convert(state, path)
+    model = _load(path, {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights})
     _require_coco(path, int(config.num_labels), {})
     return _Loaded(model, None, {**origin(ref, path.parent, [path], "Apache-2.0"), "weights": "OpenMMLab's"})
 
 
 def _load_folder(ref: str | Path) -> _Loaded:
-    path = folder(ref, Layout.TRANSFORMERS)
+    path = folder(ref, Layout.REWARD)
     kind = read_json(path / "config.json").get("model_type")
     if kind != MODEL_TYPE:
         raise CheckpointError(
             f"{path} holds a {kind!r} model, and GenEval's detector is a {MODEL_TYPE!r}, such as "
             "facebook/mask2former-swin-small-coco-instance. A semantic segmenter is given as the option 'segmenter'."
         )
-    model = _load(path, path, dtype=torch.float32, local_files_only=True)
+    model = _load(path)
     labels = {int(n): str(label) for n, label in model.config.id2label.items()}
     _require_coco(path, len(labels), labels)
-    about = origin(ref, path, weight_files(path), "see the folder's README.md; facebook/mask2former-*: other")
+    about = origin(
+        ref, path, weight_shards(path), "see the folder's README.md; facebook/mask2former-*: other"
+    )
     named = "a hub folder's: not those that GenEval is published with"
     return _Loaded(model, read_card(path).resolution, {**about, "weights": named})
 
 
-def _load(path: Path, source: Path | None, **options: Any) -> Any:
-    """The model, every part of it from the file."""
+def _load(path: Path, arguments: Mapping[str, object] | None = None) -> Any:
+    """The model, every part of it from the file or, where no arguments are given for it, from the folder."""
     with quiet_loading():
-        from transformers import Mask2FormerForUniversalSegmentation
+        from transformers import Mask2FormerForUniversalSegmentation as Kind
 
-        try:
-            model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
-                source, output_loading_info=True, **options
-            )
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{path} could not be loaded as a Mask2Former: {error}") from error
-    missing = [key for key in report["missing_keys"] if not any(part in key for part in _MAY_LACK)]
-    unexpected = [key for key in report["unexpected_keys"] if not key.endswith(_MAY_HAVE)]
-    refuse_misfits(sorted(missing), sorted(unexpected), path)
+        arguments = folder_arguments(Kind, path, torch.float32) if arguments is None else arguments
+        model, missing, unexpected = from_pretrained(Kind, path, arguments)
+    missing = [key for key in missing if not any(part in key for part in _MAY_LACK)]
+    unexpected = [key for key in unexpected if not key.endswith(_MAY_HAVE)]
+    refuse_misfits(missing, unexpected, path)
     return model
 
 

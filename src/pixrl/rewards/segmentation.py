@@ -25,6 +25,7 @@ from pixrl.hub import Layout, folder, read_card
 from pixrl.rewards.birefnet import BiRefNetForeground, is_birefnet
 from pixrl.rewards.preprocess import Preprocessing, batches, require_images
 from pixrl.rewards.sources import describe
+from pixrl.rewards.weights import class_in, load_folder
 
 Colour = tuple[float, float, float]
 MaskFunction = Callable[[Tensor], Tensor]
@@ -62,12 +63,16 @@ class Instance:
 
 
 class Segmenter:
-    """A transformers semantic segmentation model: per-pixel class probabilities, and objects from them."""
+    """A transformers semantic segmentation model: per-pixel class probabilities, and objects from them.
+
+    Raises:
+        CheckpointError: the folder is missing, half written, lacks a weight, or is of another class.
+    """
 
     def __init__(
         self, ref: str | Path, *, device: str = "auto", dtype: str = "float32", batch: int = BATCH
     ) -> None:
-        path = folder(ref, Layout.TRANSFORMERS)
+        path = folder(ref, Layout.REWARD)
         self.name = str(ref)
         self.card = read_card(path)
         self.device = choose_device(device)
@@ -77,15 +82,11 @@ class Segmenter:
         self.evidence = EVIDENCE if self.card.score_evidence is None else self.card.score_evidence
         self.preprocess = Preprocessing.from_folder(path, square=True)
         with quiet_loading():
-            from transformers import AutoModelForSemanticSegmentation
+            from transformers import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
 
-            try:
-                model = AutoModelForSemanticSegmentation.from_pretrained(
-                    path, dtype=self.precision.weights, local_files_only=True
-                )
-            except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-                raise CheckpointError(f"{path} could not be loaded for segmentation: {error}") from error
-        self.model = model.requires_grad_(False).eval().to(self.device)
+            kind = class_in(MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING, path)
+            model = load_folder(kind, path, self.precision.weights)
+        self.model = model.to(self.device)
         self.labels = tuple(str(model.config.id2label[n]) for n in range(len(model.config.id2label)))
         if BACKGROUND_LABEL not in self.labels:
             raise CheckpointError(
@@ -188,7 +189,7 @@ def load_back_end(back_end: str | Path | BackEnd, *, device: str = "auto") -> Ba
     """The foreground model of a checkpoint, by the class that its config names; what is loaded is given back."""
     if not isinstance(back_end, str | Path):
         return back_end
-    path = folder(back_end, Layout.TRANSFORMERS)
+    path = folder(back_end, Layout.REWARD)
     return (BiRefNetForeground if is_birefnet(path) else Segmenter)(back_end, device=device)
 
 

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pixrl.errors import CheckpointError
-from pixrl.hub import weight_files
-from pixrl.rewards.weights import origin, published_folder, require_file
+from pixrl.rewards.weights import origin, published_folder, require_file, weight_shards
 
 NOT_STATED = "not stated: see the model's page"
 NON_COMMERCIAL = "BRIA RMBG-2.0: non-commercial use only, commercial use by agreement with BRIA AI"
@@ -45,8 +44,12 @@ _FIELD = re.compile(r"^(license|license_name):[ \t]*['\"]?([^'\"\n]+?)['\"]?[ \t
 
 
 def describe(ref: str | Path, path: Path) -> dict[str, str]:
-    """Provenance of a folder's safetensors, or of one file: id with checksum, revision, licence."""
-    folder, files = (path.parent, [path]) if path.is_file() else (path, weight_files(path))
+    """Provenance of the weights that a folder's model is loaded from, or of one file: id, checksum, revision, licence.
+
+    Raises:
+        CheckpointError: the folder holds no weights.
+    """
+    folder, files = (path.parent, [path]) if path.is_file() else (path, weight_shards(path))
     return describe_files(ref, folder, files)
 
 

@@ -22,20 +22,20 @@ from pixrl.hub import read_json
 from pixrl.rewards.base import DifferentiableReward
 from pixrl.rewards.pairs import load_tokenizer, score_pairs
 from pixrl.rewards.preprocess import Preprocessing, to_grey_levels
-from pixrl.rewards.sources import WORDS
+from pixrl.rewards.sources import WORDS, describe
 from pixrl.rewards.weights import (
     build,
     load_folder,
     load_weights,
     origin,
     published_folder,
+    published_model,
     read_weights,
     require_file,
     weight_shards,
 )
 from pixrl.types import RewardBatch, Scores
 
-FILES = ("config.json", "pytorch_model*", "model*.safetensors*", *WORDS)
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 LICENCE = "Apache-2.0"
 SYSTEM = (
@@ -77,7 +77,7 @@ class VQAScoreReward(DifferentiableReward):
         device: str = "auto",
         dtype: str = "auto",
     ) -> None:
-        folder = published_folder(model, FILES)
+        folder = published_model(model, WORDS)
         config = _config(folder)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
@@ -86,7 +86,7 @@ class VQAScoreReward(DifferentiableReward):
         weights = read_weights(shards)
         tower = str(config["mm_vision_tower"]) if vision is None else vision
         own_tower = any(key.startswith(_TOWER) for key in weights)
-        tower_folder = published_folder(tower, WORDS if own_tower else (*WORDS, "model.safetensors"))
+        tower_folder = published_folder(tower, WORDS) if own_tower else published_model(tower, WORDS)
         self.preprocess = Preprocessing.from_folder(tower_folder, square=False)
         self.text_model = self._build_text(config, weights, folder)
         self.tower = self._build_tower(weights if own_tower else {}, tower_folder, folder)
@@ -97,7 +97,7 @@ class VQAScoreReward(DifferentiableReward):
         self.provenance: Mapping[str, str] = {
             **origin(model, folder, shards, LICENCE),
             "tokenizer": str(model if tokenizer is None else tokenizer),
-            "vision": str(tower),
+            "vision": str(tower) if own_tower else describe(tower, tower_folder)["model"],
             "preprocessing": f"8-bit; mean colour to a square; {self.preprocess.describe()}",
             "question": AFTER.strip(),
         }

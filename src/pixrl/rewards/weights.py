@@ -1,4 +1,4 @@
-"""Published weights outside transformers' folder layout: one .pt, one .safetensors, or shards with an index.
+"""Published weights: a transformers folder, with safetensors or pytorch_model.bin; one .pt, or shards with an index.
 
 A pickled file is read by torch's weights-only reader, which builds tensors and plain containers and refuses everything
 else: nothing in it is run. Keys that do not fit are named, each with the nearest one that was expected.
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError
 from pixrl.hub import fingerprint, read_json, resolve
-from pixrl.hub_check import misfits, some
-from pixrl.hub_fetch import fetch_files
+from pixrl.hub_check import BIN, BIN_INDEX, misfits, some
+from pixrl.hub_fetch import fetch_files, fetch_model
 from pixrl.rewards.calls import Caught
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
+LAYOUTS = (("model.safetensors", "model.safetensors.index.json"), (BIN, BIN_INDEX))
+"""Weights whole and the index of their shards, in the order in which transformers takes them."""
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError)
+"""What transformers raises where a folder does not fit."""
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 """Names under which training code saves a state dict beside other things."""
 
@@ -37,6 +39,17 @@ def published_folder(ref: str | Path, patterns: Sequence[str]) -> Path:
     if isinstance(found, Path):
         return found
     return fetch_files(found, patterns)
+
+
+def published_model(ref: str | Path, beside: Sequence[str]) -> Path:
+    """`published_folder` of a model: of a hub id, the files that match `beside` and the weights of one format.
+
+    Raises:
+        CheckpointError: the folder does not exist, or the hub does not give it.
+        InputError: the reference is none of toy:NAME, a folder and a hub id.
+    """
+    found = resolve(ref)
+    return found if isinstance(found, Path) else fetch_model(found, beside)
 
 
 def require_file(folder: Path, name: str) -> Path:
@@ -66,21 +79,25 @@ def origin(ref: str | Path, folder: Path, files: Iterable[Path], licence: str) -
 
 
 def weight_shards(folder: Path) -> list[Path]:
-    """The weight files that a folder's index lists, or its only one; safetensors before .bin.
+    """The weight files that a folder's model is loaded from: the only one, or those of its index; .bin comes last.
 
     Raises:
         CheckpointError: there is none, or a listed shard is missing.
     """
-    for index in (folder / name for name in INDEXES):
-        if index.is_file():
-            listed = read_json(index).get("weight_map")
-            if not isinstance(listed, Mapping) or not listed:
-                raise CheckpointError(f"{index} has no weight_map: half written? Download it again.")
-            return [require_file(folder, name) for name in sorted(set(listed.values()))]
-    for single in (folder / name for name in SINGLES):
-        if single.is_file():
-            return [single]
-    raise CheckpointError(f"{folder} holds no weights: none of {', '.join((*INDEXES, *SINGLES))}.")
+    for single, index in LAYOUTS:
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            return _listed(folder, folder / index)
+    names = ", ".join(name for layout in LAYOUTS for name in layout)
+    raise CheckpointError(f"{folder} holds no weights: none of {names}.")
+
+
+def _listed(folder: Path, index: Path) -> list[Path]:
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, Mapping) or not listed:
+        raise CheckpointError(f"{index} has no weight_map: half written? Download it again.")
+    return [require_file(folder, name) for name in sorted(set(listed.values()))]
 
 
 def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
@@ -126,30 +143,91 @@ def build(
     Raises:
         CheckpointError: the weights do not fit.
     """
-    try:
-        model, report = kind.from_pretrained(
-            None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{source} could not be loaded as a {kind.__name__}: {error}") from error
-    refuse_misfits(sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), source)
-    return model.requires_grad_(False).eval()
+    arguments = _given(config, weights, dtype)
+    model, missing, unexpected = from_pretrained(kind, source, arguments | options)
+    refuse_misfits(missing, unexpected, source)
+    return model
 
 
-def load_folder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+def load_folder(
+    kind: Any, folder: Path, dtype: torch.dtype, *, may_lack: Sequence[str] = (), **options: object
+) -> Any:
     """A frozen transformers model of a class from a local folder, which may hold more than the class needs.
+
+    Args:
+        kind: the class; for a folder with pytorch_model.bin no Auto class.
+        folder: its config, and its weights as `weight_shards` finds them.
+        dtype: of the model's weights.
+        may_lack: parts of the names of weights that the output does not depend on.
+        options: further arguments of the class.
 
     Raises:
         CheckpointError: it cannot be read, or a weight is missing.
     """
+    arguments = folder_arguments(kind, folder, dtype)
+    model, missing, _ = from_pretrained(kind, folder, arguments | options)
+    refuse_misfits([key for key in missing if not any(part in key for part in may_lack)], [], folder)
+    return model
+
+
+def folder_arguments(kind: Any, folder: Path, dtype: torch.dtype) -> dict[str, object]:
+    """What `from_pretrained` of a class takes to load a folder; pytorch_model.bin is read by `read_weights`.
+
+    Raises:
+        CheckpointError: there are no weights, or they cannot be read.
+    """
+    files = weight_shards(folder)
+    if files[0].suffix == ".safetensors":
+        return {"pretrained_model_name_or_path": folder, "local_files_only": True, "dtype": dtype}
+    return _given(_config(kind.config_class, folder), read_weights(files), dtype)
+
+
+def from_pretrained(
+    kind: Any, source: Path, arguments: Mapping[str, object]
+) -> tuple[Any, list[str], list[str]]:
+    """A frozen model of a class, and the names of the weights that were missing and of those that it does not know.
+
+    Raises:
+        CheckpointError: transformers refuses the arguments, which stand for `source`.
+    """
     try:
-        model, report = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder} could not be loaded as a {kind.__name__}: {error}") from error
-    refuse_misfits(sorted(report["missing_keys"]), [], folder)
-    return model.requires_grad_(False).eval()
+        model, report = kind.from_pretrained(output_loading_info=True, **arguments)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{source} could not be loaded as a {kind.__name__}: {error}") from error
+    missing, unexpected = (sorted(report[keys]) for keys in ("missing_keys", "unexpected_keys"))
+    return model.requires_grad_(False).eval(), missing, unexpected
+
+
+def class_in(mapping: Any, folder: Path) -> Any:
+    """The class that one of transformers' mappings (MODEL_MAPPING ...) has for the model of a folder's config.
+
+    Raises:
+        CheckpointError: transformers does not know the model, or the mapping has no class for it.
+    """
+    from transformers import AutoConfig
+
+    config = _config(AutoConfig, folder)
+    if type(config) not in mapping:
+        known = ", ".join(sorted(repr(str(one.model_type)) for one in mapping))
+        raise CheckpointError(f"{folder} holds a {config.model_type!r} model, which is none of {known}.")
+    return mapping[type(config)]
+
+
+def _config(kind: Any, folder: Path) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{folder}/config.json could not be read: {error}") from error
+
+
+def _given(config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, object]:
+    """The arguments of `from_pretrained` for weights that are already read."""
+    return {
+        "pretrained_model_name_or_path": None,
+        "config": config,
+        "state_dict": dict(weights),
+        "dtype": dtype,
+    }
 
 
 def refuse_misfits(missing: Sequence[str], unexpected: Sequence[str], source: Path) -> None:
