@@ -55,3 +55,9 @@ def hangs(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) ->
 def redness(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
     arrays = [np.asarray(image).astype(float) for image in images]
     return [float(one[..., 0].mean() - one[..., 2].mean()) / 255 for one in arrays]
+
+
+def tagged(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float | None]:
+    """Redness of pictures whose prompt has a tag; the others have no score."""
+    scores = redness(images, prompts, metadata)
+    return [score if "tag" in one else None for score, one in zip(scores, metadata, strict=True)]
