@@ -12,7 +12,6 @@ from tests.tiny_dino import dino
 from pixrl import models, rewards
 from pixrl.conformance import check_policy, check_renderer, check_reward
 from pixrl.models.base import FlowPolicy
-from pixrl.rewards.base import Reward
 from pixrl.types import RewardBatch
 
 
@@ -46,6 +45,7 @@ REWARDS = (
     *language_rewards.OPTIONS,
 )
 SERVED = ("judge", "remote")
+PROMPTS = ["an owl", "a cat", "two owls", "an owl and a cat"]
 
 
 BRIGHTNESS = """
@@ -56,32 +56,39 @@ def brightness(images, prompts, metadata):
 """
 
 
-def make_reward(name: str, folder: Path) -> tuple[Reward, RewardBatch]:
-    clip = tiny.clip(folder / "clip")
-    images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), (32, 32), mode="bilinear")
-    prompts = ["an owl", "a cat", "two owls", "an owl and a cat"]
-    if name == "geneval":
-        options: dict[str, object] = {"segmenter": tiny.segmenter(folder / "segmenter"), "clip": clip}
-        metadata = [{"tag": "colors", "include": [{"class": "owl", "count": 1, "color": "red"}]}, {}] * 2
-        return rewards.load(name, **options), RewardBatch(images, prompts, metadata)
-    if name in language_rewards.OPTIONS:
-        made = language_rewards.OPTIONS[name](folder)
-        prompts = list(language_rewards.PROMPTS.get(name, prompts))
-        return rewards.load(name, **made), RewardBatch(
-            images, prompts, language_rewards.METADATA.get(name, ())
-        )
+def options_of(name: str, folder: Path) -> dict[str, object]:
+    """A reward's options, the checkpoints that they name written into a folder."""
+    for table in (language_rewards.OPTIONS, encoder_rewards.OPTIONS):
+        if name in table:
+            return table[name](folder)
     if name == "python":
         (folder / "mine.py").write_text(BRIGHTNESS)
-        return rewards.load(name, function=f"{folder / 'mine.py'}:brightness"), RewardBatch(images, prompts)
+        return {"function": f"{folder / 'mine.py'}:brightness"}
+    if name == "geneval":
+        return {"segmenter": tiny.segmenter(folder / "segmenter"), "clip": tiny.clip(folder / "clip")}
+    if name == "dino_seg":
+        return {"segmenter": tiny.segmenter(folder / "segmenter"), "model": dino(folder / "dino")}
+    return {"model": tiny.clip(folder / "clip")}
+
+
+def batch_of(name: str) -> RewardBatch:
+    """Four pictures that a reward can be asked about; some fail."""
+    coarse = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
+    if name in language_rewards.OPTIONS:
+        prompts = list(language_rewards.PROMPTS.get(name, PROMPTS))
+        return RewardBatch(images, prompts, language_rewards.METADATA.get(name, ()))
+    if name == "geneval":
+        met, missed = (
+            {"tag": "colors", "include": [{"class": "owl", "count": 2, "color": color}]}
+            for color in ("blue", "red")
+        )
+        return RewardBatch(images, PROMPTS, [met, {}, missed, met])
+    if name == "python":
+        return RewardBatch(images, PROMPTS)
     several: object = [images[3], images[0, :, :20]]
     metadata = [{"reference": images[0]}, {}, {"reference": images[1:3]}, {"reference": several}]
-    if name == "dino_seg":
-        cut = {"segmenter": tiny.segmenter(folder / "segmenter"), "model": dino(folder / "dino")}
-        return rewards.load(name, **cut), RewardBatch(images, prompts, metadata)
-    if name in encoder_rewards.OPTIONS:
-        made = encoder_rewards.OPTIONS[name](folder)
-        return rewards.load(name, **made), RewardBatch(images, prompts, metadata)
-    return rewards.load(name, model=clip), RewardBatch(images, prompts, metadata)
+    return RewardBatch(images, PROMPTS, metadata)
 
 
 def test_every_reward_of_the_table_is_checked() -> None:
@@ -90,7 +97,7 @@ def test_every_reward_of_the_table_is_checked() -> None:
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_reward(name: str, tmp_path: Path) -> None:
-    check_reward(*make_reward(name, tmp_path))
+    check_reward(rewards.load(name, **options_of(name, tmp_path)), batch_of(name))
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -99,4 +106,42 @@ def test_reward_of_a_service(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), (32, 32), mode="bilinear")
     with service_for(name, tmp_path) as options:
         reward = rewards.load(name, **options)
-        check_reward(reward, RewardBatch(images, ["an owl", "a cat", "two owls", "an owl and a cat"]))
+        check_reward(reward, RewardBatch(images, PROMPTS))
+
+
+TOLERANCE = {
+    "aesthetic": 0.08,
+    "blip_vqa": 0.03,
+    "clip_i": 1e-3,
+    "clip_image": 1e-3,
+    "clip_t": 5e-3,
+    "clip_text": 5e-3,
+    "dino": 1e-3,
+    "dino_seg": 1e-3,
+    "geneval": 0.0,
+    "hpsv2": 0.01,
+    "hpsv3": 0.03,
+    "image_reward": 0.02,
+    "ocr": 0.0,
+    "preference": 0.08,
+    "vqascore": 1e-3,
+}
+"""What bfloat16 may change of a score: two to three times what it does to these checkpoints."""
+
+
+def test_every_reward_with_a_dtype_has_a_tolerance() -> None:
+    assert TOLERANCE.keys() == {name for name in REWARDS if rewards.takes(name, "dtype")}
+
+
+@pytest.mark.parametrize("name", TOLERANCE)
+def test_reward_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """float32's scores within the tolerance, nan in the same places, and every promise kept."""
+    options, batch = options_of(name, tmp_path), batch_of(name)
+    exact = rewards.load(name, **options, device="cpu", dtype="float32").score(batch).values_B
+    reward = rewards.load(name, **options, device="cpu", dtype="bfloat16")
+    found = reward.score(batch).values_B
+    assert exact.nan_to_num().unique().numel() > 1
+    assert found.dtype is exact.dtype is torch.float32
+    assert torch.equal(found.isnan(), exact.isnan())
+    assert torch.allclose(found, exact, rtol=0, atol=TOLERANCE[name], equal_nan=True)
+    check_reward(reward, batch, tolerance=TOLERANCE[name])

@@ -2,6 +2,7 @@
 
 import math
 import runpy
+from collections.abc import Mapping, Sequence
 from math import comb, factorial
 from pathlib import Path
 
@@ -10,13 +11,19 @@ import torch
 
 from pixrl.errors import InputError, ShapeError
 from pixrl.evaluation.divgen import (
+    Features,
+    asc,
+    encode,
     identity_similarity,
+    ids,
     intersection_over_union,
     layout_similarity,
     photographic_variance,
     picture_tones,
+    pvs,
     reachable,
     retrieval,
+    sdi,
     spatial_diversity,
     style_coverage,
 )
@@ -171,3 +178,85 @@ def test_pvs_passes_gradients() -> None:
         and bool(pictures.grad.isfinite().all())
         and bool(pictures.grad.abs().sum() > 0)
     )
+
+
+class MeanColour:
+    """An encoder whose features are a picture's mean colour; none of a black one."""
+
+    def __init__(self, name: str = "mean colour (0123456789abcdef)") -> None:
+        self.provenance: Mapping[str, str] = {"model": name, "revision": "local", "licence": "its own"}
+        self.given: list[int] = []
+
+    def image_features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        self.given.append(len(images_BCHW))
+        means = images_BCHW.mean(dim=(2, 3))
+        seen = means.sum(dim=1) > 0
+        return (
+            means.masked_fill(~seen[:, None], torch.nan)
+            if seen.any()
+            else torch.full((len(means), 1), torch.nan)
+        )
+
+
+class OneBox:
+    """Finds the whole picture where anything is in it."""
+
+    provenance: Mapping[str, str] = {"model": "one box (0123456789abcdef)", "box_threshold": "0.35"}
+
+    def boxes(self, images_BCHW: torch.Tensor, kinds: Sequence[str]) -> list[torch.Tensor]:
+        assert len(kinds) == len(images_BCHW)
+        return [boxes((0, 0, 1, 1)) if image.any() else boxes() for image in images_BCHW]
+
+
+def colours(*rows: tuple[float, float, float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float32).view(-1, 3, 1, 1).expand(-1, -1, 4, 4)
+
+
+def test_ids_says_what_measured_it_and_of_how_many_faces() -> None:
+    faces = MeanColour()
+    figure = ids([colours((1, 0, 0), (1, 1, 0)), colours((0, 0, 0)), colours((0, 0, 0), (1, 0, 0))], faces)
+    assert (figure.name, figure.counts) == ("IDS", {"pictures": 5, "faces": 3})
+    assert figure.value == pytest.approx((1 + 2 * 0.5**0.5) / 3)
+    assert figure.provenance == faces.provenance
+    assert faces.given == [2, 1, 2]
+    assert math.isnan(ids([colours((0, 0, 0))], faces).value)
+    with pytest.raises(InputError, match="no picture to encode"):
+        ids([], faces)
+
+
+def test_asc_says_what_measured_it_and_refuses_two_encoders() -> None:
+    encoder = MeanColour()
+    train = encode(encoder, [colours((1, 0, 0), (0, 1, 0)), colours((0, 0, 1), (1, 1, 0))])
+    test = encode(encoder, [colours((0.9, 0, 0), (0, 0.9, 0), (0, 0, 0.9))])
+    same = encode(encoder, [colours((0.9, 0, 0), (0.8, 0, 0), (0.9, 0, 0))])
+    figure = asc(same, test, train)
+    assert figure.value == style_coverage(same.rows_NE, test.rows_NE, train.rows_NE) < 1
+    assert figure.counts == {"pictures": 3, "test": 3, "train": 4}
+    assert figure.provenance == encoder.provenance
+    other = Features(test.rows_NE, MeanColour("another (0)").provenance)
+    with pytest.raises(
+        InputError, match=r"one encoder, got mean colour \(0123456789abcdef\) and another \(0\)"
+    ):
+        asc(same, other, train)
+
+
+def test_features_of_one_encoder_have_one_length() -> None:
+    class Growing(MeanColour):
+        def image_features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+            return torch.ones(len(images_BCHW), images_BCHW.shape[-1])
+
+    with pytest.raises(ShapeError, match=r"features of \[4, 5\] numbers"):
+        encode(Growing(), [torch.ones(1, 3, 4, 4), torch.ones(1, 3, 5, 5)])
+
+
+def test_sdi_and_pvs_say_what_measured_them() -> None:
+    full, empty = colours((1, 0, 0), (0, 1, 0)), colours((1, 0, 0), (0, 0, 0))
+    figure = sdi([("owl", full), ("cat", empty)], OneBox())
+    assert (figure.name, figure.value) == ("SDI", pytest.approx(0.5))
+    assert figure.counts == {"prompts": 2, "pictures": 4}
+    assert figure.provenance["box_threshold"] == "0.35"
+    tones = pvs([full, empty])
+    assert tones.value == photographic_variance([full, empty]) > 0
+    assert (tones.counts, tones.provenance["model"]) == ({"pictures": 4}, "the pixels alone")
+    with pytest.raises(InputError, match="at least one picture"):
+        pvs([])

@@ -5,19 +5,23 @@ among runs that use the same prompts and encoders, and only roughly with the pap
 
 | figure | better | what |
 |--------|--------|------|
-| IDS    | lower  | mean cosine of all pairs of faces (`identity_similarity`) |
-| ASC    | higher | how many of a training set's pictures are reached, against real pictures (`style_coverage`) |
-| SDI    | higher | how unlike the layouts of a prompt's pictures are (`spatial_diversity`) |
-| PVS    | higher | spread of saturation, brightness and contrast (`photographic_variance`) |
+| IDS    | lower  | mean cosine of all pairs of faces (`ids`) |
+| ASC    | higher | how many of a training set's pictures are reached, against real pictures (`asc`) |
+| SDI    | higher | how unlike the layouts of a prompt's pictures are (`sdi`) |
+| PVS    | higher | spread of saturation, brightness and contrast (`pvs`) |
+
+These four take pictures and what measures them, and give a `Figure`, which says what did. The formulas alone, on
+embeddings and boxes, are `identity_similarity`, `style_coverage`, `spatial_diversity` and `photographic_variance`.
 
 What the paper leaves open, and what is taken here: a picture without a face is left out of IDS and counted; two empty
 layouts are alike (1) and an empty one is unlike any other (0); deviations are those of the population.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,10 +31,117 @@ from torch import Tensor
 
 from pixrl.algorithms.spread import mean_pairwise_distance
 from pixrl.errors import InputError, ShapeError
+from pixrl.rewards.grounding import Finder
 from pixrl.rewards.preprocess import require_images
 
 GREY = (0.299, 0.587, 0.114)
 """Rec. 601's weights, as PIL converts to grey."""
+
+
+class Encoder(Protocol):
+    """What turns pictures into features: `rewards.faces.FaceEncoder`, `rewards.style.StyleEncoder` and others."""
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        """Its id with checksum (`model`), `revision`, `licence` and preprocessing."""
+
+    def image_features(self, images_BCHW: Tensor) -> Tensor:
+        """[B, E]; a row that is not finite where a picture has nothing to embed."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure, of how many pictures it is, and what measured it."""
+
+    name: str
+    value: float
+    counts: Mapping[str, int]
+    provenance: Mapping[str, str]
+    """`model` (id with checksum), `revision`, `licence`, preprocessing, and thresholds where there are any."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Pictures as an encoder sees them, and which one that was."""
+
+    rows_NE: Tensor
+    provenance: Mapping[str, str]
+
+
+def encode(encoder: Encoder, images: Iterable[Tensor]) -> Features:
+    """The features of pictures [B, 3, H, W], batch by batch; batches may differ in size.
+
+    Raises:
+        InputError: there is no picture.
+        ShapeError: features of two batches differ in length.
+    """
+    tables = [encoder.image_features(batch) for batch in images]
+    if not tables:
+        raise InputError("There is no picture to encode.")
+    found = {table.shape[1] for table in tables if table.isfinite().any()}
+    if len(found) > 1:
+        raise ShapeError(f"The encoder gave features of {sorted(found)} numbers; they must be of one length.")
+    width = found.pop() if found else 1
+    rows = [
+        table if table.isfinite().any() else table.new_full((len(table), width), torch.nan)
+        for table in tables
+    ]
+    return Features(torch.cat(rows), encoder.provenance)
+
+
+def ids(images: Iterable[Tensor], faces: Encoder) -> Figure:
+    """IDS of pictures, batch by batch, by a face encoder; counts `pictures`, and `faces` found in them.
+
+    Raises:
+        InputError: there is no picture.
+    """
+    found = encode(faces, images)
+    identity = identity_similarity(found.rows_NE)
+    counts = {"pictures": identity.pictures, "faces": identity.faces}
+    return Figure("IDS", identity.similarity, counts, found.provenance)
+
+
+def asc(synthetic: Features, test: Features, train: Features) -> Figure:
+    """ASC of features by one style encoder (`encode`); a training set is encoded once for many figures.
+
+    Raises:
+        InputError: they are of different encoders.
+        ShapeError: see `style_coverage`.
+    """
+    for other in (test, train):
+        if dict(other.provenance) != dict(synthetic.provenance):
+            raise InputError(
+                f"ASC compares features of one encoder, got {synthetic.provenance['model']} and "
+                f"{other.provenance['model']}. Encode all three sets alike."
+            )
+    tables = {"pictures": synthetic.rows_NE, "test": test.rows_NE, "train": train.rows_NE}
+    value = style_coverage(*tables.values())
+    return Figure("ASC", value, {name: len(rows) for name, rows in tables.items()}, synthetic.provenance)
+
+
+def sdi(prompts: Sequence[tuple[str, Tensor]], finder: Finder) -> Figure:
+    """SDI, by what finds objects.
+
+    Args:
+        prompts: of each prompt, the object that it asks for and its pictures [M, 3, H, W].
+        finder: `rewards.grounding.GroundingDino`, or a detector that knows the objects.
+    """
+    layouts = [finder.boxes(images_BCHW, [kind] * len(images_BCHW)) for kind, images_BCHW in prompts]
+    counts = {"prompts": len(layouts), "pictures": sum(len(one) for one in layouts)}
+    return Figure("SDI", spatial_diversity(layouts), counts, finder.provenance)
+
+
+def pvs(images: Iterable[Tensor]) -> Figure:
+    """PVS of pictures [B, 3, H, W] in [0, 1], batch by batch.
+
+    Raises:
+        InputError: there is no picture.
+    """
+    tones = [picture_tones(batch) for batch in images]
+    counts = {"pictures": sum(len(one) for one in tones)}
+    return Figure(
+        "PVS", _spread(tones), counts, {"model": "the pixels alone", "preprocessing": "HSV; Rec. 601 grey"}
+    )
 
 
 @dataclass(frozen=True)
@@ -161,10 +272,13 @@ def photographic_variance(images: Iterable[Tensor]) -> float:
     Raises:
         InputError: there is no picture.
     """
-    tones = [picture_tones(batch) for batch in images]
+    return _spread([picture_tones(batch) for batch in images])
+
+
+def _spread(tones: Sequence[Tensor]) -> float:
     if not tones:
         raise InputError("PVS needs at least one picture.")
-    return torch.cat(tones).std(dim=0, correction=0).sum().item()
+    return torch.cat(list(tones)).std(dim=0, correction=0).sum().item()
 
 
 def picture_tones(images_BCHW: Tensor) -> Tensor:

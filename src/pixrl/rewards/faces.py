@@ -1,6 +1,6 @@
-"""Face embeddings by a function of yours: no class of transformers has ArcFace, and its packs are non-commercial.
+"""Face embeddings by a function of yours: ArcFace is published as ONNX files for non-commercial use, so pixrl has none.
 
-With insightface (its model packs are non-commercial):
+With insightface (`pip install insightface onnxruntime`; its model packs are non-commercial):
 
     # my_faces.py
     import numpy as np
@@ -9,10 +9,13 @@ With insightface (its model packs are non-commercial):
     app = FaceAnalysis(name="buffalo_l")
     app.prepare(ctx_id=0)
 
+
     def embed(images):
-        # RGB PIL images -> one embedding an image, of the largest face; None where there is none
+        # RGB PIL images -> one embedding an image, of the widest face; None where there is none
         found = [app.get(np.asarray(image)[:, :, ::-1]) for image in images]
         return [max(faces, key=lambda f: f.bbox[2] - f.bbox[0]).embedding if faces else None for faces in found]
+
+and then `FaceEncoder("my_faces.py:embed")`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +26,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pixrl.errors import InputError
-from pixrl.rewards.preprocess import require_images
+from pixrl.errors import ConfigError, InputError
+from pixrl.rewards.preprocess import batches, require_images
+from pixrl.rewards.provenance import describe_function
 from pixrl.rewards.python_reward import import_function, to_pil
 
 FaceFunction = Callable[[list[Image.Image]], Sequence[Any]]
+BATCH = 32
+HOW = (
+    "pixrl loads no face encoder, since ArcFace is published as ONNX files for non-commercial use: `pip install "
+    "insightface onnxruntime`, save the function `embed` of docs/rewards.md (Diversity) as my_faces.py, and give "
+    "my_faces.py:embed."
+)
 
 
 class FaceEncoder:
@@ -35,35 +45,44 @@ class FaceEncoder:
 
     Args:
         function: an import path (`my_faces.py:embed` or `my_module:embed`), or the function.
+        batch: pictures that the function is given at a time.
 
     Raises:
-        ConfigError: the module or file cannot be imported, or has no such function.
+        ConfigError: it is no import path, the module or file cannot be imported, or it has no such function.
     """
 
-    def __init__(self, function: str | FaceFunction) -> None:
+    def __init__(self, function: str | FaceFunction, batch: int = BATCH) -> None:
+        if isinstance(function, str) and ":" not in function:
+            raise ConfigError(f"{function!r} is no import path of a function. {HOW}")
         found: Any = import_function(function) if isinstance(function, str) else function
         self.function: FaceFunction = found
-        label = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
-        self.provenance: Mapping[str, str] = {"model": label, "preprocessing": "8-bit; PIL"}
+        self.batch = batch
+        self.provenance: Mapping[str, str] = {
+            **describe_function(found, function if isinstance(function, str) else None),
+            "preprocessing": "8-bit; PIL",
+        }
 
     def image_features(self, images_BCHW: Tensor) -> Tensor:
-        """Embeddings [B, E], float32, not normalized.
+        """Embeddings [B, E], float32, not normalized; [B, 1] of nan where no picture has a face.
 
         Raises:
             InputError: the function gave another number of answers, or embeddings of different lengths.
         """
         require_images(images_BCHW)
-        answers = list(self.function(to_pil(images_BCHW)))
-        label = self.provenance["model"]
-        if len(answers) != len(images_BCHW):
-            raise InputError(
-                f"{label} gave {len(answers)} answers for {len(images_BCHW)} pictures; give one each."
-            )
-        rows = [None if one is None else np.asarray(one, dtype=np.float32).reshape(-1) for one in answers]
+        rows = [row for part in batches(images_BCHW, self.batch) for row in self._rows(part)]
         lengths = {len(row) for row in rows if row is not None}
         if len(lengths) > 1:
             raise InputError(
-                f"{label} gave embeddings of {sorted(lengths)} numbers; they must be of one length."
+                f"{self.provenance['model']} gave embeddings of {sorted(lengths)} numbers; they must be of one length."
             )
         nothing = np.full(lengths.pop() if lengths else 1, np.nan, dtype=np.float32)
         return torch.from_numpy(np.stack([nothing if row is None else row for row in rows]))
+
+    def _rows(self, images_BCHW: Tensor) -> list[np.ndarray | None]:
+        answers = list(self.function(to_pil(images_BCHW)))
+        if len(answers) != len(images_BCHW):
+            raise InputError(
+                f"{self.provenance['model']} gave {len(answers)} answers for {len(images_BCHW)} pictures; give one "
+                "each."
+            )
+        return [None if one is None else np.asarray(one, dtype=np.float32).reshape(-1) for one in answers]

@@ -43,7 +43,7 @@ def describe_function(function: Callable[..., object], label: str | None = None)
     A file that this one imports is not in the checksum.
     """
     inner = unwrapped(function)
-    named = inner if inspect.isroutine(inner) else type(inner)
+    named = inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner)
     path = f"{named.__module__}:{named.__qualname__}"
     return {
         "model": f"{path if label is None else label} ({_source_hash(named)})",
@@ -63,7 +63,7 @@ def unwrapped(function: Callable[..., object]) -> Callable[..., object]:
 def _source_hash(function: Callable[..., object]) -> str:
     """16 hex digits from the file that the function is written in."""
     module = inspect.getmodule(function)
-    file = None if module is None or module.__file__ is None else Path(module.__file__)
-    if file is None or not file.is_file():
+    file = None if module is None else vars(module).get("__file__")
+    if file is None or not Path(file).is_file():
         return "no source file"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
