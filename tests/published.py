@@ -174,6 +174,56 @@ def _ldm_unet(weights: Tensors, layers: int) -> Tensors:
     return found
 
 
+def sd3_with_encoders(folder: Path, file: Path) -> Path:
+    """As Stability AI publishes SD3 Medium with its text encoders: all under the names of transformers."""
+    parts = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+    found = sd3_transformer(part(folder, "transformer")) | vae(folder)
+    for ours, theirs in parts.items():
+        found |= {f"text_encoders.{theirs}.transformer.{key}": x for key, x in part(folder, ours).items()}
+    save_file({key: x.clone() for key, x in found.items()}, file)
+    return file
+
+
+def sdxl_with_encoders(folder: Path, file: Path) -> Path:
+    """As Stability AI publishes SDXL: CLIP-L under the names of transformers, CLIP-G under those of OpenCLIP."""
+    first = {
+        f"text_model.{key.removeprefix('text_model.')}": x for key, x in part(folder, "text_encoder").items()
+    }
+    found = _ldm_unet(part(folder, "unet"), layers=1) | vae(folder)
+    found |= {f"conditioner.embedders.0.transformer.{key}": x for key, x in first.items()}
+    second = _open_clip(part(folder, "text_encoder_2"))
+    found |= {f"conditioner.embedders.1.model.{key}": x for key, x in second.items()}
+    save_file(found, file)
+    return file
+
+
+def _open_clip(weights: Tensors) -> Tensors:
+    """A CLIPTextModelWithProjection as OpenCLIP: q, k and v in one, the projection the other way round."""
+    top = {
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+        "text_model.final_layer_norm.weight": "ln_final.weight",
+        "text_model.final_layer_norm.bias": "ln_final.bias",
+    }
+    inner = {
+        "self_attn.out_proj": "attn.out_proj",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    found = {theirs: weights[ours] for ours, theirs in top.items()}
+    found["text_projection"] = weights["text_projection.weight"].T.contiguous()
+    prefix = "text_model.encoder.layers."
+    for layer in {key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)}:
+        ours, theirs = f"{prefix}{layer}.", f"transformer.resblocks.{layer}."
+        for end in ("weight", "bias"):
+            qkv = [weights[f"{ours}self_attn.{name}_proj.{end}"] for name in "qkv"]
+            found[f"{theirs}attn.in_proj_{end}"] = torch.cat(qkv)
+            found |= {f"{theirs}{new}.{end}": weights[f"{ours}{old}.{end}"] for old, new in inner.items()}
+    return found
+
+
 def flux(folder: Path, file: Path) -> Path:
     """The transformer alone, as FLUX is published; under diffusers' names, since their converter knows one width."""
     save_file(part(folder, "transformer"), file)

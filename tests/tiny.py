@@ -177,8 +177,11 @@ def sd3(
 SD3_CARD: dict[str, object] = {"steps": 4, "guidance": 0.0, "resolution": 32, "max_sequence_length": 0}
 
 
-def sdxl(folder: Path, *, seed: int = 0) -> Path:
-    """A StableDiffusionXLPipeline folder as SDXL-Turbo publishes it: ancestral Euler, trailing timesteps."""
+def sdxl(folder: Path, *, seed: int = 0, second: int = 16) -> Path:
+    """A StableDiffusionXLPipeline folder as SDXL-Turbo publishes it: ancestral Euler, trailing timesteps.
+
+    `second`: the second text encoder's width; the first one's is 16.
+    """
     torch.manual_seed(seed)
     words = tokenizer(folder / "tokenizer")
     unet = UNet2DConditionModel(
@@ -193,8 +196,8 @@ def sdxl(folder: Path, *, seed: int = 0) -> Path:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16 + 6 * 8,
-        cross_attention_dim=32,
+        projection_class_embeddings_input_dim=second + 6 * 8,
+        cross_attention_dim=16 + second,
     )
     _make_lively(unet)
     pipeline = StableDiffusionXLPipeline(
@@ -209,7 +212,7 @@ def sdxl(folder: Path, *, seed: int = 0) -> Path:
         vae=_vae(4, scaling_factor=0.13025),
         text_encoder=CLIPTextModel(CLIPTextConfig(**_text_settings(words, 16))),
         tokenizer=words,
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_text_settings(words, 16))),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_text_settings(words, second))),
         tokenizer_2=words,
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,

@@ -97,7 +97,7 @@ def check_folder(path: Path, layout: Layout) -> None:
         if not part.is_dir():
             raise CheckpointError(
                 f"{path}/{INDEX} lists the component {name!r} ({kind}), but the folder {part} is missing. "
-                f"{remedy(path)}"
+                f"{remedy(part)}"
             )
         _check_component(part, kind)
 
@@ -292,9 +292,10 @@ def _check_model(part: Path, *, bin_too: bool = False) -> None:
     for file in bins:
         _require_listed(file)
     if not files and not bins:
+        or_bin = f" and neither {BIN} nor {BIN_INDEX}" if bin_too else ""
         pickled = sorted([*part.glob("*.bin"), *part.glob("*.ckpt")])
-        found = f" It has {pickled[0].name}, but pickled weights are never loaded." if pickled else ""
-        or_bin = f" and no {BIN}" if bin_too else ""
+        why = "" if bin_too else ", but pickled weights are never loaded"
+        found = f" It has {pickled[0].name}{why}." if pickled else ""
         raise CheckpointError(f"{part} holds no .safetensors weights{or_bin}.{found} {remedy(part)}")
 
 

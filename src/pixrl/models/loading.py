@@ -14,21 +14,19 @@ import torch
 from pixrl.device import Precision, quiet_loading
 from pixrl.errors import CheckpointError
 from pixrl.hub import Checkpoint, components, weight_files
-from pixrl.hub_check import INDEX, T5_COMPONENTS, is_model, read_header, read_json, refuse_misfits
+from pixrl.hub_check import INDEX, T5_COMPONENTS, is_model, misfits, read_header, read_json, refuse_misfits
+from pixrl.models.fit import PREFIXES, Misfit, family, misfit_of_file, misfit_of_folder
+
+__all__ = ["OPTIONAL_PARTS", "PREFIXES", "decoder_dtype", "has_t5", "load_pipeline", "part_class"]
 
 OPTIONAL_PARTS = {"StableDiffusion3Pipeline": T5_COMPONENTS}
 """Parts that a folder may lack: SD3 draws without its T5 encoder."""
 _LIBRARIES = ("diffusers", "transformers")
 _HARMLESS = ("position_ids", "decoder.", "lm_head.")
 """In the names of weights that published text encoders carry and their classes do not use."""
-PREFIXES = {
-    "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("text_encoders.clip_l.", "conditioner.embedders.0.", "cond_stage_model."),
-    "text_encoder_2": ("text_encoders.clip_g.", "text_encoders.t5xxl.", "conditioner.embedders.1."),
-    "text_encoder_3": ("text_encoders.t5xxl.",),
-}
-"""How the names of a part's weights begin in a single file of Stability AI or Black Forest Labs."""
-_FAILURES = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError)
+_CONVERTED = ("transformer", "unet", "vae")
+"""Parts whose names in the authors' files are known."""
+_FAILURES = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError)
 
 
 def load_pipeline(class_name: str, checkpoint: Checkpoint, precision: Precision, *, t5: bool = True) -> Any:
@@ -114,6 +112,8 @@ def _load_part(folder: Path, name: str, entry: Any, dtype: torch.dtype) -> torch
             output_loading_info=True,
         )
     except _FAILURES as error:
+        misfit = misfit_of_folder(part, _without_weights(folder, name, entry))
+        refuse_misfits((), (), part, kind, misfit.reshaped)
         raise CheckpointError(f"{part} could not be loaded as a {kind}: {error}") from error
     unexpected = [key for key in report["unexpected_keys"] if not any(word in key for word in _HARMLESS)]
     refuse_misfits(sorted(report["missing_keys"]), sorted(unexpected), part, kind)
@@ -121,11 +121,30 @@ def _load_part(folder: Path, name: str, entry: Any, dtype: torch.dtype) -> torch
     return loaded
 
 
+def _without_weights(folder: Path, name: str, entry: Any) -> torch.nn.Module:
+    """A part as its config describes it, on the meta device."""
+    library, class_name = entry
+    kind = part_class(library, class_name, folder)
+    try:
+        with torch.device("meta"):
+            made: torch.nn.Module = (
+                kind.from_config(read_json(folder / name / "config.json"))
+                if library == "diffusers"
+                else kind(kind.config_class.from_pretrained(str(folder / name)))
+            )
+    except _FAILURES as error:
+        raise CheckpointError(
+            f"{folder}/{name}/config.json does not describe a {class_name}: {error}"
+        ) from error
+    return made
+
+
 def _load_file(
     class_name: str, checkpoint: Checkpoint, precision: Precision, without: Mapping[str, None]
 ) -> Any:
     """Through diffusers' converters; parts that the file lacks come from the folder."""
     import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     file, folder = checkpoint.file, checkpoint.folder
     assert file is not None
@@ -139,17 +158,41 @@ def _load_file(
             **beside,
             **without,
         )
-    except _FAILURES as error:
-        raise CheckpointError(
-            f"{file} could not be loaded as a {class_name} with the configs of {folder}: {error}. "
-            f"Name the folder or hub id of the model that it belongs to: {file}@FOLDER"
-        ) from error
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
-            left = [key for key, tensor in part.state_dict().items() if tensor.is_meta]
-            refuse_misfits(left, [], file, f"{type(part).__name__} ({name})")
+    except (*_FAILURES, SingleFileComponentError) as error:
+        index = read_json(folder / INDEX)
+        inside = [name for name in components(folder) if name in _CONVERTED and name not in beside]
+        misfit = misfit_of_file(file, {name: _without_weights(folder, name, index[name]) for name in inside})
+        raise _no_fit(file, folder, class_name, misfit, str(error)) from error
+    made = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    left = [f"{name}.{key}" for name, part in made.items() for key in _without_value(part)]
+    if left:
+        raise _no_fit(file, folder, class_name, Misfit(missing=tuple(left)), "")
+    own = {name: made[name] for name in _CONVERTED if name in made and name not in beside}
+    misfit = misfit_of_file(file, own)
+    if misfit.layers:  # diffusers would leave them out without a word
+        raise _no_fit(file, folder, class_name, Misfit(unexpected=misfit.layers), "")
     pipeline.vae.to(decoder_dtype(precision))
     return pipeline
+
+
+def _without_value(part: torch.nn.Module) -> list[str]:
+    """Weights that a single file did not have. One that is another by another name (T5's embeddings) gets its value."""
+    from transformers import PreTrainedModel
+
+    if isinstance(part, PreTrainedModel):
+        part.tie_weights()
+    return [key for key, tensor in part.state_dict().items() if tensor.is_meta]
+
+
+def _no_fit(file: Path, folder: Path, class_name: str, misfit: Misfit, said: str) -> CheckpointError:
+    """`said`: the loader's own words, for where the names and shapes tell nothing."""
+    what = misfits(misfit.missing, misfit.unexpected, misfit.reshaped) if misfit else said
+    looks = family(read_header(file))
+    return CheckpointError(
+        f"{file} does not fit a {class_name} with the configs of {folder}: {what}. "
+        + (f"By its names it is a file of {looks}. " if looks else "")
+        + f"Name the folder or hub id of the model that it belongs to: {file}@FOLDER"
+    )
 
 
 def _parts_beside(

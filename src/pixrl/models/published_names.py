@@ -1,0 +1,171 @@
+"""How a model's authors name its weights in a single file: diffusers' converters, read backwards.
+
+Only names are mapped, for messages about a file that does not fit; diffusers converts the weights themselves.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pixrl.errors import CheckpointError
+from pixrl.models.comfy_lora import published_name
+
+_ENDS = (
+    "timestep_embedder.linear_1",
+    "timestep_embedder.linear_2",
+    "text_embedder.linear_1",
+    "text_embedder.linear_2",
+)
+_SD3 = {
+    **{f"time_text_embed.{ours}": f"{theirs}" for ours, theirs in zip(
+        _ENDS, ("t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.mlp.0", "y_embedder.mlp.2"), strict=True)},
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}  # fmt: skip
+_FLUX = {
+    **{f"time_text_embed.{ours}": f"{theirs}" for ours, theirs in zip(
+        _ENDS, ("time_in.in_layer", "time_in.out_layer", "vector_in.in_layer", "vector_in.out_layer"), strict=True)},
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}  # fmt: skip
+_SD3_BLOCK = {
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+}
+_FLUX_NORMS = {
+    ("transformer_blocks", "norm_q"): "double_blocks.{}.img_attn.norm.query_norm",
+    ("transformer_blocks", "norm_k"): "double_blocks.{}.img_attn.norm.key_norm",
+    ("transformer_blocks", "norm_added_q"): "double_blocks.{}.txt_attn.norm.query_norm",
+    ("transformer_blocks", "norm_added_k"): "double_blocks.{}.txt_attn.norm.key_norm",
+    ("single_transformer_blocks", "norm_q"): "single_blocks.{}.norm.query_norm",
+    ("single_transformer_blocks", "norm_k"): "single_blocks.{}.norm.key_norm",
+}
+_UNET = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_VAE = (
+    (r"mid_block\.resnets\.0\.", "mid.block_1."),
+    (r"mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"down_blocks\.(\d+)\.resnets\.(\d+)\.", r"down.\1.block.\2."),
+    (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.group_norm\.", ".norm."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".proj_out."),
+)
+
+
+def authors_names(kind: str, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """A weight's name in diffusers -> in the authors' file, without the part's prefix.
+
+    Args:
+        kind: a diffusers class: SD3Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel or AutoencoderKL.
+        config: its config.
+        names: of its weights.
+
+    Returns:
+        Those that are known; q, k and v have one name, for they are one matrix. Empty for other classes.
+    """
+    change = _CHANGES.get(kind)
+    found = {} if change is None else {name: change(name, config) for name in names}
+    return {name: theirs for name, theirs in found.items() if theirs is not None}
+
+
+def _sd3(name: str, config: Mapping[str, Any]) -> str | None:
+    if name == "pos_embed.pos_embed":
+        return "pos_embed"
+    module, _, end = name.rpartition(".")
+    if not module.startswith("transformer_blocks."):
+        return f"{_SD3.get(module, module)}.{end}"
+    _, layer, inner = module.split(".", 2)
+    if inner in _SD3_BLOCK:
+        return f"joint_blocks.{layer}.{_SD3_BLOCK[inner]}.{end}"
+    return _in_block(module, end, "sd3")
+
+
+def _flux(name: str, config: Mapping[str, Any]) -> str | None:
+    module, _, end = name.rpartition(".")
+    blocks, _, rest = module.partition(".")
+    if not blocks.endswith("transformer_blocks"):
+        return f"{_FLUX.get(module, module)}.{end}"
+    layer, _, inner = rest.partition(".")
+    norm = _FLUX_NORMS.get((blocks, inner.removeprefix("attn.")))
+    return _in_block(module, end, "flux") if norm is None else f"{norm.format(layer)}.scale"
+
+
+def _in_block(module: str, end: str, kind: str) -> str | None:
+    try:
+        return f"{published_name(module, kind)}.{end}"
+    except CheckpointError:
+        return None
+
+
+def _unet(name: str, config: Mapping[str, Any]) -> str | None:
+    module, _, end = name.rpartition(".")
+    a_level = int(config["layers_per_block"]) + 1
+    inside = re.fullmatch(r"(mid|down|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions)\.(\d+)\.(.+)", module)
+    resized = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(?:down|up)samplers\.0\.conv", module)
+    if inside:
+        block, level, part, number, rest = inside.groups()
+        rest = _RESNET.get(rest, rest) if part == "resnets" else rest
+        at, second = int(level or 0) * a_level + int(number), int(part == "attentions")
+        places = {
+            "mid": f"middle_block.{1 if second else 2 * int(number)}",
+            "down": f"input_blocks.{at + 1}.{second}",
+            "up": f"output_blocks.{at}.{second}",
+        }
+        return f"{places[block]}.{rest}.{end}"
+    if resized and resized[1] == "down":
+        return f"input_blocks.{a_level * (int(resized[2]) + 1)}.0.op.{end}"
+    if resized:
+        types = config["up_block_types"]
+        place = 2 if "Attn" in types[int(resized[2])] else 1
+        return f"output_blocks.{a_level * int(resized[2]) + a_level - 1}.{place}.conv.{end}"
+    return f"{_UNET[module]}.{end}" if module in _UNET else None
+
+
+def _vae(name: str, config: Mapping[str, Any]) -> str | None:
+    """The decoder's blocks are counted from the other end."""
+    last = len(config["block_out_channels"]) - 1
+    name = re.sub(
+        r"up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.",
+        lambda m: f"up.{last - int(m[1])}." + ("upsample." if m[2] is None else f"block.{m[2]}."),
+        name,
+    )
+    for pattern, theirs in _VAE:
+        name = re.sub(pattern, theirs, name)
+    return name
+
+
+_CHANGES: Mapping[str, Callable[[str, Mapping[str, Any]], str | None]] = {
+    "SD3Transformer2DModel": _sd3,
+    "FluxTransformer2DModel": _flux,
+    "UNet2DConditionModel": _unet,
+    "AutoencoderKL": _vae,
+}
