@@ -57,6 +57,7 @@ __all__ = [
 
 TOY_PREFIX = "toy:"
 TOY_NAMES = ("clip", "vae", "segmenter", "identity", "preference", "sd3", "flux")
+TOY_GENERATORS = ("sd3", "flux")
 CARD_FILE = "pixrl.json"
 SINGLE_FILE = ".safetensors"
 _BESIDE_WEIGHTS = (
@@ -108,29 +109,32 @@ class Checkpoint:
     """The one file that holds the weights, in the layout of the model's authors."""
 
 
-def resolve(ref: str | Path) -> Path | str:
+def resolve(ref: str | Path, layout: Layout | None = None) -> Path | str:
     """The folder of `toy:NAME` or of a local path; a hub id is given back as it is. Nothing is downloaded.
+
+    `layout`: PIPELINE where a generator is wanted; then messages offer toy generators alone.
 
     Raises:
         CheckpointError: the toy checkpoint or the folder does not exist.
         InputError: the reference is none of the kinds.
     """
     text = str(ref)
+    toys = TOY_GENERATORS if layout is Layout.PIPELINE else TOY_NAMES
     if text.startswith(TOY_PREFIX):
-        return _toy_folder(text.removeprefix(TOY_PREFIX))
+        return _toy_folder(text.removeprefix(TOY_PREFIX), toys)
     path = Path(text).expanduser()
     if text and path.is_dir():
         return path
     if isinstance(ref, Path) or text.startswith((".", "/", "~")) or "\\" in text or path.exists():
         raise CheckpointError(
             f"The checkpoint folder {text!r} does not exist. Give a folder with a model_index.json or config.json, "
-            f"a hub id such as 'stabilityai/sdxl-turbo', or one of {_toy_list()}."
+            f"a hub id such as 'stabilityai/sdxl-turbo', or one of {_toy_list(toys)}."
         )
     if is_hub_id(text):
         return text
     raise InputError(
-        f"{text!r} is not a checkpoint reference.{did_you_mean(f'{TOY_PREFIX}{text}', _toy_refs())} "
-        f"Give {_toy_list()}, a local folder, or a hub id 'owner/name' or 'owner/name@revision'."
+        f"{text!r} is not a checkpoint reference.{did_you_mean(f'{TOY_PREFIX}{text}', _toy_refs(toys))} "
+        f"Give {_toy_list(toys)}, a local folder, or a hub id 'owner/name' or 'owner/name@revision'."
     )
 
 
@@ -139,7 +143,7 @@ def folder(ref: str | Path, layout: Layout, *, without: Sequence[str] = ()) -> P
 
     `without`: components of a pipeline that are not downloaded.
     """
-    found = resolve(ref)
+    found = resolve(ref, layout)
     if isinstance(found, Path):
         path = found
     elif layout is Layout.PIPELINE:
@@ -166,7 +170,7 @@ def locate(ref: str | Path, *, t5: bool = True) -> Checkpoint:
     if not file.is_file():
         raise CheckpointError(f"The checkpoint file {str(file)!r} does not exist (looked in {Path.cwd()}).")
     read_header(file)
-    found = resolve(_config_of(file) if config is None else config)
+    found = resolve(_config_of(file) if config is None else config, Layout.PIPELINE)
     path = fetch_files(found, CONFIG_FILES) if isinstance(found, str) else found
     read_json(path / hub_check.INDEX)
     return Checkpoint(path, file)
@@ -192,10 +196,14 @@ def _config_of(file: Path) -> Path:
     return beside
 
 
-def read_card(ref: str | Path) -> Card:
-    """The card of a toy or local checkpoint; an empty one where there is none or the reference is a hub id."""
+def read_card(ref: str | Path, layout: Layout | None = None) -> Card:
+    """The card of a toy or local checkpoint; an empty one where there is none or the reference is a hub id.
+
+    Raises:
+        CheckpointError, InputError: as `resolve`; CheckpointError, too, where the card is wrong.
+    """
     split = split_single_file(ref)
-    found = resolve(ref if split is None else split[1] or _config_of(split[0]))
+    found = resolve(ref if split is None else split[1] or _config_of(split[0]), layout)
     path = Path(found) / CARD_FILE
     if isinstance(found, str) or not path.is_file():
         return Card()
@@ -239,20 +247,20 @@ def _content_hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _toy_refs() -> list[str]:
-    return [f"{TOY_PREFIX}{name}" for name in TOY_NAMES]
+def _toy_refs(toys: Sequence[str]) -> list[str]:
+    return [f"{TOY_PREFIX}{name}" for name in toys]
 
 
-def _toy_list() -> str:
-    return ", ".join(_toy_refs())
+def _toy_list(toys: Sequence[str]) -> str:
+    return ", ".join(_toy_refs(toys))
 
 
-def _toy_folder(name: str) -> Path:
+def _toy_folder(name: str, toys: Sequence[str]) -> Path:
+    """`toys`: what is offered where there is none of that name."""
     path = hub_check.TOY_ROOT / name
     if name not in TOY_NAMES:
-        raise InputError(
-            f"There is no toy checkpoint {name!r}.{did_you_mean(name, TOY_NAMES)} There are {_toy_list()}."
-        )
+        near = did_you_mean(f"{TOY_PREFIX}{name}", _toy_refs(toys))
+        raise InputError(f"There is no toy checkpoint {name!r}.{near} There are {_toy_list(toys)}.")
     if not path.is_dir():
         raise CheckpointError(f"The toy checkpoint {name!r} is not in {hub_check.TOY_ROOT}. {remedy(path)}")
     return path

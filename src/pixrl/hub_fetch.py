@@ -181,8 +181,7 @@ class Remote:
     """What the hub says of a repository that is not in the cache."""
 
     weights: int
-    """Bytes of all its safetensors files, of which a download takes those of one variant; without any, of its
-    pytorch_model.bin."""
+    """Bytes of those of its weights that would be downloaded."""
 
 
 def ask(ref: str) -> Remote:
@@ -208,9 +207,27 @@ def ask(ref: str) -> Remote:
     except _failures() as error:
         raise explained(ref, error) from error
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
-    safe = [size for name, size in sizes.items() if name.endswith(".safetensors")]
-    bins = [size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in BINS)]
-    return Remote(sum(safe or bins))
+    return Remote(sum(sizes[name] for name in _downloaded(list(sizes))))
+
+
+def _downloaded(names: Sequence[str]) -> list[str]:
+    """The weights among a repository's files that are fetched: of a pipeline those in its parts' folders, else those
+    of one model; of several variants (fp16) the plain one. Whole pipelines in one file are not fetched."""
+    if "model_index.json" not in names:
+        patterns = next((some for some in (SAFETENSORS, BINS) if _matching(names, some)), ("*.safetensors",))
+        return _matching(names, patterns)
+    found: list[str] = []
+    for folder in (name.removesuffix("config.json") for name in names if name.count("/") == 1):
+        inside = _matching(names, (f"{folder}*.safetensors",)) if folder.endswith("/") else []
+        plain = [name for name in inside if name.removeprefix(folder).count(".") == 1]
+        found += plain or inside
+    return found
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Weights among the names that one of the patterns fits."""
+    fitting = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    return [name for name in fitting if name.endswith((".safetensors", ".bin"))]
 
 
 def cache_place() -> Path:

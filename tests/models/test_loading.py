@@ -1,8 +1,10 @@
 """What is loaded is what was published, and what does not fit is refused in a sentence that says what to do."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.models.test_sd3 import diffusers_pictures
 
-from pixrl import hub_fetch, models
+from pixrl import hub_check, hub_fetch, models
 from pixrl.errors import CheckpointError, InputError
 from pixrl.models.flux import FluxPolicy, Preset
 from pixrl.models.sd3 import SD3Policy
@@ -24,6 +26,27 @@ OWL, SNAIL = "a photo of an owl", "a photo of a snail"
 @pytest.fixture
 def copy(sd3_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sd3_folder, tmp_path / "copy"))
+
+
+COMMIT = "c" * 40
+
+
+def cached(
+    folder: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refs: dict[str, str],
+    repo: str = "owner/some-name",
+) -> Path:
+    """A copy of a folder as the hub's cache in `place` holds it; the hub itself is not asked."""
+    within = place / f"models--{repo.replace('/', '--')}"
+    found = Path(shutil.copytree(folder, within / "snapshots" / COMMIT))
+    (within / "refs").mkdir()
+    for name, commit in refs.items():
+        (within / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return found
 
 
 def rewrite(file: Path, change: object) -> None:
@@ -61,7 +84,35 @@ def test_more_layers_than_the_config_says(copy: Path) -> None:
 def test_weights_of_another_width(copy: Path) -> None:
     config = json.loads((copy / "transformer/config.json").read_text())
     (copy / "transformer/config.json").write_text(json.dumps(config | {"caption_projection_dim": 32}))
-    with pytest.raises(CheckpointError, match="transformer"):
+    with pytest.raises(CheckpointError) as refused:
+        models.load(copy)
+    assert str(refused.value) == (
+        f"The weights of {copy}/transformer do not fit a SD3Transformer2DModel of its config.json: 2 weights have "
+        "another shape (context_embedder.bias is [16], expected [32], context_embedder.weight is [16, 32], expected "
+        "[32, 32]). Config and weights belong to different models: take both from the same one. Save or download it "
+        "again, for example: hf download OWNER/NAME --local-dir FOLDER"
+    )
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_text_encoders_of_another_width(part: str, sdxl_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sdxl_folder, tmp_path / "copy"))
+    config = json.loads((folder / part / "config.json").read_text())
+    (folder / part / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(
+        CheckpointError,
+        match=r"6 weights have another shape \(.*layers\.0\.mlp\.fc1\.bias is \[32\], expected \[48\]",
+    ) as refused:
+        models.load(folder)
+    assert "ignore_mismatched_sizes" not in str(refused.value)
+
+
+def test_a_config_that_describes_no_model(copy: Path) -> None:
+    config = json.loads((copy / "transformer/config.json").read_text())
+    (copy / "transformer/config.json").write_text(json.dumps(config | {"num_layers": "two"}))
+    with pytest.raises(
+        CheckpointError, match=r"transformer/config\.json does not describe a SD3Transformer2DModel"
+    ):
         models.load(copy)
 
 
@@ -107,6 +158,55 @@ def test_a_shard_that_is_missing_or_cut_short(tmp_path: Path) -> None:
     shards[1].unlink()
     with pytest.raises(CheckpointError, match=rf"{shards[1].name} is missing: its index lists it"):
         models.load(folder)
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_shards_without_their_index(variant: str, tmp_path: Path) -> None:
+    folder = tiny.sd3(tmp_path / "model", card=tiny.SD3_CARD)
+    policy = models.load(folder, device="cpu", dtype="float32")
+    assert isinstance(policy, SD3Policy)
+    expected = policy.sample(policy.encode([OWL]), [1])
+    part = folder / "transformer"
+    (part / WEIGHTS).unlink()
+    policy.pipeline.transformer.save_pretrained(
+        part, max_shard_size="20KB", variant=variant.removeprefix(".") or None
+    )
+    again = models.load(folder, device="cpu", dtype="float32")
+    assert torch.allclose(again.sample(again.encode([OWL]), [1]), expected, atol=1e-5)
+    index = f"diffusion_pytorch_model.safetensors.index{variant}.json"
+    (part / index).unlink()
+    shards = sorted(part.glob("*-of-*.safetensors"))
+    with pytest.raises(CheckpointError) as refused:
+        models.load(folder)
+    assert str(refused.value) == (
+        f"{part} holds {len(shards)} shards ({shards[0].name}, ...), but {index}, which says what lies in which, is "
+        "missing. Save or download it again, for example: hf download OWNER/NAME --local-dir FOLDER"
+    )
+
+
+@pytest.mark.parametrize(
+    ("main", "pinned"), [(COMMIT, ""), ("d" * 40, f" --revision {COMMIT}"), (None, f" --revision {COMMIT}")]
+)
+def test_what_is_broken_in_the_hubs_cache_is_mended_by_a_command(
+    main: str | None, pinned: str, sd3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cached(sd3_folder, tmp_path, monkeypatch, {} if main is None else {"main": main})
+    file = folder / "transformer" / WEIGHTS
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    command = "Download it again: hf download owner/some-name{}" + pinned + " --force-download"
+    said = command.format(f" transformer/{WEIGHTS}")
+    with pytest.raises(CheckpointError, match=rf"is cut short: \d+ bytes of \d+\. {re.escape(said)}$"):
+        models.load(folder)
+    file.rename(file.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    said = command.format(" transformer/diffusion_pytorch_model.safetensors.index.json")
+    with pytest.raises(CheckpointError, match=rf"is missing\. {re.escape(said)}$"):
+        models.load(folder)
+    shutil.rmtree(folder / "transformer")
+    said = command.format(" --include 'transformer/*'")
+    with pytest.raises(CheckpointError, match=rf"transformer is missing\. {re.escape(said)}$"):
+        models.load(folder)
+    assert hub_check.remedy(folder) == command.format("")
 
 
 def test_dual_attention_equals_the_published_pipeline(tmp_path: Path) -> None:
@@ -247,13 +347,56 @@ def test_no_connection_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pinned_revision_comes_from_the_cache(
     sd3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = "c" * 40
-    repo = tmp_path / "models--owner--name"
-    shutil.copytree(sd3_folder, repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "v1").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert hub_fetch.cached_folder("owner/name@v1") == repo / "snapshots" / commit
+    folder = cached(sd3_folder, tmp_path, monkeypatch, {"v1": COMMIT}, repo="owner/name")
+    assert hub_fetch.cached_folder("owner/name@v1") == folder
     assert hub_fetch.cached_folder("owner/name@v2") is None
-    assert hub_fetch.fetch_files("owner/name@v1", ["*"]) == repo / "snapshots" / commit
+    assert hub_fetch.fetch_files("owner/name@v1", ["*"]) == folder
+    for revision in ("v1", COMMIT):
+        assert hub_fetch.fetch_pipeline(f"owner/name@{revision}") == folder
+        assert models.load(f"owner/name@{revision}").name == f"owner/name@{revision}"
+    for ref in ("owner/name", "owner/name@v2"):  # another revision than the one in the cache
+        with pytest.raises(
+            CheckpointError, match="HF_HUB_OFFLINE is set, and the cache does not hold all of it"
+        ):
+            hub_fetch.fetch_pipeline(ref)
+
+
+PIPELINE_FILES = {
+    "model_index.json": 1,
+    "sd_xl_base_1.0.safetensors": 7000,  # the whole pipeline in one file
+    "text_encoders/clip_g.safetensors": 1400,  # in no part's folder
+    "unet/config.json": 1,
+    "unet/diffusion_pytorch_model-00001-of-00002.safetensors": 300,
+    "unet/diffusion_pytorch_model-00002-of-00002.safetensors": 200,
+    "unet/diffusion_pytorch_model.fp16.safetensors": 250,
+    "unet/diffusion_pytorch_model.bin": 500,
+    "vae/config.json": 1,
+    "vae/diffusion_pytorch_model.fp16.safetensors": 30,  # the one variant that there is
+}
+MODEL_FILES = {
+    "config.json": 1,
+    "model.safetensors": 400,
+    "model.fp16.safetensors": 200,
+    "onnx/model.safetensors": 400,
+    "pytorch_model.bin": 400,
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "size"),
+    [
+        (PIPELINE_FILES, 530),
+        (MODEL_FILES, 400),
+        ({"pytorch_model.bin": 70, "pytorch_model.fp16.bin": 35}, 70),
+        ({"other.safetensors": 5}, 5),
+        ({"README.md": 9}, 0),
+    ],
+)
+def test_the_size_of_a_download_counts_what_is_downloaded(
+    files: dict[str, int], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    siblings = [SimpleNamespace(rfilename=name, size=bytes_) for name, bytes_ in files.items()]
+    info = SimpleNamespace(gated=False, siblings=siblings)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+    assert hub_fetch.ask("owner/name").weights == size

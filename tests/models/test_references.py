@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from pixrl import hub, hub_check, models
-from pixrl.errors import CheckpointError, InputError
+from pixrl import cli, hub, hub_check, models
+from pixrl.errors import CheckpointError, InputError, PixrlError
 
 
 def test_a_toy_name_is_a_folder_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,8 +21,24 @@ def test_a_toy_name_is_a_folder_of_the_package(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_unknown_toy_name_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"Did you mean 'sd3'.*toy:clip, toy:vae.*toy:flux"):
+    with pytest.raises(InputError, match=r"Did you mean 'toy:sd3'.*There are toy:clip, toy:vae.*toy:flux"):
         models.resolve("toy:sd33")
+
+
+@pytest.mark.parametrize("ref", ["toysd3", "toy:sd4", "./nowhere"])
+def test_where_a_generator_is_wanted_only_generators_are_offered(ref: str) -> None:
+    for ask in (lambda: models.load(ref), lambda: hub.read_card(ref, hub.Layout.PIPELINE)):
+        with pytest.raises(PixrlError, match=r"toy:sd3, toy:flux") as refused:
+            ask()
+        assert "toy:clip" not in str(refused.value) and "toy:vae" not in str(refused.value)
+
+
+def test_a_generator_of_the_command_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        cli.app, ["fuse", "owl", "snail", "--model", "toysd3", "--out", str(tmp_path / "x")]
+    )
+    assert done.exit_code == 2
+    assert "Did you mean 'toy:sd3'? Give toy:sd3, toy:flux, a local folder" in done.stderr
 
 
 def test_a_toy_checkpoint_that_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +131,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "index": (lambda p: (p / "model_index.json").unlink(), r"model_index.json is missing"),
     "class": (
         lambda p: (p / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"})),
-        r"KandinskyPipeline, which pixrl has no adapter for.*StableDiffusion3Pipeline",
+        r"KandinskyPipeline, which pixrl has no adapter for\. It loads StableDiffusion3Pipeline, .*"
+        r"write its name as _class_name into a copy's model_index\.json and give the copy's folder",
     ),
     "pickle": (
         lambda p: (

@@ -90,7 +90,8 @@ def kind_of(path: Path) -> str:
     class_name = str(read_json(path / "model_index.json").get("_class_name"))
     if class_name not in PIPELINES:
         raise CheckpointError(
-            f"{path} is a {class_name}, which pixrl has no adapter for. It loads {', '.join(PIPELINES)}; "
-            f"where the layout is the same, say which with kind=, one of {', '.join(RENDERERS)}."
+            f"{path} is a {class_name}, which pixrl has no adapter for. It loads {', '.join(PIPELINES)}. Where the "
+            f"parts are those of one of them, write its name as _class_name into a copy's model_index.json and give "
+            f"the copy's folder; in Python, models.load(..., kind=...) takes {', '.join(RENDERERS)}."
         )
     return PIPELINES[class_name]

@@ -11,7 +11,7 @@ from torch import Tensor
 from pixrl.algorithms.base import FusionTask
 from pixrl.equations import fuse
 from pixrl.errors import RunError, ShapeError
-from pixrl.hub import Card, read_card
+from pixrl.hub import Card, Layout, read_card
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.training.fuse_config import FuseConfig, Pooled
@@ -107,7 +107,7 @@ def load_world(
     from pixrl.rewards.clip import ClipSimilarity, FusionScorer
     from pixrl.rewards.segmentation import Foreground
 
-    card = read_card(model)
+    card = read_card(model, Layout.PIPELINE)
     clip = clip or card.clip or PUBLISHED_CLIP
     segmenter = segmenter or card.segmenter or PUBLISHED_SEGMENTER
     scorer = FusionScorer(ClipSimilarity(clip, device=device), Foreground(segmenter, device=device))
