@@ -22,6 +22,7 @@ from pixrl.evaluation.model_card import artefacts
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
 from pixrl.training import checkpoint
+from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.runlog import RunFolder
 from tests import published, tiny
 from tests.align.parts import recipe
@@ -218,5 +219,16 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "comfyui_lora.safetensors" in done.stdout.replace("\n", "")
     assert "ComfyUI/models/loras" in (tmp_path / "out/README.md").read_text()
+    absent = CliRunner().invoke(cli.app, ["export", str(tmp_path / "nowhere")])
+    assert (absent.exit_code, absent.stderr) == (
+        1,
+        f"Error: There is no run folder {tmp_path / 'nowhere'}. To make a run that can be exported, type: "
+        "pixrl align RECIPE --out DIR, or pixrl personalize RECIPE --out DIR\n",
+    )
+    fusion = tmp_path / "fusion"
+    RunFolder.create(fusion, kind="fuse", recipe=FuseConfig(concepts=("owl", "snail")))
+    none = CliRunner().invoke(cli.app, ["export", str(fusion)])
+    assert none.exit_code == 1
+    assert "a run of kind 'fuse', which trains no LoRA" in none.stderr and "pixrl align RECIPE" in none.stderr
     wrong = CliRunner().invoke(cli.app, ["export", str(run), "--slot", "emma"])
     assert (wrong.exit_code, "There are current, old, ema" in wrong.stderr) == (2, True)

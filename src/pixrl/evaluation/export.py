@@ -20,7 +20,7 @@ from pixrl.models.flux_lora import added, read_lora, slot_lora, to_diffusers, wr
 from pixrl.models.slots import Slot
 from pixrl.training import checkpoint
 from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_kinds import read_config, require_kind
+from pixrl.training.align_kinds import KINDS, read_config
 from pixrl.training.files import write_atomic
 from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.runlog import RunFolder
@@ -77,8 +77,7 @@ def export(
         ConfigError: the run has no averaged weights, or no LoRA in that slot.
         CheckpointError: a module has no place in the layout, or the base model's folder is gone.
     """
-    folder = RunFolder.open(run, allow_changed=True)
-    require_kind(folder)
+    folder = _open(run)
     config = read_config(folder)
     chosen = _slot(config, slot)
     saved = checkpoint.latest(folder.path)
@@ -93,6 +92,19 @@ def export(
     metadata = {"format": "pt", "made_by": "pixrl", "run": folder.path.name, "slot": chosen.value}
     file = write_lora(place / FILES[layout], named, metadata)
     return Exported(file, _describe(folder, config, facts, place), chosen, facts.step)
+
+
+def _open(run: Path) -> RunFolder:
+    """A run that has a LoRA. RunError for any other."""
+    start = "pixrl align RECIPE --out DIR, or pixrl personalize RECIPE --out DIR"
+    if not run.is_dir():
+        raise RunError(f"There is no run folder {run}. To make a run that can be exported, type: {start}")
+    folder = RunFolder.open(run, allow_changed=True)
+    if folder.kind not in KINDS:
+        raise RunError(
+            f"{run} is a run of kind {folder.kind!r}, which trains no LoRA: there is nothing to export. Type: {start}"
+        )
+    return folder
 
 
 def _slot(config: AlignConfig, asked: Slot | None) -> Slot:
