@@ -1,6 +1,6 @@
-"""Real processes: two gloo peers under `torchrun` end as one; a run that is killed ends as one that is not.
+"""Real processes: two gloo peers under `torchrun` or `accelerate launch` end as one; a killed run as one never killed.
 
-`accelerate launch` starts one process on a CPU, whatever --num_processes says; on GPUs it is torchrun.
+Where no GPU is, `accelerate launch` starts the processes that it is told of with --multi_gpu, and one without.
 """
 
 import json
@@ -28,7 +28,24 @@ from pixrl.training.runlog import METRICS, RunFolder
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = ["-m", "torch.distributed.run", "--nnodes", "1"]
+
+
+def torchrun(processes: int, port: str) -> list[str]:
+    if processes == 1:
+        return ["-m"]
+    several = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-port", port]
+    return ["-m", "torch.distributed.run", *several, "-m"]
+
+
+def accelerate(processes: int, port: str) -> list[str]:
+    """--multi_gpu asks for several processes: gloo ones where no GPU is."""
+    several = ["--multi_gpu"] if processes > 1 else []
+    machine = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    several += ["--num_processes", str(processes), "--main_process_port", port]
+    return ["-m", "accelerate.commands.launch", *several, *machine, "-m"]
+
+
+Launcher = Callable[[int, str], list[str]]
 
 
 def environment() -> dict[str, str]:
@@ -46,10 +63,8 @@ def write_recipe(folder: Path, settings: dict[str, Any]) -> Path:
     return file
 
 
-def command(processes: int, *words: str) -> list[str]:
-    port = ["--master-port", str(random.randint(20000, 40000))]
-    launch = [*LAUNCH, "--nproc-per-node", str(processes), *port, "-m"] if processes > 1 else ["-m"]
-    return [sys.executable, *launch, "pixrl", *words]
+def command(processes: int, *words: str, launcher: Launcher = torchrun) -> list[str]:
+    return [sys.executable, *launcher(processes, str(random.randint(20000, 40000))), "pixrl", *words]
 
 
 EPS = 1e-2
@@ -81,17 +96,23 @@ def processes_of(run: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [{}, GRPO | E2PO], ids=["nft", "e2po-grpo"])
+@pytest.mark.parametrize(
+    ("method", "launcher"),
+    [({}, torchrun), (GRPO | E2PO, accelerate)],
+    ids=["nft-torchrun", "e2po-grpo-accelerate"],
+)
 def test_two_processes_end_as_one(
-    tmp_path: Path, sd3_folder: Path, prompt_file: Path, method: dict[str, Any]
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, method: dict[str, Any], launcher: Launcher
 ) -> None:
     settings = recipe(sd3_folder, prompt_file, **method)
     settings["prompts"]["per_step"] = 3  # shared out as 1 and 2
     settings["optimizer"] = {"lr": 1e-3, "updates": 2, "eps": EPS}
     file = write_recipe(tmp_path, settings)
     for processes in (1, 2):
-        words = ["align", str(file), "--out", str(tmp_path / str(processes))]
-        subprocess.run(command(processes, *words), env=environment(), check=True, timeout=900)
+        words = command(
+            processes, "align", str(file), "--out", str(tmp_path / str(processes)), launcher=launcher
+        )
+        subprocess.run(words, env=environment(), check=True, timeout=900)
     one, two = tmp_path / "1", tmp_path / "2"
     assert [processes_of(run) for run in (one, two)] == [1, 2]
     assert_trained_alike(one, two)

@@ -1,6 +1,6 @@
-"""The processes of a run, by `torchrun`: gloo on CPUs, NCCL on GPUs. One process needs no launcher.
+"""The processes of a run, by `torchrun` or `accelerate launch`: gloo on CPUs, NCCL on GPUs. One needs no launcher.
 
-`accelerate launch` is torchrun on GPUs; on CPUs it starts one process, whatever its --num_processes.
+Where no GPU is, `accelerate launch` starts as many as --num_processes says only with --multi_gpu, else one.
 """
 
 from typing import TypeVar
