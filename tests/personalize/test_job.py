@@ -306,7 +306,7 @@ def test_too_many_references_for_memory(policy: FluxPolicy, monkeypatch: pytest.
 def test_a_subject_that_the_segmenter_does_not_find(
     tmp_path: Path, flux_folder: Path, subjects: Path
 ) -> None:
-    """A failed score with its reason, and past the allowed share the run stops: never a 0."""
+    """Refused before there is a folder; where failures are allowed, a failed score with its reason: never a 0."""
     dino, segmenter = tiny_dino.dino(tmp_path / "dino"), tiny.segmenter(tmp_path / "segmenter")
     with torch.no_grad():  # it sees background everywhere
         file = segmenter / "model.safetensors"
@@ -321,8 +321,12 @@ def test_a_subject_that_the_segmenter_does_not_find(
         "options": {"model": str(dino), "segmenter": str(segmenter)},
     }
     wanted = recipe(flux_folder, subjects, rewards=[identity, rewards()[1]])
-    with pytest.raises(RunError, match=r"'identity' failed for 6 of 6(.|\n)*no subject found in the picture"):
+    refused = (
+        r"'identity' can judge no picture of \d of \d subject.*no subject found in the reference.*mask: none"
+    )
+    with pytest.raises(InputError, match=refused):
         pixrl.personalize(wanted, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     lenient = wanted | {"scoring": {"max_failed_share": 1.0}}
     done = pixrl.personalize(lenient, out=tmp_path / "lenient", steps=1)
     assert done.metrics[0]["failed_share"] == 1

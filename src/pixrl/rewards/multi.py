@@ -15,6 +15,7 @@ from pixrl.errors import ConfigError, InputError, RunError, ShapeError
 from pixrl.rewards.base import DifferentiableReward, Reward
 from pixrl.rewards.calls import Caller, Failure
 from pixrl.rewards.clip import flag_failures
+from pixrl.rewards.references import ReferenceReward
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
 from pixrl.types import RewardBatch, Scores
 
@@ -87,6 +88,15 @@ class RewardSet:
     def differentiable(self) -> Mapping[str, DifferentiableReward]:
         """Those that have a gradient by the picture."""
         return {name: one for name, one in self._rewards.items() if isinstance(one, DifferentiableReward)}
+
+    def reference_problems(self, metadata: Mapping[str, object]) -> Mapping[str, str]:
+        """Reward -> why it can judge no picture by a sample's references, where that is so."""
+        found = {
+            name: one.reference_problem(metadata)
+            for name, one in self._rewards.items()
+            if isinstance(one, ReferenceReward)
+        }
+        return {name: reason for name, reason in found.items() if reason is not None}
 
     def score(self, batch: RewardBatch) -> Mapping[str, Scores]:
         """The scores of all of a step's pictures, where one process has them.

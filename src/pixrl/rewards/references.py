@@ -128,6 +128,15 @@ class ReferenceReward(DifferentiableReward):
         return "no foreground found"
 
     @torch.no_grad()
+    def reference_problem(self, metadata: Mapping[str, object]) -> str | None:
+        """Why no picture can be judged by a sample's references, such as a subject that is not found; or None."""
+        entry = of_subject(metadata, self.subject)
+        reason = self._unjudged(entry)
+        return (
+            self._nothing_in_reference(entry) if reason is None and not len(self._usable(entry)) else reason
+        )
+
+    @torch.no_grad()
     def score(self, batch: RewardBatch) -> Scores:
         values_B, reasons = self._judge(batch.images_BCHW, batch.metadata, self.encoder.image_features)
         return Scores(values_B, tuple(reasons), provenance=self.provenance)
@@ -158,17 +167,28 @@ class ReferenceReward(DifferentiableReward):
     def _compare(self, feature_E: Tensor, metadata: Mapping[str, object]) -> tuple[Tensor, str | None]:
         """One picture's score, or nan and the reason."""
         failed = feature_E.new_tensor(torch.nan)
-        pictures, kind = references_of(metadata), metadata.get("class")
-        reason = self._unknown(kind) if pictures else self._no_reference()
+        reason = self._unjudged(metadata)
         if reason is not None:
             return failed, reason
         if not feature_E.isfinite().all():
-            return failed, f"{self._nothing(kind)} in the picture"
-        rows_ME = torch.cat([self._reference(picture, kind) for picture in chosen(pictures, self.references)])
-        usable = rows_ME[rows_ME.isfinite().all(dim=1)]
-        if not len(usable):
-            return failed, f"{self._nothing(kind)} in the reference"
-        return (usable.to(feature_E.device) @ feature_E).mean(), None
+            return failed, f"{self._nothing(metadata.get('class'))} in the picture"
+        usable_ME = self._usable(metadata)
+        if not len(usable_ME):
+            return failed, self._nothing_in_reference(metadata)
+        return (usable_ME.to(feature_E.device) @ feature_E).mean(), None
+
+    def _unjudged(self, metadata: Mapping[str, object]) -> str | None:
+        """Why there is nothing to compare with, whatever the pictures show; or None."""
+        return self._unknown(metadata.get("class")) if references_of(metadata) else self._no_reference()
+
+    def _nothing_in_reference(self, metadata: Mapping[str, object]) -> str:
+        return f"{self._nothing(metadata.get('class'))} in the reference"
+
+    def _usable(self, metadata: Mapping[str, object]) -> Tensor:
+        """Unit vectors [M, E] of the references in which something was found to compare with."""
+        pictures = chosen(references_of(metadata), self.references)
+        rows_ME = torch.cat([self._reference(picture, metadata.get("class")) for picture in pictures])
+        return rows_ME[rows_ME.isfinite().all(dim=1)]
 
     def _no_reference(self) -> str:
         where = repr(KEY) if self.subject is None else f"{SUBJECTS!r}, number {self.subject}"

@@ -28,7 +28,13 @@ from pixrl.training.align_record import (
     require_unchanged,
     write_start,
 )
-from pixrl.training.align_workshop import Workshop, make_evaluator, open_workshop, plan_batches
+from pixrl.training.align_workshop import (
+    Workshop,
+    check_references,
+    make_evaluator,
+    open_workshop,
+    plan_batches,
+)
 from pixrl.training.loop import Loop, Pace
 from pixrl.training.monitor import Monitor, Silent
 from pixrl.training.prompt_sampler import share
@@ -45,6 +51,7 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
     shop = open_workshop(config)
     # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
     prepare(shop.method.exploration, shop.policy, shop.first_groups()[:1])
+    check_references(shop)
     micro_batches, notes = plan_batches(shop)
     team = shop.team
     out = team.gather(out)[0]  # each process may have seen another folder as the first free one

@@ -18,7 +18,7 @@ from pixrl.algorithms.spread import Features, pixel_features
 from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
-from pixrl.errors import ConfigError
+from pixrl.errors import ConfigError, InputError
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.prompts import check_words
@@ -172,6 +172,27 @@ def placed(setting: RewardSetting, device: str) -> RewardSetting:
 
 def _features(ref: str | None, device: str) -> Features:
     return pixel_features if ref is None else load_encoder(ref, device=device).image_features
+
+
+def check_references(shop: Workshop) -> None:
+    """Refuses subjects by whose references a reward can judge nothing, before anything is drawn.
+
+    Raises:
+        InputError: they are more than `scoring.max_failed_share` of the subjects, so the run would stop; names the first.
+    """
+    if not isinstance(shop.config, PersonalizeConfig):
+        return
+    subjects = {_identity(p)[1]: p.metadata for p in (*shop.prompts.prompts, *shop.evaluated())}
+    found = {name: shop.rewards.reference_problems(metadata) for name, metadata in subjects.items()}
+    for reward in shop.rewards.names:
+        broken = {subject: of[reward] for subject, of in found.items() if reward in of}
+        if len(broken) > shop.config.scoring.max_failed_share * len(subjects):
+            first, reason = next(iter(broken.items()))
+            raise InputError(
+                f"The reward {reward!r} can judge no picture of {len(broken)} of {len(subjects)} subject(s); "
+                f"{first!r}: {reason}. Give other pictures of it, on which it stands out; or let the reward compare whole "
+                "pictures: options mask: none."
+            )
 
 
 def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:
