@@ -178,7 +178,7 @@ def check_references(shop: Workshop) -> None:
     """Refuses subjects by whose references a reward can judge nothing, before anything is drawn.
 
     Raises:
-        InputError: they are more than `scoring.max_failed_share` of the subjects, so the run would stop; names the first.
+        InputError: they are more than `scoring.max_failed_share` of the subjects, so the run would stop; names one.
     """
     if not isinstance(shop.config, PersonalizeConfig):
         return
@@ -190,8 +190,8 @@ def check_references(shop: Workshop) -> None:
             first, reason = next(iter(broken.items()))
             raise InputError(
                 f"The reward {reward!r} can judge no picture of {len(broken)} of {len(subjects)} subject(s); "
-                f"{first!r}: {reason}. Give other pictures of it, on which it stands out; or let the reward compare whole "
-                "pictures: options mask: none."
+                f"{first!r}: {reason}. Give other pictures of it, on which it stands out; or let the reward compare "
+                "whole pictures: options mask: none."
             )
 
 
