@@ -202,7 +202,7 @@ def test_health_and_description(server: RewardServer) -> None:
     assert (one["name"], one["kind"], one["licence"], one["problem"]) == (
         "mine",
         "python",
-        "not stated",
+        "its own",
         None,
     )
     assert "mine.py:blue" in one["provenance"]["model"]
