@@ -1,6 +1,9 @@
 """BiRefNet from its published names: the operator, the mask's way back to the picture, and where masks are used."""
 
 import json
+import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.tiny_dino import dino
 from tests.tiny_encoders import birefnet
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError
@@ -23,6 +26,8 @@ from pixrl.rewards.deform_conv import deform_conv2d
 from pixrl.rewards.segmentation import Foreground, Segmenter, load_back_end
 from pixrl.training.fuse_world import load_world
 from pixrl.types import RewardBatch
+
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "birefnet.py"
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,66 @@ def test_patches_are_channels_channel_first() -> None:
     for number, (channel, row, column) in enumerate(np.ndindex(3, 2, 3)):
         part = picture[0, channel, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
         assert torch.equal(cut[0, number], part)
+
+
+@pytest.fixture
+def of_the_notes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, nn.Module]:
+    """A folder with random statistics in its normalizations, and the working notes' network with its weights.
+
+    The notes' network was compared with the published code: the same logits, to the last bit.
+    """
+    monkeypatch.syspath_prepend(REFERENCE.parent)  # for its own import of deform_conv
+    try:
+        kind = runpy.run_path(str(REFERENCE))["BiRefNet"]
+    finally:
+        sys.modules.pop("deform_conv", None)
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    for name in weights:
+        if name.endswith("running_var"):
+            weights[name] = 0.5 + torch.rand(weights[name].shape, generator=generator)
+        elif name.endswith(("running_mean", ".bias")) or (".bn" in name and name.endswith(".weight")):
+            weights[name] = weights[name] + 0.2 * torch.randn(weights[name].shape, generator=generator)
+    shutil.copytree(folder, tmp_path / "folder", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(weights, tmp_path / "folder" / "model.safetensors")
+    network = kind(backbone_config(weights, folder)).eval()
+    missing, unexpected = network.load_state_dict(kind.convert(weights), strict=False)
+    assert not unexpected
+    # the classifier's last normalization, which a backbone does not use, and a table that is computed
+    assert all(".swin.layernorm." in name or name.endswith("relative_position_index") for name in missing)
+    return tmp_path / "folder", network
+
+
+@pytest.mark.skipif(not REFERENCE.is_file(), reason=f"the working notes are not at {REFERENCE}")
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (96, 64), (160, 128)])
+@torch.inference_mode()
+def test_logits_and_masks_are_those_of_the_working_notes(
+    size: tuple[int, int], of_the_notes: tuple[Path, nn.Module]
+) -> None:
+    folder, network = of_the_notes
+    pixels = F.interpolate(random(2, 3, 6, 6), size, mode="bilinear") + 0.1 * random(2, 3, *size, seed=1)
+    ours, expected = BiRefNetForeground(folder, device="cpu").model(pixels), network(pixels)
+    assert ours.shape == expected.shape == (2, 1, *size)
+    assert expected.std() > 0.3, "a flat mask would prove nothing"
+    assert (ours - expected).abs().max() < 1e-5
+    assert (ours.sigmoid() - expected.sigmoid()).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not REFERENCE.is_file(), reason=f"the working notes are not at {REFERENCE}")
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_a_pictures_mask_is_that_of_the_working_notes(
+    size: tuple[int, int], of_the_notes: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the picture to the mask at its own size; a rounding may fall to the next of the 256 levels."""
+    folder, network = of_the_notes
+    picture = F.interpolate(torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0)), size)
+    foreground = BiRefNetForeground(folder, device="cpu")
+    ours = foreground.foreground(picture)
+    monkeypatch.setattr(foreground, "model", network)
+    expected = foreground.foreground(picture)
+    assert ours.shape == (2, *size) and expected.std() > 0.05
+    assert (ours - expected).abs().max() < 1.01 / 255
+    assert (ours - expected).abs().mean() < 1e-5
 
 
 def test_the_backbones_sizes_are_read_off_the_weights(folder: Path) -> None:

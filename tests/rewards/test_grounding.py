@@ -21,7 +21,7 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
 
 from pixrl.errors import CheckpointError, ShapeError
 from pixrl.evaluation.divgen import spatial_diversity
-from pixrl.rewards.grounding import DetectorFinder, GroundingDino
+from pixrl.rewards.grounding import BOX_THRESHOLD, TEXT_THRESHOLD, DetectorFinder, GroundingDino
 from pixrl.rewards.segmentation import Instance
 
 
@@ -88,6 +88,32 @@ def test_the_phrase_matters_and_the_batch_does_not(folder: Path, images: Tensor)
     alone = [finder.boxes(image[None], [kind])[0] for image, kind in zip(images, kinds, strict=True)]
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(together, alone, strict=True))
     assert not torch.allclose(finder.boxes(images[:1], ["dog"])[0], together[0])
+
+
+def test_the_thresholds_are_the_published_ones(folder: Path) -> None:
+    """Those of the model card of IDEA-Research/grounding-dino-base: scores are not comparable under others."""
+    assert (BOX_THRESHOLD, TEXT_THRESHOLD) == (0.35, 0.25)
+    finder = GroundingDino(folder, device="cpu")
+    assert (finder.box_threshold, finder.text_threshold) == (0.35, 0.25)
+    assert (finder.provenance["box_threshold"], finder.provenance["text_threshold"]) == ("0.35", "0.25")
+    assert DetectorFinder(TwoOwls()).threshold == 0.35
+
+
+def test_the_thresholds_reach_the_boxes(
+    folder: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each as what transformers calls it; box and text are not swapped."""
+    finder = GroundingDino(folder, device="cpu")
+    given: dict[str, object] = {}
+    original = finder.processor.post_process_grounded_object_detection
+
+    def noted(*args: object, **options: object) -> object:
+        given.update(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(finder.processor, "post_process_grounded_object_detection", noted)
+    finder.boxes(images[:1], ["cat"])
+    assert given == {"threshold": 0.35, "text_threshold": 0.25}
 
 
 def test_thresholds_leave_boxes_out(folder: Path, images: Tensor) -> None:

@@ -1,6 +1,8 @@
 """GenEval's detector in both published layouts: equal detections, mmdet's pipeline and post-processing."""
 
 import runpy
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,72 @@ def test_a_known_instance() -> None:
     assert instances_of(classes, masks, frame, CLASSES, least=float(chance)) == []
     empty = torch.full((1, 8, 8), -20.0)
     assert instances_of(classes, empty, frame, CLASSES) == []
+
+
+@dataclass(frozen=True)
+class Products:
+    """How float32 products are computed, on a GPU that could round them to TF32."""
+
+    matmul: str
+    matmul_tf32: bool
+    convolution_tf32: bool
+    autocast: bool
+
+    @staticmethod
+    def now() -> "Products":
+        return Products(
+            torch.get_float32_matmul_precision(),
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+            torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        )
+
+
+@pytest.fixture
+def rounding_to_tf32() -> Iterator[Products]:
+    """As training code sets it for speed."""
+    before = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    yield Products.now()
+    torch.backends.cudnn.allow_tf32 = cudnn
+    torch.set_float32_matmul_precision(before)
+
+
+def test_it_computes_in_full_float32(
+    detector: Mask2FormerDetector, pictures: Tensor, rounding_to_tf32: Products
+) -> None:
+    """In the backbone and the last layer TF32 is off, whatever a run has set; after it the run's setting is back."""
+    assert rounding_to_tf32 == Products("high", True, True, False)
+    seen: list[Products] = []
+    backbone = detector.model.model.pixel_level_module.encoder
+    hooks = [
+        part.register_forward_hook(lambda *_: seen.append(Products.now()))
+        for part in (backbone, detector.model.class_predictor)
+    ]
+    detector.instances(pictures[:1])
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) >= 2
+    assert set(seen) == {Products("highest", False, False, False)}
+    assert Products.now() == rounding_to_tf32
+    assert {x.dtype for x in detector.model.state_dict().values() if x.is_floating_point()} == {torch.float32}
+
+
+def test_the_runs_setting_is_back_after_a_failure(
+    detector: Mask2FormerDetector, pictures: Tensor, rounding_to_tf32: Products
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = detector.model.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            detector.instances(pictures[:1])
+    finally:
+        hook.remove()
+    assert Products.now() == rounding_to_tf32
 
 
 def test_pictures_do_not_depend_on_their_batch(detector: Mask2FormerDetector, pictures: Tensor) -> None:
