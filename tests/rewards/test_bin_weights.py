@@ -261,7 +261,11 @@ def test_other_loaders_never_fetch_the_file(
         hub_folder("openai/clip-vit-base-patch32", Layout.TRANSFORMERS)
     assert not hub.weights
     (hub.repository / BIN).unlink()
-    with pytest.raises(CheckpointError, match=r"no \.safetensors weights and no pytorch_model\.bin"):
+    (hub.repository / "pytorch_model-1-of-2.bin").touch()
+    message = (
+        r"no \.safetensors weights and neither pytorch_model\.bin nor .*It has pytorch_model-1-of-2\.bin\."
+    )
+    with pytest.raises(CheckpointError, match=message):
         hub_folder("openai/clip-vit-base-patch32", Layout.REWARD)
 
 
