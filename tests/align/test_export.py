@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import pixrl
-from pixrl import cli, models
+from pixrl import cli, hub, models
 from pixrl.errors import ConfigError, InputError, RunError
 from pixrl.evaluation.align_report import Change
 from pixrl.evaluation.export import Format, export, parse_format
@@ -156,6 +157,59 @@ def test_a_card_hides_no_loss(run: Path) -> None:
     assert "not measured: evaluation.per_prompt is 1" in said(steady)
     hacked = said(Change("geneval", "trained on", 0.8, 0.9), fell, spread)
     assert hacked.count("strict") == 1
+
+
+def code_of(card: Path, **filled: object) -> str:
+    """The code in a card's section on use, with what the reader fills in."""
+    code = card.read_text().split("## Use")[1].split("```python\n")[1].split("```")[0]
+    for name, value in filled.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', f'"{value}"')
+    return code
+
+
+def trained_briefly(model: str | Path, prompt_file: Path, out: Path) -> Path:
+    made = recipe(
+        model,
+        prompt_file,
+        steps=1,
+        optimizer={"lr": 0.05, "ema": None},
+        lora={"rank": 3, "alpha": 12, "targets": TARGETS[:2]},
+        evaluation={"prompts": 1},
+    )
+    return pixrl.align(made, out=out).run
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_the_cards_code_draws_the_runs_pictures(
+    single_file: bool, dual_folder: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """For a folder with diffusers alone, for a single file whose text encoders lie elsewhere through pixrl."""
+    model = str(dual_folder)
+    if single_file:
+        model = f"{published.sd3(dual_folder, tmp_path / 'model.safetensors')}@{dual_folder}"
+    run = trained_briefly(model, prompt_file, tmp_path / "run")
+    variables: dict[str, Any] = {}
+    filled = {"FOLDER": run / "export"} | ({"PROMPT": OWL} if single_file else {})
+    exec(code_of(export(run).card, **filled), variables)
+    pipeline = variables["model"].pipeline if single_file else variables["pipeline"]
+    loaded = SD3Policy(hub.Checkpoint(dual_folder), device="cpu", dtype="float32", pipeline=pipeline)
+    expected = fresh(dual_folder)
+    expected.pipeline.load_lora_weights(str(run / "export"), weight_name="pytorch_lora_weights.safetensors")
+    assert torch.allclose(pictures(loaded), pictures(expected), atol=1e-4)
+    assert (pictures(loaded) - pictures(fresh(dual_folder))).abs().mean() > 1e-3
+
+
+def test_the_cards_code_loads_a_toy(prompt_file: Path, tmp_path: Path) -> None:
+    """diffusers does not know the name toy:sd3."""
+    run = trained_briefly("toy:sd3", prompt_file, tmp_path / "run")
+    card = export(run).card
+    assert 'from_pretrained("toy:' not in card.read_text()
+    variables: dict[str, Any] = {}
+    exec(code_of(card, FOLDER=run / "export", PROMPT=OWL), variables)
+    assert variables["model"].settings.steps == recipe(".", prompt_file)["sampling"]["steps"]
+    base = models.load("toy:sd3", steps=variables["model"].settings.steps)
+    assert (variables["images"] - base.sample(base.encode([OWL]), [0])).abs().mean() > 1e-3
 
 
 def test_a_card_names_a_published_base_and_its_licence(run: Path, tmp_path: Path) -> None:

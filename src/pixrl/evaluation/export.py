@@ -14,9 +14,10 @@ from torch import Tensor
 from pixrl import models
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
 from pixrl.evaluation.model_card import Facts, pipeline_name, shown_pairs, write_card
-from pixrl.hub import locate
+from pixrl.hub import components, locate
 from pixrl.models.comfy_lora import to_comfyui
 from pixrl.models.flux_lora import added, read_lora, slot_lora, to_diffusers, write_lora
+from pixrl.models.loading import OPTIONAL_PARTS
 from pixrl.models.slots import Slot
 from pixrl.training import checkpoint
 from pixrl.training.align_config import AlignConfig
@@ -88,7 +89,14 @@ def export(
     lora = _lora(config, tensors, chosen)
     named = to_diffusers(lora) if layout is Format.DIFFUSERS else to_comfyui(lora, models.kind_of(base))
     place = folder.path / "export" if out is None else out
-    facts = Facts(FILES[layout], chosen.value, checkpoint.step_of(saved), layout.value, pipeline_name(base))
+    facts = Facts(
+        file=FILES[layout],
+        slot=chosen.value,
+        step=checkpoint.step_of(saved),
+        layout=layout.value,
+        pipeline=pipeline_name(base),
+        without=_left_out(config, base),
+    )
     metadata = {"format": "pt", "made_by": "pixrl", "run": folder.path.name, "slot": chosen.value}
     file = write_lora(place / FILES[layout], named, metadata)
     return Exported(file, _describe(folder, config, facts, place), chosen, facts.step)
@@ -105,6 +113,13 @@ def _open(run: Path) -> RunFolder:
             f"{run} is a run of kind {folder.kind!r}, which trains no LoRA: there is nothing to export. Type: {start}"
         )
     return folder
+
+
+def _left_out(config: AlignConfig, base: Path) -> tuple[str, ...]:
+    """Parts that diffusers must be told to do without: SD3's T5, where the run or a local folder had none."""
+    optional = OPTIONAL_PARTS.get(pipeline_name(base), ())
+    present = components(base) if Path(config.model).is_dir() else optional
+    return tuple(name for name in optional if not config.t5 or name not in present)
 
 
 def _slot(config: AlignConfig, asked: Slot | None) -> Slot:

@@ -11,7 +11,7 @@ import yaml
 
 from pixrl.evaluation import align_words as words
 from pixrl.evaluation.align_report import FALL, Change, changes_of, failures, is_unseen, warnings
-from pixrl.hub import split_single_file
+from pixrl.evaluation.card_usage import usage
 from pixrl.hub_check import INDEX, read_json
 from pixrl.hub_fetch import is_hub_id, split_revision
 from pixrl.models.licences import NOT_STATED, generator_licence
@@ -46,6 +46,8 @@ class Facts:
     layout: str
     pipeline: str
     """diffusers' class."""
+    without: tuple[str, ...] = ()
+    """Parts that the base model is loaded without."""
 
 
 def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
@@ -76,7 +78,7 @@ def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequ
         _changes(config, changes, evaluated),
         artefacts(folder, changes),
         _method(folder, config),
-        _usage(config, facts),
+        usage(config, file=facts.file, layout=facts.layout, pipeline=facts.pipeline, without=facts.without),
         _licences(folder, config),
         f"## Recipe\n\n```yaml\n{folder.recipe_text().strip()}\n```",
     ]
@@ -191,27 +193,6 @@ def _data(config: AlignConfig) -> Iterator[str]:
 
 def _options(setting: RewardSetting) -> str:
     return ", ".join(f"{name} {value}" for name, value in setting.options.items()) or "no options"
-
-
-def _usage(config: AlignConfig, facts: Facts) -> str:
-    if facts.layout == "comfyui":
-        how = f"Put `{facts.file}` into `ComfyUI/models/loras` and load it with the node *Load LoRA* (model alone)."
-        return f"## Use\n\n{how}"
-    split = split_single_file(config.model)
-    base, _, revision = config.model.partition("@")
-    if split is not None:
-        load = f'from_single_file("{split[0]}", config="{split[1] or split[0].with_suffix("")}")'
-    else:
-        load = f'from_pretrained("{base}"' + (f', revision="{revision}")' if revision else ")")
-    lines = [
-        "```python",
-        f"from diffusers import {facts.pipeline}",
-        "",
-        f"pipeline = {facts.pipeline}.{load}",
-        f'pipeline.load_lora_weights("FOLDER", weight_name="{facts.file}")',
-        "```",
-    ]
-    return "\n".join(["## Use", "", *lines])
 
 
 def _licences(folder: RunFolder, config: AlignConfig) -> str:

@@ -223,7 +223,9 @@ def _refuse_existing(path: Path, force: bool) -> None:
 def _read_recipe(path: Path, allow_changed: bool) -> bytes:
     """The recipe of a run, after checking that the folder is a run and the recipe is the one it began with."""
     if not path.is_dir():
-        raise RunError(f"There is no run folder {path}. Name one that fuse, align or personalize made (--out DIR).")
+        raise RunError(
+            f"There is no run folder {path}. Name one that fuse, align or personalize made (--out DIR)."
+        )
     missing = [name for name in (RECIPE, ENVIRONMENT) if not (path / name).is_file()]
     if missing:
         raise RunError(

@@ -1,0 +1,115 @@
+"""The section of a model card that says how to load the LoRA: code that runs as it stands, once FOLDER is filled in."""
+
+from collections.abc import Iterator, Sequence
+
+from pixrl.hub import TOY_PREFIX, split_single_file
+from pixrl.hub_fetch import is_hub_id
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.personalize_config import PersonalizeConfig
+
+FOLDER, PICTURES, PROMPT = "FOLDER", "PICTURES", "PROMPT"
+"""What the reader fills in."""
+COMFYUI = "comfyui"
+_IMAGES = "of seed 0: [1, 3, rows, columns] in [0, 1]"
+
+
+def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without: Sequence[str] = ()) -> str:
+    """The section, as markdown.
+
+    Args:
+        config: the run's recipe.
+        file: the LoRA's name.
+        layout: diffusers or comfyui.
+        pipeline: diffusers' class of the base model.
+        without: parts that the base model is loaded without.
+    """
+    parts = ["## Use"]
+    if layout == COMFYUI:
+        parts.append(
+            f"Put `{file}` into `ComfyUI/models/loras` and load it with the node *Load LoRA* (model alone)."
+        )
+    else:
+        parts += [f"{FOLDER} is where this file lies.", _code(_loaded(config, file, pipeline, without))]
+    if isinstance(config, PersonalizeConfig):
+        parts += _references(config, file, layout, pipeline)
+    return "\n\n".join(parts)
+
+
+def _references(config: PersonalizeConfig, file: str, layout: str, pipeline: str) -> list[str]:
+    """What becomes of the reference pictures."""
+    who = "ComfyUI draws" if layout == COMFYUI else f"A plain {pipeline} draws"
+    what = f"{who} with these weights, but shows the model no reference pictures, which it was trained to look at."
+    if layout == COMFYUI:
+        return [
+            f"{what} pixrl shows them; the card of the layout diffusers has the code: `pixrl export RUN`."
+        ]
+    return [
+        f"{what} pixrl shows them as in training ({PICTURES} is a folder with pictures of the subject):",
+        _code(_shown(config, file)),
+    ]
+
+
+def _code(lines: Iterator[str]) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str]) -> Iterator[str]:
+    """diffusers' pipeline with the LoRA, or pixrl's model where diffusers cannot load the base alone."""
+    ref = config.model
+    lora = f"load_lora_weights({_text(FOLDER)}, weight_name={_text(file)})"
+    if ref.startswith(TOY_PREFIX) or split_single_file(ref) is not None:
+        yield "from pixrl import models"
+        yield ""
+        yield f"model = models.load({_text(ref)}{_options(config)})"
+        yield f"model.pipeline.{lora}"
+        yield f"images = model.sample(model.encode([{_text(PROMPT)}]), [0])  # {_IMAGES}"
+        return
+    base, _, revision = ref.partition("@") if is_hub_id(ref) else (ref, "", "")
+    pinned = f", revision={_text(revision)}" if revision else ""
+    absent = "".join(f", {name}=None" for name in without)
+    yield f"from diffusers import {pipeline}"
+    yield ""
+    yield f"pipeline = {pipeline}.from_pretrained({_text(base)}{pinned}{absent})"
+    yield f"pipeline.{lora}"
+
+
+def _options(config: AlignConfig) -> str:
+    """Of models.load, as the run's evaluation draws."""
+    steps = config.evaluation.steps or config.sampling.steps
+    chosen = {"steps": steps, "guidance": config.guidance, "resolution": config.resolution}
+    chosen |= {} if config.t5 else {"t5": False}
+    return "".join(f", {name}={value}" for name, value in chosen.items() if value is not None)
+
+
+def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:
+    """One picture of a subject, drawn as the run's evaluation draws."""
+    references = config.references
+    placed = {
+        "preset": None if references.preset is None else f"Preset.{references.preset.name}",
+        "shift": None if references.shift is None else f"Shift.{references.shift.name}",
+        "side": references.side,
+    }
+    given = ", ".join(f"{name}={value}" for name, value in placed.items() if value is not None)
+    cut = "" if references.count is None else f"[:{references.count}]"
+    yield "from pathlib import Path"
+    yield ""
+    yield "from pixrl import models"
+    yield "from pixrl.data.pictures import read_pictures, to_tensors"
+    if named := [name for name in ("Preset", "Shift") if f"={name}." in given]:
+        yield f"from pixrl.models.flux import {', '.join(named)}"
+    yield "from pixrl.models.references import on_square"
+    yield ""
+    yield f"policy = models.load({_text(config.model)}{_options(config)})"
+    if given:
+        yield f"policy.place({given})"
+    yield f"policy.merge_lora(Path({_text(FOLDER)}) / {_text(file)})"
+    yield f"pictures = to_tensors(read_pictures(Path({_text(PICTURES)})){cut})"
+    yield "references = [on_square(picture, policy.reference_side)[None] for picture in pictures]"
+    yield f"conditioning = policy.with_references(policy.encode([{_text(PROMPT)}]), references)"
+    yield f"images = policy.sample(conditioning, [0])  # {_IMAGES}"
+
+
+def _text(value: str) -> str:
+    """A Python literal in double quotes."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -1,0 +1,74 @@
+"""The card of a personalize run says that plain pipelines show no references; its code draws with them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import pixrl
+from pixrl import models
+from pixrl.evaluation.export import Format, export
+from pixrl.models.flux import FluxPolicy, Preset
+from pixrl.training import checkpoint
+from tests.personalize.test_job import recipe
+
+
+@pytest.fixture(scope="module")
+def run(flux_folder: Path, subjects: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = recipe(
+        flux_folder,
+        subjects,
+        steps=1,
+        optimizer={"lr": 0.05, "ema": None},
+        references={"count": 1, "side": 48, "preset": "kontext", "shift": "uno"},
+        resolution=32,
+    )
+    return pixrl.personalize(made, out=tmp_path_factory.mktemp("runs") / "rex").run
+
+
+def blocks(card: Path) -> list[str]:
+    parts = card.read_text().split("## Use")[1].split("\n## ")[0].split("```python\n")[1:]
+    return [part.split("```")[0] for part in parts]
+
+
+def test_comfyui_shows_no_references(run: Path, tmp_path: Path) -> None:
+    card = export(run, out=tmp_path, layout=Format.COMFYUI).card
+    assert "ComfyUI draws with these weights, but shows the model no reference pictures" in card.read_text()
+    assert "`pixrl export RUN`" in card.read_text()
+    assert blocks(card) == []
+
+
+def test_the_cards_code_draws_with_references(
+    run: Path, flux_folder: Path, subjects: Path, tmp_path: Path
+) -> None:
+    card = export(run, out=tmp_path).card
+    assert "A plain FluxPipeline draws with these weights, but shows the model no ref" in card.read_text()
+    plain, shown = blocks(card)
+    assert 'FluxPipeline.from_pretrained("' in plain
+    filled = shown.replace('"FOLDER"', repr(str(tmp_path))).replace('"PROMPT"', "'a dog in snow'")
+    variables: dict[str, object] = {}
+    exec(filled.replace('"PICTURES"', repr(str(subjects / "rex"))), variables)
+    drawn, policy = variables["images"], variables["policy"]
+    assert isinstance(drawn, torch.Tensor) and isinstance(policy, FluxPolicy)
+    assert (policy.preset, policy.reference_side, policy.settings.steps) == (Preset.KONTEXT, 48, 3)
+    trained = in_slot(run, flux_folder, policy, variables["conditioning"])
+    bare = policy.sample(policy.encode(["a dog in snow"]), [0])
+    rounding = (
+        (drawn - trained).abs().mean()
+    )  # the LoRA is merged into bfloat16 weights here, beside them there
+    assert rounding < 0.02
+    assert (drawn - bare).abs().mean() > 3 * rounding
+
+
+def in_slot(run: Path, flux_folder: Path, other: FluxPolicy, conditioning: object) -> torch.Tensor:
+    """What the run's own slot draws of a conditioning."""
+    policy = models.load(flux_folder, steps=3, resolution=32)
+    assert isinstance(policy, FluxPolicy)
+    policy.place(preset=other.preset, shift=other.shift, side=other.reference_side)
+    slots = policy.attach_lora(rank=4, alpha=8)
+    saved = checkpoint.latest(run)
+    assert saved is not None
+    tensors, _ = checkpoint.load(saved)
+    slots.load_state({k.removeprefix("slots/"): x for k, x in tensors.items() if k.startswith("slots/")})
+    with policy.slot("current"):
+        return policy.sample(conditioning, [0])
