@@ -71,7 +71,7 @@ class TimedScorer:
     """A scorer whose calls are timed."""
 
     def __init__(self, inner: Any, clock: Clock) -> None:
-        self.inner, self.clock = inner, clock
+        self.inner, self.clock, self.provenance = inner, clock, inner.provenance
 
     def exemplar_features(self, images_MCHW: Tensor) -> Tensor:
         found: Tensor = self.clock.run("reward", self.inner.exemplar_features, images_MCHW)

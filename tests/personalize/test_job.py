@@ -16,7 +16,7 @@ from pixrl import align_api, cli, models
 from pixrl.algorithms.align import prepare
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.rollouts import Group
-from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
+from pixrl.errors import CheckpointError, ConfigError, InputError
 from pixrl.evaluation.align_eval import open_run
 from pixrl.evaluation.align_study_config import AlignStudyConfig
 from pixrl.models.flux import FluxPolicy, Preset

@@ -141,18 +141,20 @@ def test_it_goes_on_after_score_and_leaves_no_gradient_in_the_model(
 def test_a_step_along_the_gradient_is_a_better_picture(
     reward: DifferentiableReward, soft: Tensor, metadata: list[dict[str, object]]
 ) -> None:
-    """By `score`, rounding and all: what is optimized is what is reported. Steps of one length may pass the top."""
+    """By `score`, rounding and all: what is optimized is what is reported.
+
+    To a random CLIP all pictures are all but alike, so one step is enough there.
+    """
     before = reward.score(RewardBatch(soft, PROMPTS, metadata)).values_B
-    best, pictures = before, soft.clone()
-    for _ in range(4):
+    pictures = soft.clone()
+    for _ in range(1 if isinstance(reward, ClipImageReward) else 4):
         pictures.requires_grad_()
         (slope,) = torch.autograd.grad(
             reward.differentiable_scores(pictures, PROMPTS, metadata).sum(), pictures
         )
         unit = slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         pictures = (pictures + 0.25 * unit).detach().clamp(0, 1)
-        best = best.maximum(reward.score(RewardBatch(pictures, PROMPTS, metadata)).values_B)
-    assert (best > before).all()
+    assert (reward.score(RewardBatch(pictures, PROMPTS, metadata)).values_B > before).all()
 
 
 def test_a_broken_picture_is_nan_and_harms_no_other(

@@ -21,8 +21,6 @@ TOKEN_ENV = "PIXRL_REWARD_TOKEN"
 DESCRIBE_LIMIT = 30.0
 TRANSFER = 60.0
 """Seconds for a request's way there and back, over what the server itself takes."""
-SAME = ("model", "revision")
-"""What of a provenance must not change in a run."""
 
 
 class RemoteReward(Reward):
@@ -145,7 +143,7 @@ class RemoteReward(Reward):
         if began is None:
             self._began, self.provenance = provenance, self._with_way(provenance)
             return
-        for key in SAME:
+        for key in {**began, **provenance}:
             if began.get(key) != provenance.get(key):
                 raise ServiceError(
                     f"{self.service.name} at {self.service.url} is another one now: its {key} was {began.get(key)!r} "
