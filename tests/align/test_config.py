@@ -24,16 +24,6 @@ def test_shipped_recipes_load_and_survive_being_written_down(scale: str, method:
     assert differences(found.model_dump(mode="json"), found.model_dump(mode="json")) == []
 
 
-def test_the_published_numbers() -> None:
-    e2po, nft, grpo = (
-        config.load(AlignConfig, f"paper/{name}") for name in ("e2po", "diffusion-nft", "flow-grpo")
-    )
-    assert (e2po.exploration.noises, e2po.exploration.variants) == (4, 6)  # type: ignore[union-attr]
-    assert nft.loss.kind == "nft" and (nft.loss.beta, nft.loss.kl, nft.loss.timesteps) == (1.0, 1e-4, 9)
-    assert grpo.loss.kind == "clipped" and (grpo.loss.clip, grpo.loss.kl) == (1e-4, 0.04)
-    assert (grpo.guidance, grpo.sampling.scale, grpo.lora.rank, grpo.optimizer.lr) == (4.5, 0.7, 32, 3e-4)
-
-
 def test_toy_methods_draw_equally_many_pictures() -> None:
     sizes = set()
     for method in METHODS:

@@ -324,13 +324,3 @@ def test_an_align_recipe_can_be_shaped_too() -> None:
     found = load_recipe("toy/e2po", values={**values, "rewards": rewards})
     assert type(found) is AlignConfig
     assert found.advantage.synergy is not None
-
-
-def test_the_paper_recipe_has_the_published_numbers() -> None:
-    found = load_recipe("paper/customized-grpo")
-    assert (found.exploration.noises, found.sampling.steps, found.steps) == (12, 25, 1250)
-    assert (found.optimizer.lr, found.optimizer.weight_decay, found.advantage.clamp) == (1e-5, 1e-4, 5.0)
-    synergy, time = found.advantage.synergy, found.advantage.time
-    assert synergy is not None and time is not None
-    assert (synergy.kind, synergy.alpha) == ("tanh", 0.5)
-    assert (time.w_max, time.w_min, time.start, time.end) == (0.7, 0.3, 6, 22)
