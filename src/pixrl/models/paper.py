@@ -23,7 +23,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from pixrl.device import Precision, quiet_loading
 from pixrl.errors import CheckpointError
 from pixrl.hub import Checkpoint, components
-from pixrl.hub_check import INDEX, T5_COMPONENTS, TensorHeader, is_model, model_files, read_header, read_json
+from pixrl.hub_check import (
+    INDEX,
+    T5_COMPONENTS,
+    TensorHeader,
+    is_model,
+    model_files,
+    read_header,
+    read_json,
+    remedy,
+)
 from pixrl.models.loading import PREFIXES, decoder_dtype, part_class
 
 DENOISERS = ("transformer", "unet")
@@ -31,6 +40,10 @@ VAE = "vae"
 _T5_KEPT_WIDE = ".wo."
 """Weights that transformers keeps in float32 where T5 is loaded in float16."""
 _INTEGERS = ("I", "U", "B")
+CONTRADICTIONS = (
+    RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError,
+)  # fmt: skip
+"""What the model libraries raise where a config contradicts itself, other configs or the weights."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +79,18 @@ def headers(checkpoint: Checkpoint, parts: Sequence[str]) -> dict[str, dict[str,
         if name in DENOISERS and single:
             continue
         taken |= own.keys()
-        found[name] = own or _of_folder(checkpoint.folder / name)
+        found[name] = own or of_folder(checkpoint.folder / name)
     for name in (name for name in parts if name in DENOISERS and single):
         found[name] = {key: x for key, x in single.items() if key not in taken}
     return found
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of a model's weights on the disk."""
-    return sum(file.stat().st_size for file in model_files(folder))
+def of_folder(folder: Path) -> dict[str, TensorHeader]:
+    """The tensors of a part in its own folder.
 
-
-def _of_folder(folder: Path) -> dict[str, TensorHeader]:
+    Raises:
+        CheckpointError: it holds no weights, or a file is missing or cut short.
+    """
     files = model_files(folder)
     if not files:
         raise CheckpointError(f"{folder} holds no .safetensors weights.")
@@ -125,9 +138,30 @@ def _without_content(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         with torch.device("meta"):
             made: nn.Module = kind.from_config(read_json(folder / "config.json"))
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}/config.json does not describe a {kind.__name__}: {error}") from error
+    except CONTRADICTIONS as error:
+        raise _no_model(folder, kind, error) from error
     return made.to(dtype).requires_grad_(False).eval()
+
+
+def paper_text(kind: Any, folder: Path) -> nn.Module:
+    """A text encoder of transformers that has shapes and no content.
+
+    Raises:
+        CheckpointError: its config does not describe a model of that class.
+    """
+    try:
+        with quiet_loading(), torch.device("meta"):
+            made: nn.Module = kind(kind.config_class.from_pretrained(str(folder), local_files_only=True))
+    except (*CONTRADICTIONS, OSError) as error:
+        raise _no_model(folder, kind, error) from error
+    return made
+
+
+def _no_model(folder: Path, kind: Any, error: BaseException) -> CheckpointError:
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    return CheckpointError(
+        f"{folder}/config.json does not describe a {kind.__name__}: {said}. {remedy(folder)}"
+    )
 
 
 @dataclass(frozen=True)

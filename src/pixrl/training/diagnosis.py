@@ -15,6 +15,7 @@ class Need(StrEnum):
     PACKAGE = "package"
     WEIGHTS = "weights"
     TOKEN = "token"
+    SERVICE = "service"
     DATA = "data"
     DEVICE = "device"
     MEMORY = "memory"
@@ -128,12 +129,18 @@ class Diagnosis:
         """Whether nothing is missing."""
         return not self.problems
 
+    @property
+    def memory_checked(self) -> bool:
+        """Whether the memory that is needed is known."""
+        return self.needed is not None
+
     def to_json(self) -> dict[str, Any]:
         """One object of numbers and strings."""
         found = {name: value for name, value in asdict(self).items() if name != "work"}
         work = asdict(self.work) | {"seconds_per_epoch": self.work.seconds_per_epoch}
         weights = sum(part.bytes for part in self.parts.values())
-        return {"can_run": self.can_run, **found, "work": work, "weights": weights}
+        known = {"can_run": self.can_run, "memory_checked": self.memory_checked}
+        return {**known, **found, "work": work, "weights": weights}
 
     def lines(self) -> Iterator[str]:
         """For people."""
@@ -146,7 +153,14 @@ class Diagnosis:
         yield from (f"note        {note}" for note in self.notes)
         for problem in self.problems:
             yield f"MISSING     {problem.need.value}: {problem.message}"
-        yield "It can run." if self.can_run else "It cannot run here as it is."
+        yield self._verdict()
+
+    def _verdict(self) -> str:
+        if not self.can_run:
+            return "It cannot run here as it is."
+        return (
+            "It can run." if self.memory_checked else "Nothing else is missing, but memory was not checked."
+        )
 
     def _sizes(self) -> Iterator[str]:
         for name, part in self.parts.items():
@@ -166,7 +180,9 @@ class Diagnosis:
                 yield f"{'activations':<12}{first:<41}{size(cost.first):>12}, each further {size(cost.each)}"
         if self.batches is not None:
             yield from (f"{'batches':<12}{reason}" for reason in self.batches.reasons)
-        if self.needed is not None:
+        if self.needed is None:
+            yield f"{'memory':<12}not checked: it is not known before the model's configs are there"
+        else:
             yield f"{'memory':<12}{size(self.needed)} at the peak of a process, {size(self.place.free)} free"
 
     def _work(self) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """`pixrl doctor`: what an align or personalize recipe needs and whether it can run here, before anything loads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,22 +13,32 @@ from pixrl.algorithms.references import shown_pictures
 from pixrl.data.prompts import Prompt, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import load_subjects
-from pixrl.device import Precision, choose_device, choose_precision, free_bytes
-from pixrl.errors import InputError, PixrlError
+from pixrl.device import Precision, choose_precision, free_bytes
+from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.hub import Checkpoint
+from pixrl.hub_check import remedy
 from pixrl.models.base import Conditioning
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.memory_plan import MemoryPlan, Offload
-from pixrl.models.paper import Cost, PartSize, cost_of, imagined, operations_of, paper_pipeline, part_sizes
+from pixrl.models.paper import (
+    CONTRADICTIONS,
+    Cost,
+    PartSize,
+    cost_of,
+    imagined,
+    operations_of,
+    paper_pipeline,
+)
 from pixrl.models.placement import TEXT_PARTS, set_decoding
 from pixrl.models.prompts import PromptCache, check_words
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_kinds import kind_of
 from pixrl.training.diagnosis import Batches, Diagnosis, Findings, Need, Place, Trained, Work, size
 from pixrl.training.doctor_needs import (
+    existing_device,
+    find_parts,
     find_pipeline,
-    find_rewards,
     model_bytes,
     require_disk,
     require_eight_bit,
@@ -36,6 +46,8 @@ from pixrl.training.doctor_needs import (
     require_tokenizers,
     total,
 )
+from pixrl.training.doctor_rewards import find_rewards
+from pixrl.training.doctor_weights import require_fit
 from pixrl.training.doctor_work import lower_bound, measured
 from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.planner import SAFE_SHARE, evened, trial
@@ -53,8 +65,8 @@ def examine(config: AlignConfig, *, processes: int = 1) -> Diagnosis:
     """
     findings = Findings()
     device, place, precision = find_place(config.machine.device, config.machine.dtype, processes, findings)
-    prompts = _prompts(config, findings)
-    rewards = find_rewards(config.rewards, findings)
+    prompts, shown = _prompts(config, findings)
+    rewards = find_rewards(config.rewards, prompts + shown, findings)
     if config.output.features is not None:
         taken = model_bytes(config.output.features, findings)
         rewards |= {} if taken is None else {config.output.features: taken}
@@ -67,7 +79,7 @@ def examine(config: AlignConfig, *, processes: int = 1) -> Diagnosis:
     paper: Paper | None = None
     if checkpoint is not None:
         require_tokenizers(checkpoint, findings)
-        parts = part_sizes(checkpoint, precision, t5=config.t5)
+        parts = find_parts(checkpoint, precision, findings, t5=config.t5)
         paper = _on_paper(config, checkpoint, precision, device, prompts, findings)
     batches, needed = _fit(config, device, place, parts, rewards, paper, findings)
     disk = None if paper is None else _disk(config, paper)
@@ -97,7 +109,7 @@ def find_place(
     """Where the run would compute; what it asks for and is not there is a problem, and estimates go on without."""
     asked = dtype
     try:
-        chosen = choose_device(device)
+        chosen = existing_device(device)
     except InputError as error:
         findings.miss(Need.DEVICE, error)
         chosen = torch.device("cpu")
@@ -163,6 +175,7 @@ def paper_renderer(
     """The adapter of a checkpoint around a pipeline without content; what the plan cannot do here is a problem."""
     adapter = models.adapter_of(models.kind_of(checkpoint.folder))
     pipeline = paper_pipeline(_pipeline_class(adapter), checkpoint.folder, precision)
+    require_fit(checkpoint, pipeline, findings, t5=options.get("t5") is not False)
     made = adapter(checkpoint, name=model, device="cpu", dtype="float32", pipeline=pipeline, **options)
     try:
         set_decoding(made.vae, plan, made.settings.resolution)
@@ -207,8 +220,19 @@ def _on_paper(
         check_words([prompt.text for prompt in prompts], policy.vocabulary, policy.name)
         return Paper(policy, _condition(policy, config, prompts), config, precision)
     except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets that do not exist
-        findings.miss(Need.SETTING, error)
-        return None
+        findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
+    except CONTRADICTIONS as error:
+        findings.miss(Need.WEIGHTS, contradiction(checkpoint.folder, error))
+    return None
+
+
+def contradiction(folder: Path, error: BaseException) -> str:
+    """What is said of configs that describe a model that cannot compute."""
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    return (
+        f"The model that the configs in {folder} describe cannot compute ({said}): they contradict each other. "
+        f"{remedy(folder)}"
+    )
 
 
 def _condition(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequence[Prompt]) -> Conditioning:
@@ -226,12 +250,13 @@ def _condition(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequenc
     return Conditioning(row.tokens_BLD, row.pooled_BE, (policy.blank_reference(),) * count)
 
 
-def _prompts(config: AlignConfig, findings: Findings) -> Sequence[Prompt]:
-    """The training prompts; those of the evaluation are looked for as well."""
-    found: list[Prompt] = []
+def _prompts(config: AlignConfig, findings: Findings) -> tuple[list[Prompt], list[Prompt]]:
+    """The training prompts, and those of the evaluation."""
+    found: list[list[Prompt]] = []
     sources = {Split.TRAIN: config.prompts.source}
     sources[Split.EVALUATION] = config.evaluation.source or config.prompts.source
     for split, source in sources.items():
+        loaded: Iterable[Prompt] = ()
         try:
             if isinstance(config, PersonalizeConfig):
                 loaded = subject_prompts(load_subjects(source, split=split), count=config.references.count)
@@ -239,10 +264,8 @@ def _prompts(config: AlignConfig, findings: Findings) -> Sequence[Prompt]:
                 loaded = load_prompts(source, split=split)
         except PixrlError as error:
             findings.miss(Need.DATA, error)
-            continue
-        if split is Split.TRAIN:
-            found = list(loaded)
-    return found
+        found.append(list(loaded))
+    return found[0], found[1]
 
 
 def group_size(config: AlignConfig) -> int:

@@ -3,18 +3,25 @@
 import torch
 
 from pixrl.device import DType
-from pixrl.errors import PixrlError
+from pixrl.errors import CheckpointError, PixrlError
 from pixrl.hub import Checkpoint, read_card
 from pixrl.models import kind_of
 from pixrl.models.base import Renderer
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
-from pixrl.models.paper import Cost, PartSize, cost_of, imagined, part_sizes
+from pixrl.models.paper import CONTRADICTIONS, Cost, PartSize, cost_of, imagined
 from pixrl.models.pipeline import micro_batch_for
 from pixrl.models.prompts import PromptCache, check_words
 from pixrl.models.sdxl import SDXLRenderer
 from pixrl.training.diagnosis import Batches, Diagnosis, Findings, Need, Work, size
-from pixrl.training.doctor import find_place, on_device, paper_renderer
-from pixrl.training.doctor_needs import find_pipeline, model_bytes, require_disk, require_tokenizers, total
+from pixrl.training.doctor import contradiction, find_place, on_device, paper_renderer
+from pixrl.training.doctor_needs import (
+    find_parts,
+    find_pipeline,
+    model_bytes,
+    require_disk,
+    require_tokenizers,
+    total,
+)
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.fuse_world import PUBLISHED_CLIP, PUBLISHED_SEGMENTER
 from pixrl.training.planner import trial
@@ -34,7 +41,7 @@ def examine_fusion(config: FuseConfig, *, processes: int = 1) -> Diagnosis:
     side, batch = 0, 1
     if checkpoint is not None:
         require_tokenizers(checkpoint, findings)
-        parts = part_sizes(checkpoint, precision)
+        parts = find_parts(checkpoint, precision, findings)
         try:
             made = paper_renderer(config.model, checkpoint, precision, device, config.memory, findings)
             assert isinstance(made, SDXLRenderer | FlowPipelinePolicy)
@@ -43,7 +50,9 @@ def examine_fusion(config: FuseConfig, *, processes: int = 1) -> Diagnosis:
             cost, side = _cost(made), made.settings.resolution
             batch = min(micro_batch_for(device, side), config.batch)
         except PixrlError as error:
-            findings.miss(Need.SETTING, error)
+            findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
+        except CONTRADICTIONS as error:
+            findings.miss(Need.WEIGHTS, contradiction(checkpoint.folder, error))
     models = _scorer(config, checkpoint, findings)
     needed = None
     if cost is not None:

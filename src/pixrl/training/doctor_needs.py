@@ -1,22 +1,27 @@
 """What a recipe needs that may be missing: weights, tokens, packages, data, disk. Nothing is loaded or downloaded."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import is_zipfile
 
-from pixrl import rewards as rewards_table
+import torch
+
 from pixrl.algorithms.optimizers import EIGHT_BIT_EXTRA, EIGHT_BIT_PACKAGE
-from pixrl.errors import CheckpointError, ConfigError, InputError, PixrlError
-from pixrl.hub import TOY_PREFIX, Checkpoint, Layout, locate, resolve, split_single_file
+from pixrl.device import Precision, choose_device
+from pixrl.errors import CheckpointError, InputError, PixrlError
+from pixrl.hub import Checkpoint, Layout, locate, resolve, split_single_file
 from pixrl.hub_check import check_folder, read_header
-from pixrl.hub_fetch import ask, cache_place, cached_folder, is_hub_id
-from pixrl.rewards.settings import RewardSetting
+from pixrl.hub_fetch import ask, cache_place, cached_folder, split_revision
+from pixrl.models.paper import PartSize, part_sizes
+from pixrl.rewards.sources import is_weight_file
+from pixrl.rewards.weights import weight_shards
 from pixrl.training.diagnosis import Findings, Need, size
 from pixrl.training.files import free_bytes
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-_FILES = (*_WEIGHTS, ".json", ".jsonl", ".txt", ".csv", ".py", ".yaml", ".yml", ".parquet")
+_ZIP = b"PK\x03\x04"
+"""How a file of torch.save begins; the list of what it holds stands at its end."""
 
 
 def find_pipeline(ref: str, findings: Findings) -> Checkpoint | None:
@@ -40,46 +45,108 @@ def find_pipeline(ref: str, findings: Findings) -> Checkpoint | None:
         return None
 
 
-def find_rewards(settings: Sequence[RewardSetting], findings: Findings) -> dict[str, int]:
-    """Model of a reward -> bytes of its weights on the disk, of those that are there."""
-    found: dict[str, int] = {}
-    for setting in settings:
-        try:
-            options = rewards_table.checked_options(setting.reward, setting.options)
-        except ImportError as error:
-            findings.miss(
-                Need.PACKAGE,
-                f"The reward {setting.name!r} needs {error.name}. Type: pip install 'pixrl[rewards]'",
-            )
-            continue
-        except (InputError, ConfigError) as error:
-            findings.miss(Need.SETTING, error)
-            continue
-        for value in (value for value in options.values() if isinstance(value, str)):
-            if value not in found and (taken := model_bytes(value, findings)) is not None:
-                found[value] = taken
-    return found
+def find_parts(
+    checkpoint: Checkpoint, precision: Precision, findings: Findings, *, t5: bool = True
+) -> dict[str, PartSize]:
+    """Part of the generator -> its size; none where its files cannot be read."""
+    try:
+        return part_sizes(checkpoint, precision, t5=t5)
+    except CheckpointError as error:
+        findings.miss(Need.WEIGHTS, error)
+        return {}
 
 
 def model_bytes(ref: str, findings: Findings) -> int | None:
-    """Bytes of a model's weights; None where `ref` names no model, or one that is not there."""
-    if Path(ref).is_file():
-        return Path(ref).stat().st_size if ref.endswith(_WEIGHTS) else None
-    is_named = ref.startswith(TOY_PREFIX) or Path(ref).is_dir() or is_hub_id(ref)
-    if not is_named:
+    """Bytes of the weights that a reward's or a fusion's model is loaded from; None where they are not there.
+
+    A folder that is not whole, a file that is cut short and a model that cannot be had are problems.
+    """
+    try:
+        if is_weight_file(ref):
+            return file_bytes(ref)
+        folder = present(ref, findings, _has_weights)
+        if folder is None:
+            return None
+        check_folder(folder, Layout.REWARD)
+        require_pieces(folder, findings)
+        return sum(file.stat().st_size for file in weight_shards(folder))
+    except CheckpointError as error:
+        findings.miss(Need.WEIGHTS, error)
         return None
-    if ref.endswith(_FILES):
-        findings.miss(Need.DATA, f"There is no file {ref!r} (looked in {Path.cwd()}).")
-        return None
+
+
+def file_bytes(ref: str | Path, advice: str = "") -> int:
+    """Bytes of one file of weights.
+
+    Raises:
+        CheckpointError: it is not there, or cut short.
+    """
+    file = Path(ref).expanduser()
+    if not file.is_file():
+        raise CheckpointError(f"There is no file {str(ref)!r} (looked in {Path.cwd()}). {advice}".rstrip())
+    if file.suffix == ".safetensors":
+        read_header(file)
+        return file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(len(_ZIP))
+    if not start or (start == _ZIP and not is_zipfile(file)):
+        raise CheckpointError(
+            f"{file} is cut short: {file.stat().st_size} bytes, without the end of its list of tensors. Download it "
+            "again."
+        )
+    return file.stat().st_size
+
+
+def present(
+    ref: str, findings: Findings, is_whole: Callable[[Path], bool], *, weights: bool = True
+) -> Path | None:
+    """The folder of a reference. None where it is not there: a problem, or a note that it will be downloaded.
+
+    Args:
+        ref: toy:NAME, a folder or a hub id.
+        findings: where that is noted.
+        is_whole: whether the cache's folder of a hub id holds what is needed of it.
+        weights: whether its weights are.
+    """
     try:
         place = resolve(ref)
-        folder = _cached(place, findings) if isinstance(place, str) else place
+        folder = cached_folder(place) if isinstance(place, str) else place
     except (CheckpointError, InputError) as error:
         findings.miss(Need.WEIGHTS, error)
         return None
-    if folder is None:
+    if folder is None or (isinstance(place, str) and not is_whole(folder)):
+        _note_download(str(place), findings, weights=weights)
         return None
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in _WEIGHTS)
+    return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the files of some weights are there, cut short or not."""
+    try:
+        return bool(weight_shards(folder))
+    except CheckpointError:
+        return False
+
+
+def existing_device(name: str) -> torch.device:
+    """As `choose_device`, and a GPU's number must be one that is there.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    try:
+        chosen = choose_device(name)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise InputError(
+            f"Unknown device {name!r} ({said}). Use 'auto', 'cpu', 'cuda' or 'cuda:N'."
+        ) from None
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise InputError(
+            f"device {name!r}: there are {count} GPUs here, numbered from 0. Use 'auto', 'cpu' or 'cuda:0'."
+        )
+    return chosen
 
 
 def require_eight_bit(findings: Findings) -> None:
@@ -92,13 +159,18 @@ def require_eight_bit(findings: Findings) -> None:
 
 
 def require_tokenizers(checkpoint: Checkpoint, findings: Findings) -> None:
-    """T5's tokenizer is a SentencePiece file in some folders, which only that package reads."""
+    """The packages of a generator's tokenizers."""
     for folder in sorted(checkpoint.folder.glob("tokenizer*")):
-        only_pieces = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
-        if only_pieces and find_spec("sentencepiece") is None:
-            findings.miss(
-                Need.PACKAGE, f"{folder}/spiece.model needs sentencepiece. Type: pip install 'pixrl[rewards]'"
-            )
+        require_pieces(folder, findings)
+
+
+def require_pieces(folder: Path, findings: Findings) -> None:
+    """T5's tokenizer is a SentencePiece file in some folders, which only that package reads."""
+    only_pieces = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if only_pieces and find_spec("sentencepiece") is None:
+        findings.miss(
+            Need.PACKAGE, f"{folder}/spiece.model needs sentencepiece. Type: pip install 'pixrl[rewards]'"
+        )
 
 
 def require_lora(file: str | None, findings: Findings) -> None:
@@ -131,26 +203,42 @@ def require_disk(needed: int, findings: Findings, folder: Path | None = None) ->
 
 
 def _cached(ref: str, findings: Findings) -> Path | None:
-    """The folder of a hub id in the cache. Otherwise whether it could be downloaded is noted."""
+    """The folder of the generator's hub id in the cache. Otherwise whether it could be downloaded is noted."""
     folder = cached_folder(ref)
-    if folder is not None:
-        return folder
+    if folder is None:
+        _note_download(ref, findings, is_generator=True)
+    return folder
+
+
+def _note_download(ref: str, findings: Findings, *, weights: bool = True, is_generator: bool = False) -> None:
+    """Notes a download that is possible; one that is not is a problem."""
     try:
         remote = ask(ref)
     except CheckpointError as error:
         is_gated = "is gated" in str(error)
         findings.miss(Need.TOKEN if is_gated else Need.WEIGHTS, error)
-        return None
+        return
     free = _free_for_downloads()
-    if remote.weights > free:
+    if weights and remote.weights > free:
         findings.miss(
             Need.DISK,
             f"{ref} has {size(remote.weights)} of weights, and {size(free)} are free in {cache_place()}.",
         )
-    findings.notes.append(
-        f"{ref} will be downloaded ({size(remote.weights)}); its memory is told once it is there: hf download {ref}"
-    )
-    return None
+    repo, revision = split_revision(ref)
+    download = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    if is_generator:
+        findings.notes.append(
+            f"{ref} will be downloaded ({size(remote.weights)} of weights). Its parameters, memory and micro-batches "
+            f"are not known before its configs are there, so memory was not checked. To check it first, type: "
+            f"{download}"
+        )
+    elif weights:
+        findings.notes.append(
+            f"{ref} will be downloaded ({size(remote.weights)} of weights); they are not in the memory above. To "
+            f"count them, type: {download}"
+        )
+    else:
+        findings.notes.append(f"The configs and the tokenizer of {ref} will be downloaded.")
 
 
 def _free_for_downloads() -> int:
