@@ -62,6 +62,7 @@ CARD_FILE = "pixrl.json"
 SINGLE_FILE = ".safetensors"
 _BESIDE_WEIGHTS = (
     "*config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", CARD_FILE,
+    "README.md",
 )  # fmt: skip
 """What a transformers folder holds beside its weights."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests import tiny, tiny_blip
+from tests import tiny, tiny_blip, tiny_flant5
 from tests.conformance.test_table import REWARDS, SERVED, batch_of, options_of
 from tests.rewards.services import TOKEN, service_for
 
@@ -30,6 +30,7 @@ PARTS: dict[str, dict[str, str]] = {
     "ocr": {"model": "model", "detector": "detector"},
     "preference": {"model": "model", "processor": "processor"},
     "python": {"model": "function"},
+    "vqascore": {"model": "model", "tokenizer": "tokenizer", "vision": "vision"},
 }
 """Reward -> part in its provenance -> option that says where the part is; other rewards have their model alone."""
 EVERY_PART = [(name, key) for name in REWARDS for key in PARTS.get(name, {"model": "model"})]
@@ -42,6 +43,10 @@ def all_options(name: str, folder: Path) -> dict[str, object]:
         options["segmenter"] = tiny.segmenter(folder / "segmenter")
     if name == "preference":
         options["processor"] = tiny.clip(folder / "processor")
+    if name == "vqascore":
+        options["vision"] = tiny_flant5.vision_tower(folder / "tower")
+        options["model"] = tiny_flant5.flant5(folder / "without_tower", folder / "tower", with_tower=False)
+        options["tokenizer"] = tiny_flant5.tokenizer(folder / "t5")
     if name == "image_reward":
         options["tokenizer"] = tiny_blip.vocabulary(folder / "bert")
     return options
@@ -75,10 +80,10 @@ def test_another_part_is_seen_and_named(name: str, key: str, tmp_path: Path) -> 
 def change(place: Path, *, words: bool) -> None:
     """Other weights, another vocabulary or another function, of the same form."""
     if words:
-        for name in ("vocab.txt", "config.json"):
+        for name in ("vocab.txt", "config.json", "tokenizer_config.json"):
             if (place / name).is_file():
                 with (place / name).open("a") as file:
-                    file.write("\n" if name == "config.json" else "zzz\n")
+                    file.write("zzz\n" if name == "vocab.txt" else "\n")
         return
     for file in [place] if place.is_file() else sorted(place.iterdir()):
         CHANGES.get(file.suffix, lambda file: None)(file)

@@ -497,7 +497,7 @@ def test_lasting_failure_fails_the_scores() -> None:
             r"another one now: its model was 'mine \(abc\)' when the run began and is 'mine \(def\)'",
         ),
         (
-            Say(body=scored([0.5, 0.5], provenance={"model": "mine (abc)", "segmenter": "s (123)"})),
+            Say(body=scored([0.5, 0.5], provenance={**PROVENANCE, "segmenter": "s (123)"})),
             r"another one now: its segmenter was None when the run began and is 's \(123\)'",
         ),
         (Say(body=scored([0.5] * 2), after=0.4), "no answer within"),

@@ -13,5 +13,5 @@ def load_encoder(ref: str | Path, *, device: str = "auto") -> ClipSimilarity | D
     Raises:
         CheckpointError: the folder is missing, half written or of another class.
     """
-    architectures = str(read_json(folder(ref, Layout.TRANSFORMERS) / "config.json").get("architectures"))
+    architectures = str(read_json(folder(ref, Layout.REWARD) / "config.json").get("architectures"))
     return ClipSimilarity(ref, device=device) if "CLIP" in architectures else DinoEncoder(ref, device=device)

@@ -24,6 +24,7 @@ from pixrl.errors import CheckpointError, InputError, ShapeError
 from pixrl.hub import Layout, folder, read_card
 from pixrl.rewards.birefnet import BiRefNetForeground, is_birefnet
 from pixrl.rewards.preprocess import Preprocessing, batches, require_images
+from pixrl.rewards.provenance import describe_function
 from pixrl.rewards.sources import describe
 from pixrl.rewards.weights import class_in, load_folder
 
@@ -210,11 +211,7 @@ class Foreground:
             self.provenance: Mapping[str, str] = loaded.provenance
         elif callable(loaded):
             self._masks = loaded
-            self.provenance = {
-                "model": _callable_name(loaded),
-                "preprocessing": "its own",
-                "licence": "its own",
-            }
+            self.provenance = {**describe_function(loaded), "preprocessing": "its own"}
         else:
             raise InputError(f"A foreground back end is a checkpoint or a callable, got {back_end!r}.")
 
@@ -239,8 +236,3 @@ class Foreground:
         """The foreground on one colour: mask * picture + (1 - mask) * background."""
         colour = images_BCHW.new_tensor(background).view(1, 3, 1, 1)
         return torch.lerp(colour.expand_as(images_BCHW), images_BCHW, masks_BHW[:, None].to(images_BCHW))
-
-
-def _callable_name(function: MaskFunction) -> str:
-    kind = type(function)
-    return function.__qualname__ if kind.__name__ == "function" else f"{kind.__module__}.{kind.__qualname__}"

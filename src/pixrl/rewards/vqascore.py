@@ -22,6 +22,7 @@ from pixrl.hub import read_json
 from pixrl.rewards.base import DifferentiableReward
 from pixrl.rewards.pairs import load_tokenizer, score_pairs
 from pixrl.rewards.preprocess import Preprocessing, to_grey_levels
+from pixrl.rewards.provenance import describe_words, part
 from pixrl.rewards.sources import WORDS, describe
 from pixrl.rewards.weights import (
     build,
@@ -38,6 +39,8 @@ from pixrl.types import RewardBatch, Scores
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 LICENCE = "Apache-2.0"
+TOKENIZER = (*WORDS, "spiece.model")
+"""What is needed of the checkpoint that the tokenizer is taken from."""
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
@@ -81,7 +84,8 @@ class VQAScoreReward(DifferentiableReward):
         config = _config(folder)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
-        self.tokenizer = load_tokenizer(_tokenizer_folder(folder, tokenizer))
+        words = _tokenizer_folder(folder, tokenizer)
+        self.tokenizer = load_tokenizer(words)
         shards = weight_shards(folder)
         weights = read_weights(shards)
         tower = str(config["mm_vision_tower"]) if vision is None else vision
@@ -96,8 +100,10 @@ class VQAScoreReward(DifferentiableReward):
         self._answer = self._ids(ANSWER)
         self.provenance: Mapping[str, str] = {
             **origin(model, folder, shards, LICENCE),
-            "tokenizer": str(model if tokenizer is None else tokenizer),
-            "vision": str(tower) if own_tower else describe(tower, tower_folder)["model"],
+            **part("tokenizer", describe_words(tokenizer or model, words, TOKENIZER, LICENCE)),
+            **part(
+                "vision", describe_words(tower, tower_folder) if own_tower else describe(tower, tower_folder)
+            ),
             "preprocessing": f"8-bit; mean colour to a square; {self.preprocess.describe()}",
             "question": AFTER.strip(),
         }
@@ -234,7 +240,7 @@ def _projector(config: Mapping[str, object], weights: Mapping[str, Tensor], sour
 
 def _tokenizer_folder(folder: Path, tokenizer: str | Path | None) -> Path:
     if tokenizer is not None:
-        return published_folder(tokenizer, (*WORDS, "spiece.model"))
+        return published_folder(tokenizer, TOKENIZER)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{folder} holds no tokenizer, as published. Say where T5's is, for example tokenizer: google/flan-t5-xxl"
