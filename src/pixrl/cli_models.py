@@ -37,14 +37,14 @@ def doctor(
 def export(
     run: Run,
     layout: Annotated[
-        str, option("Key names: diffusers or comfyui.", default="diffusers", flag="--format")
+        str, option("Key names: diffusers, comfyui or uno.", default="diffusers", flag="--format")
     ] = "diffusers",
     slot: Annotated[
         str | None, option("current or ema.", default="ema, where the run has averaged weights")
     ] = None,
     out: Annotated[Path | None, option("The folder.", default="export in the run's")] = None,
 ) -> None:
-    """Write a run's LoRA for diffusers or ComfyUI, with a model card."""
+    """Write a run's LoRA for diffusers, ComfyUI or UNO, with a model card."""
     from pixrl.evaluation import export as exporting
     from pixrl.models.slots import parse_slot
 

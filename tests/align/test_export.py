@@ -253,6 +253,10 @@ def test_a_card_names_every_part_of_a_reward_and_its_licence(run: Path, tmp_path
 def test_what_cannot_be_exported(run: Path, dual_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--slot current or --slot ema"):
         export(run, slot=Slot.OLD)
+    with pytest.raises(
+        ConfigError, match=r"one of FLUX, and this is a LoRA of sd3\. Type: --format diffusers"
+    ):
+        export(run, layout=Format.UNO)
     with pytest.raises(InputError, match="Did you mean 'diffusers'"):
         parse_format("difusers")
     bare = Path(shutil.copytree(run, tmp_path / "bare"))

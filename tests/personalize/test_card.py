@@ -9,6 +9,7 @@ import pixrl
 from pixrl import models
 from pixrl.evaluation.export import Format, export
 from pixrl.models.flux import FluxPolicy, Preset
+from pixrl.models.flux_lora import read_lora
 from pixrl.training import checkpoint
 from tests.personalize.test_job import recipe
 
@@ -72,3 +73,17 @@ def in_slot(run: Path, flux_folder: Path, other: FluxPolicy, conditioning: objec
     slots.load_state({k.removeprefix("slots/"): x for k, x in tensors.items() if k.startswith("slots/")})
     with policy.slot("current"):
         return policy.sample(conditioning, [0])
+
+
+def test_unos_layout_is_the_same_change(run: Path, tmp_path: Path) -> None:
+    """The file that UNO's code and `references.lora` read adds what diffusers' file adds, module by module."""
+    uno, plain = (
+        export(run, out=tmp_path / layout, layout=layout) for layout in (Format.UNO, Format.DIFFUSERS)
+    )
+    assert uno.file.name == "dit_lora.safetensors" and "references.lora" in uno.card.read_text()
+    found, expected = read_lora(uno.file), read_lora(plain.file)
+    assert found.keys() == expected.keys() and found
+    for module, (down, up) in expected.items():
+        change = up @ down
+        assert change.abs().max() > 0
+        assert (found[module][1] @ found[module][0] - change).abs().max() <= 1e-5 * change.abs().max(), module

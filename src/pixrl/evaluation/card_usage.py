@@ -9,7 +9,7 @@ from pixrl.training.personalize_config import PersonalizeConfig
 
 FOLDER, PICTURES, PROMPT = "FOLDER", "PICTURES", "PROMPT"
 """What the reader fills in."""
-COMFYUI = "comfyui"
+COMFYUI, UNO = "comfyui", "uno"
 _IMAGES = "of seed 0: [1, 3, rows, columns] in [0, 1]"
 
 
@@ -19,7 +19,7 @@ def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without
     Args:
         config: the run's recipe.
         file: the LoRA's name.
-        layout: diffusers or comfyui.
+        layout: diffusers, comfyui or uno.
         pipeline: diffusers' class of the base model.
         without: parts that the base model is loaded without.
     """
@@ -28,6 +28,12 @@ def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without
         parts.append(
             f"Put `{file}` into `ComfyUI/models/loras` and load it with the node *Load LoRA* (model alone)."
         )
+    elif layout == UNO:
+        parts.append(
+            f"`{file}` has the names of the file that UNO is published as: its code takes it in that one's place, and "
+            f"pixrl as the base of a run with `references.lora: {FOLDER}/{file}`."
+        )
+        return "\n\n".join(parts)
     else:
         parts += [f"{FOLDER} is where this file lies.", _code(_loaded(config, file, pipeline, without))]
     if isinstance(config, PersonalizeConfig):

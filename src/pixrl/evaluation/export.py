@@ -16,7 +16,7 @@ from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did
 from pixrl.evaluation.model_card import Facts, pipeline_name, shown_pairs, write_card
 from pixrl.hub import components, locate
 from pixrl.models.comfy_lora import to_comfyui
-from pixrl.models.flux_lora import added, read_lora, slot_lora, to_diffusers, write_lora
+from pixrl.models.flux_lora import Lora, added, read_lora, slot_lora, to_diffusers, to_uno, write_lora
 from pixrl.models.loading import OPTIONAL_PARTS
 from pixrl.models.slots import Slot
 from pixrl.training import checkpoint
@@ -35,13 +35,15 @@ class Format(StrEnum):
 
     DIFFUSERS = "diffusers"
     COMFYUI = "comfyui"
+    UNO = "uno"
+    """Of FLUX, as UNO's `dit_lora.safetensors` is published."""
 
 
 def parse_format(name: str) -> Format:
     """The layout of that name. InputError where there is none."""
     if name not in list(Format):
         raise InputError(
-            f"Unknown format {name!r}.{did_you_mean(name, list(Format))} Use {' or '.join(Format)}."
+            f"Unknown format {name!r}.{did_you_mean(name, list(Format))} Use {', '.join(Format)}."
         )
     return Format(name)
 
@@ -49,6 +51,7 @@ def parse_format(name: str) -> Format:
 FILES = {
     Format.DIFFUSERS: "pytorch_lora_weights.safetensors",
     Format.COMFYUI: "comfyui_lora.safetensors",
+    Format.UNO: "dit_lora.safetensors",
 }
 
 
@@ -70,12 +73,12 @@ def export(
     Args:
         run: an align or personalize run, finished or not.
         out: the folder; None: `export` in the run's.
-        layout: diffusers' or ComfyUI's names.
+        layout: diffusers', ComfyUI's or UNO's names.
         slot: current or ema; None: the averaged weights where the run has them.
 
     Raises:
         RunError: it is no such run, or has no checkpoint yet.
-        ConfigError: the run has no averaged weights, or no LoRA in that slot.
+        ConfigError: the run has no averaged weights, or UNO's layout was asked for of another model than FLUX.
         CheckpointError: a module has no place in the layout, or the base model's folder is gone.
     """
     folder = _open(run)
@@ -87,7 +90,7 @@ def export(
     tensors, _ = checkpoint.load(saved)
     base = locate(config.model).folder
     lora = _lora(config, tensors, chosen)
-    named = to_diffusers(lora) if layout is Format.DIFFUSERS else to_comfyui(lora, models.kind_of(base))
+    named = _named(lora, layout, models.kind_of(base))
     place = folder.path / "export" if out is None else out
     facts = Facts(
         file=FILES[layout],
@@ -100,6 +103,19 @@ def export(
     metadata = {"format": "pt", "made_by": "pixrl", "run": folder.path.name, "slot": chosen.value}
     file = write_lora(place / FILES[layout], named, metadata)
     return Exported(file, _describe(folder, config, facts, place), chosen, facts.step)
+
+
+def _named(lora: Lora, layout: Format, model: str) -> dict[str, Tensor]:
+    """The LoRA's tensors under the names of a layout."""
+    if layout is Format.COMFYUI:
+        return to_comfyui(lora, model)
+    if layout is Format.DIFFUSERS:
+        return to_diffusers(lora)
+    if model != "flux":
+        raise ConfigError(
+            f"UNO's layout is one of FLUX, and this is a LoRA of {model}. Type: --format diffusers"
+        )
+    return to_uno(lora)
 
 
 def _open(run: Path) -> RunFolder:
