@@ -181,7 +181,8 @@ class Diagnosis:
         if self.batches is not None:
             yield from (f"{'batches':<12}{reason}" for reason in self.batches.reasons)
         if self.needed is None:
-            yield f"{'memory':<12}not checked: it is not known before the model's configs are there"
+            why = "what is missing comes first" if self.parts else "it is not known before the model is there"
+            yield f"{'memory':<12}not checked: {why}"
         else:
             yield f"{'memory':<12}{size(self.needed)} at the peak of a process, {size(self.place.free)} free"
 
