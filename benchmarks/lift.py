@@ -1,6 +1,7 @@
 """What a run gained on held-out prompts, and what it kept of the base's diversity.
 
     python benchmarks/lift.py RUN [--per-prompt 4] [--steps 10] [--seed 0] [--features toy:identity]
+                             [--preference toy:preference]
 
 Base and trained weights draw the same held-out prompts (all of the recipe's `evaluation.source`) from the same noise.
 The averaged weights are measured where the run has them. Diversity is the mean of 1 - cosine over pairs of a prompt's
@@ -16,6 +17,7 @@ import torch
 from pixrl.algorithms.stepping import Solver
 from pixrl.evaluation.align_eval import Drawing, Evaluation, evaluate, evaluated_slot, load_meter, open_run
 from pixrl.models.slots import Slot
+from pixrl.rewards.settings import RewardSetting
 
 
 def main() -> None:
@@ -28,9 +30,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--features", default="toy:identity")
+    parser.add_argument("--preference", help="a preference model that judges beside the run's rewards")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    shop = open_run(arguments.run)
+    judge = {"name": "preference_beside", "kind": "preference", "options": {"model": arguments.preference}}
+    beside = [RewardSetting.model_validate({**judge, "held_out": True})] if arguments.preference else []
+    shop = open_run(arguments.run, beside)
     drawing = Drawing(arguments.per_prompt, arguments.steps, Solver.DPM, arguments.seed, 64)
     meter, prompts = load_meter(arguments.features, None), list(shop.held_out)
     before, after = (
