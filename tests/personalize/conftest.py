@@ -10,6 +10,19 @@ from pixrl import models
 from pixrl.models.flux import FluxPolicy
 from tests import tiny
 
+STUDIED = (
+    "customized-grpo",
+    "naive-grpo",
+    "naive-grpo-1.5",
+    "sft",
+    "rpo",
+    "customized-nft",
+    "naive-nft",
+    "naive-nft-1.5",
+    "e2po-sars",
+)
+"""The toy recipes that the studies compare."""
+
 
 @pytest.fixture(scope="session")
 def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -27,7 +27,7 @@ from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.runlog import RunFolder
 from tests import tiny, tiny_dino
 from tests.align.parts import JUDGE, final, same
-from tests.personalize.conftest import make_subject
+from tests.personalize.conftest import STUDIED, make_subject
 from tests.personalize.test_lora import published
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -45,17 +45,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "e2po-grpo-sars": {"exploration": {"kind": "perturbed", "noises": 2, "variants": 2, "steps": 2}},
     "rpo": {"sampling": {"steps": 3}, "loss": {"kind": "rpo", "timesteps": 2}, "advantage": {}},
 }
-STUDIED = (
-    "customized-grpo",
-    "naive-grpo",
-    "naive-grpo-1.5",
-    "sft",
-    "rpo",
-    "customized-nft",
-    "naive-nft",
-    "naive-nft-1.5",
-    "e2po-sars",
-)
 SHAPING = {"synergy": {"alpha": 0.5}, "time": {"identity": ["identity"]}}
 
 

@@ -27,6 +27,7 @@ from pixrl.training.align_kinds import load_recipe
 from pixrl.types import Scores
 from tests import tiny
 from tests.align.parts import CLIPPED, NFT, ODE, SDE, aligner, groups, same, scored, weights_of
+from tests.personalize.conftest import STUDIED
 
 NAN = math.nan
 KINDS = ("tanh", "min", "max", "harmonic")
@@ -297,20 +298,7 @@ def test_recipes_that_contradict_themselves(change: dict[str, object], message: 
         load_recipe({"rewards": TWO, **GRPO, **change})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "customized-grpo",
-        "naive-grpo",
-        "naive-grpo-1.5",
-        "sft",
-        "rpo",
-        "customized-nft",
-        "naive-nft",
-        "naive-nft-1.5",
-        "e2po-sars",
-    ],
-)
+@pytest.mark.parametrize("name", STUDIED)
 def test_the_recipes_are_of_the_same_size(name: str) -> None:
     main, other = (load_recipe(f"toy/{one}") for one in ("customized-grpo", name))
     for part in ("model", "steps", "prompts", "evaluation", "lora"):
