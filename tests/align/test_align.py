@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.algorithms.advantages import AdvantageSettings, advantages, group_std, reward_metrics
-from pixrl.algorithms.align import Aligner
+from pixrl.algorithms.align import Aligner, OptimizerSettings
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import LossSettings, check_fit, make_loss
 from pixrl.algorithms.losses import ClippedSettings, KLForm, NFTSettings, OldPolicy
@@ -259,6 +259,16 @@ def test_the_learning_rate_rises_and_falls(policy: SD3Policy) -> None:
         moved.append(not same(before, weights_of(policy)))
     assert rates == pytest.approx([4e-3, 6e-3, 4e-3, 2e-3, 0.0])
     assert moved[:4] == [True] * 4
+
+
+def test_a_rate_that_falls_over_all_of_a_run_takes_the_runs_steps() -> None:
+    falling = OptimizerSettings(lr=8e-3, decay_steps="all")
+    assert [falling.of_run(4).rate(step) for step in range(5)] == pytest.approx([8e-3, 6e-3, 4e-3, 2e-3, 0.0])
+    assert falling.of_run(8).rate(4) == pytest.approx(4e-3)
+    fixed = OptimizerSettings(lr=8e-3, decay_steps=16)
+    assert fixed.of_run(4) == fixed
+    with pytest.raises(ValueError, match="needs a number of steps"):
+        falling.rate(0)
 
 
 def test_permuted_transitions_give_the_same_gradient(policy: SD3Policy) -> None:

@@ -77,7 +77,11 @@ def test_toy_methods_draw_equally_many_pictures() -> None:
             {"exploration": {"kind": "noise", "shared_start": True}},
             "all samples of a group would be the same picture",
         ),
-        ({"steps": 5, "optimizer": {"decay_steps": 4}}, "steps 4 to 5 would learn nothing. Give 5 or more"),
+        (
+            {"steps": 5, "optimizer": {"decay_steps": 4}},
+            "steps 4 to 5 would learn nothing. Give 5 or more, or all",
+        ),
+        ({"optimizer": {"decay_steps": "some"}}, r"optimizer\.decay_steps"),
         ({"optimiser": {"lr": 1}}, "Unknown setting optimiser. Did you mean 'optimizer'"),
         ({"steps": 0}, "steps"),
     ],

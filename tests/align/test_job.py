@@ -121,6 +121,16 @@ def test_a_changed_recipe_is_refused_unless_told(tmp_path: Path, sd3_folder: Pat
     assert [row["lr"] for row in RunFolder.open(run).metrics()] == [0.001, 0.002]
 
 
+def test_a_rate_falls_over_all_steps_also_of_a_longer_run(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path
+) -> None:
+    falling = recipe(sd3_folder, prompt_file, optimizer={"lr": 8e-4, "decay_steps": "all"})
+    run = pixrl.align(falling, steps=2, out=tmp_path / "run").run
+    align_job.go_on(run, overrides=["steps=4"])
+    rates = [row["lr"] for row in RunFolder.open(run).metrics()]
+    assert rates == pytest.approx([8e-4, 4e-4, 4e-4, 2e-4])
+
+
 def test_another_model_is_refused(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
     from tests import tiny
 

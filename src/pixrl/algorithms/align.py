@@ -23,6 +23,7 @@ update does not depend on how many there are, nor on the micro-batch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -56,8 +57,11 @@ class OptimizerSettings(Settings):
     lr: float = Field(3e-4, gt=0)
     warmup: int = Field(0, ge=0)
     """Training steps over which the learning rate rises to `lr`."""
-    decay_steps: int | None = Field(None, ge=1)
-    """Training steps at whose end the learning rate has fallen to 0, in a straight line; none: it does not fall."""
+    decay_steps: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+    """Training steps at whose end the learning rate has fallen to 0, in a straight line; none: it does not fall.
+
+    all: those of the run, however many they are.
+    """
     weight_decay: float = Field(1e-4, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -69,6 +73,21 @@ class OptimizerSettings(Settings):
     """Decay of the averaged weights that are evaluated; none: the trained ones are evaluated."""
     max_skipped: int = Field(10, ge=0)
     """The run stops after more than this many optimizer steps in a row without a finite loss and gradient."""
+
+    def of_run(self, steps: int) -> "OptimizerSettings":
+        """The same with the run's number of steps in place of `all`."""
+        return self if self.decay_steps != "all" else self.model_copy(update={"decay_steps": steps})
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a training step, counted from 0.
+
+        Raises:
+            ValueError: it falls over all steps of a run, and nobody has said how many those are (`of_run`).
+        """
+        if self.decay_steps == "all":
+            raise ValueError("decay_steps: all needs a number of steps: optimizer.of_run(steps)")
+        left = 1.0 if self.decay_steps is None else max(0.0, 1 - step / self.decay_steps)
+        return self.lr * min(1.0, (step + 1) / (self.warmup + 1)) * left
 
 
 @dataclass(frozen=True)
@@ -207,9 +226,7 @@ class Aligner:
         return tally.over(self.peers).means()
 
     def _set_learning_rate(self, step: int) -> float:
-        s = self.method.optimizer
-        left = 1.0 if s.decay_steps is None else max(0.0, 1 - step / s.decay_steps)
-        lr = s.lr * min(1.0, (step + 1) / (s.warmup + 1)) * left
+        lr = self.method.optimizer.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixrl.algorithms.advantages import Scale
+from pixrl.algorithms.align import OptimizerSettings
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.losses import NFTSettings
 from pixrl.algorithms.rpo import RPOSettings
@@ -53,12 +54,20 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
         *_references(config),
         ("pictures", f"{config.prompts.per_step} × {group_size(config)} a step, {images_of(config)} in all"),
         ("updates", f"{s.updates} a step, {updates_of(config)} in all"),
-        ("optimizer", f"AdamW, lr {s.lr:g}, gradient norm at most {s.grad_clip:g}"),
+        ("optimizer", f"AdamW, lr {_rate(s)}, gradient norm at most {s.grad_clip:g}"),
         ("averaged weights", "none" if s.ema is None else f"decay {s.ema:g}"),
         ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}"),
         ("seed", str(config.seed)),
         *[("plan", str(note)) for note in start.get("notes", ())],
     ]
+
+
+def _rate(s: OptimizerSettings) -> str:
+    """The learning rate and how it changes."""
+    rises = f", rising over {s.warmup} steps" if s.warmup else ""
+    over = "the run" if s.decay_steps == "all" else f"{s.decay_steps} steps"
+    falls = "" if s.decay_steps is None else f", falling to 0 over {over}"
+    return f"{s.lr:g}{rises}{falls}"
 
 
 def _references(config: AlignConfig) -> list[tuple[str, str]]:

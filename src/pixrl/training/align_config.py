@@ -183,10 +183,10 @@ class AlignConfig(Settings):
                 "sampling.noise (flow_sde, dance, cps), or leave it out"
             )
         falls = self.optimizer.decay_steps
-        if falls is not None and falls < self.steps:
+        if isinstance(falls, int) and falls < self.steps:
             raise ValueError(
                 f"optimizer.decay_steps: {falls} ends before the run: steps {falls} to {self.steps} would learn "
-                f"nothing. Give {self.steps} or more"
+                f"nothing. Give {self.steps} or more, or all"
             )
         self._memory_fits()
         return self

@@ -103,7 +103,7 @@ def open_workshop(config: AlignConfig) -> Workshop:
         sampling=config.sampling,
         advantage=config.advantage,
         loss=make_loss(config.loss, rewards.differentiable()),
-        optimizer=config.optimizer,
+        optimizer=config.optimizer.of_run(config.steps),
         noises=config.exploration.noises,
         shared_start=config.exploration.shared_start,
     )
