@@ -321,6 +321,12 @@ def test_a_subject_that_the_segmenter_does_not_find(
     assert done.metrics[0]["failed_share"] == 1
     row = RunFolder.open(done.run).manifest()[0]
     assert row.scores["identity"] is None and "no subject found" in str(row.failed)
+    notes = json.loads((done.run / "start.json").read_text())["notes"]
+    assert [
+        note
+        for note in notes
+        if note.startswith("identity: 4 reference picture(s) of 2 subject(s) show nothing")
+    ]
 
 
 def test_the_card_and_the_recipe_place_references(tmp_path: Path, flux_folder: Path, subjects: Path) -> None:

@@ -108,6 +108,16 @@ def test_no_subject_is_a_failure_with_its_reason(dino_folder: Path, images: Tens
     assert torch.allclose(scores.values_B[2], score(made, images[:1], images[1]).values_B[0], atol=1e-5)
 
 
+def test_references_that_are_left_out_are_named(dino_folder: Path, images: Tensor) -> None:
+    black = torch.zeros(3, 32, 32)
+    made = reward(dino_folder)
+    assert made.unused_references({"reference": [images[0], black, images[1], black]}) == [2, 4]
+    assert made.unused_references({"reference": [images[0]]}) == []
+    assert made.unused_references({}) == []
+    first = reward(dino_folder, references="first")
+    assert first.unused_references({"reference": [images[0], black]}) == []  # it is not compared
+
+
 @pytest.mark.parametrize("given", [None, "a.png", [], ["a.png"], torch.zeros(3), 3])
 def test_no_reference_is_a_failure(given: object, dino_folder: Path, images: Tensor) -> None:
     scores = score(reward(dino_folder), images[:1], given)

@@ -98,6 +98,15 @@ class RewardSet:
         }
         return {name: reason for name, reason in found.items() if reason is not None}
 
+    def unused_references(self, metadata: Mapping[str, object]) -> Mapping[str, list[int]]:
+        """Reward -> which of a sample's references, counted from 1, it leaves out, where it does."""
+        found = {
+            name: one.unused_references(metadata)
+            for name, one in self._rewards.items()
+            if isinstance(one, ReferenceReward)
+        }
+        return {name: numbers for name, numbers in found.items() if numbers}
+
     def score(self, batch: RewardBatch) -> Mapping[str, Scores]:
         """The scores of all of a step's pictures, where one process has them.
 

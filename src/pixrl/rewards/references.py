@@ -137,6 +137,14 @@ class ReferenceReward(DifferentiableReward):
         )
 
     @torch.no_grad()
+    def unused_references(self, metadata: Mapping[str, object]) -> list[int]:
+        """Which of a sample's references, counted from 1, show nothing to compare with: the mean leaves them out."""
+        entry = of_subject(metadata, self.subject)
+        if self._unjudged(entry) is not None:
+            return []
+        return [number for number, found in enumerate(self._found(entry).tolist(), 1) if not found]
+
+    @torch.no_grad()
     def score(self, batch: RewardBatch) -> Scores:
         values_B, reasons = self._judge(batch.images_BCHW, batch.metadata, self.encoder.image_features)
         return Scores(values_B, tuple(reasons), provenance=self.provenance)
@@ -186,9 +194,16 @@ class ReferenceReward(DifferentiableReward):
 
     def _usable(self, metadata: Mapping[str, object]) -> Tensor:
         """Unit vectors [M, E] of the references in which something was found to compare with."""
+        return self._encoded(metadata)[self._found(metadata)]
+
+    def _found(self, metadata: Mapping[str, object]) -> Tensor:
+        """Whether each compared reference shows something to compare with, [M]."""
+        return self._encoded(metadata).isfinite().all(dim=1)
+
+    def _encoded(self, metadata: Mapping[str, object]) -> Tensor:
+        """[M, E] of the references that are compared; a row of nan where nothing was found."""
         pictures = chosen(references_of(metadata), self.references)
-        rows_ME = torch.cat([self._reference(picture, metadata.get("class")) for picture in pictures])
-        return rows_ME[rows_ME.isfinite().all(dim=1)]
+        return torch.cat([self._reference(picture, metadata.get("class")) for picture in pictures])
 
     def _no_reference(self) -> str:
         where = repr(KEY) if self.subject is None else f"{SUBJECTS!r}, number {self.subject}"

@@ -51,8 +51,9 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
     shop = open_workshop(config)
     # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
     prepare(shop.method.exploration, shop.policy, shop.first_groups()[:1])
-    check_references(shop)
+    left_out = check_references(shop)
     micro_batches, notes = plan_batches(shop)
+    notes = (*notes, *left_out)
     team = shop.team
     out = team.gather(out)[0]  # each process may have seen another folder as the first free one
     if team.leads:
@@ -90,8 +91,9 @@ def go_on(
     micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
     changes = [*differences(began["recipe"], config.model_dump(mode="json")), *rewards]
     if changes:
+        left_out = check_references(shop)
         micro_batches, notes = plan_batches(shop)
-        notes = (*notes, *(f"changed: {one}" for one in changes))
+        notes = (*notes, *left_out, *(f"changed: {one}" for one in changes))
         if shop.team.leads:
             folder.adopt_recipe(config)
             write_start(folder, shop, micro_batches, notes)

@@ -1,6 +1,6 @@
 """Everything that an align recipe names, loaded and checked against each other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,14 +174,17 @@ def _features(ref: str | None, device: str) -> Features:
     return pixel_features if ref is None else load_encoder(ref, device=device).image_features
 
 
-def check_references(shop: Workshop) -> None:
+def check_references(shop: Workshop) -> tuple[str, ...]:
     """Refuses subjects by whose references a reward can judge nothing, before anything is drawn.
+
+    Returns:
+        What is to be said of references that a reward leaves out, because it finds nothing in them to compare with.
 
     Raises:
         InputError: they are more than `scoring.max_failed_share` of the subjects, so the run would stop; names one.
     """
     if not isinstance(shop.config, PersonalizeConfig):
-        return
+        return ()
     subjects = {_identity(p)[1]: p.metadata for p in (*shop.prompts.prompts, *shop.evaluated())}
     found = {name: shop.rewards.reference_problems(metadata) for name, metadata in subjects.items()}
     for reward in shop.rewards.names:
@@ -192,6 +195,21 @@ def check_references(shop: Workshop) -> None:
                 f"The reward {reward!r} can judge no picture of {len(broken)} of {len(subjects)} subject(s); "
                 f"{first!r}: {reason}. Give other pictures of it, on which it stands out; or let the reward compare "
                 "whole pictures: options mask: none."
+            )
+    return tuple(_left_out(subjects, shop.rewards))
+
+
+def _left_out(subjects: Mapping[str, Mapping[str, object]], rewards: RewardSet) -> Iterator[str]:
+    """For each reward that leaves references out, how many and an example."""
+    unused = {subject: rewards.unused_references(metadata) for subject, metadata in subjects.items()}
+    for reward in rewards.names:
+        of_it = {subject: found[reward] for subject, found in unused.items() if reward in found}
+        if of_it:
+            subject, numbers = next(iter(of_it.items()))
+            count = sum(len(found) for found in of_it.values())
+            yield (
+                f"{reward}: {count} reference picture(s) of {len(of_it)} subject(s) show nothing to compare with and "
+                f"are left out of its mean; the first is number {numbers[0]} of {subject!r}"
             )
 
 
