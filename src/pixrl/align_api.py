@@ -16,7 +16,7 @@ from pixrl.training.runlog import RunFolder
 from pixrl.training.selfcheck import Report
 
 RUNS = Path("runs")
-PERSONALIZE_RECIPE = "toy/customized-grpo"
+PERSONALIZE_RECIPE = "toy/customized-nft"
 """What `pixrl personalize` does where no recipe is given."""
 SUBJECT_RECIPE = "toy/subject"
 """The same where a subject is."""
@@ -88,7 +88,7 @@ def personalize(
     """Train a model to keep a subject's identity while it follows the prompt.
 
     Args:
-        recipe: a YAML file, a name under recipes/, or the settings themselves; none: `toy/customized-grpo`, and
+        recipe: a YAML file, a name under recipes/, or the settings themselves; none: `toy/customized-nft`, and
             `toy/subject` where a subject is given.
         steps: training steps, in place of the recipe's.
         seed: of everything random, in place of the recipe's.

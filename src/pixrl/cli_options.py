@@ -38,7 +38,7 @@ PersonalizeRecipe = Annotated[
     typer.Argument(
         metavar="RECIPE",
         help="A YAML file, or a name under recipes/. "
-        "[dim]default: toy/customized-grpo, with --subject toy/subject[/dim]",
+        "[dim]default: toy/customized-nft, with --subject toy/subject[/dim]",
         show_default=False,
     ),
 ]

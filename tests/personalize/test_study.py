@@ -342,7 +342,8 @@ def test_prompts_are_spread_over_subjects_and_differ_between_them() -> None:
     assert len({prompt.text for prompt in spread_over_subjects(prompts, 9, 9)}) == 20
 
 
-@pytest.mark.parametrize("name", ["toy/personalize-study", "toy/personalize-ablations", "toy/personalize-long"]
+@pytest.mark.parametrize(
+    "name", ["toy/personalize-study", "toy/personalize-ablations", "toy/personalize-long"]
 )
 def test_the_committed_studies_are_fair(name: str) -> None:
     study = recipes.load(PersonalizeStudyConfig, name, kind="personalize-study")

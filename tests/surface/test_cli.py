@@ -10,7 +10,7 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
-from pixrl import cli, cli_demo, fuse_api
+from pixrl import align_api, cli, cli_demo, fuse_api
 from pixrl.config import find_recipe
 from pixrl.errors import RunError
 from pixrl.training import fuse_job
@@ -108,6 +108,17 @@ def test_demo_takes_a_free_folder_each_time(pixrl: Pixrl, monkeypatch: pytest.Mo
     for part in ("fuse", "align", "personalize"):
         assert Path(f"pixrl-demo-2/{part}/report.html").is_file()
         assert f"pixrl-demo-2/{part}/report.html" in done.output.replace("\n", "")
+
+
+def test_personalize_without_a_recipe_takes_the_one_that_its_help_names(pixrl: Pixrl) -> None:
+    told = " ".join(pixrl("personalize", "--help").output.replace("│", " ").split())
+    for subject, usual in ((None, align_api.PERSONALIZE_RECIPE), ("owl", align_api.SUBJECT_RECIPE)):
+        assert usual in told
+        config, _ = align_api.load_personalize(None, subject=subject)
+        assert (
+            config.loss.kind == "nft"
+        )  # the clipped loss walks at random here: docs/personalize.md, Evidence
+        assert align_api.load_personalize(usual, subject=subject)[0] == config
 
 
 def test_ctrl_c_says_how_to_go_on_and_resume_ends_as_if_unbroken(
