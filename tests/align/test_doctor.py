@@ -264,6 +264,36 @@ def test_other_kinds_of_recipes(tmp_path: Path) -> None:
         doctor_api.examine("toy/fuse-study")
 
 
+def shows(count: int | None, side: int | None = None, **machine: Any) -> Diagnosis:
+    """What is found of toy:flux with so many references."""
+    references = {"count": count, "side": side}
+    return doctor_api.examine(
+        {"kind": "personalize", "rewards": REWARDS, "references": references, "machine": FULL | machine}
+    )
+
+
+def test_how_many_references_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number that the doctor gives is one with which it finds that the run fits; one more does not."""
+    needed = {count: shows(count).needed or 0 for count in (1, 2, 3, 4)}
+    assert needed[1] < needed[2] < needed[3] < needed[4]
+    for fit in (1, 2, 3):
+        room = (needed[fit] + needed[fit + 1]) // 2
+        monkeypatch.setattr(doctor, "free_bytes", lambda device, room=room: room)
+        for count in (4, None):
+            said = needs(shows(count))[Need.MEMORY]
+            assert f"references.count={fit} ({fit} of 4 fit), references.side=32," in said
+        assert Need.MEMORY not in needs(shows(fit))
+        assert Need.MEMORY in needs(shows(fit + 1))
+    monkeypatch.setattr(doctor, "free_bytes", lambda device: needed[1] - 1)
+    assert "references.count=1 (not enough alone), references.side=32," in needs(shows(2))[Need.MEMORY]
+    alone = needs(shows(1))[Need.MEMORY]
+    assert "references.count" not in alone
+    assert "Save memory with references.side=32, machine.gradient_checkpointing=true" in alone
+    assert Need.MEMORY not in needs(shows(1, side=32))
+    monkeypatch.setattr(doctor, "free_bytes", lambda device: 1000)
+    assert "references." not in needs(shows(1, side=8))[Need.MEMORY], "nothing smaller than one token"
+
+
 def test_a_single_file_and_half_precision(tmp_path: Path) -> None:
     from pixrl.hub import locate
     from pixrl.models.paper import part_sizes

@@ -1,5 +1,8 @@
 """Position ids and packing of FLUX with references."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -49,3 +52,44 @@ def test_bad_input_says_what_is_allowed() -> None:
         pack_latents(torch.zeros(1, 4, 3, 4))
     with pytest.raises(ShapeError, match="2 x 2 tokens"):
         unpack_latents(torch.zeros(1, 5, 8), (2, 2))
+
+
+@pytest.mark.parametrize("preset", ["uno", "kontext"])
+def test_references_may_be_any_iterable(preset: str) -> None:
+    sizes = [(1, 2), (2, 2)]
+    target, expected = position_ids((2, 3), sizes, preset)
+    others: list[Any] = [
+        tuple(sizes),
+        iter(sizes),
+        (size for size in sizes),
+        torch.tensor(sizes),
+        [(1.0, 2.0), [2, 2]],
+    ]
+    for given in others:
+        own, found = position_ids((2, 3), given, preset)
+        assert torch.equal(own, target)
+        assert len(found) == 2
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("target", "references", "preset", "message"),
+    [
+        ((2, 2), [], None, "Unknown preset None.* Use uno, kontext"),
+        ((2, 2), [], ["uno"], "Unknown preset"),
+        ((2, 2), (1, 1), "uno", r"two whole numbers, \(rows, columns\), got 1.*\[\(32, 32\)\]"),
+        ((2, 2), 4, "uno", "references must be a list of sizes.*got 4"),
+        ((2, 2), None, "uno", "references must be a list of sizes.*got None"),
+        (2, [(1, 1)], "uno", "two whole numbers.*got 2"),
+        ((2, 2), [(1, 1, 1)], "kontext", "two whole numbers"),
+        ((2, 2), [(1.5, 2)], "uno", r"two whole numbers.*got \(1\.5, 2\)"),
+        ((2, 2), [(float("nan"), 2)], "uno", "two whole numbers"),
+        ((2, 2), ["12"], "uno", "two whole numbers"),
+        ((2, 2), [(-1, 2)], "kontext", "must be positive"),
+    ],
+)
+def test_sizes_and_presets_that_are_none(
+    target: Any, references: Sequence[Any], preset: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        position_ids(target, references, preset)

@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -241,8 +243,6 @@ def test_a_subject_that_cannot_be_used(tmp_path: Path, flux_folder: Path, spoil:
 
 
 def test_a_tiny_picture(tmp_path: Path, flux_folder: Path) -> None:
-    from PIL import Image
-
     subject = make_subject(tmp_path / "rex")
     Image.new("RGB", (31, 100)).save(subject / "00.png")
     with pytest.raises(InputError, match="31x100; the shorter side must be at least 32"):
@@ -250,8 +250,6 @@ def test_a_tiny_picture(tmp_path: Path, flux_folder: Path) -> None:
 
 
 def test_alpha_and_rotation_reach_the_model_upright(tmp_path: Path, bare: FluxPolicy) -> None:
-    from PIL import Image
-
     from pixrl.data.subject_prompts import subject_prompts
     from pixrl.data.subjects import load_subjects
 
@@ -277,11 +275,14 @@ def test_more_references_than_a_subject_has(tmp_path: Path, flux_folder: Path, s
         pixrl.personalize(recipe(flux_folder, subjects, references={"count": 5}), out=tmp_path / "run")
 
 
-def test_too_many_references_for_memory(policy: FluxPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(count: int) -> Any:
-        pictures = [torch.rand(3, 32, 32) for _ in range(count)]
-        return prepare(NoiseOnly(), policy, [Group(0, 0, 0, "a cat", {"shown": pictures})]).anchor
+def shown(policy: FluxPolicy, count: int) -> Any:
+    """A row with so many references."""
+    pictures = [torch.rand(3, 32, 32) for _ in range(count)]
+    return prepare(NoiseOnly(), policy, [Group(0, 0, 0, "a cat", {"shown": pictures})]).anchor
 
+
+def test_too_many_references_for_memory(policy: FluxPolicy) -> None:
+    row = partial(shown, policy)
     one, two, five = (kept_bytes(policy, row(count)) for count in (1, 2, 5))
     assert five == pytest.approx(one + 4 * (two - one), rel=0.02)
     require_room(policy, row(5), room=2 * five)
@@ -290,6 +291,85 @@ def test_too_many_references_for_memory(policy: FluxPolicy, monkeypatch: pytest.
     with pytest.raises(InputError, match="not even one fits"):
         require_room(policy, row(2), room=1000)
     require_room(policy, row(1), room=0)  # nothing to choose: the planner and the machine decide
+
+
+OUT_OF_MEMORY: dict[str, BaseException] = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("how", OUT_OF_MEMORY)
+@pytest.mark.parametrize(
+    ("most", "remedy"), [(1, r"1 fits: --set references\.count=1\."), (0, "not even one fits")]
+)
+def test_references_that_do_not_even_fit_to_be_measured(
+    policy: FluxPolicy, monkeypatch: pytest.MonkeyPatch, how: str, most: int, remedy: str
+) -> None:
+    real = policy.velocity
+
+    def limited(x_t: torch.Tensor, t_B: torch.Tensor, condition: Any) -> torch.Tensor:
+        if len(condition.references) > most:
+            raise OUT_OF_MEMORY[how]
+        return real(x_t, t_B, condition)
+
+    monkeypatch.setattr(policy, "velocity", limited)
+    with pytest.raises(InputError, match=rf"3 reference pictures are too many.*{most + 1} of them.*{remedy}"):
+        require_room(policy, shown(policy, 3), room=10**9)
+    if most == 1:
+        with pytest.raises(InputError, match="not even one fits"):
+            require_room(policy, shown(policy, 3), room=1000)
+
+
+def test_another_error_of_the_measuring_pass_comes_through(
+    policy: FluxPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: object) -> torch.Tensor:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(policy, "velocity", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        require_room(policy, shown(policy, 2), room=10**9)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(1, 3, 35, 35), r"multiples of 8 pixels, got 35 x 35.*on_square\(picture, 40\)"),
+        (torch.rand(1, 3, 36, 36), "multiples of 8 pixels, got 36 x 36"),
+        (torch.rand(1, 3, 2, 2), r"got 2 x 2.*on_square\(picture, 8\)"),
+        (torch.rand(1, 3, 32, 0), "got 32 x 0"),
+        (torch.rand(3, 32, 32), r"got float32 \[3, 32, 32\].*picture\[None\]"),
+        (torch.rand(1, 4, 32, 32), r"RGB.*got float32 \[1, 4, 32, 32\].*read_picture"),
+        (Image.new("RGB", (32, 32)), "got a Image"),
+        (torch.full((1, 3, 32, 32), 255, dtype=torch.uint8), r"got uint8.*images\.float\(\) / 255"),
+        (torch.rand(1, 3, 32, 32) * 255, r"in \[0, 1\], got 0.* to 25.*images / 255"),
+        (torch.rand(1, 3, 32, 32) * 2 - 1, r"in \[0, 1\], got -0.*\(images \+ 1\) / 2"),
+        (torch.full((1, 3, 32, 32), float("nan")), "not finite"),
+        (torch.full((1, 3, 32, 32), float("inf")), "not finite"),
+    ],
+)
+def test_references_that_are_no_pictures(bare: FluxPolicy, images: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        bare.with_references(bare.encode(["a cat"]), [images])
+
+
+def test_references_must_be_a_list(bare: FluxPolicy) -> None:
+    with pytest.raises(InputError, match=r"got float32 \[3, 32, 32\]\. Give a list"):
+        bare.with_references(bare.encode(["a cat"]), torch.rand(1, 3, 32, 32))  # type: ignore[arg-type]
+
+
+def test_references_of_every_allowed_shape_and_precision(bare: FluxPolicy) -> None:
+    text = bare.encode(["a cat"])
+    pictures = [
+        torch.zeros(1, 3, 8, 8),
+        torch.ones(1, 3, 16, 40),
+        torch.rand(1, 3, 32, 24, dtype=torch.bfloat16),
+    ]
+    sizes = [list(latents.shape[2:]) for latents in bare.with_references(text, pictures).references]
+    assert sizes == [[2, 2], [4, 10], [8, 6]]
 
 
 def test_a_subject_that_the_segmenter_does_not_find(

@@ -161,6 +161,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
 
     def with_references(self, conditioning: Conditioning, references: Sequence[Tensor]) -> Conditioning:
         for images in references:
+            _check_pictures(images, 2 * int(self.pipeline.vae_scale_factor))
             if len(images) != len(conditioning):
                 raise ShapeError(
                     f"{len(images)} reference pictures for {len(conditioning)} prompts; give one a prompt."
@@ -202,6 +203,41 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         if not self.pipeline.transformer.config.guidance_embeds:
             return None
         return torch.full((batch,), self.settings.guidance, device=self.device)
+
+
+def _check_pictures(images: object, unit: int) -> None:
+    """InputError unless they are RGB pictures in [0, 1] whose sides are multiples of two latents."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        raise ShapeError(
+            f"A reference is RGB pictures [B, 3, H, W], one a prompt, got {_said(images)}. Give a list of them, "
+            "each with the batch's axis (picture[None]); pixrl.data.pictures.read_picture puts transparency on white."
+        )
+    height, width = images.shape[2:]
+    if min(height, width) < unit or height % unit or width % unit:
+        side = max(unit, -(-max(height, width) // unit) * unit)
+        raise ShapeError(
+            f"The sides of a reference must be multiples of {unit} pixels, got {height} x {width}. Lay it out on "
+            f"white, without a loss: pixrl.models.references.on_square(picture, {side})."
+        )
+    if not images.is_floating_point():
+        raise InputError(
+            f"A reference must be floating point in [0, 1], got {_said(images)}. Give images.float() / 255."
+        )
+    if not images.isfinite().all():
+        raise InputError("A reference holds values that are not finite. Its values must lie in [0, 1].")
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > 1:
+        raise InputError(
+            f"The values of a reference must lie in [0, 1], got {low:g} to {high:g}. Give images / 255 for 0..255, "
+            "(images + 1) / 2 for -1..1, and images.clamp(0, 1) for what a resize overshot."
+        )
+
+
+def _said(given: object) -> str:
+    """What was given, for an error message."""
+    if isinstance(given, Tensor):
+        return f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
+    return f"a {type(given).__name__}"
 
 
 def _token_size(latents: Tensor) -> Size:

@@ -4,7 +4,7 @@ Reference tokens follow the target's tokens in one sequence (UNO; FLUX.1 Kontext
 them as to any other token; position ids tell them apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from itertools import accumulate, chain
 
@@ -41,21 +41,39 @@ def position_ids(target: Size, references: Sequence[Size], preset: str) -> tuple
     each next one further by the size of the one before; with `kontext` references lie at no offset with axis 0 at 1.
 
     Raises:
-        InputError: an unknown preset, or a size that is not positive.
+        InputError: an unknown preset, or a size that is not two positive whole numbers.
 
     Source: UNO (bytedance/UNO) and FLUX.1 Kontext; EQUATIONS.md, "Published settings for personalize".
     """
     if preset not in list(Preset):
         raise InputError(
-            f"Unknown preset {preset!r}.{did_you_mean(preset, list(Preset))} Use {', '.join(Preset)}."
+            f"Unknown preset {preset!r}.{did_you_mean(str(preset), list(Preset))} Use {', '.join(Preset)}."
         )
-    for rows, columns in (target, *references):
-        if rows < 1 or columns < 1:
-            raise InputError(f"A size in tokens must be positive, got {(rows, columns)}.")
+    if not isinstance(references, Iterable):
+        raise InputError(f"references must be a list of sizes, such as [(32, 32)], got {references!r}.")
+    own, others = _checked_size(target), [_checked_size(size) for size in references]
     if preset == Preset.KONTEXT:
-        return _grid(target), [_grid(size, plane=1) for size in references]
-    starts = accumulate(chain([target], references), lambda a, b: (a[0] + b[0], a[1] + b[1]))
-    return _grid(target), [_grid(size, start=start) for size, start in zip(references, starts, strict=False)]
+        return _grid(own), [_grid(size, plane=1) for size in others]
+    starts = accumulate(chain([own], others), lambda a, b: (a[0] + b[0], a[1] + b[1]))
+    return _grid(own), [_grid(size, start=start) for size, start in zip(others, starts, strict=False)]
+
+
+def _checked_size(given: object) -> Size:
+    """InputError unless it is two whole numbers of at least 1; 2.0 is one."""
+    try:
+        rows, columns = given  # type: ignore[misc]
+        size = int(rows), int(columns)
+        is_whole = size == (rows, columns)
+    except (TypeError, ValueError, OverflowError):
+        is_whole = False
+    if not is_whole:
+        raise InputError(
+            f"A size in tokens is two whole numbers, (rows, columns), got {given!r}. Give position_ids one for the "
+            "target and a list of them for the references, such as position_ids((32, 32), [(32, 32)], 'uno')."
+        )
+    if min(size) < 1:
+        raise InputError(f"A size in tokens must be positive, got {size}.")
+    return size
 
 
 def _grid(size: Size, *, start: Size = (0, 0), plane: int = 0) -> Tensor:

@@ -1,6 +1,7 @@
 """`pixrl doctor`: what an align or personalize recipe needs and whether it can run here, before anything loads."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ from pixrl.training.doctor_needs import (
 from pixrl.training.doctor_rewards import find_rewards
 from pixrl.training.doctor_weights import require_fit
 from pixrl.training.doctor_work import lower_bound, measured
+from pixrl.training.memory import fewer_references, fitting, smaller_references, smaller_runs
 from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.planner import SAFE_SHARE, evened, trial
 
@@ -153,14 +155,22 @@ class Paper:
             policy.checkpoint_gradients()
         policy.precision = precision
         policy._cache = PromptCache(lambda prompt: condition[:1])
-        is_drafted = isinstance(config.loss, DraftSettings)
+        self.policy, self.references = policy, len(condition.references)
+        self._condition, self._is_drafted = condition, isinstance(config.loss, DraftSettings)
+        self.drawing, self.training = self.costs(self.references)
         with imagined(*modules):
-            self.drawing = cost_of(trial(policy, condition), modules)
-            self.training = cost_of(trial(policy, condition, train=True, decode=is_drafted), modules)
             one_pass = operations_of(trial(policy, condition, decode=False))
             with_decoder = operations_of(trial(policy, condition))
         self.operations = with_decoder + (policy.settings.steps - 1) * one_pass
         """Floating point operations of drawing one picture."""
+
+    def costs(self, references: int) -> tuple[Cost, Cost]:
+        """What drawing and training take when the model is shown so many of the references."""
+        policy, modules = self.policy, (self.policy.transformer, self.policy.vae)
+        condition = replace(self._condition, references=self._condition.references[:references])
+        with imagined(*modules):
+            drawing = cost_of(trial(policy, condition), modules)
+            return drawing, cost_of(trial(policy, condition, train=True, decode=self._is_drafted), modules)
 
 
 def paper_renderer(
@@ -313,11 +323,11 @@ def _fit(
         reasons.append(
             f"{name}: {-(-count // chosen[-1])} x {chosen[-1]} for {count} pictures; at most {most} ({why})"
         )
-    peak = resident + max(
-        paper.drawing.bytes(chosen[0]), paper.training.bytes(chosen[1])
-    )  # not both: drawing is over when training begins
+    peak = resident + _higher(paper.drawing, paper.training, chosen)
     if peak > free:
-        findings.miss(Need.MEMORY, _too_large(peak, free, config))
+        ways = ", ".join((*_fewer(paper, chosen, free - resident), *smaller_runs(config)))
+        said = f"{size(peak)} are needed and {size(free)} are free. Save memory with {ways}."
+        findings.miss(Need.MEMORY, said)
     host = total({name: part.bytes for name, part in parts.items()}) * place.processes
     if device.type != "cpu" and host > free_bytes(torch.device("cpu")):
         findings.miss(Need.MEMORY, f"Weights pass through main memory, which needs {size(host)} free.")
@@ -332,25 +342,23 @@ def _most(device: torch.device, cost: Cost, room: int, cpu_batch: int, given: in
     if device.type == "cpu":
         return cpu_batch, "what suits a CPU's cache at this resolution"
     usable = int(room * SAFE_SHARE) - (cost.first - cost.each)
-    return max(
-        1, usable // cost.each
-    ), f"about {size(cost.each)} a picture, {size(max(room, 0))} for pictures"
+    most = max(1, usable // cost.each)
+    return most, f"about {size(cost.each)} a picture, {size(max(room, 0))} for pictures"
 
 
-def _too_large(peak: int, free: int, config: AlignConfig) -> str:
-    machine = config.machine
-    ways = [
-        text
-        for text, is_open in (
-            ("machine.gradient_checkpointing=true", not machine.gradient_checkpointing),
-            ("machine.offload=parts", machine.offload is Offload.NONE),
-            ("machine.offload=sequential", machine.offload is Offload.PARTS),
-            ("optimizer.eight_bit=true", not config.optimizer.eight_bit),
-            ("a smaller resolution", True),
-        )
-        if is_open
-    ]
-    return f"{size(peak)} are needed and {size(free)} are free. Save memory with {', '.join(ways)}."
+def _higher(drawing: Cost, training: Cost, batches: Sequence[int]) -> int:
+    """The peak with these micro-batches. Not both: drawing is over when training begins."""
+    return max(drawing.bytes(batches[0]), training.bytes(batches[1]))
+
+
+def _fewer(paper: Paper, batches: Sequence[int], room: int) -> list[str]:
+    """How to show the model less, with the number of references that fits."""
+    ways = list(smaller_references(paper.policy)) if paper.references else []
+    if paper.references > 1:
+        one = _higher(*paper.costs(1), batches)
+        each = -(-(_higher(paper.drawing, paper.training, batches) - one) // (paper.references - 1))
+        ways.insert(0, fewer_references(fitting(one, max(1, each), room), paper.references))
+    return ways
 
 
 def _disk(config: AlignConfig, paper: Paper) -> int:
