@@ -217,7 +217,7 @@ def _check_pictures(images: object, unit: int) -> None:
         side = max(unit, -(-max(height, width) // unit) * unit)
         raise ShapeError(
             f"The sides of a reference must be multiples of {unit} pixels, got {height} x {width}. Lay it out on "
-            f"white, without a loss: pixrl.models.references.on_square(picture, {side})."
+            f"white, nothing cut off: pixrl.models.references.on_square(picture, {side})."
         )
     if not images.is_floating_point():
         raise InputError(
