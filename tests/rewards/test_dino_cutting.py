@@ -1,0 +1,101 @@
+"""What the identity reward cuts out: the class that is asked for, on the given colour, for each subject apart."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+from tests.tiny_dino import dino
+from torch import Tensor
+
+from pixrl.rewards.dino import DinoEncoder, DinoSegReward
+from pixrl.rewards.segmentation import WHITE, Colour, Foreground, Segmenter
+from pixrl.types import RewardBatch, Scores
+
+
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dino(tmp_path_factory.mktemp("tiny") / "dino")
+
+
+@pytest.fixture(scope="module")
+def segmenter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.segmenter(tmp_path_factory.mktemp("tiny") / "segmenter")
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def halves(images_BCHW: Tensor, kinds: Sequence[object]) -> Tensor:
+    """Owls are on the left, everything else on the right; in black pictures there is nothing."""
+    masks = torch.zeros(len(images_BCHW), *images_BCHW.shape[-2:])
+    for row, kind in enumerate(kinds):
+        side = slice(0, 16) if kind == "owl" else slice(16, 32)
+        masks[row, :, side] = float(images_BCHW[row].amax() > 0)
+    return masks
+
+
+@pytest.fixture
+def by_class(dino_folder: Path, segmenter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> DinoSegReward:
+    monkeypatch.setattr(Segmenter, "class_masks", lambda self, images, kinds: halves(images, kinds))
+    return DinoSegReward(dino_folder, segmenter=segmenter_folder, region="class", device="cpu")
+
+
+def score(made: DinoSegReward, image: Tensor, metadata: dict[str, object]) -> Scores:
+    return made.score(RewardBatch(image[None], ["x"], [metadata]))
+
+
+def expected(folder: Path, image: Tensor, reference: Tensor, kind: str, background: Colour = WHITE) -> Tensor:
+    pictures = torch.stack([image, reference])
+    cut = Foreground.composite(pictures, halves(pictures, [kind] * 2), background)
+    ours, theirs = DinoEncoder(folder, device="cpu").image_features(cut)
+    return (ours * theirs).sum()
+
+
+def test_each_class_is_cut_out_by_itself(by_class: DinoSegReward, dino_folder: Path, images: Tensor) -> None:
+    """The same reference for two classes: neither region nor cached features may be mixed up."""
+    found = {}
+    for kind in ("owl", "snail"):
+        scores = score(by_class, images[0], {"reference": images[1], "class": kind})
+        found[kind] = scores.values_B[0]
+        assert torch.allclose(found[kind], expected(dino_folder, images[0], images[1], kind), atol=1e-5)
+    assert abs(found["owl"] - found["snail"]) > 1e-3
+
+
+def test_the_background_is_the_one_that_is_given(dino_folder: Path, images: Tensor) -> None:
+    values = []
+    for background in ((1.0, 1.0, 1.0), (1.0, 0.0, 0.0)):
+        made = DinoSegReward(
+            dino_folder,
+            segmenter=lambda pictures: halves(pictures, ["owl"] * len(pictures)),
+            background=background,
+            device="cpu",
+        )
+        values.append(score(made, images[0], {"reference": images[1]}).values_B[0])
+        known = expected(dino_folder, images[0], images[1], "owl", background=background)
+        assert torch.allclose(values[-1], known, atol=1e-5)
+    assert abs(values[0] - values[1]) > 1e-4
+
+
+def test_the_preflight_looks_at_the_rewards_own_subject(
+    dino_folder: Path, segmenter_folder: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Segmenter, "class_masks", lambda self, images, kinds: halves(images, kinds))
+    metadata: dict[str, object] = {
+        "class": "owl",
+        "reference": images[0],
+        "subjects": [
+            {"class": "owl", "reference": images[1]},
+            {"class": "snail", "reference": [torch.zeros(3, 32, 32), torch.zeros(3, 32, 32)]},
+        ],
+    }
+    first, second = (
+        DinoSegReward(dino_folder, segmenter=segmenter_folder, region="class", subject=number, device="cpu")
+        for number in (0, 1)
+    )
+    assert first.reference_problem(metadata) is None and first.unused_references(metadata) == []
+    assert second.reference_problem(metadata) == "no snail found in the reference"
+    assert second.unused_references(metadata) == [1, 2]
