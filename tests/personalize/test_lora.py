@@ -1,5 +1,6 @@
 """UNO's LoRA layout: read, merged, written; and what cannot be read."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,93 @@ def test_files_that_cannot_be_read(bare: FluxPolicy, file: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match="another model"):
         bare.merge_lora(other)
     assert torch.equal(velocity(bare), before)
+
+
+def peft_file(path: Path, *, rank: int, **config: object) -> dict[str, Tensor]:
+    """A LoRA on q and k as diffusers saves it today, with peft's configuration in the header; its tensors."""
+    generator = torch.Generator().manual_seed(7)
+    tensors, name = {}, "transformer.transformer_blocks.0.attn"
+    for module in ("to_q", "to_k"):
+        tensors[f"{name}.{module}.lora_A.weight"] = torch.randn(rank, WIDTH, generator=generator) * 0.1
+        tensors[f"{name}.{module}.lora_B.weight"] = torch.randn(WIDTH, rank, generator=generator) * 0.1
+    header = {
+        f"transformer.{key}": x
+        for key, x in {"r": rank, "target_modules": ["to_q", "to_k"], **config}.items()
+    }
+    save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(header)})
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        ({"lora_alpha": 16}, (4.0, 4.0)),
+        ({"lora_alpha": 16, "use_rslora": True}, (8.0, 8.0)),
+        ({"lora_alpha": 4, "alpha_pattern": {"transformer_blocks.0.attn.to_k": 2}}, (1.0, 0.5)),
+        ({"lora_alpha": 8, "alpha_pattern": {"to_k": 12}}, (2.0, 3.0)),
+    ],
+)
+def test_the_alpha_that_diffusers_writes_into_the_header_counts(
+    flux_folder: Path,
+    bare: FluxPolicy,
+    tmp_path: Path,
+    config: dict[str, object],
+    scales: tuple[float, float],
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    tensors = peft_file(path, rank=4, **config)
+    found = flux_lora.read_lora(path)
+    for module, scale in zip(("to_q", "to_k"), scales, strict=True):
+        name = f"transformer_blocks.0.attn.{module}"
+        down, up = (tensors[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
+        assert torch.allclose(found[name][1] @ found[name][0], scale * up @ down, atol=1e-6)
+    other = load(flux_folder)
+    other.pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
+    plain = velocity(bare)
+    bare.merge_lora(path)
+    assert torch.allclose(velocity(bare), velocity(other), atol=1e-5)
+    assert not torch.allclose(velocity(bare), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight",
+            "ip_adapter.*are no LoRA layers",
+        ),
+        (
+            "transformer.transformer_blocks.0.attn.to_v.lora_magnitude_vector",
+            "lora_magnitude.*are no LoRA layers",
+        ),
+        ("transformer.transformer_blocks.0.attn.to_v.lora_B.bias", "bias are no LoRA layers"),
+        ("transformer.transformer_blocks.0.attn.to_v.lora_B.weight", "belong to no pair of down and up"),
+        ("text_encoder.encoder.layers.0.q_proj.lora_A.weight", "are not of the transformer|no pair"),
+    ],
+)
+def test_a_part_of_a_file_is_never_lost_in_silence(
+    bare: FluxPolicy, tmp_path: Path, name: str, message: str
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    tensors = peft_file(path, rank=4, lora_alpha=4)
+    save_file(tensors | {name: torch.zeros(4, 4)}, path)
+    before = velocity(bare)
+    with pytest.raises(CheckpointError, match=message):
+        bare.merge_lora(path)
+    assert torch.equal(velocity(bare), before)
+
+
+def test_weights_that_are_not_finite_are_refused(bare: FluxPolicy, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    tensors = peft_file(path, rank=4, lora_alpha=4)
+    broken = next(iter(tensors))
+    tensors[broken][0, 0] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"to_q\.lora_A\.weight are not finite"):
+        bare.merge_lora(path)
+    save_file({k: x.nan_to_num() for k, x in tensors.items()}, path, metadata={"lora_adapter_metadata": "{"})
+    with pytest.raises(CheckpointError, match="lora_adapter_metadata cannot be read"):
+        bare.merge_lora(path)
 
 
 def test_what_has_no_place_in_the_layout() -> None:

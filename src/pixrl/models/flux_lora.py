@@ -16,13 +16,16 @@ are filled up with zeros.
 """
 
 import hashlib
+import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pixrl.device import quiet_loading
@@ -30,6 +33,10 @@ from pixrl.errors import CheckpointError
 
 PREFIX = "transformer."
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+_SUFFIXES = (DOWN, UP, ".lora_down.weight", ".lora_up.weight", ".down.weight", ".up.weight", ".alpha")
+"""How the keys of all LoRA layouts end that diffusers reads; another key is of something that is not read."""
+_METADATA = "lora_adapter_metadata"
+"""Where diffusers writes peft's configuration into the header of a file, as JSON."""
 _QKV = ("to_q", "to_k", "to_v")
 _TEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 _LAYOUT = {
@@ -45,10 +52,11 @@ Lora = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def read_lora(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A LoRA file as `Lora`, float32, through diffusers' own converters.
+    """A LoRA file as `Lora`, float32, through diffusers' own converters; its alphas are put into the ups.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of a layout that is not known.
+        CheckpointError: the file is missing, damaged, of a layout that is not known, or holds more than LoRA layers of
+            the transformer.
     """
     if not file.is_file():
         raise CheckpointError(
@@ -56,9 +64,16 @@ def read_lora(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
             "hf download bytedance-research/UNO dit_lora.safetensors --local-dir ."
         )
     try:
-        raw = load_file(file)
+        with safe_open(file, "pt") as opened:
+            raw = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            header = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is no safetensors file, or cut short: {error}") from error
+    others = [key for key in raw if not key.endswith(_SUFFIXES)]
+    if len(others) == len(raw):
+        raise CheckpointError(f"{file} holds no LoRA of FLUX's transformer.")
+    _refuse(file, "are no LoRA layers", others)
+    _refuse(file, "are not finite", (key for key, x in raw.items() if not x.isfinite().all()))
     with quiet_loading():
         from diffusers import FluxPipeline
 
@@ -68,26 +83,64 @@ def read_lora(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
             raise CheckpointError(
                 f"{file} is in no LoRA layout of FLUX that diffusers reads: {error}"
             ) from error
-    return _pairs(found, alphas or {}, file)
+    return _pairs(found, alphas or {}, _adapter(header, file), file)
+
+
+def _refuse(file: Path, problem: str, keys: Iterable[str]) -> None:
+    """CheckpointError that names some of the keys, if there are any: a part of a file must not be lost in silence."""
+    found = sorted(keys)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CheckpointError(
+            f"{file}: {', '.join(found[:3])}{more} {problem}. pixrl merges plain LoRA layers of FLUX's transformer "
+            "(down and up, with or without alpha): give a file that holds only those."
+        )
+
+
+def _adapter(header: Mapping[str, str], file: Path) -> Mapping[str, Any]:
+    """peft's configuration of the transformer's adapter from a file's header; empty where there is none."""
+    if _METADATA not in header:
+        return {}
+    try:
+        found = json.loads(header[_METADATA])
+        own = {key.removeprefix(PREFIX): x for key, x in found.items() if key.startswith(PREFIX)}
+        float(own.get("lora_alpha", 1.0)), dict(own.get("alpha_pattern") or {})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its {_METADATA} cannot be read: {error}. Save it again.") from error
+    return own
 
 
 def _pairs(
-    found: Mapping[str, Tensor], alphas: Mapping[str, float | Tensor], file: Path
+    found: Mapping[str, Tensor], alphas: Mapping[str, float | Tensor], adapter: Mapping[str, Any], file: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
+    modules = [key.removesuffix(DOWN) for key in found if key.endswith(DOWN)]
+    taken = {module + suffix for module in modules for suffix in (DOWN, UP)}
+    _refuse(file, "belong to no pair of down and up", found.keys() - taken)
+    _refuse(file, "are not of the transformer", _elsewhere(modules))
     pairs = {}
-    for key, down in found.items():
-        if not key.endswith(DOWN):
-            continue
-        module = key.removesuffix(DOWN)
-        up = found.get(module + UP)
+    for module in modules:
+        down, up = found[module + DOWN], found.get(module + UP)
         if up is None or down.ndim != 2 or up.shape[1:] != down.shape[:1]:
             raise CheckpointError(f"{file}: {module} has no down and up of one rank. Download it again.")
-        alpha = alphas.get(f"{module}.alpha")
-        scale = 1.0 if alpha is None else float(alpha) / len(down)
-        pairs[module.removeprefix(PREFIX)] = (down.float(), up.float() * scale)
-    if not pairs:
-        raise CheckpointError(f"{file} holds no LoRA of FLUX's transformer.")
+        name, alpha = module.removeprefix(PREFIX), alphas.get(f"{module}.alpha")
+        scale = _scale(name, len(down), adapter) if alpha is None else float(alpha) / len(down)
+        pairs[name] = (down.float(), up.float() * scale)
     return pairs
+
+
+def _elsewhere(modules: Collection[str]) -> list[str]:
+    return [module for module in modules if module.startswith("text_encoder")]
+
+
+def _scale(module: str, rank: int, adapter: Mapping[str, Any]) -> float:
+    """What peft multiplies up @ down by: alpha / rank (rslora: / sqrt(rank)); 1 where no alpha is known."""
+    if "lora_alpha" not in adapter:
+        return 1.0
+    from peft.utils.other import get_pattern_key
+
+    own = adapter.get("alpha_pattern") or {}
+    alpha = float(own.get(get_pattern_key(list(own), module), adapter["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
 
 
 @torch.no_grad()

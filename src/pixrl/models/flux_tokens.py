@@ -7,6 +7,7 @@ them as to any other token; position ids tell them apart.
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,10 +59,10 @@ def position_ids(target: Size, references: Sequence[Size], preset: str) -> tuple
     return _grid(own), [_grid(size, start=start) for size, start in zip(others, starts, strict=False)]
 
 
-def _checked_size(given: object) -> Size:
+def _checked_size(given: Any) -> Size:
     """InputError unless it is two whole numbers of at least 1; 2.0 is one."""
     try:
-        rows, columns = given  # type: ignore[misc]
+        rows, columns = given
         size = int(rows), int(columns)
         is_whole = size == (rows, columns)
     except (TypeError, ValueError, OverflowError):
