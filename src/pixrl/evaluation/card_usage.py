@@ -30,8 +30,10 @@ def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without
         )
     elif layout == UNO:
         parts.append(
-            f"`{file}` has the names of the file that UNO is published as: its code takes it in that one's place, and "
-            f"pixrl as the base of a run with `references.lora: {FOLDER}/{file}`."
+            f"`{file}` has the key names of the file that UNO is published as. pixrl takes it as the base of a run: "
+            f"`references.lora: {FOLDER}/{file}`. UNO's own code builds LoRA layers of rank 512 in every block: give "
+            "it this file's rank as `lora_rank` (the first dimension of the `down` tensors), and layers that the file "
+            "lacks must stay zero there. It was not run with UNO's code."
         )
         return "\n\n".join(parts)
     else:
