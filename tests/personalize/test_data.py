@@ -80,6 +80,32 @@ def test_toy_targets_show_what_the_prompt_asks_for() -> None:
     assert parse(first.text).background is not None
 
 
+def test_uno_subjects_of_one_folder_have_names_of_their_own(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png", "other/a.png"):
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "all" / name)
+    paths = [["all/a.png"], ["all/b.png", "all/c.png"], ["all/a.png", "all/b.png"], ["all/other/a.png"]]
+    entries = [{"prompt": f"a dog {place}", "image_paths": one} for place, one in enumerate(paths)]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    found = load_subjects(str(tmp_path / "list.json"))
+    assert [subject.name for subject in found] == ["all-a", "all-b+c", "all-a+b", "other"]
+    for count in (None, 2):
+        with pytest.raises(InputError, match=r"all-a.*references\.count=1"):
+            subject_prompts(found, count=count)
+
+
+def test_large_references_are_reduced_once(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    Image.new("RGB", (3000, 1500), "red").save(tmp_path / "dog" / "0.png")
+    Image.new("RGB", (1024, 40), "red").save(tmp_path / "dog" / "1.png")
+    (tmp_path / "dog" / "class.txt").write_text("dog")
+    (tmp_path / "dog" / "prompts.txt").write_text("a dog in snow\n")
+    prompt = next(iter(subject_prompts(load_subjects(str(tmp_path / "dog")))))
+    large, small = prompt.metadata["reference"]  # type: ignore[misc]
+    assert (tuple(large.shape), tuple(small.shape)) == ((3, 512, 1024), (3, 40, 1024))
+    assert prompt.metadata["reference"][0] is large  # type: ignore[index]
+
+
 def test_uno_lists_may_have_targets(tmp_path: Path) -> None:
     for name in ("ref", "wanted"):
         Image.new("RGB", (40, 40), "red").save(tmp_path / f"{name}.png")

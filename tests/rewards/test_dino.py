@@ -143,6 +143,37 @@ def test_references_are_encoded_once(dino_folder: Path, images: Tensor) -> None:
     assert torch.equal(first.values_B, again.values_B)
 
 
+def test_the_cache_reads_a_tensor_once_and_again_when_it_was_written_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pixrl.rewards import references
+
+    read: list[int] = []
+    original = references._content
+    monkeypatch.setattr(references, "_content", lambda image: read.append(1) or original(image))  # type: ignore
+    cache, picture = FeatureCache(), torch.rand(3, 4, 4)
+    stack = torch.rand(2, 3, 4, 4)
+    made: list[int] = []
+
+    def ask(image: Tensor) -> None:
+        cache.get(image, "x", lambda: made.append(1) or torch.zeros(1))  # type: ignore[func-returns-value]
+
+    for _ in range(3):
+        ask(picture[None])  # a new view of it each time, as `references_of` makes
+        for view in stack.split(1):
+            ask(view)
+    assert len(read) == 3 and len(made) == 3
+    picture.zero_()
+    ask(picture[None])
+    assert len(read) == 4 and len(made) == 4
+    with torch.inference_mode():
+        unseen = torch.rand(1, 3, 4, 4)
+        ask(unseen)
+        unseen.fill_(0.5)  # nothing counts this
+        ask(unseen)
+    assert len(made) == 6
+
+
 def test_the_cache_is_bounded_and_knows_pictures_apart() -> None:
     cache, pictures = FeatureCache(limit=2), torch.rand(3, 1, 3, 2, 4)
     made = []

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CACHE_BYTES = 2**28
+LARGEST = 1024
+"""Pixels of a reference's longer side; larger ones are reduced, since no model or reward here looks at more."""
 
 
 def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet:
@@ -143,4 +145,9 @@ class _About(Mapping[str, object]):
 
 
 def _opened(picture: Path | Image.Image) -> Image.Image:
-    return picture if isinstance(picture, Image.Image) else read_picture(picture)
+    found = picture if isinstance(picture, Image.Image) else read_picture(picture)
+    if max(found.size) <= LARGEST:
+        return found
+    smaller = found.copy()
+    smaller.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return smaller

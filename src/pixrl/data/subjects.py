@@ -12,6 +12,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -190,14 +191,14 @@ def _read_uno(path: Path) -> list[Subject]:
         known[prompt] = None if target is None else path.parent / target
     return [
         Subject(
-            _uno_name(paths),
+            name,
             None,
             tuple(asked),
             tuple(path.parent / one for one in paths),
             tuple(asked.values()),
             words[paths],
         )
-        for paths, asked in prompts.items()
+        for name, (paths, asked) in zip(_uno_names(list(prompts)), prompts.items(), strict=True)
     ]
 
 
@@ -234,9 +235,26 @@ def _uno_classes(
     return tuple(given)
 
 
-def _uno_name(paths: Sequence[str]) -> str:
-    """The pictures' folders: `backpack` for dataset/backpack/02.jpg."""
-    return "+".join(dict.fromkeys(Path(one).parent.name or Path(one).stem for one in paths))
+def _uno_names(lists: Sequence[Sequence[str]]) -> list[str]:
+    """A name of its own for each list of pictures.
+
+    Their folders, `backpack` for dataset/backpack/02.jpg; with the files, `backpack-02`, where several lists share
+    them; numbered where that is not enough.
+    """
+    folders = [
+        "+".join(dict.fromkeys(Path(one).parent.name or Path(one).stem for one in paths)) for paths in lists
+    ]
+    shared = {name for name, count in Counter(folders).items() if count > 1}
+    names = [
+        f"{name}-{'+'.join(Path(one).stem for one in paths)}" if name in shared else name
+        for name, paths in zip(folders, lists, strict=True)
+    ]
+    before: Counter[str] = Counter()
+    for place, name in enumerate(names):
+        before[name] += 1
+        if before[name] > 1:
+            names[place] = f"{name}-{before[name]}"
+    return names
 
 
 def _checked(subjects: Sequence[Subject]) -> tuple[Subject, ...]:

@@ -10,6 +10,8 @@ from pixrl.training.personalize_config import PersonalizeConfig
 FOLDER, PICTURES, PROMPT = "FOLDER", "PICTURES", "PROMPT"
 """What the reader fills in."""
 COMFYUI, UNO = "comfyui", "uno"
+UNO_RANK = 512
+"""That UNO's published file and app have."""
 _IMAGES = "of seed 0: [1, 3, rows, columns] in [0, 1]"
 
 
@@ -30,10 +32,8 @@ def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without
         )
     elif layout == UNO:
         parts.append(
-            f"`{file}` has the key names of the file that UNO is published as. pixrl takes it as the base of a run: "
-            f"`references.lora: {FOLDER}/{file}`. UNO's own code builds LoRA layers of rank 512 in every block: give "
-            "it this file's rank as `lora_rank` (the first dimension of the `down` tensors), and layers that the file "
-            "lacks must stay zero there. It was not run with UNO's code."
+            f"`{file}` has the keys of the file that UNO is published as. pixrl takes it as the base of a run: "
+            f"`references.lora: {FOLDER}/{file}`. UNO's own code needs a change for it: the last section."
         )
         return "\n\n".join(parts)
     else:
@@ -41,6 +41,19 @@ def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without
     if isinstance(config, PersonalizeConfig):
         parts += _references(config, file, layout, pipeline)
     return "\n\n".join(parts)
+
+
+def in_unos_code(file: str, rank: int) -> str:
+    """A section on what must be set in UNO's code, as markdown: `rank` is that of every module of the file."""
+    of_app = "the rank that its `app.py` sets" if rank == UNO_RANK else f"where its `app.py` sets {UNO_RANK}"
+    return (
+        f"## UNO's own code\n\nEvery LoRA layer of `{file}` has rank {rank}, {of_app}. UNO's code builds its layers of "
+        f"one rank before it reads the file, and a file of another rank does not load: set `lora_rank={rank}` in "
+        "`UNOPipeline(...)`. Its loader takes the published file from the hub first: in `load_flow_model_only_lora` "
+        f"(`uno/flux/util.py`) set `hf_download=False`, and the environment variable `LORA={FOLDER}/{file}`. Layers "
+        "that were not trained are in the file as zeros, so that no key of the published layout is missing. It was "
+        "not run with UNO's code."
+    )
 
 
 def _references(config: PersonalizeConfig, file: str, layout: str, pipeline: str) -> list[str]:

@@ -8,15 +8,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from pixrl import models
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
+from pixrl.evaluation.card_usage import in_unos_code
 from pixrl.evaluation.model_card import Facts, pipeline_name, shown_pairs, write_card
 from pixrl.hub import components, locate
+from pixrl.hub_check import read_json
 from pixrl.models.comfy_lora import to_comfyui
-from pixrl.models.flux_lora import Lora, added, read_lora, slot_lora, to_diffusers, to_uno, write_lora
+from pixrl.models.flux_lora import (
+    Blocks,
+    Lora,
+    added,
+    read_lora,
+    slot_lora,
+    to_diffusers,
+    to_uno,
+    write_lora,
+)
 from pixrl.models.loading import OPTIONAL_PARTS
 from pixrl.models.slots import Slot
 from pixrl.training import checkpoint
@@ -90,7 +102,7 @@ def export(
     tensors, _ = checkpoint.load(saved)
     base = locate(config.model).folder
     lora = _lora(config, tensors, chosen)
-    named = _named(lora, layout, models.kind_of(base))
+    named = _named(lora, layout, base)
     place = folder.path / "export" if out is None else out
     facts = Facts(
         file=FILES[layout],
@@ -102,11 +114,13 @@ def export(
     )
     metadata = {"format": "pt", "made_by": "pixrl", "run": folder.path.name, "slot": chosen.value}
     file = write_lora(place / FILES[layout], named, metadata)
-    return Exported(file, _describe(folder, config, facts, place), chosen, facts.step)
+    notes = _notes(layout, named)
+    return Exported(file, _describe(folder, config, facts, place, notes), chosen, facts.step)
 
 
-def _named(lora: Lora, layout: Format, model: str) -> dict[str, Tensor]:
-    """The LoRA's tensors under the names of a layout."""
+def _named(lora: Lora, layout: Format, base: Path) -> dict[str, Tensor]:
+    """The LoRA's tensors under the names of a layout; `base` is the pipeline's folder."""
+    model = models.kind_of(base)
     if layout is Format.COMFYUI:
         return to_comfyui(lora, model)
     if layout is Format.DIFFUSERS:
@@ -115,7 +129,21 @@ def _named(lora: Lora, layout: Format, model: str) -> dict[str, Tensor]:
         raise ConfigError(
             f"UNO's layout is one of FLUX, and this is a LoRA of {model}. Type: --format diffusers"
         )
-    return to_uno(lora)
+    return to_uno(lora, _blocks(base))
+
+
+def _blocks(base: Path) -> Blocks:
+    config: Mapping[str, Any] = read_json(base / "transformer" / "config.json")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return Blocks(config["num_layers"], config["num_single_layers"], width)
+
+
+def _notes(layout: Format, named: Mapping[str, Tensor]) -> str:
+    """What the card of a layout says at its end."""
+    if layout is not Format.UNO:
+        return ""
+    rank = next(len(x) for name, x in named.items() if name.endswith(".down.weight"))
+    return f"\n{in_unos_code(FILES[layout], rank)}\n"
 
 
 def _open(run: Path) -> RunFolder:
@@ -161,12 +189,12 @@ def _lora(
     return trained
 
 
-def _describe(folder: RunFolder, config: AlignConfig, facts: Facts, place: Path) -> Path:
-    """Writes the card and its pictures; the card's path."""
+def _describe(folder: RunFolder, config: AlignConfig, facts: Facts, place: Path, notes: str) -> Path:
+    """Writes the card, `notes` at its end, and its pictures; the card's path."""
     pairs = shown_pairs(folder)
     for pair in pairs:
         for source, name in (pair.before, pair.after):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(place / name, source.read_bytes())
-    write_atomic(place / CARD, write_card(folder, config, facts, pairs).encode())
+    write_atomic(place / CARD, (write_card(folder, config, facts, pairs) + notes).encode())
     return place / CARD

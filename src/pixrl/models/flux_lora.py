@@ -11,15 +11,16 @@ UNO (bytedance/UNO) trains x-flux's processors on FLUX.1-dev, without an alpha, 
 | single_blocks.N.processor.proj_lora                  | single_transformer_blocks.N.proj_out                      |
 
 A LoRA on q, k and v apart is written exactly: the three downs one above the other, the ups as blocks on a diagonal,
-so the rank of the file is three times that of training. UNO's own code takes one rank for all modules, so the others
-are filled up with zeros.
+so the rank of the file is three times that of training. UNO's own code builds every processor, all of one rank, and
+loads the file over them: modules of a lower rank are filled up with zeros, and processors without a LoRA are zeros.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ PREFIX = "transformer."
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 _SUFFIXES = (DOWN, UP, ".lora_down.weight", ".lora_up.weight", ".down.weight", ".up.weight", ".alpha")
 """How the keys of all LoRA layouts end that diffusers reads; another key is of something that is not read."""
+_TEXT_ENCODERS = ("text_encoder", "lora_te")
+_DOWN_UP_NAMES = (("transformer.",), ("lora_transformer_",), ("lora_unet_", "diffusion_model."))
+"""How keys of files with lora_down begin: of the first of these that is in a file, diffusers drops all others."""
 _METADATA = "lora_adapter_metadata"
 """Where diffusers writes peft's configuration into the header of a file, as JSON."""
 _QKV = ("to_q", "to_k", "to_v")
@@ -47,8 +51,19 @@ _LAYOUT = {
     ("single_transformer_blocks", "attn", _QKV): ("single_blocks", "qkv_lora"),
     ("single_transformer_blocks", "", ("proj_out",)): ("single_blocks", "proj_lora"),
 }
+_IN_PROJ_OUT = 5
+"""A single block's proj_out reads the attention and an MLP of four times its width."""
 Lora = Mapping[str, tuple[Tensor, Tensor]]
 """Module of the transformer -> (down [r, in], up [out, r]), whose product up @ down is added to its weight."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How many blocks of both kinds a FLUX has, and their width: 19, 38 and 3072 in FLUX.1-dev."""
+
+    double: int
+    single: int
+    width: int
 
 
 def read_lora(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -73,7 +88,10 @@ def read_lora(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
     if len(others) == len(raw):
         raise CheckpointError(f"{file} holds no LoRA of FLUX's transformer.")
     _refuse(file, "are no LoRA layers", others)
-    _refuse(file, "are not finite", (key for key, x in raw.items() if not x.isfinite().all()))
+    _refuse(file, "are not of the transformer", (key for key in raw if key.startswith(_TEXT_ENCODERS)))
+    _refuse(file, "are of another layout than the rest", _dropped(raw))
+    _refuse(file, "are not applied by diffusers' reader", _unread_alphas(raw))
+    _refuse(file, "are not finite", (key for key, x in raw.items() if not x.float().isfinite().all()))
     with quiet_loading():
         from diffusers import FluxPipeline
 
@@ -97,6 +115,22 @@ def _refuse(file: Path, problem: str, keys: Iterable[str]) -> None:
         )
 
 
+def _dropped(raw: Iterable[str]) -> list[str]:
+    """Keys that diffusers' reader of files with lora_down leaves out without a word."""
+    keys = list(raw)
+    if not any(".lora_down.weight" in key for key in keys):
+        return []
+    own = next((names for names in _DOWN_UP_NAMES if any(key.startswith(names) for key in keys)), ())
+    return [key for key in keys if not key.startswith(own)]
+
+
+def _unread_alphas(raw: Mapping[str, Tensor]) -> list[str]:
+    """Alphas of the last layer, which diffusers takes for the rank; those that are the rank are left out here."""
+    alphas = [key for key in raw if "final_layer" in key and key.endswith(".alpha")]
+    downs = {key: raw.get(key.removesuffix(".alpha") + ".lora_down.weight") for key in alphas}
+    return [key for key, down in downs.items() if down is None or raw[key].item() != len(down)]
+
+
 def _adapter(header: Mapping[str, str], file: Path) -> Mapping[str, Any]:
     """peft's configuration of the transformer's adapter from a file's header; empty where there is none."""
     if _METADATA not in header:
@@ -114,9 +148,10 @@ def _pairs(
     found: Mapping[str, Tensor], alphas: Mapping[str, float | Tensor], adapter: Mapping[str, Any], file: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
     modules = [key.removesuffix(DOWN) for key in found if key.endswith(DOWN)]
-    taken = {module + suffix for module in modules for suffix in (DOWN, UP)}
-    _refuse(file, "belong to no pair of down and up", found.keys() - taken)
-    _refuse(file, "are not of the transformer", _elsewhere(modules))
+    taken = {module + suffix for module in modules for suffix in (DOWN, UP, ".alpha")}
+    _refuse(file, "belong to no pair of down and up", (found.keys() | alphas.keys()) - taken)
+    if alphas:
+        _refuse(file, "have no alpha, but others do", (x for x in modules if f"{x}.alpha" not in alphas))
     pairs = {}
     for module in modules:
         down, up = found[module + DOWN], found.get(module + UP)
@@ -126,10 +161,6 @@ def _pairs(
         scale = _scale(name, len(down), adapter) if alpha is None else float(alpha) / len(down)
         pairs[name] = (down.float(), up.float() * scale)
     return pairs
-
-
-def _elsewhere(modules: Collection[str]) -> list[str]:
-    return [module for module in modules if module.startswith("text_encoder")]
 
 
 def _scale(module: str, rank: int, adapter: Mapping[str, Any]) -> float:
@@ -188,28 +219,43 @@ def added(loras: Sequence[Lora]) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def to_uno(lora: Lora) -> dict[str, Tensor]:
-    """A LoRA in UNO's published key layout.
+def to_uno(lora: Lora, blocks: Blocks) -> dict[str, Tensor]:
+    """A LoRA in UNO's published key layout: every processor of every block, those without a LoRA as zeros.
+
+    Args:
+        lora: module -> (down [r, in], up [out, r]).
+        blocks: of the transformer that it is for.
+
+    Returns:
+        `PROCESSOR.down.weight` [R, in] and `PROCESSOR.up.weight` [out, R], of one rank R.
 
     Raises:
         CheckpointError: a module has no place in that layout.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     left = dict(lora)
-    for (blocks, inner, names), (published, processor) in _LAYOUT.items():
-        pattern = re.compile(
-            rf"{blocks}\.(\d+)\.{inner + '.' if inner else ''}({'|'.join(map(re.escape, names))})"
-        )
-        numbers = dict.fromkeys(match[1] for key in lora if (match := pattern.fullmatch(key)))
-        for number in numbers:
-            keys = [".".join(part for part in (blocks, number, inner, name) if part) for name in names]
+    for (ours, inner, names), (published, processor) in _LAYOUT.items():
+        for number in range(blocks.double if published == "double_blocks" else blocks.single):
+            keys = [".".join(part for part in (ours, str(number), inner, name) if part) for name in names]
             parts = [left.pop(key, None) for key in keys]
-            found[f"{published}.{number}.processor.{processor}"] = _side_by_side(keys, parts)
+            empty = all(part is None for part in parts)
+            pair = _nothing(names, blocks.width) if empty else _side_by_side(keys, parts)
+            found[f"{published}.{number}.processor.{processor}"] = pair
     if left:
         raise CheckpointError(
             f"{len(left)} LoRA modules have no place in UNO's layout, first {next(iter(left))!r}. "
             "Train the attention projections (lora.targets left out), or write diffusers' layout."
         )
+    return _of_one_rank(found)
+
+
+def _nothing(names: Sequence[str], width: int) -> tuple[Tensor, Tensor]:
+    """The LoRA of rank 0 on these modules."""
+    into = _IN_PROJ_OUT * width if names == ("proj_out",) else width
+    return torch.zeros(0, into), torch.zeros(len(names) * width, 0)
+
+
+def _of_one_rank(found: Lora) -> dict[str, Tensor]:
     rank = max(len(down) for down, _ in found.values())
     file = {}
     for name, (down, up) in found.items():

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.rewards.base import DifferentiableReward
@@ -79,21 +80,40 @@ def choice(reward: str, option: str, given: str, choices: type[ChoiceT]) -> Choi
 
 
 class FeatureCache:
-    """Features of pictures by their content: a group's samples share their references, and so do later steps."""
+    """Features of pictures by their content: a group's samples share their references, and so do later steps.
+
+    A tensor that is asked for again, unchanged, is not read again.
+    """
 
     def __init__(self, limit: int = 1024) -> None:
         self.limit = limit
         self._rows: dict[str, Tensor] = {}
+        self._digests = WeakIdKeyDictionary()
 
     def get(self, image_BCHW: Tensor, what: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives for this one picture; `what` tells apart features of the same picture."""
-        content = image_BCHW.detach().float().cpu().contiguous().numpy().tobytes()
-        key = f"{what}/{list(image_BCHW.shape)}/{hashlib.blake2b(content, digest_size=16).hexdigest()}"
+        key = f"{what}/{list(image_BCHW.shape)}/{self._digest(image_BCHW)}"
         if key not in self._rows:
             while len(self._rows) >= self.limit:
                 del self._rows[next(iter(self._rows))]
             self._rows[key] = make()
         return self._rows[key]
+
+    def _digest(self, image_BCHW: Tensor) -> str:
+        """Of the content, remembered with the tensor that holds it and with how often that was written to."""
+        if image_BCHW.is_inference():  # nothing counts what is written to it
+            return _content(image_BCHW)
+        whole = image_BCHW if image_BCHW._base is None else image_BCHW._base
+        view = (image_BCHW._version, image_BCHW.storage_offset(), image_BCHW.shape, image_BCHW.stride())
+        known = self._digests.setdefault(whole, {})
+        if view not in known:
+            known[view] = _content(image_BCHW)
+        return str(known[view])
+
+
+def _content(image_BCHW: Tensor) -> str:
+    content = image_BCHW.detach().float().cpu().contiguous().numpy().tobytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 class ReferenceReward(DifferentiableReward):
