@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import pixrl
 from pixrl import models
+from pixrl.evaluation.card_usage import in_unos_code
 from pixrl.evaluation.export import Format, export
 from pixrl.models.flux import FluxPolicy, Preset
 from pixrl.models.flux_lora import read_lora
@@ -82,8 +84,27 @@ def test_unos_layout_is_the_same_change(run: Path, tmp_path: Path) -> None:
     )
     assert uno.file.name == "dit_lora.safetensors" and "references.lora" in uno.card.read_text()
     found, expected = read_lora(uno.file), read_lora(plain.file)
-    assert found.keys() == expected.keys() and found
+    assert expected and all(not up.any() for name, (_, up) in found.items() if name not in expected)
     for module, (down, up) in expected.items():
         change = up @ down
         assert change.abs().max() > 0
         assert (found[module][1] @ found[module][0] - change).abs().max() <= 1e-5 * change.abs().max(), module
+
+
+def test_the_card_says_what_unos_code_needs(run: Path, tmp_path: Path) -> None:
+    done = export(run, out=tmp_path, layout=Format.UNO)
+    card, file = done.card.read_text(), load_file(done.file)
+    assert {len(x) for name, x in file.items() if ".down." in name} == {12}
+    assert {x.shape[1] for name, x in file.items() if ".up." in name} == {12}
+    assert "has rank 12, where its `app.py` sets 512" in card and "`lora_rank=12`" in card
+    assert "its code takes it" not in card and "UNO's own code needs a change for it" in card
+    processors = {"qkv_lora1", "qkv_lora2", "proj_lora1", "proj_lora2"}
+    keys = {f"double_blocks.0.processor.{name}" for name in processors}
+    keys |= {f"single_blocks.0.processor.{name}" for name in ("qkv_lora", "proj_lora")}
+    assert file.keys() == {f"{key}.{side}.weight" for key in keys for side in ("down", "up")}
+    plain = export(run, out=tmp_path / "plain").card.read_text()
+    assert "lora_rank" not in plain
+
+
+def test_a_file_of_unos_rank_loads_as_it_is() -> None:
+    assert "has rank 512, the rank that its `app.py` sets" in in_unos_code("lora.safetensors", 512)

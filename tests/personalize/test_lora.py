@@ -13,8 +13,10 @@ from pixrl import models
 from pixrl.errors import CheckpointError, RunError
 from pixrl.models import flux_lora
 from pixrl.models.flux import FluxPolicy
+from pixrl.models.flux_lora import Blocks
 
 WIDTH, RANK = 32, 3
+TINY = Blocks(double=1, single=1, width=WIDTH)
 INNER = {"qkv_lora1": 3, "qkv_lora2": 3, "proj_lora1": 1, "proj_lora2": 1}
 
 
@@ -99,17 +101,17 @@ def test_slots_come_back_through_both_layouts(flux_folder: Path, policy: FluxPol
     with_proj = lora | {"single_transformer_blocks.0.proj_out": (torch.zeros(4, 160), torch.zeros(32, 4))}
     wanted = velocity(policy)
     for name, tensors in (
-        ("uno", flux_lora.to_uno(with_proj)),
-        ("uno without the single projections", flux_lora.to_uno(lora)),
+        ("uno", flux_lora.to_uno(with_proj, TINY)),
+        ("uno without the single projections", flux_lora.to_uno(lora, TINY)),
         ("diffusers", flux_lora.to_diffusers(lora)),
     ):
         again = load(flux_folder)
         assert not torch.allclose(velocity(again), wanted, atol=1e-3)
         again.merge_lora(flux_lora.write_lora(tmp_path / f"{name}.safetensors", tensors))
         assert torch.allclose(velocity(again), wanted, atol=1e-4), name
-    found, _ = FluxPipeline.lora_state_dict(dict(flux_lora.to_uno(with_proj)), return_alphas=True)
+    found, _ = FluxPipeline.lora_state_dict(dict(flux_lora.to_uno(with_proj, TINY)), return_alphas=True)
     assert all(key.startswith("transformer.") for key in found)
-    shapes = {x.shape[0] for key, x in flux_lora.to_uno(with_proj).items() if "down" in key}
+    shapes = {x.shape[0] for key, x in flux_lora.to_uno(with_proj, TINY).items() if "down" in key}
     assert shapes == {12}
 
 
@@ -122,7 +124,7 @@ def test_an_imported_lora_and_what_was_trained_add_up(flux_folder: Path, file: P
             parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     whole = flux_lora.added([flux_lora.read_lora(file), flux_lora.slot_lora(slots.state(), "current", 1.0)])
     again = load(flux_folder)
-    again.merge_lora(flux_lora.write_lora(tmp_path / "both.safetensors", flux_lora.to_uno(whole)))
+    again.merge_lora(flux_lora.write_lora(tmp_path / "both.safetensors", flux_lora.to_uno(whole, TINY)))
     assert torch.allclose(velocity(again), velocity(policy), atol=1e-4)
 
 
@@ -213,7 +215,16 @@ def test_the_alpha_that_diffusers_writes_into_the_header_counts(
         ),
         ("transformer.transformer_blocks.0.attn.to_v.lora_B.bias", "bias are no LoRA layers"),
         ("transformer.transformer_blocks.0.attn.to_v.lora_B.weight", "belong to no pair of down and up"),
-        ("text_encoder.encoder.layers.0.q_proj.lora_A.weight", "are not of the transformer|no pair"),
+        ("transformer.transformer_blocks.0.attn.to_v.alpha", r"to_v\.alpha belong to no pair"),
+        ("text_encoder.encoder.layers.0.q_proj.lora_A.weight", "are not of the transformer"),
+        (
+            "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.lora_down.weight",
+            "are not of the transformer",
+        ),
+        (
+            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight",
+            "are not of the transformer",
+        ),
     ],
 )
 def test_a_part_of_a_file_is_never_lost_in_silence(
@@ -226,6 +237,102 @@ def test_a_part_of_a_file_is_never_lost_in_silence(
     with pytest.raises(CheckpointError, match=message):
         bare.merge_lora(path)
     assert torch.equal(velocity(bare), before)
+
+
+def kohya_file(names: tuple[str, ...], *, rank: int, alpha: float | None) -> dict[str, Tensor]:
+    """A LoRA in the names of sd-scripts (or ComfyUI), the single file's modules with dots as underscores."""
+    generator = torch.Generator().manual_seed(8)
+    tensors = {}
+    for name in names:
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, WIDTH, generator=generator) * 0.1
+        out_of = 3 * WIDTH if name.endswith("qkv") else WIDTH
+        tensors[f"{name}.lora_up.weight"] = torch.randn(out_of, rank, generator=generator) * 0.1
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0, 16.0])
+def test_the_alphas_of_keys_count_as_diffusers_reads_them(
+    flux_folder: Path, bare: FluxPolicy, tmp_path: Path, alpha: float | None
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    names = ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_double_blocks_0_img_attn_qkv")
+    tensors = kohya_file(names, rank=4, alpha=alpha)
+    save_file(tensors, path)
+    change = tensors[f"{names[0]}.lora_up.weight"] @ tensors[f"{names[0]}.lora_down.weight"]
+    down, up = flux_lora.read_lora(path)["transformer_blocks.0.attn.to_out.0"]
+    assert torch.allclose(up @ down, (alpha or 4) / 4 * change, atol=1e-5)
+    other = load(flux_folder)
+    other.pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
+    bare.merge_lora(path)
+    assert torch.allclose(velocity(bare), velocity(other), atol=1e-5)
+
+
+def test_alphas_beside_peft_keys_count(flux_folder: Path, bare: FluxPolicy, tmp_path: Path) -> None:
+    path, name = tmp_path / "lora.safetensors", "transformer.transformer_blocks.0.attn"
+    tensors = peft_file(path, rank=4)
+    save_file(
+        tensors | {f"{name}.to_q.alpha": torch.tensor(16.0), f"{name}.to_k.alpha": torch.tensor(2.0)}, path
+    )
+    other = load(flux_folder)
+    other.pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
+    bare.merge_lora(path)
+    assert torch.allclose(velocity(bare), velocity(other), atol=1e-5)
+    save_file(tensors | {f"{name}.to_q.alpha": torch.tensor(16.0)}, path)
+    with pytest.raises(CheckpointError, match="to_k have no alpha, but others do"):
+        flux_lora.read_lora(path)
+
+
+def test_modules_of_different_ranks_share_the_headers_alpha(
+    flux_folder: Path, bare: FluxPolicy, tmp_path: Path
+) -> None:
+    path, name = tmp_path / "lora.safetensors", "transformer.transformer_blocks.0.attn"
+    tensors = peft_file(path, rank=4)
+    key = f"{name}.to_k.lora_A.weight", f"{name}.to_k.lora_B.weight"
+    tensors |= {key[0]: tensors[key[0]][:2].clone(), key[1]: tensors[key[1]][:, :2].clone()}
+    header = {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_k": 2}, "target_modules": ["to_q", "to_k"]}
+    own = json.dumps({f"transformer.{name}": x for name, x in header.items()})
+    save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": own})
+    found = flux_lora.read_lora(path)["transformer_blocks.0.attn.to_k"]
+    assert torch.allclose(found[1] @ found[0], 4 * tensors[key[1]] @ tensors[key[0]], atol=1e-6)
+    other = load(flux_folder)
+    other.pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
+    bare.merge_lora(path)
+    assert torch.allclose(velocity(bare), velocity(other), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            ("lora_transformer_transformer_blocks_0_attn_to_q",),
+            "lora_unet_.* are of another layout than the rest",
+        ),
+        (("something_else",), "something_else.* are of another layout than the rest"),
+        (
+            ("lora_unet_final_layer_linear",),
+            r"final_layer_linear\.alpha are not applied by diffusers' reader",
+        ),
+    ],
+)
+def test_what_diffusers_drops_is_refused(tmp_path: Path, extra: tuple[str, ...], message: str) -> None:
+    path = tmp_path / "lora.safetensors"
+    names = ("lora_unet_double_blocks_0_img_attn_proj", *extra)
+    save_file(kohya_file(names, rank=4, alpha=2.0), path)
+    with pytest.raises(CheckpointError, match=message):
+        flux_lora.read_lora(path)
+
+
+@pytest.mark.parametrize("side", ["up", "down"])
+@pytest.mark.parametrize(
+    "processor", ["double_blocks.0.processor.qkv_lora1", "single_blocks.0.processor.proj_lora"]
+)
+def test_half_a_pair_of_unos_file_is_refused(tmp_path: Path, processor: str, side: str) -> None:
+    path = tmp_path / "dit_lora.safetensors"
+    save_file({key: x for key, x in published().items() if key != f"{processor}.{side}.weight"}, path)
+    with pytest.raises(CheckpointError):
+        flux_lora.read_lora(path)
 
 
 def test_weights_that_are_not_finite_are_refused(bare: FluxPolicy, tmp_path: Path) -> None:
@@ -244,6 +351,24 @@ def test_weights_that_are_not_finite_are_refused(bare: FluxPolicy, tmp_path: Pat
 def test_what_has_no_place_in_the_layout() -> None:
     pair = (torch.zeros(2, 32), torch.zeros(32, 2))
     with pytest.raises(CheckpointError, match="q, k and v together"):
-        flux_lora.to_uno({"transformer_blocks.0.attn.to_q": pair})
+        flux_lora.to_uno({"transformer_blocks.0.attn.to_q": pair}, TINY)
     with pytest.raises(CheckpointError, match="no place in UNO's layout"):
-        flux_lora.to_uno({"transformer_blocks.0.ff.net.2": pair})
+        flux_lora.to_uno({"transformer_blocks.0.ff.net.2": pair}, TINY)
+    with pytest.raises(CheckpointError, match=r"first 'transformer_blocks\.1\.attn\.to_out\.0'"):
+        flux_lora.to_uno({"transformer_blocks.1.attn.to_out.0": pair}, TINY)
+
+
+def test_every_processor_of_the_published_layout_is_written() -> None:
+    """UNO's code builds them all, of one rank, and leaves what a file lacks without values."""
+    pair = (torch.ones(2, WIDTH), torch.ones(WIDTH, 2))
+    file = flux_lora.to_uno(
+        {"transformer_blocks.18.attn.to_out.0": pair}, Blocks(double=19, single=38, width=WIDTH)
+    )
+    shapes = {
+        name.replace("blocks.0", f"blocks.{number}"): (2, x.shape[1]) if "down" in name else (len(x), 2)
+        for name, x in published().items()
+        for number in range(19 if name.startswith("double") else 38)
+    }
+    assert {name: tuple(x.shape) for name, x in file.items()} == shapes and len(shapes) == 304
+    trained = {f"double_blocks.18.processor.proj_lora1.{side}.weight" for side in ("down", "up")}
+    assert {name for name, x in file.items() if x.any()} == trained

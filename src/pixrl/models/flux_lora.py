@@ -18,7 +18,6 @@ loads the file over them: modules of a lower rank are filled up with zeros, and 
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
