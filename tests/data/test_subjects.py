@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixrl.data.pictures import list_pictures, read_picture, to_tensors
+from pixrl.data.pictures import list_pictures, read_picture, read_pictures, to_tensors
 from pixrl.data.subjects import Subject, load_subjects
 from pixrl.errors import InputError
 from pixrl.toy.language import parse
@@ -133,6 +134,79 @@ def test_listing_pictures(tmp_path: Path) -> None:
         list_pictures(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["b.jp2", "c.jxl", "d.arw", "e.mp4", "photo", "prompts.bak"])
+def test_a_file_that_is_neither_picture_nor_note_is_refused(name: str, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(b"x")
+    ending = Path(name).suffix or "no ending"
+    with pytest.raises(
+        InputError, match=rf"{name} is not read \({ending}\).*if it is no picture, move it out"
+    ):
+        list_pictures(tmp_path)
+
+
+def test_notes_and_what_systems_leave_are_passed_over(tmp_path: Path) -> None:
+    for name in ("class.txt", "notes.md", "about.json", "Thumbs.db", "desktop.ini", "LICENSE", "._a.jxl"):
+        (tmp_path / name).write_bytes(b"x")
+    for name in ("c.jfif", "b.JPE"):
+        Image.new("RGB", (40, 40), "red").save(tmp_path / name, format="JPEG")
+    assert [path.name for path in list_pictures(tmp_path)] == ["b.JPE", "c.jfif"]
+    assert [image.size for image in read_pictures(tmp_path)] == [(40, 40)] * 2
+
+
+@pytest.mark.parametrize("target", ["nowhere.png", "l.png"])
+def test_a_link_that_leads_nowhere_is_refused(target: str, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "k.png").symlink_to("a.png")
+    assert [path.name for path in list_pictures(tmp_path)] == ["a.png", "k.png"]
+    (tmp_path / "l.png").symlink_to(target)
+    with pytest.raises(InputError, match=rf"l\.png is a link to {target}, which is not there"):
+        list_pictures(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "good"), [((320, 40), True), ((321, 40), False), ((40, 20000), False)])
+def test_strips_are_refused(size: tuple[int, int], good: bool, tmp_path: Path) -> None:
+    path = picture(tmp_path / "strip.png", size)
+    if good:
+        assert read_picture(path).size == size
+    else:
+        with pytest.raises(InputError, match=f"{size[0]}x{size[1]}; the longer side may be at most 8 times"):
+            read_picture(path)
+
+
+def animated(path: Path, kind: str) -> Path:
+    """Two frames."""
+    first, second = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
+    first.save(path, format=kind, save_all=True, append_images=[second])
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png", "a.tiff"])
+def test_several_frames_are_refused_in_folders_and_lists(name: str, tmp_path: Path) -> None:
+    folder = make_subject(tmp_path / "rex")
+    animated(folder / name, name[2:].upper())
+    listed = write_list(tmp_path, [{"prompt": "a dog", "image_paths": [f"rex/{name}"]}])
+    for source in (folder, listed):
+        with pytest.raises(InputError, match=f"{name} holds several pictures.*Save the one that is meant"):
+            load_subjects(source)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("name", ["a.gif", "a.png"])
+def test_a_gif_is_refused_under_any_name(name: str, frames: int, tmp_path: Path) -> None:
+    if frames == 1:
+        Image.new("RGB", (40, 40)).save(tmp_path / name, format="GIF")
+    else:
+        animated(tmp_path / name, "GIF")
+    with pytest.raises(InputError, match=f"{name} is a GIF file inside.*Save it as PNG or JPEG"):
+        load_subjects(write_list(tmp_path, [{"prompt": "a dog", "image_paths": [name]}]))
+
+
+def test_a_phones_picture_with_a_preview_behind_it_is_read(tmp_path: Path) -> None:
+    shown = read_picture(animated(tmp_path / "a.jpg", "MPO"))
+    assert shown.getpixel((5, 5))[0] > 200  # the first one
+
+
 def test_tensors_keep_their_sizes() -> None:
     tensors = to_tensors([Image.new("RGB", (4, 6), (255, 0, 51)), Image.new("L", (3, 2), 255)])
     assert [list(t.shape) for t in tensors] == [[3, 6, 4], [3, 2, 3]]
@@ -159,6 +233,44 @@ def test_a_folder_of_folders(tmp_path: Path) -> None:
     assert [s.name for s in subjects] == ["rex", "tom"]
     assert len(subjects) == 2
     assert subjects[1].word == "stuffed animal"
+
+
+def test_files_beside_the_folders_do_not_matter(tmp_path: Path) -> None:
+    make_subject(tmp_path / "rex")
+    (tmp_path / "photos.zip").write_bytes(b"x")
+    assert [s.name for s in load_subjects(tmp_path)] == ["rex"]
+    picture(tmp_path / "a.png")  # now it looks like a subject itself
+    with pytest.raises(InputError, match=r"has no class\.txt"):
+        load_subjects(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("word", "prompt", "good"),
+    [
+        (
+            unicodedata.normalize("NFC", "Hündchen"),
+            unicodedata.normalize("NFD", "ein Hündchen im Schnee"),
+            True,
+        ),
+        (
+            unicodedata.normalize("NFD", "Hündchen"),
+            unicodedata.normalize("NFC", "ein Hündchen im Schnee"),
+            True,
+        ),
+        ("stuffed animal", "a stuffed  animal in snow", True),
+        ("stuffed animal", "a stuffed\u00a0animal in snow", True),
+        ("犬", "雪の中の犬の写真", True),
+        ("犬", "雪の中の猫の写真", False),
+        ("dog", "a hotdog", False),
+    ],
+)
+def test_how_a_prompt_may_name_its_class(word: str, prompt: str, good: bool, tmp_path: Path) -> None:
+    folder = make_subject(tmp_path / "rex", word, prompt)
+    if good:
+        assert load_subjects(folder)[0].prompts == (prompt,)
+    else:
+        with pytest.raises(InputError, match="does not name its class"):
+            load_subjects(folder)
 
 
 def remove_pictures(folder: Path) -> None:
@@ -264,6 +376,19 @@ def test_unos_list_asks_the_same_of_dreambench(checkout: Path) -> None:
         ("Object Prompts", "Objects", "no section 'Object Prompts'"),
         (".format(", "%(", "no prompts under 'Object Prompts'"),
         ("subject_name,class\n", "subject_name,class\n\n", "lists no subject"),
+        (
+            "in the jungle",
+            "in {the} jungle",
+            r"line 40: 'a \{0} \{1} in \{the} jungle' has braces other than",
+        ),
+        (
+            "a {0} {1} in the jungle",
+            "a {0}, {1} in the jungle",
+            r"line 40: .*Write it like 'a \{0} \{1} in the",
+        ),
+        ("in the jungle", "in the { jungle", "line 40: .* has braces"),
+        ("dog2,dog", "dog,dog", r"line \d+ repeats the subject 'dog'"),
+        ("in the jungle", "in the snow", r"line 41 repeats the prompt 'a \{0} \{1} in the snow'"),
     ],
 )
 def test_bad_dreambench_files(old: str, new: str, message: str, checkout: Path) -> None:
@@ -271,6 +396,14 @@ def test_bad_dreambench_files(old: str, new: str, message: str, checkout: Path) 
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(InputError, match=message):
         load_subjects(checkout / "dreambooth")
+
+
+def test_one_subject_of_a_checkout_is_pointed_to_the_checkout(checkout: Path) -> None:
+    dataset = checkout / "dreambooth" / "dataset"
+    (dataset / "dog" / "more").mkdir()
+    for folder in (dataset / "dog", dataset / "dog" / "more"):
+        with pytest.raises(InputError, match=rf"has no class\.txt .*for all its subjects, give {dataset}$"):
+            load_subjects(folder)
 
 
 def test_a_dreambench_subject_without_pictures(checkout: Path) -> None:
@@ -297,10 +430,26 @@ def test_uno_lists_with_several_references(tmp_path: Path) -> None:
     assert (second.name, second.prompts) == ("cat", ("a cat",))
 
 
+def test_uno_names_are_all_different(tmp_path: Path) -> None:
+    lists = [["dog/0.png"], ["dog/1.png"], ["x/dog/1.png"], ["dog-1/0.png"], ["y/dog-1/1.png"]]
+    for path in (one for paths in lists for one in paths):
+        picture(tmp_path / path)
+    entries = [{"prompt": "a dog", "image_paths": paths} for paths in lists]
+    names = [subject.name for subject in load_subjects(write_list(tmp_path, entries))]
+    assert names == ["dog-0", "dog-1", "dog-1-2", "dog-1-0", "dog-1-1"]
+    more = [["a/p-2/0.png"], ["p/2-2.png"], ["q/p/2.png"], ["r/p/2.png"]]
+    for path in (one for paths in more for one in paths):
+        picture(tmp_path / path)
+    entries = [{"prompt": "a dog", "image_paths": paths} for paths in more]
+    names = [subject.name for subject in load_subjects(write_list(tmp_path, entries))]
+    assert len(set(names)) == 4, names
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         ("[{]", "line 1 is not JSON"),
+        ("[" * 200_000, "nested too deeply"),
         ({}, "must hold a list"),
         ([], "must hold a list"),
         (["a"], "entry 1 is 'a'"),

@@ -2,19 +2,27 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pixrl import rewards
-from pixrl.data.subject_prompts import subject_prompts
-from pixrl.data.subjects import check_targets, load_subjects
+from pixrl.data.pictures import to_tensors
+from pixrl.data.prompts import Prompt, PromptSet
+from pixrl.data.subject_prompts import _Store, subject_prompts
+from pixrl.data.subjects import Subject, SubjectSet, check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.rewards.references import of_subject
 from pixrl.toy.language import parse
+from pixrl.training.align_workshop import Workshop, check_references
+from pixrl.training.personalize_config import PersonalizeConfig
+from pixrl.training.prompt_sampler import PromptSampler
 from pixrl.types import RewardBatch
 from tests import tiny_dino
 from tests.personalize.conftest import make_subject
@@ -97,13 +105,98 @@ def test_uno_subjects_of_one_folder_have_names_of_their_own(tmp_path: Path) -> N
 def test_large_references_are_reduced_once(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
     Image.new("RGB", (3000, 1500), "red").save(tmp_path / "dog" / "0.png")
-    Image.new("RGB", (1024, 40), "red").save(tmp_path / "dog" / "1.png")
+    Image.new("RGB", (1024, 200), "red").save(tmp_path / "dog" / "1.png")
     (tmp_path / "dog" / "class.txt").write_text("dog")
     (tmp_path / "dog" / "prompts.txt").write_text("a dog in snow\n")
     prompt = next(iter(subject_prompts(load_subjects(str(tmp_path / "dog")))))
     large, small = prompt.metadata["reference"]  # type: ignore[misc]
-    assert (tuple(large.shape), tuple(small.shape)) == ((3, 512, 1024), (3, 40, 1024))
+    assert (tuple(large.shape), tuple(small.shape)) == ((3, 512, 1024), (3, 200, 1024))
     assert prompt.metadata["reference"][0] is large  # type: ignore[index]
+
+
+def test_small_references_are_kept_bit_for_bit(subjects: Path) -> None:
+    loaded = load_subjects(subjects)
+    (prompt, *_) = subject_prompts(loaded)
+    expected = [
+        torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in loaded[0].pictures()
+    ]
+    found = prompt.metadata["reference"]
+    assert isinstance(found, list) and len(found) == 2
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_more_pictures_than_fit_as_floats_are_not_decoded_again() -> None:
+    pictures = [Image.new("RGB", (40, 40), (k, 0, 0)) for k in range(4)]
+    each = 3 * 40 * 40
+    store, read = _Store(levels=4 * each, floats=2 * 4 * each), []
+
+    def ask(number: int) -> Tensor:
+        return store.get((number,), lambda: read.append(number) or pictures[number])  # type: ignore[func-returns-value]
+
+    for _ in range(3):
+        for number in range(4):
+            assert torch.equal(ask(number), to_tensors([pictures[number]])[0])
+    assert read == [0, 1, 2, 3]
+    assert ask(3) is ask(3)
+    assert [one._bytes for one in (store._floats, store._levels)] == [2 * 4 * each, 4 * each]
+
+
+def test_numbers_of_references_are_counted_by_subject_not_by_name() -> None:
+    red = Image.new("RGB", (40, 40), "red")
+    both = SubjectSet("x", tuple(Subject("rex", "dog", ("a dog",), (red,) * n) for n in (1, 2)))
+    with pytest.raises(InputError, match=r"rex: 1, rex: 2.*--set references\.count=1"):
+        subject_prompts(both, count=None)
+    with pytest.raises(InputError, match=r"references\.count is 2, but the subject 'rex' has 1"):
+        subject_prompts(both, count=2)
+
+
+class Strict:
+    """Rewards in which one finds nothing in a red reference."""
+
+    names = ("identity",)
+
+    def reference_problems(self, metadata: Mapping[str, object]) -> dict[str, str]:
+        return {"identity": "too red"} if self._red(metadata) else {}
+
+    def unused_references(self, metadata: Mapping[str, object]) -> dict[str, list[int]]:
+        return {"identity": [1]} if self._red(metadata) else {}
+
+    def _red(self, metadata: Mapping[str, object]) -> bool:
+        (one,) = metadata["reference"]  # type: ignore[misc]
+        return bool(one[0].min() == 1)
+
+
+def shop_of(train: PromptSet, evaluated: PromptSet, share: float) -> Workshop:
+    """As much of a workshop as the check of references looks at."""
+    config = PersonalizeConfig.model_validate(
+        {"rewards": [{"name": "identity", "kind": "dino_seg"}], "scoring": {"max_failed_share": share}}
+    )
+    unused: Any = None
+    sampler = PromptSampler(train, per_step=1, seed=0)
+    rewards: Any = Strict()
+    return Workshop(config, unused, unused, unused, sampler, evaluated, rewards, unused, unused)
+
+
+def test_each_subject_is_inspected(tmp_path: Path) -> None:
+    """All pictures in one folder, and one subject's name in two sources."""
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "blue")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps([{"prompt": f"a dog {one}", "image_paths": [f"{name}.png"]} for one in range(2)])
+        )
+    entries = [{"prompt": "a dog", "image_paths": [f"{name}.png"]} for name in "abc"]
+    (tmp_path / "all.json").write_text(json.dumps(entries))
+    every, red, blue = (
+        subject_prompts(load_subjects(tmp_path / f"{name}.json")) for name in ("all", "a", "b")
+    )
+    with pytest.raises(InputError, match="no picture of 1 of 3 subject"):
+        check_references(shop_of(every, every, 0.3))
+    (note,) = check_references(shop_of(every, every, 0.4))
+    assert note.startswith("identity: 1 reference picture(s) of 1 subject(s)") and note.endswith("'a'")
+    renamed = PromptSet(red.name, tuple(Prompt(one.text, {**one.metadata, "subject": "b"}) for one in red))
+    for train, evaluated in ((renamed, blue), (blue, renamed)):
+        with pytest.raises(InputError, match=r"no picture of 1 of 2 subject\(s\); 'b': too red"):
+            check_references(shop_of(train, evaluated, 0.1))
 
 
 def test_uno_lists_may_have_targets(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The identity reward: the cosine of cut-out subjects, and a reason wherever there is none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -141,6 +141,26 @@ def test_references_are_encoded_once(dino_folder: Path, images: Tensor) -> None:
     again = score(made, images[:4], *[images[4].clone()] * 4)
     assert calls == [4, 1, 4]
     assert torch.equal(first.values_B, again.values_B)
+
+
+def test_a_group_asks_for_its_references_once(dino_folder: Path, images: Tensor) -> None:
+    asked: list[str] = []
+
+    class Counted(dict[str, object]):
+        def get(self, key: str, default: object = None) -> object:
+            asked.append(key)
+            return super().get(key, default)
+
+    made = reward(dino_folder)
+    known = [Counted(reference=[images[4], images[3]]), Counted(reference=images[2])]
+    scores = score_of(made, images, [known[0], known[1], known[0], known[0], known[1]])
+    assert asked.count("reference") == 2
+    alone = torch.cat([score_of(made, images[k : k + 1], [known[k in (1, 4)]]).values_B for k in range(5)])
+    assert torch.allclose(scores.values_B, alone, atol=1e-6)
+
+
+def score_of(made: DinoSegReward, images: Tensor, metadata: Sequence[Mapping[str, object]]) -> Scores:
+    return made.score(RewardBatch(images, ["x"] * len(images), metadata))
 
 
 def test_the_cache_reads_a_tensor_once_and_again_when_it_was_written_to(

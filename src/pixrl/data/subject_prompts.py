@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from pixrl.data.pictures import read_picture, to_tensors
+from pixrl.data.pictures import as_floats, read_picture, to_levels
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.data.subjects import Subject, SubjectSet
 from pixrl.errors import InputError
@@ -29,9 +29,14 @@ from pixrl.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+LEVEL_BYTES = 2**29
+"""Of pictures in 8 bits, 170 of the largest ones: DreamBench is 158."""
 CACHE_BYTES = 2**28
+"""Of the same as float32."""
 LARGEST = 1024
-"""Pixels of a reference's longer side; larger ones are reduced, since no model or reward here looks at more."""
+"""Pixels of a reference's longer side; larger ones are reduced. No reward looks at more, nor do models up to 1024."""
+
+_Key = tuple[object, ...]
 
 
 def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet:
@@ -57,40 +62,56 @@ def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet
 
 
 def _require_references(subjects: SubjectSet, count: int | None) -> None:
-    have = {subject.name: len(subject.references) for subject in subjects}
-    fewest, most = min(have, key=have.__getitem__), max(have, key=have.__getitem__)
-    if count is None and have[fewest] != have[most]:
+    fewest = min(subjects, key=_references_of)
+    most = max(subjects, key=_references_of)
+    have = _references_of(fewest)
+    if count is None and have != _references_of(most):
         raise InputError(
-            f"The subjects of {subjects.name} have different numbers of references ({fewest}: {have[fewest]}, "
-            f"{most}: {have[most]}), and all of a batch must be shown as many. Say how many: "
-            f"--set references.count={have[fewest]}"
+            f"The subjects of {subjects.name} have different numbers of references ({fewest.name}: {have}, "
+            f"{most.name}: {_references_of(most)}), and all of a batch must be shown as many. Say how many: "
+            f"--set references.count={have}"
         )
-    if count is not None and have[fewest] < count:
+    if count is not None and have < count:
         raise InputError(
-            f"references.count is {count}, but the subject {fewest!r} has {have[fewest]}. Give it more pictures, or "
-            f"type: --set references.count={have[fewest]}"
+            f"references.count is {count}, but the subject {fewest.name!r} has {have}. Give it more pictures, or "
+            f"type: --set references.count={have}"
         )
+
+
+def _references_of(subject: Subject) -> int:
+    return len(subject.references)
+
+
+class _Kept:
+    """Pictures as tensors, up to so many bytes, the one that was asked for longest ago out first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._tensors: OrderedDict[_Key, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: _Key, make: Callable[[], "Tensor"]) -> "Tensor":
+        found = self._tensors.get(key)
+        if found is None:
+            found = make()
+            self._bytes += found.nbytes
+        self._tensors[key] = found
+        self._tensors.move_to_end(key)
+        while self._bytes > self._limit and len(self._tensors) > 1:
+            self._bytes -= self._tensors.popitem(last=False)[1].nbytes
+        return found
 
 
 class _Store:
-    """Pictures as tensors, oldest first out."""
+    """Every picture of 8 bits, and the last ones as float tensors too: the same tensor again costs a reward nothing."""
 
-    def __init__(self, limit: int = CACHE_BYTES) -> None:
-        self._limit = limit
-        self._kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
-        self._bytes = 0
+    def __init__(self, levels: int = LEVEL_BYTES, floats: int = CACHE_BYTES) -> None:
+        self._levels = _Kept(levels)
+        self._floats = _Kept(floats)
 
-    def get(self, key: tuple[object, ...], read: Callable[[], Image.Image]) -> "Tensor":
+    def get(self, key: _Key, read: Callable[[], Image.Image]) -> "Tensor":
         """The picture of a key, float32 [3, H, W]."""
-        found = self._kept.get(key)
-        if found is None:
-            found = to_tensors([read()])[0]
-            self._bytes += found.nbytes
-        self._kept[key] = found
-        self._kept.move_to_end(key)
-        while self._bytes > self._limit and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        return found
+        return self._floats.get(key, lambda: as_floats(self._levels.get(key, lambda: to_levels(read()))))
 
 
 class _About(Mapping[str, object]):

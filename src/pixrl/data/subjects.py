@@ -12,6 +12,7 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from pixrl.data.dreambench import CLASSES_FILE, read_classes
-from pixrl.data.pictures import list_pictures, read_picture, to_tensors
+from pixrl.data.pictures import holds_pictures, list_pictures, read_picture, to_tensors
 from pixrl.data.prompts import Split, load_prompts, read_text
 from pixrl.data.toy import toy_subjects
 from pixrl.errors import InputError, did_you_mean
@@ -137,7 +138,7 @@ def _read_folder(path: Path) -> list[Subject]:
         if (folder / CLASSES_FILE).is_file():
             return _read_dreambench(folder)
     parts = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if parts and not list_pictures(path) and not (path / CLASS_FILE).exists():
+    if parts and not holds_pictures(path) and not (path / CLASS_FILE).exists():
         return [_read_subject(part) for part in parts]
     return [_read_subject(path)]
 
@@ -145,13 +146,21 @@ def _read_folder(path: Path) -> list[Subject]:
 def _read_subject(path: Path) -> Subject:
     for name, what in ((CLASS_FILE, "its class word"), (PROMPTS_FILE, "its prompts")):
         if not (path / name).is_file():
-            raise InputError(f"{path} has no {name} with {what}. {_LAYOUT}")
+            raise InputError(f"{path} has no {name} with {what}. {_LAYOUT}{_checkout_hint(path)}")
     word = " ".join(read_text(path / CLASS_FILE).split())
     if not word:
         raise InputError(f"{path / CLASS_FILE} is empty. Write what the subject is, such as: dog")
     prompts = tuple(prompt.text for prompt in load_prompts(path / PROMPTS_FILE))
     _require_word(path.resolve().name, word, prompts, f"mend {path / CLASS_FILE}")
     return Subject(path.resolve().name, word, prompts, tuple(list_pictures(path)))
+
+
+def _checkout_hint(path: Path) -> str:
+    """What to type where the folder is a part of a DreamBench checkout, which says the class words itself."""
+    for folder in path.resolve().parents[:2]:
+        if (folder / CLASSES_FILE).is_file():
+            return f" It is a part of a DreamBench checkout: for all its subjects, give {folder}"
+    return ""
 
 
 def _read_dreambench(folder: Path) -> list[Subject]:
@@ -173,6 +182,8 @@ def _read_uno(path: Path) -> list[Subject]:
         entries: Any = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno} is not JSON: {error.msg}.") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply. {_UNO_LAYOUT}") from None
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path} must hold a list that is not empty. {_UNO_LAYOUT}")
     prompts: dict[tuple[str, ...], dict[str, Path | None]] = {}
@@ -249,11 +260,13 @@ def _uno_names(lists: Sequence[Sequence[str]]) -> list[str]:
         f"{name}-{'+'.join(Path(one).stem for one in paths)}" if name in shared else name
         for name, paths in zip(folders, lists, strict=True)
     ]
-    before: Counter[str] = Counter()
+    taken: set[str] = set()
     for place, name in enumerate(names):
-        before[name] += 1
-        if before[name] > 1:
-            names[place] = f"{name}-{before[name]}"
+        number = 1
+        while names[place] in taken:
+            number += 1
+            names[place] = f"{name}-{number}"
+        taken.add(names[place])
     return names
 
 
@@ -271,11 +284,23 @@ def _checked(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
 
 
 def _require_word(name: str, word: str, prompts: Sequence[str], mend: str) -> None:
-    """Every prompt says the class word, as a word of its own, in any case, singular or with an s."""
-    says = re.compile(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", re.IGNORECASE)
+    """Every prompt says the class word, in any case, singular or with an s."""
+    says = _naming(_plain(word))
     for number, prompt in enumerate(prompts, 1):
-        if not says.search(prompt):
+        if not says.search(_plain(prompt)):
             raise InputError(
                 f"Prompt {number} of the subject {name!r} does not name its class {word!r}: {prompt!r}. "
                 f"The class word is how the prompt asks for the subject: write it in, or {mend}."
             )
+
+
+def _plain(text: str) -> str:
+    """One way to write each accented letter, and one space between words."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _naming(word: str) -> re.Pattern[str]:
+    """Finds the word; as a word of its own, save in scripts that may not set words apart or that inflect otherwise."""
+    if re.search("[A-Za-z]", word):
+        return re.compile(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", re.IGNORECASE)
+    return re.compile(re.escape(word), re.IGNORECASE)

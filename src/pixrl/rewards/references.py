@@ -3,6 +3,7 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
@@ -116,6 +117,26 @@ def _content(image_BCHW: Tensor) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Sought:
+    """What a picture is compared with."""
+
+    kind: object
+    """The class in the metadata."""
+    references_ME: Tensor
+    """Unit vectors of the compared references; a row of nan where nothing was found."""
+    unjudged: str | None = None
+    """Why there is nothing to compare with, whatever the pictures show."""
+
+    def found(self) -> Tensor:
+        """Whether each reference shows something to compare with, [M]."""
+        return self.references_ME.isfinite().all(dim=1)
+
+    def usable(self) -> Tensor:
+        """Unit vectors of those that do."""
+        return self.references_ME[self.found()]
+
+
 class ReferenceReward(DifferentiableReward):
     """Mean cosine in [-1, 1] between an encoder's features of a picture and of its references.
 
@@ -150,19 +171,16 @@ class ReferenceReward(DifferentiableReward):
     @torch.no_grad()
     def reference_problem(self, metadata: Mapping[str, object]) -> str | None:
         """Why no picture can be judged by a sample's references, such as a subject that is not found; or None."""
-        entry = of_subject(metadata, self.subject)
-        reason = self._unjudged(entry)
-        return (
-            self._nothing_in_reference(entry) if reason is None and not len(self._usable(entry)) else reason
-        )
+        found = self._looked_up(of_subject(metadata, self.subject))
+        if found.unjudged is not None:
+            return found.unjudged
+        return None if len(found.usable()) else self._nothing_in_reference(found.kind)
 
     @torch.no_grad()
     def unused_references(self, metadata: Mapping[str, object]) -> list[int]:
         """Which of a sample's references, counted from 1, show nothing to compare with: the mean leaves them out."""
-        entry = of_subject(metadata, self.subject)
-        if self._unjudged(entry) is not None:
-            return []
-        return [number for number, found in enumerate(self._found(entry).tolist(), 1) if not found]
+        found = self._looked_up(of_subject(metadata, self.subject))
+        return [number for number, is_there in enumerate(found.found().tolist(), 1) if not is_there]
 
     @torch.no_grad()
     def score(self, batch: RewardBatch) -> Scores:
@@ -180,50 +198,45 @@ class ReferenceReward(DifferentiableReward):
     ) -> tuple[Tensor, list[str | None]]:
         """Scores [B], nan with a reason where there is none."""
         require_images(images_BCHW)
-        entries = [of_subject(entry, self.subject) for entry in metadata or [{}] * len(images_BCHW)]
-        kinds = [entry.get("class") for entry in entries]
+        given = list(metadata or [{}] * len(images_BCHW))
+        # a group's samples share their metadata: what it refers to is looked up once
+        entries = {key: of_subject(one, self.subject) for key, one in {id(one): one for one in given}.items()}
+        kinds = [entries[id(one)].get("class") for one in given]
         features_BE = self._features(images_BCHW, kinds, encode, of_reference=False)
+        known = {key: self._looked_up(entry) for key, entry in entries.items()}
         finite = images_BCHW.isfinite().flatten(1).all(dim=1).tolist()
         judged = [
-            self._compare(feature_E, entry)
+            self._compare(feature_E, known[id(one)])
             if ok
             else (feature_E.new_tensor(torch.nan), "the picture is not finite")
-            for entry, feature_E, ok in zip(entries, features_BE, finite, strict=True)
+            for one, feature_E, ok in zip(given, features_BE, finite, strict=True)
         ]
         return torch.stack([value for value, _ in judged]), [reason for _, reason in judged]
 
-    def _compare(self, feature_E: Tensor, metadata: Mapping[str, object]) -> tuple[Tensor, str | None]:
+    def _compare(self, feature_E: Tensor, sought: _Sought) -> tuple[Tensor, str | None]:
         """One picture's score, or nan and the reason."""
         failed = feature_E.new_tensor(torch.nan)
-        reason = self._unjudged(metadata)
-        if reason is not None:
-            return failed, reason
+        if sought.unjudged is not None:
+            return failed, sought.unjudged
         if not feature_E.isfinite().all():
-            return failed, f"{self._nothing(metadata.get('class'))} in the picture"
-        usable_ME = self._usable(metadata)
+            return failed, f"{self._nothing(sought.kind)} in the picture"
+        usable_ME = sought.usable()
         if not len(usable_ME):
-            return failed, self._nothing_in_reference(metadata)
+            return failed, self._nothing_in_reference(sought.kind)
         return (usable_ME.to(feature_E.device) @ feature_E).mean(), None
 
-    def _unjudged(self, metadata: Mapping[str, object]) -> str | None:
-        """Why there is nothing to compare with, whatever the pictures show; or None."""
-        return self._unknown(metadata.get("class")) if references_of(metadata) else self._no_reference()
-
-    def _nothing_in_reference(self, metadata: Mapping[str, object]) -> str:
-        return f"{self._nothing(metadata.get('class'))} in the reference"
-
-    def _usable(self, metadata: Mapping[str, object]) -> Tensor:
-        """Unit vectors [M, E] of the references in which something was found to compare with."""
-        return self._encoded(metadata)[self._found(metadata)]
-
-    def _found(self, metadata: Mapping[str, object]) -> Tensor:
-        """Whether each compared reference shows something to compare with, [M]."""
-        return self._encoded(metadata).isfinite().all(dim=1)
-
-    def _encoded(self, metadata: Mapping[str, object]) -> Tensor:
-        """[M, E] of the references that are compared; a row of nan where nothing was found."""
+    def _looked_up(self, metadata: Mapping[str, object]) -> _Sought:
+        """What pictures with this metadata are compared with; the references are asked for once."""
+        kind = metadata.get("class")
         pictures = chosen(references_of(metadata), self.references)
-        return torch.cat([self._reference(picture, metadata.get("class")) for picture in pictures])
+        unjudged = self._unknown(kind) if pictures else self._no_reference()
+        if unjudged is not None:
+            return _Sought(kind, torch.empty(0, 0), unjudged)
+        with torch.no_grad():
+            return _Sought(kind, torch.cat([self._reference(picture, kind) for picture in pictures]))
+
+    def _nothing_in_reference(self, kind: object) -> str:
+        return f"{self._nothing(kind)} in the reference"
 
     def _no_reference(self) -> str:
         where = repr(KEY) if self.subject is None else f"{SUBJECTS!r}, number {self.subject}"

@@ -1,6 +1,6 @@
 """Everything that an align recipe names, loaded and checked against each other."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,12 +185,12 @@ def check_references(shop: Workshop) -> tuple[str, ...]:
     """
     if not isinstance(shop.config, PersonalizeConfig):
         return ()
-    subjects = {_identity(p)[1]: p.metadata for p in (*shop.prompts.prompts, *shop.evaluated())}
-    found = {name: shop.rewards.reference_problems(metadata) for name, metadata in subjects.items()}
+    subjects = _subjects(shop)
+    found = [(name, shop.rewards.reference_problems(metadata)) for name, metadata in subjects]
     for reward in shop.rewards.names:
-        broken = {subject: of[reward] for subject, of in found.items() if reward in of}
+        broken = [(name, of[reward]) for name, of in found if reward in of]
         if len(broken) > shop.config.scoring.max_failed_share * len(subjects):
-            first, reason = next(iter(broken.items()))
+            first, reason = broken[0]
             raise InputError(
                 f"The reward {reward!r} can judge no picture of {len(broken)} of {len(subjects)} subject(s); "
                 f"{first!r}: {reason}. Give other pictures of it, on which it stands out; or let the reward compare "
@@ -199,14 +199,27 @@ def check_references(shop: Workshop) -> tuple[str, ...]:
     return tuple(_left_out(subjects, shop.rewards))
 
 
-def _left_out(subjects: Mapping[str, Mapping[str, object]], rewards: RewardSet) -> Iterator[str]:
+def _subjects(shop: Workshop) -> list[tuple[str, Mapping[str, object]]]:
+    """Name and metadata of each subject once; one of the same name in another source is another subject."""
+    known = {
+        (source, _identity(prompt)[1]): prompt.metadata
+        for source, prompts in (
+            (shop.prompts.prompts.name, shop.prompts.prompts),
+            (shop.held_out.name, shop.evaluated()),
+        )
+        for prompt in prompts
+    }
+    return [(name, metadata) for (_, name), metadata in known.items()]
+
+
+def _left_out(subjects: Sequence[tuple[str, Mapping[str, object]]], rewards: RewardSet) -> Iterator[str]:
     """For each reward that leaves references out, how many and an example."""
-    unused = {subject: rewards.unused_references(metadata) for subject, metadata in subjects.items()}
+    unused = [(name, rewards.unused_references(metadata)) for name, metadata in subjects]
     for reward in rewards.names:
-        of_it = {subject: found[reward] for subject, found in unused.items() if reward in found}
+        of_it = [(name, found[reward]) for name, found in unused if reward in found]
         if of_it:
-            subject, numbers = next(iter(of_it.items()))
-            count = sum(len(found) for found in of_it.values())
+            subject, numbers = of_it[0]
+            count = sum(len(found) for _, found in of_it)
             yield (
                 f"{reward}: {count} reference picture(s) of {len(of_it)} subject(s) show nothing to compare with and "
                 f"are left out of its mean; the first is number {numbers[0]} of {subject!r}"
