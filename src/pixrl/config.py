@@ -162,15 +162,39 @@ def _refuse_clash(given: Mapping[str, Any], path: str, value: Any) -> None:
 
 
 def _put(data: dict[str, Any], path: str, value: Any) -> None:
+    """Sets what a dotted name says; an entry of a list goes by its own name, as in rewards.identity.weight."""
     *parents, last = path.split(".")
-    place = data
+    place: Any = data
     for depth, name in enumerate(parents):
-        inner = place.setdefault(name, {})
-        if not isinstance(inner, dict):
-            above = ".".join(parents[: depth + 1])
-            raise ConfigError(f"Cannot set {path}: {above} is {inner!r}, which has no parts.")
+        above = ".".join(parents[: depth + 1])
+        inner = place.setdefault(name, {}) if isinstance(place, dict) else _entry(place, name, path)
+        is_list_of_parts = isinstance(inner, list) and depth + 1 < len(parents)
+        if not isinstance(inner, dict) and not is_list_of_parts:
+            raise ConfigError(f"Cannot set {path}: {above} is {inner!r}, which has no parts{_named(inner)}.")
         place = inner
     place[last] = value
+
+
+def _entry(entries: list[Any], name: str, path: str) -> dict[str, Any]:
+    """The entry of a list that says `name: NAME`."""
+    known = {one["name"]: one for one in entries if isinstance(one, dict) and "name" in one}
+    if name not in known:
+        raise ConfigError(
+            f"Cannot set {path}: no entry there is named {name!r}.{did_you_mean(name, known)} "
+            f"Named are: {', '.join(known) or 'none'}."
+        )
+    found: dict[str, Any] = known[name]
+    return found
+
+
+def _named(given: Any) -> str:
+    """How to set a part of a list's entry, where its entries have names."""
+    names = (
+        [one["name"] for one in given if isinstance(one, dict) and "name" in one]
+        if isinstance(given, list)
+        else []
+    )
+    return f" of its own; name the entry: {', '.join(map(str, names))}" if names else ""
 
 
 def _explain(model_cls: type[BaseModel], error: ValidationError, origin: str) -> str:
@@ -203,8 +227,13 @@ def _fields_at(model_cls: type[BaseModel], loc: Iterable[int | str]) -> list[str
             if part in outer.model_fields
             for model in _models_in(outer.model_fields[str(part)].annotation)
         ]
-        models = inner or [model for model in models if model.__name__ == part] or models
+        models = inner or [model for model in models if part in (model.__name__, _tag(model))] or models
     return sorted({name for model in models for name in model.model_fields})
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    """What tells a model apart in a union: the only value of its `kind`."""
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -204,13 +204,22 @@ def test_groups_without_a_signal_can_be_left_out(
         found = aligner(policy, loss, sampling, advantage=AdvantageSettings(skip_flat=skip), lr=1e-12)
         found.slots.blend(Slot.OLD, Slot.CURRENT, 0.0)  # off it, NFT pulls every sample back
         rollouts = found.collect(groups(2), 0)
-        rows = found._rows(rollouts, torch.tensor([[0.0, 0, 0], [-1, 1, math.nan]]), 0)
+        rows = found._rows(rollouts, torch.tensor([[[0.0, 0, 0], [-1, 1, math.nan]]]), 0)
         terms.append(rows)
         found.update(rollouts, flat_and_not, WEIGHTS)
         gradients.append(torch.cat([p.grad.flatten() for p in found.parameters if p.grad is not None]))
     assert terms == [[0, 1, 2, 3, 4], [3, 4]]
     directions = [gradient / gradient.norm() for gradient in gradients]
     torch.testing.assert_close(*directions, atol=1e-4, rtol=1e-3)
+
+
+def test_a_group_that_differs_at_some_steps_alone_is_not_flat(policy: SD3Policy) -> None:
+    """With time weights of 1:0 a reward that is flat hides the other one at the steps that are its own."""
+    found = aligner(policy, advantage=AdvantageSettings(skip_flat=True))
+    rollouts = found.collect(groups(2), 0)
+    late = torch.tensor([[[0.0, 0, 0], [0, 0, 0]], [[-1, 0, 1], [0, 0, math.nan]]])
+    late[0, 1, 2] = math.nan
+    assert found._rows(rollouts, late, 0) == [0, 1, 2]
 
 
 def test_one_sample_groups(policy: SD3Policy) -> None:

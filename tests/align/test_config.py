@@ -81,6 +81,10 @@ def test_toy_methods_draw_equally_many_pictures() -> None:
             {"steps": 5, "optimizer": {"decay_steps": 4}},
             "steps 4 to 5 would learn nothing. Give 5 or more, or all",
         ),
+        (
+            {"loss": {"kind": "sft"}, "exploration": {"kind": "perturbed", "noises": 2, "variants": 2}},
+            "perturbed has no effect with loss: sft",
+        ),
         ({"optimizer": {"decay_steps": "some"}}, r"optimizer\.decay_steps"),
         ({"optimiser": {"lr": 1}}, "Unknown setting optimiser. Did you mean 'optimizer'"),
         ({"steps": 0}, "steps"),

@@ -200,7 +200,12 @@ def test_what_the_similarity_loss_asks_for() -> None:
     group = subject_groups()[0]
     assert class_prompt(group) == "a photo of a dog"
     assert class_prompt(replace(group, metadata={"class": "owl"})) == "a photo of an owl"
-    assert class_prompt(replace(group, metadata={})) == "a red dog"
+    pair = {
+        "subjects": [{"class": "cat"}, {"class": "dog"}]
+    }  # a UNO list with classes: no class of the whole
+    assert class_prompt(replace(group, metadata=pair)) == "a photo of a cat"
+    with pytest.raises(InputError, match=r"'a red dog' has no class word.*loss\.similarity to 0"):
+        class_prompt(replace(group, metadata={}))
 
 
 def test_references_smaller_than_the_pictures(policy: FluxPolicy) -> None:

@@ -248,6 +248,7 @@ def test_provenance(dino_folder: Path, segmenter_folder: Path) -> None:
         ({"references": "one"}, "Use all, first."),
         ({"region": "object"}, "Use foreground, class."),
         ({"region": "class"}, "needs a segmentation checkpoint"),
+        ({"subject": 1}, "would cut out all of them together. Take region: class"),
     ],
 )
 def test_contradicting_options(options: dict[str, object], message: str, dino_folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Recipes: round trip, order of precedence, and errors that name the place and the remedy."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
@@ -91,6 +91,49 @@ def test_a_missing_setting_is_named() -> None:
 
     with pytest.raises(ConfigError, match="model is missing"):
         config.load(Needs)
+
+
+class Judge(config.Settings):
+    name: str
+    weight: float = 1.0
+
+
+class Soft(config.Settings):
+    kind: Literal["soft"] = "soft"
+    beta: float = 1.0
+
+
+class Hard(config.Settings):
+    kind: Literal["hard"] = "hard"
+    clip: float = 1.0
+
+
+class Judged(config.Settings):
+    rewards: tuple[Judge, ...] = ()
+    loss: Annotated[Soft | Hard, Field(discriminator="kind")] = Soft()
+
+
+JUDGES: dict[str, object] = {"rewards": [{"name": "identity"}, {"name": "preference", "weight": 3}]}
+
+
+def test_an_entry_of_a_list_is_set_by_its_name() -> None:
+    found = config.load(Judged, JUDGES, ["rewards.preference.weight=2", "rewards.identity.weight=0.5"])
+    assert [(one.name, one.weight) for one in found.rewards] == [("identity", 0.5), ("preference", 2.0)]
+    assert JUDGES["rewards"] == [{"name": "identity"}, {"name": "preference", "weight": 3}]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewards.1.weight=2", r"no entry there is named '1'.*Named are: identity, preference\."),
+        ("rewards.identiti.weight=2", r"Did you mean 'identity'"),
+        ("rewards.weight=2", r"which has no parts of its own; name the entry: identity, preference"),
+        ("loss.clip=2", r"Unknown setting loss\.soft\.clip\. Allowed here: beta, kind\."),
+    ],
+)
+def test_what_a_list_or_one_of_several_kinds_does_not_have(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.load(Judged, {**JUDGES, "loss": {"kind": "soft"}}, [override])
 
 
 @pytest.mark.parametrize(

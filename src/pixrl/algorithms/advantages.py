@@ -20,6 +20,8 @@ Deviations:
 2. With time weights a reward's own weight is its share among those of its role (identity, or prompt), so that the two
    roles' weights add up to 1 at every step, as in the paper.
 3. The clamp is on what comes out, not on each reward's own advantage.
+4. Eq. 11 takes away alpha S where both advantages are bad. With min, max and harmonic S is negative there, so by the
+   letter a sample that is bad in both gains; with tanh it never does. That is kept: it is what the paper ablates.
 """
 
 from collections.abc import Mapping

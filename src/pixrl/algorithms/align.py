@@ -188,7 +188,7 @@ class Aligner:
         lr = self._set_learning_rate(rollouts.step)
         tally, norms, skipped = Tally(), [], 0
         for number in range(self.method.optimizer.updates):
-            rows = self._rows(rollouts, judged.advantage_TPS[0], number)
+            rows = self._rows(rollouts, judged.advantage_TPS, number)
             norm = self._descend(rollouts, rows, advantage_TB, tally, with_kl=number == 0)
             skipped += norm is None
             norms += [] if norm is None else [norm]
@@ -231,17 +231,18 @@ class Aligner:
             group["lr"] = lr
         return lr
 
-    def _rows(self, rollouts: Rollouts, advantage_PS: Tensor, number: int) -> list[int]:
+    def _rows(self, rollouts: Rollouts, advantage_TPS: Tensor, number: int) -> list[int]:
         """This process's samples of one optimizer step: shuffled over all processes, failed ones left out.
 
-        With `skip_flat` also those of groups whose samples are all as good as each other.
+        With `skip_flat` also those of groups whose samples are all as good as each other at every step.
         """
+        failed_PS, some_TPS = advantage_TPS[0].isnan(), advantage_TPS.nan_to_num() != 0
         samples, size = rollouts.samples, rollouts.samples.per_group
         drawer = torch.Generator().manual_seed(sample_seed(self.seed, rollouts.step, _PARTS_KEY, 0))
-        lot_PS = torch.randperm(advantage_PS.numel(), generator=drawer).view(advantage_PS.shape)
-        chosen_PS = (lot_PS % self.method.optimizer.updates == number) & ~advantage_PS.isnan()
+        lot_PS = torch.randperm(failed_PS.numel(), generator=drawer).view(failed_PS.shape)
+        chosen_PS = (lot_PS % self.method.optimizer.updates == number) & ~failed_PS
         if self.method.advantage.skip_flat:
-            chosen_PS &= (advantage_PS.nan_to_num() != 0).any(dim=1, keepdim=True)
+            chosen_PS &= some_TPS.any(dim=0).any(dim=1, keepdim=True)
         mine = chosen_PS[[group.place for group in samples.groups]].view(-1, size).flatten()
         return [int(row) for row in mine.nonzero().flatten()]
 

@@ -173,10 +173,19 @@ def harmonic_scores(
 
 
 def class_prompt(group: Group) -> str:
-    """What the similarity loss asks for: the class alone, or the prompt itself where no class word is known."""
-    word = group.metadata.get("class")
+    """What the similarity loss asks for: the class of what the first reference shows, alone.
+
+    Raises:
+        InputError: no class word is known; asked for by the whole prompt, the reference would be learned by heart.
+    """
+    several = group.metadata.get("subjects")
+    first = several[0] if isinstance(several, Sequence) and several else group.metadata
+    word = first.get("class")
     if not isinstance(word, str):
-        return group.prompt
+        raise InputError(
+            f"rpo's similarity loss asks for the class alone, and the subject of {group.prompt!r} has no class word. "
+            'Give one: a folder\'s class.txt, or "classes" in a UNO list; or set loss.similarity to 0.'
+        )
     return f"a photo of {'an' if word[0].lower() in 'aeiou' else 'a'} {word}"
 
 

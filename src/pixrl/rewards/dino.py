@@ -160,6 +160,11 @@ class DinoSegReward(ReferenceReward):
         self.region = choice(self.name, "region", region, Region)
         which = choice(self.name, "references", references, References)
         _check_options(self.mask, self.region, segmenter, background)
+        if subject is not None and self.mask is not Mask.NONE and self.region is not Region.CLASS:
+            raise ConfigError(
+                "dino_seg: subject is one of several in a picture, and region foreground would cut out all of them "
+                "together. Take region: class"
+            )
         chosen = choice(self.name, "transform", transform, Transform)
         super().__init__(DinoEncoder(model, device=device, dtype=dtype, transform=chosen), which)
         self.background: Colour = WHITE if background is None else background

@@ -21,6 +21,7 @@ from pixrl.algorithms.loss_table import (
 )
 from pixrl.algorithms.losses import NFTSettings
 from pixrl.algorithms.perturbation_learning import PerturbationSettings
+from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.stepping import Noise, SamplingSettings
 from pixrl.config import Settings
 from pixrl.models.memory_plan import MemoryPlan, Offload
@@ -171,6 +172,11 @@ class AlignConfig(Settings):
             self.advantage.check_rewards(weights_at(self.rewards, self.stages, step))
         group = self.exploration.noises
         if isinstance(self.exploration, PerturbedExploration):
+            if isinstance(self.loss, SFTSettings):
+                raise ValueError(
+                    "exploration: perturbed has no effect with loss: sft, which draws nothing: set "
+                    "exploration.kind to noise"
+                )
             group *= self.exploration.variants
         if group == 1 and not isinstance(self.loss, DraftSettings):
             raise ValueError(
