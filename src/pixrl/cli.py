@@ -6,6 +6,7 @@ The commands are in cli_*.py; each group is one line below.
 import errno
 import os
 import sys
+import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -70,6 +71,8 @@ def _top(
 
 def main() -> None:
     """The console script."""
+    # torch on a CPU, once a process: a bfloat16 model's norms with float32 weights take its plain kernel
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     try:
         app()
     except SystemExit as done:
