@@ -5,7 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pixrl.evaluation.align_words import MEASURED, role_of, training_pictures
 from pixrl.evaluation.charts import Curve, lines_chart
+from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig
 
 WINDOW = 9
@@ -30,17 +32,19 @@ class Spec:
     note: str
     names: Mapping[str, str]
     smooth: bool = False
+    signal: bool = False
+    """Of what advantages are made from; says nothing of a run that learns from no score."""
 
 
 SPECS = (
     Spec("Group standard deviation", "Of the rewards within a group: the learning signal.",
-         {"group_std": "group std"}, smooth=True),
+         {"group_std": "group std"}, smooth=True, signal=True),
     Spec("Groups without a signal", "Share of groups whose rewards are all equal; they teach nothing.",
-         {"zero_std_share": "zero-std share"}, smooth=True),
+         {"zero_std_share": "zero-std share"}, smooth=True, signal=True),
     Spec("Do the rewards agree?", "Samples whose two advantages have opposite signs (half of them where rewards are "
          "independent), and the correlation of the advantages.",
-         {"conflict_share": "conflict share", "reward_correlation": "correlation"}),
-    Spec("Mean advantage", "What shaping adds to all samples alike.", {"advantage_mean": "mean"}),
+         {"conflict_share": "conflict share", "reward_correlation": "correlation"}, signal=True),
+    Spec("Mean advantage", "What shaping adds to all samples alike.", {"advantage_mean": "mean"}, signal=True),
     Spec("Pairs told apart", "Share of preference pairs whose winner the trained policy prefers.",
          {"pair_accuracy": "accuracy"}),
     Spec("Clipped share", "Of ratios outside the trusted range.", {"clip_share": "clipped"}),
@@ -65,17 +69,22 @@ def reward_panels(config: AlignConfig, metrics: Rows, evaluated: Rows) -> list[P
             Curve("fixed prompts", held_out, "mean"),
         ]
         if training or held_out:
-            note = "Never trained on." if setting.held_out else "Trained on."
             svg = lines_chart([c for c in curves if c.values], "step", "", legend=True)
-            found.append(
-                Panel(setting.name, f"{note} Shaded: one standard deviation of a step's pictures.", svg)
-            )
+            found.append(Panel(setting.name, _reward_note(config, setting), svg))
     return found
 
 
-def panels(metrics: Rows, evaluated: Rows) -> list[Panel]:
-    """Everything else that was logged, in a fixed order."""
-    return [*_of_specs(metrics), *_ratio(metrics), *_diversity(metrics, evaluated)]
+def _reward_note(config: AlignConfig, setting: RewardSetting) -> str:
+    role = role_of(config, setting)
+    said = "Only measured: no score is learned from" if role == MEASURED else role.capitalize()
+    parts = (f"{said}.", training_pictures(config), "Shaded: one standard deviation of a step's pictures.")
+    return " ".join(part for part in parts if part)
+
+
+def panels(metrics: Rows, evaluated: Rows, *, learned: bool = True) -> list[Panel]:
+    """Everything else that was logged, in a fixed order; `learned`: the run learns from scores."""
+    specs = [spec for spec in SPECS if learned or not spec.signal]
+    return [*_of_specs(specs, metrics), *_ratio(metrics), *_diversity(metrics, evaluated)]
 
 
 def smooth(points: Sequence[tuple[float, float]], window: int = WINDOW) -> list[tuple[float, float]]:
@@ -88,8 +97,8 @@ def smooth(points: Sequence[tuple[float, float]], window: int = WINDOW) -> list[
     ]
 
 
-def _of_specs(metrics: Rows) -> Iterator[Panel]:
-    for spec in SPECS:
+def _of_specs(specs: Sequence[Spec], metrics: Rows) -> Iterator[Panel]:
+    for spec in specs:
         found = {label: _points(metrics, name) for name, label in spec.names.items()}
         curves = [
             Curve(label, points, css)

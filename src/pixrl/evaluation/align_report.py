@@ -116,8 +116,9 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "shown": "subjects" if folder.kind == PERSONALIZE else "prompts",
         "slot": "trained" if config.optimizer.ema is None else "averaged",
         "reward_panels": _marked(reward_panels(config, metrics, evaluated)),
-        "panels": _marked(panels(metrics, evaluated)),
+        "panels": _marked(panels(metrics, evaluated, learned=words.learns_from_scores(config))),
         "group": newest_group(folder.path, config, manifest),
+        "group_note": words.training_pictures(config),
         "phases": phases(metrics),
         "failures": failures(manifest),
         "facts": words.facts(config, _start(folder)),
@@ -142,7 +143,7 @@ def changes_of(config: AlignConfig, evaluated: Sequence[Mapping[str, Any]]) -> l
     if len(evaluated) < 2:
         return []
     first, last = evaluated[0], evaluated[-1]
-    roles = {s.name: "never trained on" if s.held_out else "trained on" for s in config.rewards}
+    roles = {setting.name: words.role_of(config, setting) for setting in config.rewards}
     found = [
         Change(name, role, _number(first.get(f"{name}/mean")), _number(last.get(f"{name}/mean")))
         for name, role in roles.items()
@@ -154,8 +155,8 @@ def changes_of(config: AlignConfig, evaluated: Sequence[Mapping[str, Any]]) -> l
 
 def warnings(changes: Sequence[Change]) -> list[str]:
     """What a person should look at before trusting the run: signs of reward hacking."""
-    risen = [c for c in changes if c.role == "trained on" and c.gain > 0]
-    fallen = [c for c in changes if c.role == "never trained on" and c.gain < -FALL * abs(c.before)]
+    risen = [c for c in changes if c.role == words.TRAINED and c.gain > 0]
+    fallen = [c for c in changes if c.role == words.HELD_OUT and c.gain < -FALL * abs(c.before)]
     found = [
         f"{c.name}, which was never trained on, fell from {c.before:.3f} to {c.after:.3f}, while "
         f"{' and '.join(r.name for r in risen)} rose. Look at the pictures before you trust the gain."

@@ -92,16 +92,16 @@ def _front_matter(config: AlignConfig) -> str:
         fields["base_model"] = base
     licence = generator_licence(config.model)
     fields |= {"license": "other", "license_name": licence} if licence != NOT_STATED else {}
-    fields["tags"] = ["lora", "diffusers", "pixrl", "reinforcement-learning"]
+    method = ["reinforcement-learning"] if words.learns_from_scores(config) else []
+    fields["tags"] = ["lora", "diffusers", "pixrl", *method]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()}\n---"
 
 
 def _title(folder: RunFolder, config: AlignConfig, facts: Facts) -> str:
-    names = " and ".join(setting.name for setting in config.rewards if not setting.held_out)
     what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
     return (
         f"# {folder.path.name}\n\n"
-        f"A LoRA of rank {config.lora.rank} on `{config.model}`, trained by reinforcement learning on {names} with "
+        f"A LoRA of rank {config.lora.rank} on `{config.model}`, trained by {words.learned_by(config)} with "
         f"`pixrl {folder.kind}`: the {what} weights after {facts.step} of {config.steps} steps."
     )
 
@@ -157,9 +157,7 @@ def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
     failed = failures(manifest)
     if failed:
         total = sum(count for _, count in failed)
-        found.append(
-            f"- {total} of {len(manifest)} training pictures had no score and taught nothing: {failed[0][0]} ..."
-        )
+        found.append(f"- {total} of {len(manifest)} training pictures had no score: {failed[0][0]} ...")
     if not found:
         found = ["- None was detected: no figure above fell."]
     if not any(c.role == "spread" for c in changes):
@@ -174,10 +172,7 @@ def _method(folder: RunFolder, config: AlignConfig) -> str:
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     start_file = folder.path / "start.json"
     start = json.loads(start_file.read_text(encoding="utf-8")) if start_file.is_file() else {}
-    rewards = [
-        f"- `{s.name}` ({s.reward}), {'only measured' if s.held_out else f'weight {s.weight:g}'}: {_options(s)}"
-        for s in config.rewards
-    ]
+    rewards = [f"- `{s.name}` ({s.reward}), {_counts(config, s)}: {_options(s)}" for s in config.rewards]
     facts = [f"- {name}: {text}" for name, text in (*words.method_parts(config), *words.facts(config, start))]
     machine = [f"- {name}: {text}" for name, text in words.machine_facts(environment)]
     return "\n".join(["## Method", "", *facts, "", "## Rewards", "", *rewards, "", "## Data", "", *_data(config),
@@ -189,6 +184,11 @@ def _data(config: AlignConfig) -> Iterator[str]:
     yield f"- evaluation prompts: `{config.evaluation.source or config.prompts.source}`"
     if isinstance(config, PersonalizeConfig):
         yield "- reference pictures: those of the subjects named there; they are not part of this folder"
+
+
+def _counts(config: AlignConfig, setting: RewardSetting) -> str:
+    trained = words.role_of(config, setting) == words.TRAINED
+    return f"weight {setting.weight:g}" if trained else words.MEASURED
 
 
 def _options(setting: RewardSetting) -> str:
