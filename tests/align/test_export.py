@@ -182,7 +182,7 @@ def trained_briefly(model: str | Path, prompt_file: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("single_file", [False, True])
 def test_the_cards_code_draws_the_runs_pictures(
-    single_file: bool, dual_folder: Path, prompt_file: Path, tmp_path: Path
+    single_file: bool, dual_folder: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a folder with diffusers alone, for a single file whose text encoders lie elsewhere through pixrl."""
     model = str(dual_folder)
@@ -190,8 +190,11 @@ def test_the_cards_code_draws_the_runs_pictures(
         model = f"{published.sd3(dual_folder, tmp_path / 'model.safetensors')}@{dual_folder}"
     run = trained_briefly(model, prompt_file, tmp_path / "run")
     variables: dict[str, Any] = {}
-    filled = {"FOLDER": run / "export"} | ({"PROMPT": OWL} if single_file else {})
-    exec(code_of(export(run).card, **filled), variables)
+    monkeypatch.chdir(tmp_path)
+    card = export(run).card
+    assert ("draws with its own sampler" in card.read_text()) is not single_file
+    exec(code_of(card, FOLDER=run / "export", PROMPT=OWL), variables)
+    assert (tmp_path / "picture.png").is_file()
     pipeline = variables["model"].pipeline if single_file else variables["pipeline"]
     loaded = SD3Policy(hub.Checkpoint(dual_folder), device="cpu", dtype="float32", pipeline=pipeline)
     expected = fresh(dual_folder)
@@ -200,8 +203,11 @@ def test_the_cards_code_draws_the_runs_pictures(
     assert (pictures(loaded) - pictures(fresh(dual_folder))).abs().mean() > 1e-3
 
 
-def test_the_cards_code_loads_a_toy(prompt_file: Path, tmp_path: Path) -> None:
+def test_the_cards_code_loads_a_toy(
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """diffusers does not know the name toy:sd3."""
+    monkeypatch.chdir(tmp_path)
     run = trained_briefly("toy:sd3", prompt_file, tmp_path / "run")
     card = export(run).card
     assert 'from_pretrained("toy:' not in card.read_text()
