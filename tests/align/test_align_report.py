@@ -8,7 +8,7 @@ import pytest
 
 from pixrl.errors import RunError
 from pixrl.evaluation import charts
-from pixrl.evaluation.align_panels import panels, smooth
+from pixrl.evaluation.align_panels import Panel, panels, reward_panels, smooth, window_of
 from pixrl.evaluation.align_report import (
     Change,
     gallery_pairs,
@@ -100,6 +100,26 @@ def test_the_running_mean_keeps_lines_and_constants() -> None:
     assert [y for _, y in smooth(line)[5:15]] == pytest.approx([y for _, y in line[5:15]])
     assert smooth([(0.0, 1.0), (1.0, 3.0)], window=3) == [(0.0, 2.0), (1.0, 2.0)]
     assert smooth([]) == []
+
+
+def test_short_runs_are_smoothed_less_and_the_captions_say_how() -> None:
+    assert [window_of(steps) for steps in (0, 4, 14, 15, 24, 25, 40, 45, 500)] == [1, 1, 1, 3, 3, 5, 7, 9, 9]
+    config = settings()
+
+    def reward_panel(steps: int) -> Panel:
+        rows = [
+            {"step": n, "reward/geneval/mean": float(n % 2), "reward/geneval/std": 0.1} for n in range(steps)
+        ]
+        return reward_panels(config, rows, [])[0]
+
+    assert "the mean of 3 steps" in reward_panel(15).note
+    short = reward_panel(8)
+    assert "the mean of" not in short.note
+    line = re.search(r'class="line faint" points="([^"]+)"', short.svg)
+    assert line is not None and len({point.split(",")[1] for point in line[1].split()}) == 2  # not smoothed
+    logged = [{"step": n, "group_std": float(n % 2), "diversity": 0.1} for n in range(15)]
+    spread, diversity = panels(logged, [])
+    assert "mean of 3" in spread.svg and "the mean of 3 steps" in diversity.note
 
 
 def test_panels_of_figures_that_were_not_logged_are_left_out() -> None:
