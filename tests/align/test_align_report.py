@@ -39,7 +39,8 @@ def test_the_page_needs_nothing_but_itself_and_shows_everything(tmp_path: Path) 
     assert page.count('class="pair"') == len(PROMPTS) and 'badge good">finished' in page
     assert "4 noises × 3 semantic variants" in page and "variant 2" in page
     assert "update 26 s, 58 %" in page and "no GenEval metadata" in page
-    assert "pixrl align run/recipe.yaml --out run-again" in page and "pixrl resume" not in page
+    run = tmp_path / "run"
+    assert f"pixrl align {run}/recipe.yaml --out {run}-again" in page and "pixrl resume" not in page
     assert "per_step: 2" in page and "abc123" in page and "rollout: 2 x 12" in page
     for svg in re.findall(r"<svg.*?</svg>", page):
         ET.fromstring(svg)
@@ -48,7 +49,11 @@ def test_the_page_needs_nothing_but_itself_and_shows_everything(tmp_path: Path) 
 @pytest.mark.parametrize(("done", "evaluated"), [(0, ()), (0, (0,)), (2, (0,)), (3, (0, 2))])
 def test_an_unfinished_run_has_a_page_too(tmp_path: Path, done: int, evaluated: tuple[int, ...]) -> None:
     page = page_of(tmp_path / "run", done, evaluated)
-    assert f"in {done} of 4 steps" in page and "not finished" in page and "pixrl resume run" in page
+    assert (
+        f"in {done} of 4 steps" in page
+        and "not finished" in page
+        and f"pixrl resume {tmp_path / 'run'}" in page
+    )
     assert ("No step is finished yet" in page) == (done == 0)
     assert page.count('class="pair"') == (len(PROMPTS) if len(evaluated) == 2 else 0)
 

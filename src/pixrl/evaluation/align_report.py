@@ -124,7 +124,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "facts": words.facts(config, _start(folder)),
         "machine": words.machine_facts(environment),
         "recipe": folder.recipe_text(),
-        "commands": words.commands(folder.path.name, finished, folder.kind),
+        "commands": words.commands(folder.path, finished, folder.kind),
         "date": environment["date"],
     }
 

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pixrl.algorithms.advantages import Scale
@@ -141,11 +142,13 @@ def machine_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def commands(run: str, finished: bool, kind: str) -> str:
-    """How to make the run again, or to its end."""
-    lines = [] if finished else [shlex.join(["pixrl", "resume", run]) + "    # to its end"]
-    lines.append(shlex.join(["pixrl", kind, f"{run}/recipe.yaml", "--out", f"{run}-again"]))
-    lines.append(shlex.join(["pixrl", "selfcheck", f"{run}/recipe.yaml"]) + "    # is it on-policy here?")
+def commands(run: Path, finished: bool, kind: str) -> str:
+    """How to make the run again, or to its end; with whole paths, since nothing says where a reader stands."""
+    run = run.absolute()
+    recipe = str(run / "recipe.yaml")
+    lines = [] if finished else [shlex.join(["pixrl", "resume", str(run)]) + "    # to its end"]
+    lines.append(shlex.join(["pixrl", kind, recipe, "--out", str(run.with_name(f"{run.name}-again"))]))
+    lines.append(shlex.join(["pixrl", "selfcheck", recipe]) + "    # is it on-policy here?")
     return "\n".join(lines)
 
 
