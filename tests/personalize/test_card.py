@@ -45,6 +45,25 @@ def test_comfyui_shows_no_references(run: Path, tmp_path: Path) -> None:
     assert blocks(card) == []
 
 
+def test_the_card_counts_what_was_evaluated_and_shows_the_subject(
+    flux_folder: Path, subjects: Path, tmp_path: Path
+) -> None:
+    """The recipe asks for 16 prompts, the folder has three; the evaluation's are those of training."""
+    rex = subjects / "rex"
+    made = recipe(
+        flux_folder, rex, steps=1, evaluation={"prompts": 16, "per_prompt": 2, "source": f"{rex}/."}
+    )
+    run = pixrl.personalize(made, out=tmp_path / "run").run
+    card = export(run, out=tmp_path / "card").card.read_text()
+    assert (
+        "Means over 6 pictures of 3 prompts of `" in card and "that training saw too, from the same" in card
+    )
+    assert "training file" not in card and "made to draw rex (dog)" in card
+    assert "| prompt | subject | before | after |" in card
+    assert "| ![reference](images/0000-reference.png) rex (dog) |" in card
+    assert (tmp_path / "card/images/0000-reference.png").is_file()
+
+
 def test_the_cards_code_draws_with_references(
     run: Path, flux_folder: Path, subjects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

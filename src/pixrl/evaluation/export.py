@@ -193,7 +193,7 @@ def _describe(folder: RunFolder, config: AlignConfig, facts: Facts, place: Path,
     """Writes the card, `notes` at its end, and its pictures; the card's path."""
     pairs = shown_pairs(folder)
     for pair in pairs:
-        for source, name in (pair.before, pair.after):
+        for source, name in pair.files:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(place / name, source.read_bytes())
     write_atomic(place / CARD, (write_card(folder, config, facts, pairs) + notes).encode())
