@@ -41,7 +41,9 @@ def blocks(card: Path) -> list[str]:
 def test_comfyui_shows_no_references(run: Path, tmp_path: Path) -> None:
     card = export(run, out=tmp_path, layout=Format.COMFYUI).card
     assert "ComfyUI draws with these weights, but shows the model no reference pictures" in card.read_text()
-    assert "`pixrl export RUN`" in card.read_text()
+    assert (
+        "`pixrl export RUN --format diffusers` writes to `RUN/export/diffusers/README.md`" in card.read_text()
+    )
     assert blocks(card) == []
 
 
@@ -107,7 +109,7 @@ def test_the_cards_code_draws_what_the_report_shows(
     shown = json.loads((run / "samples/gallery.json").read_text())[0]
     code = blocks(export(run).card)[1].replace("[0], solver", f"[{shown['seed']}], solver")
     for name, value in {
-        "FOLDER": run / "export",
+        "FOLDER": run / "export/diffusers",
         "PROMPT": shown["prompt"],
         "PICTURES": subjects / "rex",
     }.items():

@@ -82,7 +82,8 @@ def _references(config: PersonalizeConfig, file: str, layout: str, pipeline: str
     what = f"{who} with these weights, but shows the model no reference pictures, which it was trained to look at."
     if layout == COMFYUI:
         return [
-            f"{what} pixrl shows them; the card of the layout diffusers has the code: `pixrl export RUN`."
+            f"{what} pixrl shows them; the code is in the card of the layout diffusers, which "
+            "`pixrl export RUN --format diffusers` writes to `RUN/export/diffusers/README.md`."
         ]
     return [
         f"{what} pixrl shows them as in training ({PICTURES} is a folder with pictures of the subject):",
