@@ -17,6 +17,7 @@ from pixrl.evaluation.align_report import (
     warnings,
     write_align_report,
 )
+from pixrl.evaluation.align_words import facts
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.runlog import RunFolder
 from tests.align.synthetic import PROMPTS, run_folder, settings
@@ -74,6 +75,29 @@ def test_signs_of_reward_hacking_are_pointed_out_and_nothing_else() -> None:
     fallen = Change("a", "trained on", 0.4, 0.3)
     assert warnings([up, steady]) == warnings([fallen, down]) == []
     assert warnings([Change("diversity", "spread", 0.3, 0.25)]) == []
+
+
+def test_a_fall_says_how_many_pictures_it_is_a_mean_of(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", settings(), done=40, evaluated=(0, 40))
+    page = write_align_report(folder.path).read_text(encoding="utf-8")
+    assert "preference, which was never trained on, fell" in page
+    assert f"Both are means over {len(PROMPTS)} pictures: chance alone may move them as much." in page
+
+
+def test_the_axis_of_a_share_does_not_go_below_0_and_the_plan_is_one_row(tmp_path: Path) -> None:
+    rows = [
+        {"step": n, "zero_std_share": float(n == 3), "reward_correlation": -0.5 + n / 8} for n in range(8)
+    ]
+    lowest = {}
+    for panel in panels(rows, []):
+        ticks = re.findall(r'<text[^>]*text-anchor="end"[^>]*>([-.0-9]+)</text>', panel.svg)
+        lowest[panel.title] = min(float(tick) for tick in ticks)
+        if panel.title == "Groups without a signal":
+            bottom = charts.HEIGHT - charts.BOTTOM
+            assert f",{float(bottom)} " in panel.svg  # 0 lies on the frame
+    assert lowest["Groups without a signal"] == 0 and lowest["Do the rewards agree?"] < 0
+    plan = [text for name, text in facts(settings(), {"notes": ["one", "two"]}) if name == "plan"]
+    assert plan == ["one; two"]
 
 
 def test_the_gallery_pairs_the_first_and_the_newest_pictures(tmp_path: Path) -> None:

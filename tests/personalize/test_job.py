@@ -104,7 +104,8 @@ def test_a_run_is_a_folder(tmp_path: Path, flux_folder: Path, subjects: Path, me
     page = done.report.read_text()
     assert "These subjects were trained on" in page and "Do the rewards agree?" in page
     assert "1 picture of each subject" in page
-    assert "personalized" in page and 'alt="reference"' in page and "pixrl personalize" in page
+    assert "personalized on rex (dog), tom (cat)</span></h1>" in page
+    assert 'alt="reference"' in page and "pixrl personalize" in page
     assert load_recipe(folder.recipe()) == load_recipe(
         recipe(flux_folder, subjects, **METHODS[method], kind="personalize"), values={"seed": 3}
     )

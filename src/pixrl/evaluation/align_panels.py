@@ -125,7 +125,10 @@ def _of_specs(specs: Sequence[Spec], metrics: Rows) -> Iterator[Panel]:
             curves = [*faint, *(Curve(f"mean of {window}", _smoothed(c.values), "mean") for c in curves)]
         idle = all(y == 0 for curve in curves for _, y in curve.values)
         if curves and not (idle and spec.title == "Failed scores"):
-            yield Panel(spec.title, spec.note, lines_chart(curves, "step", "", legend=len(curves) > 1))
+            positive = all(y >= 0 for curve in curves for _, y in curve.values)
+            floor = 0.0 if positive else -math.inf
+            chart = lines_chart(curves, "step", "", legend=len(curves) > 1, floor=floor)
+            yield Panel(spec.title, spec.note, chart)
 
 
 def _ratio(metrics: Rows) -> Iterator[Panel]:

@@ -101,8 +101,13 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
         ("averaged weights", "none" if s.ema is None else f"decay {s.ema:g}"),
         ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}"),
         ("seed", str(config.seed)),
-        *[("plan", str(note)) for note in start.get("notes", ())],
+        *_plan(start),
     ]
+
+
+def _plan(start: Mapping[str, Any]) -> list[tuple[str, str]]:
+    notes = [str(note) for note in start.get("notes", ())]
+    return [("plan", "; ".join(notes))] if notes else []
 
 
 def _rate(s: OptimizerSettings) -> str:

@@ -86,7 +86,7 @@ def _reference(folder: RunFolder, entry: Mapping[str, Any]) -> tuple[Path, str] 
 def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequence[Shown]) -> str:
     """The card as markdown, with the front matter that model hubs read."""
     evaluated = evaluations(folder.path)
-    changes = changes_of(config, evaluated)
+    changes = changes_of(config, evaluated, len(gallery_entries(folder)))
     sections = [
         _front_matter(config),
         _title(folder, config, facts),
