@@ -60,10 +60,22 @@ def test_the_card_counts_what_was_evaluated_and_shows_the_subject(
     assert (
         "Means over 6 pictures of 3 prompts of `" in card and "that training saw too, from the same" in card
     )
-    assert "training file" not in card and "made to draw rex (dog)" in card
+    assert "training file" not in card and "trained to draw rex (dog)" in card
     assert "| prompt | subject | before | after |" in card
     assert "| ![reference](images/0000-reference.png) rex (dog) |" in card
     assert (tmp_path / "card/images/0000-reference.png").is_file()
+
+
+def test_subjects_that_were_only_evaluated_are_not_said_to_be_trained_on(
+    flux_folder: Path, subjects: Path, tmp_path: Path
+) -> None:
+    evaluation = {"prompts": 2, "source": str(subjects / "tom")}
+    made = recipe(flux_folder, subjects / "rex", steps=1, evaluation=evaluation)
+    done = pixrl.personalize(made, out=tmp_path / "run")
+    card = export(done.run).card.read_text()
+    assert "trained to draw rex (dog)." in card and "/tom` that training did not see" in card
+    assert "-reference.png) tom (cat) |" in card
+    assert "personalized on rex (dog)</span></h1>" in done.report.read_text()
 
 
 def test_the_cards_code_draws_with_references(

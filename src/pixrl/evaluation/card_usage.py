@@ -163,8 +163,8 @@ def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:
     yield "from pathlib import Path"
     yield ""
     yield "from pixrl import models"
-    yield _DRAWING[0]
     yield "from pixrl.data.pictures import read_pictures, to_tensors"
+    yield _DRAWING[0]
     if named := [name for name in ("Preset", "Shift") if f"={name}." in given]:
         yield f"from pixrl.models.flux import {', '.join(named)}"
     yield "from pixrl.models.references import on_square"

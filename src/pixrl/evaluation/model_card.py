@@ -116,7 +116,7 @@ def _front_matter(config: AlignConfig) -> str:
 def _title(folder: RunFolder, config: AlignConfig, facts: Facts) -> str:
     what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
     subjects = subjects_in_words(folder, config)
-    of_whom = f"It was made to draw {subjects}. " if subjects else ""
+    of_whom = f"It was trained to draw {subjects}. " if subjects else ""
     return (
         f"# {folder.path.name}\n\n{of_whom}"
         f"A LoRA of rank {config.lora.rank} on `{config.model}`, trained by {words.learned_by(config)} with "
@@ -137,9 +137,8 @@ def _pictures(config: AlignConfig, pairs: Sequence[Shown]) -> str:
 def _row(config: AlignConfig, pair: Shown, with_subject: bool) -> str:
     subject = ""
     if pair.reference is not None and pair.subject is not None:
-        subject = (
-            f"![reference]({pair.reference[1]}) {in_words(pair.subject, class_word(config, pair.subject))}"
-        )
+        word = class_word(config.evaluation.source or config.prompts.source, pair.subject)
+        subject = f"![reference]({pair.reference[1]}) {in_words(pair.subject, word)}"
     pictures = [f"![before]({pair.before[1]})", f"![after]({pair.after[1]})"]
     return _line([_cell(pair.prompt), *([_cell(subject)] if with_subject else []), *pictures])
 

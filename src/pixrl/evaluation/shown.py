@@ -25,16 +25,16 @@ def gallery_entries(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def subjects_in_words(folder: RunFolder, config: AlignConfig) -> str:
-    """The subjects of the evaluation, such as `my_mug (mug)`; empty of a run without."""
-    names = subjects(folder)
+    """The subjects that were trained on so far, such as `my_mug (mug)`; empty of a run without."""
+    names = trained_subjects(folder)
     if len(names) > NAMED:
         return f"{len(names)} subjects"
-    return ", ".join(in_words(name, class_word(config, name)) for name in names)
+    return ", ".join(in_words(name, class_word(config.prompts.source, name)) for name in names)
 
 
-def subjects(folder: RunFolder) -> list[str]:
-    """Their names, each once."""
-    return list(dict.fromkeys(entry["subject"] for entry in gallery_entries(folder) if "subject" in entry))
+def trained_subjects(folder: RunFolder) -> list[str]:
+    """Their names in order, each once."""
+    return sorted({str(row.extra["subject"]) for row in folder.manifest() if "subject" in row.extra})
 
 
 def in_words(subject: str, word: str | None) -> str:
@@ -42,10 +42,9 @@ def in_words(subject: str, word: str | None) -> str:
     return subject if word in (None, subject) else f"{subject} ({word})"
 
 
-def class_word(config: AlignConfig, subject: str) -> str | None:
-    """What prompts call a subject; None where its folder is not there any more, or the source is no folder."""
-    source = Path(config.evaluation.source or config.prompts.source)
-    places = [source / subject / CLASS_FILE, source / CLASS_FILE]
+def class_word(source: str, subject: str) -> str | None:
+    """What prompts call a subject of a source; None where that is no folder, or is not there any more."""
+    places = [Path(source) / subject / CLASS_FILE, Path(source) / CLASS_FILE]
     file = next((place for place in places if place.is_file()), None)
     try:
         return None if file is None else " ".join(read_text(file).split())
