@@ -42,7 +42,7 @@ def export(
     slot: Annotated[
         str | None, option("current or ema.", default="ema, where the run has averaged weights")
     ] = None,
-    out: Annotated[Path | None, option("The folder.", default="export in the run's")] = None,
+    out: Annotated[Path | None, option("The folder.", default="export/FORMAT in the run's")] = None,
 ) -> None:
     """Write a run's LoRA for diffusers, ComfyUI or UNO, with a model card."""
     from pixrl.evaluation import export as exporting

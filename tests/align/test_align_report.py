@@ -8,7 +8,7 @@ import pytest
 
 from pixrl.errors import RunError
 from pixrl.evaluation import charts
-from pixrl.evaluation.align_panels import panels, smooth
+from pixrl.evaluation.align_panels import Panel, panels, reward_panels, smooth, window_of
 from pixrl.evaluation.align_report import (
     Change,
     gallery_pairs,
@@ -17,6 +17,7 @@ from pixrl.evaluation.align_report import (
     warnings,
     write_align_report,
 )
+from pixrl.evaluation.align_words import facts
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.runlog import RunFolder
 from tests.align.synthetic import PROMPTS, run_folder, settings
@@ -39,7 +40,8 @@ def test_the_page_needs_nothing_but_itself_and_shows_everything(tmp_path: Path) 
     assert page.count('class="pair"') == len(PROMPTS) and 'badge good">finished' in page
     assert "4 noises × 3 semantic variants" in page and "variant 2" in page
     assert "update 26 s, 58 %" in page and "no GenEval metadata" in page
-    assert "pixrl align run/recipe.yaml --out run-again" in page and "pixrl resume" not in page
+    run = tmp_path / "run"
+    assert f"pixrl align {run}/recipe.yaml --out {run}-again" in page and "pixrl resume" not in page
     assert "per_step: 2" in page and "abc123" in page and "rollout: 2 x 12" in page
     for svg in re.findall(r"<svg.*?</svg>", page):
         ET.fromstring(svg)
@@ -48,7 +50,11 @@ def test_the_page_needs_nothing_but_itself_and_shows_everything(tmp_path: Path) 
 @pytest.mark.parametrize(("done", "evaluated"), [(0, ()), (0, (0,)), (2, (0,)), (3, (0, 2))])
 def test_an_unfinished_run_has_a_page_too(tmp_path: Path, done: int, evaluated: tuple[int, ...]) -> None:
     page = page_of(tmp_path / "run", done, evaluated)
-    assert f"in {done} of 4 steps" in page and "not finished" in page and "pixrl resume run" in page
+    assert (
+        f"in {done} of 4 steps" in page
+        and "not finished" in page
+        and f"pixrl resume {tmp_path / 'run'}" in page
+    )
     assert ("No step is finished yet" in page) == (done == 0)
     assert page.count('class="pair"') == (len(PROMPTS) if len(evaluated) == 2 else 0)
 
@@ -69,6 +75,29 @@ def test_signs_of_reward_hacking_are_pointed_out_and_nothing_else() -> None:
     fallen = Change("a", "trained on", 0.4, 0.3)
     assert warnings([up, steady]) == warnings([fallen, down]) == []
     assert warnings([Change("diversity", "spread", 0.3, 0.25)]) == []
+
+
+def test_a_fall_says_how_many_pictures_it_is_a_mean_of(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", settings(), done=40, evaluated=(0, 40))
+    page = write_align_report(folder.path).read_text(encoding="utf-8")
+    assert "preference, which was never trained on, fell" in page
+    assert f"Both are means over {len(PROMPTS)} pictures: chance alone may move them as much." in page
+
+
+def test_the_axis_of_a_share_does_not_go_below_0_and_the_plan_is_one_row(tmp_path: Path) -> None:
+    rows = [
+        {"step": n, "zero_std_share": float(n == 3), "reward_correlation": -0.5 + n / 8} for n in range(8)
+    ]
+    lowest = {}
+    for panel in panels(rows, []):
+        ticks = re.findall(r'<text[^>]*text-anchor="end"[^>]*>([-.0-9]+)</text>', panel.svg)
+        lowest[panel.title] = min(float(tick) for tick in ticks)
+        if panel.title == "Groups without a signal":
+            bottom = charts.HEIGHT - charts.BOTTOM
+            assert f",{float(bottom)} " in panel.svg  # 0 lies on the frame
+    assert lowest["Groups without a signal"] == 0 and lowest["Do the rewards agree?"] < 0
+    plan = [text for name, text in facts(settings(), {"notes": ["one", "two"]}) if name == "plan"]
+    assert plan == ["one; two"]
 
 
 def test_the_gallery_pairs_the_first_and_the_newest_pictures(tmp_path: Path) -> None:
@@ -100,6 +129,26 @@ def test_the_running_mean_keeps_lines_and_constants() -> None:
     assert [y for _, y in smooth(line)[5:15]] == pytest.approx([y for _, y in line[5:15]])
     assert smooth([(0.0, 1.0), (1.0, 3.0)], window=3) == [(0.0, 2.0), (1.0, 2.0)]
     assert smooth([]) == []
+
+
+def test_short_runs_are_smoothed_less_and_the_captions_say_how() -> None:
+    assert [window_of(steps) for steps in (0, 4, 14, 15, 24, 25, 40, 45, 500)] == [1, 1, 1, 3, 3, 5, 7, 9, 9]
+    config = settings()
+
+    def reward_panel(steps: int) -> Panel:
+        rows = [
+            {"step": n, "reward/geneval/mean": float(n % 2), "reward/geneval/std": 0.1} for n in range(steps)
+        ]
+        return reward_panels(config, rows, [])[0]
+
+    assert "the mean of 3 steps" in reward_panel(15).note
+    short = reward_panel(8)
+    assert "the mean of" not in short.note
+    line = re.search(r'class="line faint" points="([^"]+)"', short.svg)
+    assert line is not None and len({point.split(",")[1] for point in line[1].split()}) == 2  # not smoothed
+    logged = [{"step": n, "group_std": float(n % 2), "diversity": 0.1} for n in range(15)]
+    spread, diversity = panels(logged, [])
+    assert "mean of 3" in spread.svg and "the mean of 3 steps" in diversity.note
 
 
 def test_panels_of_figures_that_were_not_logged_are_left_out() -> None:

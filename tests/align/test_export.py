@@ -182,7 +182,7 @@ def trained_briefly(model: str | Path, prompt_file: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("single_file", [False, True])
 def test_the_cards_code_draws_the_runs_pictures(
-    single_file: bool, dual_folder: Path, prompt_file: Path, tmp_path: Path
+    single_file: bool, dual_folder: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a folder with diffusers alone, for a single file whose text encoders lie elsewhere through pixrl."""
     model = str(dual_folder)
@@ -190,23 +190,31 @@ def test_the_cards_code_draws_the_runs_pictures(
         model = f"{published.sd3(dual_folder, tmp_path / 'model.safetensors')}@{dual_folder}"
     run = trained_briefly(model, prompt_file, tmp_path / "run")
     variables: dict[str, Any] = {}
-    filled = {"FOLDER": run / "export"} | ({"PROMPT": OWL} if single_file else {})
-    exec(code_of(export(run).card, **filled), variables)
+    monkeypatch.chdir(tmp_path)
+    card = export(run).card
+    assert ("draws with its own sampler" in card.read_text()) is not single_file
+    exec(code_of(card, FOLDER=run / "export/diffusers", PROMPT=OWL), variables)
+    assert (tmp_path / "picture.png").is_file()
     pipeline = variables["model"].pipeline if single_file else variables["pipeline"]
     loaded = SD3Policy(hub.Checkpoint(dual_folder), device="cpu", dtype="float32", pipeline=pipeline)
     expected = fresh(dual_folder)
-    expected.pipeline.load_lora_weights(str(run / "export"), weight_name="pytorch_lora_weights.safetensors")
+    expected.pipeline.load_lora_weights(
+        str(run / "export/diffusers"), weight_name="pytorch_lora_weights.safetensors"
+    )
     assert torch.allclose(pictures(loaded), pictures(expected), atol=1e-4)
     assert (pictures(loaded) - pictures(fresh(dual_folder))).abs().mean() > 1e-3
 
 
-def test_the_cards_code_loads_a_toy(prompt_file: Path, tmp_path: Path) -> None:
+def test_the_cards_code_loads_a_toy(
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """diffusers does not know the name toy:sd3."""
+    monkeypatch.chdir(tmp_path)
     run = trained_briefly("toy:sd3", prompt_file, tmp_path / "run")
     card = export(run).card
     assert 'from_pretrained("toy:' not in card.read_text()
     variables: dict[str, Any] = {}
-    exec(code_of(card, FOLDER=run / "export", PROMPT=OWL), variables)
+    exec(code_of(card, FOLDER=run / "export/diffusers", PROMPT=OWL), variables)
     assert variables["model"].settings.steps == recipe(".", prompt_file)["sampling"]["steps"]
     base = models.load("toy:sd3", steps=variables["model"].settings.steps)
     assert (variables["images"] - base.sample(base.encode([OWL]), [0])).abs().mean() > 1e-3
@@ -268,6 +276,16 @@ def test_what_cannot_be_exported(run: Path, dual_folder: Path, prompt_file: Path
     with pytest.raises(ConfigError, match=r"no averaged weights.*--slot current"):
         export(plain, slot=Slot.EMA)
     assert export(plain).slot is Slot.CURRENT
+
+
+def test_each_format_keeps_its_own_card(run: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    cards = [export(copied, layout=layout).card for layout in (Format.DIFFUSERS, Format.COMFYUI)]
+    assert cards == [copied / "export" / name / "README.md" for name in ("diffusers", "comfyui")]
+    assert "load_lora_weights" in cards[0].read_text() and "ComfyUI/models/loras" in cards[1].read_text()
+    for line in cards[1].read_text().splitlines():
+        for name in (part.split(")")[0] for part in line.split("](")[1:]):
+            assert (cards[1].parent / name).is_file(), name
 
 
 def test_the_command(run: Path, tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """The card of a personalize run says that plain pipelines show no references; its code draws with them."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import pixrl
 from pixrl import models
+from pixrl.data.pictures import read_picture, to_tensors
 from pixrl.evaluation.card_usage import in_unos_code
 from pixrl.evaluation.export import Format, export
 from pixrl.models.flux import FluxPolicy, Preset
@@ -37,13 +41,47 @@ def blocks(card: Path) -> list[str]:
 def test_comfyui_shows_no_references(run: Path, tmp_path: Path) -> None:
     card = export(run, out=tmp_path, layout=Format.COMFYUI).card
     assert "ComfyUI draws with these weights, but shows the model no reference pictures" in card.read_text()
-    assert "`pixrl export RUN`" in card.read_text()
+    assert (
+        "`pixrl export RUN --format diffusers` writes to `RUN/export/diffusers/README.md`" in card.read_text()
+    )
     assert blocks(card) == []
 
 
-def test_the_cards_code_draws_with_references(
-    run: Path, flux_folder: Path, subjects: Path, tmp_path: Path
+def test_the_card_counts_what_was_evaluated_and_shows_the_subject(
+    flux_folder: Path, subjects: Path, tmp_path: Path
 ) -> None:
+    """The recipe asks for 16 prompts, the folder has three; the evaluation's are those of training."""
+    rex = subjects / "rex"
+    made = recipe(
+        flux_folder, rex, steps=1, evaluation={"prompts": 16, "per_prompt": 2, "source": f"{rex}/."}
+    )
+    run = pixrl.personalize(made, out=tmp_path / "run").run
+    card = export(run, out=tmp_path / "card").card.read_text()
+    assert (
+        "Means over 6 pictures of 3 prompts of `" in card and "that training saw too, from the same" in card
+    )
+    assert "training file" not in card and "trained to draw rex (dog)" in card
+    assert "| prompt | subject | before | after |" in card
+    assert "| ![reference](images/0000-reference.png) rex (dog) |" in card
+    assert (tmp_path / "card/images/0000-reference.png").is_file()
+
+
+def test_subjects_that_were_only_evaluated_are_not_said_to_be_trained_on(
+    flux_folder: Path, subjects: Path, tmp_path: Path
+) -> None:
+    evaluation = {"prompts": 2, "source": str(subjects / "tom")}
+    made = recipe(flux_folder, subjects / "rex", steps=1, evaluation=evaluation)
+    done = pixrl.personalize(made, out=tmp_path / "run")
+    card = export(done.run).card.read_text()
+    assert "trained to draw rex (dog)." in card and "/tom` that training did not see" in card
+    assert "-reference.png) tom (cat) |" in card
+    assert "personalized on rex (dog)</span></h1>" in done.report.read_text()
+
+
+def test_the_cards_code_draws_with_references(
+    run: Path, flux_folder: Path, subjects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     card = export(run, out=tmp_path).card
     assert "A plain FluxPipeline draws with these weights, but shows the model no ref" in card.read_text()
     plain, shown = blocks(card)
@@ -61,6 +99,40 @@ def test_the_cards_code_draws_with_references(
     )  # the LoRA is merged into bfloat16 weights here, beside them there
     assert rounding < 0.02
     assert (drawn - bare).abs().mean() > 3 * rounding
+    with Image.open(tmp_path / "picture.png") as saved:
+        assert saved.size == (32, 32)
+
+
+def test_the_cards_code_draws_what_the_report_shows(
+    flux_folder: Path, subjects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same seed, the last evaluation's picture; Euler steps draw another one."""
+    monkeypatch.chdir(tmp_path)
+    made = recipe(
+        flux_folder,
+        subjects / "rex",
+        steps=1,
+        sampling={"steps": 4, "solver": "dpm"},
+        loss={"kind": "nft", "timesteps": 2},
+        optimizer={"lr": 0.05, "ema": None},
+        resolution=32,
+    )
+    run = pixrl.personalize(made, out="rex").run
+    shown = json.loads((run / "samples/gallery.json").read_text())[0]
+    code = blocks(export(run).card)[1].replace("[0], solver", f"[{shown['seed']}], solver")
+    for name, value in {
+        "FOLDER": run / "export/diffusers",
+        "PROMPT": shown["prompt"],
+        "PICTURES": subjects / "rex",
+    }.items():
+        code = code.replace(f'"{name}"', repr(str(value)))
+    variables: dict[str, Any] = {}
+    exec(code.replace('models.load("', 'models.load(dtype="float32", ref="'), variables)
+    policy, drawn = variables["policy"], read_picture(tmp_path / "picture.png")
+    expected = to_tensors([read_picture(run / "samples/step-000001/0000.png")])[0]
+    assert (to_tensors([drawn])[0] - expected).abs().mean() < 1e-3
+    euler = policy.sample(variables["conditioning"], [shown["seed"]])[0]
+    assert (euler - expected).abs().mean() > 5e-3
 
 
 def in_slot(run: Path, flux_folder: Path, other: FluxPolicy, conditioning: object) -> torch.Tensor:

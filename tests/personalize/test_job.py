@@ -1,7 +1,9 @@
 """Whole runs on a tiny FLUX: every method, resume, command line, and what can be wrong."""
 
+import html
 import json
 import math
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -102,10 +104,30 @@ def test_a_run_is_a_folder(tmp_path: Path, flux_folder: Path, subjects: Path, me
     page = done.report.read_text()
     assert "These subjects were trained on" in page and "Do the rewards agree?" in page
     assert "1 picture of each subject" in page
-    assert "personalized" in page and 'alt="reference"' in page and "pixrl personalize" in page
+    assert "personalized on rex (dog), tom (cat)</span></h1>" in page
+    assert 'alt="reference"' in page and "pixrl personalize" in page
     assert load_recipe(folder.recipe()) == load_recipe(
         recipe(flux_folder, subjects, **METHODS[method], kind="personalize"), values={"seed": 3}
     )
+
+
+def test_the_printed_commands_run_as_they_stand(
+    tmp_path: Path, flux_folder: Path, subjects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the folder in which the run was started, whose relative paths the recipe keeps."""
+    start = tmp_path / "started here"
+    shutil.copytree(subjects / "rex", start / "my_object")
+    monkeypatch.chdir(start)
+    made = recipe(flux_folder, Path("my_object"), steps=1, evaluation={"prompts": 1})
+    page = pixrl.personalize(made, out="runs/mine").report.read_text()
+    printed = html.unescape(page.split("<h2>Make it again</h2>")[1].split("<pre>")[1].split("</pre>")[0])
+    programs = [shlex.split(line, comments=True) for line in printed.splitlines()]
+    assert [words[:2] for words in programs] == [["pixrl", "personalize"], ["pixrl", "selfcheck"]]
+    for words in programs:
+        steps = ["--steps", "1"] if words[1] == "personalize" else []
+        done = CliRunner().invoke(cli.app, [*words[1:], *steps])
+        assert done.exit_code == 0, done.output
+    assert (start / "runs/mine-again/report.html").is_file()
 
 
 def test_sft_runs_on_a_list_with_targets(tmp_path: Path, flux_folder: Path, subjects: Path) -> None:

@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pixrl.algorithms.align import prepare
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.rollouts import Group, Samples, roll_out
-from pixrl.algorithms.stepping import Schedule, Solver, StepPlan
+from pixrl.algorithms.stepping import ODESolver, Schedule, Solver, StepPlan
 from pixrl.data.prompts import Prompt
 from pixrl.evaluation.diversity import DiversityMeter
-from pixrl.models.base import FlowPolicy
+from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot
 from pixrl.rewards.multi import RewardSet
 from pixrl.rewards.picture_encoders import load_encoder
@@ -120,6 +121,25 @@ def draw(policy: FlowPolicy, slot: Slot, prompts: Sequence[Prompt], drawing: Dra
         variants = prepare(NoiseOnly(), policy, groups)
         images_BCHW, _, _ = roll_out(policy, variants, samples, plan, drawing.micro_batch)
     return Drawn(samples, images_BCHW, time.perf_counter() - begun)
+
+
+@torch.no_grad()
+def sample(
+    policy: FlowPolicy, conditioning: Conditioning, seeds: Sequence[int], *, solver: str = "euler"
+) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1], drawn as a run's evaluation draws: `policy.sample` with the solver of a recipe.
+
+    Args:
+        policy: draws with `policy.settings.steps` steps, with the weights of the moment.
+        conditioning: one row a picture.
+        seeds: one a picture; those of samples/gallery.json give the pictures of a run's evaluation.
+        solver: euler or dpm.
+    """
+    plan = StepPlan(Schedule.of(policy, policy.settings.steps), Solver(solver))
+    steps, x = ODESolver(plan), policy.initial_noise(seeds)
+    for number, sigma in enumerate(plan.schedule.sigmas[:-1]):
+        x = steps.step(x, policy.velocity(x, x.new_full((len(x),), sigma), conditioning), number)
+    return policy.decode(x).float().cpu()
 
 
 def evaluate(

@@ -5,11 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pixrl.evaluation.align_words import MEASURED, role_of, training_pictures
 from pixrl.evaluation.charts import Curve, lines_chart
+from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig
 
 WINDOW = 9
-"""Steps of the running mean that is drawn over noisy figures."""
+"""Steps of the running mean that is drawn over noisy figures, in runs that are long enough."""
+SHARE = 5
+"""The running mean covers at most one in so many of a run's steps."""
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -30,17 +34,19 @@ class Spec:
     note: str
     names: Mapping[str, str]
     smooth: bool = False
+    signal: bool = False
+    """Of what advantages are made from; says nothing of a run that learns from no score."""
 
 
 SPECS = (
     Spec("Group standard deviation", "Of the rewards within a group: the learning signal.",
-         {"group_std": "group std"}, smooth=True),
+         {"group_std": "group std"}, smooth=True, signal=True),
     Spec("Groups without a signal", "Share of groups whose rewards are all equal; they teach nothing.",
-         {"zero_std_share": "zero-std share"}, smooth=True),
+         {"zero_std_share": "zero-std share"}, smooth=True, signal=True),
     Spec("Do the rewards agree?", "Samples whose two advantages have opposite signs (half of them where rewards are "
          "independent), and the correlation of the advantages.",
-         {"conflict_share": "conflict share", "reward_correlation": "correlation"}),
-    Spec("Mean advantage", "What shaping adds to all samples alike.", {"advantage_mean": "mean"}),
+         {"conflict_share": "conflict share", "reward_correlation": "correlation"}, signal=True),
+    Spec("Mean advantage", "What shaping adds to all samples alike.", {"advantage_mean": "mean"}, signal=True),
     Spec("Pairs told apart", "Share of preference pairs whose winner the trained policy prefers.",
          {"pair_accuracy": "accuracy"}),
     Spec("Clipped share", "Of ratios outside the trusted range.", {"clip_share": "clipped"}),
@@ -61,21 +67,38 @@ def reward_panels(config: AlignConfig, metrics: Rows, evaluated: Rows) -> list[P
         training = _points(metrics, f"reward/{setting.name}/mean")
         held_out = _points(evaluated, f"{setting.name}/mean")
         curves = [
-            Curve("training prompts", smooth(training), "faint", _spread(metrics, setting.name)),
+            Curve("training prompts", _smoothed(training), "faint", _spread(metrics, setting.name)),
             Curve("fixed prompts", held_out, "mean"),
         ]
         if training or held_out:
-            note = "Never trained on." if setting.held_out else "Trained on."
             svg = lines_chart([c for c in curves if c.values], "step", "", legend=True)
-            found.append(
-                Panel(setting.name, f"{note} Shaded: one standard deviation of a step's pictures.", svg)
-            )
+            found.append(Panel(setting.name, _reward_note(config, setting, len(training)), svg))
     return found
 
 
-def panels(metrics: Rows, evaluated: Rows) -> list[Panel]:
-    """Everything else that was logged, in a fixed order."""
-    return [*_of_specs(metrics), *_ratio(metrics), *_diversity(metrics, evaluated)]
+def _reward_note(config: AlignConfig, setting: RewardSetting, steps: int) -> str:
+    role = role_of(config, setting)
+    said = "Only measured: no score is learned from" if role == MEASURED else role.capitalize()
+    shaded = "Shaded: one standard deviation of a step's pictures."
+    return _joined(f"{said}.", training_pictures(config), smoothed_note(steps), shaded)
+
+
+def panels(metrics: Rows, evaluated: Rows, *, learned: bool = True) -> list[Panel]:
+    """Everything else that was logged, in a fixed order; `learned`: the run learns from scores."""
+    specs = [spec for spec in SPECS if learned or not spec.signal]
+    return [*_of_specs(specs, metrics), *_ratio(metrics), *_diversity(metrics, evaluated)]
+
+
+def window_of(steps: int) -> int:
+    """Steps of the running mean in a run of `steps`: an odd number; 1 where it is too short to be smoothed."""
+    widest = min(WINDOW, steps // SHARE)
+    return max(1, widest - 1 + widest % 2)
+
+
+def smoothed_note(steps: int) -> str:
+    """Says how a line of training was smoothed; empty where it was not."""
+    window = window_of(steps)
+    return f"Training: the mean of {window} steps." if window > 1 else ""
 
 
 def smooth(points: Sequence[tuple[float, float]], window: int = WINDOW) -> list[tuple[float, float]]:
@@ -88,20 +111,24 @@ def smooth(points: Sequence[tuple[float, float]], window: int = WINDOW) -> list[
     ]
 
 
-def _of_specs(metrics: Rows) -> Iterator[Panel]:
-    for spec in SPECS:
+def _of_specs(specs: Sequence[Spec], metrics: Rows) -> Iterator[Panel]:
+    for spec in specs:
         found = {label: _points(metrics, name) for name, label in spec.names.items()}
         curves = [
             Curve(label, points, css)
             for (label, points), css in zip(found.items(), ("mean", "k0"), strict=False)
             if points
         ]
-        if spec.smooth:
+        window = window_of(max((len(curve.values) for curve in curves), default=0))
+        if spec.smooth and window > 1:
             faint = [Curve("each step", curve.values, "faint") for curve in curves]
-            curves = [*faint, *(Curve(f"mean of {WINDOW}", smooth(c.values), "mean") for c in curves)]
+            curves = [*faint, *(Curve(f"mean of {window}", _smoothed(c.values), "mean") for c in curves)]
         idle = all(y == 0 for curve in curves for _, y in curve.values)
         if curves and not (idle and spec.title == "Failed scores"):
-            yield Panel(spec.title, spec.note, lines_chart(curves, "step", "", legend=len(curves) > 1))
+            positive = all(y >= 0 for curve in curves for _, y in curve.values)
+            floor = 0.0 if positive else -math.inf
+            chart = lines_chart(curves, "step", "", legend=len(curves) > 1, floor=floor)
+            yield Panel(spec.title, spec.note, chart)
 
 
 def _ratio(metrics: Rows) -> Iterator[Panel]:
@@ -114,20 +141,33 @@ def _ratio(metrics: Rows) -> Iterator[Panel]:
 
 
 def _diversity(metrics: Rows, evaluated: Rows) -> Iterator[Panel]:
+    training = _points(metrics, "diversity")
     curves = [
-        Curve("training groups", smooth(_points(metrics, "diversity")), "faint"),
+        Curve("training groups", _smoothed(training), "faint"),
         Curve("fixed prompts", _points(evaluated, "diversity"), "mean"),
     ]
     known = [curve for curve in curves if curve.values]
     if known:
         note = "Mean distance of image features between the pictures of a prompt."
-        yield Panel("Diversity", note, lines_chart(known, "step", "", legend=True))
+        yield Panel(
+            "Diversity",
+            _joined(note, smoothed_note(len(training))),
+            lines_chart(known, "step", "", legend=True),
+        )
 
 
 def _spread(metrics: Rows, name: str) -> list[tuple[float, float, float]]:
-    means = dict(smooth(_points(metrics, f"reward/{name}/mean")))
-    deviations = dict(smooth(_points(metrics, f"reward/{name}/std")))
+    means = dict(_smoothed(_points(metrics, f"reward/{name}/mean")))
+    deviations = dict(_smoothed(_points(metrics, f"reward/{name}/std")))
     return [(x, means[x] - deviations[x], means[x] + deviations[x]) for x in means if x in deviations]
+
+
+def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return smooth(points, window_of(len(points)))
+
+
+def _joined(*sentences: str) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _points(rows: Rows, name: str) -> list[tuple[float, float]]:

@@ -12,11 +12,12 @@ from markupsafe import Markup
 from pixrl.evaluation import align_words as words
 from pixrl.evaluation.align_panels import Panel, panels, reward_panels
 from pixrl.evaluation.page import THUMBNAIL, Picture, inline, render
+from pixrl.evaluation.shown import gallery_entries, subjects_in_words
 from pixrl.hub import TOY_PREFIX
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_kinds import ALIGN, PERSONALIZE, read_config, require_kind
 from pixrl.training.align_log import evaluations
-from pixrl.training.align_record import GALLERY, START
+from pixrl.training.align_record import START
 from pixrl.training.files import write_atomic
 from pixrl.training.runlog import ManifestRow, RunFolder
 
@@ -49,6 +50,8 @@ class Change:
     role: str
     before: float
     after: float
+    pictures: int = 0
+    """How many were drawn for each of the two; 0: not known."""
 
     @property
     def gain(self) -> float:
@@ -98,10 +101,11 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     pairs = gallery_pairs(folder)
     finished = len(metrics) >= config.steps and any(row["step"] == config.steps for row in evaluated)
-    changes = changes_of(config, evaluated)
+    changes = changes_of(config, evaluated, len(gallery_entries(folder)))
     return {
         "model": config.model,
         "done_to_it": DONE[folder.kind],
+        "subjects": subjects_in_words(folder, config),
         "parts": words.method_parts(config),
         "done": len(metrics),
         "steps": config.steps,
@@ -116,14 +120,15 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "shown": "subjects" if folder.kind == PERSONALIZE else "prompts",
         "slot": "trained" if config.optimizer.ema is None else "averaged",
         "reward_panels": _marked(reward_panels(config, metrics, evaluated)),
-        "panels": _marked(panels(metrics, evaluated)),
+        "panels": _marked(panels(metrics, evaluated, learned=words.learns_from_scores(config))),
         "group": newest_group(folder.path, config, manifest),
+        "group_note": words.training_pictures(config),
         "phases": phases(metrics),
         "failures": failures(manifest),
         "facts": words.facts(config, _start(folder)),
         "machine": words.machine_facts(environment),
         "recipe": folder.recipe_text(),
-        "commands": words.commands(folder.path.name, finished, folder.kind),
+        "commands": words.commands(folder.path, finished, folder.kind),
         "date": environment["date"],
     }
 
@@ -137,14 +142,16 @@ def is_unseen(config: AlignConfig, start: Mapping[str, Any] | None = None) -> bo
     return other or source.startswith(TOY_PREFIX)
 
 
-def changes_of(config: AlignConfig, evaluated: Sequence[Mapping[str, Any]]) -> list[Change]:
+def changes_of(
+    config: AlignConfig, evaluated: Sequence[Mapping[str, Any]], pictures: int = 0
+) -> list[Change]:
     """Every reward and the diversity at the first and at the last evaluation; empty with fewer than two."""
     if len(evaluated) < 2:
         return []
     first, last = evaluated[0], evaluated[-1]
-    roles = {s.name: "never trained on" if s.held_out else "trained on" for s in config.rewards}
+    roles = {setting.name: words.role_of(config, setting) for setting in config.rewards}
     found = [
-        Change(name, role, _number(first.get(f"{name}/mean")), _number(last.get(f"{name}/mean")))
+        Change(name, role, _number(first.get(f"{name}/mean")), _number(last.get(f"{name}/mean")), pictures)
         for name, role in roles.items()
     ]
     if "diversity" in last:
@@ -154,11 +161,11 @@ def changes_of(config: AlignConfig, evaluated: Sequence[Mapping[str, Any]]) -> l
 
 def warnings(changes: Sequence[Change]) -> list[str]:
     """What a person should look at before trusting the run: signs of reward hacking."""
-    risen = [c for c in changes if c.role == "trained on" and c.gain > 0]
-    fallen = [c for c in changes if c.role == "never trained on" and c.gain < -FALL * abs(c.before)]
+    risen = [c for c in changes if c.role == words.TRAINED and c.gain > 0]
+    fallen = [c for c in changes if c.role == words.HELD_OUT and c.gain < -FALL * abs(c.before)]
     found = [
         f"{c.name}, which was never trained on, fell from {c.before:.3f} to {c.after:.3f}, while "
-        f"{' and '.join(r.name for r in risen)} rose. Look at the pictures before you trust the gain."
+        f"{' and '.join(r.name for r in risen)} rose. {_chance(c)}Look at the pictures before you trust the gain."
         for c in fallen
         if risen
     ]
@@ -170,13 +177,18 @@ def warnings(changes: Sequence[Change]) -> list[str]:
     return found
 
 
+def _chance(change: Change) -> str:
+    """What a fall of means alone does not tell: a run records no score of single pictures of its evaluations."""
+    if not change.pictures:
+        return ""
+    return f"Both are means over {change.pictures} pictures: chance alone may move them as much. "
+
+
 def gallery_pairs(folder: RunFolder) -> list[Pair]:
     """Held-out prompts by the base and by the newest evaluated weights, from the same noise."""
-    record = folder.path / GALLERY
     steps = sorted(folder.samples_dir.glob("step-*"))
-    if len(steps) < 2 or not record.is_file():
+    if len(steps) < 2:
         return []
-    shown = json.loads(record.read_text(encoding="utf-8"))
     return [
         Pair(
             entry["prompt"],
@@ -185,7 +197,7 @@ def gallery_pairs(folder: RunFolder) -> list[Pair]:
             inline(after, THUMBNAIL),
             inline(folder.path / entry["reference"], THUMBNAIL) if "reference" in entry else None,
         )
-        for entry in shown
+        for entry in gallery_entries(folder)
         for before, after in [[step / f"{entry['number']:04d}.png" for step in (steps[0], steps[-1])]]
         if before.is_file() and after.is_file()
     ]

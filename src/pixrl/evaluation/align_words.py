@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pixrl.algorithms.advantages import Scale
@@ -11,8 +12,50 @@ from pixrl.algorithms.losses import NFTSettings
 from pixrl.algorithms.rpo import RPOSettings
 from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.stepping import Noise
+from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig, PerturbedExploration
 from pixrl.training.personalize_config import PersonalizeConfig
+
+TRAINED, MEASURED, HELD_OUT = "trained on", "only measured", "never trained on"
+"""What a run makes of a reward; `MEASURED` where it learns from no score at all."""
+
+
+def role_of(config: AlignConfig, setting: RewardSetting) -> str:
+    """What the run makes of a reward."""
+    if not learns_from_scores(config):
+        return MEASURED
+    return HELD_OUT if setting.held_out else TRAINED
+
+
+def learns_from_scores(config: AlignConfig) -> bool:
+    """False of supervised flow matching."""
+    return not isinstance(config.loss, SFTSettings)
+
+
+def learned_by(config: AlignConfig) -> str:
+    """What the LoRA was trained by, for a sentence."""
+    if not learns_from_scores(config):
+        return "supervised flow matching on target pictures (no score was learned from)"
+    names = " and ".join(setting.name for setting in config.rewards if not setting.held_out)
+    return f"reinforcement learning on {names}"
+
+
+def training_pictures(config: AlignConfig) -> str:
+    """Whose pictures training scored, as a sentence, where the trained model did not draw them; else empty."""
+    match config.loss:
+        case SFTSettings():
+            return "The pictures of training prompts are the targets, which nobody drew."
+        case RPOSettings() as loss:
+            drawn = _candidates(config, loss)
+            return f"The pictures of training prompts are {drawn}: they do not improve with training."
+        case _:
+            return ""
+
+
+def _candidates(config: AlignConfig, loss: RPOSettings) -> str:
+    if not isinstance(config, PersonalizeConfig):
+        return "candidates drawn by the frozen base"
+    return f"candidates drawn by the frozen base, with{'' if loss.shown else 'out'} references"
 
 
 def variants_of(config: AlignConfig) -> int:
@@ -58,8 +101,13 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
         ("averaged weights", "none" if s.ema is None else f"decay {s.ema:g}"),
         ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}"),
         ("seed", str(config.seed)),
-        *[("plan", str(note)) for note in start.get("notes", ())],
+        *_plan(start),
     ]
+
+
+def _plan(start: Mapping[str, Any]) -> list[tuple[str, str]]:
+    notes = [str(note) for note in start.get("notes", ())]
+    return [("plan", "; ".join(notes))] if notes else []
 
 
 def _rate(s: OptimizerSettings) -> str:
@@ -99,11 +147,13 @@ def machine_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def commands(run: str, finished: bool, kind: str) -> str:
-    """How to make the run again, or to its end."""
-    lines = [] if finished else [shlex.join(["pixrl", "resume", run]) + "    # to its end"]
-    lines.append(shlex.join(["pixrl", kind, f"{run}/recipe.yaml", "--out", f"{run}-again"]))
-    lines.append(shlex.join(["pixrl", "selfcheck", f"{run}/recipe.yaml"]) + "    # is it on-policy here?")
+def commands(run: Path, finished: bool, kind: str) -> str:
+    """How to make the run again, or to its end; with whole paths, since nothing says where a reader stands."""
+    run = run.absolute()
+    recipe = str(run / "recipe.yaml")
+    lines = [] if finished else [shlex.join(["pixrl", "resume", str(run)]) + "    # to its end"]
+    lines.append(shlex.join(["pixrl", kind, recipe, "--out", str(run.with_name(f"{run.name}-again"))]))
+    lines.append(shlex.join(["pixrl", "selfcheck", recipe]) + "    # is it on-policy here?")
     return "\n".join(lines)
 
 
@@ -157,9 +207,10 @@ def _loss(config: AlignConfig) -> str:
         case SFTSettings() as loss:
             return f"supervised flow matching on target pictures, {loss.timesteps} noise levels a sample"
         case RPOSettings() as loss:
+            drawn = _candidates(config, loss)
             return (
-                f"rpo: best against worst of a group by the harmonic mean, beta {loss.beta:g}, similarity loss "
-                f"{loss.similarity:g}, {loss.timesteps} noise levels a pair"
+                f"rpo: best against worst of a group of {drawn}, by the harmonic mean, beta {loss.beta:g}, similarity "
+                f"loss {loss.similarity:g}, {loss.timesteps} noise levels a pair"
             )
         case DraftSettings() as loss:
             return f"the rewards' own gradient through the last {loss.last} sampling step(s), KL {loss.kl:g}"

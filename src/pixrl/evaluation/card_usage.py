@@ -12,6 +12,8 @@ FOLDER, PICTURES, PROMPT = "FOLDER", "PICTURES", "PROMPT"
 COMFYUI, UNO = "comfyui", "uno"
 UNO_RANK = 512
 """That UNO's published file and app have."""
+PICTURE = "picture.png"
+_DRAWING = ("from pixrl.evaluation.align_eval import sample", "from pixrl.training.runlog import png_bytes")
 _IMAGES = "of seed 0: [1, 3, rows, columns] in [0, 1]"
 
 
@@ -37,10 +39,28 @@ def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without
         )
         return "\n\n".join(parts)
     else:
-        parts += [f"{FOLDER} is where this file lies.", _code(_loaded(config, file, pipeline, without))]
+        parts += [
+            f"{FOLDER} is where this file lies, {PROMPT} what to draw.{_sampler_note(config)}",
+            _code(_loaded(config, file, pipeline, without)),
+        ]
     if isinstance(config, PersonalizeConfig):
         parts += _references(config, file, layout, pipeline)
     return "\n\n".join(parts)
+
+
+def _sampler_note(config: AlignConfig) -> str:
+    """Where diffusers draws other pictures than the run showed."""
+    if _needs_pixrl(config):
+        return ""
+    return (
+        " diffusers draws with its own sampler, from noise of its own: the pictures are not those of the run, which "
+        f"were drawn with pixrl's {config.sampling.solver.value}."
+    )
+
+
+def _needs_pixrl(config: AlignConfig) -> bool:
+    """diffusers cannot load the base alone."""
+    return config.model.startswith(TOY_PREFIX) or split_single_file(config.model) is not None
 
 
 def in_unos_code(file: str, rank: int) -> str:
@@ -62,7 +82,8 @@ def _references(config: PersonalizeConfig, file: str, layout: str, pipeline: str
     what = f"{who} with these weights, but shows the model no reference pictures, which it was trained to look at."
     if layout == COMFYUI:
         return [
-            f"{what} pixrl shows them; the card of the layout diffusers has the code: `pixrl export RUN`."
+            f"{what} pixrl shows them; the code is in the card of the layout diffusers, which "
+            "`pixrl export RUN --format diffusers` writes to `RUN/export/diffusers/README.md`."
         ]
     return [
         f"{what} pixrl shows them as in training ({PICTURES} is a folder with pictures of the subject):",
@@ -78,12 +99,15 @@ def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str
     """diffusers' pipeline with the LoRA, or pixrl's model where diffusers cannot load the base alone."""
     ref = config.model
     lora = f"load_lora_weights({_text(FOLDER)}, weight_name={_text(file)})"
-    if ref.startswith(TOY_PREFIX) or split_single_file(ref) is not None:
+    if _needs_pixrl(config):
+        yield "from pathlib import Path"
+        yield ""
         yield "from pixrl import models"
+        yield from _DRAWING
         yield ""
         yield f"model = models.load({_text(ref)}{_options(config)})"
         yield f"model.pipeline.{lora}"
-        yield f"images = model.sample(model.encode([{_text(PROMPT)}]), [0])  # {_IMAGES}"
+        yield from _drawn(config, "model", f"model.encode([{_text(PROMPT)}])")
         return
     base, _, revision = ref.partition("@") if is_hub_id(ref) else (ref, "", "")
     pinned = f", revision={_text(revision)}" if revision else ""
@@ -92,12 +116,36 @@ def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str
     yield ""
     yield f"pipeline = {pipeline}.from_pretrained({_text(base)}{pinned}{absent})"
     yield f"pipeline.{lora}"
+    yield f"image = pipeline({_text(PROMPT)}{_call_options(config)}).images[0]"
+    yield f"image.save({_text(PICTURE)})"
+
+
+def _drawn(config: AlignConfig, policy: str, conditioning: str) -> Iterator[str]:
+    """A picture of the run's solver, saved."""
+    yield f"images = sample({policy}, {conditioning}, [0], solver={_text(config.sampling.solver.value)})  # {_IMAGES}"
+    yield f"Path({_text(PICTURE)}).write_bytes(png_bytes(images[0]))"
+
+
+def _call_options(config: AlignConfig) -> str:
+    """Of diffusers' pipeline, as far as the recipe says them."""
+    side = config.resolution
+    chosen = {
+        "num_inference_steps": _steps(config),
+        "guidance_scale": config.guidance,
+        "height": side,
+        "width": side,
+    }
+    return "".join(f", {name}={value}" for name, value in chosen.items() if value is not None)
+
+
+def _steps(config: AlignConfig) -> int:
+    """Of the run's evaluation."""
+    return config.evaluation.steps or config.sampling.steps
 
 
 def _options(config: AlignConfig) -> str:
     """Of models.load, as the run's evaluation draws."""
-    steps = config.evaluation.steps or config.sampling.steps
-    chosen = {"steps": steps, "guidance": config.guidance, "resolution": config.resolution}
+    chosen = {"steps": _steps(config), "guidance": config.guidance, "resolution": config.resolution}
     chosen |= {} if config.t5 else {"t5": False}
     return "".join(f", {name}={value}" for name, value in chosen.items() if value is not None)
 
@@ -116,9 +164,11 @@ def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:
     yield ""
     yield "from pixrl import models"
     yield "from pixrl.data.pictures import read_pictures, to_tensors"
+    yield _DRAWING[0]
     if named := [name for name in ("Preset", "Shift") if f"={name}." in given]:
         yield f"from pixrl.models.flux import {', '.join(named)}"
     yield "from pixrl.models.references import on_square"
+    yield _DRAWING[1]
     yield ""
     yield f"policy = models.load({_text(config.model)}{_options(config)})"
     if given:
@@ -127,7 +177,7 @@ def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:
     yield f"pictures = to_tensors(read_pictures(Path({_text(PICTURES)})){cut})"
     yield "references = [on_square(picture, policy.reference_side)[None] for picture in pictures]"
     yield f"conditioning = policy.with_references(policy.encode([{_text(PROMPT)}]), references)"
-    yield f"images = policy.sample(conditioning, [0])  # {_IMAGES}"
+    yield from _drawn(config, "policy", "conditioning")
 
 
 def _text(value: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -113,12 +113,22 @@ def reward_chart(rewards: Sequence[float], batch: int) -> str:
     )
 
 
-def lines_chart(curves: Sequence[Curve], x_label: str, y_label: str, *, legend: bool = False) -> str:
-    """Several lines over the same axes, with their bands; `legend` names them below the axis (room for about three)."""
+def lines_chart(
+    curves: Sequence[Curve], x_label: str, y_label: str, *, legend: bool = False, floor: float = -math.inf
+) -> str:
+    """Several lines over the same axes, with their bands.
+
+    Args:
+        curves: what to draw.
+        x_label, y_label: of the axes.
+        legend: name the lines below the axis (room for about three).
+        floor: the margin below the lowest value ends here.
+    """
     points = [point for curve in curves for point in curve.values]
     edges = [edge for curve in curves for _, *pair in curve.band for edge in pair]
     x = axis([p[0] for p in points], LEFT, WIDTH - RIGHT, 0.02)
     y = axis([p[1] for p in points] + edges, HEIGHT - BOTTOM, TOP)
+    y = replace(y, low=max(y.low, floor))
     body = "".join(_band(curve, x, y) for curve in curves) + "".join(_line(curve, x, y) for curve in curves)
     named = _legend([(curve.css, curve.label) for curve in curves]) if legend else ""
     return _frame(body, x, y, x_label, y_label, named)

@@ -1,4 +1,4 @@
-"""A run's LoRA as a file that other programs load, with a model card and pictures beside it.
+"""A run's LoRA as a file that other programs load, with a model card and pictures beside it: a folder a format.
 
 The last whole checkpoint is taken. The weights are saved with their scale (alpha / rank) in the up projections, so
 that a reader needs no alpha. Where the run was trained on top of a merged LoRA (UNO's), the file holds both.
@@ -84,7 +84,7 @@ def export(
 
     Args:
         run: an align or personalize run, finished or not.
-        out: the folder; None: `export` in the run's.
+        out: the folder; None: `export/FORMAT` in the run's, so that each format has its own card.
         layout: diffusers', ComfyUI's or UNO's names.
         slot: current or ema; None: the averaged weights where the run has them.
 
@@ -103,7 +103,7 @@ def export(
     base = locate(config.model).folder
     lora = _lora(config, tensors, chosen)
     named = _named(lora, layout, base)
-    place = folder.path / "export" if out is None else out
+    place = folder.path / "export" / layout.value if out is None else out
     facts = Facts(
         file=FILES[layout],
         slot=chosen.value,
@@ -193,7 +193,7 @@ def _describe(folder: RunFolder, config: AlignConfig, facts: Facts, place: Path,
     """Writes the card, `notes` at its end, and its pictures; the card's path."""
     pairs = shown_pairs(folder)
     for pair in pairs:
-        for source, name in (pair.before, pair.after):
+        for source, name in pair.files:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(place / name, source.read_bytes())
     write_atomic(place / CARD, (write_card(folder, config, facts, pairs) + notes).encode())

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import yaml
 from pixrl.evaluation import align_words as words
 from pixrl.evaluation.align_report import FALL, Change, changes_of, failures, is_unseen, warnings
 from pixrl.evaluation.card_usage import usage
+from pixrl.evaluation.shown import class_word, gallery_entries, in_words, subjects_in_words
 from pixrl.hub_check import INDEX, read_json
 from pixrl.hub_fetch import is_hub_id, split_revision
 from pixrl.models.licences import NOT_STATED, generator_licence
 from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_log import evaluations
-from pixrl.training.align_record import GALLERY, read_rewards
+from pixrl.training.align_record import START, read_rewards, read_start
 from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.runlog import RunFolder
 
@@ -34,6 +35,14 @@ class Shown:
     prompt: str
     before: tuple[Path, str]
     after: tuple[Path, str]
+    reference: tuple[Path, str] | None = None
+    """What the model was shown."""
+    subject: str | None = None
+
+    @property
+    def files(self) -> list[tuple[Path, str]]:
+        """All of them."""
+        return [one for one in (self.reference, self.before, self.after) if one is not None]
 
 
 @dataclass(frozen=True)
@@ -52,30 +61,37 @@ class Facts:
 
 def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
     """Held-out prompts by the base and by the last evaluated weights, from the same noise; spread evenly."""
-    record = folder.path / GALLERY
     steps = sorted(folder.samples_dir.glob("step-*"))
-    if len(steps) < 2 or not record.is_file():
+    if len(steps) < 2:
         return []
-    entries = json.loads(record.read_text(encoding="utf-8"))
     found = []
-    for entry in entries:
+    for entry in gallery_entries(folder):
         before, after = (step / f"{entry['number']:04d}.png" for step in (steps[0], steps[-1]))
         if before.is_file() and after.is_file():
             names = [f"images/{entry['number']:04d}-{when}.png" for when in ("before", "after")]
-            found.append(Shown(entry["prompt"], (before, names[0]), (after, names[1])))
+            pair = Shown(entry["prompt"], (before, names[0]), (after, names[1]))
+            found.append(replace(pair, reference=_reference(folder, entry), subject=entry.get("subject")))
     total = min(count, len(found))
     return [found[place * len(found) // total] for place in range(total)]
+
+
+def _reference(folder: RunFolder, entry: Mapping[str, Any]) -> tuple[Path, str] | None:
+    """The picture of its subject; pairs of one subject and prompt share it."""
+    if "reference" not in entry:
+        return None
+    file = folder.path / entry["reference"]
+    return (file, f"images/{file.stem}-reference.png") if file.is_file() else None
 
 
 def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequence[Shown]) -> str:
     """The card as markdown, with the front matter that model hubs read."""
     evaluated = evaluations(folder.path)
-    changes = changes_of(config, evaluated)
+    changes = changes_of(config, evaluated, len(gallery_entries(folder)))
     sections = [
         _front_matter(config),
         _title(folder, config, facts),
-        _pictures(pairs),
-        _changes(config, changes, evaluated),
+        _pictures(config, pairs),
+        _changes(folder, config, changes, evaluated),
         artefacts(folder, changes),
         _method(folder, config),
         usage(config, file=facts.file, layout=facts.layout, pipeline=facts.pipeline, without=facts.without),
@@ -92,43 +108,56 @@ def _front_matter(config: AlignConfig) -> str:
         fields["base_model"] = base
     licence = generator_licence(config.model)
     fields |= {"license": "other", "license_name": licence} if licence != NOT_STATED else {}
-    fields["tags"] = ["lora", "diffusers", "pixrl", "reinforcement-learning"]
+    method = ["reinforcement-learning"] if words.learns_from_scores(config) else []
+    fields["tags"] = ["lora", "diffusers", "pixrl", *method]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()}\n---"
 
 
 def _title(folder: RunFolder, config: AlignConfig, facts: Facts) -> str:
-    names = " and ".join(setting.name for setting in config.rewards if not setting.held_out)
     what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
+    subjects = subjects_in_words(folder, config)
+    of_whom = f"It was trained to draw {subjects}. " if subjects else ""
     return (
-        f"# {folder.path.name}\n\n"
-        f"A LoRA of rank {config.lora.rank} on `{config.model}`, trained by reinforcement learning on {names} with "
+        f"# {folder.path.name}\n\n{of_whom}"
+        f"A LoRA of rank {config.lora.rank} on `{config.model}`, trained by {words.learned_by(config)} with "
         f"`pixrl {folder.kind}`: the {what} weights after {facts.step} of {config.steps} steps."
     )
 
 
-def _pictures(pairs: Sequence[Shown]) -> str:
+def _pictures(config: AlignConfig, pairs: Sequence[Shown]) -> str:
     if not pairs:
         return ""
-    rows = [
-        f"| {_cell(pair.prompt)} | ![before]({pair.before[1]}) | ![after]({pair.after[1]}) |"
-        for pair in pairs
-    ]
-    head = ["## Before and after", "", "The same prompt and noise.", "", "| prompt | before | after |"]
-    return "\n".join([*head, "|---|---|---|", *rows])
+    with_subject = any(pair.reference for pair in pairs)
+    columns = ["prompt", *(["subject"] if with_subject else []), "before", "after"]
+    rows = [_row(config, pair, with_subject) for pair in pairs]
+    table = [_line(columns), "|---" * len(columns) + "|", *rows]
+    return "\n".join(["## Before and after", "", "The same prompt and noise.", "", *table])
 
 
-def _changes(config: AlignConfig, changes: Sequence[Change], evaluated: Sequence[Mapping[str, Any]]) -> str:
+def _row(config: AlignConfig, pair: Shown, with_subject: bool) -> str:
+    subject = ""
+    if pair.reference is not None and pair.subject is not None:
+        word = class_word(config.evaluation.source or config.prompts.source, pair.subject)
+        subject = f"![reference]({pair.reference[1]}) {in_words(pair.subject, word)}"
+    pictures = [f"![before]({pair.before[1]})", f"![after]({pair.after[1]})"]
+    return _line([_cell(pair.prompt), *([_cell(subject)] if with_subject else []), *pictures])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _changes(
+    folder: RunFolder, config: AlignConfig, changes: Sequence[Change], evaluated: Sequence[Mapping[str, Any]]
+) -> str:
     if not changes:
         return "## Gains and losses\n\nNot measured: the run was exported before its second evaluation."
-    s = config.evaluation
-    count = s.prompts * s.per_prompt
-    seen = "that training did not see" if is_unseen(config) else "of the training file"
     rows = [
         f"| {c.name} | {c.role} | {_number(c.before)} | {_number(c.after)} | {_signed(c.gain)} |"
         for c in changes
     ]
     head = (
-        f"Means over up to {count} pictures of {s.prompts} prompts {seen}, from the same noise before and after "
+        f"Means over {_evaluated(folder, config)}, from the same noise before and after "
         f"({evaluated[0]['step']} and {evaluated[-1]['step']} updates). One seed: no interval."
     )
     return "\n".join(
@@ -144,6 +173,26 @@ def _changes(config: AlignConfig, changes: Sequence[Change], evaluated: Sequence
     )
 
 
+def _evaluated(folder: RunFolder, config: AlignConfig) -> str:
+    """What was drawn before and after, and whether training saw it."""
+    start, pictures = _start(folder), len(gallery_entries(folder))
+    prompts = pictures // config.evaluation.per_prompt
+    counted = f"{pictures} pictures of {prompts} prompts" if pictures else "pictures"
+    seen = start.get("trained_on")
+    if is_unseen(config, start):
+        which = "that training did not see"
+    elif seen is None or seen == prompts:
+        which = "that training saw too"
+    else:
+        which = f"of which training saw {seen} too"
+    return f"{counted} of `{config.evaluation.source or config.prompts.source}` {which}"
+
+
+def _start(folder: RunFolder) -> dict[str, Any]:
+    """start.json; empty of a run that stopped before its first step."""
+    return read_start(folder) if (folder.path / START).is_file() else {}
+
+
 def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
     """What got worse, whatever the reason, and what was not looked at."""
     manifest = folder.manifest()
@@ -157,9 +206,7 @@ def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
     failed = failures(manifest)
     if failed:
         total = sum(count for _, count in failed)
-        found.append(
-            f"- {total} of {len(manifest)} training pictures had no score and taught nothing: {failed[0][0]} ..."
-        )
+        found.append(f"- {total} of {len(manifest)} training pictures had no score: {failed[0][0]} ...")
     if not found:
         found = ["- None was detected: no figure above fell."]
     if not any(c.role == "spread" for c in changes):
@@ -172,13 +219,11 @@ def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
 
 def _method(folder: RunFolder, config: AlignConfig) -> str:
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
-    start_file = folder.path / "start.json"
-    start = json.loads(start_file.read_text(encoding="utf-8")) if start_file.is_file() else {}
-    rewards = [
-        f"- `{s.name}` ({s.reward}), {'only measured' if s.held_out else f'weight {s.weight:g}'}: {_options(s)}"
-        for s in config.rewards
+    rewards = [f"- `{s.name}` ({s.reward}), {_counts(config, s)}: {_options(s)}" for s in config.rewards]
+    facts = [
+        f"- {name}: {text}"
+        for name, text in (*words.method_parts(config), *words.facts(config, _start(folder)))
     ]
-    facts = [f"- {name}: {text}" for name, text in (*words.method_parts(config), *words.facts(config, start))]
     machine = [f"- {name}: {text}" for name, text in words.machine_facts(environment)]
     return "\n".join(["## Method", "", *facts, "", "## Rewards", "", *rewards, "", "## Data", "", *_data(config),
                       "", "## Machine", "", *machine])  # fmt: skip
@@ -188,7 +233,13 @@ def _data(config: AlignConfig) -> Iterator[str]:
     yield f"- training prompts: `{config.prompts.source}`"
     yield f"- evaluation prompts: `{config.evaluation.source or config.prompts.source}`"
     if isinstance(config, PersonalizeConfig):
-        yield "- reference pictures: those of the subjects named there; they are not part of this folder"
+        shown = "of them only what is shown above is part of this folder"
+        yield f"- reference pictures: those of the subjects named there; {shown}"
+
+
+def _counts(config: AlignConfig, setting: RewardSetting) -> str:
+    trained = words.role_of(config, setting) == words.TRAINED
+    return f"weight {setting.weight:g}" if trained else words.MEASURED
 
 
 def _options(setting: RewardSetting) -> str:

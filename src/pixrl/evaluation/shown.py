@@ -1,0 +1,52 @@
+"""What an align run's evaluation showed: how many pictures, of which subjects."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pixrl.data.prompts import read_text
+from pixrl.data.subjects import CLASS_FILE
+from pixrl.errors import InputError
+from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_record import GALLERY
+from pixrl.training.runlog import RunFolder
+
+NAMED = 3
+"""Subjects that a heading names; of more it says how many they are."""
+
+
+def gallery_entries(folder: RunFolder) -> list[dict[str, Any]]:
+    """One a picture of an evaluation: number, prompt, seed; subject and reference where it has them."""
+    record = folder.path / GALLERY
+    if not record.is_file():  # it stopped before its first step
+        return []
+    entries: list[dict[str, Any]] = json.loads(record.read_text(encoding="utf-8"))
+    return entries
+
+
+def subjects_in_words(folder: RunFolder, config: AlignConfig) -> str:
+    """The subjects that were trained on so far, such as `my_mug (mug)`; empty of a run without."""
+    names = trained_subjects(folder)
+    if len(names) > NAMED:
+        return f"{len(names)} subjects"
+    return ", ".join(in_words(name, class_word(config.prompts.source, name)) for name in names)
+
+
+def trained_subjects(folder: RunFolder) -> list[str]:
+    """Their names in order, each once."""
+    return sorted({str(row.extra["subject"]) for row in folder.manifest() if "subject" in row.extra})
+
+
+def in_words(subject: str, word: str | None) -> str:
+    """A subject with what prompts call it."""
+    return subject if word in (None, subject) else f"{subject} ({word})"
+
+
+def class_word(source: str, subject: str) -> str | None:
+    """What prompts call a subject of a source; None where that is no folder, or is not there any more."""
+    places = [Path(source) / subject / CLASS_FILE, Path(source) / CLASS_FILE]
+    file = next((place for place in places if place.is_file()), None)
+    try:
+        return None if file is None else " ".join(read_text(file).split())
+    except InputError:
+        return None
