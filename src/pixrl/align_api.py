@@ -118,7 +118,9 @@ def load_personalize(
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[AlignConfig, str | Path | Mapping[str, Any]]:
     """The settings of a personalization, and what to name its folder after."""
-    own = {} if subject is None else {"prompts.source": str(subject), "evaluation.source": str(subject)}
+    chosen = {text.partition("=")[0].strip() for text in overrides}
+    sources = () if subject is None else ("prompts.source", "evaluation.source")
+    own = {name: str(subject) for name in sources if name not in chosen}
     usual = PERSONALIZE_RECIPE if subject is None else SUBJECT_RECIPE
     source = usual if recipe is None else recipe
     config = load(

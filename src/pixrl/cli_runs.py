@@ -12,18 +12,26 @@ INTERRUPTED = 130
 
 @contextmanager
 def resumable(run: Path) -> Iterator[None]:
-    """Ctrl-C within: everything finished is on the disk, and the user learns how to go on."""
+    """Ctrl-C within: the user learns what is on the disk and how to go on."""
     try:
         yield
     except KeyboardInterrupt:
         started = (run / "recipe.yaml").is_file()
-        hint = (
-            f"Everything finished is saved. To go on, type: pixrl resume {run}"
-            if started
-            else "Nothing was started."
-        )
+        hint = f"{_saved(run)} To go on, type: pixrl resume {run}" if started else "Nothing was started."
         typer.echo(f"\nInterrupted. {hint}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _saved(run: Path) -> str:
+    """What of a broken-off run is kept."""
+    from pixrl.training import checkpoint
+
+    if not (run / "start.json").is_file():  # fuse writes after every batch
+        return "Everything finished is saved."
+    newest = checkpoint.latest(run)
+    if newest is None:
+        return "There is no checkpoint yet, so it will begin again."
+    return f"It is saved up to step {checkpoint.step_of(newest)}; what came after is made again."
 
 
 def say_where(run: Path) -> None:

@@ -18,8 +18,9 @@ from pixrl.training import selfcheck
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_eval import score
 from pixrl.training.align_kinds import kind_of, read_config
-from pixrl.training.align_log import AlignLog
+from pixrl.training.align_log import AlignLog, evaluations
 from pixrl.training.align_record import (
+    changed_data,
     changed_rewards,
     differences,
     find_place,
@@ -73,10 +74,11 @@ def go_on(
     Args:
         path: the run's folder.
         overrides: settings to change from here on, `a.b=c`.
-        accept_changes: go on though recipe.yaml was edited, or a reward's weights are others, after the run began.
+        accept_changes: go on though recipe.yaml was edited, or a reward's weights, prompts or reference pictures are
+            others, after the run began.
 
     Raises:
-        CheckpointError: recipe.yaml was edited or a reward changed (it says what differs), or the model is another one.
+        CheckpointError: one of these changed (it says what differs), or the model is another one.
     """
     folder = RunFolder.open(path, allow_changed=True)
     edited = read_config(folder)
@@ -85,11 +87,13 @@ def go_on(
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     shop = open_workshop(config)
     require_same_model(folder, began, shop.policy)
-    rewards = changed_rewards(folder, shop, accept_changes)
+    changed = [*changed_rewards(folder, shop, accept_changes), *changed_data(folder, shop, accept_changes)]
     step, images, saved = find_place(folder)
     shop.team.wait()  # all have read the logs before the first one cuts them back
     micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
-    changes = [*differences(began["recipe"], config.model_dump(mode="json")), *rewards]
+    changes = [*differences(began["recipe"], config.model_dump(mode="json")), *changed]
+    if step == config.steps and not changes and _is_evaluated(folder.path, step):
+        return folder.path  # finished: nothing is drawn again
     if changes:
         left_out = check_references(shop)
         micro_batches, notes = plan_batches(shop)
@@ -99,6 +103,10 @@ def go_on(
             write_start(folder, shop, micro_batches, notes)
     _play(folder, shop, micro_batches, notes, step, images, saved, monitor if shop.team.leads else None)
     return folder.path
+
+
+def _is_evaluated(path: Path, step: int) -> bool:
+    return any(row["step"] == step for row in evaluations(path))
 
 
 def check(config: AlignConfig) -> selfcheck.Report:

@@ -14,6 +14,7 @@ from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.references import on_square
 from pixrl.training import checkpoint
 from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_data import data_checksums
 from pixrl.training.align_eval import gallery
 from pixrl.training.align_workshop import Workshop
 from pixrl.training.files import write_atomic
@@ -33,6 +34,7 @@ def write_start(folder: RunFolder, shop: Workshop, micro_batches: MicroBatches, 
         "model": shop.policy.name,
         "fingerprint": shop.policy.backbone_fingerprint,
         "rewards": shop.rewards.provenance(),
+        "data": data_checksums(shop.prompts.prompts, shop.held_out),
         "micro_batches": {"rollout": micro_batches.rollout, "train": micro_batches.train},
         "notes": list(notes),
         "trained_on": shop.trained_on(),
@@ -63,9 +65,10 @@ def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict
 
 
 def read_start(folder: RunFolder) -> dict[str, Any]:
-    """What a run began with: recipe, model, fingerprint, rewards, micro_batches, notes, trained_on.
+    """What a run began with: recipe, model, fingerprint, rewards, data, micro_batches, notes, trained_on.
 
-    `rewards` is each reward's provenance; runs of before it was recorded have none.
+    `rewards` is each reward's provenance, `data` a checksum of each source's prompts and reference pictures; runs of
+    before they were recorded have none.
 
     `trained_on` is the number of the evaluation's prompts that training asks for too.
     """
@@ -125,13 +128,29 @@ def changed_rewards(folder: RunFolder, shop: Workshop, accepted: bool) -> list[s
     Raises:
         CheckpointError: something is, and that is not accepted.
     """
-    before, now = read_rewards(folder), shop.rewards.provenance()
+    return _changed(folder, "rewards", read_rewards(folder), shop.rewards.provenance(), accepted)
+
+
+def changed_data(folder: RunFolder, shop: Workshop, accepted: bool) -> list[str]:
+    """Which source holds other prompts or pictures than when the run began; nothing of a source that is named anew.
+
+    Raises:
+        CheckpointError: one does, and that is not accepted.
+    """
+    before = read_start(folder).get("data", {})
+    now = data_checksums(shop.prompts.prompts, shop.held_out)
+    return _changed(folder, "prompts and pictures", before, now, accepted)
+
+
+def _changed(
+    folder: RunFolder, what: str, before: Mapping[str, Any], now: Mapping[str, Any], accepted: bool
+) -> list[str]:
     common = [name for name in before if name in now]
     changes = differences({name: before[name] for name in common}, {name: now[name] for name in common})
     if changes and not accepted:
         listed = "\n  ".join(changes)
         raise CheckpointError(
-            f"The rewards of {folder.path} are not what they were, so its scores would not be comparable:\n  {listed}\n"
+            f"The {what} of {folder.path} are not what they were, so its scores would not be comparable:\n  {listed}\n"
             "Put them back; or go on with the changes: add --accept-changes"
         )
     return changes

@@ -1,0 +1,56 @@
+"""Checksums of what a run learns from and is evaluated on: prompts, class words and reference pictures."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pixrl.algorithms.sft import TARGET
+from pixrl.data.prompts import Prompt, PromptSet
+
+SUBJECT = "subject"
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+
+def data_checksums(training: PromptSet, evaluation: PromptSet) -> dict[str, str]:
+    """A checksum each of the two prompt sets, by what they are for and where they come from."""
+    return {
+        f"prompts.source {training.name}": checksum(training),
+        f"evaluation.source {evaluation.name}": checksum(evaluation),
+    }
+
+
+def checksum(prompts: Iterable[Prompt]) -> str:
+    """Of texts and metadata in their order; the pictures of a subject are read once, targets never: they are many."""
+    total, known = hashlib.sha256(), set()
+    for prompt in prompts:
+        total.update(prompt.text.encode())
+        subject = prompt.metadata.get(SUBJECT)
+        pictures_too = subject is None or subject not in known
+        known.add(subject)
+        for key in sorted(prompt.metadata):
+            if key != TARGET and (pictures_too or key == SUBJECT):
+                total.update(key.encode())
+                _add(total, prompt.metadata[key])
+    return total.hexdigest()[:16]
+
+
+def _add(total: _Hash, value: Any) -> None:
+    """A value of metadata: pictures by their numbers, containers by their parts, anything else as it is written."""
+    if isinstance(value, Tensor):
+        total.update(str(tuple(value.shape)).encode())
+        total.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            _add(total, key)
+            _add(total, value[key])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _add(total, part)
+    else:
+        total.update(repr(value).encode())
