@@ -5,6 +5,7 @@ says which job it is for. Unknown keys, repeated keys and settings given twice a
 """
 
 import re
+import shlex
 import typing
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -77,6 +78,11 @@ def find_recipe(name: Path | str) -> Path:
         for candidate in (folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
             if candidate.is_file():
                 return candidate
+    if direct.is_dir():
+        raise ConfigError(
+            f"{str(name)!r} is a folder, not a recipe. A subject's folder is given as --subject {shlex.quote(str(name))}; "
+            f"a run is finished by: pixrl resume {shlex.quote(str(name))}"
+        )
     names = recipe_names()
     listed = ", ".join(names) if names else "none is installed"
     raise ConfigError(

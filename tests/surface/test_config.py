@@ -85,6 +85,13 @@ def test_mistakes_are_named(source: dict[str, object], overrides: list[str], mes
         config.load(Outer, source, overrides)
 
 
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    folder = tmp_path / "my dog"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"is a folder, not a recipe.*--subject '.*my dog'"):
+        config.load(Outer, folder)
+
+
 def test_a_missing_setting_is_named() -> None:
     class Needs(config.Settings):
         model: str
