@@ -79,9 +79,10 @@ def find_recipe(name: Path | str) -> Path:
             if candidate.is_file():
                 return candidate
     if direct.is_dir():
+        typed = shlex.quote(str(name))
         raise ConfigError(
-            f"{str(name)!r} is a folder, not a recipe. A subject's folder is given as --subject {shlex.quote(str(name))}; "
-            f"a run is finished by: pixrl resume {shlex.quote(str(name))}"
+            f"{str(name)!r} is a folder, not a recipe. A subject's folder is given as --subject {typed}; "
+            f"a run is finished by: pixrl resume {typed}"
         )
     names = recipe_names()
     listed = ", ".join(names) if names else "none is installed"
