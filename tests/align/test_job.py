@@ -292,11 +292,19 @@ def test_another_file_may_still_overlap(
     assert (shop.trained_on(), len(told)) == (seen, seen)
 
 
-def test_one_text_of_two_subjects_is_two_prompts(sd3_folder: Path, prompt_file: Path) -> None:
+def test_a_subject_is_trained_on_by_its_pictures_whatever_it_is_called(
+    sd3_folder: Path, prompt_file: Path
+) -> None:
     shop = open_workshop(AlignConfig.model_validate(recipe(sd3_folder, prompt_file)))
-    seen, unseen = (
-        PromptSet("subjects", (Prompt("a red owl", {"subject": name}),)) for name in ("owl_01", "owl_02")
-    )
-    sampler = PromptSampler(seen, per_step=1, seed=0)
-    assert replace(shop, prompts=sampler, held_out=seen).trained_on() == 1
-    assert replace(shop, prompts=sampler, held_out=unseen).trained_on() == 0
+
+    def subject(text: str, name: str, brightness: float) -> PromptSet:
+        picture = torch.full((3, 4, 4), brightness)
+        return PromptSet("subjects", (Prompt(text, {"subject": name, "reference": [picture]}),))
+
+    shop = replace(shop, prompts=PromptSampler(subject("a red owl", "owl_01", 0.2), per_step=1, seed=0))
+    for held_out, seen in (
+        (subject("a red owl", "owl_01", 0.2), 1),
+        (subject("an owl in snow", "a copy", 0.2), 1),  # other words, another folder, the same owl
+        (subject("a red owl", "owl_01", 0.7), 0),  # another owl by that name
+    ):
+        assert replace(shop, held_out=held_out).trained_on() == seen

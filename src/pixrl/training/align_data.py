@@ -1,7 +1,7 @@
 """Checksums of what a run learns from and is evaluated on: prompts, class words and reference pictures."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pixrl.algorithms.sft import TARGET
 from pixrl.data.prompts import Prompt, PromptSet
+from pixrl.rewards.references import KEY
 
 SUBJECT = "subject"
 
@@ -38,6 +39,24 @@ def checksum(prompts: Iterable[Prompt]) -> str:
                 total.update(key.encode())
                 _add(total, prompt.metadata[key])
     return total.hexdigest()[:16]
+
+
+def what_is_asked(prompts: Iterable[Prompt]) -> Iterator[str]:
+    """What each prompt is of: its subject, by the pictures and whatever it is called; without a subject, its text.
+
+    A subject's other prompts count as the same, since it is the subject that is learned.
+    """
+    known: dict[object, str] = {}
+    for prompt in prompts:
+        subject = prompt.metadata.get(SUBJECT)
+        if subject is None:
+            yield prompt.text
+            continue
+        if subject not in known:
+            total = hashlib.sha256()
+            _add(total, prompt.metadata.get(KEY))
+            known[subject] = total.hexdigest()
+        yield known[subject]
 
 
 def _add(total: _Hash, value: Any) -> None:

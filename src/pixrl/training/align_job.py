@@ -93,7 +93,8 @@ def go_on(
     micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
     changes = [*differences(began["recipe"], config.model_dump(mode="json")), *changed]
     if step == config.steps and not changes and _is_evaluated(folder.path, step):
-        return folder.path  # finished: nothing is drawn again
+        (monitor or Silent()).say(f"{folder.path.name} is finished: nothing is drawn again.")
+        return folder.path
     if changes:
         left_out = check_references(shop)
         micro_batches, notes = plan_batches(shop)

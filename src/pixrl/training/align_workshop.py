@@ -27,6 +27,7 @@ from pixrl.rewards.multi import RewardSet
 from pixrl.rewards.picture_encoders import load_encoder
 from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_data import what_is_asked
 from pixrl.training.align_eval import Evaluator, spread_evenly
 from pixrl.training.distributed import Team, limit_threads
 from pixrl.training.memory import require_room
@@ -59,9 +60,9 @@ class Workshop:
         return spread_evenly(self.held_out, self.config.evaluation.prompts)
 
     def trained_on(self) -> int:
-        """How many of the evaluation's prompts are trained on too; of a subject, with that subject."""
-        known = {_identity(prompt) for prompt in self.prompts.prompts}
-        return sum(_identity(prompt) in known for prompt in self.evaluated())
+        """How many of the evaluation's prompts are trained on too; of a subject, those whose subject is."""
+        known = set(what_is_asked(self.prompts.prompts))
+        return sum(one in known for one in what_is_asked(self.evaluated()))
 
     def aligner(self, micro_batches: MicroBatches) -> Aligner:
         """The algorithm before its first step."""
@@ -202,7 +203,7 @@ def check_references(shop: Workshop) -> tuple[str, ...]:
 def _subjects(shop: Workshop) -> list[tuple[str, Mapping[str, object]]]:
     """Name and metadata of each subject once; one of the same name in another source is another subject."""
     known = {
-        (source, _identity(prompt)[1]): prompt.metadata
+        (source, str(prompt.metadata.get("subject", ""))): prompt.metadata
         for source, prompts in (
             (shop.prompts.prompts.name, shop.prompts.prompts),
             (shop.held_out.name, shop.evaluated()),
@@ -253,14 +254,15 @@ def _overlap(shop: Workshop) -> Iterator[str]:
     seen, asked = shop.trained_on(), len(shop.evaluated())
     if seen:
         which = "all" if seen == asked else f"{seen} of"
+        how = (
+            "are of subjects that are trained on"
+            if isinstance(shop.config, PersonalizeConfig)
+            else "are trained on too"
+        )
         yield (
-            f"evaluation: {which} {asked} prompts are trained on too, so its figures show what was learned of them and "
+            f"evaluation: {which} {asked} prompts {how}, so its figures show what was learned of them and "
             "not what carries over. Name others: --set evaluation.source=..."
         )
-
-
-def _identity(prompt: Prompt) -> tuple[str, str]:
-    return prompt.text, str(prompt.metadata["subject"]) if "subject" in prompt.metadata else ""
 
 
 def make_evaluator(shop: Workshop, micro_batches: MicroBatches) -> Evaluator:
