@@ -12,26 +12,41 @@ INTERRUPTED = 130
 
 @contextmanager
 def resumable(run: Path) -> Iterator[None]:
-    """Ctrl-C within: the user learns what is on the disk and how to go on."""
+    """Ctrl-C within: the user learns what is saved and how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        started = (run / "recipe.yaml").is_file()
-        hint = f"{_saved(run)} To go on, type: pixrl resume {run}" if started else "Nothing was started."
-        typer.echo(f"\nInterrupted. {hint}", err=True)
+        if leads():
+            typer.echo(f"\nInterrupted. {_state_of(run)}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _saved(run: Path) -> str:
-    """What of a broken-off run is kept."""
-    from pixrl.training import checkpoint
+def _state_of(run: Path) -> str:
+    """What of a run that was broken off is on the disk, and how to go on."""
+    if not (run / "recipe.yaml").is_file():
+        return "Nothing was started."
+    return f"{_saved(run)} To go on, type: pixrl resume {run}"
 
-    if not (run / "start.json").is_file():  # fuse writes after every batch
-        return "Everything finished is saved."
+
+def _saved(run: Path) -> str:
+    """In words, by the newest whole checkpoint and the steps that are logged."""
+    from pixrl.training import checkpoint
+    from pixrl.training.fuse_many import CHILDREN
+    from pixrl.training.runlog import METRICS
+
+    if (run / CHILDREN).is_dir():
+        return "Finished fusions are kept; the one in hand goes on from its last whole step."
     newest = checkpoint.latest(run)
-    if newest is None:
-        return "There is no checkpoint yet, so it will begin again."
-    return f"It is saved up to step {checkpoint.step_of(newest)}; what came after is made again."
+    step = 0 if newest is None else checkpoint.step_of(newest)
+    log = run / METRICS
+    later = log.read_bytes().count(b"\n") - step if log.is_file() else 0
+    saved = f"Saved up to step {step}" if step else "No step is saved yet"
+    again = (
+        f"the {later} steps logged since are drawn again"
+        if later > 0
+        else "what was begun since is drawn again"
+    )
+    return f"{saved}; {again}."
 
 
 def say_where(run: Path) -> None:

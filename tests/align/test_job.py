@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 import pixrl
-from pixrl import align_api, cli
+from pixrl import align_api, cli, cli_runs
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError, ConfigError, RunError
 from pixrl.training import align_job
@@ -98,6 +99,48 @@ def test_stopped_and_resumed_ends_the_same(
     assert rows[0] == rows[1]
     assert [row["step"] for row in RunFolder.open(cut).metrics()] == [0, 1, 2]
     assert evaluations(whole) == evaluations(cut)
+
+
+@pytest.mark.parametrize(
+    ("presses", "said"),
+    [
+        (1, "Saved up to step 2; what was begun since is drawn again"),
+        (2, "No step is saved yet; the 1 logged"),
+    ],
+)
+def test_a_step_is_ended_and_saved_at_ctrl_c_and_lost_at_a_second_one(
+    tmp_path: Path,
+    sd3_folder: Path,
+    prompt_file: Path,
+    presses: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pixrl.training.loop import Loop
+
+    monkeypatch.setattr(cli_runs, "leads", lambda: True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    file, run = tmp_path / "mine.yaml", tmp_path / "cut"
+    settings = recipe(sd3_folder, prompt_file, output={"checkpoint_every": 3})
+    file.write_text(json.dumps(settings))
+    train = Loop._train
+
+    def pressed(self: Loop, step: int, *, first: bool) -> None:
+        for _ in range(presses if step == 1 else 0):
+            signal.raise_signal(signal.SIGINT)
+        train(self, step, first=first)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "_train", pressed)
+            stopped = CliRunner().invoke(cli.app, ["align", str(file), "--out", str(run)])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.exit_code == 130 and said in " ".join(stopped.output.split()), stopped.output
+    assert CliRunner().invoke(cli.app, ["resume", str(run)]).exit_code == 0
+    whole = pixrl.align(settings, out=tmp_path / "whole").run
+    assert same(final(whole), final(run)) and evaluations(whole) == evaluations(run)
 
 
 def test_the_seed_decides(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:

@@ -119,7 +119,7 @@ def test_ctrl_c_says_up_to_which_step_a_run_is_saved(
 
     assert "Nothing was started" in interrupted()
     pixrl.personalize(recipe(flux_folder, subjects), steps=2, out=tmp_path / "run")
-    assert "It is saved up to step 2; what came after is made again." in interrupted()
+    assert "Saved up to step 2; what was begun since is drawn again." in interrupted()
     for file in sorted((tmp_path / "run" / "checkpoints").rglob("*.safetensors")):
         file.unlink()
-    assert "There is no checkpoint yet, so it will begin again." in interrupted()
+    assert "No step is saved yet; the 2 steps logged since are drawn again." in interrupted()

@@ -60,6 +60,7 @@ def test_stopped_and_resumed_is_as_never_stopped(tmp_path: Path, how: signal.Sig
     _, printed = process.communicate(timeout=120)
     assert process.returncode == (130 if how is signal.SIGINT else -how)
     assert how is signal.SIGKILL or "pixrl resume run" in printed
+    assert how is signal.SIGKILL or "Saved up to step " in printed
     assert manifest.read_bytes() != whole
     assert pixrl(tmp_path, ["resume", "run"]).wait(120) == 0
     assert manifest.read_bytes() == whole

@@ -16,6 +16,7 @@ from pixrl.rewards.multi import RewardSet
 from pixrl.training import checkpoint
 from pixrl.training.align_eval import Evaluator, score
 from pixrl.training.align_log import AlignLog
+from pixrl.training.interrupts import StopAfterStep
 from pixrl.training.monitor import Monitor
 from pixrl.training.prompt_sampler import PromptSampler, share
 from pixrl.types import Scores
@@ -95,15 +96,22 @@ class Loop:
     """Checks that all processes agree."""
 
     def run(self, start: int) -> None:
-        """Steps `start` to the last; Ctrl-C loses what was done since the last checkpoint."""
-        for step in range(start, self.pace.steps):
-            every = self.pace.evaluate_every
-            if step == 0 or (every is not None and step % every == 0):
-                self._evaluate(step)
-            self._train(step, first=step == start)
-            done = step + 1
-            if done % self.pace.save_every == 0 or done == self.pace.steps:
-                self._save(done)
+        """Steps `start` to the last; at Ctrl-C the step in hand is ended and saved, at a second one it is lost.
+
+        The last evaluation is broken off at once: going on with the run draws it again.
+        """
+        with StopAfterStep(self.monitor.say) as stop:
+            for step in range(start, self.pace.steps):
+                every = self.pace.evaluate_every
+                if step == 0 or (every is not None and step % every == 0):
+                    self._evaluate(step)
+                self._train(step, first=step == start)
+                done = step + 1
+                stops = any(self.peers.gather(stop.asked))  # all alike, or some would wait for the others
+                if stops or done % self.pace.save_every == 0 or done == self.pace.steps:
+                    self._save(done)
+                if stops:
+                    raise KeyboardInterrupt
         self._evaluate(self.pace.steps)
 
     def _train(self, step: int, *, first: bool) -> None:
