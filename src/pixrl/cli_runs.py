@@ -42,7 +42,7 @@ def _saved(run: Path) -> str:
     later = log.read_bytes().count(b"\n") - step if log.is_file() else 0
     saved = f"Saved up to step {step}" if step else "No step is saved yet"
     again = (
-        f"the {later} steps logged since are drawn again"
+        f"the steps logged since ({later}) are drawn again"
         if later > 0
         else "what was begun since is drawn again"
     )

@@ -105,7 +105,7 @@ def test_stopped_and_resumed_ends_the_same(
     ("presses", "said"),
     [
         (1, "Saved up to step 2; what was begun since is drawn again"),
-        (2, "No step is saved yet; the 1 logged"),
+        (2, "No step is saved yet; the steps logged since (1)"),
     ],
 )
 def test_a_step_is_ended_and_saved_at_ctrl_c_and_lost_at_a_second_one(

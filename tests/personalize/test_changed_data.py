@@ -122,4 +122,4 @@ def test_ctrl_c_says_up_to_which_step_a_run_is_saved(
     assert "Saved up to step 2; what was begun since is drawn again." in interrupted()
     for file in sorted((tmp_path / "run" / "checkpoints").rglob("*.safetensors")):
         file.unlink()
-    assert "No step is saved yet; the 2 steps logged since are drawn again." in interrupted()
+    assert "No step is saved yet; the steps logged since (2) are drawn again." in interrupted()
