@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pixrl.errors import ConfigError
 from pixrl.evaluation.align_report import write_align_report
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
@@ -142,6 +143,26 @@ def load(
     given = {"steps": steps, "seed": seed, **(settings or {})}
     values = {name: value for name, value in given.items() if value is not None}
     return load_recipe(recipe, overrides, values=values, kind=kind)
+
+
+def load_either(
+    recipe: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    *,
+    subject: Path | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+) -> AlignConfig:
+    """The settings that `pixrl align RECIPE` or `pixrl personalize --subject SUBJECT` would train with.
+
+    Raises:
+        ConfigError: neither a recipe nor a subject, or the recipe is wrong.
+    """
+    if subject is not None:
+        return load_personalize(recipe, overrides, subject=subject, steps=steps, seed=seed)[0]
+    if recipe is None:
+        raise ConfigError("Neither a recipe nor a subject was given. Type toy/e2po, or --subject FOLDER.")
+    return load(recipe, overrides, steps=steps, seed=seed)
 
 
 def run_align(config: AlignConfig, out: Path, *, force: bool = False, live: bool = True) -> AlignResult:

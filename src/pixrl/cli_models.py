@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from pixrl.cli_options import AlignRecipe, Run, Seed, Set, Steps, option
+from pixrl.cli_options import CheckedRecipe, Run, Seed, Set, Steps, SubjectFolder, option
 
 commands = typer.Typer()
 
 
 @commands.command()
 def doctor(
-    recipe: AlignRecipe,
+    recipe: CheckedRecipe = None,
+    subject: SubjectFolder = None,
     steps: Steps = None,
     seed: Seed = None,
     set_: Set = None,
@@ -27,7 +28,7 @@ def doctor(
     from pixrl import doctor_api
 
     count = processes or int(os.environ.get("WORLD_SIZE", "1"))
-    found = doctor_api.examine(recipe, set_ or [], steps=steps, seed=seed, processes=count)
+    found = doctor_api.examine(recipe, set_ or [], subject=subject, steps=steps, seed=seed, processes=count)
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(found.lines()))
     if not found.can_run:
         raise typer.Exit(1)

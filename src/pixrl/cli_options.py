@@ -42,6 +42,14 @@ PersonalizeRecipe = Annotated[
         show_default=False,
     ),
 ]
+CheckedRecipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or a name under recipes/: toy/e2po. [dim]default with --subject: toy/subject[/dim]",
+        show_default=False,
+    ),
+]
 SubjectFolder = Annotated[
     Path | None,
     option(

@@ -7,6 +7,7 @@ import typer
 
 from pixrl.cli_options import (
     AlignRecipe,
+    CheckedRecipe,
     Device,
     Force,
     Out,
@@ -73,7 +74,8 @@ def personalize(
 
 @commands.command()
 def selfcheck(
-    recipe: AlignRecipe,
+    recipe: CheckedRecipe = None,
+    subject: SubjectFolder = None,
     seed: Seed = None,
     set_: Set = None,
     as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
@@ -81,7 +83,7 @@ def selfcheck(
     """Is the first update of a recipe on-policy, by dtype and batch size? Exit code 1 when it is not."""
     from pixrl import align_api
 
-    report = align_api.selfcheck(align_api.load(recipe, set_ or [], seed=seed))
+    report = align_api.selfcheck(align_api.load_either(recipe, set_ or [], subject=subject, seed=seed))
     if leads():
         typer.echo(json.dumps(report.to_json(), indent=1) if as_json else "\n".join(report.lines()))
     if not report.passed:

@@ -17,9 +17,10 @@ FUSE = "fuse"
 
 
 def examine(
-    recipe: str | Path | Mapping[str, Any],
+    recipe: str | Path | Mapping[str, Any] | None,
     overrides: Sequence[str] = (),
     *,
+    subject: Path | str | None = None,
     steps: int | None = None,
     seed: int | None = None,
     processes: int = 1,
@@ -28,16 +29,21 @@ def examine(
 
     Args:
         recipe: a YAML file, a name under recipes/, or the settings themselves, with `kind`: align where it has none.
+            None: `toy/subject`, which needs a subject.
         overrides: further settings, `a.b=c`.
+        subject: a subject's folder in place of the recipe's subjects.
         steps: training steps, in place of the recipe's.
         seed: of everything random, in place of the recipe's.
         processes: how many would share the work.
 
     Raises:
-        ConfigError: the recipe is wrong, or is not that of a single run.
+        ConfigError: the recipe is wrong, is not that of a single run, or there is neither a recipe nor a subject.
     """
     with quiet_loading():
-        return _examine(recipe, overrides, steps, seed, processes)
+        if recipe is not None and subject is None:
+            return _examine(recipe, overrides, steps, seed, processes)
+        training = align_api.load_either(recipe, overrides, subject=subject, steps=steps, seed=seed)
+        return examine_training(training, processes=processes)
 
 
 def _examine(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import pixrl
 from pixrl import align_api, cli, cli_runs
 from pixrl.data.prompts import Prompt, PromptSet
-from pixrl.errors import CheckpointError, ConfigError, RunError
+from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_log import evaluations
@@ -172,6 +172,9 @@ def test_a_rate_falls_over_all_steps_also_of_a_longer_run(
     align_job.go_on(run, overrides=["steps=4"])
     rates = [row["lr"] for row in RunFolder.open(run).metrics()]
     assert rates == pytest.approx([8e-4, 4e-4, 4e-4, 2e-4])
+    with pytest.raises(InputError, match=r"has done 4 steps, and steps is 3. .* give 4 or more"):
+        align_job.go_on(run, overrides=["steps=3"])
+    assert len(RunFolder.open(run).metrics()) == 4 and RunFolder.open(run).recipe()["steps"] == 4
 
 
 def test_another_model_is_refused(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:

@@ -24,7 +24,7 @@ from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_eval import score
 from pixrl.training.align_workshop import placed
 from pixrl.training.monitor import LiveView, PlainLines
-from pixrl.training.planner import evened, plan
+from pixrl.training.planner import evened, largest, plan
 from pixrl.training.prompt_sampler import PromptSampler, share
 from tests.align.parts import JUDGE, groups
 
@@ -88,6 +88,16 @@ def test_shares_are_whole_even_and_in_order(count: int, size: int) -> None:
 )
 def test_pieces_are_evened(count: int, most: int, size: int) -> None:
     assert evened(count, most) == size
+
+
+def test_the_largest_batch_is_reckoned_from_two_trials() -> None:
+    gib = 2**30
+    assert largest(3 * gib, 5 * gib, free=20 * gib).size == 7  # 16 may be used: 1 beside pictures, 2 each
+    assert largest(3 * gib, 5 * gib, free=1 * gib).size == 1
+    alone = largest(3 * gib, None, free=4 * gib)
+    assert (alone.size, "two run out of memory, 4.0 GiB free" in alone.because) == (1, True)
+    with pytest.raises(InputError, match=r"One picture alone.*4\.0 GiB.*gradient_checkpointing=true"):
+        largest(None, None, free=4 * gib)
 
 
 def test_the_plan_says_why(policy: SD3Policy) -> None:

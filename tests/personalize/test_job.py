@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -128,6 +129,58 @@ def test_the_printed_commands_run_as_they_stand(
         done = CliRunner().invoke(cli.app, [*words[1:], *steps])
         assert done.exit_code == 0, done.output
     assert (start / "runs/mine-again/report.html").is_file()
+
+
+def test_two_subjects_in_a_picture_are_two_rewards(tmp_path: Path, flux_folder: Path, subjects: Path) -> None:
+    """Each compared with its own reference, and the prompt beside them: three rewards shape one advantage."""
+    entries = [
+        {"prompt": text, "image_paths": ["rex/00.png", "tom/00.png"], "classes": ["dog", "cat"]}
+        for text in ("a dog beside a cat", "a dog and a cat in snow")
+    ]
+    shutil.copytree(subjects, tmp_path / "list")
+    (tmp_path / "list/both.json").write_text(json.dumps(entries))
+    compared = [
+        {
+            "name": name,
+            "kind": "dino_seg",
+            "options": {"model": "toy:identity", "mask": "none", "subject": number},
+        }
+        for number, name in enumerate(("dog", "cat"))
+    ]
+    changes = {
+        "rewards": [*compared, rewards()[1]],
+        "references": {"count": 2},
+        "advantage": {"synergy": {"alpha": 0.5}, "time": {"identity": ["dog", "cat"]}},
+        "steps": 1,
+    }
+    done = pixrl.personalize(
+        recipe(flux_folder, tmp_path / "list/both.json", **changes), out=tmp_path / "run", seed=3
+    )
+    (row,) = done.metrics
+    assert row["reward/dog/mean"] != row["reward/cat/mean"]
+    assert all(row[f"reward/{name}/std"] > 0 for name in ("dog", "cat", "prompt"))
+    assert row["grad_norm"] > 0 and math.isfinite(row["loss"])
+    first = RunFolder.open(done.run).manifest()[0]
+    assert first.scores.keys() == {"dog", "cat", "prompt"}
+
+
+@pytest.mark.parametrize("command", ["doctor", "selfcheck"])
+def test_checks_take_a_subject_as_personalize_does(
+    tmp_path: Path, flux_folder: Path, subjects: Path, command: str
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"kind": "personalize", **recipe(flux_folder, tmp_path / "nothing")}))
+    run = CliRunner()
+    good = run.invoke(cli.app, [command, str(file), "--subject", str(subjects / "rex"), "--json"])
+    assert good.exit_code == 0, good.output
+    found = json.loads(good.stdout)
+    assert found["passed"] if command == "selfcheck" else found["work"]["prompts"] == 3
+    bad = run.invoke(cli.app, [command, "--subject", str(tmp_path / "nothing")])
+    assert bad.exit_code == {"doctor": 1, "selfcheck": 2}[command] and "nothing" in bad.output
+    neither = run.invoke(cli.app, [command])
+    assert (neither.exit_code, "--subject FOLDER" in neither.stderr) == (2, True)
+    other = run.invoke(cli.app, [command, "toy/e2po", "--subject", str(subjects / "rex")])
+    assert (other.exit_code, "pixrl align" in other.stderr) == (2, True)
 
 
 def test_sft_runs_on_a_list_with_targets(tmp_path: Path, flux_folder: Path, subjects: Path) -> None:

@@ -343,7 +343,13 @@ def test_prompts_are_spread_over_subjects_and_differ_between_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["toy/personalize-study", "toy/personalize-ablations", "toy/personalize-long"]
+    "name",
+    [
+        "toy/personalize-study",
+        "toy/personalize-ablations",
+        "toy/personalize-long",
+        "toy/personalize-long-parts",
+    ],
 )
 def test_the_committed_studies_are_fair(name: str) -> None:
     study = recipes.load(PersonalizeStudyConfig, name, kind="personalize-study")

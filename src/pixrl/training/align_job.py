@@ -13,7 +13,7 @@ from pixrl import config as recipes
 from pixrl.algorithms.align import Aligner, MicroBatches, prepare
 from pixrl.algorithms.losses import ClippedSurrogate
 from pixrl.algorithms.rollouts import Rollouts
-from pixrl.errors import ServiceError
+from pixrl.errors import InputError, ServiceError
 from pixrl.training import selfcheck
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_eval import score
@@ -79,6 +79,7 @@ def go_on(
 
     Raises:
         CheckpointError: one of these changed (it says what differs), or the model is another one.
+        InputError: fewer steps are wanted than are done.
     """
     folder = RunFolder.open(path, allow_changed=True)
     edited = read_config(folder)
@@ -89,6 +90,7 @@ def go_on(
     require_same_model(folder, began, shop.policy)
     changed = [*changed_rewards(folder, shop, accept_changes), *changed_data(folder, shop, accept_changes)]
     step, images, saved = find_place(folder)
+    _require_steps(path, step, config.steps)
     shop.team.wait()  # all have read the logs before the first one cuts them back
     micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
     changes = [*differences(began["recipe"], config.model_dump(mode="json")), *changed]
@@ -104,6 +106,14 @@ def go_on(
             write_start(folder, shop, micro_batches, notes)
     _play(folder, shop, micro_batches, notes, step, images, saved, monitor if shop.team.leads else None)
     return folder.path
+
+
+def _require_steps(run: Path, done: int, wanted: int) -> None:
+    if wanted < done:
+        raise InputError(
+            f"{run} has done {done} steps, and steps is {wanted}. Leave it out, or give {done} or more; for fewer "
+            "steps start another run."
+        )
 
 
 def _is_evaluated(path: Path, step: int) -> bool:

@@ -50,9 +50,9 @@ from pixrl.training.doctor_needs import (
 from pixrl.training.doctor_rewards import find_rewards
 from pixrl.training.doctor_weights import require_fit
 from pixrl.training.doctor_work import lower_bound, measured
-from pixrl.training.memory import fewer_references, fitting, smaller_references, smaller_runs
+from pixrl.training.memory import SAFE_SHARE, fewer_references, fitting, smaller_references, smaller_runs
 from pixrl.training.personalize_config import PersonalizeConfig
-from pixrl.training.planner import SAFE_SHARE, evened, trial
+from pixrl.training.planner import evened, trial
 
 SLOTS = 3
 FLOAT = 4

@@ -6,16 +6,16 @@ cache. Either way the pieces are then made equal, and the plan says what was cho
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pixrl.algorithms.align import MicroBatches
+from pixrl.errors import InputError
 from pixrl.models.base import Conditioning
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
-
-SAFE_SHARE = 0.8
-"""Of the free GPU memory that a plan may use."""
+from pixrl.training.memory import SAFE_SHARE, unless_exhausted
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,36 @@ def trial(
 
 
 def _measured(policy: FlowPipelinePolicy, attempt: Callable[[int], None]) -> Limit:
-    """The largest batch within the free memory, from the peaks of 1 and 2 pictures."""
-    peaks = [_peak(policy, attempt, count) for count in (1, 1, 2)]  # the first run also allocates workspaces
-    each = max(1, peaks[2] - peaks[1])
-    free, _ = torch.cuda.mem_get_info(policy.device)
-    room = int(free * SAFE_SHARE) - (peaks[1] - each)
-    size = max(1, room // each)
-    return Limit(size, f"{each / 2**20:.0f} MiB a picture, {free / 2**30:.1f} GiB free")
+    def peak(count: int) -> int | None:
+        return unless_exhausted(partial(_peak, policy, attempt, count))
+
+    peak(1)  # the first run also allocates workspaces
+    one = peak(1)
+    two = None if one is None else peak(2)
+    return largest(one, two, torch.cuda.mem_get_info(policy.device)[0])
+
+
+def largest(one: int | None, two: int | None, free: int) -> Limit:
+    """The largest batch within the free memory, from the peaks of one and of two pictures.
+
+    Args:
+        one, two: bytes; None where memory was used up.
+        free: bytes.
+
+    Raises:
+        InputError: not even one picture fits.
+    """
+    if one is None:
+        raise InputError(
+            f"One picture alone runs out of memory; {free / 2**30:.1f} GiB are free beside the models. Save memory "
+            "with machine.gradient_checkpointing=true, machine.offload=parts, fewer or smaller references, or a "
+            "smaller resolution. What each takes, pixrl doctor says."
+        )
+    if two is None:
+        return Limit(1, f"two run out of memory, {free / 2**30:.1f} GiB free")
+    each = max(1, two - one)
+    room = int(free * SAFE_SHARE) - (one - each)
+    return Limit(max(1, room // each), f"{each / 2**20:.0f} MiB a picture, {free / 2**30:.1f} GiB free")
 
 
 def _peak(policy: FlowPipelinePolicy, attempt: Callable[[int], None], count: int) -> int:
@@ -123,7 +146,9 @@ def _peak(policy: FlowPipelinePolicy, attempt: Callable[[int], None], count: int
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(policy.device)
     before = torch.cuda.memory_allocated(policy.device)
-    attempt(count)
-    for parameter in policy.transformer.parameters():
-        parameter.grad = None
+    try:
+        attempt(count)
+    finally:
+        for parameter in policy.transformer.parameters():
+            parameter.grad = None
     return int(torch.cuda.max_memory_allocated(policy.device)) - before
