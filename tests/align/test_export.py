@@ -278,6 +278,15 @@ def test_what_cannot_be_exported(run: Path, dual_folder: Path, prompt_file: Path
     assert export(plain).slot is Slot.CURRENT
 
 
+def test_a_folder_takes_one_format(run: Path, tmp_path: Path) -> None:
+    card = export(run, out=tmp_path, layout=Format.COMFYUI).card
+    before = card.read_text()
+    with pytest.raises(InputError, match="holds an export of format comfyui, whose card would be overwritten"):
+        export(run, out=tmp_path, layout=Format.DIFFUSERS)
+    assert card.read_text() == before and not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+    assert export(run, out=tmp_path, layout=Format.COMFYUI).card == card
+
+
 def test_each_format_keeps_its_own_card(run: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     cards = [export(copied, layout=layout).card for layout in (Format.DIFFUSERS, Format.COMFYUI)]

@@ -90,10 +90,13 @@ def export(
 
     Raises:
         RunError: it is no such run, or has no checkpoint yet.
+        InputError: `out` holds an export of another format.
         ConfigError: the run has no averaged weights, or UNO's layout was asked for of another model than FLUX.
         CheckpointError: a module has no place in the layout, or the base model's folder is gone.
     """
     folder = _open(run)
+    place = folder.path / "export" / layout.value if out is None else out
+    _require_own_card(place, layout)
     config = read_config(folder)
     chosen = _slot(config, slot)
     saved = checkpoint.latest(folder.path)
@@ -103,7 +106,6 @@ def export(
     base = locate(config.model).folder
     lora = _lora(config, tensors, chosen)
     named = _named(lora, layout, base)
-    place = folder.path / "export" / layout.value if out is None else out
     facts = Facts(
         file=FILES[layout],
         slot=chosen.value,
@@ -116,6 +118,15 @@ def export(
     file = write_lora(place / FILES[layout], named, metadata)
     notes = _notes(layout, named)
     return Exported(file, _describe(folder, config, facts, place, notes), chosen, facts.step)
+
+
+def _require_own_card(place: Path, layout: Format) -> None:
+    for other, file in FILES.items():
+        if other is not layout and (place / file).exists():
+            raise InputError(
+                f"{place} holds an export of format {other}, whose card would be overwritten. Give another --out, or "
+                "leave it out: each format then has a folder of its own in the run's."
+            )
 
 
 def _named(lora: Lora, layout: Format, base: Path) -> dict[str, Tensor]:
