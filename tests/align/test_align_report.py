@@ -1,23 +1,20 @@
 """The report of an alignment: self-contained, complete, and usable before the run is."""
 
+import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
-from pixrl.errors import RunError
+from pixrl.errors import CheckpointError, RunError
 from pixrl.evaluation import charts
+from pixrl.evaluation.align_changes import Change, changes_of, warnings
 from pixrl.evaluation.align_panels import Panel, panels, reward_panels, smooth, window_of
-from pixrl.evaluation.align_report import (
-    Change,
-    gallery_pairs,
-    newest_group,
-    phases,
-    warnings,
-    write_align_report,
-)
+from pixrl.evaluation.align_report import gallery_pairs, newest_group, phases, write_align_report
 from pixrl.evaluation.align_words import facts
+from pixrl.evaluation.intervals import Interval
+from pixrl.training.align_log import SCORES, samples_of
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.runlog import RunFolder
 from tests.align.synthetic import PROMPTS, run_folder, settings
@@ -75,13 +72,54 @@ def test_signs_of_reward_hacking_are_pointed_out_and_nothing_else() -> None:
     fallen = Change("a", "trained on", 0.4, 0.3)
     assert warnings([up, steady]) == warnings([fallen, down]) == []
     assert warnings([Change("diversity", "spread", 0.3, 0.25)]) == []
+    chance = Change("b", "never trained on", 20.0, 19.0, Interval(-1.0, -3.0, 1.0, 9))
+    assert warnings([up, chance]) == [] and not chance.fell
 
 
-def test_a_fall_says_how_many_pictures_it_is_a_mean_of(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "run", settings(), done=40, evaluated=(0, 40))
+def scored(folder: RunFolder, step: int, **scores: list[float | None]) -> None:
+    (samples_of(folder, step) / SCORES).write_text(json.dumps(scores))
+
+
+def test_a_fall_is_told_from_chance(tmp_path: Path) -> None:
+    config = settings(evaluation={"per_prompt": 2})
+    folder = run_folder(tmp_path / "run", config, done=40, evaluated=(0, 40))
     page = write_align_report(folder.path).read_text(encoding="utf-8")
-    assert "preference, which was never trained on, fell" in page
-    assert f"Both are means over {len(PROMPTS)} pictures: chance alone may move them as much." in page
+    assert "fell from 20.000 to 19.628 (how much of it is chance is not known)" in page
+
+    before = [20.0 + n for n in range(12)]
+    sure = [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.3, -0.4, -0.5, -0.6, -0.4, -0.2]
+    scored(folder, 0, preference=before)
+    scored(folder, 40, preference=[x + gain for x, gain in zip(before, sure, strict=True)])
+    (change,) = [one for one in changes_of(folder, config) if one.name == "preference"]
+    assert change.interval is not None and change.interval.count == len(PROMPTS)
+    assert change.interval.mean == pytest.approx(sum(sure) / 12)
+    assert (
+        -0.55 < change.interval.low < change.interval.mean < change.interval.high < -0.15
+    )  # two pictures' means
+    page = write_align_report(folder.path).read_text(encoding="utf-8")
+    assert (
+        "(-0.372 [-0.4" in page and "over 6 prompts), while geneval rose" in page and 'class="n down"' in page
+    )
+
+    unsure = [gain * (9 if n < 6 else -6) for n, gain in enumerate(sure)]
+    scored(folder, 40, preference=[x + gain for x, gain in zip(before, unsure, strict=True)])
+    page = write_align_report(folder.path).read_text(encoding="utf-8")
+    assert "fell from" not in page and 'class="n down"' not in page.split("diversity")[0]
+
+
+def test_pictures_without_a_score_are_left_out_of_both(tmp_path: Path) -> None:
+    config = settings(evaluation={"per_prompt": 2})
+    folder = run_folder(tmp_path / "run", config, done=40, evaluated=(0, 40))
+    scored(folder, 0, preference=[1.0, None, 1.0, 1.0, None, None] + [1.0] * 6)
+    scored(folder, 40, preference=[2.0, 9.0, 4.0, None, 9.0, 9.0] + [2.0] * 6)
+    interval = {one.name: one.interval for one in changes_of(folder, config)}["preference"]
+    assert interval is not None
+    assert (interval.count, interval.mean) == (5, pytest.approx((1 + 3 + 1 + 1 + 1) / 5))
+    scored(folder, 40, preference=[2.0] * 4)  # another evaluation: nothing to pair
+    assert {one.name: one.interval for one in changes_of(folder, config)}["preference"] is None
+    (samples_of(folder, 40) / SCORES).write_text("{")
+    with pytest.raises(CheckpointError, match=r"scores\.json is damaged"):
+        write_align_report(folder.path)
 
 
 def test_the_axis_of_a_share_does_not_go_below_0_and_the_plan_is_one_row(tmp_path: Path) -> None:

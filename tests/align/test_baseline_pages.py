@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from pixrl.evaluation.align_report import align_view, changes_of, write_align_report
+from pixrl.evaluation.align_changes import changes_of
+from pixrl.evaluation.align_report import align_view, write_align_report
 from pixrl.evaluation.align_words import method_parts
 from pixrl.evaluation.model_card import Facts, write_card
 from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_log import evaluations
 from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.runlog import RunFolder
 from tests.align.synthetic import run_folder, settings
@@ -23,7 +23,7 @@ def baseline(path: Path, kind: str) -> tuple[RunFolder, AlignConfig]:
 def test_sft_learns_from_no_score_and_no_page_says_so(tmp_path: Path) -> None:
     folder, config = baseline(tmp_path / "run", "sft")
     page = write_align_report(folder.path).read_text()
-    roles = {change.role for change in changes_of(config, evaluations(folder.path))}
+    roles = {change.role for change in changes_of(folder, config)}
     assert roles == {"only measured", "spread"}
     assert '<div class="soft small">Trained on' not in page and '<div class="soft small">Never' not in page
     assert "Only measured: no score is learned from." in page

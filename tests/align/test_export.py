@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import pixrl
 from pixrl import cli, hub, models
 from pixrl.errors import ConfigError, InputError, RunError
-from pixrl.evaluation.align_report import Change
+from pixrl.evaluation.align_changes import Change
 from pixrl.evaluation.export import Format, export, parse_format
 from pixrl.evaluation.model_card import artefacts
 from pixrl.models.sd3 import SD3Policy
@@ -124,7 +124,7 @@ def test_the_card_says_what_was_done_and_measured(run: Path, dual_folder: Path, 
         "## Before and after",
         "## Gains and losses",
         "| python | trained on | ",
-        "One seed: no interval",
+        "In brackets 95 % over prompts. One seed: another one may end elsewhere.",
         "## Known artefacts",
         "nft, beta 1",
         "noise alone, 3 samples a prompt",
@@ -281,7 +281,9 @@ def test_what_cannot_be_exported(run: Path, dual_folder: Path, prompt_file: Path
 def test_a_folder_takes_one_format(run: Path, tmp_path: Path) -> None:
     card = export(run, out=tmp_path, layout=Format.COMFYUI).card
     before = card.read_text()
-    with pytest.raises(InputError, match="holds an export of format comfyui, whose card would be overwritten"):
+    with pytest.raises(
+        InputError, match="holds an export of format comfyui, whose card would be overwritten"
+    ):
         export(run, out=tmp_path, layout=Format.DIFFUSERS)
     assert card.read_text() == before and not (tmp_path / "pytorch_lora_weights.safetensors").exists()
     assert export(run, out=tmp_path, layout=Format.COMFYUI).card == card

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_log import evaluations
+from pixrl.training.align_log import evaluations, sample_scores, samples_of
 from pixrl.training.align_workshop import open_workshop, plan_batches
 from pixrl.training.prompt_sampler import PromptSampler
 from pixrl.training.runlog import RunFolder
@@ -64,8 +65,10 @@ def test_a_run_is_a_folder(
     assert all(row.prompt and row.failed is None and row.scores["python"] for row in manifest)
     assert [row["step"] for row in done.evaluations] == [0, 3]
     gallery = json.loads((done.run / "samples/gallery.json").read_text())
-    for step in ("step-000000", "step-000003"):
-        assert len(list((done.run / "samples" / step).glob("*.png"))) == len(gallery) == 4
+    for row in done.evaluations:
+        assert len(list(samples_of(RunFolder.open(done.run), row["step"]).glob("*.png"))) == len(gallery) == 4
+        scores = [x for x in sample_scores(RunFolder.open(done.run), row["step"])["python"] if x is not None]
+        assert len(scores) == 4 and row["python/mean"] == pytest.approx(statistics.fmean(scores))
     assert list((done.run / "tensorboard").glob("events.out.tfevents.*"))
     assert yaml.safe_load((done.run / "recipe.yaml").read_text())["seed"] == 5
 

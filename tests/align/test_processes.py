@@ -23,6 +23,7 @@ import yaml
 from torch import Tensor
 
 from pixrl import cli
+from pixrl.training.align_log import sample_scores, samples_of
 from pixrl.training.align_record import START
 from pixrl.training.runlog import METRICS, RunFolder
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
@@ -127,8 +128,11 @@ def test_two_processes_end_as_one(
     assert metrics[0][0]["reward/python/mean"] == pytest.approx(metrics[1][0]["reward/python/mean"], abs=1e-3)
     assert metrics[0][0]["grad_norm"] == pytest.approx(metrics[1][0]["grad_norm"], rel=1e-2)
     assert metrics[1][0]["gradient_disagreement"] < 1e-6
-    for name in ("samples/step-000000", "samples/step-000003"):
-        assert len(list((two / name).iterdir())) == len(list((one / name).iterdir())) == 4
+    for step in (0, 3):
+        folders = [RunFolder.open(run) for run in (one, two)]
+        assert all(len(list(samples_of(folder, step).glob("*.png"))) == 4 for folder in folders)
+        known = [sample_scores(folder, step)["python"] for folder in folders]
+        assert known[0] == pytest.approx(known[1], abs=2e-3) and len(set(known[0])) == 4
 
 
 @pytest.mark.slow

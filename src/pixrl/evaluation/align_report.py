@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pixrl.evaluation import align_words as words
+from pixrl.evaluation.align_changes import changes_of, warnings
 from pixrl.evaluation.align_panels import Panel, panels, reward_panels
 from pixrl.evaluation.page import THUMBNAIL, Picture, inline, render
 from pixrl.evaluation.shown import gallery_entries, subjects_in_words
@@ -23,12 +24,8 @@ from pixrl.training.runlog import ManifestRow, RunFolder
 
 SHOWN = 32
 """Pairs of the gallery."""
-FALL = 0.005
-"""A held-out reward that fell by more, as a share of its size before, is pointed out."""
 DONE = {ALIGN: "aligned", PERSONALIZE: "personalized"}
 """What a kind of run does to a model, in headings."""
-KEPT = 0.8
-"""Diversity below this share of the base's is pointed out."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +37,6 @@ class Pair:
     before: Picture
     after: Picture
     reference: Picture | None = None
-
-
-@dataclass(frozen=True)
-class Change:
-    """One figure of held-out prompts, before and after."""
-
-    name: str
-    role: str
-    before: float
-    after: float
-    pictures: int = 0
-    """How many were drawn for each of the two; 0: not known."""
-
-    @property
-    def gain(self) -> float:
-        return self.after - self.before
-
-    @property
-    def css(self) -> str:
-        return "up" if self.gain > 0 else "down" if self.gain < 0 else ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +78,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     pairs = gallery_pairs(folder)
     finished = len(metrics) >= config.steps and any(row["step"] == config.steps for row in evaluated)
-    changes = changes_of(config, evaluated, len(gallery_entries(folder)))
+    changes = changes_of(folder, config)
     return {
         "model": config.model,
         "done_to_it": DONE[folder.kind],
@@ -112,6 +89,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "finished": finished,
         "images": len(manifest),
         "changes": changes,
+        "intervals": any(change.interval for change in changes),
         "evaluated": [evaluated[0]["step"], evaluated[-1]["step"]] if evaluated else [],
         "warnings": warnings(changes),
         "pairs": pairs[:SHOWN],
@@ -140,48 +118,6 @@ def is_unseen(config: AlignConfig, start: Mapping[str, Any] | None = None) -> bo
     source = config.prompts.source
     other = config.evaluation.source not in (None, source)
     return other or source.startswith(TOY_PREFIX)
-
-
-def changes_of(
-    config: AlignConfig, evaluated: Sequence[Mapping[str, Any]], pictures: int = 0
-) -> list[Change]:
-    """Every reward and the diversity at the first and at the last evaluation; empty with fewer than two."""
-    if len(evaluated) < 2:
-        return []
-    first, last = evaluated[0], evaluated[-1]
-    roles = {setting.name: words.role_of(config, setting) for setting in config.rewards}
-    found = [
-        Change(name, role, _number(first.get(f"{name}/mean")), _number(last.get(f"{name}/mean")), pictures)
-        for name, role in roles.items()
-    ]
-    if "diversity" in last:
-        found.append(Change("diversity", "spread", _number(first["diversity"]), _number(last["diversity"])))
-    return found
-
-
-def warnings(changes: Sequence[Change]) -> list[str]:
-    """What a person should look at before trusting the run: signs of reward hacking."""
-    risen = [c for c in changes if c.role == words.TRAINED and c.gain > 0]
-    fallen = [c for c in changes if c.role == words.HELD_OUT and c.gain < -FALL * abs(c.before)]
-    found = [
-        f"{c.name}, which was never trained on, fell from {c.before:.3f} to {c.after:.3f}, while "
-        f"{' and '.join(r.name for r in risen)} rose. {_chance(c)}Look at the pictures before you trust the gain."
-        for c in fallen
-        if risen
-    ]
-    found += [
-        f"Diversity is {c.after / c.before:.2f} of the base's: the pictures of a prompt grow alike."
-        for c in changes
-        if c.role == "spread" and c.before > 0 and c.after < KEPT * c.before
-    ]
-    return found
-
-
-def _chance(change: Change) -> str:
-    """What a fall of means alone does not tell: a run records no score of single pictures of its evaluations."""
-    if not change.pictures:
-        return ""
-    return f"Both are means over {change.pictures} pictures: chance alone may move them as much. "
 
 
 def gallery_pairs(folder: RunFolder) -> list[Pair]:
@@ -253,7 +189,3 @@ def _start(folder: RunFolder) -> dict[str, Any]:
 
 def _marked(found: Sequence[Panel]) -> list[dict[str, Any]]:
     return [{"title": one.title, "note": one.note, "svg": Markup(one.svg)} for one in found]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from pixrl.evaluation import align_words as words
-from pixrl.evaluation.align_report import FALL, Change, changes_of, failures, is_unseen, warnings
+from pixrl.evaluation.align_changes import Change, changes_of, warnings
+from pixrl.evaluation.align_report import failures, is_unseen
 from pixrl.evaluation.card_usage import usage
 from pixrl.evaluation.shown import class_word, gallery_entries, in_words, subjects_in_words
 from pixrl.hub_check import INDEX, read_json
@@ -86,7 +87,7 @@ def _reference(folder: RunFolder, entry: Mapping[str, Any]) -> tuple[Path, str] 
 def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequence[Shown]) -> str:
     """The card as markdown, with the front matter that model hubs read."""
     evaluated = evaluations(folder.path)
-    changes = changes_of(config, evaluated, len(gallery_entries(folder)))
+    changes = changes_of(folder, config)
     sections = [
         _front_matter(config),
         _title(folder, config, facts),
@@ -153,12 +154,12 @@ def _changes(
     if not changes:
         return "## Gains and losses\n\nNot measured: the run was exported before its second evaluation."
     rows = [
-        f"| {c.name} | {c.role} | {_number(c.before)} | {_number(c.after)} | {_signed(c.gain)} |"
+        f"| {c.name} | {c.role} | {_number(c.before)} | {_number(c.after)} | {c.gain_text()} |"
         for c in changes
     ]
     head = (
         f"Means over {_evaluated(folder, config)}, from the same noise before and after "
-        f"({evaluated[0]['step']} and {evaluated[-1]['step']} updates). One seed: no interval."
+        f"({evaluated[0]['step']} and {evaluated[-1]['step']} updates). {_certainty(changes)}"
     )
     return "\n".join(
         [
@@ -171,6 +172,12 @@ def _changes(
             *rows,
         ]
     )
+
+
+def _certainty(changes: Sequence[Change]) -> str:
+    if any(change.interval for change in changes):
+        return "In brackets 95 % over prompts. One seed: another one may end elsewhere."
+    return "One seed: no interval."
 
 
 def _evaluated(folder: RunFolder, config: AlignConfig) -> str:
@@ -201,14 +208,14 @@ def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
     found += [
         f"- {c.name} ({c.role}) fell from {c.before:.3g} to {c.after:.3g}."
         for c in changes
-        if c.gain < -FALL * abs(c.before) and not any(text.startswith(f"{c.name},") for text in signs)
+        if c.fell and not any(text.startswith(f"{c.name},") for text in signs)
     ]
     failed = failures(manifest)
     if failed:
         total = sum(count for _, count in failed)
         found.append(f"- {total} of {len(manifest)} training pictures had no score: {failed[0][0]} ...")
     if not found:
-        found = ["- None was detected: no figure above fell."]
+        found = ["- None was detected: no figure above fell beyond chance."]
     if not any(c.role == "spread" for c in changes):
         found.append(
             "- How varied the pictures of a prompt are was not measured: evaluation.per_prompt is 1."
@@ -277,10 +284,6 @@ def _cell(text: str) -> str:
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4g}"
-
-
-def _signed(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:+.4g}"
 
 
 def pipeline_name(model: Path) -> str:

@@ -53,6 +53,7 @@ class Evaluator:
         first = mine.start * self.per_prompt
         log.samples(step, range(first, first + len(samples)), images)
         scores = score(self.rewards, samples, images, self.peers)
+        log.sample_scores(step, scores)
         figures = self._figures(scores)
         if self.per_prompt > 1:
             figures["diversity"] = self._mean(group_diversity(images, self.per_prompt, self.features))

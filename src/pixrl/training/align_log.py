@@ -4,6 +4,7 @@ Every process writes its own pictures (they share a disk); the leading one write
 a checkpoint's step, so that a resumed run's logs are those of an unbroken one.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pixrl.algorithms.peers import Peers
 from pixrl.algorithms.rollouts import Rollouts
-from pixrl.training.files import write_all_atomic
+from pixrl.errors import CheckpointError
+from pixrl.training.files import write_all_atomic, write_atomic
 from pixrl.training.jsonl import JsonLines
 from pixrl.training.runlog import ManifestRow, RunFolder, png_bytes
 from pixrl.types import Scores
 
 EVALUATIONS = "evaluations.jsonl"
+SCORES = "scores.json"
+"""Beside an evaluation's pictures."""
 TENSORBOARD = "tensorboard"
 
 
@@ -72,11 +76,22 @@ class AlignLog:
 
     def samples(self, step: int, numbers: Sequence[int], images_BCHW: Tensor) -> None:
         """Pictures of an evaluation: samples/step-000100/0007.png, the same number is the same prompt and seed."""
-        place = self.folder.samples_dir / f"step-{step:06d}"
+        place = samples_of(self.folder, step)
         place.mkdir(parents=True, exist_ok=True)
         write_all_atomic(
             {place / f"{n:04d}.png": png_bytes(one) for n, one in zip(numbers, images_BCHW, strict=True)}
         )
+
+    def sample_scores(self, step: int, scores: Mapping[str, Scores]) -> None:
+        """Scores of an evaluation's pictures, this process's part of them in the order of their numbers."""
+        own = {
+            name: [x if math.isfinite(x) else None for x in one.values_B.tolist()]
+            for name, one in scores.items()
+        }
+        parts = self.peers.gather(own)
+        if self.peers.rank == 0:
+            whole = {name: [x for part in parts for x in part[name]] for name in own}
+            write_atomic(samples_of(self.folder, step) / SCORES, json.dumps(whole).encode())
 
     def close(self) -> None:
         """All events are on the disk."""
@@ -122,6 +137,29 @@ def _rows(
 def _reason(scores: Mapping[str, Scores], row: int) -> str | None:
     reasons = [f"{name}: {one.reasons[row]}" for name, one in scores.items() if one.reasons[row] is not None]
     return "; ".join(reasons) or None
+
+
+def samples_of(folder: RunFolder, step: int) -> Path:
+    """The folder of an evaluation's pictures."""
+    return folder.samples_dir / f"step-{step:06d}"
+
+
+def sample_scores(folder: RunFolder, step: int) -> dict[str, list[float | None]]:
+    """Reward -> scores of an evaluation's pictures by number, None where there is none; {} of a run that kept none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = samples_of(folder, step) / SCORES
+    if not file.is_file():
+        return {}
+    try:
+        scores: dict[str, list[float | None]] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}). Delete it: the report then goes without intervals."
+        ) from None
+    return scores
 
 
 def evaluations(path: Path) -> list[dict[str, Any]]:
