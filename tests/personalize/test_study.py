@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pixrl import config as recipes
+from pixrl.algorithms.align import prepare
 from pixrl.algorithms.spread import pixel_features
 from pixrl.data.pictures import to_tensors
 from pixrl.data.prompts import Prompt, PromptSet
@@ -31,6 +32,7 @@ from pixrl.evaluation.personalize_tables import (
 from pixrl.evaluation.subject_gallery import GAP, HEAD, TILE, WORDS, write_gallery
 from pixrl.training import align_job
 from pixrl.training.align_kinds import load_recipe
+from pixrl.training.align_workshop import open_workshop
 from tests.personalize.test_job import SHAPING, recipe, rewards
 
 REDNESS = {**rewards()[1], "name": "red", "held_out": True}
@@ -363,6 +365,15 @@ def test_the_committed_studies_are_fair(name: str) -> None:
         "clip_text",
         "object",
     ]
+
+
+def test_the_committed_e2po_recipe_reaches_its_band() -> None:
+    """On toy:flux, whose encoder leaves the published bound's perturbations at cosines of 0.94."""
+    shop = open_workshop(load_recipe("toy/e2po-sars", ["prompts.per_step=2"]))
+    variants = prepare(shop.method.exploration, shop.policy, shop.first_groups())
+    assert variants.metrics["in_band_share"] == 1
+    assert variants.metrics["anchor_cosine"] == pytest.approx(0.8, abs=0.01)
+    assert variants.metrics["pairwise_cosine"] < 0.6
 
 
 def test_both_committed_studies_share_their_common_runs() -> None:
