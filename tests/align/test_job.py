@@ -175,6 +175,10 @@ def test_a_rate_falls_over_all_steps_also_of_a_longer_run(
     align_job.go_on(run, overrides=["steps=4"])
     rates = [row["lr"] for row in RunFolder.open(run).metrics()]
     assert rates == pytest.approx([8e-4, 4e-4, 4e-4, 2e-4])
+    with pytest.raises(
+        InputError, match=r"evaluated already.*\n  evaluation\.prompts: 2 when the run began, 3 now"
+    ):
+        align_job.go_on(run, overrides=["steps=5", "evaluation.prompts=3"])
     with pytest.raises(InputError, match=r"has done 4 steps, and steps is 3. .* give 4 or more"):
         align_job.go_on(run, overrides=["steps=3"])
     assert len(RunFolder.open(run).metrics()) == 4 and RunFolder.open(run).recipe()["steps"] == 4

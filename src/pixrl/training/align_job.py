@@ -25,6 +25,7 @@ from pixrl.training.align_record import (
     differences,
     find_place,
     read_start,
+    require_same_evaluation,
     require_same_model,
     require_unchanged,
     write_start,
@@ -79,7 +80,7 @@ def go_on(
 
     Raises:
         CheckpointError: one of these changed (it says what differs), or the model is another one.
-        InputError: fewer steps are wanted than are done.
+        InputError: fewer steps are wanted than are done, or the evaluation is to draw other pictures.
     """
     folder = RunFolder.open(path, allow_changed=True)
     edited = read_config(folder)
@@ -88,6 +89,7 @@ def go_on(
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     shop = open_workshop(config)
     require_same_model(folder, began, shop.policy)
+    require_same_evaluation(folder, differences(began["recipe"], config.model_dump(mode="json")))
     changed = [*changed_rewards(folder, shop, accept_changes), *changed_data(folder, shop, accept_changes)]
     step, images, saved = find_place(folder)
     _require_steps(path, step, config.steps)

@@ -9,13 +9,14 @@ import torch
 from pixrl.algorithms.align import MicroBatches
 from pixrl.algorithms.references import shown_pictures
 from pixrl.data.prompts import Prompt
-from pixrl.errors import CheckpointError
+from pixrl.errors import CheckpointError, InputError
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.references import on_square
 from pixrl.training import checkpoint
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_data import data_checksums
 from pixrl.training.align_eval import gallery
+from pixrl.training.align_log import evaluations
 from pixrl.training.align_workshop import Workshop
 from pixrl.training.files import write_atomic
 from pixrl.training.runlog import RunFolder, png_bytes
@@ -89,6 +90,10 @@ def read_rewards(folder: RunFolder) -> dict[str, dict[str, str]]:
     return found
 
 
+EVALUATED = tuple(f"evaluation.{name}:" for name in ("source", "prompts", "per_prompt", "steps"))
+"""Settings that say which pictures an evaluation draws, as `differences` begins with them."""
+
+
 def require_unchanged(folder: RunFolder, began: Mapping[str, Any], now: AlignConfig, accepted: bool) -> None:
     """CheckpointError that lists what was edited in recipe.yaml, unless that is accepted."""
     changes = differences(began, now.model_dump(mode="json"))
@@ -110,6 +115,17 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "
         elif one != other:
             found.append(f"{at}{name}: {one!r} when the run began, {other!r} now")
     return found
+
+
+def require_same_evaluation(folder: RunFolder, changes: Sequence[str]) -> None:
+    """InputError when later evaluations would be of other pictures than those that are there."""
+    other = [one for one in changes if one.startswith(EVALUATED)]
+    if other and evaluations(folder.path):
+        listed = "\n  ".join(other)
+        raise InputError(
+            f"{folder.path} was evaluated already, and gains compare the same prompts and noise:\n  {listed}\n"
+            "Leave it as it was, or start another run."
+        )
 
 
 def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: FlowPipelinePolicy) -> None:
