@@ -74,6 +74,9 @@ def test_signs_of_reward_hacking_are_pointed_out_and_nothing_else() -> None:
     assert warnings([Change("diversity", "spread", 0.3, 0.25)]) == []
     chance = Change("b", "never trained on", 20.0, 19.0, Interval(-1.0, -3.0, 1.0, 9))
     assert warnings([up, chance]) == [] and not chance.fell
+    assert warnings([Change("a", "trained on", 0.4, 0.6, Interval(0.2, -0.1, 0.5, 9)), down]) == []
+    sure = Change("a", "trained on", 0.4, 0.6, Interval(0.2, 0.1, 0.3, 9))
+    assert len(warnings([sure, down])) == 1 and (sure.css, chance.css, up.css) == ("up", "", "")
 
 
 def scored(folder: RunFolder, step: int, **scores: list[float | None]) -> None:

@@ -42,9 +42,10 @@ class Change:
 
     @property
     def css(self) -> str:
-        if not self.is_decided:
+        """A colour for what is known to have moved."""
+        if self.interval is None or not self.interval.excludes_zero:
             return ""
-        return "up" if self.gain > 0 else "down" if self.gain < 0 else ""
+        return "up" if self.gain > 0 else "down"
 
     def gain_text(self) -> str:
         """Such as `+0.030 [0.012, 0.049]`."""
@@ -97,7 +98,7 @@ def _by_prompt(before: Sequence[float | None], after: Sequence[float | None], pe
 
 def warnings(changes: Sequence[Change]) -> list[str]:
     """What a person should look at before trusting the run: signs of reward hacking."""
-    risen = [c for c in changes if c.role == words.TRAINED and c.gain > 0]
+    risen = [c for c in changes if c.role == words.TRAINED and c.is_decided and c.gain > 0]
     found = [
         f"{c.name}, which was never trained on, fell from {c.before:.3f} to {c.after:.3f} ({_chance(c)}), while "
         f"{' and '.join(r.name for r in risen)} rose. Look at the pictures before you trust the gain."
