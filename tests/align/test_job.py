@@ -17,9 +17,11 @@ import pixrl
 from pixrl import align_api, cli, cli_runs
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
+from pixrl.evaluation.align_report import write_align_report
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_log import evaluations, sample_scores, samples_of
+from pixrl.training.align_record import comparable_evaluations
 from pixrl.training.align_workshop import open_workshop, plan_batches
 from pixrl.training.prompt_sampler import PromptSampler
 from pixrl.training.runlog import RunFolder
@@ -175,13 +177,38 @@ def test_a_rate_falls_over_all_steps_also_of_a_longer_run(
     align_job.go_on(run, overrides=["steps=4"])
     rates = [row["lr"] for row in RunFolder.open(run).metrics()]
     assert rates == pytest.approx([8e-4, 4e-4, 4e-4, 2e-4])
-    with pytest.raises(
-        InputError, match=r"evaluated already.*\n  evaluation\.prompts: 2 when the run began, 3 now"
-    ):
-        align_job.go_on(run, overrides=["steps=5", "evaluation.prompts=3"])
     with pytest.raises(InputError, match=r"has done 4 steps, and steps is 3. .* give 4 or more"):
         align_job.go_on(run, overrides=["steps=3"])
     assert len(RunFolder.open(run).metrics()) == 4 and RunFolder.open(run).recipe()["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("evaluation.prompts=1", "prompts and noise: '4 pictures, .*' when the run began, '2 pictures, "),
+        ("evaluation.per_prompt=1", "prompts and noise: '4 pictures, .*' when the run began, '2 pictures, "),
+        ("seed=9", "prompts and noise: '4 pictures, .*' when the run began, '4 pictures, "),
+        ("evaluation.steps=2", r"evaluation\.steps: 4 when the run began, 2 now"),
+        ("sampling.steps=2", r"evaluation\.steps: 4 when the run began, 2 now"),
+        ("guidance=2.0", r"guidance: None when the run began, 2\.0 now"),
+    ],
+)
+def test_evaluations_of_other_pictures_are_not_compared(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, change: str, said: str
+) -> None:
+    evaluation = {"every": 1, "prompts": 2, "per_prompt": 2}
+    run = pixrl.align(
+        recipe(sd3_folder, prompt_file, evaluation=evaluation), steps=1, out=tmp_path / "run"
+    ).run
+    assert "before and after" in write_align_report(run).read_text()
+    with pytest.raises(CheckpointError, match=f"(?s)evaluation's pictures of .*{said}.*--accept-changes"):
+        align_job.go_on(run, overrides=["steps=2", change])
+    align_job.go_on(run, overrides=["steps=2", change], accept_changes=True)
+    align_job.go_on(run, overrides=["steps=3"])  # what was accepted stays so
+    assert [row["step"] for row in evaluations(run)] == [0, 1, 2, 3]
+    assert [row["step"] for row in comparable_evaluations(RunFolder.open(run))] == [1, 2, 3]
+    page = write_align_report(run).read_text()
+    assert "before and after" not in page and 'class="pair"' not in page and 'badge good">finished' in page
 
 
 def test_another_model_is_refused(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:

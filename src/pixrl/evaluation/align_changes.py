@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pixrl.evaluation import align_words as words
 from pixrl.evaluation.intervals import Interval, bootstrap
 from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_log import evaluations, sample_scores
+from pixrl.training.align_log import sample_scores
+from pixrl.training.align_record import base_and_last
 from pixrl.training.runlog import RunFolder
 
 FALL = 0.005
@@ -56,11 +57,11 @@ class Change:
 
 
 def changes_of(folder: RunFolder, config: AlignConfig) -> list[Change]:
-    """Every reward and the diversity at the first and at the last evaluation; empty with fewer than two."""
-    evaluated = evaluations(folder.path)
-    if len(evaluated) < 2:
+    """Every reward and the diversity of the base and at the last evaluation; empty where there are not both."""
+    evaluated = base_and_last(folder)
+    if not evaluated:
         return []
-    first, last = evaluated[0], evaluated[-1]
+    first, last = evaluated
     chances = _chances(folder, (first["step"], last["step"]), config.evaluation.per_prompt)
     roles = {setting.name: words.role_of(config, setting) for setting in config.rewards}
     found = [

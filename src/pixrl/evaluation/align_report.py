@@ -13,12 +13,11 @@ from pixrl.evaluation import align_words as words
 from pixrl.evaluation.align_changes import changes_of, warnings
 from pixrl.evaluation.align_panels import Panel, panels, reward_panels
 from pixrl.evaluation.page import THUMBNAIL, Picture, inline, render
-from pixrl.evaluation.shown import gallery_entries, subjects_in_words
+from pixrl.evaluation.shown import before_and_after, subjects_in_words
 from pixrl.hub import TOY_PREFIX
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_kinds import ALIGN, PERSONALIZE, read_config, require_kind
-from pixrl.training.align_log import evaluations
-from pixrl.training.align_record import START
+from pixrl.training.align_record import comparable_evaluations, start_if_any
 from pixrl.training.files import write_atomic
 from pixrl.training.runlog import ManifestRow, RunFolder
 
@@ -74,7 +73,7 @@ def write_align_report(path: Path) -> Path:
 def align_view(folder: RunFolder) -> dict[str, Any]:
     """Everything the page shows."""
     config = read_config(folder)
-    metrics, evaluated, manifest = folder.metrics(), evaluations(folder.path), folder.manifest()
+    metrics, evaluated, manifest = folder.metrics(), comparable_evaluations(folder), folder.manifest()
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     pairs = gallery_pairs(folder)
     finished = len(metrics) >= config.steps and any(row["step"] == config.steps for row in evaluated)
@@ -94,7 +93,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "warnings": warnings(changes),
         "pairs": pairs[:SHOWN],
         "more": max(len(pairs) - SHOWN, 0),
-        "unseen": is_unseen(config, _start(folder)),
+        "unseen": is_unseen(config, start_if_any(folder)),
         "shown": "subjects" if folder.kind == PERSONALIZE else "prompts",
         "slot": "trained" if config.optimizer.ema is None else "averaged",
         "reward_panels": _marked(reward_panels(config, metrics, evaluated)),
@@ -103,7 +102,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "group_note": words.training_pictures(config),
         "phases": phases(metrics),
         "failures": failures(manifest),
-        "facts": words.facts(config, _start(folder)),
+        "facts": words.facts(config, start_if_any(folder)),
         "machine": words.machine_facts(environment),
         "recipe": folder.recipe_text(),
         "commands": words.commands(folder.path, finished, folder.kind),
@@ -122,9 +121,6 @@ def is_unseen(config: AlignConfig, start: Mapping[str, Any] | None = None) -> bo
 
 def gallery_pairs(folder: RunFolder) -> list[Pair]:
     """Held-out prompts by the base and by the newest evaluated weights, from the same noise."""
-    steps = sorted(folder.samples_dir.glob("step-*"))
-    if len(steps) < 2:
-        return []
     return [
         Pair(
             entry["prompt"],
@@ -133,9 +129,7 @@ def gallery_pairs(folder: RunFolder) -> list[Pair]:
             inline(after, THUMBNAIL),
             inline(folder.path / entry["reference"], THUMBNAIL) if "reference" in entry else None,
         )
-        for entry in gallery_entries(folder)
-        for before, after in [[step / f"{entry['number']:04d}.png" for step in (steps[0], steps[-1])]]
-        if before.is_file() and after.is_file()
+        for entry, before, after in before_and_after(folder)
     ]
 
 
@@ -177,14 +171,6 @@ def failures(manifest: Sequence[ManifestRow]) -> list[tuple[str, int]]:
 def _score(row: ManifestRow, reward: str) -> str:
     value = row.scores.get(reward)
     return "–" if value is None else f"{value:.3f}"
-
-
-def _start(folder: RunFolder) -> dict[str, Any]:
-    path = folder.path / START
-    if not path.is_file():  # it stopped before its first step
-        return {}
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
 
 
 def _marked(found: Sequence[Panel]) -> list[dict[str, Any]]:

@@ -13,14 +13,13 @@ from pixrl.evaluation import align_words as words
 from pixrl.evaluation.align_changes import Change, changes_of, warnings
 from pixrl.evaluation.align_report import failures, is_unseen
 from pixrl.evaluation.card_usage import usage
-from pixrl.evaluation.shown import class_word, gallery_entries, in_words, subjects_in_words
+from pixrl.evaluation.shown import before_and_after, class_word, gallery_entries, in_words, subjects_in_words
 from pixrl.hub_check import INDEX, read_json
 from pixrl.hub_fetch import is_hub_id, split_revision
 from pixrl.models.licences import NOT_STATED, generator_licence
 from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_log import evaluations
-from pixrl.training.align_record import START, read_rewards, read_start
+from pixrl.training.align_record import base_and_last, read_rewards, start_if_any
 from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.runlog import RunFolder
 
@@ -62,16 +61,11 @@ class Facts:
 
 def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
     """Held-out prompts by the base and by the last evaluated weights, from the same noise; spread evenly."""
-    steps = sorted(folder.samples_dir.glob("step-*"))
-    if len(steps) < 2:
-        return []
     found = []
-    for entry in gallery_entries(folder):
-        before, after = (step / f"{entry['number']:04d}.png" for step in (steps[0], steps[-1]))
-        if before.is_file() and after.is_file():
-            names = [f"images/{entry['number']:04d}-{when}.png" for when in ("before", "after")]
-            pair = Shown(entry["prompt"], (before, names[0]), (after, names[1]))
-            found.append(replace(pair, reference=_reference(folder, entry), subject=entry.get("subject")))
+    for entry, before, after in before_and_after(folder):
+        names = [f"images/{entry['number']:04d}-{when}.png" for when in ("before", "after")]
+        pair = Shown(entry["prompt"], (before, names[0]), (after, names[1]))
+        found.append(replace(pair, reference=_reference(folder, entry), subject=entry.get("subject")))
     total = min(count, len(found))
     return [found[place * len(found) // total] for place in range(total)]
 
@@ -86,7 +80,7 @@ def _reference(folder: RunFolder, entry: Mapping[str, Any]) -> tuple[Path, str] 
 
 def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequence[Shown]) -> str:
     """The card as markdown, with the front matter that model hubs read."""
-    evaluated = evaluations(folder.path)
+    evaluated = base_and_last(folder)
     changes = changes_of(folder, config)
     sections = [
         _front_matter(config),
@@ -182,7 +176,7 @@ def _certainty(changes: Sequence[Change]) -> str:
 
 def _evaluated(folder: RunFolder, config: AlignConfig) -> str:
     """What was drawn before and after, and whether training saw it."""
-    start, pictures = _start(folder), len(gallery_entries(folder))
+    start, pictures = start_if_any(folder), len(gallery_entries(folder))
     prompts = pictures // config.evaluation.per_prompt
     counted = f"{pictures} pictures of {prompts} prompts" if pictures else "pictures"
     seen = start.get("trained_on")
@@ -193,11 +187,6 @@ def _evaluated(folder: RunFolder, config: AlignConfig) -> str:
     else:
         which = f"of which training saw {seen} too"
     return f"{counted} of `{config.evaluation.source or config.prompts.source}` {which}"
-
-
-def _start(folder: RunFolder) -> dict[str, Any]:
-    """start.json; empty of a run that stopped before its first step."""
-    return read_start(folder) if (folder.path / START).is_file() else {}
 
 
 def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
@@ -229,7 +218,7 @@ def _method(folder: RunFolder, config: AlignConfig) -> str:
     rewards = [f"- `{s.name}` ({s.reward}), {_counts(config, s)}: {_options(s)}" for s in config.rewards]
     facts = [
         f"- {name}: {text}"
-        for name, text in (*words.method_parts(config), *words.facts(config, _start(folder)))
+        for name, text in (*words.method_parts(config), *words.facts(config, start_if_any(folder)))
     ]
     machine = [f"- {name}: {text}" for name, text in words.machine_facts(environment)]
     return "\n".join(["## Method", "", *facts, "", "## Rewards", "", *rewards, "", "## Data", "", *_data(config),

@@ -1,6 +1,7 @@
 """What an align run's evaluation showed: how many pictures, of which subjects."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from pixrl.data.prompts import read_text
 from pixrl.data.subjects import CLASS_FILE
 from pixrl.errors import InputError
 from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_record import GALLERY
+from pixrl.training.align_log import samples_of
+from pixrl.training.align_record import GALLERY, base_and_last
 from pixrl.training.runlog import RunFolder
 
 NAMED = 3
@@ -22,6 +24,16 @@ def gallery_entries(folder: RunFolder) -> list[dict[str, Any]]:
         return []
     entries: list[dict[str, Any]] = json.loads(record.read_text(encoding="utf-8"))
     return entries
+
+
+def before_and_after(folder: RunFolder) -> Iterator[tuple[dict[str, Any], Path, Path]]:
+    """Entries of the gallery with the pictures of the base and the last evaluation; none where not both are there."""
+    folders = [samples_of(folder, row["step"]) for row in base_and_last(folder)]
+    for entry in gallery_entries(folder) if folders else []:
+        first, last = folders
+        name = f"{entry['number']:04d}.png"
+        if (first / name).is_file() and (last / name).is_file():
+            yield entry, first / name, last / name
 
 
 def subjects_in_words(folder: RunFolder, config: AlignConfig) -> str:

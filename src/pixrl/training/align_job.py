@@ -21,11 +21,11 @@ from pixrl.training.align_kinds import kind_of, read_config
 from pixrl.training.align_log import AlignLog, evaluations
 from pixrl.training.align_record import (
     changed_data,
+    changed_evaluation,
     changed_rewards,
     differences,
     find_place,
     read_start,
-    require_same_evaluation,
     require_same_model,
     require_unchanged,
     write_start,
@@ -76,11 +76,11 @@ def go_on(
         path: the run's folder.
         overrides: settings to change from here on, `a.b=c`.
         accept_changes: go on though recipe.yaml was edited, or a reward's weights, prompts or reference pictures are
-            others, after the run began.
+            others, after the run began, or evaluations would be of other pictures than those that are there.
 
     Raises:
         CheckpointError: one of these changed (it says what differs), or the model is another one.
-        InputError: fewer steps are wanted than are done, or the evaluation is to draw other pictures.
+        InputError: fewer steps are wanted than are done.
     """
     folder = RunFolder.open(path, allow_changed=True)
     edited = read_config(folder)
@@ -89,13 +89,13 @@ def go_on(
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     shop = open_workshop(config)
     require_same_model(folder, began, shop.policy)
-    require_same_evaluation(folder, differences(began["recipe"], config.model_dump(mode="json")))
     changed = [*changed_rewards(folder, shop, accept_changes), *changed_data(folder, shop, accept_changes)]
+    evaluation = changed_evaluation(folder, shop, began["recipe"], accept_changes)
     step, images, saved = find_place(folder)
     _require_steps(path, step, config.steps)
     shop.team.wait()  # all have read the logs before the first one cuts them back
     micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
-    changes = [*differences(began["recipe"], config.model_dump(mode="json")), *changed]
+    changes = [*differences(began["recipe"], config.model_dump(mode="json")), *changed, *evaluation]
     if step == config.steps and not changes and _is_evaluated(folder.path, step):
         (monitor or Silent()).say(f"{folder.path.name} is finished: nothing is drawn again.")
         return folder.path
@@ -105,7 +105,8 @@ def go_on(
         notes = (*notes, *left_out, *(f"changed: {one}" for one in changes))
         if shop.team.leads:
             folder.adopt_recipe(config)
-            write_start(folder, shop, micro_batches, notes)
+            since = step if evaluation else began.get("evaluated_from", 0)
+            write_start(folder, shop, micro_batches, notes, evaluated_from=since)
     _play(folder, shop, micro_batches, notes, step, images, saved, monitor if shop.team.leads else None)
     return folder.path
 

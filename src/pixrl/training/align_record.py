@@ -1,5 +1,6 @@
 """What an align run began with and how far it came: `start.json` and the checkpoints."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from pixrl.algorithms.align import MicroBatches
 from pixrl.algorithms.references import shown_pictures
 from pixrl.data.prompts import Prompt
-from pixrl.errors import CheckpointError, InputError
+from pixrl.errors import CheckpointError
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.references import on_square
 from pixrl.training import checkpoint
@@ -28,8 +29,18 @@ REFERENCES = "samples/references"
 REFERENCE_SIDE = 256
 
 
-def write_start(folder: RunFolder, shop: Workshop, micro_batches: MicroBatches, notes: Sequence[str]) -> None:
-    """What the run began with, for `go_on` to compare; and what its gallery shows."""
+def write_start(
+    folder: RunFolder,
+    shop: Workshop,
+    micro_batches: MicroBatches,
+    notes: Sequence[str],
+    *,
+    evaluated_from: int = 0,
+) -> None:
+    """What the run began with, for `go_on` to compare; and what its gallery shows.
+
+    `evaluated_from`: the first step whose evaluation is of these pictures.
+    """
     record = {
         "recipe": shop.config.model_dump(mode="json"),
         "model": shop.policy.name,
@@ -39,6 +50,7 @@ def write_start(folder: RunFolder, shop: Workshop, micro_batches: MicroBatches, 
         "micro_batches": {"rollout": micro_batches.rollout, "train": micro_batches.train},
         "notes": list(notes),
         "trained_on": shop.trained_on(),
+        "evaluated_from": evaluated_from,
     }
     settings = shop.config.evaluation
     prompts = shop.evaluated()
@@ -66,12 +78,14 @@ def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict
 
 
 def read_start(folder: RunFolder) -> dict[str, Any]:
-    """What a run began with: recipe, model, fingerprint, rewards, data, micro_batches, notes, trained_on.
+    """What a run began with: recipe, model, fingerprint, rewards, data, micro_batches, notes, trained_on,
+    evaluated_from.
 
     `rewards` is each reward's provenance, `data` a checksum of each source's prompts and reference pictures; runs of
     before they were recorded have none.
 
-    `trained_on` is the number of the evaluation's prompts that training asks for too.
+    `trained_on` is the number of the evaluation's prompts that training asks for too; evaluations of before the step
+    `evaluated_from` are of other pictures than later ones.
     """
     path = folder.path / START
     try:
@@ -84,14 +98,27 @@ def read_start(folder: RunFolder) -> dict[str, Any]:
         ) from None
 
 
+def start_if_any(folder: RunFolder) -> dict[str, Any]:
+    """`read_start`; {} of a run that stopped before its first step."""
+    return read_start(folder) if (folder.path / START).is_file() else {}
+
+
+def comparable_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    """The evaluations of the pictures that the gallery lists, in order."""
+    since = start_if_any(folder).get("evaluated_from", 0)
+    return [row for row in evaluations(folder.path) if row["step"] >= since]
+
+
+def base_and_last(folder: RunFolder) -> list[dict[str, Any]]:
+    """The base's evaluation and the newest one of the same pictures; [] where there are not both."""
+    rows = comparable_evaluations(folder)
+    return [rows[0], rows[-1]] if len(rows) > 1 and rows[0]["step"] == 0 else []
+
+
 def read_rewards(folder: RunFolder) -> dict[str, dict[str, str]]:
     """Reward -> provenance, as the run began; none of runs of before it was recorded."""
     found: dict[str, dict[str, str]] = read_start(folder).get("rewards", {})
     return found
-
-
-EVALUATED = tuple(f"evaluation.{name}:" for name in ("source", "prompts", "per_prompt", "steps"))
-"""Settings that say which pictures an evaluation draws, as `differences` begins with them."""
 
 
 def require_unchanged(folder: RunFolder, began: Mapping[str, Any], now: AlignConfig, accepted: bool) -> None:
@@ -115,17 +142,6 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "
         elif one != other:
             found.append(f"{at}{name}: {one!r} when the run began, {other!r} now")
     return found
-
-
-def require_same_evaluation(folder: RunFolder, changes: Sequence[str]) -> None:
-    """InputError when later evaluations would be of other pictures than those that are there."""
-    other = [one for one in changes if one.startswith(EVALUATED)]
-    if other and evaluations(folder.path):
-        listed = "\n  ".join(other)
-        raise InputError(
-            f"{folder.path} was evaluated already, and gains compare the same prompts and noise:\n  {listed}\n"
-            "Leave it as it was, or start another run."
-        )
 
 
 def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: FlowPipelinePolicy) -> None:
@@ -156,6 +172,41 @@ def changed_data(folder: RunFolder, shop: Workshop, accepted: bool) -> list[str]
     before = read_start(folder).get("data", {})
     now = data_checksums(shop.prompts.prompts, shop.held_out)
     return _changed(folder, "prompts and pictures", before, now, accepted)
+
+
+def changed_evaluation(
+    folder: RunFolder, shop: Workshop, began: Mapping[str, Any], accepted: bool
+) -> list[str]:
+    """How further evaluations would be of other pictures than those that are there; nothing before the first one.
+
+    Raises:
+        CheckpointError: they would be, and that is not accepted.
+    """
+    if not evaluations(folder.path):
+        return []
+    shown = json.loads((folder.path / GALLERY).read_text(encoding="utf-8"))
+    before = {"prompts and noise": _digest(shown), **_sampling(began)}
+    settings = shop.config.evaluation
+    drawn = gallery(shop.evaluated(), settings.per_prompt, shop.config.seed)
+    now = {"prompts and noise": _digest(drawn), **_sampling(shop.config.model_dump(mode="json"))}
+    return _changed(folder, "evaluation's pictures", before, now, accepted)
+
+
+def _digest(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Of a gallery, wherever its references lie."""
+    known = [{name: one[name] for name in one if name != "reference"} for one in entries]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{len(known)} pictures, checksum {digest}"
+
+
+def _sampling(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """How an evaluation draws."""
+    sampling = recipe["sampling"]
+    return {
+        "evaluation.steps": recipe["evaluation"]["steps"] or sampling["steps"],
+        "sampling.solver": sampling["solver"],
+        **{name: recipe[name] for name in ("guidance", "resolution", "references") if name in recipe},
+    }
 
 
 def _changed(
