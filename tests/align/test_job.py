@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import statistics
 from dataclasses import replace
@@ -21,7 +22,7 @@ from pixrl.evaluation.align_report import write_align_report
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_log import evaluations, sample_scores, samples_of
-from pixrl.training.align_record import comparable_evaluations
+from pixrl.training.align_record import START, comparable_evaluations
 from pixrl.training.align_workshop import open_workshop, plan_batches
 from pixrl.training.prompt_sampler import PromptSampler
 from pixrl.training.runlog import RunFolder
@@ -201,13 +202,14 @@ def test_evaluations_of_other_pictures_are_not_compared(
         recipe(sd3_folder, prompt_file, evaluation=evaluation), steps=1, out=tmp_path / "run"
     ).run
     assert "before and after" in write_align_report(run).read_text()
-    with pytest.raises(CheckpointError, match=f"(?s)evaluation's pictures of .*{said}.*--accept-changes"):
-        align_job.go_on(run, overrides=["steps=2", change])
-    align_job.go_on(run, overrides=["steps=2", change], accept_changes=True)
-    align_job.go_on(run, overrides=["steps=3"])  # what was accepted stays so
+    align_job.go_on(run, overrides=["steps=2", change])
+    notes = json.loads((run / START).read_text())["notes"]
+    assert any(re.search(f"not compared with the base .*{said}", note) for note in notes)
+    align_job.go_on(run, overrides=["steps=3"])  # what changed stays so
     assert [row["step"] for row in evaluations(run)] == [0, 1, 2, 3]
     assert [row["step"] for row in comparable_evaluations(RunFolder.open(run))] == [1, 2, 3]
     page = write_align_report(run).read_text()
+    assert "From step 1 on the evaluation draws other pictures than it drew of the base" in page
     assert "before and after" not in page and 'class="pair"' not in page and 'badge good">finished' in page
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "changes": changes,
         "intervals": any(change.interval for change in changes),
         "evaluated": [evaluated[0]["step"], evaluated[-1]["step"]] if evaluated else [],
-        "warnings": warnings(changes),
+        "warnings": [*warnings(changes), *_without_base(start_if_any(folder))],
         "pairs": pairs[:SHOWN],
         "more": max(len(pairs) - SHOWN, 0),
         "unseen": is_unseen(config, start_if_any(folder)),
@@ -108,6 +108,14 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "commands": words.commands(folder.path, finished, folder.kind),
         "date": environment["date"],
     }
+
+
+def _without_base(start: Mapping[str, Any]) -> Iterator[str]:
+    if since := start.get("evaluated_from", 0):
+        yield (
+            f"From step {since} on the evaluation draws other pictures than it drew of the base, so nothing is set "
+            "beside the base. The plan below says what changed."
+        )
 
 
 def is_unseen(config: AlignConfig, start: Mapping[str, Any] | None = None) -> bool:

@@ -76,7 +76,7 @@ def go_on(
         path: the run's folder.
         overrides: settings to change from here on, `a.b=c`.
         accept_changes: go on though recipe.yaml was edited, or a reward's weights, prompts or reference pictures are
-            others, after the run began, or evaluations would be of other pictures than those that are there.
+            others, after the run began.
 
     Raises:
         CheckpointError: one of these changed (it says what differs), or the model is another one.
@@ -90,7 +90,7 @@ def go_on(
     shop = open_workshop(config)
     require_same_model(folder, began, shop.policy)
     changed = [*changed_rewards(folder, shop, accept_changes), *changed_data(folder, shop, accept_changes)]
-    evaluation = changed_evaluation(folder, shop, began["recipe"], accept_changes)
+    evaluation = changed_evaluation(folder, shop, began["recipe"])
     step, images, saved = find_place(folder)
     _require_steps(path, step, config.steps)
     shop.team.wait()  # all have read the logs before the first one cuts them back

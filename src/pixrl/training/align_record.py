@@ -174,14 +174,8 @@ def changed_data(folder: RunFolder, shop: Workshop, accepted: bool) -> list[str]
     return _changed(folder, "prompts and pictures", before, now, accepted)
 
 
-def changed_evaluation(
-    folder: RunFolder, shop: Workshop, began: Mapping[str, Any], accepted: bool
-) -> list[str]:
-    """How further evaluations would be of other pictures than those that are there; nothing before the first one.
-
-    Raises:
-        CheckpointError: they would be, and that is not accepted.
-    """
+def changed_evaluation(folder: RunFolder, shop: Workshop, began: Mapping[str, Any]) -> list[str]:
+    """How further evaluations draw other pictures than those that are there; nothing before the first one."""
     if not evaluations(folder.path):
         return []
     shown = json.loads((folder.path / GALLERY).read_text(encoding="utf-8"))
@@ -189,7 +183,10 @@ def changed_evaluation(
     settings = shop.config.evaluation
     drawn = gallery(shop.evaluated(), settings.per_prompt, shop.config.seed)
     now = {"prompts and noise": _digest(drawn), **_sampling(shop.config.model_dump(mode="json"))}
-    return _changed(folder, "evaluation's pictures", before, now, accepted)
+    return [
+        f"evaluations are of other pictures from here on, and are not compared with the base ({one})"
+        for one in differences(before, now)
+    ]
 
 
 def _digest(entries: Sequence[Mapping[str, Any]]) -> str:
