@@ -101,9 +101,9 @@ class TimeSettings(Settings):
         return self
 
     def prompt_weights(self, steps: int) -> Tensor:
-        """Weight of the prompt's rewards at each of `steps` steps, float32 [T]."""
+        """Weight of the prompt's rewards at each of `steps` steps [T]."""
         return prompt_weight(
-            torch.arange(steps, dtype=torch.float32), steps, self.w_max, self.w_min, self.start, self.end,
+            torch.arange(float(steps)), steps, self.w_max, self.w_min, self.start, self.end,
             self.steepness * PUBLISHED_STEPS / steps, self.center, self.inverted,
         )  # fmt: skip
 

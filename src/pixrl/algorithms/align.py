@@ -216,7 +216,7 @@ class Aligner:
         samples = rollouts.samples
         groups = int(self.peers.sum(torch.tensor(float(len(samples.groups)))).item())
         own_PS = torch.zeros(groups, samples.per_group)
-        own_PS[[group.place for group in samples.groups]] = values_B.float().cpu().view(-1, samples.per_group)
+        own_PS[[group.place for group in samples.groups]] = values_B.to(own_PS).view(-1, samples.per_group)
         return self.peers.sum(own_PS)
 
     def _exploration_metrics(self, rollouts: Rollouts) -> dict[str, float]:
