@@ -1,0 +1,37 @@
+"""`python -m toy_build [STAGE ...]`: train the named stages, or all in the order in which they need each other.
+
+A killed build goes on where it stopped. `python -m toy_build keep` writes unfinished states into build-state/.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+from toy_build.training import ROOT, Build, keep
+
+STAGES = {"vae": "toy_build.vae:build_vae"}
+
+
+def main(names: list[str]) -> int:
+    work = ROOT / "build" / "world"
+    if names == ["keep"]:
+        for path in keep(work):
+            print(path.relative_to(ROOT), path.stat().st_size)
+        return 0
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        print(f"There is no stage {unknown[0]!r}. Stages: {', '.join(STAGES)}; or keep.", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    build = Build(Path(__file__).parent / "checkpoints", work, device=device)
+    for name in names or STAGES:
+        module, function = STAGES[name].split(":")
+        getattr(importlib.import_module(module), function)(build)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""The pictures that the toy world's networks learn from: drawn once, kept on disk, their scenes made again from seeds."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toy_build.world.language import canonical, is_held_out
+from toy_build.world.random_scenes import (
+    Subject,
+    random_scene,
+    random_subject,
+    resembles_held_out,
+    subject_scene,
+)
+from toy_build.world.scene import SIDE, Scene, Task, draw, kind_classes, part_classes
+
+SCENE_SHARES = {
+    Task.SINGLE_OBJECT: 0.38, Task.COLORS: 0.22, Task.HYBRID: 0.18, Task.TWO_OBJECT: 0.06, Task.COUNTING: 0.06,
+    Task.POSITION: 0.04, Task.COLOR_ATTR: 0.04, Task.OVERLAY: 0.02,
+}  # fmt: skip
+"""What the generators see: few compositions, so that they stay weak at them and reinforcement learning finds room."""
+EVEN_SHARES = {
+    Task.SINGLE_OBJECT: 0.22, Task.COLORS: 0.13, Task.HYBRID: 0.15, Task.TWO_OBJECT: 0.12, Task.COUNTING: 0.14,
+    Task.POSITION: 0.10, Task.COLOR_ATTR: 0.10, Task.OVERLAY: 0.04,
+}  # fmt: skip
+"""What the judges see: everything about as often."""
+VIEWS = 6
+"""Pictures of each training subject."""
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Rows = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
+
+
+def _of_shares(shares: dict[Task, float], key: int) -> Callable[[int, int], Scene]:
+    def scene(seed: int, index: int) -> Scene:
+        rng = np.random.default_rng((seed, key, index))
+        while True:
+            found = random_scene(rng, Task(rng.choice(list(shares), p=list(shares.values()))))
+            if not is_held_out(canonical(found)):
+                return found
+
+    return scene
+
+
+def training_subject(seed: int, index: int) -> Subject:
+    """The index-th training subject: never one that resembles those held out."""
+    rng = np.random.default_rng((seed, 2, index))
+    while True:
+        subject = random_subject(rng)
+        if not resembles_held_out(subject):
+            return subject
+
+
+def subject_view(seed: int, index: int) -> Scene:
+    """Picture `index % VIEWS` of training subject `index // VIEWS`."""
+    rng = np.random.default_rng((seed, 3, index))
+    return subject_scene(training_subject(seed, index // VIEWS), rng, added_accessory=0.4)
+
+
+SCENE_OF: dict[str, Callable[[int, int], Scene]] = {
+    "scenes": _of_shares(SCENE_SHARES, 1),
+    "even": _of_shares(EVEN_SHARES, 4),
+    "subjects": subject_view,
+}
+"""The sets of pictures: seed and row to scene."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A set of drawn pictures [N, 128, 128, 3] with their label maps [N, 128, 128]."""
+
+    what: str
+    seed: int
+    images: Bytes
+    labels: Bytes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def _scenes(self) -> dict[int, Scene]:
+        return {}
+
+    def scene(self, row: int) -> Scene:
+        """The scene of a row, made again."""
+        if row not in self._scenes:
+            self._scenes[row] = SCENE_OF[self.what](self.seed, row)
+        return self._scenes[row]
+
+    def tensor(self, rows: Rows) -> Tensor:
+        """Pictures [B, 3, 128, 128] in [0, 1]."""
+        return to_tensor(self.images[np.asarray(rows)])
+
+    def parts(self, rows: Rows) -> Tensor:
+        """The class of every pixel among PART_CLASSES [B, 128, 128]."""
+        found = [part_classes(self.scene(int(row)))[self.labels[row]] for row in rows]
+        return torch.from_numpy(np.stack(found)).long()
+
+    def kinds(self, rows: Rows) -> Tensor:
+        """The kind of every pixel, 0 for background [B, 128, 128]."""
+        found = [kind_classes(self.scene(int(row)))[self.labels[row]] for row in rows]
+        return torch.from_numpy(np.stack(found)).long()
+
+    def cutouts(self, rows: Rows, background: int = 255) -> Tensor:
+        """The pictures with everything but the objects replaced by a plain background."""
+        picked = np.asarray(rows)
+        ink = self.labels[picked][..., None] > 0
+        return to_tensor(np.where(ink, self.images[picked], np.uint8(background)))
+
+
+def to_tensor(images: Bytes) -> Tensor:
+    """Pictures [B, H, W, 3] of bytes as [B, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(255)
+
+
+def _draw_block(what: str, seed: int, rows: range) -> tuple[Bytes, Bytes]:
+    drawn = [draw(SCENE_OF[what](seed, i)) for i in rows]
+    return np.stack([d.picture for d in drawn]), np.stack([d.labels for d in drawn])
+
+
+def pictures(work: Path, what: str, count: int, seed: int, processes: int = 2) -> Pictures:
+    """Draw `count` pictures of a set in SCENE_OF, or read them where an earlier run left them."""
+    folder = work / "pictures" / f"{what}-{seed}-{count}"
+    if not (folder / "labels.npy").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (count, SIDE, SIDE, 3))
+        labels = np.lib.format.open_memmap(folder / "labels.tmp.npy", "w+", np.uint8, (count, SIDE, SIDE))
+        blocks = [range(start, min(start + 500, count)) for start in range(0, count, 500)]
+        with ProcessPoolExecutor(processes) as pool:
+            drawn = pool.map(_draw_block, [what] * len(blocks), [seed] * len(blocks), blocks)
+            for rows, (pixels, marks) in zip(blocks, drawn, strict=True):
+                images[rows.start : rows.stop], labels[rows.start : rows.stop] = pixels, marks
+        images.flush()
+        labels.flush()
+        (folder / "labels.tmp.npy").replace(folder / "labels.npy")
+    images, labels = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels"))
+    return Pictures(what, seed, images, labels)

@@ -1,0 +1,166 @@
+"""`vae`: an AutoencoderKL that shrinks pictures eightfold, shared by all three generators.
+
+It learns in three rounds: on crops that show ink, then on whole pictures, then the decoder alone against a small
+critic of patches (Isola et al. 2017), so that edges are sharp. The first three latent channels are held to twice the
+eightfold shrunk picture: such latents are smooth, and generators learn them faster (docs/log.md, "Anchored latents").
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from toy_build.pictures import Pictures, pictures
+from toy_build.training import Build, Draw, Plan, save_half
+from toy_build.world.scene import SIDE
+
+SCENES, SUBJECTS = 30_000, 12_000
+LATENT_CHANNELS, FACTOR, CROP = 16, 8, 64
+KL_WEIGHT, ANCHOR_WEIGHT, ANCHOR_SCALE = 1e-3, 1.0, 2.0
+CROPS = Plan(steps=5_000, batch=32, lr=2e-3, warmup=100, weight_decay=0.0, level=0.8, ema=0.998)
+WHOLE = Plan(steps=1_500, batch=8, lr=6e-4, warmup=50, weight_decay=0.0, level=0.3, ema=0.995)
+SHARP = Plan(
+    steps=3_000, batch=8, lr=4e-4, warmup=50, weight_decay=0.0, level=0.5, ema=0.998, betas=(0.5, 0.95)
+)
+CRITIC_RATE, CRITIC_WEIGHT, CRITIC_FROM = 4e-4, 0.02, 200
+
+
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
+        sample_size=SIDE, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def edges(images: Tensor) -> Tensor:
+    """Differences to the right and downward neighbour, side by side [B, n]."""
+    down, right = images[..., 1:, :] - images[..., :-1, :], images[..., :, 1:] - images[..., :, :-1]
+    return torch.cat((down.flatten(1), right.flatten(1)), 1)
+
+
+def crops(data: Pictures, draw: Draw, batch: int) -> Tensor:
+    """Windows [B, 3, 64, 64] in [0, 1], most of them around ink, at multiples of eight pixels."""
+    out = []
+    for row in draw.rows(len(data), batch):
+        ys, xs = np.nonzero(data.labels[row][::8, ::8])
+        top, left = (int(v) for v in draw.rng.integers((SIDE - CROP) // 8 + 1, size=2))
+        if len(ys) and draw.rng.random() < 0.8:
+            k = int(draw.rng.integers(len(ys)))
+            top, left = (int(np.clip(v[k] - draw.rng.integers(8), 0, 8)) for v in (ys, xs))
+        out.append(data.images[row, 8 * top : 8 * top + CROP, 8 * left : 8 * left + CROP])
+    return (
+        torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float().div_(255)
+    )  # channels last, as the convolutions like it
+
+
+def reconstruction(decoded: Tensor, target: Tensor) -> Tensor:
+    """The distance of pictures in [-1, 1]: absolute, squared, and that of their edges."""
+    error = F.l1_loss(decoded, target) + F.mse_loss(decoded, target)
+    return error + 0.5 * F.l1_loss(edges(decoded), edges(target))
+
+
+class Critic(nn.Module):
+    """Tells drawn from decoded patches of 22 pixels."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        sizes = ((3, width, 2), (width, 2 * width, 2), (2 * width, 2 * width, 1))
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in sizes:
+            layers += [
+                nn.utils.parametrizations.spectral_norm(nn.Conv2d(inputs, outputs, 4, stride, 1)),
+                nn.LeakyReLU(0.2),
+            ]
+        self.body = nn.Sequential(*layers, nn.Conv2d(2 * width, 1, 3, padding=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        judged: Tensor = self.body(images)
+        return judged
+
+
+def build_vae(build: Build) -> None:
+    """Train and save `vae`; its config says how to scale latents to zero mean and unit variance."""
+    torch.manual_seed(build.seed)
+    sets = [
+        pictures(build.work, "scenes", SCENES, build.seed),
+        pictures(build.work, "subjects", SUBJECTS, build.seed),
+    ]
+    vae = new_vae().to(build.device, memory_format=torch.channels_last)
+
+    def chosen(draw: Draw) -> Pictures:
+        return sets[int(draw.rng.random() < 0.3)]
+
+    def both(target: Tensor, draw: Draw) -> Tensor:
+        latents = vae.encode(target).latent_dist
+        noise = draw.normal(*latents.mean.shape).to(build.device)
+        decoded = vae.decode(latents.mean + latents.std * noise).sample.float()
+        divergence: Tensor = latents.kl().float().mean() / latents.mean[0].numel()
+        smooth = ANCHOR_SCALE * F.avg_pool2d(target, FACTOR)
+        anchor = F.mse_loss(latents.mean[:, :3].float(), smooth)
+        return reconstruction(decoded, target) + KL_WEIGHT * divergence + ANCHOR_WEIGHT * anchor
+
+    def crop_loss(draw: Draw) -> Tensor:
+        with build.autocast():
+            return both(crops(chosen(draw), draw, CROPS.batch).to(build.device) * 2 - 1, draw)
+
+    def whole_loss(draw: Draw) -> Tensor:
+        data = chosen(draw)
+        with build.autocast():
+            return both(data.tensor(draw.rows(len(data), WHOLE.batch)).to(build.device) * 2 - 1, draw)
+
+    build.fit("vae_crops", vae, CROPS, crop_loss)
+    build.fit("vae_whole", vae, WHOLE, whole_loss)
+    _sharpen(build, vae, chosen)
+    vae.eval()
+    with torch.no_grad():
+        rows = list(range(512))
+        latents = torch.cat(
+            [vae.encode(sets[0].tensor(rows[k : k + 64]) * 2 - 1).latent_dist.mean for k in range(0, 512, 64)]
+        )
+    scaling, shift = round(1 / float(latents.std()), 4), round(float(latents.mean()), 4)
+    vae.register_to_config(scaling_factor=scaling, shift_factor=shift)
+    save_half(vae, build.out / "vae")
+    build.provenance("vae", {"vae_crops": CROPS, "vae_whole": WHOLE, "vae_sharp": SHARP})
+
+
+def _sharpen(build: Build, vae: AutoencoderKL, chosen: Any) -> None:
+    """The last round: the encoder stays, the decoder learns to pass for a drawing."""
+    vae.encoder.requires_grad_(False)
+    critic = Critic().to(build.device)
+    seen = 0  # by this critic, which starts anew when the build was killed
+    optimizer = torch.optim.Adam(critic.parameters(), CRITIC_RATE, betas=(0.5, 0.95))
+
+    def loss(draw: Draw) -> Tensor:
+        nonlocal seen
+        seen += 1
+        target = crops(chosen(draw), draw, 2 * SHARP.batch).to(build.device) * 2 - 1
+        with torch.no_grad():
+            latents = vae.encode(target).latent_dist.mean
+        decoded = vae.decode(latents).sample.float()
+        judged = F.relu(1 - critic(target)).mean() + F.relu(1 + critic(decoded.detach())).mean()
+        optimizer.zero_grad()
+        judged.backward()
+        optimizer.step()
+        critic.requires_grad_(False)
+        error = reconstruction(decoded, target)
+        if seen > CRITIC_FROM:
+            error = error - CRITIC_WEIGHT * critic(decoded).mean()
+        critic.requires_grad_(True)
+        return error
+
+    build.fit("vae_sharp", vae, SHARP, loss)
+    vae.encoder.requires_grad_(True)
+
+
+def encode_all(build: Build, vae: AutoencoderKL, data: Pictures) -> Tensor:
+    """The scaled latent means of every picture, half precision [N, 16, 16, 16]."""
+    out = []
+    with torch.inference_mode(), build.autocast():
+        for start in range(0, len(data), 128):
+            images = data.tensor(range(start, min(start + 128, len(data)))).to(build.device)
+            out.append(vae.encode(images * 2 - 1).latent_dist.mean.float().cpu())
+    return ((torch.cat(out) - float(vae.config.shift_factor)) * float(vae.config.scaling_factor)).half()
