@@ -1,4 +1,4 @@
-"""The pictures that the toy world's networks learn from: drawn once, kept on disk, their scenes made again from seeds."""
+"""The pictures that the toy world's networks learn from: drawn once, kept on disk; scenes are made anew."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor

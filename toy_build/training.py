@@ -29,6 +29,7 @@ SAVE_EVERY_SECONDS = 120.0
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build-state"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Build:
     out: Path
     work: Path
     seed: int = 7
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def draw(self, step: int) -> Draw:
         noise = torch.Generator().manual_seed(self.seed * 1_000_003 + step)

@@ -5,9 +5,6 @@ content as one string; a tenth of all such strings is held out from training.
 """
 
 import hashlib
-from collections.abc import Sequence
-
-import numpy as np
 
 from toy_build.world.scene import Scene, SceneObject, Task
 from toy_build.world.vocabulary import KINDS

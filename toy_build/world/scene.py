@@ -70,7 +70,7 @@ class SceneObject:
 
     @property
     def kind(self) -> str:
-        """The kind of an object that is no hybrid; of a hybrid the kind that most slots, and else the head, come from."""
+        """The kind that most slots come from, and of several such kinds the one whose slot is first."""
         return max(self.slots, key=lambda kind: (self.slots.count(kind), -self.slots.index(kind)))
 
     @property

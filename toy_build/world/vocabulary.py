@@ -1,4 +1,4 @@
-"""Every name the toy world knows: kinds, slots, colours, patterns, moods, sizes, accessories, backgrounds, relations."""
+"""Every name that the toy world knows, from kinds and their parts to colours, moods and relations."""
 
 from dataclasses import dataclass
 

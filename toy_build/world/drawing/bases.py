@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from toy_build.world.drawing.heads import BEAK, CREAM, GOLD, LEAF, PINK, STEEL, WOOD
+from toy_build.world.drawing.heads import BEAK, CREAM, GOLD, LEAF, PINK, STEEL
 from toy_build.world.drawing.pen import INK, SIDES, WHITE, Pen, arc, box, mirrored, mix
 from toy_build.world.vocabulary import RGB
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from toy_build.world.drawing.heads import CREAM, GOLD, LEAF, STEEL, WOOD
+from toy_build.world.drawing.heads import CREAM, GOLD, STEEL, WOOD
 from toy_build.world.drawing.pen import INK, SIDES, WHITE, Pen, arc, mirrored, mix, spiral
 from toy_build.world.vocabulary import RGB
 
@@ -418,4 +418,4 @@ REACH: dict[str, float] = {
     "tree": 0.65, "pineapple": 0.45, "teapot": 0.37, "guitar": 0.46, "rocket": 0.4, "cactus": 0.43, "lamp": 0.5,
     "robot": 0.47, "sunflower": 0.72, "clock": 0.39,
 }  # fmt: skip
-"""How far these reach beyond the side of the body; beside wide bodies they are fixed further in, to stay in the frame."""
+"""How far these reach beyond the body's side; beside wide bodies they are fixed further in, to stay in the frame."""

@@ -483,7 +483,7 @@ TOPS: dict[str, tuple[float, float]] = {
 
 EYES: dict[str, tuple[float, float]] = {
     "owl": (-0.47, 0.23), "snail": (-0.84, 0.3), "frog": (-0.72, 0.34), "cat": (-0.46, 0.23), "fish": (-0.5, 0.34),
-    "turtle": (-0.48, 0.2), "bee": (-0.38, 0.23), "pig": (-0.52, 0.26), "rabbit": (-0.38, 0.2), "penguin": (-0.46, 0.19),
+"""Where glasses sit: their y and half distance; elsewhere, on tops without eyes, they sit as EYES_ELSEWHERE says."""
     "butterfly": (-0.36, 0.16), "crab": (-0.72, 0.27), "lion": (-0.5, 0.19), "elephant": (-0.54, 0.22),
     "octopus": (-0.4, 0.23), "peacock": (-0.49, 0.18), "robot": (-0.45, 0.19), "clock": (-0.5, 0.3),
 }  # fmt: skip
