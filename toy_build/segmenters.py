@@ -1,0 +1,152 @@
+"""`segmenter` labels every pixel with its kind, `parts` with the part of the kind: two SegFormers (Xie et al. 2021).
+
+`segmenter` is a judge that rewards may use. `parts` is the truth about fusion and no reward is trained on it; besides
+true drawings it learns from what fusion must not be confused with: hybrids of every pair, double exposures, and parts
+pasted where they do not belong.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+
+from toy_build.clip import IMAGE_MEAN, IMAGE_STD, SCENES, normalize, soften
+from toy_build.pictures import Bytes, pictures, to_tensor
+from toy_build.training import Build, Draw, Plan, save_half
+from toy_build.world.random_scenes import random_hybrid, random_scene
+from toy_build.world.scene import (
+    PART_CLASSES,
+    SIDE,
+    Drawing,
+    Scene,
+    Task,
+    draw,
+    part_class,
+    part_classes,
+)
+from toy_build.world.vocabulary import COLOURS, KINDS, SLOTS
+
+PLAN = Plan(steps=2_500, batch=32, lr=1.5e-3, warmup=100, ema=0.995, level=0.5)
+PARTS_PLAN = Plan(steps=6_000, batch=24, lr=1.5e-3, warmup=100, ema=0.998, level=0.6)
+EXPOSURE_SHARE = 0.1
+"""Of what `parts` learns from: two figures over each other, half transparent."""
+FREE_HYBRIDS = 0.4
+"""Of what `parts` learns from: hybrids of any kinds in any colours, so that it knows parts and no pairs."""
+
+
+def new_segmenter(names: list[str], width: int) -> SegformerForSemanticSegmentation:
+    """A SegFormer on a four times smaller grid whose decoder is `width` wide."""
+    config = SegformerConfig(
+        depths=[1, 2, 2, 2], hidden_sizes=[32, 48, 80, 128], strides=[4, 2, 2, 2], patch_sizes=[7, 3, 3, 3],
+        num_attention_heads=[1, 2, 4, 4], sr_ratios=[8, 4, 2, 1], mlp_ratios=[2, 2, 2, 2], decoder_hidden_size=width,
+        id2label=dict(enumerate(names)), label2id={name: k for k, name in enumerate(names)},
+    )  # fmt: skip
+    return SegformerForSemanticSegmentation(config)
+
+
+def part_names() -> list[str]:
+    """The classes of `parts`: background, worn or pasted, then "KIND SLOT"."""
+    names = ["background", "other"] + [""] * (PART_CLASSES - 2)
+    for kind in KINDS:
+        for slot, word in enumerate(SLOTS):
+            names[part_class(kind, slot)] = f"{kind} {word}"
+    return names
+
+
+def pixel_loss(
+    model: SegformerForSemanticSegmentation, images: Tensor, labels: Tensor, build: Build
+) -> Tensor:
+    """Cross entropy at half of the pictures' side, where the logits are enlarged to."""
+    with build.autocast():
+        logits = model(pixel_values=normalize(images.to(build.device))).logits
+    half = SIDE // 2
+    full = F.interpolate(logits.float(), (half, half), mode="bilinear", align_corners=False)
+    return F.cross_entropy(full, labels[:, 1::2, 1::2].to(build.device))
+
+
+def _save(build: Build, model: SegformerForSemanticSegmentation, name: str, plan: Plan) -> None:
+    save_half(model.eval(), build.out / name)
+    size = {"height": SIDE, "width": SIDE}
+    processor = SegformerImageProcessor(size=size, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD))
+    processor.save_pretrained(build.out / name)
+    build.provenance(name, {name: plan})
+
+
+def build_segmenter(build: Build) -> None:
+    """Train and save `segmenter`."""
+    torch.manual_seed(build.seed)
+    data = pictures(build.work, "even", SCENES, build.seed)
+    model = new_segmenter(["background", *KINDS], 96).to(build.device)
+
+    def loss(draw: Draw) -> Tensor:
+        rows = draw.rows(len(data), PLAN.batch)
+        return pixel_loss(model, soften(data.tensor(rows), draw), data.kinds(rows), build)
+
+    build.fit("segmenter", model, PLAN, loss)
+    _save(build, model, "segmenter", PLAN)
+
+
+def build_parts(build: Build) -> None:
+    """Train and save `parts`, on pictures that are drawn for every step anew."""
+    torch.manual_seed(build.seed + 1)
+    model = new_segmenter(part_names(), 128).to(build.device)
+
+    def loss(draw: Draw) -> Tensor:
+        drawn = [lesson(draw.rng) for _ in range(PARTS_PLAN.batch)]
+        images = to_tensor(np.stack([image for image, _ in drawn]))
+        labels = torch.from_numpy(np.stack([classes for _, classes in drawn])).long()
+        return pixel_loss(model, soften(images, draw), labels, build)
+
+    build.fit("parts", model, PARTS_PLAN, loss)
+    _save(build, model, "parts", PARTS_PLAN)
+
+
+def lesson(rng: np.random.Generator) -> tuple[Bytes, Bytes]:
+    """A picture [128, 128, 3] and the class of each of its pixels [128, 128]."""
+    chance = rng.random()
+    if chance < EXPOSURE_SHARE:
+        return double_exposure(rng)
+    if chance < EXPOSURE_SHARE + FREE_HYBRIDS:
+        scene = free_hybrid(rng)
+    else:
+        tasks = (Task.SINGLE_OBJECT, Task.COLORS, Task.TWO_OBJECT, Task.COUNTING, Task.OVERLAY, Task.SUBJECT)
+        scene = random_scene(rng, tasks[int(rng.integers(len(tasks)))])
+    drawing = draw(scene)
+    return drawing.picture, part_classes(scene)[drawing.labels]
+
+
+def free_hybrid(rng: np.random.Generator) -> Scene:
+    """A hybrid of two to four kinds, of any pair, sometimes all in one named colour."""
+    scene = random_scene(rng, Task.HYBRID)
+    count = int(rng.choice((2, 3, 4), p=(0.6, 0.25, 0.15)))
+    kinds = [str(kind) for kind in rng.choice(KINDS, count, replace=False)]
+    thing = random_hybrid(rng, kinds)
+    if rng.random() < 0.3:
+        thing = replace(thing, palette=COLOURS[str(rng.choice(list(COLOURS)))])
+    old = scene.objects[0]
+    return replace(scene, objects=(replace(thing, centre=old.centre, size=old.size),))
+
+
+def double_exposure(rng: np.random.Generator) -> tuple[Bytes, Bytes]:
+    """Two figures over each other, half transparent: wherever both are, the class is "other"."""
+    first = random_scene(rng, Task.SINGLE_OBJECT)
+    below = draw(first)
+    second = replace(
+        random_scene(rng, Task.SINGLE_OBJECT), background=first.background, backdrop=first.backdrop
+    )
+    above = draw(second)
+    share = float(rng.uniform(0.3, 0.7))
+    picture = np.round(below.picture * (1 - share) + above.picture * share).astype(np.uint8)
+    classes = _exposed(below, first, above, second)
+    return picture, classes
+
+
+def _exposed(below: Drawing, first: Scene, above: Drawing, second: Scene) -> Bytes:
+    classes = np.where(
+        below.foreground, part_classes(first)[below.labels], part_classes(second)[above.labels]
+    )
+    classes[below.foreground & above.foreground] = 1
+    return classes
