@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.tolerance import MODEL, agree, agree_in_norm, rounding
+from tests.tolerance import GRADIENT, MODEL, agree, agree_after_adam, agree_in_norm, rounding
 
 
 def pair(dtype: torch.dtype, length: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,3 +63,16 @@ def test_a_bound_that_nothing_could_break_is_refused() -> None:
         agree(x, x, 100)
     with pytest.raises(ValueError, match="could not fail"):
         agree_in_norm(x, x, MODEL)
+
+
+def test_what_adam_may_do_to_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = {"a": torch.zeros(4000), "b": torch.zeros(7)}
+    steps = {name: torch.randn(x.shape, generator=generator).sign() for name, x in start.items()}
+    few = {"a": steps["a"].clone(), "b": steps["b"]}
+    few["a"][:1] *= -1  # a gradient within rounding of zero
+    assert agree_after_adam(few, steps, start, GRADIENT)
+    assert not agree_after_adam({"a": steps["a"].roll(1), "b": steps["b"]}, steps, start, GRADIENT)
+    assert not agree_after_adam({name: 1.1 * x for name, x in steps.items()}, steps, start, GRADIENT)
+    assert not agree_after_adam(start, start, start, GRADIENT)  # nothing was trained
+    assert not agree_after_adam({"a": steps["a"]}, steps, start, GRADIENT)

@@ -14,9 +14,9 @@ another order, two threads add two halves, another batch size takes another kern
 
 `agree` holds every number to `epsilon * terms * scale`, the worst case of a sum. That is about sqrt(terms) times what
 rounding does on average, and the difference pays for what a model makes of it. `agree_in_norm` holds all numbers
-together to `2 * epsilon * sqrt(terms)` of the expected tensor's norm: for half precision, and for many values of which
-a few may be anything, such as weights after Adam, whose step has one size however small (and however much rounding) the
-gradient was. Pictures of random models are compared as latents or where they are not clamped: a clamp hides errors, and
+together to `2 * epsilon * sqrt(terms)` of the expected tensor's norm: for half precision. `agree_after_adam` compares
+weights after training, of which a few may be anything: Adam's step has one size, however small (and however much
+rounding) the gradient was. Pictures of random models are compared as latents or where they are not clamped: a clamp hides errors, and
 a steep decoder in front of it magnifies them.
 
 A flipped sign, a dropped factor of two or a neighbour's row changes the result by about its own size. So a bound over a
@@ -28,12 +28,19 @@ bound far above `rounding(...)`.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 MODEL = 1000
 """The terms of one pass through a tiny model of `tests.tiny`: some 20 layers one after another, up to 64 wide."""
+PICTURE = 10 * MODEL
+"""Those of a picture: four steps, two passes each for guidance, and the decoder."""
+GRADIENT = 3 * MODEL
+"""Those of a gradient: a pass forwards, and one backwards of twice its length."""
+STORES = 40
+"""What one pass stores, layer after layer: the terms of a tiny model in autocast."""
 
 
 def epsilon(dtype: torch.dtype) -> float:
@@ -82,10 +89,7 @@ def agree_in_norm(
     dtype: torch.dtype | None = None,
     scale: float | None = None,
 ) -> bool:
-    """As `agree`, of all numbers together: the norm of the difference against the norm of what is expected.
-
-    `scale` is in place of that norm: for weights after training, the norm of how far they moved.
-    """
+    """As `agree`, of all numbers together: the norm of the difference against that of what is expected, or `scale`."""
     a, b, kind = _comparable(actual, expected, dtype)
     if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
         print(f"shapes {list(a.shape)} and {list(b.shape)}, or numbers that are not finite")
@@ -96,6 +100,31 @@ def agree_in_norm(
     if found > allowed:
         print(f"apart by {found:.3g} at a norm of {size:.3g}; {terms} terms of {kind} allow {allowed:.3g}")
     return found <= allowed
+
+
+def agree_after_adam(
+    one: Mapping[str, Tensor], other: Mapping[str, Tensor], start: Mapping[str, Tensor], terms: int
+) -> bool:
+    """Whether two trainings from the same `start` by steps of Adam (or AdamW) moved their weights alike.
+
+    Where the gradient is below its own rounding, a share of about `epsilon * terms` of the numbers, the step's sign is
+    rounding's too and the weights end two steps apart. So the norm of the difference is held to
+    `2 * sqrt(epsilon * terms)` of the norm of the movement, over all tensors together.
+    """
+    if not one.keys() == other.keys() == start.keys():
+        print("tensors of different names")
+        return False
+    found, moved = (
+        math.sqrt(sum((one[name].double() - x[name].double()).square().sum().item() for name in one))
+        for x in (other, start)
+    )
+    kind = max((x.dtype for x in one.values()), key=epsilon)
+    allowed = _below(0.25, 2 * math.sqrt(epsilon(kind) * terms), kind, terms) * moved
+    if not 0 < moved or found > allowed:
+        print(
+            f"apart by {found:.3g} after moving by {moved:.3g}; {terms} terms of {kind} allow {allowed:.3g}"
+        )
+    return 0 < moved and found <= allowed
 
 
 def _comparable(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import FluxPipeline
+from tests.tolerance import agree
 from torch import Tensor
 
 from pixrl.errors import CheckpointError
@@ -39,7 +40,7 @@ def test_diffusers_reads_fluxs_file_back() -> None:
         key = f"transformer.{module}"
         probe = torch.randn(down.shape[1], 3, generator=torch.Generator().manual_seed(1))
         change = found[f"{key}.lora_B.weight"] @ (found[f"{key}.lora_A.weight"] @ probe)
-        assert torch.allclose(change, up @ (down @ probe), rtol=1e-3, atol=1e-2), module
+        assert agree(change, up @ (down @ probe), down.shape[1]), module
     assert {key.rsplit(".lora_", 1)[0] for key in found} == {f"transformer.{module}" for module in given}
 
 
@@ -50,7 +51,7 @@ def test_parts_without_a_lora_stay_as_they_are() -> None:
     change = file[f"{single}.lora_up.weight"] @ file[f"{single}.lora_down.weight"]
     assert change.shape == (7 * 8, 8)
     down, up = given["single_transformer_blocks.1.attn.to_k"]
-    assert torch.allclose(change[8:16], up @ down)
+    assert agree(change[8:16], up @ down, 8 * RANK)
     assert change[:8].abs().max() == change[16:].abs().max() == 0
     double = "lora_unet_double_blocks_0_img_attn_qkv"
     assert file[f"{double}.lora_up.weight"].shape == (24, RANK)
