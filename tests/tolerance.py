@@ -16,8 +16,8 @@ another order, two threads add two halves, another batch size takes another kern
 rounding does on average, and the difference pays for what a model makes of it. `agree_in_norm` holds all numbers
 together to `2 * epsilon * sqrt(terms)` of the expected tensor's norm: for half precision. `agree_after_adam` compares
 weights after training, of which a few may be anything: Adam's step has one size, however small (and however much
-rounding) the gradient was. Pictures of random models are compared as latents or where they are not clamped: a clamp hides errors, and
-a steep decoder in front of it magnifies them.
+rounding) the gradient was. Pictures of random models are compared as latents or where they are not clamped: a clamp
+hides errors, and a steep decoder in front of it magnifies them.
 
 A flipped sign, a dropped factor of two or a neighbour's row changes the result by about its own size. So a bound over a
 tenth of that (in norm: a quarter) is refused: compare in a higher precision, earlier, or in norm.
@@ -120,11 +120,11 @@ def agree_after_adam(
     )
     kind = max((x.dtype for x in one.values()), key=epsilon)
     allowed = _below(0.25, 2 * math.sqrt(epsilon(kind) * terms), kind, terms) * moved
-    if not 0 < moved or found > allowed:
+    if moved == 0 or found > allowed:
         print(
             f"apart by {found:.3g} after moving by {moved:.3g}; {terms} terms of {kind} allow {allowed:.3g}"
         )
-    return 0 < moved and found <= allowed
+    return moved > 0 and found <= allowed
 
 
 def _comparable(

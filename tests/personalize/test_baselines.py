@@ -18,6 +18,7 @@ from pixrl.models.flux import FluxPolicy
 from pixrl.models.slots import Slot
 from pixrl.types import Scores
 from tests.align.parts import ODE, aligner, same, scored, weights_of
+from tests.tolerance import GRADIENT, MODEL, PICTURE, agree, agree_after_adam, rounding
 
 WEIGHTS = {"identity": 1.0, "prompt": 1.0}
 SFT = SFTSettings(timesteps=3)
@@ -67,7 +68,7 @@ def test_rollouts_and_updates_are_shown_the_same_references(policy: FluxPolicy) 
     assert torch.equal(condition.references[0], rollouts.anchor.references[0])
     plain = [replace(group, metadata={}) for group in subject_groups()]
     other = make(policy, NFT).collect(plain, 0)
-    assert not torch.allclose(rollouts.images_BCHW, other.images_BCHW, atol=1e-3)
+    assert not agree(rollouts.images_BCHW, other.images_BCHW, PICTURE)
     assert other.anchor.references == ()
 
 
@@ -96,7 +97,7 @@ def test_sft_learns_its_targets(policy: FluxPolicy) -> None:
     for step in range(12):
         rollouts = found.collect(subject_groups(), 0)
         losses.append(found.update(replace(rollouts, step=step), two(8), WEIGHTS)["loss"])
-    assert torch.allclose(rollouts.images_BCHW[:4], picture(10).expand(4, -1, -1, -1))
+    assert agree(rollouts.images_BCHW[:4], picture(10).expand(4, -1, -1, -1), 4)
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -127,11 +128,11 @@ def test_the_harmonic_mean_wants_both() -> None:
     scores = harmonic_scores({"identity": identity, "prompt": prompt}, WEIGHTS, AdvantageSettings())[0]
     assert scores.argmax() == 1
     assert bool((scores > 0).all()) and bool((scores < 1).all())
-    assert scores[3] == pytest.approx(0.5, abs=1e-6)  # both average
-    assert scores[0] == pytest.approx(scores[2].item(), abs=1e-6)
+    assert scores[3] == pytest.approx(0.5, abs=rounding(torch.float32, 64))  # both average
+    assert scores[0] == pytest.approx(scores[2].item(), abs=rounding(torch.float32, 64))
     assert scores[0] < scores[3]  # a specialist is worse than an average one
     scaled = harmonic_scores({"identity": identity * 100, "prompt": prompt}, WEIGHTS, AdvantageSettings())[0]
-    assert torch.allclose(scores, scaled, atol=1e-3)
+    assert torch.allclose(scores, scaled, atol=1e-3)  # eps beside a standard deviation of about 1
 
 
 def test_pairs_are_best_and_worst_of_a_group() -> None:
@@ -155,7 +156,7 @@ def test_rpo_starts_at_log_two_and_learns_to_tell_winners(policy: FluxPolicy) ->
     rollouts = found.collect(groups, 0)
     scores = two(8)
     figures = [found.update(rollouts, scores, WEIGHTS) for _ in range(10)]
-    assert figures[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert figures[0]["loss"] == pytest.approx(math.log(2), abs=rounding(torch.float32, MODEL))
     assert figures[-1]["loss"] < figures[0]["loss"] - 0.02
     assert figures[-1]["pair_accuracy"] > 0.9
 
@@ -170,9 +171,9 @@ def test_rpo_candidates_are_those_of_the_frozen_base_from_the_prompt_alone(polic
     plain = make(policy, NFT)
     with policy.slot(Slot.REFERENCE):
         alone = plain.collect([replace(group, metadata={}) for group in groups], 0)
-    assert torch.allclose(rollouts.images_BCHW, alone.images_BCHW, atol=1e-5)
+    assert agree(rollouts.images_BCHW, alone.images_BCHW, PICTURE)
     shown = make(policy, RPOSettings(timesteps=2, shown=True)).collect(groups, 0)
-    assert not torch.allclose(shown.images_BCHW, rollouts.images_BCHW, atol=1e-3)
+    assert not agree(shown.images_BCHW, rollouts.images_BCHW, PICTURE)
 
 
 @pytest.mark.parametrize("micro", [(1, 1), (3, 2)])
@@ -184,8 +185,7 @@ def test_rpo_does_not_depend_on_the_micro_batch(policy: FluxPolicy, micro: tuple
         found = make(policy, RPO, micro=size)
         found.update(found.collect(subject_groups(3), 0), two(12), WEIGHTS)
         ends.append(weights_of(policy))
-    assert not same(start, ends[0])
-    assert same(*ends, atol=2e-4)
+    assert agree_after_adam(*ends, start, GRADIENT)
 
 
 def test_the_similarity_loss_pulls_toward_the_reference(policy: FluxPolicy) -> None:
