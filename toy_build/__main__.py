@@ -4,6 +4,7 @@ A killed build goes on where it stopped. `python -m toy_build keep` writes unfin
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,18 @@ import torch
 
 from toy_build.training import ROOT, Build, keep
 
-STAGES = {"vae": "toy_build.vae:build_vae"}
+STAGES = {
+    "vae": "toy_build.vae:build_vae",
+    "clip": "toy_build.clip:build_clip",
+    "segmenter": "toy_build.segmenters:build_segmenter",
+    "parts": "toy_build.segmenters:build_parts",
+    "identity": "toy_build.identity:build_identity",
+    "preference": "toy_build.preference:build_preference",
+    "texts": "toy_build.texts:build_texts",
+    "sd3": "toy_build.sd3:build_sd3",
+    "turbo": "toy_build.turbo:build_turbo",
+    "flux": "toy_build.flux:build_flux",
+}
 
 
 def main(names: list[str]) -> int:
@@ -26,7 +38,8 @@ def main(names: list[str]) -> int:
         return 2
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    build = Build(Path(__file__).parent / "checkpoints", work, device=device)
+    workers = 0 if device.type == "cpu" else max((os.cpu_count() or 2) - 2, 1)
+    build = Build(Path(__file__).parent / "checkpoints", work, device=device, workers=workers)
     for name in names or STAGES:
         module, function = STAGES[name].split(":")
         getattr(importlib.import_module(module), function)(build)

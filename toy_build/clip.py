@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from pixrl.hub import CARD_FILE
 from toy_build.pictures import Bytes, Pictures, pictures
 from toy_build.tokenizers import clip_tokenizer
-from toy_build.training import Build, Draw, Plan, eager_attention, save_half
+from toy_build.training import Build, Draw, Lesson, Plan, eager_attention, save_half
 from toy_build.world.language import caption
 from toy_build.world.scene import SIDE, Scene, Task
 from toy_build.world.vocabulary import COLOURS
@@ -122,9 +122,10 @@ def contrast(images: Tensor, texts: Tensor, scale: Tensor, captions: list[str]) 
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def tokens(tokenizer: CLIPTokenizer, captions: list[str], device: torch.device) -> dict[str, Tensor]:
+def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, LENGTH]."""
     out = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    return {"input_ids": out.input_ids.to(device), "attention_mask": out.attention_mask.to(device)}
+    return out.input_ids, out.attention_mask
 
 
 def build_clip(build: Build) -> None:
@@ -135,17 +136,17 @@ def build_clip(build: Build) -> None:
     model = new_clip(tokenizer).to(build.device)
     eager_attention(model)
 
-    def loss(draw: Draw) -> Tensor:
+    def lesson(draw: Draw) -> Lesson:
         batch = training_batch(data, draw, PLAN.batch)
-        ids = tokens(tokenizer, batch.captions, build.device)
-        with build.autocast():
-            images = model.get_image_features(
-                pixel_values=normalize(batch.images.to(build.device))
-            ).pooler_output
-            texts = model.get_text_features(**ids).pooler_output
-        return contrast(images, texts, model.logit_scale, batch.captions)
+        return normalize(batch.images), *tokens(tokenizer, batch.captions), batch.captions
 
-    build.fit("clip", model, PLAN, loss)
+    def loss(images: Tensor, ids: Tensor, mask: Tensor, captions: list[str]) -> Tensor:
+        with build.autocast():
+            seen = model.get_image_features(pixel_values=images).pooler_output
+            read = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+        return contrast(seen, read, model.logit_scale, captions)
+
+    build.fit("clip", model, PLAN, lesson, loss)
     folder = build.out / "clip"
     save_half(model.eval(), folder)
     CLIPProcessor(image_processor=image_processor(), tokenizer=tokenizer).save_pretrained(folder)

@@ -25,7 +25,16 @@ SCENE_SHARES = {
     Task.SINGLE_OBJECT: 0.38, Task.COLORS: 0.22, Task.HYBRID: 0.18, Task.TWO_OBJECT: 0.06, Task.COUNTING: 0.06,
     Task.POSITION: 0.04, Task.COLOR_ATTR: 0.04, Task.OVERLAY: 0.02,
 }  # fmt: skip
-"""What the generators see: few compositions, so that they stay weak at them and reinforcement learning finds room."""
+"""What the autoencoder sees."""
+SINGLE_SHARES = {
+    Task.SINGLE_OBJECT: 0.52, Task.COLORS: 0.30, Task.TWO_OBJECT: 0.05, Task.COUNTING: 0.06, Task.POSITION: 0.03,
+    Task.COLOR_ATTR: 0.04,
+}  # fmt: skip
+"""What `sd3` sees: no hybrids, and few compositions, so that it stays weak at them and learning finds room."""
+FUSION_SHARES = {
+    Task.SINGLE_OBJECT: 0.44, Task.COLORS: 0.20, Task.HYBRID: 0.24, Task.TWO_OBJECT: 0.08, Task.OVERLAY: 0.04,
+}  # fmt: skip
+"""What `turbo` sees: hybrids of training pairs, and what must not be taken for them."""
 EVEN_SHARES = {
     Task.SINGLE_OBJECT: 0.22, Task.COLORS: 0.13, Task.HYBRID: 0.15, Task.TWO_OBJECT: 0.12, Task.COUNTING: 0.14,
     Task.POSITION: 0.10, Task.COLOR_ATTR: 0.10, Task.OVERLAY: 0.04,
@@ -67,6 +76,8 @@ def subject_view(seed: int, index: int) -> Scene:
 SCENE_OF: dict[str, Callable[[int, int], Scene]] = {
     "scenes": _of_shares(SCENE_SHARES, 1),
     "even": _of_shares(EVEN_SHARES, 4),
+    "single": _of_shares(SINGLE_SHARES, 5),
+    "fusion": _of_shares(FUSION_SHARES, 6),
     "subjects": subject_view,
 }
 """The sets of pictures: seed and row to scene."""

@@ -5,6 +5,7 @@ true drawings it learns from what fusion must not be confused with: hybrids of e
 pasted where they do not belong.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, Segf
 
 from toy_build.clip import IMAGE_MEAN, IMAGE_STD, SCENES, normalize, soften
 from toy_build.pictures import Bytes, pictures, to_tensor
-from toy_build.training import Build, Draw, Plan, save_half
+from toy_build.training import Build, Draw, Lesson, Plan, save_half
 from toy_build.world.random_scenes import random_hybrid, random_scene
 from toy_build.world.scene import (
     PART_CLASSES,
@@ -56,15 +57,22 @@ def part_names() -> list[str]:
     return names
 
 
-def pixel_loss(
-    model: SegformerForSemanticSegmentation, images: Tensor, labels: Tensor, build: Build
-) -> Tensor:
+def pixel_loss(build: Build, model: SegformerForSemanticSegmentation) -> Callable[[Tensor, Tensor], Tensor]:
     """Cross entropy at half of the pictures' side, where the logits are enlarged to."""
-    with build.autocast():
-        logits = model(pixel_values=normalize(images.to(build.device))).logits
-    half = SIDE // 2
-    full = F.interpolate(logits.float(), (half, half), mode="bilinear", align_corners=False)
-    return F.cross_entropy(full, labels[:, 1::2, 1::2].to(build.device))
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        with build.autocast():
+            logits = model(pixel_values=images).logits
+        half = SIDE // 2
+        full = F.interpolate(logits.float(), (half, half), mode="bilinear", align_corners=False)
+        return F.cross_entropy(full, labels)
+
+    return loss
+
+
+def _lesson(images: Tensor, classes: Tensor, draw: Draw) -> Lesson:
+    """Pictures as the network takes them, and every other pixel's class."""
+    return normalize(soften(images, draw)), classes[:, 1::2, 1::2].contiguous()
 
 
 def _save(build: Build, model: SegformerForSemanticSegmentation, name: str, plan: Plan) -> None:
@@ -81,11 +89,11 @@ def build_segmenter(build: Build) -> None:
     data = pictures(build.work, "even", SCENES, build.seed)
     model = new_segmenter(["background", *KINDS], 96).to(build.device)
 
-    def loss(draw: Draw) -> Tensor:
+    def rows_lesson(draw: Draw) -> Lesson:
         rows = draw.rows(len(data), PLAN.batch)
-        return pixel_loss(model, soften(data.tensor(rows), draw), data.kinds(rows), build)
+        return _lesson(data.tensor(rows), data.kinds(rows), draw)
 
-    build.fit("segmenter", model, PLAN, loss)
+    build.fit("segmenter", model, PLAN, rows_lesson, pixel_loss(build, model))
     _save(build, model, "segmenter", PLAN)
 
 
@@ -94,13 +102,12 @@ def build_parts(build: Build) -> None:
     torch.manual_seed(build.seed + 1)
     model = new_segmenter(part_names(), 128).to(build.device)
 
-    def loss(draw: Draw) -> Tensor:
+    def drawn_lesson(draw: Draw) -> Lesson:
         drawn = [lesson(draw.rng) for _ in range(PARTS_PLAN.batch)]
         images = to_tensor(np.stack([image for image, _ in drawn]))
-        labels = torch.from_numpy(np.stack([classes for _, classes in drawn])).long()
-        return pixel_loss(model, soften(images, draw), labels, build)
+        return _lesson(images, torch.from_numpy(np.stack([classes for _, classes in drawn])).long(), draw)
 
-    build.fit("parts", model, PARTS_PLAN, loss)
+    build.fit("parts", model, PARTS_PLAN, drawn_lesson, pixel_loss(build, model))
     _save(build, model, "parts", PARTS_PLAN)
 
 

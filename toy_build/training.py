@@ -9,7 +9,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,9 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 SAVE_EVERY_SECONDS = 120.0
+Lesson = tuple[Any, ...]
+"""What a step trains on: tensors on the CPU, and whatever else its loss needs."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build-state"
@@ -74,6 +77,8 @@ class Build:
     work: Path
     seed: int = 7
     device: torch.device = CPU
+    workers: int = 0
+    """Processes that prepare lessons ahead: none where the processor trains, many where a GPU would wait for them."""
 
     def draw(self, step: int) -> Draw:
         noise = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -84,9 +89,21 @@ class Build:
         fast = self.device.type == "cuda" or has_fast_bf16()
         return torch.autocast(self.device.type, torch.bfloat16) if fast else nullcontext()
 
-    def fit(self, stage: str, module: nn.Module, plan: Plan, loss: Callable[[Draw], Tensor]) -> None:
-        """Train the module in place; at the end it holds the averaged weights."""
-        _Trainer(self, stage, module, plan).run(loss)
+    def fit(
+        self,
+        stage: str,
+        module: nn.Module,
+        plan: Plan,
+        lesson: Callable[[Draw], Lesson],
+        loss: Callable[..., Tensor],
+    ) -> None:
+        """Train the module in place on `loss(*lesson(draw))`; at the end it holds the averaged weights."""
+        _Trainer(self, stage, module, plan).run(lesson, loss)
+
+    def lessons(self, lesson: Callable[[Draw], Lesson], steps: range) -> Iterator[Lesson]:
+        """The lessons of these steps, in order."""
+        loader = DataLoader(_Lessons(self, lesson, steps), batch_size=None, num_workers=self.workers)
+        return iter(loader)
 
     def finished(self, stage: str, plan: Plan) -> bool:
         """Whether the stage's state says that all of its steps are done."""
@@ -134,6 +151,21 @@ def keep(work: Path, kept: Path = KEPT) -> list[Path]:
     return written
 
 
+class _Lessons(Dataset[Lesson]):
+    """Lessons by their place in a range of steps, as torch's loader wants them."""
+
+    def __init__(self, build: Build, lesson: Callable[[Draw], Lesson], steps: range) -> None:
+        self.build, self.lesson, self.steps = build, lesson, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> Lesson:
+        if index >= len(self.steps):
+            raise IndexError(index)
+        return self.lesson(self.build.draw(self.steps[index]))
+
+
 class _Trainer:
     """AdamW, and Muon where the plan asks for it, with averaged weights and a state on disk."""
 
@@ -157,14 +189,15 @@ class _Trainer:
         self.state_path = build.work / stage / "state.safetensors"
         self.step, self.warm_from, self.seconds = 0, 0, 0.0
 
-    def run(self, loss: Callable[[Draw], Tensor]) -> None:
+    def run(self, lesson: Callable[[Draw], Lesson], loss: Callable[..., Tensor]) -> None:
         self._restore()
+        lessons = self.build.lessons(lesson, range(self.step, self.plan.steps))
         started = saved = time.monotonic()
         before, smooth = self.seconds, math.nan
         attention = sdpa_kernel(SDPBackend.MATH) if self.build.device.type == "cpu" else nullcontext()
         with attention:
-            while self.step < self.plan.steps:
-                value = self._advance(loss)
+            for prepared in lessons:
+                value = self._advance(loss, prepared)
                 smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
                 now = time.monotonic()
                 self.seconds = before + now - started
@@ -175,9 +208,9 @@ class _Trainer:
         for parameter, mean in zip(self.parameters, self.average, strict=True):
             parameter.data.copy_(mean)
 
-    def _advance(self, loss: Callable[[Draw], Tensor]) -> float:
+    def _advance(self, loss: Callable[..., Tensor], lesson: Lesson) -> float:
         self.module.train()
-        value = loss(self.build.draw(self.step))
+        value = loss(*(part.to(self.build.device) if isinstance(part, Tensor) else part for part in lesson))
         for optimizer, rate in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:

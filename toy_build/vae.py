@@ -5,7 +5,7 @@ critic of patches (Isola et al. 2017), so that edges are sharp. The first three 
 eightfold shrunk picture: such latents are smooth, and generators learn them faster (docs/log.md, "Anchored latents").
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from toy_build.pictures import Pictures, pictures
-from toy_build.training import Build, Draw, Plan, save_half
+from toy_build.training import Build, Draw, Lesson, Plan, save_half
 from toy_build.world.scene import SIDE
 
 SCENES, SUBJECTS = 30_000, 12_000
@@ -94,26 +94,26 @@ def build_vae(build: Build) -> None:
     def chosen(draw: Draw) -> Pictures:
         return sets[int(draw.rng.random() < 0.3)]
 
-    def both(target: Tensor, draw: Draw) -> Tensor:
-        latents = vae.encode(target).latent_dist
-        noise = draw.normal(*latents.mean.shape).to(build.device)
-        decoded = vae.decode(latents.mean + latents.std * noise).sample.float()
+    def both(target: Tensor, noise: Tensor) -> Tensor:
+        with build.autocast():
+            latents = vae.encode(target).latent_dist
+            decoded = vae.decode(latents.mean + latents.std * noise).sample.float()
         divergence: Tensor = latents.kl().float().mean() / latents.mean[0].numel()
         smooth = ANCHOR_SCALE * F.avg_pool2d(target, FACTOR)
         anchor = F.mse_loss(latents.mean[:, :3].float(), smooth)
         return reconstruction(decoded, target) + KL_WEIGHT * divergence + ANCHOR_WEIGHT * anchor
 
-    def crop_loss(draw: Draw) -> Tensor:
-        with build.autocast():
-            return both(crops(chosen(draw), draw, CROPS.batch).to(build.device) * 2 - 1, draw)
+    def crop_lesson(draw: Draw) -> Lesson:
+        target = crops(chosen(draw), draw, CROPS.batch) * 2 - 1
+        return target, draw.normal(len(target), LATENT_CHANNELS, CROP // FACTOR, CROP // FACTOR)
 
-    def whole_loss(draw: Draw) -> Tensor:
+    def whole_lesson(draw: Draw) -> Lesson:
         data = chosen(draw)
-        with build.autocast():
-            return both(data.tensor(draw.rows(len(data), WHOLE.batch)).to(build.device) * 2 - 1, draw)
+        target = data.tensor(draw.rows(len(data), WHOLE.batch)) * 2 - 1
+        return target, draw.normal(len(target), LATENT_CHANNELS, SIDE // FACTOR, SIDE // FACTOR)
 
-    build.fit("vae_crops", vae, CROPS, crop_loss)
-    build.fit("vae_whole", vae, WHOLE, whole_loss)
+    build.fit("vae_crops", vae, CROPS, crop_lesson, both)
+    build.fit("vae_whole", vae, WHOLE, whole_lesson, both)
     _sharpen(build, vae, chosen)
     vae.eval()
     with torch.no_grad():
@@ -127,17 +127,19 @@ def build_vae(build: Build) -> None:
     build.provenance("vae", {"vae_crops": CROPS, "vae_whole": WHOLE, "vae_sharp": SHARP})
 
 
-def _sharpen(build: Build, vae: AutoencoderKL, chosen: Any) -> None:
+def _sharpen(build: Build, vae: AutoencoderKL, chosen: Callable[[Draw], Pictures]) -> None:
     """The last round: the encoder stays, the decoder learns to pass for a drawing."""
     vae.encoder.requires_grad_(False)
     critic = Critic().to(build.device)
     seen = 0  # by this critic, which starts anew when the build was killed
     optimizer = torch.optim.Adam(critic.parameters(), CRITIC_RATE, betas=(0.5, 0.95))
 
-    def loss(draw: Draw) -> Tensor:
+    def lesson(draw: Draw) -> Lesson:
+        return (crops(chosen(draw), draw, 2 * SHARP.batch) * 2 - 1,)
+
+    def loss(target: Tensor) -> Tensor:
         nonlocal seen
         seen += 1
-        target = crops(chosen(draw), draw, 2 * SHARP.batch).to(build.device) * 2 - 1
         with torch.no_grad():
             latents = vae.encode(target).latent_dist.mean
         decoded = vae.decode(latents).sample.float()
@@ -152,7 +154,7 @@ def _sharpen(build: Build, vae: AutoencoderKL, chosen: Any) -> None:
         critic.requires_grad_(True)
         return error
 
-    build.fit("vae_sharp", vae, SHARP, loss)
+    build.fit("vae_sharp", vae, SHARP, lesson, loss)
     vae.encoder.requires_grad_(True)
 
 

@@ -231,11 +231,11 @@ def random_subject(rng: Random) -> Subject:
     """An individual of a random kind; nine of ten have a mark."""
     kind, palette = _pick(rng, KINDS), _random_palette(rng)
     pattern = _pick(rng, PATTERNS) if rng.random() < 0.6 else "plain"
-    mark = _random_mark(rng, palette) if rng.random() < 0.9 else None
+    mark = random_mark(rng, palette) if rng.random() < 0.9 else None
     return Subject(kind, palette, pattern, mark, _pick(rng, ACCESSORIES) if rng.random() < 0.2 else None)
 
 
-def _random_mark(rng: Random, palette: Palette) -> Mark:
+def random_mark(rng: Random, palette: Palette) -> Mark:
     """A mark in the strong colour that is farthest from a few alternatives on this palette."""
     tried = [COLOURS[_pick(rng, tuple(COLOURS))].primary for _ in range(3)]
     colour = max(tried, key=lambda c: min(math.dist(c, palette.primary), math.dist(c, palette.secondary)))
@@ -279,7 +279,7 @@ def held_out_subjects() -> tuple[Subject, ...]:
     """Thirty-two individuals that no training picture shows: every kind once, all with a mark."""
     rng = np.random.default_rng(SUBJECT_SEED)
     return tuple(
-        replace(subject, kind=kind, mark=subject.mark or _random_mark(rng, subject.palette))
+        replace(subject, kind=kind, mark=subject.mark or random_mark(rng, subject.palette))
         for kind, subject in ((kind, random_subject(rng)) for kind in KINDS)
     )
 

@@ -26,9 +26,9 @@ def eye(pen: Pen, x: float, y: float, radius: float, side: int, *, white: RGB = 
         pen.shape(arc(x, y, radius, radius, 175, 365), lid)
         pen.line([(x - radius, y + 0.1 * radius), (x + radius, y + 0.1 * radius)], 0.07)
     elif pen.mood == "angry":
-        lid = [(x - side * 1.15 * radius, y - 0.1 * radius), (x + side * 1.15 * radius, y - 1.05 * radius)]
-        pen.shape([*lid, (x, y - 1.3 * radius)], mix(pen.primary, INK, 0.35), rim=False)
-        pen.line(lid, 0.1)
+        slant = [(x - side * 1.15 * radius, y - 0.1 * radius), (x + side * 1.15 * radius, y - 1.05 * radius)]
+        pen.shape([*slant, (x, y - 1.3 * radius)], mix(pen.primary, INK, 0.35), rim=False)
+        pen.line(slant, 0.1)
 
 
 def mouth(pen: Pen, x: float, y: float, width: float, thickness: float = 0.055) -> None:

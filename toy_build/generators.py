@@ -1,0 +1,141 @@
+"""What the three generators share: pictures as latents, alignment with what `clip` and the drawings know, and saving.
+
+Representation alignment (REPA, Yu et al. 2024): while a generator trains, a small head reads the image tokens of a
+middle layer and predicts, for each token's 16 x 16 pixels, what `clip` sees there in the clean picture and which parts
+are there. The head is thrown away after training.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection
+
+from pixrl.hub import CARD_FILE
+from toy_build.clip import PATCH, WIDTH, normalize
+from toy_build.pictures import Pictures
+from toy_build.training import Build, Draw, save_half
+from toy_build.vae import encode_all
+from toy_build.world.language import WORDS
+from toy_build.world.scene import PART_CLASSES, SIDE
+
+GRID = SIDE // PATCH
+"""Rows and columns of aligned tokens."""
+FEATURE_WEIGHT, PART_WEIGHT = 0.5, 0.25
+DROPPED_CAPTIONS = 0.08
+"""Share of training pictures shown without their caption, so that the empty prompt means something."""
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A set of pictures as a generator learns from them."""
+
+    data: Pictures
+    latents: Tensor
+    """Scaled latent means [N, 16, 16, 16], half precision."""
+    patches: Tensor
+    """What `clip` sees of every patch [N, 64, WIDTH], half precision."""
+
+    @classmethod
+    def of(cls, build: Build, data: Pictures) -> "Latents":
+        """Encoded once and kept on disk beside the pictures."""
+        folder = build.work / "encoded"
+        name = f"{data.what}-{data.seed}-{len(data)}"
+        latents, patches = folder / f"{name}-latents.npy", folder / f"{name}-patches.npy"
+        if not patches.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(latents, encode_all(build, load_vae(build), data).numpy())
+            beside = patches.with_suffix(".tmp.npy")
+            np.save(beside, clip_patches(build, data).numpy())
+            beside.replace(patches)
+        return cls(data, *(torch.from_numpy(np.load(path, mmap_mode="c")) for path in (latents, patches)))
+
+
+def load_vae(build: Build) -> AutoencoderKL:
+    """The shared autoencoder, frozen."""
+    vae = AutoencoderKL.from_pretrained(build.out / "vae", torch_dtype=torch.float32).eval().to(build.device)
+    return vae.requires_grad_(False)
+
+
+def clip_patches(build: Build, data: Pictures) -> Tensor:
+    """What `clip`'s last layer but one sees of every patch of every picture [N, 64, WIDTH]."""
+    model = CLIPVisionModelWithProjection.from_pretrained(build.out / "clip", dtype=torch.float32).eval()
+    model, out = model.to(build.device), []
+    with torch.inference_mode(), build.autocast():
+        for start in range(0, len(data), 256):
+            images = data.tensor(range(start, min(start + 256, len(data)))).to(build.device)
+            states = model(pixel_values=normalize(images), output_hidden_states=True).hidden_states
+            out.append(states[-2][:, 1:].half().cpu())
+    return torch.cat(out)
+
+
+def part_shares(classes: Tensor) -> Tensor:
+    """Maps of part classes [B, 128, 128] as the share of each class in every patch [B, 64, PART_CLASSES]."""
+    blocks = (
+        classes.view(-1, GRID, PATCH, GRID, PATCH)
+        .permute(0, 1, 3, 2, 4)
+        .reshape(len(classes), GRID * GRID, -1)
+    )
+    shares = torch.zeros(len(classes), GRID * GRID, PART_CLASSES)
+    return shares.scatter_add_(2, blocks, torch.full(blocks.shape, 1 / PATCH**2))
+
+
+class Aligned(nn.Module):
+    """A network and the head that reads the tokens that one of its layers gives out."""
+
+    def __init__(self, network: nn.Module, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.network = network
+        self.head = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, WIDTH + PART_CLASSES)
+        )
+        self._tokens: Tensor | None = None
+        layer.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: object, output: Any) -> None:
+        self._tokens = output[1] if isinstance(output, tuple) else output
+
+    def loss(self, patches: Tensor, shares: Tensor) -> Tensor:
+        """Of the last forward pass, against the clean pictures' patch features and parts."""
+        assert self._tokens is not None
+        tokens = self._tokens.flatten(2).transpose(1, 2) if self._tokens.ndim == 4 else self._tokens
+        predicted = self.head(tokens[:, : GRID * GRID]).float()
+        far = 1 - F.cosine_similarity(predicted[..., :WIDTH], patches.float(), dim=-1).mean()
+        wrong = F.cross_entropy(predicted[..., WIDTH:].flatten(0, 1), shares.flatten(0, 1))
+        self._tokens = None
+        return FEATURE_WEIGHT * far + PART_WEIGHT * wrong
+
+
+def logit_normal(draw: Draw, batch: int) -> Tensor:
+    """Noise levels [B], the middle ones most often (Esser et al. 2024)."""
+    return torch.sigmoid(draw.normal(batch))
+
+
+def dropped(captions: list[str], draw: Draw) -> list[str]:
+    """The captions, a few of them empty."""
+    return ["" if draw.rng.random() < DROPPED_CAPTIONS else text for text in captions]
+
+
+def save_pipeline(
+    pipeline: DiffusionPipeline, folder: Path, parts: tuple[str, ...], settings: dict[str, Any]
+) -> None:
+    """The published layout in half precision, and the settings that this checkpoint was trained for."""
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index.pop("_name_or_path", None)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for part in parts:
+        save_half(pipeline.components[part], folder / part)
+    card = settings | {
+        "resolution": SIDE,
+        "vocabulary": list(WORDS),
+        "clip": "toy:clip",
+        "segmenter": "toy:segmenter",
+    }
+    (folder / CARD_FILE).write_text(json.dumps(card, indent=1) + "\n")
