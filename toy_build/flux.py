@@ -37,7 +37,7 @@ BARE_SHARE = 0.25
 """Share of training batches that show no reference: they cost half, and the text must be read without one too."""
 SAMPLING_STEPS, GUIDANCE = 10, 1.0
 TOKENS = SIDE // FACTOR // 2
-DOUBLE, SINGLE = 2, 5
+DOUBLE, SINGLE = 2, 4
 
 
 def new_transformer() -> FluxTransformer2DModel:

@@ -152,7 +152,9 @@ def build_texts(build: Build) -> None:
                 wanted = table[:, column]
                 if (wanted >= 0).any():
                     total = total + F.cross_entropy(reader.heads[f"{which} {name}"](summary), wanted)
-            total = total + 100 * F.binary_cross_entropy_with_logits(reader.heads[f"{which} pairs"](summary), pairs)
+            total = total + 100 * F.binary_cross_entropy_with_logits(
+                reader.heads[f"{which} pairs"](summary), pairs
+            )
         return total
 
     build.fit("texts", reader, PLAN, lesson, loss)

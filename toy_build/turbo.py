@@ -29,7 +29,7 @@ STUDENT = Plan(steps=4_000, batch=64, lr=4e-4, warmup=100, weight_decay=0.0, ema
 SCENES = 60_000
 STEPS, TRAIN_STEPS = 4, 1000
 TEACHER_STEPS, GUIDANCE, ENDINGS = 25, 1.6, 16_384
-CHANNELS = (64, 128)
+CHANNELS = (48, 96)
 SIZE_NUMBERS, SIZE_WIDTH = 6, 8
 LATENT_SIDE = SIDE // FACTOR
 
@@ -39,7 +39,7 @@ def new_unet() -> UNet2DConditionModel:
         sample_size=LATENT_SIDE, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=CHANNELS,
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4), cross_attention_dim=WIDTH + SECOND_WIDTH, use_linear_projection=True,
+        attention_head_dim=(2, 3), cross_attention_dim=WIDTH + SECOND_WIDTH, use_linear_projection=True,
         norm_num_groups=8, addition_embed_type="text_time", addition_time_embed_dim=SIZE_WIDTH,
         projection_class_embeddings_input_dim=SIZE_NUMBERS * SIZE_WIDTH + WIDTH,
     )  # fmt: skip

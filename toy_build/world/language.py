@@ -414,9 +414,10 @@ class _Reader:
         while rest not in names:
             adjective = next((word for word in _ADJECTIVES if rest.startswith(f"{word} ")), None)
             if adjective is None:
-                raise UnreadablePrompt(
-                    self.prompt, f"{rest!r} names no kind" if rest else "it names no object"
-                )
+                near = NEAREST.get(rest, ())
+                hint = f" (near in meaning: {', '.join(near)})" if near else ""
+                reason = f"{rest!r} names no kind{hint}" if rest else "it names no object"
+                raise UnreadablePrompt(self.prompt, reason)
             name, value = _ADJECTIVES[adjective]
             if name in said:
                 raise UnreadablePrompt(self.prompt, f"it gives one object two of {name}")

@@ -1,5 +1,6 @@
 """What every kind stands on, from the hip at y = 0.58 down to 0.98; `w` is half the width of the body above."""
 
+import math
 from collections.abc import Callable
 
 from toy_build.world.drawing.heads import BEAK, CREAM, GOLD, LEAF, PINK, STEEL
@@ -147,10 +148,17 @@ def penguin(pen: Pen, w: float) -> None:
 
 
 def butterfly(pen: Pen, w: float) -> None:
-    pen.limb([(0, 0.6), (0, 0.97)], 0.08, LEAF)
+    pen.limb([(0, 0.6), (0, 0.95)], 0.08, LEAF)
     for k in range(6):
-        x, y = arc(0, 0.8, 0.34, 0.12, 60 * k + 30, 60 * k + 30, 1)[0]
-        pen.oval(x, y, 0.2, 0.1, (244, 130, 170), tilt=60 * k + 30)
+        x, y = arc(0, 0.8, 0.34, 0.1, 60 * k + 30, 60 * k + 30, 1)[0]
+        pen.oval(
+            x,
+            y,
+            0.19,
+            0.09,
+            (244, 130, 170),
+            tilt=24 * math.cos(math.radians(60 * k + 30)) * (1 if y > 0.8 else -1),
+        )
     pen.oval(0, 0.8, 0.15, 0.08, GOLD)
 
 

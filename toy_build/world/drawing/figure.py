@@ -19,6 +19,8 @@ FRINGE: RGB = (206, 244, 236)
 BALLOON: RGB = (72, 204, 226)
 LENS: RGB = (44, 44, 58)
 NECK = -0.06
+FRAME = 1.06
+"""Parts are drawn between -1 and 1; tips and rims reach a little farther."""
 WORN = len(SLOTS) + 1
 """The label of what an object wears, after those of its slots (1 to 4)."""
 LABELS_EACH = WORN
@@ -127,13 +129,13 @@ WEAR: dict[str, Callable[[Pen, str, float], None]] = {
 
 def _extent(figure: Figure) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of the figure with what it wears, in its own frame."""
-    top, right = -1.0, 1.0
+    top, right = -FRAME, FRAME
     if "hat" in figure.worn:
         y, w = TOPS[figure.slots[0]]
         top = min(top, y + 0.04 - 1.3 * w)
     if "balloon" in figure.worn:
         top, right = min(top, -1.4), 1.58
-    return -1.0, top, right, 1.0
+    return -FRAME, top, right, FRAME
 
 
 STROKES: dict[str, tuple[tuple[Point, ...], ...]] = {

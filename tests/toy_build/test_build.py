@@ -1,0 +1,209 @@
+"""The build survives kills and a change of machine, and its stages fit together."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from tests import tolerance
+from torch import Tensor, nn
+from toy_build.__main__ import STAGES, main
+from toy_build.generators import part_shares
+from toy_build.identity import info_nce, new_subjects
+from toy_build.pictures import EVEN_SHARES, FUSION_SHARES, SINGLE_SHARES, pictures
+from toy_build.segmenters import double_exposure, lesson, part_names
+from toy_build.texts import QUESTIONS, facts
+from toy_build.training import Build, Draw, Lesson, Plan, keep
+from toy_build.turbo import Denoiser, new_scheduler, new_unet
+from toy_build.world.language import canonical, is_held_out
+from toy_build.world.random_scenes import random_scene, resembles_held_out
+from toy_build.world.scene import PART_CLASSES, Task, part_class
+from toy_build.world.vocabulary import KINDS
+
+from toy_build import pictures as pictures_module
+from toy_build import segmenters, training
+
+PLAN = Plan(steps=8, batch=4, lr=1e-2, warmup=2, ema=0.5, level=0.5)
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    monkeypatch.setattr(training, "KEPT", tmp_path / "kept")
+    return Build(tmp_path / "out", tmp_path / "work")
+
+
+def fit(build: Build, plan: Plan, *, stop_at: int | None = None) -> list[Tensor]:
+    """Train a small network on noise; with `stop_at` the machine goes away before that step."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def prepare(draw: Draw) -> Lesson:
+        if draw.step == stop_at:
+            raise KeyboardInterrupt
+        return draw.normal(plan.batch, 3), torch.from_numpy(draw.rng.random((plan.batch, 1))).float()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return (network(x) - y).square().mean()
+
+    build.fit("small", network, plan, prepare, loss)
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def test_a_killed_build_ends_with_the_same_weights(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
+    straight = fit(replace(build, work=build.work / "straight"), PLAN)
+    with pytest.raises(KeyboardInterrupt):
+        fit(build, PLAN, stop_at=5)
+    resumed = fit(build, PLAN)
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+    assert build.finished("small", PLAN)
+
+
+def test_lessons_prepared_by_other_processes_are_the_same(build: Build) -> None:
+    alone = fit(replace(build, work=build.work / "alone"), PLAN)
+    helped = fit(replace(build, work=build.work / "helped", workers=2), PLAN)
+    assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_what_is_kept_is_small_and_enough_to_go_on(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(build, PLAN, stop_at=5)
+    (path,) = keep(build.work, training.KEPT)
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        assert file.metadata()["step"] == "5"
+    assert {name.split(".")[0] for name in names} == {"parameter", "average"}
+    elsewhere = replace(build, work=build.work / "elsewhere")
+    fit(elsewhere, PLAN)
+    assert elsewhere.finished("small", PLAN)
+    assert [path.parent.name for path in keep(elsewhere.work, training.KEPT)] == []
+
+
+def test_averaged_weights_are_what_a_stage_leaves(build: Build) -> None:
+    still = replace(PLAN, ema=1.0, steps=3)
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+    moved = fit(build, still)
+    early = fit(replace(build, work=build.work / "none"), replace(still, ema=0.0))
+    change = sum(float((a.detach() - b).abs().sum()) for a, b in zip(start.parameters(), moved, strict=True))
+    whole = sum(float((a.detach() - b).abs().sum()) for a, b in zip(start.parameters(), early, strict=True))
+    assert 0 < change < whole, "early steps are averaged with a shorter memory, and still lag behind"
+
+
+def test_stages_are_named_in_the_order_of_their_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    needs = {
+        "sd3": "vae clip texts",
+        "turbo": "vae clip texts",
+        "flux": "sd3",
+        "texts": "clip",
+        "preference": "clip",
+    }
+    order = list(STAGES)
+    for stage, earlier in needs.items():
+        assert max(order.index(name) for name in earlier.split()) < order.index(stage)
+    assert main(["nosuch"]) == 2
+    assert "There is no stage 'nosuch'. Stages: vae, clip" in capsys.readouterr().err
+
+
+def test_sets_hold_out_what_is_held_out(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shares in (EVEN_SHARES, SINGLE_SHARES, FUSION_SHARES):
+        assert sum(shares.values()) == pytest.approx(1)
+    assert Task.HYBRID not in SINGLE_SHARES
+    for what in ("single", "fusion", "even", "scenes"):
+        scenes = [pictures_module.SCENE_OF[what](7, row) for row in range(60)]
+        assert not any(is_held_out(canonical(scene)) for scene in scenes)
+    subjects = [pictures_module.training_subject(7, row) for row in range(60)]
+    assert not any(resembles_held_out(subject) for subject in subjects)
+
+
+def test_pictures_are_drawn_once_and_read_again(build: Build) -> None:
+    first = pictures(build.work, "even", 12, 3, processes=1)
+    again = pictures(build.work, "even", 12, 3, processes=1)
+    assert (first.images == again.images).all()
+    assert again.images.shape == (12, 128, 128, 3)
+    parts, kinds = first.parts(range(12)), first.kinds(range(12))
+    assert ((parts > 0) == (kinds > 0)).all()
+    white = first.cutouts([0])[0].permute(1, 2, 0)
+    assert (white[torch.from_numpy(np.array(first.labels[0])) == 0] == 1).all()
+
+
+def test_lessons_about_parts_show_hybrids_of_any_pair_and_exposures() -> None:
+    rng = np.random.default_rng(1)
+    classes = [set(np.unique(lesson(rng)[1])) for _ in range(60)]
+    kinds = [{(c - 2) // 4 for c in found if c >= 2} for found in classes]
+    assert sum(len(found) >= 2 for found in kinds) > 15
+    assert all(max(found) < PART_CLASSES for found in classes)
+    picture, exposed = double_exposure(rng)
+    assert picture.dtype == np.uint8
+    assert (exposed == 1).sum() > 50
+    names = part_names()
+    assert names[part_class("owl", 0)] == "owl head"
+    assert len(set(names)) == PART_CLASSES == len(KINDS) * 4 + 2
+
+
+def test_shares_of_parts_in_patches_are_what_is_counted() -> None:
+    classes = torch.randint(PART_CLASSES, (2, 128, 128), generator=torch.Generator().manual_seed(0))
+    shares = part_shares(classes)
+    assert shares.shape == (2, 64, PART_CLASSES)
+    patch = classes[1, 16:32, 32:48]
+    counted = torch.bincount(patch.flatten(), minlength=PART_CLASSES) / 256
+    assert tolerance.agree(shares[1, 8 + 2], counted, 256)
+
+
+def test_twins_differ_in_their_mark_alone_and_the_loss_wants_views_together() -> None:
+    subjects = new_subjects(np.random.default_rng(2), 16)
+    for first, twin in zip(subjects[::2], subjects[1::2], strict=True):
+        assert first.mark != twin.mark
+        assert replace(first, mark=twin.mark) == twin
+    labels = torch.arange(4).repeat(2)
+    together = torch.eye(4).repeat(2, 1)
+    apart = torch.cat((torch.eye(4), torch.eye(4).roll(1, 0)))
+    assert info_nce(together, labels) < info_nce(apart, labels)
+
+
+def test_captions_are_asked_only_what_they_answer() -> None:
+    rng = np.random.default_rng(3)
+    for number in range(200):
+        scene = random_scene(rng, list(Task)[number % len(Task)])
+        for name, answer in facts(scene).items():
+            assert answer is None or 0 <= answer < QUESTIONS[name]
+
+
+def test_the_student_sees_what_the_pipeline_shows_its_unet() -> None:
+    """Clean latents and Euler steps computed here are those of diffusers' scheduler."""
+    torch.manual_seed(0)
+    unet = new_unet().double().eval()
+    scheduler = new_scheduler()
+    scheduler.set_timesteps(4)
+    denoiser = Denoiser(unet, 4, torch.device("cpu"))
+    x = torch.randn(2, 16, 16, 16, dtype=torch.float64) * denoiser.start
+    features, pooled = torch.randn(2, 5, 256, dtype=torch.float64), torch.randn(2, 128, dtype=torch.float64)
+    mine = x
+    sizes = torch.tensor([128, 128, 0, 0, 128, 128], dtype=torch.float64).expand(2, -1)
+    with torch.no_grad():
+        for number, time in enumerate(scheduler.timesteps):
+            given = {"text_embeds": pooled, "time_ids": sizes}
+            answer = unet(
+                scheduler.scale_model_input(x, time),
+                time,
+                encoder_hidden_states=features,
+                added_cond_kwargs=given,
+            )
+            x = scheduler.step(answer.sample, time, x).prev_sample
+            clean = denoiser.clean(mine, torch.full((2,), number), features, pooled)
+            mine = denoiser.step(mine, clean, number)
+    assert tolerance.agree(mine, x, tolerance.PICTURE, dtype=torch.float32), "the scheduler's own precision"
+
+
+@pytest.mark.slow
+def test_a_stage_writes_a_checkpoint_that_its_class_loads(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segmenters, "PARTS_PLAN", replace(segmenters.PARTS_PLAN, steps=2, batch=2))
+    segmenters.build_parts(build)
+    model = segmenters.SegformerForSemanticSegmentation.from_pretrained(build.out / "parts")
+    assert model.config.id2label[part_class("snail", 3)] == "snail extra"
+    assert (build.out / "parts" / "provenance.json").exists()
