@@ -46,7 +46,9 @@ class Outcome:
 
 
 def group_of(scene: Scene) -> Group:
-    metadata = {"class": scene.word, SHOWN: scene.shown}
+    several = len(scene.shown) > 1
+    classes = {"subjects": [{"class": scene.word}, {"class": "cup"}]} if several else {"class": scene.word}
+    metadata = {**classes, SHOWN: scene.shown}
     metadata |= {} if scene.target is None else {TARGET: scene.target}
     return Group(scene.place, scene.epoch, scene.index, scene.prompt, metadata)
 

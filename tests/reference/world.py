@@ -5,7 +5,7 @@ The functions are what the plain loops call; `TinyPolicy` offers the same to the
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from types import SimpleNamespace
 
@@ -17,10 +17,10 @@ from pixrl.models.references import ReferencePolicy
 from pixrl.models.text_variants import ClipEncoder, PerturbableText
 
 CHANNELS, SIDE, HIDDEN = 3, 2, 8
-LENGTH = 6
+LENGTH = 8
 """Tokens that the CLIP encoders take; one more row, T5's, follows."""
 START, END = 0, 1
-WORDS = ("a", "red", "owl", "two", "blue", "snails", "cat", "green", "house", "fish", "cup", "photo", "of")
+VOCABULARY = "a an red owl two blue snails snail cat green house fish cup photo of"
 COLUMNS = {"clip_l": 3, "clip_g": 2}
 """Columns of each encoder's tokens and of its pooled features, side by side in the condition."""
 PROMPTS = ("a red owl", "two blue snails", "a cat", "a green house", "fish", "red cup")
@@ -94,7 +94,9 @@ class TinyClip(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         columns = COLUMNS[name]
-        self.table = nn.Embedding.from_pretrained(normal(f"{name} table", 2 + len(WORDS), columns))
+        self.table = nn.Embedding.from_pretrained(
+            normal(f"{name} table", 2 + len(VOCABULARY.split()), columns)
+        )
         self.positions = normal(f"{name} positions", LENGTH, columns, scale=0.3)
         self.mixes = [normal(f"{name} mix {layer}", columns, columns) for layer in range(2)]
         self.projection = normal(f"{name} projection", columns, columns)
@@ -121,13 +123,13 @@ CLIPS = {name: TinyClip(name) for name in COLUMNS}
 
 def token_ids(prompt: str) -> Tensor:
     """[L]: start, words, end, and the end again as padding."""
-    words = [2 + WORDS.index(word) for word in prompt.split()][: LENGTH - 2]
+    words = [2 + VOCABULARY.split().index(word) for word in prompt.split()][: LENGTH - 2]
     return torch.tensor([START, *words, *[END] * (LENGTH - 1 - len(words))])
 
 
 def static_embeddings(name: str, prompt: str) -> Tensor:
     """The input embeddings [L, D] of one encoder."""
-    return CLIPS[name].table(token_ids(prompt)).detach()
+    return CLIPS[name].table.weight[token_ids(prompt)].detach()
 
 
 def text(prompt: str, changed: Mapping[str, Tensor] | None = None) -> Text:
@@ -155,7 +157,6 @@ class Scene:
     """The picture that it should give."""
     word: str = ""
     """Class of what the first reference shows."""
-    metadata: dict[str, object] = field(default_factory=dict)
 
 
 def picture(name: str) -> Tensor:
@@ -164,13 +165,16 @@ def picture(name: str) -> Tensor:
 
 
 def scenes(step: int, references: int = 0) -> list[Scene]:
-    """Three prompts of a step; the next step has others, of another pass in the end."""
+    """Three prompts of a step; the next step has others, of another pass in the end.
+
+    The second reference, and every target, is narrower than the square that it is put on.
+    """
     found = []
     for place in range(3):
         number = 3 * step + place
         index = number % len(PROMPTS)
-        shown = tuple(picture(f"shown {index} {which}") for which in range(references))
-        target = picture(f"target {index}") if references else None
+        shown = tuple(picture(f"shown {index} {which}")[:, :, which:] for which in range(references))
+        target = picture(f"target {index}")[:, 2:] if references else None
         word = ("owl", "snail", "cat", "house", "fish", "cup")[index]
         found.append(Scene(place, number // len(PROMPTS), index, PROMPTS[index], shown, target, word))
     return found
@@ -249,7 +253,8 @@ class TinyPolicy(FlowPolicy, ReferencePolicy, PerturbableText):
         found, first = [], 0
         for name, columns in COLUMNS.items():
             own = slice(first, first + columns)
-            found.append(ClipEncoder(name, CLIPS[name], _Tokenizer(), LENGTH, True, own, own))
+            # an encoder of its own: the product's hooks on its table must not meet those of another thread
+            found.append(ClipEncoder(name, TinyClip(name), _Tokenizer(), LENGTH, True, own, own))
             first += columns
         return tuple(found)
 
