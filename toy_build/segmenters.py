@@ -19,6 +19,8 @@ from toy_build.pictures import Bytes, pictures, to_tensor
 from toy_build.training import Build, Draw, Lesson, Plan, save_half
 from toy_build.world.random_scenes import random_hybrid, random_scene
 from toy_build.world.scene import (
+    FIRST_PART,
+    MIXED_CLASS,
     PART_CLASSES,
     SIDE,
     Drawing,
@@ -49,8 +51,8 @@ def new_segmenter(names: list[str], width: int) -> SegformerForSemanticSegmentat
 
 
 def part_names() -> list[str]:
-    """The classes of `parts`: background, worn or pasted, then "KIND SLOT"."""
-    names = ["background", "other"] + [""] * (PART_CLASSES - 2)
+    """The classes of `parts`: background, worn, pasted or two things at once, then "KIND SLOT"."""
+    names = ["background", "worn", "mixed"] + [""] * (PART_CLASSES - FIRST_PART)
     for kind in KINDS:
         for slot, word in enumerate(SLOTS):
             names[part_class(kind, slot)] = f"{kind} {word}"
@@ -138,7 +140,7 @@ def free_hybrid(rng: np.random.Generator) -> Scene:
 
 
 def double_exposure(rng: np.random.Generator) -> tuple[Bytes, Bytes]:
-    """Two figures over each other, half transparent: wherever both are, the class is "other"."""
+    """Two figures over each other, half transparent: wherever both are, the class is "mixed"."""
     first = random_scene(rng, Task.SINGLE_OBJECT)
     below = draw(first)
     second = replace(
@@ -155,5 +157,5 @@ def _exposed(below: Drawing, first: Scene, above: Drawing, second: Scene) -> Byt
     classes = np.where(
         below.foreground, part_classes(first)[below.labels], part_classes(second)[above.labels]
     )
-    classes[below.foreground & above.foreground] = 1
+    classes[below.foreground & above.foreground] = MIXED_CLASS
     return classes

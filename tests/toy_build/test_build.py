@@ -19,7 +19,7 @@ from toy_build.training import Build, Draw, Lesson, Plan, keep
 from toy_build.turbo import Denoiser, new_scheduler, new_unet
 from toy_build.world.language import canonical, is_held_out
 from toy_build.world.random_scenes import random_scene, resembles_held_out
-from toy_build.world.scene import PART_CLASSES, Task, part_class
+from toy_build.world.scene import FIRST_PART, MIXED_CLASS, PART_CLASSES, Task, part_class
 from toy_build.world.vocabulary import KINDS
 
 from toy_build import pictures as pictures_module
@@ -133,15 +133,15 @@ def test_pictures_are_drawn_once_and_read_again(build: Build) -> None:
 def test_lessons_about_parts_show_hybrids_of_any_pair_and_exposures() -> None:
     rng = np.random.default_rng(1)
     classes = [set(np.unique(lesson(rng)[1])) for _ in range(60)]
-    kinds = [{(c - 2) // 4 for c in found if c >= 2} for found in classes]
+    kinds = [{(c - FIRST_PART) // 4 for c in found if c >= FIRST_PART} for found in classes]
     assert sum(len(found) >= 2 for found in kinds) > 15
     assert all(max(found) < PART_CLASSES for found in classes)
     picture, exposed = double_exposure(rng)
     assert picture.dtype == np.uint8
-    assert (exposed == 1).sum() > 50
+    assert (exposed == MIXED_CLASS).sum() > 50
     names = part_names()
     assert names[part_class("owl", 0)] == "owl head"
-    assert len(set(names)) == PART_CLASSES == len(KINDS) * 4 + 2
+    assert len(set(names)) == PART_CLASSES == len(KINDS) * 4 + 3
 
 
 def test_shares_of_parts_in_patches_are_what_is_counted() -> None:

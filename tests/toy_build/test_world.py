@@ -20,10 +20,13 @@ from toy_build.world.random_scenes import (
     subject_scene,
 )
 from toy_build.world.scene import (
+    FIRST_PART,
+    MIXED_CLASS,
     PART_CLASSES,
     PASTED,
     SIDE,
     SUPERSAMPLE,
+    WORN_CLASS,
     Scene,
     SceneObject,
     Task,
@@ -134,13 +137,15 @@ def test_labels_tell_objects_parts_and_kinds() -> None:
     parts, kinds = part_classes(scene)[drawing.labels], kind_classes(scene)[drawing.labels]
     wanted = {part_class("owl", 0), part_class("snail", 1), part_class("owl", 2), part_class("owl", 3)}
     assert set(np.unique(parts[:, : SIDE // 2])) == {0} | wanted
-    assert set(np.unique(parts[:, SIDE // 2 :])) == {0, 1} | {part_class("cup", slot) for slot in range(4)}
+    assert set(np.unique(parts[:, SIDE // 2 :])) == {0, WORN_CLASS} | {
+        part_class("cup", slot) for slot in range(4)
+    }
     assert set(np.unique(kinds)) == {0, KINDS.index("owl") + 1, KINDS.index("cup") + 1}
     first, second = drawing.objects(2)
     assert (first.any(), second.any()) == (True, True)
     assert not (first & second).any()
     assert first[:, SIDE // 2 :].sum() == second[:, : SIDE // 2].sum() == 0
-    assert len({part_class(kind, slot) for kind in KINDS for slot in range(4)}) == PART_CLASSES - 2
+    assert len({part_class(kind, slot) for kind in KINDS for slot in range(4)}) == PART_CLASSES - FIRST_PART
 
 
 def test_what_is_pasted_is_labelled_as_such_and_lies_on_top() -> None:
@@ -150,7 +155,7 @@ def test_what_is_pasted_is_labelled_as_such_and_lies_on_top() -> None:
         drawing = draw(scene)
         assert (drawing.labels == PASTED).sum() > 40
         assert set(np.unique(drawing.labels)) <= {*range(1 + LABELS_EACH), PASTED}
-        assert set(np.unique(part_classes(scene)[drawing.labels[drawing.labels == PASTED]])) == {1}
+        assert set(np.unique(part_classes(scene)[drawing.labels[drawing.labels == PASTED]])) == {MIXED_CLASS}
         assert set(np.unique(kind_classes(scene)[drawing.labels])) == {
             0, KINDS.index(scene.objects[0].kind) + 1, KINDS.index(scene.pasted[0].kind) + 1
         }  # fmt: skip

@@ -22,8 +22,9 @@ SIDE = 128
 SUPERSAMPLE = 4
 PASTED = 250
 """The label of what is pasted over a picture."""
-PART_CLASSES = 2 + len(KINDS) * len(SLOTS)
-"""What a pixel can show: nothing (0), something worn or pasted (1), or one of 32 x 4 parts."""
+WORN_CLASS, MIXED_CLASS, FIRST_PART = 1, 2, 3
+PART_CLASSES = FIRST_PART + len(KINDS) * len(SLOTS)
+"""What a pixel can show: nothing (0), something worn, what is pasted or two things at once, or one of 32 x 4 parts."""
 
 Point = tuple[float, float]
 Slots = tuple[str, str, str, str]
@@ -146,14 +147,14 @@ def part_classes(scene: Scene) -> Labels:
         first = 1 + number * LABELS_EACH
         for slot, kind in enumerate(thing.slots):
             table[first + slot] = part_class(kind, slot)
-        table[first + WORN - 1] = 1
-    table[PASTED:] = 1
+        table[first + WORN - 1] = WORN_CLASS
+    table[PASTED:] = MIXED_CLASS
     return table
 
 
 def part_class(kind: str, slot: int) -> int:
     """The class of a kind's part in a slot."""
-    return 2 + KINDS.index(kind) * len(SLOTS) + slot
+    return FIRST_PART + KINDS.index(kind) * len(SLOTS) + slot
 
 
 def kind_classes(scene: Scene) -> Labels:
