@@ -1,0 +1,275 @@
+"""The gates of the second edition's checkpoints, measured on held-out scenes.
+
+    python -m toy_build.gates [NAME ...]
+
+It moves into `pixrl toy verify` with the world. The three generators' gates are not written yet.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import SegformerForSemanticSegmentation
+
+from pixrl.rewards.clip import ClipSimilarity
+from pixrl.rewards.dino import DinoEncoder
+from pixrl.rewards.segmentation import Segmenter
+from toy_build.clip import normalize
+from toy_build.pictures import EVEN_SHARES, to_tensor
+from toy_build.preference import spoil
+from toy_build.world.fusion import judge
+from toy_build.world.language import canonical, caption, is_held_out
+from toy_build.world.random_scenes import (
+    Subject,
+    held_out_hybrid,
+    held_out_subjects,
+    random_scene,
+    random_subject,
+    subject_scene,
+)
+from toy_build.world.scene import SIDE, Scene, Task, draw, kind_classes
+from toy_build.world.vocabulary import KINDS
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+SEED = 91
+GALLERY = 64
+"""Captions that a picture is told apart from in the retrieval gate."""
+Random = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One figure of a checkpoint, and the range that it must lie in."""
+
+    checkpoint: str
+    figure: str
+    value: float
+    at_least: float = -float("inf")
+    at_most: float = float("inf")
+
+    @property
+    def passed(self) -> bool:
+        return self.at_least <= self.value <= self.at_most
+
+
+def held_out_scene(rng: Random, task: Task | None = None) -> Scene:
+    """A scene whose prompt training never saw; a hybrid is of a held-out pair."""
+    while True:
+        wanted = task or Task(rng.choice(list(EVEN_SHARES), p=list(EVEN_SHARES.values())))
+        if wanted is Task.HYBRID:
+            return held_out_hybrid(rng)
+        scene = random_scene(rng, wanted)
+        if is_held_out(canonical(scene)):
+            return scene
+
+
+def scenes(count: int, task: Task | None = None) -> list[Scene]:
+    """The same held-out scenes at every call."""
+    rng = np.random.default_rng(SEED)
+    return [held_out_scene(rng, task) for _ in range(count)]
+
+
+def drawn(shown: Iterable[Scene]) -> Tensor:
+    """Their pictures [B, 3, 128, 128]."""
+    return to_tensor(np.stack([draw(scene).picture for scene in shown]))
+
+
+def high_frequencies(images: Tensor) -> float:
+    """The mean power of pictures [B, 3, H, W] above a quarter of the Nyquist frequency."""
+    spectrum = torch.fft.fft2(images.mean(1), norm="ortho").abs().square()
+    rows, columns = (torch.fft.fftfreq(size).abs() for size in spectrum.shape[-2:])
+    above = (rows[:, None] ** 2 + columns[None, :] ** 2).sqrt() > 0.25 * 0.5
+    return float(spectrum[:, above].sum(-1).mean())
+
+
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Pictures encoded and decoded."""
+    with torch.inference_mode():
+        parts = [vae.decode(vae.encode(part * 2 - 1).latent_dist.mean).sample for part in images.split(32)]
+    return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+
+def check_vae(root: Path, thin: int) -> Iterable[Gate]:
+    """Pictures encoded and decoded: how near, and how sharp."""
+    images = drawn(scenes(256 // thin))
+    decoded = reconstruct(
+        AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32).eval(), images
+    )
+    error = (decoded - images).square().flatten(1).mean(1)
+    yield Gate("vae", "PSNR in dB, mean over pictures", float((-10 * error.log10()).mean()), 27.0)
+    yield Gate(
+        "vae",
+        "high frequencies, share of the drawings'",
+        high_frequencies(decoded) / high_frequencies(images),
+        0.9,
+        1.1,
+    )
+
+
+def check_clip(root: Path, thin: int) -> Iterable[Gate]:
+    """Captions of held-out scenes found among 64 others."""
+    clip, rng = ClipSimilarity(root / "clip"), np.random.default_rng(SEED)
+    hits: list[Tensor] = []
+    for _ in range(24 // thin):
+        gallery: dict[str, Scene] = {}
+        while len(gallery) < GALLERY:
+            scene = held_out_scene(rng)
+            gallery.setdefault(caption(scene), scene)
+        similarity = clip.image_features(drawn(gallery.values())) @ clip.text_features(list(gallery)).T
+        hits.append(similarity.argmax(1) == torch.arange(GALLERY))
+    yield Gate("clip", "caption retrieval among 64, top-1", float(torch.cat(hits).float().mean()), 0.93)
+
+
+def part_maps(root: Path, images: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """What `parts` sees in pictures [B, 3, 128, 128]: classes [B, 128, 128]."""
+    model = SegformerForSemanticSegmentation.from_pretrained(root / "parts", dtype=torch.float32).eval()
+    out = []
+    with torch.inference_mode():
+        for part in images.split(64):
+            logits = model(pixel_values=normalize(part)).logits
+            full = F.interpolate(logits, (SIDE, SIDE), mode="bilinear", align_corners=False)
+            out.append(full.argmax(1).numpy())
+    return np.concatenate(out)
+
+
+def check_parts(root: Path, thin: int) -> Iterable[Gate]:
+    """Which true drawings pass as a fusion: hybrids of held-out pairs should, nothing else."""
+    rng, count = np.random.default_rng(SEED), 2000 // thin
+
+    def passed(asked: Sequence[tuple[Scene, tuple[str, ...]]]) -> float:
+        maps = part_maps(root, drawn(scene for scene, _ in asked))
+        return float(
+            np.mean([judge(found, parents).is_true for found, (_, parents) in zip(maps, asked, strict=True)])
+        )
+
+    def strangers(known: tuple[str, ...], number: int) -> tuple[str, ...]:
+        return tuple(
+            str(kind) for kind in rng.choice([k for k in KINDS if k not in known], number, replace=False)
+        )
+
+    hybrids = [held_out_hybrid(rng) for _ in range(count)]
+    yield Gate("parts", "hybrids recognized", passed([(s, s.objects[0].parents) for s in hybrids]), 0.98)
+    alone = [random_scene(rng, Task.SINGLE_OBJECT) for _ in range(count)]
+    kinds = [(scene.objects[0].kind,) for scene in alone]
+    unmixed = [(s, kind + strangers(kind, 1)) for s, kind in zip(alone, kinds, strict=True)]
+    yield Gate("parts", "unmixed pictures that pass", passed(unmixed), at_most=0.002)
+    third = [(s, strangers(kind, 2)) for s, kind in zip(alone, kinds, strict=True)]
+    yield Gate("parts", "third kinds that pass", passed(third), at_most=0.002)
+    pairs = [random_scene(rng, Task.TWO_OBJECT) for _ in range(count)]
+    beside = [(s, (s.objects[0].kind, s.objects[1].kind)) for s in pairs]
+    yield Gate("parts", "side by side that pass", passed(beside), at_most=0.002)
+
+
+def check_segmenter(root: Path, thin: int) -> Iterable[Gate]:
+    """Pixels of each kind, and objects counted."""
+    segmenter, shown = Segmenter(root / "segmenter"), scenes(512 // thin)
+    drawings = [draw(scene) for scene in shown]
+    labels = np.stack([kind_classes(scene)[d.labels] for scene, d in zip(shown, drawings, strict=True)])
+    images = to_tensor(np.stack([d.picture for d in drawings]))
+    found = segmenter.probabilities(images).argmax(1).numpy()
+    classes = range(len(KINDS) + 1)
+    overlaps = [
+        ((found == k) & (labels == k)).sum() / max(((found == k) | (labels == k)).sum(), 1) for k in classes
+    ]
+    yield Gate("segmenter", "mean IoU over 33 classes", float(np.mean(overlaps)), 0.88)
+    counted = scenes(400 // thin, Task.COUNTING)
+    right = [
+        len(seen.get(scene.objects[0].kind, ())) == len(scene.objects)
+        for seen, scene in zip(segmenter.objects(drawn(counted)), counted, strict=True)
+    ]
+    yield Gate("segmenter", "counting accuracy on true scenes", float(np.mean(right)), 0.97)
+
+
+def cut_out(shown: Iterable[Scene]) -> Tensor:
+    """Pictures of the scenes' objects on white."""
+    drawings = [draw(scene) for scene in shown]
+    return to_tensor(
+        np.stack([np.where(d.foreground[..., None], d.picture, np.uint8(255)) for d in drawings])
+    )
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """The probability that a positive scores above a negative; ties count half."""
+    gap = positive[:, None] - negative[None, :]
+    return float((gap > 0).float().mean() + 0.5 * (gap == 0).float().mean())
+
+
+def check_identity(root: Path, thin: int) -> Iterable[Gate]:
+    """Held-out subjects against others of their kinds, and against themselves without marks or smeared."""
+    encoder, rng = DinoEncoder(root / "identity"), np.random.default_rng(SEED)
+    cosines: dict[str, list[Tensor]] = {"same": [], "other": [], "unmarked": [], "smeared": []}
+
+    def of(subjects: Iterable[Subject]) -> Tensor:
+        return cut_out(subject_scene(subject, rng, added_accessory=0.0, mood=0.0) for subject in subjects)
+
+    for _ in range(max(8 // thin, 2)):
+        subjects = held_out_subjects()
+        reference, again = of(subjects), of(subjects)
+        smeared = F.interpolate(F.avg_pool2d(again, 8), SIDE, mode="bilinear")
+        shown = {
+            "same": again, "smeared": smeared, "unmarked": of(replace(s, mark=None) for s in subjects),
+            "other": of(replace(random_subject(rng), kind=s.kind) for s in subjects),
+        }  # fmt: skip
+        features = encoder.image_features(reference)
+        for name, images in shown.items():
+            cosines[name].append((features * encoder.image_features(images)).sum(-1))
+    found = {name: torch.cat(values) for name, values in cosines.items()}
+    yield Gate(
+        "identity", "same/different subject AUC within a kind", auc(found["same"], found["other"]), 0.98
+    )
+    for name in ("unmarked", "smeared"):
+        figure = f"share whose own picture is nearer than the {name} one by 0.05"
+        yield Gate("identity", figure, float((found["same"] - found[name] > 0.05).float().mean()), 0.9)
+
+
+def check_preference(root: Path, thin: int) -> Iterable[Gate]:
+    """Right against wrong captions, and clean against spoiled pictures."""
+    clip, shown = ClipSimilarity(root / "preference"), scenes(512 // thin)
+    images, texts = drawn(shown), clip.text_features([caption(scene) for scene in shown])
+    good = (clip.image_features(images) * texts).sum(-1)
+    swapped = (clip.image_features(images.roll(1, 0)) * texts).sum(-1)
+    spoiled = (clip.image_features(spoil(images, np.random.default_rng(SEED))) * texts).sum(-1)
+    yield Gate(
+        "preference", "pair accuracy", float(torch.cat((good > swapped, good > spoiled)).float().mean()), 0.97
+    )
+
+
+def _written(gate: Gate) -> dict[str, object]:
+    """The gate as provenance.json keeps it: without the bounds that it does not have."""
+    record = {key: value for key, value in asdict(gate).items() if value not in (float("inf"), -float("inf"))}
+    return record | {"value": round(gate.value, 4), "passed": gate.passed}
+
+
+CHECKS: dict[str, Callable[[Path, int], Iterable[Gate]]] = {
+    "vae": check_vae, "clip": check_clip, "segmenter": check_segmenter, "parts": check_parts,
+    "identity": check_identity, "preference": check_preference,
+}  # fmt: skip
+
+
+def main(names: list[str], root: Path = CHECKPOINTS, thin: int = 1) -> int:
+    """Print every figure beside its gate, write them into the folders' provenance, and return 1 where one fails."""
+    torch.set_num_threads(1)
+    failed = 0
+    for name in names or [name for name in CHECKS if (root / name).exists()]:
+        gates = list(CHECKS[name](root, thin))
+        for gate in gates:
+            wanted = f">= {gate.at_least:g}" if gate.at_most == float("inf") else f"<= {gate.at_most:g}"
+            print(
+                f"{name:11} {gate.figure:70} {gate.value:8.4f}  {wanted}  {'passed' if gate.passed else 'FAILED'}"
+            )
+        failed += sum(not gate.passed for gate in gates)
+        path = root / name / "provenance.json"
+        record = json.loads(path.read_text()) | {"gates": [_written(gate) for gate in gates]}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
