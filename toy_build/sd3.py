@@ -28,7 +28,7 @@ PLAN = Plan(
 SCENES = 60_000
 SAMPLING_STEPS = 10
 ALIGNED_BLOCK = 2
-LAYERS, HEADS, HEAD_WIDTH = 6, 5, 32
+LAYERS, HEADS, HEAD_WIDTH = 5, 5, 32
 
 
 def new_transformer() -> SD3Transformer2DModel:

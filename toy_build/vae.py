@@ -20,7 +20,7 @@ from toy_build.world.scene import SIDE
 SCENES, SUBJECTS = 30_000, 12_000
 LATENT_CHANNELS, FACTOR, CROP = 16, 8, 64
 KL_WEIGHT, ANCHOR_WEIGHT, ANCHOR_SCALE = 1e-3, 1.0, 2.0
-CROPS = Plan(steps=3_000, batch=32, lr=2e-3, warmup=100, weight_decay=0.0, level=0.8, ema=0.998)
+CROPS = Plan(steps=5_000, batch=32, lr=2e-3, warmup=100, weight_decay=0.0, level=0.8, ema=0.998)
 WHOLE = Plan(steps=1_500, batch=8, lr=6e-4, warmup=50, weight_decay=0.0, level=0.3, ema=0.995)
 SHARP = Plan(
     steps=3_000, batch=8, lr=4e-4, warmup=50, weight_decay=0.0, level=0.5, ema=0.998, betas=(0.5, 0.95)
@@ -31,7 +31,7 @@ CRITIC_RATE, CRITIC_WEIGHT, CRITIC_FROM = 4e-4, 0.02, 200
 def new_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
+        block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
         sample_size=SIDE, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
 
