@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import FluxKontextPipeline
 from torch import Tensor
 
 from pixrl.errors import InputError, ShapeError
@@ -78,6 +79,15 @@ def test_latents_do_not_depend_on_the_batch(bare: FluxPolicy, flux_folder: objec
     assert together.shape == (3, 4, 8, 8)
     assert torch.equal(bare.encode_images(images[1:2]), together[1:2])
     assert bare.decode(together).isfinite().all()
+
+
+def test_latents_are_those_of_diffusers_own_pipeline(bare: FluxPolicy) -> None:
+    """Range, shift and scale of `FluxKontextPipeline`, on a checkpoint whose shift is not 0."""
+    assert bare.pipeline.vae.config.shift_factor
+    kontext = FluxKontextPipeline(**bare.pipeline.components)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    own = kontext._encode_vae_image(kontext.image_processor.preprocess(images), generator=None)
+    assert agree(bare.encode_images(images), own, MODEL)
 
 
 def test_another_number_of_references_than_prompts(bare: FluxPolicy) -> None:

@@ -42,8 +42,12 @@ def train(
     variants: int = 1,
     sampled: Sampled = prompt_alone,
     references: int = 0,
+    kl_rows: int = 0,
 ) -> tuple[dict[str, Weights], list[dict[str, float]]]:
-    """The slots after the training steps, and each step's figures."""
+    """The slots after the training steps, and each step's figures.
+
+    `kl_rows`: without a KL weight the log still says how far the reference is, by that many rows.
+    """
     current = {name: x.requires_grad_() for name, x in world.added("current").items()}
     old, ema = world.added("old"), world.added("ema")
     adam = AdamW(current, **optimizer)
@@ -64,7 +68,7 @@ def train(
         losses_all, distances, kls, norms = [], [], [], []
         for number in range(adam.updates):
             losses = []
-            for p, s in plain.shared_out(seed, step, number, adam.updates, counts):
+            for place, (p, s) in enumerate(plain.shared_out(seed, step, number, adam.updates, counts)):
                 scene, x0, c0 = scenes[p], drawn[p, s], plain.anchor(scenes[p])
                 order = plain.shuffled_levels(seed, scene, s, *(levels or (0, sampling_steps)))
                 for part in range(timesteps):
@@ -81,7 +85,8 @@ def train(
                     loss = 5 / beta * (r * self_weighted(good, x0) + (1 - r) * self_weighted(bad, x0))
                     distance = ((v - v_ref) ** 2).mean()
                     losses.append(loss + kl * distance)
-                    kls.append(distance.item())
+                    if kl > 0 or (number == 0 and place < kl_rows):
+                        kls.append(distance.item())
                     distances.append(((v - v_old) ** 2).mean().item())
             if not losses:
                 norms.append(0.0)

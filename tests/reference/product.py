@@ -53,13 +53,19 @@ def group_of(scene: Scene) -> Group:
     return Group(scene.place, scene.epoch, scene.index, scene.prompt, metadata)
 
 
+def begin(run: Run, peers: Peers | None = None) -> tuple[TinyPolicy, Aligner]:
+    """A fresh model and its trainer."""
+    policy = TinyPolicy()
+    scale = run.scale_loss
+    return policy, Aligner(
+        policy, policy.lora, run.method, MICRO, seed=run.seed, peers=peers, scale_loss=scale
+    )
+
+
 def train(run: Run, peers: Peers | None = None) -> Outcome:
     """All steps of this process's share of the prompts."""
     peers = peers or Alone()
-    policy = TinyPolicy()
-    aligner = Aligner(
-        policy, policy.lora, run.method, MICRO, seed=run.seed, peers=peers, scale_loss=run.scale_loss
-    )  # fmt: skip
+    policy, aligner = begin(run, peers)
     log, rollouts = [], []
     for step in run.steps:
         groups = [group_of(scene) for scene in world.scenes(step, run.references)]

@@ -25,7 +25,7 @@ REWARDS = ("first", "second")
 BOTH = {"first": 0.4, "second": 0.7}
 
 
-def product_run(
+def run_of(
     loss: LossSettings,
     sampling: dict[str, Any],
     scale: str,
@@ -65,13 +65,14 @@ def test_sft_equals_the_plain_loop() -> None:
         rewards=REWARDS, trained=BOTH, kl_rows=MICRO.train,
     )  # fmt: skip
     compare(
-        lambda: product_run(SFTSettings(timesteps=2), {"steps": 5}, "group", 2, lambda step: BOTH),
+        lambda: run_of(SFTSettings(timesteps=2), {"steps": 5}, "group", 2, lambda step: BOTH),
         expected,
         LOGGED,
     )
 
 
-PAIRS: dict[str, dict[str, Any]] = {
+# of RPO; name -> what the recipe says
+CASES: dict[str, dict[str, Any]] = {
     "from_the_prompt": {"beta": 3.0, "similarity": 0.5, "scale": "group", "solver": "euler", "references": 2},
     "shown": {
         "beta": 8.0,
@@ -85,20 +86,24 @@ PAIRS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_rpo_equals_the_plain_loop(name: str) -> None:
-    case = {"shown": False} | PAIRS[name]
-    expected = baselines.rpo(
-        seed=SEED, steps=range(1, 4), noises=NOISES, optimizer=OPTIMIZER, timesteps=3, sampling_steps=5,
-        rewards=REWARDS, trained=BOTH, kl_rows=MICRO.train, **case,
-    )  # fmt: skip
-    loss = RPOSettings(beta=case["beta"], similarity=case["similarity"], timesteps=3, shown=case["shown"])
-    sampling = {"steps": 5, "solver": case["solver"]}
-    compare(
-        lambda: product_run(loss, sampling, case["scale"], case["references"], lambda step: BOTH),
-        expected,
-        LOGGED,
+def product_run(case: dict[str, Any]) -> Run:
+    loss = RPOSettings(
+        beta=case["beta"], similarity=case["similarity"], timesteps=3, shown=case.get("shown", False)
     )
+    sampling = {"steps": 5, "solver": case["solver"]}
+    return run_of(loss, sampling, case["scale"], case["references"], lambda step: BOTH)
+
+
+def plain_run(case: dict[str, Any]) -> Any:
+    return baselines.rpo(
+        seed=SEED, steps=range(1, 4), noises=NOISES, optimizer=OPTIMIZER, timesteps=3, sampling_steps=5,
+        rewards=REWARDS, trained=BOTH, kl_rows=MICRO.train, **{"shown": False} | case,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rpo_equals_the_plain_loop(name: str) -> None:
+    compare(lambda: product_run(CASES[name]), plain_run(CASES[name]), LOGGED)
 
 
 def likeness(image: Tensor, prompt: str) -> Tensor:
@@ -147,6 +152,6 @@ def test_draft_equals_the_plain_loop(last: int, kl: float) -> None:
 
     def run() -> Run:
         rewards = {name: Differentiable(name) for name in FUNCTIONS}
-        return product_run(DraftSettings(last=last, kl=kl), {"steps": 5}, "group", 0, staged, rewards)
+        return run_of(DraftSettings(last=last, kl=kl), {"steps": 5}, "group", 0, staged, rewards)
 
     compare(run, expected, frozenset() if kl else LOGGED)

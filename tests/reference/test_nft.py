@@ -13,7 +13,7 @@ from pixrl.algorithms.losses import NFTSettings
 from pixrl.algorithms.stepping import SamplingSettings
 from tests.reference import nft, world
 from tests.reference.agreement import assert_moved, assert_same_figures, assert_same_weights
-from tests.reference.product import Run, train, train_in_two
+from tests.reference.product import MICRO, Run, train, train_in_two
 
 SEED = 7
 OPTIMIZER = {"lr": 0.02, "eps": 1e-4, "weight_decay": 0.1, "grad_clip": 1.0, "updates": 2, "ema": 0.8}
@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "strong_kl": {"loss": {"kl": 0.7, "beta": 0.1, "certain": 1.0}, "optimizer": {"grad_clip": 100.0}},
     "late": {"loss": {"old_policy": "late"}, "first_step": 100, "solver": "dpm", "steps": 6},
     "follow": {"loss": {"old_policy": "follow"}, "optimizer": {"updates": 1, "warmup": 2}, "solver": "dpm"},
-    "levels": {"loss": {"levels": (1, 4), "timesteps": 2, "beta": 0.5}, "advantage": {"scale": "none"}},
+    "levels": {"loss": {"levels": (1, 4), "timesteps": 2, "beta": 0.5, "kl": 0.0}, "advantage": {"scale": "none"}},
     "stages": {
         "trained": staged,
         "loss": {"old_policy": "constant", "old_decay": 0.3, "kl": 0.2},
@@ -73,7 +73,7 @@ def plain_run(case: dict[str, Any]) -> Any:
         optimizer=OPTIMIZER | case.get("optimizer", {}),
         advantage=case.get("advantage", {}), trained=case.get("trained", one), rewards=("first", "second"),
         sampling_steps=case.get("steps", 5), solver=case.get("solver", "euler"),
-        old_decay=DECAYS[loss.pop("old_policy")], **loss,
+        old_decay=DECAYS[loss.pop("old_policy")], kl_rows=MICRO.train, **loss,
     )  # fmt: skip
 
 
@@ -83,7 +83,9 @@ def test_the_product_equals_the_plain_loop(name: str) -> None:
     alone = train(product_run(CASES[name]))
     assert_same_weights(alone, expected)
     assert_same_figures(alone, log)
+    # which rows the distance to the reference is measured on, where it is only logged, depends on the process
+    unlike = frozenset({"kl"}) if CASES[name]["loss"].get("kl") == 0 else frozenset()
     for peer in train_in_two(lambda: product_run(CASES[name])):
         assert_same_weights(peer, expected)
-        assert_same_figures(peer, log)
+        assert_same_figures(peer, log, unlike)
     assert_moved(expected, {"current": world.added("current")})
