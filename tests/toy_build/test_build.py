@@ -10,6 +10,8 @@ from safetensors import safe_open
 from tests import tolerance
 from torch import Tensor, nn
 from toy_build.__main__ import STAGES, main
+from toy_build.gates import Gate, high_frequencies
+from toy_build.generator_gates import frechet
 from toy_build.generators import part_shares
 from toy_build.identity import info_nce, new_subjects
 from toy_build.pictures import EVEN_SHARES, FUSION_SHARES, SINGLE_SHARES, pictures
@@ -207,3 +209,15 @@ def test_a_stage_writes_a_checkpoint_that_its_class_loads(
     model = segmenters.SegformerForSemanticSegmentation.from_pretrained(build.out / "parts")
     assert model.config.id2label[part_class("snail", 3)] == "snail extra"
     assert (build.out / "parts" / "provenance.json").exists()
+
+
+def test_figures_of_the_gates_mean_what_they_say() -> None:
+    noise = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 64, 64, generator=noise)
+    blurred = torch.nn.functional.avg_pool2d(images, 9, stride=1, padding=4)
+    assert high_frequencies(blurred) < 0.1 * high_frequencies(images)
+    features = torch.randn(400, 6, generator=noise, dtype=torch.float64)
+    assert frechet(features, features) == pytest.approx(0, abs=1e-6)
+    assert frechet(features + 2.0, features) == pytest.approx(6 * 4.0)
+    assert frechet(3 * features, features) == pytest.approx(4 * float(features.T.cov().trace()), rel=0.01)
+    assert (Gate("x", "y", 0.3, 0.2).passed, Gate("x", "y", 0.3, at_most=0.2).passed) == (True, False)

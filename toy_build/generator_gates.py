@@ -1,0 +1,167 @@
+"""The gates of `sd3` and `turbo`: is what they draw right, sharp, and as rarely a fusion as leaves something to learn?
+
+`flux`'s gates are not written yet.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.linalg import sqrtm
+from torch import Tensor
+
+from pixrl import models
+from pixrl.equations import fuse
+from pixrl.models.base import Conditioning, Renderer
+from pixrl.rewards.dino import DinoEncoder
+from pixrl.rewards.geneval import GenEvalReward
+from pixrl.types import RewardBatch, sample_seed
+from toy_build.gates import SEED, Gate, drawn, high_frequencies, part_maps, scenes
+from toy_build.world.fusion import judge
+from toy_build.world.language import held_out_prompts, parse
+from toy_build.world.pairs import HELD_OUT_PAIRS, TRAINING_PAIRS
+from toy_build.world.scene import FIRST_PART, GENEVAL, Task
+from toy_build.world.vocabulary import KINDS, SLOTS
+
+HARD = (Task.TWO_OBJECT, Task.COUNTING, Task.POSITION, Task.COLOR_ATTR)
+GROUP = 24
+"""Noises of one prompt in the gate that asks how often all of them fail."""
+SWEEP = 11
+"""Places of a sweep from one parent to the other."""
+
+
+def pictures(policy: Renderer, prompts: Sequence[str], key: int) -> Tensor:
+    """The first picture of each prompt [B, 3, 128, 128]."""
+    return policy.sample(policy.encode(prompts), [sample_seed(SEED, key, i, 0) for i in range(len(prompts))])
+
+
+def shows(root: Path, images: Tensor, kinds: Sequence[str]) -> float:
+    """The share of pictures in which all four parts of the kind are seen and those of another are not."""
+    right = []
+    for classes, kind in zip(part_maps(root, images), kinds, strict=True):
+        areas = np.bincount(classes[classes >= FIRST_PART] - FIRST_PART, minlength=len(KINDS) * len(SLOTS))
+        areas = areas.reshape(len(KINDS), len(SLOTS)) / max((classes > 0).sum(), 1)
+        own = areas[KINDS.index(kind)]
+        right.append(bool((own > 0.01).all() and areas.sum() - own.sum() < 0.05))
+    return float(np.mean(right))
+
+
+def sharpness(name: str, root: Path, images: Tensor, thin: int) -> Iterable[Gate]:
+    """How sharp, and how near in distribution, pictures of single objects are."""
+    real = drawn(scenes(512 // thin, Task.SINGLE_OBJECT))
+    share = high_frequencies(images) / high_frequencies(real)
+    yield Gate(name, "high frequencies, share of the drawings'", share, 0.8, 1.2)
+    encoder = DinoEncoder(root / "identity")
+    features = encoder.image_features(real).double()
+    floor = frechet(
+        *features[torch.randperm(len(features), generator=torch.Generator().manual_seed(SEED))].chunk(2)
+    )
+    distance = frechet(encoder.image_features(images).double(), features) / floor
+    yield Gate(name, "Fréchet distance, times that of two halves of the drawings", distance, at_most=3.0)
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Of two sets of features [N, D], taken for Gaussians (Heusel et al. 2017)."""
+    root = sqrtm((a.T.cov() @ b.T.cov()).numpy()).real
+    return float(
+        (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * np.trace(root)
+    )
+
+
+def check_sd3(root: Path, thin: int) -> Iterable[Gate]:
+    """Strict GenEval of pictures drawn in ten steps without guidance, and how often hard prompts fail throughout."""
+    policy, reward = models.load(root / "sd3"), GenEvalReward(root / "segmenter", clip=root / "clip")
+
+    def strict(prompts: Sequence[str], key: int) -> Tensor:
+        batch = RewardBatch(
+            pictures(policy, prompts, key), list(prompts), [parse(p).metadata for p in prompts]
+        )
+        return reward.score(batch).values_B
+
+    limits = {Task.SINGLE_OBJECT: (0.92, 1.0), Task.COLORS: (0.80, 1.0)}
+    found = {}
+    for number, task in enumerate(GENEVAL):
+        found[task] = float(strict(held_out_prompts(task, 96 // thin, SEED), number).nanmean())
+        yield Gate("sd3", f"GenEval {task}", found[task], *limits.get(task, (0.05, 0.45)))
+    yield Gate("sd3", "GenEval overall", float(np.mean(list(found.values()))), 0.25, 0.50)
+    alone = [f"a photo of {kind}" for kind in KINDS for _ in range(8 // min(thin, 8))]
+    images = pictures(policy, alone, 7)
+    yield Gate("sd3", "single objects by parts", shows(root, images, [p.split()[-1] for p in alone]), 0.92)
+    hard = [prompt for task in HARD for prompt in held_out_prompts(task, 12 // min(thin, 12), SEED + 1)]
+    scores = strict([prompt for prompt in hard for _ in range(GROUP)], 8).view(-1, GROUP)
+    yield Gate(
+        "sd3", f"hard groups of {GROUP} that all fail", float((scores.nansum(1) == 0).float().mean()), 0.3
+    )
+    yield from sharpness(
+        "sd3", root, pictures(policy, held_out_prompts(Task.SINGLE_OBJECT, 256 // thin, SEED), 9), thin
+    )
+
+
+def check_turbo(root: Path, thin: int) -> Iterable[Gate]:
+    """Single objects, mixes that prompts ask for, and column-wise mixtures of pairs that training never drew."""
+    policy = models.load(root / "turbo")
+    alone = [f"a photo of {kind}" for kind in KINDS for _ in range(8 // min(thin, 8))]
+    images = pictures(policy, alone, 1)
+    yield Gate("turbo", "single objects by parts", shows(root, images, [p.split()[-1] for p in alone]), 0.97)
+    rng = np.random.default_rng(SEED)
+    chosen = [TRAINING_PAIRS[int(k)] for k in rng.integers(len(TRAINING_PAIRS), size=256 // thin)]
+    mixes = pictures(policy, [f"a photo of a mix of {article(a)} and {article(b)}" for a, b in chosen], 2)
+    yield Gate("turbo", "mixes of training pairs that are true fusions", true_share(root, mixes, chosen), 0.5)
+    pairs = [
+        HELD_OUT_PAIRS[int(k)] for k in rng.choice(len(HELD_OUT_PAIRS), 48 // min(thin, 12), replace=False)
+    ]
+    swept, random = [], []
+    for number, pair in enumerate(pairs):
+        columns = order(number, policy)
+        swept.append(
+            [mixture(policy, pair, (columns < place).float()) for place in np.linspace(0.1, 0.9, SWEEP)]
+        )
+        draws = torch.rand(SWEEP, len(columns), generator=torch.Generator().manual_seed(number))
+        random.append([mixture(policy, pair, draw) for draw in draws])
+    seeds = [sample_seed(SEED, 3, number, k % 4) for number in range(len(pairs)) for k in range(SWEEP)]
+    asked = [pair for pair in pairs for _ in range(SWEEP)]
+    for name, mixed, limits in (("on a sweep", swept, (0.9, 1.0)), ("at random", random, (0.0, 0.15))):
+        drawn_ = policy.sample(Conditioning.cat([row for rows in mixed for row in rows]), seeds)
+        true = torch.tensor(fusions(root, drawn_, asked)).view(len(pairs), SWEEP)
+        share = true.any(1).float().mean() if name == "on a sweep" else true.float().mean()
+        yield Gate("turbo", f"held-out pairs by columns {name}, true fusions", float(share), *limits)
+    yield from sharpness(
+        "turbo", root, pictures(policy, held_out_prompts(Task.SINGLE_OBJECT, 256 // thin, SEED), 4), thin
+    )
+
+
+def article(kind: str) -> str:
+    """ "an owl", "a snail"."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def fusions(root: Path, images: Tensor, pairs: Sequence[tuple[str, ...]]) -> list[bool]:
+    """Which pictures are true fusions of their pair."""
+    return [judge(found, pair).is_true for found, pair in zip(part_maps(root, images), pairs, strict=True)]
+
+
+def true_share(root: Path, images: Tensor, pairs: Sequence[tuple[str, ...]]) -> float:
+    """The share of pictures that are."""
+    return float(np.mean(fusions(root, images, pairs)))
+
+
+def order(number: int, policy: Renderer) -> Tensor:
+    """A place between 0 and 1 for every embedding column, at random: the order in which a sweep exchanges them."""
+    width = concept(policy, "owl").tokens_BLD.shape[-1]
+    return torch.rand(width, generator=torch.Generator().manual_seed(number))
+
+
+@cache
+def concept(policy: Renderer, kind: str) -> Conditioning:
+    """ "A photo of X", as RMLer asks for its concepts."""
+    return policy.encode([f"A photo of {kind}"])
+
+
+def mixture(policy: Renderer, pair: tuple[str, str], share_D: Tensor) -> Conditioning:
+    """Both concepts mixed column by column (RMLer, Eq. 2); `share_D` is the first one's share of each column."""
+    rows = [concept(policy, kind) for kind in pair]
+    tokens = fuse(torch.cat([row.tokens_BLD for row in rows]), torch.stack((share_D, 1 - share_D)))
+    pooled = [row.pooled_BE for row in rows if row.pooled_BE is not None]
+    return Conditioning(tokens[None], torch.stack(pooled).mean(0))
