@@ -319,19 +319,21 @@ def test_a_full_queue_sends_away_and_the_client_comes_again(functions: Path, bat
     assert [scores.values_B.tolist() for scores in found] == [[0.5] * 5] * 3
 
 
-def test_too_many_connections_are_sent_away(functions: Path) -> None:
-    with reward_server(f"{functions}:blue", queue=0, connections=1) as server:
-        address = ("127.0.0.1", server.server_port)
-        with socket.create_connection(address) as idle:
-            idle.sendall(b"GET /hea")
-            with socket.create_connection(address, timeout=5) as other:
-                assert other.recv(4096).startswith(b"HTTP/1.1 503")
-        for _ in range(100):
+def test_too_many_connections_are_sent_away(functions: Path, batch: RewardBatch) -> None:
+    with reward_server(f"{functions}:hangs", queue=0, connections=1) as server:
+        client = remote(server, patience=20.0)
+        scoring = threading.Thread(target=client.score, args=(batch,))
+        scoring.start()
+        said: dict[str, Any] = {}
+        while scoring.is_alive() and not said:
+            status, found = call(f"{server.url}/describe")
+            said = found if status == 503 else {}
+        assert said == {"error": "too many connections are open"}
+        scoring.join()
+        for _ in range(100):  # the connection is given back once its thread has ended
+            if call(f"{server.url}/describe")[0] == 200:
+                return
             time.sleep(0.02)
-            with socket.create_connection(address, timeout=5) as other:
-                other.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-                if other.recv(4096).startswith(b"HTTP/1.1 200"):
-                    return
         pytest.fail("the connection was never given back")
 
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import yaml
-
+from pixrl.config import parse_yaml
+from pixrl.errors import ConfigError
 from pixrl.hub_fetch import split_revision
 
 NOT_STATED = "not stated: see the model's page"
@@ -39,8 +39,8 @@ def _front_matter(readme: Path) -> str | None:
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
-        fields = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        fields = parse_yaml(parts[1], str(readme))
+    except ConfigError:
         return None
     found = fields.get("license_name") or fields.get("license") if isinstance(fields, dict) else None
     return None if found is None else str(found)

@@ -23,7 +23,7 @@ from torch import Tensor
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.rewards.base import Reward
 from pixrl.rewards.clip import flag_failures
-from pixrl.rewards.http import START_WAIT, Patience, Service, Silence
+from pixrl.rewards.http import LONGEST_WAIT, START_WAIT, Patience, Service, Silence
 from pixrl.rewards.preprocess import require_images
 from pixrl.rewards.wire import png_base64
 from pixrl.types import RewardBatch, Scores
@@ -43,7 +43,8 @@ _NUMBER = r"([-+]?\d+(?:\.\d+)?)(?!\w|\.\d)(?:\s*/\s*(\d+(?:\.\d+)?))?"
 _IN_JSON = re.compile(rf'\{{\s*"score"\s*:\s*"?{_NUMBER}', re.IGNORECASE)
 _IN_TEXT = re.compile(rf"\bscore\b[\"'*_\s]*(?:[:=]|is\b)[\"'*_\s]*{_NUMBER}", re.IGNORECASE)
 _ALONE = re.compile(rf"[\s*]*{_NUMBER}[\s*.]*")
-_THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
+_SECRET = re.compile(r"(.*[_-])?(api_?key|apikey|key|token|secret|password|authorization)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Scale:
 
         A number in JSON counts before one after the word score, that before a lone number; thoughts do not count.
         """
-        said = _THOUGHT.sub(" ", text)
+        said = _without_thoughts(text)
         alone = _ALONE.fullmatch(said)
         found = (
             [match.groups() for match in _IN_JSON.finditer(said)]
@@ -75,6 +76,18 @@ class Scale:
             given = number if out_of is None else f"{number}/{out_of}"
             return math.nan, f"the judge gave {given}, off the scale from {self.low:g} to {self.high:g}"
         return value, None
+
+
+def _without_thoughts(text: str) -> str:
+    """A blank in place of each <think> up to the next </think>; one that has no end stays. One pass over the text."""
+    kept, at, begun = [], 0, None
+    for tag in _THOUGHT.finditer(text):
+        if tag[1] and begun is not None:
+            kept.append(text[at:begun])
+            at, begun = tag.end(), None
+        elif not tag[1] and begun is None:
+            begun = tag.start()
+    return " ".join([*kept, text[at:]])
 
 
 class JudgeReward(Reward):
@@ -114,9 +127,10 @@ class JudgeReward(Reward):
         patience: float = 900.0,
     ) -> None:
         _check_template(prompt)
-        if parallel < 1 or tries < 1 or not time_limit > 0 or not patience >= 0:
+        if parallel < 1 or tries < 1 or not 0 < time_limit <= LONGEST_WAIT or not patience >= 0:
             raise ConfigError(
-                "judge: parallel and tries are at least 1, time_limit is above 0 s and patience at least 0 s; got "
+                "judge: parallel and tries are at least 1, time_limit is above 0 and at most a day of "
+                f"{LONGEST_WAIT:g} s, and patience is at least 0 s; got "
                 f"{parallel!r}, {tries!r}, {time_limit!r} and {patience!r}."
             )
         self.model = model
@@ -249,7 +263,22 @@ def _further_fields(given: Mapping[str, object]) -> dict[str, Any]:
             raise ConfigError(
                 f"judge: the option request cannot set {field!r}; `model` and `prompt` are options of their own."
             )
+    if (named := _secret_in(given)) is not None:
+        raise ConfigError(
+            f"judge: the option request has the field {named!r}. A recipe is copied into the run's folder, so no key "
+            "stands in it: put the key into an environment variable and name that as key_env."
+        )
     return dict(given)
+
+
+def _secret_in(fields: Mapping[str, object]) -> str | None:
+    """The name of a field that holds a key, by its name; None where none does."""
+    for name, value in fields.items():
+        if isinstance(value, str) and _SECRET.fullmatch(str(name)):
+            return str(name)
+        if isinstance(value, Mapping) and (inner := _secret_in(value)) is not None:
+            return inner
+    return None
 
 
 def _short(text: str) -> str:

@@ -16,6 +16,7 @@ from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.http import START_WAIT, Patience, Reply, Service, Silence
 from pixrl.rewards.preprocess import require_images
 from pixrl.types import RewardBatch, Scores
+from pixrl.untrusted import plain
 
 TOKEN_ENV = "PIXRL_REWARD_TOKEN"
 DESCRIBE_LIMIT = 30.0
@@ -65,7 +66,7 @@ class RemoteReward(Reward):
         self._stop = threading.Event()
         self._patience = Patience(patience, 3, slow_is_gone=True, advice=advice, stop=self._stop)
         description = self._describe(min(patience, START_WAIT), advice)
-        self._limit = description.max_body
+        self._limit, self._pixels = description.max_body, description.max_pixels
         self._longest = description.longest_answer + TRANSFER
         served = _find(description, reward, self.service.url)
         self._began: Mapping[str, str] | None = None if served.problem else served.provenance
@@ -107,17 +108,24 @@ class RemoteReward(Reward):
         images = batch.images_BCHW[list(rows)]
         prompts = [batch.prompts[row] for row in rows]
         metadata = [batch.metadata[row] for row in rows] if batch.metadata else []
+        whole = RewardBatch(images, prompts, metadata)
         try:
-            body = wire.request(self.reward, RewardBatch(images, prompts, metadata), exact=self.exact)
-        except wire.WireError as error:
-            return [(rows, _failed(rows, f"it cannot be sent: {error}"))]
+            body = wire.request(self.reward, whole, exact=self.exact, max_pixels=self._pixels)
+        except wire.WireError as error:  # of all rows together, or of one
+            return self._ask_halves(batch, rows, f"it cannot be sent: {error}")
         if len(body) <= self._limit:
             return [(rows, self._answer(body, rows))]
-        if len(rows) > 1:
-            middle = len(rows) // 2
-            return [*self._ask(batch, rows[:middle]), *self._ask(batch, rows[middle:])]
         reason = f"a request of {len(body)} bytes is above the server's limit of {self._limit} (its max_body)"
-        return [(rows, _failed(rows, reason))]
+        return self._ask_halves(batch, rows, reason)
+
+    def _ask_halves(
+        self, batch: RewardBatch, rows: Sequence[int], reason: str
+    ) -> list[tuple[Sequence[int], Scores]]:
+        """`reason` why they cannot be asked together."""
+        if len(rows) == 1:
+            return [(rows, _failed(rows, reason))]
+        middle = len(rows) // 2
+        return [*self._ask(batch, rows[:middle]), *self._ask(batch, rows[middle:])]
 
     def _answer(self, body: bytes, rows: Sequence[int]) -> Scores:
         found = self._patience.ask(self.service, lambda: self.service.ask("/score", body, self._longest))
@@ -160,7 +168,7 @@ def _find(description: wire.Description, reward: str, url: str) -> wire.Served:
     if reward not in served:
         raise ConfigError(
             f"remote: the server at {url} has no reward {reward!r}.{did_you_mean(reward, served)} "
-            f"It has {', '.join(served)}."
+            f"It has {plain(', '.join(served))}."
         )
     return served[reward]
 

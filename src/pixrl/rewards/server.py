@@ -8,13 +8,19 @@ One batch is scored at a time; a few requests may wait, and further ones get 503
 waited too long. Who has no token learns and costs nothing: it is checked before a body is read, and a body's length
 before its bytes. A reward that raises, hangs or gives nonsense answers with failed scores and the reason, as it would
 in a run's own process (`RewardSet`).
+
+Connections that have not shown the token have places of their own and a few seconds in all; where those are taken, the
+oldest of them gives way to a new one, so that strangers who send a byte now and then keep nobody out. In memory are at
+most `queue` + 1 bodies and the one batch that is scored, whose size `wire` bounds before it is unfolded.
 """
 
 import hmac
+import io
 import json
 import logging
 import socket
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -29,19 +35,21 @@ from pydantic import Field, field_validator, model_validator
 from pixrl.config import Settings
 from pixrl.errors import InputError, PixrlError, did_you_mean
 from pixrl.rewards import wire
-from pixrl.rewards.http import is_loopback
+from pixrl.rewards.http import LONGEST_WAIT, is_loopback
 from pixrl.rewards.multi import RewardSet
 from pixrl.rewards.settings import RewardSetting, check_rewards
 from pixrl.types import RewardBatch
+from pixrl.untrusted import plain
 
 LEAST_TOKEN = 16
 """Characters."""
 PROBE_SIDE = 64
 DRAINED = 2**25
 """Bytes of a refused body that are read all the same, so that its sender hears why."""
-REFUSAL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-)
+STRANGERS = 256
+"""Connections at once that have not shown the token yet."""
+ANSWER_WAIT = 30.0
+"""Seconds that a client may take to receive its answer."""
 _log = logging.getLogger("pixrl")
 
 
@@ -73,14 +81,16 @@ class ServeSettings(Settings):
     """Largest request, in MiB."""
     queue: int = Field(8, ge=0)
     """Requests that may wait for the one that is scored."""
-    queue_wait: float = Field(60.0, gt=0)
+    queue_wait: float = Field(60.0, gt=0, le=LONGEST_WAIT / 4)
     """Seconds after which a waiting request is sent away to come again."""
-    time_limit: float = Field(300.0, gt=0)
+    time_limit: float = Field(300.0, gt=0, le=LONGEST_WAIT / 4)
     """Seconds that one batch may take."""
-    body_wait: float = Field(60.0, gt=0)
-    """Seconds that a request's body may take to arrive."""
-    connections: int = Field(64, ge=1)
-    """Open at once, waiting ones included."""
+    head_wait: float = Field(10.0, gt=0, le=LONGEST_WAIT)
+    """Seconds that a request's head, with the token, may take to arrive, however it comes."""
+    body_wait: float = Field(60.0, gt=0, le=LONGEST_WAIT / 4)
+    """Seconds that a request's body may take to arrive, however it comes."""
+    connections: int = Field(64, ge=1, le=4096)
+    """Open at once that have shown the token, waiting ones included."""
 
     @field_validator("host")
     @classmethod
@@ -135,7 +145,9 @@ class RewardServer(ThreadingHTTPServer):
         self._rewards: Mapping[str, RewardSet] = {}
         self._places = threading.BoundedSemaphore(settings.queue + 1)
         self._scoring = threading.Lock()
-        self._open = threading.BoundedSemaphore(settings.connections)
+        self._connections = threading.Lock()
+        self._strangers: dict[socket.socket, None] = {}  # in the order in which they came
+        self._known: set[socket.socket] = set()
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host, settings.port), _Handler, bind_and_activate=False)
         try:
@@ -174,6 +186,7 @@ class RewardServer(ThreadingHTTPServer):
             protocol=wire.PROTOCOL,
             rewards=list(self.served),
             max_body=self.max_body,
+            max_pixels=wire.MOST_PIXELS,
             longest_answer=self.settings.queue_wait + self.settings.time_limit + self.settings.body_wait,
         )
 
@@ -185,16 +198,16 @@ class RewardServer(ThreadingHTTPServer):
             UnknownRewardError: it asks for a reward that is not here.
             BusyError: others are scored for longer than it may wait.
         """
-        name, batch = wire.read_request(body)
-        if name not in self._rewards:
-            raise UnknownRewardError(
-                f"there is no reward {name!r} here.{did_you_mean(name, self._rewards)} "
-                f"There are {', '.join(self._rewards)}."
-            )
         if not self._scoring.acquire(timeout=self.settings.queue_wait):
             raise BusyError("others are being scored")
-        try:
+        try:  # the pictures of one request at a time are unfolded
             begun = time.monotonic()
+            name, batch = wire.read_request(body)
+            if name not in self._rewards:
+                raise UnknownRewardError(
+                    f"there is no reward {plain(name)!r} here.{did_you_mean(name, self._rewards)} "
+                    f"There are {', '.join(self._rewards)}."
+                )
             scores = self._rewards[name].score(batch)[name]
         finally:
             self._scoring.release()
@@ -211,24 +224,38 @@ class RewardServer(ThreadingHTTPServer):
         self._places.release()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread for each connection, up to the limit; beyond it the sender is told to come again."""
-        if self._open.acquire(blocking=False):
-            super().process_request(request, client_address)
-            return
-        request.setblocking(False)
-        with suppress(OSError):
-            request.send(REFUSAL)
-        self.shutdown_request(request)
+        """A thread for each connection; the stranger who came first gives way where there are too many."""
+        with self._connections:
+            self._strangers[request] = None
+            if len(self._strangers) > STRANGERS:
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread, which reads, then ends and closes it
+        super().process_request(request, client_address)
+
+    def let_in(self, request: socket.socket) -> bool:
+        """A connection that has shown the token is no stranger any more. False: so many are open already."""
+        with self._connections:
+            if request not in self._strangers or len(self._known) >= self.settings.connections:
+                return False
+            del self._strangers[request]
+            self._known.add(request)
+            return True
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._open.release()
+            with self._connections:
+                self._strangers.pop(request, None)
+                self._known.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up, or a mistake of ours: the server goes on."""
-        _log.info("The connection of %s broke off.", client_address, exc_info=True)
+        error = sys.exc_info()[1]
+        mistake = not isinstance(error, OSError)
+        _log.info("The connection of %s broke off: %s", client_address[0], error, exc_info=mistake)
 
 
 class UnknownRewardError(PixrlError):
@@ -239,6 +266,28 @@ class BusyError(PixrlError):
     """Come again."""
 
 
+class _Incoming(io.RawIOBase):
+    """What a connection receives, up to a moment: a socket's own limit is one of silence, which every byte renews."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self._connection = connection
+        self.give(seconds)
+
+    def give(self, seconds: float) -> None:
+        """So much time from now on, in all."""
+        self._deadline = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("it did not arrive in time")
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
+
+
 class _Handler(BaseHTTPRequestHandler):
     """One request a connection."""
 
@@ -246,8 +295,12 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "pixrl"
     sys_version = ""
-    timeout = 30.0
-    """Seconds that the socket may be silent."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()  # its limit is one of silence
+        self._incoming = _Incoming(self.connection, self.server.settings.head_wait)
+        self.rfile = io.BufferedReader(self._incoming)
 
     def do_GET(self) -> None:
         if self.path == "/health":
@@ -290,11 +343,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _let_in(self) -> bool:
         """Whether the token is right; compared in a time that does not tell how much of it is."""
         kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        if kind == "Bearer" and hmac.compare_digest(given.encode(), self.server.token.encode()):
-            return True
-        self._drain()
-        self._refuse(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong")
-        return False
+        if kind != "Bearer" or not hmac.compare_digest(given.encode(), self.server.token.encode()):
+            self._drain()
+            self._refuse(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong")
+            return False
+        if not self.server.let_in(self.connection):
+            self._drain()
+            self._come_again("too many connections are open")
+            return False
+        return True
 
     def _body(self) -> bytes | None:
         """The request's body; None where it was refused."""
@@ -322,8 +379,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pieces(self, length: int, seconds: float) -> Iterator[bytes]:
         """As much of the body as comes in time."""
-        deadline = time.monotonic() + seconds
-        while length > 0 and time.monotonic() < deadline:
+        self._incoming.give(seconds)
+        while length > 0:
             try:
                 part = self.rfile.read1(min(length, 2**20))
             except TimeoutError:
@@ -346,6 +403,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _say(self, status: HTTPStatus, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         self.close_connection = True
+        self.connection.settimeout(ANSWER_WAIT)
         self.send_response(status)
         for name, value in {
             "Content-Type": "application/json",
@@ -359,7 +417,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        _log.debug("%s " + format, self.address_string(), *args)
+        _log.debug("%s %s", self.address_string(), plain(format % args))
 
 
 def _error(why: str) -> bytes:

@@ -11,31 +11,51 @@ included, are in one list, each picture once; everything else refers to them by 
 | the pictures themselves                | `pictures`: `{"png": [base64, ...]}`, 8 bits a channel, or     |
 |                                        | `{"safetensors": base64}` of tensors named 0, 1 ..., float32   |
 | nan                                    | null                                                           |
+
+How much a request may ask for is counted before anything is unfolded, and for every use of a picture: a number that
+stands a thousand times in a list is a thousand pictures. Rewards bring small pictures to some hundred pixels a side,
+so each counts as if its shorter side had at least 512.
 """
 
 import base64
 import binascii
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticSerializationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from pixrl.errors import PixrlError
+from pixrl.rewards.http import LONGEST_WAIT
 from pixrl.rewards.python_reward import to_pil
 from pixrl.types import RewardBatch, Scores
+from pixrl.untrusted import plain
 
 PROTOCOL: Literal[1] = 1
 PICTURE, PICTURES = "$picture", "$pictures"
 MOST_PIXELS = 2**26
-"""Of all pictures of a request, 64 of 1024 x 1024: a small PNG can unfold to any size."""
+"""Of all pictures of a request as `cost` counts them, 64 of 1024 x 1024: a small PNG can unfold to any size."""
+LEAST_SIDE = 512
+"""To which a reward may enlarge a picture's shorter side."""
+MOST_ASPECT = 16
+"""Of a picture's longer side to its shorter one."""
+MOST_PICTURES = MOST_PIXELS // LEAST_SIDE**2
+LONGEST_PROVENANCE = 2000
+"""Characters of one entry."""
+MOST_VALUES = 2**20
+"""Commas and brackets of a request: what it unfolds to in memory beside its pictures."""
+LONGEST_PROMPT = 2**16
+"""Characters."""
+MOST_HEADER = 2**16
+"""Bytes of a safetensors header, about two hundred for each picture."""
 
 
 class WireError(PixrlError, ValueError):
@@ -65,9 +85,9 @@ class Request(_Message):
     """Score these pictures."""
 
     protocol: Literal[1]
-    reward: str
+    reward: str = Field(max_length=256)
     """The server's name of it."""
-    prompts: list[str] = Field(min_length=1)
+    prompts: list[Annotated[str, Field(max_length=LONGEST_PROMPT)]] = Field(min_length=1)
     images: list[int]
     metadata: list[dict[str, Any]]
     pictures: PNGPictures | TensorPictures
@@ -105,19 +125,37 @@ class Description(_Message):
 
     protocol: Literal[1]
     rewards: list[Served]
-    max_body: int
+    max_body: int = Field(gt=0)
     """Bytes of a request."""
-    longest_answer: float
+    max_pixels: int = Field(MOST_PIXELS, gt=0)
+    """Of a request, as `cost` counts them."""
+    longest_answer: float = Field(gt=0, le=LONGEST_WAIT)
     """Seconds that an answer may take, waiting included."""
 
 
-def request(reward: str, batch: RewardBatch, *, exact: bool) -> bytes:
+def cost(height: int, width: int) -> int:
+    """What one use of a picture counts: its pixels, once its shorter side has `LEAST_SIDE`.
+
+    Raises:
+        WireError: it is empty, or more than `MOST_ASPECT` times as long as it is wide.
+    """
+    shorter, longer = sorted((height, width))
+    if shorter < 1 or longer > MOST_ASPECT * shorter:
+        raise WireError(
+            f"a picture has {width} x {height} pixels; one side may be at most {MOST_ASPECT} times the other"
+        )
+    scaled = max(shorter, LEAST_SIDE)
+    return scaled * -(-longer * scaled // shorter)
+
+
+def request(reward: str, batch: RewardBatch, *, exact: bool, max_pixels: int = MOST_PIXELS) -> bytes:
     """A batch as the body of a request.
 
     Raises:
-        WireError: the metadata holds what is neither JSON nor a picture.
+        WireError: the metadata holds what is neither JSON nor a picture, a picture is too long and thin, or all have
+            more than `max_pixels`, as `cost` counts them.
     """
-    gallery = _Gallery()
+    gallery = _Gallery(max_pixels)
     images = [gallery.number(image) for image in batch.images_BCHW]
     metadata = [gallery.refer(dict(one), f"metadata[{row}]") for row, one in enumerate(batch.metadata)]
     message = Request.model_construct(
@@ -128,7 +166,10 @@ def request(reward: str, batch: RewardBatch, *, exact: bool) -> bytes:
         metadata=metadata,
         pictures=gallery.pack(exact),
     )
-    return message.model_dump_json().encode()
+    try:
+        return message.model_dump_json().encode()
+    except PydanticSerializationError as error:  # half an emoji, as a cut file or a Windows path may hold one
+        raise WireError(f"a text in it is no Unicode: {plain(str(error))}") from None
 
 
 def read_request(body: bytes) -> tuple[str, RewardBatch]:
@@ -137,14 +178,22 @@ def read_request(body: bytes) -> tuple[str, RewardBatch]:
     Raises:
         WireError: it is no request, or a picture in it is none.
     """
+    values = sum(body.count(sign) for sign in (b",", b"[", b"{"))
+    if values > MOST_VALUES:
+        raise WireError(f"the request has {values} values, and at most {MOST_VALUES} are read")
     message = _parse(Request, body)
-    pictures = _unpack(message.pictures)
     count = len(message.prompts)
     if len(message.images) != count or len(message.metadata) not in (0, count):
         raise WireError(
             f"{count} prompts need {count} images, and {count} metadata or none; "
             f"got {len(message.images)} and {len(message.metadata)}."
         )
+    uses = [*message.images, *_uses(message.metadata)]
+    if len(uses) > MOST_PICTURES:
+        raise WireError(
+            f"the request uses {len(uses)} pictures, and at most {MOST_PICTURES} are scored at once"
+        )
+    pictures = _unpack(message.pictures, uses)
     images = [_picture(pictures, number) for number in message.images]
     if len({image.shape for image in images}) > 1:
         raise WireError("All images of one request must have one size.")
@@ -180,14 +229,20 @@ def read_answer(body: bytes, count: int) -> Scores:
     return Scores(
         _tensor(message.scores),
         tuple(map(_reason, message.scores, message.reasons)),
-        {name: _tensor(values) for name, values in message.detail.items()},
-        message.provenance,
+        {plain(name): _tensor(values) for name, values in message.detail.items()},
+        _plain_values(message.provenance),
     )
 
 
 def read_description(body: bytes) -> Description:
     """What a server says of itself. WireError where that is not what was agreed on."""
-    return _parse(Description, body)
+    found = _parse(Description, body)
+    rewards = [one.model_copy(update={"provenance": _plain_values(one.provenance)}) for one in found.rewards]
+    return found.model_copy(update={"rewards": rewards})
+
+
+def _plain_values(provenance: Mapping[str, str]) -> dict[str, str]:
+    return {plain(name): plain(text, LONGEST_PROVENANCE) for name, text in provenance.items()}
 
 
 def png_base64(image_CHW: Tensor) -> str:
@@ -200,7 +255,8 @@ def png_base64(image_CHW: Tensor) -> str:
 class _Gallery:
     """The pictures of a request, each once: a group's samples share their references."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_pixels: int) -> None:
+        self._left = max_pixels
         self._pictures: list[Tensor] = []
         self._numbers: dict[tuple[object, ...], int] = {}
 
@@ -210,6 +266,9 @@ class _Gallery:
             raise WireError(
                 f"a tensor of {image_CHW.dtype} {list(image_CHW.shape)} is no picture: float [3, H, W] is sent alone"
             )
+        self._left -= cost(image_CHW.shape[1], image_CHW.shape[2])
+        if self._left < 0:
+            raise WireError("its pictures have more pixels than the server takes at once")
         # the same memory read in the same way
         key = (image_CHW.data_ptr(), image_CHW.dtype, tuple(image_CHW.shape), image_CHW.stride())
         if key not in self._numbers:
@@ -254,21 +313,41 @@ def _parse(kind: type[MessageT], body: bytes) -> MessageT:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = plain(".".join(str(part) for part in first["loc"]))
         raise WireError(
             f"no {kind.__name__.lower()} of protocol {PROTOCOL}: {where + ': ' if where else ''}{first['msg']}; "
             f"it begins {_short(body[:60].decode(errors='replace'))}"
         ) from None
 
 
-def _unpack(pictures: PNGPictures | TensorPictures) -> list[Tensor]:
+def _uses(value: object) -> Iterator[object]:
+    """The numbers of all pictures in metadata, as often as they stand there."""
+    match value:
+        case {"$picture": number, **rest} if not rest:
+            yield number
+        case {"$pictures": list(numbers), **rest} if not rest:
+            yield from numbers
+        case dict():
+            for inner in value.values():
+                yield from _uses(inner)
+        case list():
+            for inner in value:
+                yield from _uses(inner)
+
+
+def _unpack(pictures: PNGPictures | TensorPictures, uses: Sequence[object]) -> list[Tensor]:
+    """The pictures of a request; none is unfolded before what all its uses cost was found to be little enough."""
     if isinstance(pictures, PNGPictures):
+        if len(pictures.png) > MOST_PICTURES:
+            raise WireError(f"{len(pictures.png)} pictures were sent, and at most {MOST_PICTURES} are read")
         files = [_open_png(_from_base64(text)) for text in pictures.png]
-        if sum(file.width * file.height for file in files) > MOST_PIXELS:
-            raise WireError(f"the pictures have more than {MOST_PIXELS} pixels in all; send fewer at once")
+        _require_few_pixels([(file.height, file.width) for file in files], uses)
         return [_load_png(file) for file in files]
+    content = _from_base64(pictures.safetensors)
+    if int.from_bytes(content[:8], "little") > MOST_HEADER:
+        raise WireError(f"the pictures are no safetensors file with a header of at most {MOST_HEADER} bytes")
     try:
-        named = load(_from_base64(pictures.safetensors))
+        named = load(content)
     except SafetensorError as error:
         raise WireError(f"the pictures are no safetensors file: {error}") from None
     if named.keys() != {str(number) for number in range(len(named))}:
@@ -277,7 +356,20 @@ def _unpack(pictures: PNGPictures | TensorPictures) -> list[Tensor]:
     for image in found:
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype is not torch.float32 or not image.numel():
             raise WireError(f"a picture is {image.dtype} {list(image.shape)}, not float32 [3, H, W]")
+    _require_few_pixels([(image.shape[1], image.shape[2]) for image in found], uses)
     return found
+
+
+def _require_few_pixels(sizes: Sequence[tuple[int, int]], uses: Sequence[object]) -> None:
+    """`sizes`: height and width of each picture; one that nothing uses counts once, since it is unfolded too."""
+    costs = [cost(height, width) for height, width in sizes]
+    used = [number for number in uses if isinstance(number, int) and 0 <= number < len(costs)]
+    whole = sum(costs[number] for number in used) + sum(costs[n] for n in set(range(len(costs))) - set(used))
+    if whole > MOST_PIXELS:
+        raise WireError(
+            f"the pictures have more than {MOST_PIXELS} pixels in all, each use counted and with sides of at least "
+            f"{LEAST_SIDE}; send fewer at once"
+        )
 
 
 def _from_base64(text: str) -> bytes:
@@ -339,10 +431,10 @@ def _tensor(values: Sequence[float | None]) -> Tensor:
 
 def _reason(score: float | None, reason: str | None) -> str | None:
     if score is None:
-        return reason or "the server gave no score and no reason"
+        return plain(reason or "") or "the server gave no score and no reason"
     if not math.isfinite(score):
         return f"the server gave {score}"
-    return reason
+    return None if reason is None else plain(reason)
 
 
 def _short(value: object) -> str:

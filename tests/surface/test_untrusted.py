@@ -1,0 +1,187 @@
+"""Texts of others: YAML and JSON that unfold, and Markdown that is mere text."""
+
+import html
+import json
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from pixrl import config
+from pixrl.errors import ConfigError
+from pixrl.models.licences import NOT_STATED, generator_licence
+from pixrl.training.align_config import AlignConfig
+from pixrl.untrusted import MOST_DEPTH, Secret, code, fenced, markdown, parse_json, plain
+
+LETTERS = "abcdefghij"
+
+
+def bomb(first: str, aliases: str) -> str:
+    """Nine times nine times nine ... values, in a few hundred characters."""
+    lines = [f"a: &a {first}"]
+    for before, name in pairwise(LETTERS):
+        nine = ", ".join([f"*{before}"] * 9)
+        lines.append(f"{name}: &{name} {aliases.replace('ALIASES', nine)}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb("[x, x]", "[ALIASES]"), "with its aliases written out it has more than 50000 values"),
+        (bomb("{x: 1}", "{<<: [ALIASES]}"), "with its aliases written out"),
+        (bomb("{x: 1}", "{? 1 : [ALIASES]}"), "with its aliases written out"),
+        ("[" + "x, " * 60_000 + "x]", "more than 50000 values"),
+        ("x" * (2**20 + 1), "1048577 characters of YAML; at most 1048576 are read"),
+        ("[" * 100_000, "more than 64 deep"),
+        ("[" * 65 + "]" * 65, "more than 64 deep"),
+        ("{a: " * 500, "more than 64 deep"),
+        ("- " * 20_000 + "a", "more than 64 deep"),
+        ("a: &a [*a]", "contains itself"),
+        ("a: &a {b: [*a]}", "contains itself"),
+        ("2024-13-45", "2024-13-45 is no timestamp (month must be in 1..12); in quotes it is a text"),
+        ("0x_", "0x_ is no int"),
+        ("9" * 5000, "is no int (Exceeds the limit"),
+        ("!!int ''", "is no int"),
+        ("!!float ''", "is no float"),
+        ("!!timestamp x", "x is no timestamp"),
+        ("!!bool x", "x is no bool"),
+        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ('"\\ud83d"', "half a character"),
+        ("? [a]\n: b", "unhashable"),
+        ("a: \x1b[2J", "special characters are not allowed"),
+    ],
+)
+def test_yaml_that_unfolds_or_is_none(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.parse_yaml(text, "x.yaml")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.load(AlignConfig, None, [f"prompts.source={text}"])
+
+
+def test_yaml_of_recipes_is_read_as_ever() -> None:
+    for name in config.recipe_names():
+        text = config.find_recipe(name).read_text(encoding="utf-8")
+        assert config.parse_yaml(text, name) == yaml.safe_load(text)
+    text = "a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\nd: 2024-01-02"
+    assert config.parse_yaml(text, "") == yaml.safe_load(text)
+    deep = "[" * MOST_DEPTH + "]" * MOST_DEPTH
+    assert config.parse_yaml(deep, "") == yaml.safe_load(deep)
+
+
+def test_a_models_page_is_read_by_the_same_reader(tmp_path: Any) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("---\nlicense: MIT\n---\n# A model\n")
+    assert generator_licence(str(tmp_path)) == "MIT"
+    for front in (bomb("[x, x]", "[ALIASES]") + "\nlicense: MIT", "license: 2024-13-45", "[" * 9999):
+        page.write_text(f"---\n{front}\n---\n# A model\n")
+        assert generator_licence(str(tmp_path)) == NOT_STATED
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000 + "]" * 100_000, '{"a":' * 65 + "1" + "}" * 65, "9" * 5000, "[", "\ud83d", b"\xff"]
+)
+def test_json_that_is_too_deep_or_none(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_json_is_read_as_ever() -> None:
+    for value in ([[]] * 100, {"a": [{"b": 1.5}, None, "[[[{"]}, "[" * 1000):
+        assert parse_json(json.dumps(value)) == value
+        assert parse_json(json.dumps(value).encode()) == value
+    assert parse_json("[" * MOST_DEPTH + "]" * MOST_DEPTH) is not None
+
+
+# ---------------------------------------------------------------------------------------------- Markdown
+
+NASTY = [
+    "a | b || c |",
+    "back\\slash \\| and \\\\| more\\",
+    "`code` ``two`` ```three",
+    "[link](http://evil.org) ![picture](http://evil.org/x.png) [ref]: http://evil.org",
+    "<script>alert(1)</script><img src=x onerror=alert(1)> <!-- hidden -->",
+    "<http://evil.org> http://evil.org https://evil.org www.evil.org me@evil.org",
+    "# heading\n## another\n\n---\n===\n* item\n> quote",
+    "- item",
+    "+ item",
+    "1. item",
+    "12) item",
+    "* * *",
+    "***bold*** __under__ _it_ ~~gone~~ snake_case_name",
+    "&lt;b&gt; &amp; &#124; &copy",
+    "    indented",
+    "```\n</code>\n~~~",
+    "$x^2$ \\(y\\) @someone #1",
+    "\ud83d\udc80 half",
+    "",
+]
+READER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+
+
+def shown(text: str) -> str:
+    """What a reader of a text sees: one line; what UTF-8 cannot write is spelled out."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+
+
+def tokens(source: str) -> list[Any]:
+    return [inner for token in READER.parse(source) for inner in (token, *(token.children or []))]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_text_is_mere_text_in_markdown(text: str) -> None:
+    for source, kinds in (
+        (f"# {markdown(text)}", {"heading_open", "inline", "text", "text_special", "heading_close"}),
+        (f"- {markdown(text)}", {"bullet_list_open", "list_item_open", "paragraph_open", "inline", "text",
+                                 "text_special", "paragraph_close", "list_item_close", "bullet_list_close"}),
+    ):  # fmt: skip
+        found = tokens(source)
+        assert {token.type for token in found} <= kinds, source
+        assert "".join(token.content for token in found if token.type == "text") == shown(text)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_text_stays_in_its_cell(text: str) -> None:
+    for cell in (markdown(text), code(text, in_table=True)):
+        found = tokens(f"| a | b | c |\n|---|---|---|\n| x | {cell} | y |")
+        cells = [token.children for token in found if token.type == "inline"]
+        assert [len(part) for part in (cells[3], cells[5])] == [1, 1] and len(cells) == 6
+        assert {token.type for token in cells[4]} <= {"text", "code_inline"}
+        inside = "".join(token.content for token in cells[4])
+        odd = re.sub(r"(?<!\\)((?:\\\\)*)\\\|", r"\1\\\\|", shown(text))  # a table shows one more backslash
+        assert inside.strip() in {shown(text), odd if cell.startswith("`") else ""}
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_name_is_mere_code(text: str) -> None:
+    found = tokens(f"Of {code(text)}, and more")
+    (name,) = [token for token in found if token.type == "code_inline"]
+    assert name.content.strip() == shown(text)
+    assert [token.content for token in found if token.type == "text"] == ["Of ", ", and more"]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_nothing_ends_a_block_of_code_but_its_end(text: str) -> None:
+    block, after = [token for token in READER.parse(f"{fenced(text, 'yaml')}\n\nafter") if token.content]
+    assert block.type == "fence" and block.content.rstrip("\n") == text.encode(
+        "utf-8", "backslashreplace"
+    ).decode().rstrip("\n")
+    assert after.content == "after"
+
+
+def test_what_is_shown_of_a_text() -> None:
+    assert plain("a\r\n\tb \x1b[2J\u202e\ud83d\x00") == "a b \\x1b[2J\\u202e\\ud83d\\x00"
+    assert plain("x" * 10**7) == "x" * 300 + "..."
+    assert plain("ünï 猫 🦉") == "ünï 猫 🦉"
+    assert html.escape(plain("<b>")) == "&lt;b&gt;"
+
+
+def test_a_key_is_found_in_linear_time() -> None:
+    key = "aaaaaaaaaaaaaaaaaaaaaaab"
+    content = b"a" * 2_000_000
+    assert len(Secret(key).without(content)) < len(content)
+    assert Secret("short").without(b"short") == b"short"
+    assert Secret(key).without(f"x{key}y{key}z".encode()) == b"x[secret]y[secret]z"
