@@ -10,21 +10,16 @@ import typing
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from pixrl.errors import ConfigError, did_you_mean
-from pixrl.untrusted import MOST_DEPTH, encodable, plain
 
 PACKAGE = Path(__file__).resolve().parent
 SUFFIXES = (".yaml", ".yml")
-MOST_YAML = 2**20
-"""Characters of a document."""
-MOST_NODES = 50_000
-"""Of a document, its aliases written out."""
 
 
 class Settings(BaseModel):
@@ -115,67 +110,7 @@ def _recipe_folders() -> list[Path]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, where a key that is given twice is an error instead of a silent choice.
-
-    A document of a few lines can stand for a structure that fills the memory (aliases of aliases), and one of a few
-    kilobytes for one too deep for Python to walk through. Both are refused while it is read.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-        self._sizes: dict[int, int] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self._depth += 1
-        if self._depth > MOST_DEPTH:
-            self._refuse(f"lists and mappings are more than {MOST_DEPTH} deep")
-        is_alias = self.check_event(yaml.AliasEvent)
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self._depth -= 1
-        if is_alias and id(node) not in self._sizes:  # its anchor is still being read
-            self._refuse("a list or mapping contains itself")
-        if node is not None:
-            self._measure(node)
-        return node
-
-    def _measure(self, node: yaml.Node) -> None:
-        """Counts a node with everything in it; an alias counts as what it stands for."""
-        if id(node) in self._sizes:
-            return
-        inner: list[Any] = []
-        if isinstance(node, yaml.MappingNode):
-            inner = [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            inner = node.value
-        self._sizes[id(node)] = whole = 1 + sum(self._sizes[id(part)] for part in inner)
-        if whole > MOST_NODES:
-            self._refuse(f"with its aliases written out it has more than {MOST_NODES} values")
-
-    def _refuse(self, why: str) -> NoReturn:
-        raise yaml.composer.ComposerError(None, None, why, self.get_mark())
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            found = super().construct_object(node, deep=deep)
-        except (
-            ValueError,
-            LookupError,
-            AttributeError,
-            OverflowError,
-        ) as error:  # of a date such as 2024-13-45
-            why = f" ({error})" if isinstance(error, ValueError) else ""
-            kind = node.tag.rpartition(":")[2]
-            message = f"{plain(str(node.value), 40)} is no {kind}{why}; in quotes it is a text"
-            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
-        if isinstance(found, str) and encodable(found) != found:
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                f"{plain(found, 40)!r} holds half a character, which is no Unicode",
-                node.start_mark,
-            )
-        return found
+    """YAML's safe loader, where a key that is given twice is an error instead of a silent choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -190,13 +125,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """One YAML document; `origin` names it in the error. All YAML of others is read here.
-
-    Raises:
-        ConfigError: it is no YAML, or one that unfolds to more than a recipe can be.
-    """
-    if len(text) > MOST_YAML:
-        raise ConfigError(f"{origin} has {len(text)} characters of YAML; at most {MOST_YAML} are read.")
+    """One YAML document; `origin` names it in the error."""
     try:
         return yaml.load(text, _StrictLoader)
     except (yaml.YAMLError, TypeError) as error:

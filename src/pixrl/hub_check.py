@@ -4,7 +4,6 @@ Only configs and the headers of safetensors files are read. This module imports 
 """
 
 import difflib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pixrl.errors import CheckpointError
+from pixrl.untrusted import parse_json
 
 TOY_ROOT = Path(__file__).parent / "toy" / "checkpoints"
 INDEX = "model_index.json"
@@ -77,8 +77,8 @@ def read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint is not complete. {remedy(path)}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({error}): half written? {remedy(path)}"
         ) from error
@@ -178,7 +178,7 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
                 f"{file} is cut short: {size} bytes, its header alone needs more. {remedy(file)}"
             )
         try:
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             found = {name: TensorHeader(str(e["dtype"]), tuple(e["shape"])) for name, e in tensors.items()}
             end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)

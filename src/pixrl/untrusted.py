@@ -14,10 +14,12 @@ LEAST_SECRET = 8
 """Characters: a shorter one is taken for a word such as EMPTY, which local services want in place of a key."""
 LONGEST = 300
 """Characters of another's text that are kept for people."""
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 MOST_DEPTH = 64
 """Of lists and mappings inside each other, in JSON and in YAML."""
 _SIGNS = re.compile(
-    r"[\\`*\[\]<>#|~$&@]|(?<![^\W_])_|_(?![^\W_])|(?<=http):|(?<=https):|(?<=ftp):|(?<=www)\.", re.IGNORECASE
+    r"[\\`*\[\]<#|~$&@]|^>|(?<![^\W_])_|_(?![^\W_])|(?<=http):|(?<=https):|(?<=ftp):|(?<=www)\.",
+    re.IGNORECASE,
 )
 """What means something inside a line of Markdown, those included that make links of bare addresses."""
 _BY_NUMBER = "&<>@:.|$"
@@ -51,6 +53,13 @@ class Secret:
     def without_in(self, text: str) -> str:
         """As `without`, of a text."""
         return self.without(text.encode(errors="surrogatepass")).decode(errors="surrogatepass")
+
+
+def secrets_in(environment: Mapping[str, str]) -> list[Secret]:
+    """The keys and tokens that environment variables hold, by the variables' names."""
+    return [
+        Secret(value) for name, value in environment.items() if _SECRET_NAME.search(name) and value.isascii()
+    ]
 
 
 def _spelled(sign: str) -> bytes:

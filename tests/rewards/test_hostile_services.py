@@ -526,6 +526,12 @@ def test_limits_that_cannot_be_are_no_description(changes: dict[str, Any]) -> No
         RemoteReward(url, "mine")
 
 
+def test_an_address_holds_no_key() -> None:
+    with pytest.raises(ConfigError, match="holds the key itself") as error:
+        Service(f"http://127.0.0.1/{KEY}/v1", name="It", key_env="MY_KEY")
+    assert not holds_key(str(error.value))
+
+
 # ---------------------------------------------------------------------------------------------- the judge
 
 

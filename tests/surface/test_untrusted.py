@@ -7,13 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-import yaml
 from markdown_it import MarkdownIt
 
-from pixrl import config
-from pixrl.errors import ConfigError
 from pixrl.models.licences import NOT_STATED, generator_licence
-from pixrl.training.align_config import AlignConfig
+from pixrl.training.environment import describe
 from pixrl.untrusted import MOST_DEPTH, Secret, code, fenced, markdown, parse_json, plain
 
 LETTERS = "abcdefghij"
@@ -28,55 +25,11 @@ def bomb(first: str, aliases: str) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (bomb("[x, x]", "[ALIASES]"), "with its aliases written out it has more than 50000 values"),
-        (bomb("{x: 1}", "{<<: [ALIASES]}"), "with its aliases written out"),
-        (bomb("{x: 1}", "{? 1 : [ALIASES]}"), "with its aliases written out"),
-        ("[" + "x, " * 60_000 + "x]", "more than 50000 values"),
-        ("x" * (2**20 + 1), "1048577 characters of YAML; at most 1048576 are read"),
-        ("[" * 100_000, "more than 64 deep"),
-        ("[" * 65 + "]" * 65, "more than 64 deep"),
-        ("{a: " * 500, "more than 64 deep"),
-        ("- " * 20_000 + "a", "more than 64 deep"),
-        ("a: &a [*a]", "contains itself"),
-        ("a: &a {b: [*a]}", "contains itself"),
-        ("2024-13-45", "2024-13-45 is no timestamp (month must be in 1..12); in quotes it is a text"),
-        ("0x_", "0x_ is no int"),
-        ("9" * 5000, "is no int (Exceeds the limit"),
-        ("!!int ''", "is no int"),
-        ("!!float ''", "is no float"),
-        ("!!timestamp x", "x is no timestamp"),
-        ("!!bool x", "x is no bool"),
-        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
-        ('"\\ud83d"', "half a character"),
-        ("? [a]\n: b", "unhashable"),
-        ("a: \x1b[2J", "special characters are not allowed"),
-    ],
-)
-def test_yaml_that_unfolds_or_is_none(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        config.parse_yaml(text, "x.yaml")
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        config.load(AlignConfig, None, [f"prompts.source={text}"])
-
-
-def test_yaml_of_recipes_is_read_as_ever() -> None:
-    for name in config.recipe_names():
-        text = config.find_recipe(name).read_text(encoding="utf-8")
-        assert config.parse_yaml(text, name) == yaml.safe_load(text)
-    text = "a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\nd: 2024-01-02"
-    assert config.parse_yaml(text, "") == yaml.safe_load(text)
-    deep = "[" * MOST_DEPTH + "]" * MOST_DEPTH
-    assert config.parse_yaml(deep, "") == yaml.safe_load(deep)
-
-
 def test_a_models_page_is_read_by_the_same_reader(tmp_path: Any) -> None:
     page = tmp_path / "README.md"
     page.write_text("---\nlicense: MIT\n---\n# A model\n")
     assert generator_licence(str(tmp_path)) == "MIT"
-    for front in (bomb("[x, x]", "[ALIASES]") + "\nlicense: MIT", "license: 2024-13-45", "[" * 9999):
+    for front in ("license: [", "license: MIT\nlicense: GPL"):
         page.write_text(f"---\n{front}\n---\n# A model\n")
         assert generator_licence(str(tmp_path)) == NOT_STATED
 
@@ -185,3 +138,13 @@ def test_a_key_is_found_in_linear_time() -> None:
     assert len(Secret(key).without(content)) < len(content)
     assert Secret("short").without(b"short") == b"short"
     assert Secret(key).without(f"x{key}y{key}z".encode()) == b"x[secret]y[secret]z"
+
+
+def test_a_key_typed_on_the_command_line_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "sk-0123456789abcdef")
+    monkeypatch.setenv("MY_WORD", "toy/e2po-is-no-key")
+    monkeypatch.setattr(
+        "sys.argv", ["/x/pixrl", "align", "toy/e2po-is-no-key", "--set", "a=sk-0123456789abcdef"]
+    )
+    command = json.loads(describe(0, ""))["command"]
+    assert command == ["pixrl", "align", "toy/e2po-is-no-key", "--set", "a=[secret]"]

@@ -16,6 +16,7 @@ picture and a noise level that go through a gradient, and a study's table has th
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pixrl import untrusted
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.losses import ClippedSettings, NFTSettings
 from pixrl.algorithms.rpo import RPOSettings
@@ -98,5 +99,6 @@ def check_budgets(configs: Mapping[str, AlignConfig]) -> None:
 def budget_table(configs: Mapping[str, AlignConfig]) -> str:
     """What each variant spends, as Markdown."""
     lines = [f"| variant | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {name} | {' | '.join(budget_of(config).cells())} |" for name, config in configs.items()]
+    rows = {untrusted.markdown(name): budget_of(config).cells() for name, config in configs.items()}
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     return "\n".join(lines)

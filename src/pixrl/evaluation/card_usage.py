@@ -6,6 +6,7 @@ from pixrl.hub import TOY_PREFIX, split_single_file
 from pixrl.hub_fetch import is_hub_id
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.personalize_config import PersonalizeConfig
+from pixrl.untrusted import fenced
 
 FOLDER, PICTURES, PROMPT = "FOLDER", "PICTURES", "PROMPT"
 """What the reader fills in."""
@@ -92,7 +93,7 @@ def _references(config: PersonalizeConfig, file: str, layout: str, pipeline: str
 
 
 def _code(lines: Iterator[str]) -> str:
-    return "\n".join(["```python", *lines, "```"])
+    return fenced("\n".join(lines), "python")
 
 
 def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str]) -> Iterator[str]:
@@ -181,6 +182,6 @@ def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:
 
 
 def _text(value: str) -> str:
-    """A Python literal in double quotes."""
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    """A Python literal in double quotes, on one line."""
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in quoted) + '"'

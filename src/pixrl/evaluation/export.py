@@ -37,6 +37,7 @@ from pixrl.training.align_kinds import KINDS, read_config
 from pixrl.training.files import write_atomic
 from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.runlog import RunFolder
+from pixrl.untrusted import encodable
 
 CARD = "README.md"
 _SLOTS = "slots/"
@@ -207,5 +208,5 @@ def _describe(folder: RunFolder, config: AlignConfig, facts: Facts, place: Path,
         for source, name in pair.files:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(place / name, source.read_bytes())
-    write_atomic(place / CARD, (write_card(folder, config, facts, pairs) + notes).encode())
+    write_atomic(place / CARD, (encodable(write_card(folder, config, facts, pairs)) + notes).encode())
     return place / CARD

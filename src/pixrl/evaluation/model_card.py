@@ -1,4 +1,7 @@
-"""The model card of an exported LoRA: what it is, how it was made, what it gained and lost, how to use it."""
+"""The model card of an exported LoRA: what it is, how it was made, what it gained and lost, how to use it.
+
+Names, prompts, reasons and whatever else comes from outside stands in it as mere text (`markdown`) or as code (`code`).
+"""
 
 import json
 import math
@@ -6,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -22,6 +26,7 @@ from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_record import base_and_last, read_rewards, start_if_any
 from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.runlog import RunFolder
+from pixrl.untrusted import code, encodable, fenced, markdown
 
 LICENCE = "licence"
 SHOWN = 6
@@ -91,7 +96,7 @@ def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequ
         _method(folder, config),
         usage(config, file=facts.file, layout=facts.layout, pipeline=facts.pipeline, without=facts.without),
         _licences(folder, config),
-        f"## Recipe\n\n```yaml\n{folder.recipe_text().strip()}\n```",
+        f"## Recipe\n\n{fenced(folder.recipe_text().strip(), 'yaml')}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -101,7 +106,7 @@ def _front_matter(config: AlignConfig) -> str:
     base = split_revision(config.model)[0]
     if is_hub_id(config.model) and not Path(config.model).is_dir():
         fields["base_model"] = base
-    licence = generator_licence(config.model)
+    licence = encodable(generator_licence(config.model))
     fields |= {"license": "other", "license_name": licence} if licence != NOT_STATED else {}
     method = ["reinforcement-learning"] if words.learns_from_scores(config) else []
     fields["tags"] = ["lora", "diffusers", "pixrl", *method]
@@ -111,10 +116,11 @@ def _front_matter(config: AlignConfig) -> str:
 def _title(folder: RunFolder, config: AlignConfig, facts: Facts) -> str:
     what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
     subjects = subjects_in_words(folder, config)
-    of_whom = f"It was trained to draw {subjects}. " if subjects else ""
+    of_whom = f"It was trained to draw {markdown(subjects)}. " if subjects else ""
+    by = markdown(words.learned_by(config))
     return (
-        f"# {folder.path.name}\n\n{of_whom}"
-        f"A LoRA of rank {config.lora.rank} on `{config.model}`, trained by {words.learned_by(config)} with "
+        f"# {markdown(folder.path.name)}\n\n{of_whom}"
+        f"A LoRA of rank {config.lora.rank} on {code(config.model)}, trained by {by} with "
         f"`pixrl {folder.kind}`: the {what} weights after {facts.step} of {config.steps} steps."
     )
 
@@ -133,9 +139,16 @@ def _row(config: AlignConfig, pair: Shown, with_subject: bool) -> str:
     subject = ""
     if pair.reference is not None and pair.subject is not None:
         word = class_word(config.evaluation.source or config.prompts.source, pair.subject)
-        subject = f"![reference]({pair.reference[1]}) {in_words(pair.subject, word)}"
-    pictures = [f"![before]({pair.before[1]})", f"![after]({pair.after[1]})"]
-    return _line([_cell(pair.prompt), *([_cell(subject)] if with_subject else []), *pictures])
+        subject = f"![reference]({_address(pair.reference[1])}) {markdown(in_words(pair.subject, word))}"
+    pictures = [
+        f"![{when}]({_address(file)})" for when, (_, file) in (("before", pair.before), ("after", pair.after))
+    ]
+    return _line([markdown(pair.prompt), *([subject] if with_subject else []), *pictures])
+
+
+def _address(file: str) -> str:
+    """A file beside the card as a link takes it: the name of a picture may hold blanks, brackets or bars."""
+    return quote(file.encode(errors="surrogateescape"))
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -148,7 +161,7 @@ def _changes(
     if not changes:
         return "## Gains and losses\n\nNot measured: the run was exported before its second evaluation."
     rows = [
-        f"| {c.name} | {c.role} | {_number(c.before)} | {_number(c.after)} | {c.gain_text()} |"
+        f"| {markdown(c.name)} | {c.role} | {_number(c.before)} | {_number(c.after)} | {c.gain_text()} |"
         for c in changes
     ]
     head = (
@@ -186,23 +199,25 @@ def _evaluated(folder: RunFolder, config: AlignConfig) -> str:
         which = "that training saw too"
     else:
         which = f"of which training saw {seen} too"
-    return f"{counted} of `{config.evaluation.source or config.prompts.source}` {which}"
+    return f"{counted} of {code(config.evaluation.source or config.prompts.source)} {which}"
 
 
 def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
     """What got worse, whatever the reason, and what was not looked at."""
     manifest = folder.manifest()
     signs = warnings(changes)
-    found = [f"- {text}" for text in signs]
+    found = [f"- {markdown(text)}" for text in signs]
     found += [
-        f"- {c.name} ({c.role}) fell from {c.before:.3g} to {c.after:.3g}."
+        f"- {markdown(c.name)} ({c.role}) fell from {c.before:.3g} to {c.after:.3g}."
         for c in changes
         if c.fell and not any(text.startswith(f"{c.name},") for text in signs)
     ]
     failed = failures(manifest)
     if failed:
         total = sum(count for _, count in failed)
-        found.append(f"- {total} of {len(manifest)} training pictures had no score: {failed[0][0]} ...")
+        found.append(
+            f"- {total} of {len(manifest)} training pictures had no score: {markdown(failed[0][0])} ..."
+        )
     if not found:
         found = ["- None was detected: no figure above fell beyond chance."]
     if not any(c.role == "spread" for c in changes):
@@ -215,19 +230,22 @@ def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
 
 def _method(folder: RunFolder, config: AlignConfig) -> str:
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
-    rewards = [f"- `{s.name}` ({s.reward}), {_counts(config, s)}: {_options(s)}" for s in config.rewards]
+    rewards = [
+        f"- {code(s.name)} ({s.reward}), {_counts(config, s)}: {markdown(_options(s))}"
+        for s in config.rewards
+    ]
     facts = [
-        f"- {name}: {text}"
+        f"- {name}: {markdown(text)}"
         for name, text in (*words.method_parts(config), *words.facts(config, start_if_any(folder)))
     ]
-    machine = [f"- {name}: {text}" for name, text in words.machine_facts(environment)]
+    machine = [f"- {name}: {markdown(text)}" for name, text in words.machine_facts(environment)]
     return "\n".join(["## Method", "", *facts, "", "## Rewards", "", *rewards, "", "## Data", "", *_data(config),
                       "", "## Machine", "", *machine])  # fmt: skip
 
 
 def _data(config: AlignConfig) -> Iterator[str]:
-    yield f"- training prompts: `{config.prompts.source}`"
-    yield f"- evaluation prompts: `{config.evaluation.source or config.prompts.source}`"
+    yield f"- training prompts: {code(config.prompts.source)}"
+    yield f"- evaluation prompts: {code(config.evaluation.source or config.prompts.source)}"
     if isinstance(config, PersonalizeConfig):
         shown = "of them only what is shown above is part of this folder"
         yield f"- reference pictures: those of the subjects named there; {shown}"
@@ -244,16 +262,17 @@ def _options(setting: RewardSetting) -> str:
 
 def _licences(folder: RunFolder, config: AlignConfig) -> str:
     rows = [
-        f"| `{config.model}` | base model; this LoRA derives from it | {generator_licence(config.model)} |"
+        (config.model, "base model; this LoRA derives from it", generator_licence(config.model)),
     ]
     if isinstance(config, PersonalizeConfig) and config.references.lora is not None:
         lora = config.references.lora
-        rows.append(f"| `{lora}` | LoRA that is part of this one | {_lora_licence(lora)} |")
+        rows.append((lora, "LoRA that is part of this one", _lora_licence(lora)))
     for name, provenance in read_rewards(folder).items():
-        rows += [
-            f"| `{model}` | of the reward {name} | {licence} |" for model, licence in _licensed(provenance)
-        ]
-    return "\n".join(["## Licences", "", "| what | role | licence |", "|---|---|---|", *dict.fromkeys(rows)])
+        rows += [(model, f"of the reward {name}", licence) for model, licence in _licensed(provenance)]
+    lines = [
+        _line([code(what, in_table=True), markdown(role), markdown(licence)]) for what, role, licence in rows
+    ]
+    return "\n".join(["## Licences", "", "| what | role | licence |", "|---|---|---|", *dict.fromkeys(lines)])
 
 
 def _licensed(provenance: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -265,10 +284,6 @@ def _licensed(provenance: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 def _lora_licence(file: str) -> str:
     return generator_licence("/".join(Path(file).parts[-3:-1])) if len(Path(file).parts) > 2 else NOT_STATED
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _number(value: float) -> str:

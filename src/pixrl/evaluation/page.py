@@ -12,6 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
+from pixrl.untrusted import encodable
+
 SMALL = 128
 """Pictures up to this side are enlarged in blocks, not smoothed, and embedded as they are."""
 THUMBNAIL, FULL = 256, 768
@@ -39,8 +41,8 @@ def inline(path: Path, side: int) -> Picture:
 
 
 def render(template: str, view: dict[str, Any]) -> str:
-    """A page from its template."""
-    return _templates().get_template(template).render(version=_version(), **view)
+    """A page from its template; what UTF-8 cannot write, such as a folder's name in another code, is spelled out."""
+    return encodable(_templates().get_template(template).render(version=_version(), **view))
 
 
 @cache

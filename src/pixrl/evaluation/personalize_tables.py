@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pixrl import untrusted
 from pixrl.evaluation.align_study_table import UNIT, reward_titles
 from pixrl.evaluation.intervals import Interval, by_unit, paired, student
 from pixrl.evaluation.personalize_study_config import CrossedTable, PersonalizeStudyConfig, Table
@@ -47,14 +48,15 @@ def crossed_table(study: PersonalizeStudyConfig, crossed: CrossedTable, records:
     """Identity and prompt reward, side by side for every column."""
     figures = (study.identity, study.prompt)
     heads = [f"{column}: {figure} ↑" for column in crossed.columns for figure in figures]
-    lines = [f"| {crossed.corner} | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    head = " | ".join(map(untrusted.markdown, (crossed.corner, *heads)))
+    lines = [f"| {head} |", f"|---|{'---|' * len(heads)}"]
     for row in next(iter(crossed.columns.values())):
         cells = [
             interval_of(records, cells[row], figure).text()
             for cells in crossed.columns.values()
             for figure in figures
         ]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+        lines.append(f"| {untrusted.markdown(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -125,6 +127,7 @@ def verdict(difference: Interval) -> str:
 def _orderings_table(found: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| ordering | by | difference | here | the paper |", "|---|---|---|---|---|"]
     for one in found:
-        cells = [f"{one['better']} > {one['worse']}", one["reward"], one["difference"].text()]
-        lines.append(f"| {' | '.join([*cells, one['verdict'], one['paper']])} |")
+        names = (f"{one['better']} > {one['worse']}", one["reward"], one["paper"])
+        order, reward, paper = map(untrusted.markdown, names)
+        lines.append(f"| {order} | {reward} | {one['difference'].text()} | {one['verdict']} | {paper} |")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pixrl import untrusted
 from pixrl.evaluation.intervals import Interval, Intervals, bootstrap, by_unit, paired
 from pixrl.training.files import write_atomic
 
@@ -103,12 +104,15 @@ def markdown(
     rows: Mapping[str, Mapping[str, Interval]], corner: str, titles: Mapping[str, str], mark: bool = False
 ) -> str:
     """A table; with `mark`, values whose interval excludes zero are bold."""
-    lines = [f"| {corner} | {' | '.join(titles.values())} |", f"|---|{'---|' * len(titles)}"]
+    lines = [
+        f"| {corner} | {' | '.join(map(untrusted.markdown, titles.values()))} |",
+        f"|---|{'---|' * len(titles)}",
+    ]
     for name, row in rows.items():
         cells = [
             f"**{cell.text()}**" if mark and cell.excludes_zero else cell.text() for cell in row.values()
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {untrusted.markdown(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

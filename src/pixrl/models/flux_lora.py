@@ -16,7 +16,6 @@ loads the file over them: modules of a lower rank are filled up with zeros, and 
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from pixrl.device import quiet_loading
 from pixrl.errors import CheckpointError
+from pixrl.untrusted import parse_json
 
 PREFIX = "transformer."
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -135,7 +135,7 @@ def _adapter(header: Mapping[str, str], file: Path) -> Mapping[str, Any]:
     if _METADATA not in header:
         return {}
     try:
-        found = json.loads(header[_METADATA])
+        found = parse_json(header[_METADATA])
         own = {key.removeprefix(PREFIX): x for key, x in found.items() if key.startswith(PREFIX)}
         float(own.get("lora_alpha", 1.0)), dict(own.get("alpha_pattern") or {})
     except (ValueError, TypeError, AttributeError) as error:

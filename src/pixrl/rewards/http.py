@@ -34,7 +34,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from pixrl.errors import ConfigError, ServiceError
-from pixrl.untrusted import Secret, plain
+from pixrl.untrusted import LEAST_SECRET, Secret, plain
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 """Seconds."""
@@ -156,6 +156,8 @@ class Service:
         self.name = name
         self.key_env = key_env
         key = key_from(os.environ, key_env, name)
+        if key is not None and len(key) >= LEAST_SECRET and key in self.url:
+            raise ConfigError(f"{name}: its address holds the key itself. Leave it out: {key_env} is enough.")
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._secret = Secret(key or "")
         # a proxy that the environment names is not for this machine itself

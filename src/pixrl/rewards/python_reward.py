@@ -24,6 +24,7 @@ from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.preprocess import require_images, to_grey_levels
 from pixrl.rewards.provenance import describe_function
 from pixrl.types import RewardBatch, Scores
+from pixrl.untrusted import plain
 
 Function = Callable[[list[Image.Image], list[str], list[dict[str, object]]], Sequence[float | None]]
 EXAMPLE = "my_module:f or path/to/file.py:f"
@@ -93,6 +94,8 @@ def import_function(path: str) -> Function:
     place, _, name = path.rpartition(":")
     if not place or not name:
         raise ConfigError(f"{path!r} is no import path of a function. Type {EXAMPLE}.")
+    # before anything of it runs, and wherever it is asked for: see SECURITY.md
+    print(f"Running Python code that the recipe names: {plain(path)}", file=sys.stderr, flush=True)
     module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if name not in vars(module):

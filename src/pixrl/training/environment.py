@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from pixrl.untrusted import secrets_in
+
 PACKAGES = (
     "pixrl",
     "torch",
@@ -27,7 +29,7 @@ def describe(seed: object, recipe_sha256: str) -> bytes:
     """The content of environment.json. `recipe_sha256` lets `RunFolder.open` notice a changed recipe."""
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(_without_secrets, sys.argv[1:])],
         "seed": seed,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": {
@@ -49,6 +51,13 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _without_secrets(word: str) -> str:
+    """A word of the command line without what an environment variable holds as a key, typed as $MY_KEY."""
+    for secret in secrets_in(os.environ):
+        word = secret.without_in(word)
+    return word
 
 
 def _cpu_model() -> str:
