@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,12 +20,13 @@ from pixrl import cli, hub, models
 from pixrl.errors import ConfigError, InputError, RunError
 from pixrl.evaluation.align_changes import Change
 from pixrl.evaluation.export import Format, export, parse_format
-from pixrl.evaluation.model_card import artefacts
+from pixrl.evaluation.model_card import Facts, artefacts, shown_pairs, write_card
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
 from pixrl.training import checkpoint
+from pixrl.training.align_kinds import read_config
 from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.runlog import RunFolder
+from pixrl.training.runlog import ManifestRow, RunFolder
 from tests import published, tiny
 from tests.align.parts import recipe
 
@@ -221,9 +223,6 @@ def test_the_cards_code_loads_a_toy(
 
 
 def test_a_card_names_a_published_base_and_its_licence(run: Path, tmp_path: Path) -> None:
-    from pixrl.evaluation.model_card import Facts, write_card
-    from pixrl.training.align_kinds import read_config
-    from pixrl.training.runlog import RunFolder
 
     folder = RunFolder.open(run)
     config = read_config(folder).model_copy(update={"model": "stabilityai/stable-diffusion-3.5-medium@main"})
@@ -236,10 +235,6 @@ def test_a_card_names_a_published_base_and_its_licence(run: Path, tmp_path: Path
 
 
 def test_a_card_names_every_part_of_a_reward_and_its_licence(run: Path, tmp_path: Path) -> None:
-    from pixrl.evaluation.model_card import Facts, write_card
-    from pixrl.training.align_kinds import read_config
-    from pixrl.training.runlog import RunFolder
-
     copied = Path(shutil.copytree(run, tmp_path / "copied"))
     start = json.loads((copied / "start.json").read_text())
     start["rewards"] = {
@@ -256,6 +251,37 @@ def test_a_card_names_every_part_of_a_reward_and_its_licence(run: Path, tmp_path
     card = write_card(folder, read_config(folder), facts, [])
     assert "| `v25 (0123456789abcdef)` | of the reward looks | AGPL-3.0 |" in card
     assert "| `e` | of the reward looks | MIT |" in card
+
+
+def test_what_others_wrote_is_mere_text_in_the_card(run: Path, tmp_path: Path) -> None:
+    nasty = "a | b `c` **d** [e](http://evil.org) ![f](http://evil.org) <script>g</script>\n\n# h\n```\n~~i~~"
+    copied = Path(shutil.copytree(run, tmp_path / "# a | `b` <i>[c](d)"))
+    start = json.loads((copied / "start.json").read_text())
+    start["notes"] = [nasty]
+    start["rewards"] = {nasty: {"model": nasty, "licence": nasty}}
+    (copied / "start.json").write_text(json.dumps(start))
+    gallery = copied / "samples" / "gallery.json"
+    gallery.write_text(json.dumps([one | {"prompt": nasty} for one in json.loads(gallery.read_text())]))
+    folder = RunFolder.open(copied)
+    folder.append_manifest([ManifestRow(index=10**6, step=9, seed=0, failed=nasty)])
+    facts = Facts("x.safetensors", "current", 1, "diffusers", "StableDiffusion3Pipeline")
+    card = write_card(folder, read_config(folder), facts, shown_pairs(folder))
+    reader = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    tokens = [part for token in reader.parse(card) for part in (token, *(token.children or []))]
+    kinds = {token.type for token in tokens}
+    assert not kinds & {"html_block", "html_inline", "link_open", "s_open", "strong_open", "em_open"}
+    assert all(str(token.attrs["src"]).startswith("images/") for token in tokens if token.type == "image")
+    headings = [tokens[at + 1].content for at, token in enumerate(tokens) if token.type == "heading_open"]
+    assert len(headings) == len(set(headings)) and not any(heading == "h" for heading in headings)
+    rows: list[int] = []
+    for token in tokens:
+        if token.type == "tr_open":
+            rows.append(0)
+        elif token.type in ("td_open", "th_open"):
+            rows[-1] += 1
+    assert set(rows) == {3, 5}
+    texts = " ".join(token.content for token in tokens if token.type in ("inline", "code_inline", "text"))
+    assert texts.count("evil.org") >= 5 and "http://evil" in texts
 
 
 def test_what_cannot_be_exported(run: Path, dual_folder: Path, prompt_file: Path, tmp_path: Path) -> None:

@@ -214,3 +214,17 @@ def test_scores_are_float32_on_the_cpu(batch: RewardBatch) -> None:
     values: Tensor = score(lambda i, p, m: [1 / 3] * 3, batch).values_B
     assert values.dtype is torch.float32
     assert values.device.type == "cpu"
+
+
+def test_a_recipes_code_is_announced_before_it_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SECURITY.md promises it. A function that is given in Python is the caller's own."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import sys\nprint('it runs', file=sys.stderr)\ndef f(images, prompts, metadata): return []\n"
+    )
+    PythonReward(f"{file}:f")
+    assert capfd.readouterr().err == f"Running Python code that the recipe names: {file}:f\nit runs\n"
+    PythonReward(lambda images, prompts, metadata: [])
+    assert capfd.readouterr().err == ""
