@@ -168,7 +168,7 @@ def test_displays_take_everything(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(force_terminal=True, width=100, record=True)
     for display in (PlainLines(), LiveView(console)):
         display.begin("run", 2, 0)
-        display.say("planned")
+        display.say("planned: [red]no markup[/x]")
         display.evaluation(0, {"geneval/mean": 0.4, "geneval/failed_share": 0.0})
         for step in range(2):
             display.step(step, metrics)
@@ -176,7 +176,8 @@ def test_displays_take_everything(capsys: pytest.CaptureFixture[str]) -> None:
         display.end()
     printed = capsys.readouterr().err
     assert "2/2  geneval 0.500  group std 0.100" in printed
-    assert "0.400 → 0.600" in console.export_text()
+    shown = console.export_text()
+    assert "0.400 → 0.600" in shown and "planned: [red]no markup[/x]" in shown
 
 
 def test_offloading_on_a_cpu_has_no_effect_and_says_so(policy: SD3Policy) -> None:

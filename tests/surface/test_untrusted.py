@@ -3,14 +3,19 @@
 import html
 import json
 import re
+import zlib
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
 
+from pixrl.errors import CheckpointError
+from pixrl.hub_check import read_header, read_json
 from pixrl.models.licences import NOT_STATED, generator_licence
 from pixrl.training.environment import describe
+from pixrl.training.jsonl import JsonLines
 from pixrl.untrusted import MOST_DEPTH, Secret, code, fenced, markdown, parse_json, plain
 
 LETTERS = "abcdefghij"
@@ -47,6 +52,27 @@ def test_json_is_read_as_ever() -> None:
         assert parse_json(json.dumps(value)) == value
         assert parse_json(json.dumps(value).encode()) == value
     assert parse_json("[" * MOST_DEPTH + "]" * MOST_DEPTH) is not None
+
+
+@pytest.mark.parametrize("value", ["[" * 5000 + "]" * 5000, "9" * 5000, "[1] x"])
+def test_a_log_of_others_is_damaged_not_a_traceback(tmp_path: Path, value: str) -> None:
+    body = f'{{"a": {value}'.encode()
+    (tmp_path / "log.jsonl").write_bytes((body + b', "crc": "%08x"}\n' % zlib.crc32(body)) * 2)
+    with pytest.raises(CheckpointError, match="line 1"):
+        JsonLines(tmp_path / "log.jsonl", tmp_path).read()
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a": ' * 100 + "1" + "}" * 100, '{"a": ' + "9" * 5000 + "}"]
+)
+def test_configs_and_headers_that_are_too_deep(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="not readable JSON"):
+        read_json(tmp_path / "config.json")
+    header = content.encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="no safetensors header"):
+        read_header(tmp_path / "x.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------- Markdown

@@ -15,6 +15,7 @@ from typing import Any
 
 from pixrl.errors import CheckpointError, RunError
 from pixrl.training.files import disk_guard, fsync_folder, write_all
+from pixrl.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -139,4 +140,7 @@ def _from_line(line: bytes) -> dict[str, Any] | None:
     body, mark, tail = line.rpartition(b', "crc": "')
     if not mark or tail != b'%08x"}\n' % zlib.crc32(body):
         return None
-    return dict(json.loads(body + b"}"))
+    try:
+        return dict(parse_json(body + b"}"))
+    except (ValueError, TypeError):
+        return None

@@ -131,7 +131,7 @@ class LiveView:
         self._show()
 
     def say(self, text: str) -> None:
-        self.live.console.print(text, style="dim")
+        self.live.console.print(Text(text, style="dim"))  # a name with brackets is no markup
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.history.step(step, metrics)
