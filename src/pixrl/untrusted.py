@@ -24,7 +24,7 @@ _SIGNS = re.compile(
 """What means something inside a line of Markdown, those included that make links of bare addresses."""
 _BY_NUMBER = "&<>@:.|$"
 """Of these: a backslash would not stop a link or a formula, and a cell of a table would end behind one."""
-_AT_START = re.compile(r"^(\d*)([-+=.])(?![^\W_])")
+_AT_START = re.compile(r"^(\d*)([-+=.)])(?![^\W_])")
 """What makes a line part of a list, or the one above it a heading."""
 
 
