@@ -15,9 +15,9 @@ def resumable(run: Path) -> Iterator[None]:
     """Ctrl-C within: the user learns what is saved and how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if leads():
-            typer.echo(f"\nInterrupted. {_state_of(run)}", err=True)
+            typer.echo(f"\nInterrupted. {str(stopped) or _state_of(run)}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -31,7 +31,7 @@ def _state_of(run: Path) -> str:
 def _saved(run: Path) -> str:
     """In words, by the newest whole checkpoint and the steps that are logged."""
     from pixrl.training import checkpoint
-    from pixrl.training.fuse_many import CHILDREN
+    from pixrl.training.run_place import CHILDREN
     from pixrl.training.runlog import METRICS
 
     if (run / CHILDREN).is_dir():

@@ -38,9 +38,9 @@ from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_kinds import kind_of, read_config
 from pixrl.training.align_log import evaluations
-from pixrl.training.align_record import START
 from pixrl.training.align_workshop import Workshop, open_workshop, plan_batches
 from pixrl.training.fuse_job import slug
+from pixrl.training.run_place import is_run
 from pixrl.training.runlog import RunFolder
 
 RUNS = "runs"
@@ -98,11 +98,10 @@ def finished_run(study: Path | None, config: AlignConfig) -> Path | None:
 
 def train(config: AlignConfig, path: Path) -> Path:
     """A run from its start, or from where it was broken off, to its end; with its report."""
-    if (path / START).is_file():
+    if is_run(path):
         align_job.go_on(path)
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        align_job.start(config, path, force=True)  # what is there stopped before its first step
+        align_job.start(config, path)
     write_align_report(path)
     return path.absolute()
 

@@ -41,9 +41,9 @@ def open_records(study: Settings, kind: str, out: Path) -> JsonLines:
     path = out / RECIPE
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{out} holds another study (its {path.name} differs). Choose another --out.")
-    if not path.is_file():
-        write_atomic(path, text.encode())
+    if not path.is_file():  # the recipe comes last: where it is, all is
         write_atomic(out / ENVIRONMENT, describe(None, sha256(text.encode())))
+        write_atomic(path, text.encode())
     return JsonLines(out / RECORDS, out)
 
 

@@ -17,6 +17,7 @@ loads the file over them: modules of a lower rank are filled up with zeros, and 
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,11 +290,16 @@ def to_diffusers(lora: Lora) -> dict[str, Tensor]:
 
 
 def write_lora(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Saves `to_uno`, `to_diffusers` or `comfy_lora.to_comfyui`."""
+    """Saves `to_uno`, `to_diffusers` or `comfy_lora.to_comfyui`: all of it, or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: x.contiguous() for name, x in tensors.items()},
-        file,
-        metadata=None if metadata is None else dict(metadata),
-    )
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        save_file(
+            {name: x.contiguous() for name, x in tensors.items()},
+            beside,
+            metadata=None if metadata is None else dict(metadata),
+        )
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
     return file

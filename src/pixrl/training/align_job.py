@@ -4,6 +4,7 @@ The report is written a layer above.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,21 @@ from pixrl.training import selfcheck
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_eval import score
 from pixrl.training.align_kinds import kind_of, read_config
-from pixrl.training.align_log import AlignLog, evaluations
+from pixrl.training.align_log import AlignLog, cut_back, evaluations
 from pixrl.training.align_record import (
+    START,
     changed_data,
     changed_evaluation,
     changed_rewards,
     differences,
     find_place,
+    gallery_on_disk,
     read_start,
     require_same_model,
     require_unchanged,
+    require_unedited,
+    start_if_any,
+    start_on_disk,
     write_start,
 )
 from pixrl.training.align_workshop import (
@@ -37,10 +43,14 @@ from pixrl.training.align_workshop import (
     open_workshop,
     plan_batches,
 )
+from pixrl.training.files import resource_guard
 from pixrl.training.loop import Loop, Pace
 from pixrl.training.monitor import Monitor, Silent
 from pixrl.training.prompt_sampler import share
+from pixrl.training.run_place import replacing, require_free
 from pixrl.training.runlog import RunFolder
+
+LOST = f"{START} was lost: whether model, rewards and prompts are those that the run began with is not known"
 
 
 def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monitor | None = None) -> Path:
@@ -50,6 +60,7 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
         ConfigError, InputError: the recipe, or something that it names, is wrong; nothing was written.
         RunError: the folder is taken, or the run had to stop.
     """
+    require_free(out, force)
     shop = open_workshop(config)
     # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
     prepare(shop.method.exploration, shop.policy, shop.first_groups()[:1])
@@ -59,18 +70,20 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
     team = shop.team
     out = team.gather(out)[0]  # each process may have seen another folder as the first free one
     if team.leads:
-        folder = RunFolder.create(out, kind=kind_of(config), recipe=config, force=force)
-        write_start(folder, shop, micro_batches, notes)
-    team.wait()
-    folder = RunFolder.open(out)
-    _play(folder, shop, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
+        RunFolder.create(out, kind=kind_of(config), recipe=config, force=force)
+    with replacing(out) if team.leads else nullcontext():
+        if team.leads:
+            write_start(RunFolder.open(out), shop, micro_batches, notes)
+        team.wait()
+        folder = RunFolder.open(out)
+        _play(folder, shop, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
     return folder.path
 
 
 def go_on(
     path: Path, *, overrides: Sequence[str] = (), accept_changes: bool = False, monitor: Monitor | None = None
 ) -> Path:
-    """Finishes a broken-off run; its weights end as those of an unbroken one.
+    """Finishes a broken-off run, wherever it was broken off; its weights end as those of an unbroken one.
 
     Args:
         path: the run's folder.
@@ -84,31 +97,60 @@ def go_on(
     """
     folder = RunFolder.open(path, allow_changed=True)
     edited = read_config(folder)
-    began = read_start(folder)
-    require_unchanged(folder, began["recipe"], edited, accept_changes)
+    began = start_if_any(folder)
+    if began:
+        require_unchanged(folder, began["recipe"], edited, accept_changes)
+    else:
+        require_unedited(folder, accept_changes)
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     shop = open_workshop(config)
-    require_same_model(folder, began, shop.policy)
-    changed = [*changed_rewards(folder, shop, accept_changes), *changed_data(folder, shop, accept_changes)]
-    evaluation = changed_evaluation(folder, shop, began["recipe"])
+    evaluation, changes = _changes(folder, began, shop, accept_changes) if began else ([], [])
     step, images, saved = find_place(folder)
     _require_steps(path, step, config.steps)
+    finished = step == config.steps and not changes and _is_evaluated(folder.path, step)
     shop.team.wait()  # all have read the logs before the first one cuts them back
-    micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
-    changes = [*differences(began["recipe"], config.model_dump(mode="json")), *changed, *evaluation]
-    if step == config.steps and not changes and _is_evaluated(folder.path, step):
+    if shop.team.leads:
+        folder.tidy()
+        if not finished:
+            cut_back(folder, step, images)
+    lost = (LOST,) if images and not began else ()
+    micro_batches, notes = _plan_again(shop, began, [*lost, *changes])
+    whole = began and start_on_disk(folder) == began and gallery_on_disk(folder) is not None
+    if shop.team.leads and (changes or not whole):
+        folder.adopt_recipe(config)
+        since = step if evaluation else began.get("evaluated_from", 0)
+        write_start(folder, shop, micro_batches, notes, evaluated_from=since)
+    shop.team.wait()  # nobody writes before it is done
+    if finished:
         (monitor or Silent()).say(f"{folder.path.name} is finished: nothing is drawn again.")
         return folder.path
-    if changes:
-        left_out = check_references(shop)
-        micro_batches, notes = plan_batches(shop)
-        notes = (*notes, *left_out, *(f"changed: {one}" for one in changes))
-        if shop.team.leads:
-            folder.adopt_recipe(config)
-            since = step if evaluation else began.get("evaluated_from", 0)
-            write_start(folder, shop, micro_batches, notes, evaluated_from=since)
     _play(folder, shop, micro_batches, notes, step, images, saved, monitor if shop.team.leads else None)
     return folder.path
+
+
+def _changes(
+    folder: RunFolder, began: Mapping[str, Any], shop: Workshop, accept_changes: bool
+) -> tuple[list[str], list[str]]:
+    """How further evaluations draw other pictures, and all that is another thing than when the run began."""
+    require_same_model(folder, began, shop.policy)
+    changed = [
+        *changed_rewards(folder, began, shop, accept_changes),
+        *changed_data(folder, began, shop, accept_changes),
+    ]
+    evaluation = changed_evaluation(folder, began, shop)
+    settings = differences(began["recipe"], shop.config.model_dump(mode="json"))
+    return evaluation, [f"changed: {one}" for one in (*settings, *changed, *evaluation)]
+
+
+def _plan_again(
+    shop: Workshop, began: Mapping[str, Any], changes: Sequence[str]
+) -> tuple[MicroBatches, tuple[str, ...]]:
+    """The micro-batches of an unchanged run are those that it began with; else they are planned anew."""
+    if began and not changes:
+        return MicroBatches(**began["micro_batches"]), tuple(began["notes"])
+    left_out = check_references(shop)
+    micro_batches, notes = plan_batches(shop)
+    return micro_batches, (*notes, *left_out, *changes)
 
 
 def _require_steps(run: Path, done: int, wanted: int) -> None:
@@ -178,12 +220,14 @@ def _play(
         group_size=shop.method.group_size,
         before_first_update=lambda rollouts: _check_first(aligner, rollouts, monitor),
         after_first_update=lambda: _check_agreement(aligner),
+        start=read_start(folder),
     )
     monitor.begin(folder.path.name, config.steps, step)
     for note in notes:
         monitor.say(note)
     try:
-        loop.run(step)
+        with resource_guard(folder.path):
+            loop.run(step)
     except ServiceError as error:
         raise ServiceError(
             f"{error} The run is kept up to its last checkpoint: when the service is there again, type: "

@@ -16,15 +16,15 @@ from torch.utils.tensorboard import SummaryWriter
 from pixrl.algorithms.peers import Peers
 from pixrl.algorithms.rollouts import Rollouts
 from pixrl.errors import CheckpointError
-from pixrl.training.files import write_all_atomic, write_atomic
+from pixrl.training.files import fsync_folder, remove, write_all_atomic, write_atomic
 from pixrl.training.jsonl import JsonLines
-from pixrl.training.runlog import ManifestRow, RunFolder, png_bytes
+from pixrl.training.runlog import EVALUATIONS, ManifestRow, RunFolder, png_bytes
 from pixrl.types import Scores
 
-EVALUATIONS = "evaluations.jsonl"
 SCORES = "scores.json"
 """Beside an evaluation's pictures."""
 TENSORBOARD = "tensorboard"
+STEP = "step-"
 
 
 class AlignLog:
@@ -33,7 +33,7 @@ class AlignLog:
     def __init__(
         self, folder: RunFolder, peers: Peers, *, images_every: int, from_step: int, images: int
     ) -> None:
-        """Goes on from step `from_step` with `images` rows in the manifest; what lies behind is cut off."""
+        """Goes on from step `from_step` with `images` rows in the manifest; what lay behind is cut off (`cut_back`)."""
         self.folder = folder
         self.peers = peers
         self.images_every = images_every
@@ -41,10 +41,6 @@ class AlignLog:
         self._evaluations = JsonLines(folder.path / EVALUATIONS, folder.path)
         self._board: SummaryWriter | None = None
         if peers.rank == 0:
-            folder.truncate_manifest(images)
-            folder.truncate_metrics(from_step)
-            rows = self._evaluations.read()
-            self._evaluations.keep(sum(row["step"] < from_step for row in rows))
             place = str(folder.path / TENSORBOARD)
             self._board = SummaryWriter(place, purge_step=from_step)
 
@@ -81,6 +77,7 @@ class AlignLog:
         write_all_atomic(
             {place / f"{n:04d}.png": png_bytes(one) for n, one in zip(numbers, images_BCHW, strict=True)}
         )
+        fsync_folder(place)
 
     def sample_scores(self, step: int, scores: Mapping[str, Scores]) -> None:
         """Scores of an evaluation's pictures, this process's part of them in the order of their numbers."""
@@ -139,9 +136,30 @@ def _reason(scores: Mapping[str, Scores], row: int) -> str | None:
     return "; ".join(reasons) or None
 
 
+def cut_back(folder: RunFolder, step: int, images: int) -> None:
+    """Drops what lies behind the checkpoint of `step`, evaluations and their pictures too: it is drawn anew."""
+    folder.cut_back(step, images)
+    log = JsonLines(folder.path / EVALUATIONS, folder.path)
+    log.keep(sum(row["step"] < step for row in log.read()))
+    for place in evaluated_places(folder):
+        if step_of_place(place) >= step:
+            remove(place)
+
+
+def evaluated_places(folder: RunFolder) -> list[Path]:
+    """The folders of evaluations' pictures, oldest first."""
+    found = folder.samples_dir.glob(f"{STEP}[0-9]*")
+    return sorted((place for place in found if place.name.removeprefix(STEP).isdigit()), key=step_of_place)
+
+
+def step_of_place(place: Path) -> int:
+    """Before which training step the pictures in a folder of an evaluation were drawn."""
+    return int(place.name.removeprefix(STEP))
+
+
 def samples_of(folder: RunFolder, step: int) -> Path:
     """The folder of an evaluation's pictures."""
-    return folder.samples_dir / f"step-{step:06d}"
+    return folder.samples_dir / f"{STEP}{step:06d}"
 
 
 def sample_scores(folder: RunFolder, step: int) -> dict[str, list[float | None]]:

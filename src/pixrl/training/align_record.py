@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +28,7 @@ GALLERY = "samples/gallery.json"
 REFERENCES = "samples/references"
 """Pictures of the gallery's subjects, as 0007.png for the seventh prompt."""
 REFERENCE_SIDE = 256
+JsonT = TypeVar("JsonT", bound=dict[str, Any] | list[dict[str, Any]])
 
 
 def write_start(
@@ -41,6 +43,9 @@ def write_start(
 
     `evaluated_from`: the first step whose evaluation is of these pictures.
     """
+    settings = shop.config.evaluation
+    prompts = shop.evaluated()
+    shown = gallery(prompts, settings.per_prompt, shop.config.seed)
     record = {
         "recipe": shop.config.model_dump(mode="json"),
         "model": shop.policy.name,
@@ -51,10 +56,8 @@ def write_start(
         "notes": list(notes),
         "trained_on": shop.trained_on(),
         "evaluated_from": evaluated_from,
+        "gallery": _digest(shown),
     }
-    settings = shop.config.evaluation
-    prompts = shop.evaluated()
-    shown = gallery(prompts, settings.per_prompt, shop.config.seed)
     files = _write_references(folder, prompts)
     for place, entry in enumerate(shown):
         entry |= files[place // settings.per_prompt]
@@ -79,7 +82,7 @@ def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict
 
 def read_start(folder: RunFolder) -> dict[str, Any]:
     """What a run began with: recipe, model, fingerprint, rewards, data, micro_batches, notes, trained_on,
-    evaluated_from.
+    evaluated_from, gallery. Where the file is missing or damaged, what the newest checkpoint keeps of it.
 
     `rewards` is each reward's provenance, `data` a checksum of each source's prompts and reference pictures; runs of
     before they were recorded have none.
@@ -87,20 +90,43 @@ def read_start(folder: RunFolder) -> dict[str, Any]:
     `trained_on` is the number of the evaluation's prompts that training asks for too; evaluations of before the step
     `evaluated_from` are of other pictures than later ones.
     """
-    path = folder.path / START
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return record
-    except (OSError, ValueError) as error:
+    found = start_if_any(folder)
+    if not found:
         raise CheckpointError(
-            f"{path} is missing or damaged ({error}): the run stopped before its first step. "
-            "Start it anew with --force."
-        ) from None
+            f"{folder.path / START} is missing or damaged. Type: pixrl resume {folder.path}, which writes it again."
+        )
+    return found
 
 
 def start_if_any(folder: RunFolder) -> dict[str, Any]:
-    """`read_start`; {} of a run that stopped before its first step."""
-    return read_start(folder) if (folder.path / START).is_file() else {}
+    """`read_start`; {} of a run that stopped before its first step, or has lost it and has no checkpoint."""
+    return start_on_disk(folder) or start_in_checkpoint(folder)
+
+
+def start_on_disk(folder: RunFolder) -> dict[str, Any]:
+    """What start.json says; {} where it is missing or damaged."""
+    return _read_json(folder.path / START, dict) or {}
+
+
+def start_in_checkpoint(folder: RunFolder) -> dict[str, Any]:
+    """What the newest checkpoint that is whole says of the start; {} where there is none, or one of before it did."""
+    newest = checkpoint.latest(folder.path)
+    state = None if newest is None else checkpoint.read_state(newest)
+    found: dict[str, Any] = (state or {}).get("start", {})
+    return found
+
+
+def gallery_on_disk(folder: RunFolder) -> list[dict[str, Any]] | None:
+    """What samples/gallery.json lists; None where it is missing or damaged."""
+    return _read_json(folder.path / GALLERY, list)
+
+
+def _read_json(path: Path, kind: type[JsonT]) -> JsonT | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, kind) else None
 
 
 def comparable_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
@@ -124,11 +150,20 @@ def read_rewards(folder: RunFolder) -> dict[str, dict[str, str]]:
 def require_unchanged(folder: RunFolder, began: Mapping[str, Any], now: AlignConfig, accepted: bool) -> None:
     """CheckpointError that lists what was edited in recipe.yaml, unless that is accepted."""
     changes = differences(began, now.model_dump(mode="json"))
-    if changes and not accepted:
+    if changes and not accepted and folder.is_edited():
         listed = "\n  ".join(changes)
         raise CheckpointError(
             f"{folder.path / 'recipe.yaml'} was changed after the run began:\n  {listed}\n"
             "Put it back; or go on with the changes: add --accept-changes"
+        )
+
+
+def require_unedited(folder: RunFolder, accepted: bool) -> None:
+    """The same where nothing is left of what the run began with but the recipe's checksum."""
+    if folder.is_edited() and not accepted:
+        raise CheckpointError(
+            f"{folder.path / 'recipe.yaml'} was changed after the run began, and {START}, which says what it was, is "
+            "gone. Put it back; or go on with it as it is: add --accept-changes"
         )
 
 
@@ -154,32 +189,32 @@ def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: Flow
         )
 
 
-def changed_rewards(folder: RunFolder, shop: Workshop, accepted: bool) -> list[str]:
+def changed_rewards(folder: RunFolder, began: Mapping[str, Any], shop: Workshop, accepted: bool) -> list[str]:
     """What is new about the weights that score, such as `preference.model: ...`; nothing of rewards that came or went.
 
     Raises:
         CheckpointError: something is, and that is not accepted.
     """
-    return _changed(folder, "rewards", read_rewards(folder), shop.rewards.provenance(), accepted)
+    return _changed(folder, "rewards", began.get("rewards", {}), shop.rewards.provenance(), accepted)
 
 
-def changed_data(folder: RunFolder, shop: Workshop, accepted: bool) -> list[str]:
+def changed_data(folder: RunFolder, began: Mapping[str, Any], shop: Workshop, accepted: bool) -> list[str]:
     """Which source holds other prompts or pictures than when the run began; nothing of a source that is named anew.
 
     Raises:
         CheckpointError: one does, and that is not accepted.
     """
-    before = read_start(folder).get("data", {})
     now = data_checksums(shop.prompts.prompts, shop.held_out)
-    return _changed(folder, "prompts and pictures", before, now, accepted)
+    return _changed(folder, "prompts and pictures", began.get("data", {}), now, accepted)
 
 
-def changed_evaluation(folder: RunFolder, shop: Workshop, began: Mapping[str, Any]) -> list[str]:
+def changed_evaluation(folder: RunFolder, began: Mapping[str, Any], shop: Workshop) -> list[str]:
     """How further evaluations draw other pictures than those that are there; nothing before the first one."""
     if not evaluations(folder.path):
         return []
-    shown = json.loads((folder.path / GALLERY).read_text(encoding="utf-8"))
-    before = {"prompts and noise": _digest(shown), **_sampling(began)}
+    shown = gallery_on_disk(folder)
+    known = began.get("gallery") or ("unknown" if shown is None else _digest(shown))
+    before = {"prompts and noise": known, **_sampling(began["recipe"])}
     settings = shop.config.evaluation
     drawn = gallery(shop.evaluated(), settings.per_prompt, shop.config.seed)
     now = {"prompts and noise": _digest(drawn), **_sampling(shop.config.model_dump(mode="json"))}

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from pixrl.errors import CheckpointError
 from pixrl.training.files import (
+    discard,
     disk_full,
     disk_guard,
     free_bytes,
     fsync_folder,
     replace_folder,
     sha256,
+    temporary,
     write_durable,
 )
 
@@ -33,6 +35,8 @@ JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JS
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
 CHECKSUMS = "checksums.json"
+SET_ASIDE = ".set-aside"
+"""How the name of a checkpoint ends that is damaged, or of steps that are drawn again; nothing reads it."""
 _NAME = re.compile(r"step-(\d{6,})")
 _log = logging.getLogger("pixrl")
 
@@ -66,7 +70,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, JSON])
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     needed = sum(len(content) for content in files.values())
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    beside = temporary(folder, "tmp")
     with disk_guard(folder, needed):
         try:
             beside.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def latest(run_path: Path, at_most: int | None = None) -> Path | None:
     """The newest checkpoint that is whole, of step `at_most` or earlier. Damaged ones are skipped with a warning."""
-    in_range = (f for f in reversed(_folders(run_path)) if at_most is None or step_of(f) <= at_most)
+    in_range = (f for f in reversed(all_folders(run_path)) if at_most is None or step_of(f) <= at_most)
     return next((folder for folder in in_range if _is_whole(folder)), None)
 
 
@@ -101,26 +105,60 @@ def keep_last(run_path: Path, count: int) -> None:
     if count < 1:
         raise ValueError(f"keep_last: count is {count}; at least one checkpoint is kept.")
     kept = 0
-    for folder in reversed(_folders(run_path)):
+    for folder in reversed(all_folders(run_path)):
         if kept == count:
-            shutil.rmtree(folder)
+            discard(folder)
         elif _is_whole(folder):
             kept += 1
 
 
-def _folders(run_path: Path) -> list[Path]:
+def set_aside(folder: Path) -> Path:
+    """Puts a checkpoint where nothing finds it but a person; its new name."""
+    place = folder.with_name(folder.name + SET_ASIDE)
+    if place.exists():
+        discard(place)
+    os.rename(folder, place)
+    fsync_folder(folder.parent)
+    return place
+
+
+def set_aside_after(run_path: Path, step: int) -> None:
+    """Sets aside the checkpoints behind `step`, which a resumed run does not go on from."""
+    for folder in all_folders(run_path):
+        if step_of(folder) > step:
+            set_aside(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The state of a checkpoint that is whole; None of a damaged one."""
+    try:
+        state: dict[str, Any] = json.loads(_read_verified(folder)[STATE])
+    except CheckpointError:
+        return None
+    return state
+
+
+def problem_of(folder: Path) -> str | None:
+    """Why a checkpoint is not whole; None where it is."""
+    try:
+        _read_verified(folder)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def all_folders(run_path: Path) -> list[Path]:
+    """The checkpoints of a run, whole or damaged, oldest first."""
     place = Path(run_path).absolute() / "checkpoints"
     found = [entry for entry in place.iterdir() if _NAME.fullmatch(entry.name)] if place.is_dir() else []
     return sorted(found, key=step_of)
 
 
 def _is_whole(folder: Path) -> bool:
-    try:
-        _read_verified(folder)
-    except CheckpointError as error:
-        _log.warning("Skipped a damaged checkpoint: %s", error)
-        return False
-    return True
+    problem = problem_of(folder)
+    if problem is not None:
+        _log.warning("Skipped a damaged checkpoint: %s", problem)
+    return problem is None
 
 
 def _read_verified(folder: Path) -> dict[str, bytes]:
@@ -151,5 +189,5 @@ def _offer(folder: Path) -> str:
     run = folder.parent.parent
     good = latest(run)
     if good is None:
-        return "No good checkpoint is left; start the run anew."
+        return f"No good checkpoint is left; to begin with its recipe, type: pixrl resume {run}"
     return f"The last good one is {good}; to go on from it, type: pixrl resume {run}"

@@ -31,7 +31,7 @@ def describe(seed: object, recipe_sha256: str) -> bytes:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *map(_without_secrets, sys.argv[1:])],
         "seed": seed,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "machine": {
             "system": platform.platform(),
             "cpu": _cpu_model(),
@@ -46,7 +46,8 @@ def describe(seed: object, recipe_sha256: str) -> bytes:
     return (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

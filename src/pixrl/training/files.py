@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,25 +12,67 @@ from pathlib import Path
 from pixrl.errors import RunError
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
+KEPT = "Nothing saved before it is lost"
+RESUME = "go on with `pixrl resume` and the run's folder."
+LACKS = {
+    errno.EFBIG: "no file may be so big here (ulimit -f, or the file system)",
+    errno.EMFILE: "this process may open no more files (ulimit -n)",
+    errno.ENFILE: "this machine can open no more files",
+    errno.ENOMEM: "there is no memory left",
+}
+"""What ran out besides the disk."""
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+"""How torch says so."""
+TEMPORARY = re.compile(r"\..+\.\d+\.(tmp|new|old)")
+"""Names of what is written beside, or on its way out; the number is the process's."""
 
 
 @contextlib.contextmanager
 def disk_guard(path: Path, needed: int) -> Iterator[None]:
-    """Turns a full disk into a RunError that says how much `path` needed and how much is free."""
+    """Turns a full disk, and whatever else runs out while `path` is written, into a RunError of one sentence."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in FULL:
+            raise disk_full(path, needed) from None
+        if error.errno not in LACKS:
             raise
-        raise disk_full(path, needed) from None
+        raise RunError(
+            f"{path} ({megabytes(needed)}) cannot be written: {LACKS[error.errno]}. {KEPT}; raise the limit, then "
+            f"{RESUME}"
+        ) from None
+
+
+@contextlib.contextmanager
+def resource_guard(path: Path) -> Iterator[None]:
+    """The same for a whole job of the run `path`: no memory, no file handles, no room, wherever it shows."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError) as error:
+        lack = what_lacks(error)
+        if lack is None:
+            raise
+        raise RunError(
+            f"{path} had to stop: {lack}. Nothing saved before is lost; make room, or take smaller batches, then type: "
+            f"pixrl resume {path}"
+        ) from error
+
+
+def what_lacks(error: BaseException) -> str | None:
+    """What of the machine ran out, in words; None for any other error."""
+    if isinstance(error, OSError):
+        return "the disk is full" if error.errno in FULL else LACKS.get(error.errno or 0)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return LACKS[errno.ENOMEM]
+    return None
 
 
 def disk_full(path: Path, needed: int) -> RunError:
     """The error for a full disk."""
     free = free_bytes(path)
     return RunError(
-        f"The disk is full: {path} needs {megabytes(needed)}, {megabytes(free)} are free. Nothing saved before it "
-        f"is lost; make room, then go on with `pixrl resume` and the run's folder."
+        f"The disk is full: {path} needs {megabytes(needed)}, {megabytes(free)} are free. {KEPT}; make room, then "
+        f"{RESUME}"
     )
 
 
@@ -70,7 +113,7 @@ def write_atomic(path: Path, content: bytes, *, sync_folder: bool = True) -> Non
 
 def write_all_atomic(contents: Mapping[Path, bytes]) -> None:
     """`write_atomic` for several files at a time. Their names are durable after `fsync_folder`."""
-    beside = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
+    beside = {path: temporary(path, "tmp") for path in contents}
     try:
         for path, content in contents.items():
             with disk_guard(path, len(content)):
@@ -78,8 +121,8 @@ def write_all_atomic(contents: Mapping[Path, bytes]) -> None:
         for path in contents:
             os.replace(beside[path], path)
     finally:
-        for temporary in beside.values():
-            temporary.unlink(missing_ok=True)
+        for written in beside.values():
+            written.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -93,13 +136,51 @@ def fsync_folder(folder: Path) -> None:
 
 def replace_folder(new: Path, path: Path) -> None:
     """Puts the folder `new` in the place of `path`, whose old content goes."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = temporary(path, "old")
     if path.exists():
         os.rename(path, old)
     os.rename(new, path)
     fsync_folder(path.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def temporary(path: Path, suffix: str) -> Path:
+    """What this process calls `path` while it comes (tmp, new) or goes (old)."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
+
+
+def discard(path: Path) -> None:
+    """Removes a folder: its name at once, then what is in it. Killed in between, it leaves a leftover."""
+    gone = temporary(path, "old")
+    os.rename(path, gone)
+    shutil.rmtree(gone)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed processes left below a folder: half-written files, and folders half removed."""
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        left = [name for name in (*folders, *files) if TEMPORARY.fullmatch(name)]
+        found += [Path(place, name) for name in left]
+        folders[:] = [name for name in folders if name not in left]
+    return sorted(found)
+
+
+def leftovers_beside(path: Path) -> list[Path]:
+    """What processes that were killed while they made or replaced `path` left beside it."""
+    own = re.compile(rf"\.{re.escape(path.name)}\.\d+\.(tmp|new|old)")
+    if not path.parent.is_dir():
+        return []
+    return sorted(entry for entry in path.parent.iterdir() if own.fullmatch(entry.name))
+
+
+def remove(path: Path) -> None:
+    """A file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256(content: bytes) -> str:

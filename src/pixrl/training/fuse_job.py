@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from pixrl import config as recipes
@@ -18,20 +18,25 @@ from pixrl.data.pairs import check_concepts
 from pixrl.errors import CheckpointError, RunError
 from pixrl.hub import Presence
 from pixrl.training import checkpoint
-from pixrl.training.files import write_atomic
+from pixrl.training.files import resource_guard, write_atomic
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.fuse_loop import FailureWatch, FusionStep, make_sampler, play
 from pixrl.training.fuse_noise import NoisePlan
 from pixrl.training.fuse_progress import Progress, Shown, Silent
 from pixrl.training.fuse_select import Selection, choose, choose_thresholds, similarities_of
 from pixrl.training.fuse_world import FusionSession, FusionWorld, load_world
-from pixrl.training.fuse_writer import StepWriter
+from pixrl.training.fuse_writer import StepWriter, cut_coefficients
+from pixrl.training.run_place import replacing, require_free
 from pixrl.training.runlog import ManifestRow, RunFolder, png_bytes
 
 KIND = "fuse"
 SELECTION = "selection.json"
 EXEMPLARS = "exemplars"
+FEATURES = "features.safetensors"
+"""Of the exemplars."""
 WORLD = "world.json"
+WORLD_KEY = "world"
+"""Where a checkpoint keeps a copy of it."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +89,27 @@ def start(
 ) -> FinishedRun:
     """A new run. Ctrl-C leaves a folder that `go_on` finishes."""
     check_concepts(config.concepts)
+    require_free(out, force)
     world = world or world_of(config)
     world.renderer.encode(
         [world.prompt(concept) for concept in config.concepts]
     )  # unknown words, before any folder
     folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
-    return _run(folder, config, world, START, progress or Silent())
+    with replacing(folder.path):
+        return _run(folder, config, world, START, progress or Silent())
 
 
 def go_on(path: Path, *, progress: Progress | None = None, world: FusionWorld | None = None) -> FinishedRun:
-    """Finishes a broken-off run: its manifest ends as that of an unbroken one. A finished run is chosen from anew."""
+    """Finishes a broken-off run, wherever it was broken off: its manifest ends as that of an unbroken one.
+
+    A finished run is chosen from anew.
+    """
     folder, config = open_run(path)
     world = world or world_of(config)
     place = find_place(folder)
-    folder.truncate_manifest(place.images)
-    folder.truncate_metrics(place.step)
+    folder.tidy()
+    folder.cut_back(place.step, place.images)
+    cut_coefficients(folder, place.step)
     return _run(folder, config, world, place, progress or Silent())
 
 
@@ -171,14 +182,15 @@ def _run(
     if place is not START:
         sampler.restore(place.tensors, place.state["sampler"])
         noise.restore(place.state["noise"])
-    _write_world(folder, _record(world, session), session)
+    record = _record(world, session)
+    _write_world(folder, record, session, place)
     watch = FailureWatch(config)
     done = folder.manifest()
     watch.count(tuple(row.failed for row in done))
     progress.begin(config, [_reward(row) for row in done])
-    with Shown(progress), StepWriter(folder, config) as writer:
+    with resource_guard(folder.path), Shown(progress), StepWriter(folder, config) as writer:
         steps = play(session, sampler, config, noise, place.step)
-        _follow(steps, sampler, noise, writer, watch, progress)
+        _follow(steps, sampler, noise, writer, watch, progress, record)
     return _choose(folder, config, folder.manifest())
 
 
@@ -189,10 +201,12 @@ def _follow(
     writer: StepWriter,
     watch: FailureWatch,
     progress: Progress,
+    record: WorldRecord,
 ) -> None:
+    world = record.model_dump(mode="json")
     for step in steps:
         images = step.first_index + len(step)
-        state = {"images": images, "sampler": sampler.state(), "noise": noise.state()}
+        state = {"images": images, "sampler": sampler.state(), "noise": noise.state(), WORLD_KEY: world}
         writer.write(step, sampler.tensors(), state)
         progress.advance(step.feedback.rewards_B.tolist())
         watch.count(step.reasons)
@@ -226,11 +240,20 @@ def _copy_selected(folder: RunFolder, rows: list[ManifestRow], selection: Select
 
 def read_world(folder: RunFolder) -> WorldRecord:
     """The record of a run's models, calibration and exemplars."""
-    path = folder.path / WORLD
+    found = world_on_disk(folder)
+    if found is None:
+        raise CheckpointError(
+            f"{folder.path / WORLD} is missing or damaged. Type: pixrl resume {folder.path}, which writes it again."
+        )
+    return found
+
+
+def world_on_disk(folder: RunFolder) -> WorldRecord | None:
+    """The same; None where the file is missing or damaged."""
     try:
-        return WorldRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: {error}. Start the run anew.") from None
+        return WorldRecord.model_validate_json((folder.path / WORLD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def exemplar_files(folder: RunFolder, concept: str) -> list[Path]:
@@ -269,29 +292,35 @@ def _require_same_scorer(folder: RunFolder, before: Mapping[str, str], now: Mapp
         )
 
 
-def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession) -> None:
-    """What the children are compared with, and by what. A resumed run must find what it began with."""
-    if (folder.path / WORLD).is_file():
-        before = read_world(folder)
+def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession, place: Place) -> None:
+    """What the children are compared with, and by what. A resumed run must find what it began with.
+
+    Where world.json is lost, its copy in the checkpoint says that.
+    """
+    found = world_on_disk(folder)
+    kept = place.state.get(WORLD_KEY)
+    before = found if found is not None or kept is None else WorldRecord.model_validate(kept)
+    if before is not None:
         if before.fingerprint != record.fingerprint:
             raise CheckpointError(
                 f"{record.model} has changed since the run {folder.path} began ({before.fingerprint}, now "
                 f"{record.fingerprint}). Put the old checkpoint back, or start a new run."
             )
         _require_same_scorer(folder, before.scorer, record.scorer)
+    if found is not None:
         return
-    place = folder.path / EXEMPLARS
-    place.mkdir(exist_ok=True)
+    pictures = folder.path / EXEMPLARS
+    pictures.mkdir(exist_ok=True)
     for exemplars in session.exemplars:
         for i, image in enumerate(exemplars.images_MCHW):
             write_atomic(
-                place / f"{slug(exemplars.concept)}-{i:02d}.png", png_bytes(image), sync_folder=False
+                pictures / f"{slug(exemplars.concept)}-{i:02d}.png", png_bytes(image), sync_folder=False
             )
     features = {
         exemplars.concept: exemplars.features_ME.cpu().contiguous() for exemplars in session.exemplars
     }
-    write_atomic(place / "features.safetensors", safetensors.torch.save(features))
-    content = record.model_dump_json(indent=1).encode() + b"\n"
+    write_atomic(pictures / FEATURES, safetensors.torch.save(features))
+    content = (before or record).model_dump_json(indent=1).encode() + b"\n"
     write_atomic(folder.path / WORLD, content)
 
 

@@ -19,11 +19,11 @@ from pixrl.training.fuse_config import FuseConfig, SamplerName, settings_type
 from pixrl.training.fuse_job import FinishedRun
 from pixrl.training.fuse_progress import Progress
 from pixrl.training.fuse_world import FusionWorld
+from pixrl.training.run_place import CHILDREN, has_saved, is_run, replacing, require_free
 from pixrl.training.runlog import RunFolder
 
 COMPARE = "fuse-compare"
 PAIRS = "fuse-pairs"
-CHILDREN = "runs"
 FAILURES = "failures.json"
 ALL = "all"
 _log = logging.getLogger("pixrl")
@@ -106,12 +106,14 @@ def start_many(
     world: FusionWorld | None = None,
 ) -> FinishedRuns:
     """Runs all of them, one after the other. One that stops with an error does not stop the others."""
+    require_free(out, force)
     first = next(config.children())[1]
     world = world or fuse_job.world_of(first)
     names = dict.fromkeys(concept for concepts in config.concepts for concept in concepts)
     world.renderer.encode([world.prompt(concept) for concept in names])  # unknown words, before any folder
     folder = RunFolder.create(out, kind=kind, recipe=config, force=force)
-    return _run_all(folder, config, progress, world)
+    with replacing(folder.path):
+        return _run_all(folder, config, progress, world)
 
 
 def go_on_many(
@@ -119,6 +121,7 @@ def go_on_many(
 ) -> FinishedRuns:
     """Finishes what is not finished, and tries again what failed."""
     folder, config = open_many(path)
+    folder.tidy()
     return _run_all(folder, config, progress, world or fuse_job.world_of(next(config.children())[1]))
 
 
@@ -154,13 +157,15 @@ def _run_all(
             continue
         shown = progress() if progress else None
         try:
-            if (place / "recipe.yaml").is_file():
+            if is_run(place):
                 fuse_job.go_on(place, progress=shown, world=world)
             else:
                 fuse_job.start(child, place, progress=shown, world=world)
         except RunError as error:
             _log.warning("%s stopped: %s", name, error)
             failures[name] = str(error)
+        if has_saved(folder.path):
+            folder.step_is_saved()
     write_atomic(folder.path / FAILURES, json.dumps(failures, indent=1, ensure_ascii=False).encode() + b"\n")
     result = finished_runs(folder.path)
     if failures and not result.runs:

@@ -7,6 +7,7 @@ is killed anywhere resumes from the newest whole checkpoint, drops what lies beh
 import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -61,18 +62,31 @@ class StepWriter:
         self.folder.append_manifest(manifest_rows(step, self.config, files))
         self.folder.log(step.step, metrics(step))
         checkpoint.save(checkpoint.step_folder(self.folder.path, step.step + 1), tensors, state)
+        self.folder.step_is_saved()
         checkpoint.keep_last(self.folder.path, 2)
 
 
 def save_coefficients(folder: RunFolder, step: int, coefficients_BND: Tensor) -> None:
     """The coefficients of a step: with the seeds in the manifest they give its pictures back."""
     content = safetensors.torch.save({"coefficients_BND": coefficients_BND.detach().cpu().contiguous()})
-    write_atomic(folder.path / COEFFICIENTS / f"step-{step:06d}.safetensors", content)
+    write_atomic(coefficients_file(folder, step), content)
+
+
+def coefficients_file(folder: RunFolder, step: int) -> Path:
+    """Where they lie."""
+    return folder.path / COEFFICIENTS / f"step-{step:06d}.safetensors"
+
+
+def cut_coefficients(folder: RunFolder, step: int) -> None:
+    """Drops those of `step` and later, which are drawn anew."""
+    for file in (folder.path / COEFFICIENTS).glob("step-[0-9]*.safetensors"):
+        if int(file.stem.removeprefix("step-")) >= step:
+            file.unlink()
 
 
 def load_coefficients(folder: RunFolder, step: int) -> Tensor:
     """The inverse of `save_coefficients`."""
-    content = (folder.path / COEFFICIENTS / f"step-{step:06d}.safetensors").read_bytes()
+    content = coefficients_file(folder, step).read_bytes()
     return safetensors.torch.load(content)["coefficients_BND"]
 
 

@@ -94,6 +94,8 @@ class Loop:
     """Checks that the first update is on-policy; figures for the log."""
     after_first_update: Callable[[], Mapping[str, float]]
     """Checks that all processes agree."""
+    start: Mapping[str, Any]
+    """What the run began with; every checkpoint keeps a copy, for the day that start.json is lost."""
 
     def run(self, start: int) -> None:
         """Steps `start` to the last; at Ctrl-C the step in hand is ended and saved, at a second one it is lost.
@@ -145,9 +147,14 @@ class Loop:
         self.monitor.evaluation(step, self.evaluator.run(self.log, step))
 
     def _save(self, step: int) -> None:
-        state: dict[str, Any] = {"images": self.log.images, "algorithm": self.algorithm.state()}
+        state: dict[str, Any] = {
+            "images": self.log.images,
+            "algorithm": self.algorithm.state(),
+            "start": self.start,
+        }
         if self.peers.rank == 0:
             path = self.log.folder.path
             checkpoint.save(checkpoint.step_folder(path, step), self.algorithm.tensors(), state)
+            self.log.folder.step_is_saved()
             checkpoint.keep_last(path, self.pace.keep)
         self.peers.gather(None)  # nobody runs ahead of the checkpoint

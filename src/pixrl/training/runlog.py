@@ -1,14 +1,12 @@
 """A run is a folder, and the folder is the interface: `docs/run_folder.md` is its contract.
 
 `RunFolder` writes and reads it. Whatever a method returned from is on the disk; a crash in between leaves at most a
-torn last line, which the next start drops.
+torn last line and files beside, which the next start drops. Where it lies, and what is replaced, is run_place.py's.
 """
 
 import io
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,26 +17,27 @@ from torch import Tensor
 
 from pixrl import config
 from pixrl.errors import CheckpointError, RunError, ShapeError
+from pixrl.training import checkpoint, run_place
 from pixrl.training.environment import describe
 from pixrl.training.files import (
-    disk_guard,
     fsync_folder,
-    replace_folder,
+    remove,
     sha256,
     write_all_atomic,
-    write_durable,
+    write_atomic,
 )
 from pixrl.training.jsonl import JsonLines
+from pixrl.training.run_place import ENVIRONMENT, RECIPE
 
-RECIPE = "recipe.yaml"
-ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 MANIFEST = "rollouts/manifest.jsonl"
 IMAGES = "rollouts/images"
 SAMPLES = "samples"
 CHECKPOINTS = "checkpoints"
+EVALUATIONS = "evaluations.jsonl"
 REPORT = "report.html"
-OWN_NAMES = {RECIPE, ENVIRONMENT, METRICS, REPORT, SAMPLES, CHECKPOINTS, "rollouts"}
+KNOWN, BEFORE = "recipe_sha256", "recipe_sha256_before"
+"""Where environment.json keeps the checksum of recipe.yaml, and of the one before it was changed by `resume --set`."""
 
 
 class ManifestRow(BaseModel):
@@ -78,22 +77,13 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path, *, kind: str, recipe: BaseModel, force: bool = False) -> "RunFolder":
-        """Starts a run in a new folder. An existing run is refused, or with `force` replaced."""
+        """Starts a run in a new folder. An existing run is refused, or with `force` set aside until the new one has
+        saved its first step (`run_place.replacing`)."""
         path = Path(path).absolute()
-        _refuse_existing(path, force)
         recipe_text = f"kind: {kind}\n{config.dump(recipe)}".encode()
         environment = describe(recipe.model_dump().get("seed"), sha256(recipe_text))
-        new = path.with_name(f".{path.name}.{os.getpid()}.new")
-        with disk_guard(path, len(recipe_text) + len(environment)):
-            try:
-                (new / IMAGES).mkdir(parents=True)
-                (new / SAMPLES).mkdir()
-                (new / CHECKPOINTS).mkdir()
-                write_durable(new / RECIPE, recipe_text)
-                write_durable(new / ENVIRONMENT, environment)
-                replace_folder(new, path)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
+        files = {RECIPE: recipe_text, ENVIRONMENT: environment}
+        run_place.make(path, kind, files, (IMAGES, SAMPLES, CHECKPOINTS), force=force)
         return RunFolder(path, kind)
 
     @staticmethod
@@ -103,24 +93,61 @@ class RunFolder:
         `allow_changed`: the caller itself compares a recipe that was edited after the run began.
         """
         path = Path(path).absolute()
-        recipe = _read_recipe(path, allow_changed)
+        run_place.finish_replacing(path)
+        recipe, _ = _read_recipe(path, allow_changed)
         kind = config.parse_yaml(recipe.decode(), str(path / RECIPE)).get("kind")
         run = RunFolder(path, str(kind))
         if repair:
-            run._manifest.repair()
-            run._metrics.repair()
+            for log in run.logs():
+                log.repair()
         run.manifest()
         run.metrics()
         return run
 
+    def logs(self) -> tuple[JsonLines, JsonLines, JsonLines]:
+        """The manifest, the metrics and the evaluations, which only alignments have."""
+        return self._manifest, self._metrics, JsonLines(self.path / EVALUATIONS, self.path)
+
+    def is_edited(self) -> bool:
+        """Whether somebody changed recipe.yaml since pixrl wrote it."""
+        return _read_recipe(self.path, allow_changed=True)[1]
+
     def adopt_recipe(self, recipe: BaseModel) -> None:
-        """From now on the run has another recipe; the caller has found that it can go on with it."""
+        """From now on the run has another recipe; the caller has found that it can go on with it.
+
+        Killed in between, the folder has one of the two, and knows both.
+        """
         text = f"kind: {self.kind}\n{config.dump(recipe)}".encode()
         environment = json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        environment["recipe_sha256"] = sha256(text)
+        environment[BEFORE] = environment[KNOWN]
+        environment[KNOWN] = sha256(text)
         content = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
-        write_all_atomic({self.path / RECIPE: text, self.path / ENVIRONMENT: content.encode()})
-        fsync_folder(self.path)
+        write_atomic(self.path / ENVIRONMENT, content.encode())
+        write_atomic(self.path / RECIPE, text)
+
+    def tidy(self) -> None:
+        """Removes what killed processes left. Only for the process that goes on with the run."""
+        for path in run_place.left_by_kills(self.path):
+            remove(path)
+        if run_place.has_saved(self.path):
+            run_place.drop_replaced(self.path)
+
+    def cut_back(self, step: int, images: int) -> None:
+        """Drops what lies behind the checkpoint of `step` with its `images`: a resumed run makes it anew."""
+        self.truncate_manifest(images)
+        self.truncate_metrics(step)
+        for picture in self.pictures():
+            if int(picture.stem) >= images:
+                picture.unlink()
+        checkpoint.set_aside_after(self.path, step)
+
+    def pictures(self) -> list[Path]:
+        """The pictures that lie in rollouts/images, whether the manifest names them or not, by their numbers."""
+        return sorted((self.path / IMAGES).glob("[0-9]*.png"), key=lambda file: int(file.stem))
+
+    def step_is_saved(self) -> None:
+        """Tells that a step can be gone on from: what this run replaced, if anything, goes."""
+        run_place.drop_replaced(self.path)
 
     def recipe_text(self) -> str:
         """The resolved recipe, `kind` first."""
@@ -202,43 +229,29 @@ def png_bytes(image_CHW: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _refuse_existing(path: Path, force: bool) -> None:
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not path.is_dir():
-        raise RunError(f"{path} is a file; --out names the run's folder. Choose another.")
-    names = {entry.name for entry in path.iterdir()}
-    is_run = names >= {RECIPE, ENVIRONMENT} or names <= OWN_NAMES
-    if not is_run:
-        raise RunError(
-            f"{path} exists and is no run of pixrl, so nothing in it is replaced. Choose another --out."
-        )
-    if not force:
-        raise RunError(
-            f"{path} already holds a run. Go on with it: pixrl resume {path}. Replace it: add --force. "
-            f"Or choose another --out."
-        )
-
-
-def _read_recipe(path: Path, allow_changed: bool) -> bytes:
-    """The recipe of a run, after checking that the folder is a run and the recipe is the one it began with."""
+def _read_recipe(path: Path, allow_changed: bool) -> tuple[bytes, bool]:
+    """The recipe of a run, and whether it is another one than pixrl wrote, which is refused unless allowed."""
     if not path.is_dir():
         raise RunError(
             f"There is no run folder {path}. Name one that fuse, align or personalize made (--out DIR)."
         )
     missing = [name for name in (RECIPE, ENVIRONMENT) if not (path / name).is_file()]
     if missing:
-        raise RunError(
-            f"{path} is no run, or only half of one: {' and '.join(missing)} missing. Start it anew."
+        advice = (
+            "Nothing was drawn there yet: type the command that starts it."
+            if run_place.is_blank(path)
+            else "Put it back, or start another run in another folder."
         )
+        raise RunError(f"{path} is no run, or only half of one: {' and '.join(missing)} missing. {advice}")
     recipe = (path / RECIPE).read_bytes()
     environment = config.parse_yaml(
         (path / ENVIRONMENT).read_text(encoding="utf-8", errors="replace"), ENVIRONMENT
     )
-    known = environment.get("recipe_sha256") if isinstance(environment, dict) else None
-    if known is None or (known != sha256(recipe) and not allow_changed):
+    found = environment if isinstance(environment, dict) else {}
+    edited = sha256(recipe) not in (found.get(KNOWN), found.get(BEFORE))
+    if KNOWN not in found or (edited and not allow_changed):
         raise CheckpointError(
             f"{path / RECIPE} does not match its checksum in {ENVIRONMENT}: one of them was changed after the run "
             f"began. Put it back, or start a new run from it: --recipe {path / RECIPE}"
         )
-    return recipe
+    return recipe, edited
