@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 KILLED, FAILED = 77, 3
 OPERATIONS = ("write", "rename", "replace", "fsync", "ftruncate", "truncate", "unlink", "rmdir", "mkdir")
 
@@ -53,14 +55,15 @@ def in_child(work: Callable[[], object], die_at: int | None = None) -> tuple[int
     if child == 0:
         os.close(reads)
         status = FAILED
+        torch.set_num_threads(1)  # the threads that the parent's operations run in are not here
         try:
             with watched(die_at) as count:
                 work()
             os.write(writes, str(count()).encode())
             status = 0
-        except BaseException:
-            traceback.print_exc(file=sys.stderr)
         finally:
+            if status:
+                traceback.print_exc(file=sys.stderr)
             os._exit(status)
     os.close(writes)
     with os.fdopen(reads) as pipe:
@@ -70,7 +73,7 @@ def in_child(work: Callable[[], object], die_at: int | None = None) -> tuple[int
 
 
 def sample(total: int, size: int, seed: int = 0) -> list[int]:
-    """Numbers below `total`: all of them, or the first, the last and a seeded choice where they are more than `size`."""
+    """Numbers below `total`: all of them, or, where they are more than `size`, the first, the last and a choice."""
     if total <= size:
         return list(range(total))
     chosen = random.Random(seed).sample(range(1, total - 1), size - 2)

@@ -1,4 +1,4 @@
-"""The commands of training: align, personalize, selfcheck; and of any run: resume, report."""
+"""The commands of training: align, personalize, selfcheck; and of any run: resume, check, report."""
 
 import json
 from typing import Annotated
@@ -115,6 +115,21 @@ def resume(
 
             fuse_api.resume(run)
         say_where(run)
+
+
+@commands.command()
+def check(
+    run: Run,
+    repair: Annotated[bool, option("Mend what can be mended.", flag="--repair")] = False,
+    as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
+) -> None:
+    """Look at every file of a run that nobody is writing to; exit code 1 when something is wrong."""
+    from pixrl.training import run_check
+
+    found = run_check.check(run, repair=repair)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(found.lines()))
+    if not found.good:
+        raise typer.Exit(1)
 
 
 @commands.command()

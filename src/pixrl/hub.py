@@ -47,6 +47,7 @@ __all__ = [
     "components",
     "fingerprint",
     "folder",
+    "full_path",
     "locate",
     "read_card",
     "read_json",
@@ -184,6 +185,20 @@ def split_single_file(ref: str | Path) -> tuple[Path, str | None] | None:
     if at:
         return Path(f"{name}{SINGLE_FILE}").expanduser(), config
     return (Path(text).expanduser(), None) if text.endswith(SINGLE_FILE) else None
+
+
+def full_path(ref: str) -> str:
+    """A reference to a checkpoint or to data, what it names on this disk by its whole path; all else as it is.
+
+    A run records such references, so that it means the same files from whichever folder it is resumed.
+    """
+    if not ref or ref.startswith(TOY_PREFIX):
+        return ref
+    name, at, config = ref.partition(f"{SINGLE_FILE}@")
+    if at:
+        return f"{full_path(name + SINGLE_FILE)}@{full_path(config)}"
+    path = Path(ref).expanduser()
+    return str(path.absolute()) if path.exists() else ref
 
 
 def _config_of(file: Path) -> Path:

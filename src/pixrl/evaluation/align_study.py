@@ -36,6 +36,7 @@ from pixrl.evaluation.study_runner import Record, open_records, run_tasks, study
 from pixrl.models.slots import Slot
 from pixrl.training import align_job
 from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_data import with_full_paths
 from pixrl.training.align_kinds import kind_of, read_config
 from pixrl.training.align_log import evaluations
 from pixrl.training.align_workshop import Workshop, open_workshop, plan_batches
@@ -90,7 +91,8 @@ def finished_run(study: Path | None, config: AlignConfig) -> Path | None:
         return None
     for path in sorted(study.absolute().glob(f"{RUNS}/*/seed-{config.seed}")):
         folder = RunFolder.open(path)
-        same = folder.kind == kind_of(config) and read_config(folder) == config
+        known = (config, with_full_paths(config))
+        same = folder.kind == kind_of(config) and read_config(folder) in known
         if same and evaluations(path)[-1:] and evaluations(path)[-1]["step"] == config.steps:
             return path
     return None

@@ -17,8 +17,9 @@ from pixrl.errors import ConfigError, PixrlError, did_you_mean
 from pixrl.training.environment import describe
 from pixrl.training.files import sha256, write_atomic
 from pixrl.training.jsonl import JsonLines
+from pixrl.training.run_check import RECORDS
 
-RECORDS, RECIPE, ENVIRONMENT = "records.jsonl", "recipe.yaml", "environment.json"
+RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
 Record = dict[str, Any]
 TaskT = TypeVar("TaskT", bound=Hashable)
 StudyT = TypeVar("StudyT", bound=Settings)
@@ -44,7 +45,7 @@ def open_records(study: Settings, kind: str, out: Path) -> JsonLines:
     if not path.is_file():  # the recipe comes last: where it is, all is
         write_atomic(out / ENVIRONMENT, describe(None, sha256(text.encode())))
         write_atomic(path, text.encode())
-    return JsonLines(out / RECORDS, out)
+    return JsonLines(out / RECORDS, out, repair="pixrl check {run} --repair")
 
 
 def run_tasks(

@@ -6,9 +6,11 @@ Importing this package imports no torch.
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
+from pixrl.hub import full_path
 
 if TYPE_CHECKING:
     from pixrl.rewards.base import Reward
@@ -92,6 +94,25 @@ def checked_options(name: str, options: Mapping[str, object]) -> dict[str, objec
 def takes(name: str, option: str) -> bool:
     """Whether a reward of the table has such an option."""
     return option in inspect.signature(_class_of(name)).parameters
+
+
+def with_full_paths(name: str, options: Mapping[str, object]) -> dict[str, object]:
+    """A reward's options, those that name files or folders of this disk by their whole paths. Loads torch, no model."""
+    parameters = inspect.signature(_class_of(name)).parameters
+    return {
+        key: _full(value, Path in get_args(parameters[key].annotation))
+        if isinstance(value, str) and key in parameters
+        else value
+        for key, value in options.items()
+    }
+
+
+def _full(value: str, is_reference: bool) -> str:
+    """`value` may also be a function of a file, `path/to/file.py:f`."""
+    file, colon, function = value.rpartition(":")
+    if colon and file.endswith(".py"):
+        return f"{full_path(file)}:{function}"
+    return full_path(value) if is_reference else value
 
 
 def is_differentiable(name: str) -> bool:

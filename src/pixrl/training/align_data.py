@@ -1,17 +1,50 @@
-"""Checksums of what a run learns from and is evaluated on: prompts, class words and reference pictures."""
+"""Where what a run learns from and is evaluated on lies, and checksums of it: prompts, words, reference pictures."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from pixrl import rewards as rewards_table
 from pixrl.algorithms.sft import TARGET
 from pixrl.data.prompts import Prompt, PromptSet
+from pixrl.hub import full_path
 from pixrl.rewards.references import KEY
+from pixrl.training.align_config import AlignConfig
 
 SUBJECT = "subject"
+ConfigT = TypeVar("ConfigT", bound=AlignConfig)
+
+
+_SOURCES = ("model", "prompts.source", "evaluation.source", "output.features", "references.lora")
+"""Settings that may name a file or a folder."""
+
+
+def with_full_paths(config: ConfigT, known: AlignConfig | None = None) -> ConfigT:
+    """A recipe that names files and folders by their whole paths; settings that are those of `known` stay as they are.
+
+    The rewards' options are among them.
+    """
+    values, before = config.model_dump(), {} if known is None else known.model_dump()
+    changed = config
+    for name in _SOURCES:
+        part, _, key = name.rpartition(".")
+        own = values.get(part) if part else values
+        old = before.get(part) if part else before
+        if own is None or own.get(key) is None or own[key] == (old or {}).get(key):
+            continue
+        full = full_path(own[key])
+        inner = changed.__dict__[part].model_copy(update={key: full}) if part else full
+        changed = changed.model_copy(update={part or key: inner})
+    if known is not None and known.rewards == config.rewards:
+        return changed
+    rewards = [
+        one.model_copy(update={"options": rewards_table.with_full_paths(one.reward, one.options)})
+        for one in config.rewards
+    ]
+    return changed.model_copy(update={"rewards": tuple(rewards)})
 
 
 class _Hash(Protocol):

@@ -17,6 +17,7 @@ from pixrl.algorithms.rollouts import Rollouts
 from pixrl.errors import InputError, ServiceError
 from pixrl.training import selfcheck
 from pixrl.training.align_config import AlignConfig
+from pixrl.training.align_data import with_full_paths
 from pixrl.training.align_eval import score
 from pixrl.training.align_kinds import kind_of, read_config
 from pixrl.training.align_log import AlignLog, cut_back, evaluations
@@ -61,6 +62,7 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
         RunError: the folder is taken, or the run had to stop.
     """
     require_free(out, force)
+    config = with_full_paths(config)
     shop = open_workshop(config)
     # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
     prepare(shop.method.exploration, shop.policy, shop.first_groups()[:1])
@@ -103,6 +105,7 @@ def go_on(
     else:
         require_unedited(folder, accept_changes)
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
+    config = with_full_paths(config, edited)
     shop = open_workshop(config)
     evaluation, changes = _changes(folder, began, shop, accept_changes) if began else ([], [])
     step, images, saved = find_place(folder)

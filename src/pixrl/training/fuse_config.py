@@ -9,8 +9,12 @@ from pixrl import algorithms
 from pixrl.config import Settings
 from pixrl.data.pairs import check_concepts
 from pixrl.errors import did_you_mean
+from pixrl.hub import full_path
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.training.fuse_noise import Noise, NoisePlan
+
+CHECKPOINTS = ("model", "clip", "segmenter")
+"""Settings that may name a folder."""
 
 
 class SamplerName(StrEnum):
@@ -99,6 +103,11 @@ class FuseConfig(Settings):
                 f"raise --budget to {self.batch} or more, or add --set batch={max(2, self.budget)}"
             )
         return self
+
+    def with_full_paths(self) -> "FuseConfig":
+        """The same, its checkpoints by their whole paths where they are on this disk."""
+        found = {name: full_path(ref) for name in CHECKPOINTS if (ref := self.__dict__[name]) is not None}
+        return self.model_copy(update=found)
 
     @property
     def world(self) -> tuple[str, str | None, str | None, str, str, MemoryPlan]:

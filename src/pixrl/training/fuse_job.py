@@ -90,6 +90,7 @@ def start(
     """A new run. Ctrl-C leaves a folder that `go_on` finishes."""
     check_concepts(config.concepts)
     require_free(out, force)
+    config = config.with_full_paths()
     world = world or world_of(config)
     world.renderer.encode(
         [world.prompt(concept) for concept in config.concepts]

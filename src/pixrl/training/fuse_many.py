@@ -183,4 +183,4 @@ def _sampler(name: str) -> SamplerName:
 
 
 def _shared(base: FuseConfig) -> dict[str, Any]:
-    return base.model_dump(mode="json", exclude={"concepts", "sampler", "options"})
+    return base.with_full_paths().model_dump(mode="json", exclude={"concepts", "sampler", "options"})

@@ -19,13 +19,15 @@ from pixrl.untrusted import parse_json
 
 
 @dataclass(frozen=True)
-class _Scan:
+class Scan:
     """What a file holds: the good rows from the start, the offset behind each, and where it goes wrong."""
 
     rows: list[dict[str, Any]]
     ends: list[int]
     bad_line: int | None
     """1-based number of the first bad line, when it is not merely a torn last line."""
+    torn: bool = False
+    """Whether the last line is."""
 
     @property
     def good_bytes(self) -> int:
@@ -35,15 +37,20 @@ class _Scan:
 class JsonLines:
     """One such file. `repair` makes a corrupted file end at its last good line instead of raising."""
 
-    def __init__(self, path: Path, run: Path) -> None:
+    def __init__(self, path: Path, run: Path, *, repair: str = "pixrl resume {run} --repair") -> None:
+        """`repair`: the command that goes on from the last good line, for the message about a damaged one."""
         self.path = path
-        self._run = run
+        self._repair = repair.format(run=run)
         self._size: int | None = None
         """Bytes that the file should have, as far as this writer knows; None before it looked."""
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, without their checksums."""
         return self._scan().rows
+
+    def inspect(self) -> Scan:
+        """What the file holds, damaged or not."""
+        return self._scan(strict=False)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows; when it returns they are on the disk. On a full disk none of them is kept.
@@ -100,7 +107,7 @@ class JsonLines:
             file.truncate(size)
             os.fsync(file.fileno())
 
-    def _scan(self, strict: bool = True) -> _Scan:
+    def _scan(self, strict: bool = True) -> Scan:
         scan = _scan_bytes(self.path.read_bytes() if self.path.exists() else b"")
         if strict and scan.bad_line is not None:
             good = (
@@ -110,12 +117,12 @@ class JsonLines:
             )
             raise CheckpointError(
                 f"{self.path}, line {scan.bad_line}: does not match its checksum. {good}; to go on from there, "
-                f"type: pixrl resume {self._run} --repair"
+                f"type: {self._repair}"
             )
         return scan
 
 
-def _scan_bytes(content: bytes) -> _Scan:
+def _scan_bytes(content: bytes) -> Scan:
     rows: list[dict[str, Any]] = []
     ends: list[int] = []
     lines = io.BytesIO(content).readlines()
@@ -123,11 +130,12 @@ def _scan_bytes(content: bytes) -> _Scan:
     for number, line in enumerate(lines, 1):
         row = _from_line(line)
         if row is None:
-            return _Scan(rows, ends, number if number < len(lines) else None)
+            torn = number == len(lines)
+            return Scan(rows, ends, None if torn else number, torn)
         end += len(line)
         rows.append(row)
         ends.append(end)
-    return _Scan(rows, ends, None)
+    return Scan(rows, ends, None)
 
 
 def _to_line(row: Mapping[str, Any]) -> str:

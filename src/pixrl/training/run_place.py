@@ -60,6 +60,8 @@ def make(
     path = path.resolve()
     with disk_guard(path, sum(map(len, files.values()))):
         if path.is_dir() and is_blank(path):
+            for left in _begun(path):
+                remove(left)
             _fill(path, kind, files, folders)
             return
         new = temporary(path, "new")
@@ -119,12 +121,19 @@ def is_run(path: Path) -> bool:
 
 def is_blank(path: Path) -> bool:
     """Whether a folder is empty, or holds no more than a start that was killed at once leaves in it."""
-    names = {entry.name for entry in path.iterdir()} - _OF_SYSTEMS
+    left = set(_begun(path))
+    names = {entry.name for entry in path.iterdir() if entry not in left} - _OF_SYSTEMS
     begun = {MARKER, RECIPE, ENVIRONMENT}
     if not names or names >= begun or MARKER not in names:
         return not names
-    files = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
-    return all(str(file) in begun or TEMPORARY.fullmatch(file.name) for file in files)
+    files = (file for file in path.rglob("*") if not file.is_dir() and file not in left)
+    return all(str(file.relative_to(path)) in begun for file in files)
+
+
+def _begun(path: Path) -> list[Path]:
+    """Halves of the first files of a run."""
+    begins = tuple(f".{name}." for name in (MARKER, RECIPE, ENVIRONMENT))
+    return [e for e in path.iterdir() if TEMPORARY.fullmatch(e.name) and e.name.startswith(begins)]
 
 
 def foreign(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from pixrl import config
-from pixrl.errors import CheckpointError, RunError, ShapeError
+from pixrl.errors import CheckpointError, ConfigError, RunError, ShapeError
 from pixrl.training import checkpoint, run_place
 from pixrl.training.environment import describe
 from pixrl.training.files import (
@@ -92,17 +92,27 @@ class RunFolder:
 
         `allow_changed`: the caller itself compares a recipe that was edited after the run began.
         """
-        path = Path(path).absolute()
-        run_place.finish_replacing(path)
-        recipe, _ = _read_recipe(path, allow_changed)
-        kind = config.parse_yaml(recipe.decode(), str(path / RECIPE)).get("kind")
-        run = RunFolder(path, str(kind))
+        run = RunFolder.at(path, allow_changed=allow_changed)
         if repair:
             for log in run.logs():
                 log.repair()
         run.manifest()
         run.metrics()
         return run
+
+    @staticmethod
+    def at(path: Path, *, allow_changed: bool = False) -> "RunFolder":
+        """An existing run whose recipe is checked, and whose logs are not looked at."""
+        path = Path(path).absolute()
+        run_place.finish_replacing(path)
+        recipe, _ = _read_recipe(path, allow_changed)
+        try:
+            kind = config.parse_yaml(recipe.decode(), str(path / RECIPE))["kind"]
+        except (UnicodeDecodeError, TypeError, KeyError, ConfigError):
+            raise CheckpointError(
+                f"{path / RECIPE} is no recipe of a run: it is damaged. Put it back."
+            ) from None
+        return RunFolder(path, str(kind))
 
     def logs(self) -> tuple[JsonLines, JsonLines, JsonLines]:
         """The manifest, the metrics and the evaluations, which only alignments have."""
@@ -177,8 +187,12 @@ class RunFolder:
 
     def manifest(self) -> list[ManifestRow]:
         """All images so far. Raises CheckpointError for a damaged manifest; a torn last line is dropped."""
+        return self.parse_manifest(self._manifest.read())
+
+    def parse_manifest(self, rows: Sequence[Mapping[str, Any]]) -> list[ManifestRow]:
+        """Lines as rows. Raises CheckpointError for those of another version."""
         try:
-            return [ManifestRow.model_validate(row) for row in self._manifest.read()]
+            return [ManifestRow.model_validate(row) for row in rows]
         except ValidationError as error:
             raise CheckpointError(
                 f"{self.path / MANIFEST} was written by another version of pixrl: {error}"
