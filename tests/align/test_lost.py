@@ -10,6 +10,7 @@ import pytest
 from pixrl import align_api
 from pixrl.config import find_recipe
 from pixrl.errors import CheckpointError
+from pixrl.evaluation.shown import gallery_entries
 from pixrl.training import align_job, checkpoint
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_data import with_full_paths
@@ -62,6 +63,8 @@ def test_a_lost_start_throws_nothing_away(
     else:
         (run / START).write_text('{"recipe": {"mod')
         (run / GALLERY).write_text("[")
+        with pytest.raises(CheckpointError, match=r"gallery\.json is damaged.*pixrl resume"):
+            gallery_entries(RunFolder.open(run))
     assert len(check(run).findings) == (1 if loss == "missing" else 2)
     align_job.go_on(run)
     assert same(final(whole), final(run)) and evaluations(whole) == evaluations(run)

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pixrl import cli, fuse_api
+from pixrl.errors import CheckpointError
 from pixrl.evaluation import study_runner
 from pixrl.training import checkpoint, fuse_job
 from pixrl.training.fuse_config import FuseConfig
@@ -157,13 +158,19 @@ def test_the_runs_of_a_folder_of_fusions_are_looked_at_too(tmp_path: Path) -> No
     HARM["leftover"][0](child)
     (one,) = check(place, repair=True).findings
     assert one.file == f"runs/{child.name}/samples/.a.png.4000000.tmp" and one.repaired
+    (place / "failures.json").write_text("{")
+    assert [one.file for one in check(place).findings] == ["failures.json"]
+    with pytest.raises(CheckpointError, match=r"failures\.json is damaged.*pixrl resume"):
+        fuse_api.write_report(place)
+    fuse_api.resume(place, live=False)
+    assert check(place).findings == ()
 
 
 def test_a_studys_records_are_looked_at_and_its_message_names_a_command_that_helps(tmp_path: Path) -> None:
     log = study_runner.open_records(CONFIG, "study", tmp_path / "study")
     log.append([{"variant": "a", "seed": n} for n in range(3)])
     damage_line("records.jsonl", 1)(tmp_path / "study")
-    with pytest.raises(Exception, match=r"type: pixrl check .*study --repair"):
+    with pytest.raises(CheckpointError, match=r"type: pixrl check .*study --repair"):
         log.read()
     assert check(tmp_path / "study", repair=True).good
     assert len(study_runner.open_records(CONFIG, "study", tmp_path / "study").read()) == 1

@@ -1,16 +1,15 @@
 """What an align run's evaluation showed: how many pictures, of which subjects."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pixrl.data.prompts import read_text
 from pixrl.data.subjects import CLASS_FILE
-from pixrl.errors import InputError
+from pixrl.errors import CheckpointError, InputError
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_log import samples_of
-from pixrl.training.align_record import GALLERY, base_and_last
+from pixrl.training.align_record import GALLERY, base_and_last, gallery_on_disk
 from pixrl.training.runlog import RunFolder
 
 NAMED = 3
@@ -18,11 +17,18 @@ NAMED = 3
 
 
 def gallery_entries(folder: RunFolder) -> list[dict[str, Any]]:
-    """One a picture of an evaluation: number, prompt, seed; subject and reference where it has them."""
-    record = folder.path / GALLERY
-    if not record.is_file():  # it stopped before its first step
+    """One a picture of an evaluation: number, prompt, seed; subject and reference where it has them.
+
+    Raises:
+        CheckpointError: the file that lists them is damaged.
+    """
+    if not (folder.path / GALLERY).is_file():  # it stopped before its first step
         return []
-    entries: list[dict[str, Any]] = json.loads(record.read_text(encoding="utf-8"))
+    entries = gallery_on_disk(folder)
+    if entries is None:
+        raise CheckpointError(
+            f"{folder.path / GALLERY} is damaged. Type: pixrl resume {folder.path}, which writes it again."
+        )
     return entries
 
 

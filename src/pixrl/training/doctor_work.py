@@ -15,7 +15,8 @@ from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_kinds import KINDS, kind_of
 from pixrl.training.diagnosis import run_name
 from pixrl.training.environment import describe
-from pixrl.training.runlog import ENVIRONMENT, RECIPE, RunFolder
+from pixrl.training.run_place import ENVIRONMENT, RECIPE
+from pixrl.training.runlog import RunFolder
 
 _SAME = ("model", "guidance", "resolution", "exploration", "sampling", "loss", "lora", "machine", "rewards")
 """Sections of a recipe on which the time of a step depends."""

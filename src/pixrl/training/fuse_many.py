@@ -12,7 +12,7 @@ from pydantic import Field
 from pixrl import config as recipes
 from pixrl.config import Settings
 from pixrl.data.pairs import PairList, check_concepts
-from pixrl.errors import ConfigError, InputError, RunError, did_you_mean
+from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
 from pixrl.training import fuse_job
 from pixrl.training.files import write_atomic
 from pixrl.training.fuse_config import FuseConfig, SamplerName, settings_type
@@ -141,9 +141,19 @@ def finished_runs(path: Path) -> FinishedRuns:
         for name, _ in config.children()
         if (place := folder.path / CHILDREN / name) and (place / fuse_job.SELECTION).is_file()
     ]
-    failures_path = folder.path / FAILURES
-    failures = json.loads(failures_path.read_text(encoding="utf-8")) if failures_path.is_file() else {}
-    return FinishedRuns(folder, config, tuple(runs), failures)
+    return FinishedRuns(folder, config, tuple(runs), read_failures(folder))
+
+
+def read_failures(folder: RunFolder) -> dict[str, str]:
+    """Which fusions stopped, and why; {} before all had their turn. CheckpointError where the file is damaged."""
+    path = folder.path / FAILURES
+    try:
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}). Type: pixrl resume {folder.path}, which writes it again."
+        ) from None
+    return found
 
 
 def _run_all(

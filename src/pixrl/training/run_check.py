@@ -7,6 +7,7 @@ bears a torn end.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pixrl.training.fuse_job import (
     slug,
     world_on_disk,
 )
+from pixrl.training.fuse_many import COMPARE, FAILURES, PAIRS, read_failures
 from pixrl.training.fuse_writer import coefficients_file
 from pixrl.training.jsonl import JsonLines
 from pixrl.training.run_place import CHILDREN, REPLACED
@@ -131,6 +133,8 @@ class _Inspection:
             self._alignment()
         elif self.folder.kind == KIND:
             self._fusion(rows[0])
+        elif self.folder.kind in (COMPARE, PAIRS):
+            self._fusions()
         for child in sorted([*self.path.glob(f"{CHILDREN}/*"), *self.path.glob(f"{CHILDREN}/*/*")]):
             if run_place.is_run(child):
                 self._child(child)
@@ -151,9 +155,7 @@ class _Inspection:
 
     def _leftovers(self) -> None:
         for left in run_place.left_by_kills(self.path):
-            self._found(
-                left, "left over by a process that was killed", "remove it", lambda at=left: remove(at)
-            )
+            self._found(left, "left over by a process that was killed", "remove it", partial(remove, left))
         if (self.path / REPLACED).exists():
             if run_place.has_saved(self.path):
                 aside = self.path / REPLACED
@@ -179,7 +181,7 @@ class _Inspection:
         good = [folder for folder in folders if folder not in damaged]
         for folder, problem in damaged.items():
             if good:
-                self._found(folder, problem, "set it aside", lambda at=folder: checkpoint.set_aside(at))
+                self._found(folder, problem, "set it aside", partial(checkpoint.set_aside, folder))
             else:
                 self._found(folder, problem, "no good one is left: resume begins with the recipe")
         for folder in good:
@@ -207,9 +209,7 @@ class _Inspection:
             self._picture(self.path / name, "the manifest names it; resume does not draw it again")
         for picture in self.folder.pictures():
             if picture.relative_to(self.path).as_posix() not in named:
-                self._found(
-                    picture, "the manifest does not name it", "remove it", lambda at=picture: at.unlink()
-                )
+                self._found(picture, "the manifest does not name it", "remove it", picture.unlink)
 
     def _picture(self, file: Path, remedy: str) -> None:
         if not file.is_file():
@@ -227,7 +227,7 @@ class _Inspection:
             kept = start_in_checkpoint(self.folder)
             content = json.dumps(kept, indent=1).encode() + b"\n"
             put_back = "put back the copy of the newest checkpoint"
-            mend = (lambda: write_atomic(self.path / START, content)) if kept else None
+            mend = partial(write_atomic, self.path / START, content) if kept else None
             self._found(self.path / START, "missing or damaged", put_back if kept else RESUMED, mend)
         shown = gallery_on_disk(self.folder)
         if shown is None:
@@ -242,7 +242,7 @@ class _Inspection:
             else:
                 self._found(
                     place, "an evaluation that was not ended", "remove it; resume draws it anew",
-                    lambda at=place: remove(at),
+                    partial(remove, place),
                 )  # fmt: skip
 
     def _evaluation(self, place: Path) -> None:
@@ -276,6 +276,12 @@ class _Inspection:
             self._tensors(coefficients_file(self.folder, step))
         if (self.path / SELECTION).is_file():
             self._selection()
+
+    def _fusions(self) -> None:
+        try:
+            read_failures(self.folder)
+        except CheckpointError:
+            self._found(self.path / FAILURES, "damaged", RESUMED)
 
     def _selection(self) -> None:
         again = f"choose anew: pixrl select {self.path}"
