@@ -1,9 +1,11 @@
 """A run that is killed at any file operation goes on, and ends as one that never was; nothing is left over.
 
-`SAMPLE` kills of each kind of run, the first and the last operation among them; `PIXRL_EVERY_KILL=1` takes them all.
+`SAMPLE` kills of each kind of run, the first and the last operation among them; `PIXRL_EVERY_KILL=1` takes all of them,
+which is some minutes.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,8 @@ from tests.fuse.world import fake_world
 from tests.personalize.conftest import make_subject
 from tests.personalize.test_job import recipe as personalize_recipe
 
-SAMPLE = {"fuse": 30, "align": 20, "personalize": 14}
+SAMPLE = {"fuse": 24, "align": 16, "personalize": 12}
+FEWER = 14
 OF_TIME = ("environment.json", "report.html", "metrics.jsonl", "checkpoints", "tensorboard")
 """What differs between two runs of one recipe: dates, seconds, and files that hold them."""
 Begin = Callable[[Path], object]
@@ -102,8 +105,8 @@ def _personalize(place: Path) -> PersonalizeConfig:
     return PersonalizeConfig.model_validate(settings)
 
 
-def _sample(total: int, kind: str) -> list[int]:
-    return list(range(total)) if os.environ.get("PIXRL_EVERY_KILL") else kills.sample(total, SAMPLE[kind])
+def _sample(total: int, size: int) -> list[int]:
+    return list(range(total)) if os.environ.get("PIXRL_EVERY_KILL") else kills.sample(total, size)
 
 
 def _same_run(one: Path, other: Path) -> None:
@@ -139,7 +142,7 @@ def test_killed_at_any_file_operation_and_resumed(
     whole = tmp_path / "whole"
     total = _done(play.start, whole)
     assert total > 50
-    for number in _sample(total, request.node.callspec.params["play"]):
+    for number in _sample(total, SAMPLE[request.node.callspec.params["play"]]):
         place = tmp_path / f"killed-{number}"
         run = place / "run"
         place.mkdir()
@@ -160,7 +163,7 @@ def test_killed_twice_and_resumed(tmp_path: Path, play: Play) -> None:
     first = tmp_path / "first"
     _done(play.start, first, middle)
     left = _done(play.resume, first)
-    for number in kills.sample(left, 20):
+    for number in _sample(left, FEWER):
         run = tmp_path / f"second-{number}"
         _done(play.start, run, middle)
         _done(play.resume, run, number)
@@ -179,7 +182,7 @@ def test_killed_while_it_replaces_an_old_run(tmp_path: Path, play: Play) -> None
     (old / "samples" / "mine.png").write_bytes(b"of the old run")
     operations = _done(play.again, _copy(old, tmp_path / "count"))
     assert operations > total
-    for number in kills.sample(operations, 40):
+    for number in _sample(operations, FEWER):
         place = tmp_path / f"killed-{number}"
         run = _copy(old, place / "run")
         _done(play.again, run, number)
@@ -195,7 +198,5 @@ def test_killed_while_it_replaces_an_old_run(tmp_path: Path, play: Play) -> None
 
 
 def _copy(source: Path, place: Path) -> Path:
-    import shutil
-
     shutil.copytree(source, place)
     return place
