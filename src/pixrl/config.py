@@ -16,7 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from pixrl.errors import ConfigError, did_you_mean
+from pixrl.errors import ConfigError, InputError, did_you_mean
+from pixrl.text import read_text, require_name, require_text
 
 PACKAGE = Path(__file__).resolve().parent
 SUFFIXES = (".yaml", ".yml")
@@ -52,6 +53,7 @@ def load(
         _refuse_clash(given, path, value)
         given[path] = value
         _put(data, path, value)
+    _require_texts(data, origin)
     try:
         return model_cls.model_validate(data)
     except ValidationError as error:
@@ -139,9 +141,9 @@ def _read(source: Path | str | Mapping[str, Any] | None) -> tuple[dict[str, Any]
         return deepcopy(dict(source)), "the settings"
     path = find_recipe(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Cannot read the recipe {path}: {error}") from None
+        text = read_text(path)
+    except InputError as error:
+        raise ConfigError(f"Cannot read the recipe: {error}") from None
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"{path} must be a mapping of settings (`budget: 128`), not {type(data).__name__}.")
@@ -155,7 +157,30 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(
             f"--set {text!r}: write a dotted name, an equals sign and a value, as in --set rmler.alpha=5"
         )
+    if any(
+        "\udc80" <= letter <= "\udcff" for letter in value
+    ):  # bytes that are no text: a path of such a name
+        return path, value
     return path, parse_yaml(value, f"the value of --set {text!r}")
+
+
+def _require_texts(data: Mapping[str, Any], origin: str) -> None:
+    """ConfigError where a key or value holds what is no text; the name of a file may, in a value, and is no text."""
+    left, seen = list[Any]([data]), set[int]()
+    try:
+        while left:
+            part = left.pop()
+            if isinstance(part, str):
+                require_name(part, f"{origin}: {part!r}")
+            elif (
+                isinstance(part, dict | list | tuple) and id(part) not in seen
+            ):  # YAML may refer to a part again
+                seen.add(id(part))
+                left += part if isinstance(part, list | tuple) else part.values()
+                for key in part if isinstance(part, dict) else ():
+                    require_text(str(key), f"{origin}: {key!r}")
+    except InputError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _refuse_clash(given: Mapping[str, Any], path: str, value: Any) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pixrl.text import require_text
+
 
 def sample_seed(run_seed: int, epoch: int, prompt_index: int, sample_index: int) -> int:
     """The 63-bit seed of one sample's noise.
@@ -41,10 +43,18 @@ class Scores:
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """What a reward looks at: pictures [B, 3, H, W], one prompt and one metadata mapping each."""
+    """What a reward looks at: pictures [B, 3, H, W], one prompt and one metadata mapping each.
+
+    Raises:
+        InputError: a prompt holds what is no text, such as half an emoji; no tokenizer and no service could take it.
+    """
 
     images_BCHW: Tensor
     prompts: Sequence[str]
     metadata: Sequence[Mapping[str, object]] = ()
     findings: dict[Hashable, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What one reward found in these pictures and another would have to find again, such as a detector's objects."""
+
+    def __post_init__(self) -> None:
+        for prompt in self.prompts:
+            require_text(prompt, f"the prompt {prompt!r}")

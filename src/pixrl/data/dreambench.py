@@ -7,8 +7,9 @@ reference pictures the rare token says nothing and is left out, as in UNO's list
 import re
 from pathlib import Path
 
-from pixrl.data.prompts import read_text
 from pixrl.errors import InputError
+from pixrl.text import comparable, read_text
+from pixrl.text import lines as lines_of
 
 CLASSES_FILE = "prompts_and_classes.txt"
 LIVE_CLASSES = ("cat", "dog")
@@ -20,27 +21,28 @@ _CLASS, _TOKEN = "{1}", "{0} "
 _TEMPLATE = re.compile(r"""^\s*(['"])(?P<text>.*)\1\.format\(""")
 
 
-def read_classes(path: Path) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Each subject's name, class word and prompts, in the file's order.
+def read_classes(path: Path) -> tuple[list[tuple[str, str, tuple[str, ...]]], list[str]]:
+    """Each subject's name, class word and prompts, in the file's order; and a note of each line that repeats another.
 
     Raises:
-        InputError: the file is not as google/dreambooth has it; says which part is missing, or which line is wrong or
-            repeats another one.
+        InputError: the file is not as google/dreambooth has it; says which part is missing, or which line is wrong.
     """
-    lines = [line.strip() for line in read_text(path).splitlines()]
-    subjects = _subjects(path, lines)
-    templates = {title: _templates(path, lines, title) for title in (_OBJECT, _LIVE)}
-    return [
+    lines = [line.strip() for line in lines_of(read_text(path))]
+    notes: list[str] = []
+    subjects = _subjects(path, lines, notes)
+    templates = {title: _templates(path, lines, title, notes) for title in (_OBJECT, _LIVE)}
+    listed = [
         (name, word, tuple(text.replace(_CLASS, word) for text in templates[_kind(word)]))
         for name, word in subjects.items()
     ]
+    return listed, notes
 
 
 def _kind(word: str) -> str:
     return _LIVE if word in LIVE_CLASSES else _OBJECT
 
 
-def _subjects(path: Path, lines: list[str]) -> dict[str, str]:
+def _subjects(path: Path, lines: list[str], notes: list[str]) -> dict[str, str]:
     """Name -> class word."""
     if _HEADER not in lines:
         raise InputError(f"{path} has no line {_HEADER!r} before its subjects. {_REMEDY}")
@@ -53,29 +55,33 @@ def _subjects(path: Path, lines: list[str]) -> dict[str, str]:
         name, word = (part.strip() for part in lines[number].partition(",")[::2])
         if not name or not word:
             raise InputError(f"{path}, line {number + 1}: {lines[number]!r} is not 'name,class'. {_REMEDY}")
+        if name in found and found[name] != word:
+            raise InputError(
+                f"{path}, line {number + 1} calls {name!r} {word!r}, and a line before {found[name]!r}. Delete one."
+            )
         if name in found:
-            raise InputError(f"{path}, line {number + 1} repeats the subject {name!r}. Delete it.")
+            notes.append(f"{path}: line {number + 1} repeats the subject {name!r}")
         found[name] = word
     return found
 
 
-def _templates(path: Path, lines: list[str], title: str) -> list[str]:
+def _templates(path: Path, lines: list[str], title: str, notes: list[str]) -> list[str]:
     """The prompts under a title, with {1} where the class word goes."""
     if title not in lines:
         raise InputError(f"{path} has no section {title!r}. {_REMEDY}")
-    found: list[str] = []
+    found: dict[str, str] = {}
     for number, line in enumerate(lines[lines.index(title) + 1 :], lines.index(title) + 2):
         if line == "]":
             break
         match = _TEMPLATE.match(line)
         if match:
             text = _template(match["text"], f"{path}, line {number}")
-            if text in found:
-                raise InputError(f"{path}, line {number} repeats the prompt {match['text']!r}. Delete it.")
-            found.append(text)
+            if comparable(text) in found:
+                notes.append(f"{path}: line {number} repeats the prompt {match['text']!r}")
+            found.setdefault(comparable(text), text)
     if not found:
         raise InputError(f"{path} has no prompts under {title!r}. {_REMEDY}")
-    return found
+    return list(found.values())
 
 
 def _template(text: str, place: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pixrl.errors import InputError
+from pixrl.text import comparable, lines, read_text, require_text
 
 SEPARATOR = "&"
 COMMENT = "#"
@@ -34,15 +35,16 @@ class PairList:
 
 def read_pairs(path: Path | str) -> PairList:
     """Reads a list of pairs from a text file; see `parse_pairs`."""
-    return parse_pairs(_lines(Path(path)), str(path))
+    return parse_pairs(lines(read_text(Path(path))), str(path))
 
 
 def parse_pairs(lines: Sequence[str], source: str = "the list of pairs") -> PairList:
     """A list of pairs, one `a & b` a line; `source` names it in messages.
 
-    Spaces around names are dropped. A line that names the same concepts as an earlier one, whatever their case and
-    order, is left out and noted; a concept is spelled as where it first appears. Lines that start with # are
-    comments. Anything else that does not name at least two different concepts is an InputError.
+    Spaces around names are dropped. A line that names the same concepts as an earlier one, whatever their case, the
+    composition of their letters and their order, is left out and noted; a concept is spelled as where it first
+    appears. Lines that start with # are comments. Anything else that does not name at least two different concepts is
+    an InputError, and so is a line that holds what is no text.
     """
     spelling: dict[str, str] = {}
     first_line: dict[frozenset[str], int] = {}
@@ -52,13 +54,13 @@ def parse_pairs(lines: Sequence[str], source: str = "the list of pairs") -> Pair
         if line.startswith(COMMENT):
             continue
         given = _parse(source, number, line)
-        concepts = tuple(spelling.setdefault(concept.casefold(), concept) for concept in given)
+        concepts = tuple(spelling.setdefault(_key(concept), concept) for concept in given)
         notes += [
             f"{source}, line {number}: {old!r} is spelled {new!r}, as before."
             for old, new in zip(given, concepts, strict=True)
             if old != new
         ]
-        key = frozenset(concept.casefold() for concept in concepts)
+        key = frozenset(_key(concept) for concept in concepts)
         if key in first_line:
             notes.append(
                 f"{source}, line {number}: {line.strip()!r} repeats line {first_line[key]} and is left out."
@@ -83,23 +85,20 @@ def check_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
         raise InputError(f"A concept is empty in {list(concepts)!r}. Type, for example: pixrl fuse owl snail")
     seen: set[str] = set()
     for name in names:
-        if name.casefold() in seen:
+        if _key(require_text(name, f"the concept {name!r}")) in seen:
             raise InputError(f"The concept {name!r} is given twice; a fusion is between different concepts.")
-        seen.add(name.casefold())
+        seen.add(_key(name))
     return names
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise InputError(f"Cannot read the list of pairs {path}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a UTF-8 text file: {error.reason} at byte {error.start}.") from None
+def _key(concept: str) -> str:
+    """The same for all spellings of a concept."""
+    return comparable(comparable(concept).casefold())
 
 
 def _parse(source: str, number: int, line: str) -> tuple[str, ...]:
     place = f"{source}, line {number}"
+    require_text(line, place)
     if not line.strip():
         raise InputError(f"{place} is empty. {EXAMPLE}. Delete the line or start it with {COMMENT}.")
     if SEPARATOR not in line:
@@ -107,6 +106,6 @@ def _parse(source: str, number: int, line: str) -> tuple[str, ...]:
     names = [" ".join(part.split()) for part in line.split(SEPARATOR)]
     if not all(names):
         raise InputError(f"{place}: {line.strip()!r} has nothing on one side of {SEPARATOR!r}. {EXAMPLE}")
-    if len({name.casefold() for name in names}) < len(names):
+    if len({_key(name) for name in names}) < len(names):
         raise InputError(f"{place}: {line.strip()!r} names the same concept twice. {EXAMPLE}")
     return tuple(names)

@@ -1,15 +1,17 @@
-"""Pictures of people's own, read as they look: turned as the camera says, transparency on white, in RGB.
+"""Pictures of people's own, read as they look: turned as the camera says, their colours in sRGB, transparency on white.
 
 Nothing here is guessed in silence: a file that cannot be shown faithfully is an InputError that says what to do.
 """
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from pixrl.errors import InputError
+from pixrl.text import shown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,30 +21,43 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF")
 """What a file must be inside, whatever its name ends in. MPO: a phone's JPEG with a depth map or preview behind it."""
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".svg", ".psd", ".dng", ".raw", ".cr2", ".nef", ".arw")
 """Pictures that are not read."""
-NOTE_SUFFIXES = (".txt", ".md", ".json")
-NOTE_NAMES = ("license", "licence", "readme", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
-"""Files without a picture that may lie beside pictures, and what systems leave there; in any case."""
+NOTE_SUFFIXES = (".txt", ".md", ".json", ".caption")
+NOTE_NAMES = ("license", "licence", "readme")
+"""Files without a picture that may lie beside pictures; in any case."""
+JUNK_NAMES = (
+    ".ds_store", "__macosx", ".appledouble", ".spotlight-v100", ".trashes", ".fseventsd", "icon\r",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",
+    "@eadir", "#recycle", "lost+found", ".ipynb_checkpoints",
+)  # fmt: skip
+"""What systems leave in folders; in any case."""
+JUNK_PREFIX = "._"
+"""How a Mac calls what other file systems cannot keep of a file."""
 LEAST_SIDE = 32
 """Pixels of the shorter side below which a picture shows no subject."""
 MOST_ASPECT = 8
 """Longer to shorter side; a longer strip would be a few rows once it is laid out on the model's square."""
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+DEEP_MARK = ";16"
+"""In PIL's word for how a file keeps its pixels: 16 bits a channel, which it would cut to 8 in silence."""
+SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+"""What colour profiles speak of -> PIL's mode."""
 WHITE = (255, 255, 255)
 
 
 def read_picture(path: Path) -> Image.Image:
-    """One picture as RGB: its EXIF rotation applied, transparent parts on white.
+    """One picture as sRGB: its EXIF rotation and its colour profile applied, transparent parts on white.
 
     Raises:
         InputError: the file is missing, no picture, cut short, too large to open safely, of another format, of several
-            frames or pages, of more than 8 bits a channel, of a shorter side under 32 pixels, or a strip longer than
-            8:1.
+            frames or pages, of more than 8 bits a channel, of a colour profile that cannot be applied, of a shorter
+            side under 32 pixels, or a strip longer than 8:1.
     """
     try:
         with Image.open(path) as file:
             _require_plain(path, file)
             turned = ImageOps.exif_transpose(file)
             turned.load()
+            shown = _on_white(_in_srgb(path, turned))
     except FileNotFoundError:
         raise InputError(f"There is no picture {str(path)!r} (looked in {Path.cwd()}).") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -51,14 +66,14 @@ def read_picture(path: Path) -> Image.Image:
         raise InputError(
             f"{path} cannot be read as a picture: {error}. Open it in a viewer, or save it again as PNG."
         ) from None
-    _require_sides(path, turned.width, turned.height)
-    return _on_white(turned)
+    _require_sides(path, shown.width, shown.height)
+    return shown
 
 
-def _require_plain(path: Path, file: Image.Image) -> None:
+def _require_plain(path: Path, file: ImageFile.ImageFile) -> None:
     if file.format not in FORMATS:
         raise InputError(f"{path} is a {file.format} file inside, which is not read. Save it as PNG or JPEG.")
-    if file.mode in DEEP_MODES:
+    if file.mode in DEEP_MODES or is_deep(file):
         raise InputError(
             f"{path} has more than 8 bits a channel (mode {file.mode}). Save it as an 8-bit PNG."
         )
@@ -66,6 +81,11 @@ def _require_plain(path: Path, file: Image.Image) -> None:
         raise InputError(
             f"{path} holds several pictures (frames or pages of a {file.format}). Save the one that is meant as PNG."
         )
+
+
+def is_deep(file: ImageFile.ImageFile) -> bool:
+    """Whether a picture that was opened and not yet loaded has 16 bits a channel in its file, whatever its mode."""
+    return any(DEEP_MARK in str(part[3]) for part in file.tile)
 
 
 def _has_second_frame(file: Image.Image) -> bool:
@@ -92,6 +112,44 @@ def _require_sides(path: Path, width: int, height: int) -> None:
         )
 
 
+def _in_srgb(path: Path, image: Image.Image) -> Image.Image:
+    """The picture's colours as a screen shows them; one without a profile is sRGB, as browsers take it."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    if image.mode == "P":  # its colours are RGB
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    alpha = image.getchannel("A") if "A" in image.getbands() else None
+    try:
+        given = ImageCms.getOpenProfile(io.BytesIO(profile))
+        shown = ImageCms.profileToProfile(
+            _in_space(image, given.profile.xcolor_space.strip()),
+            given,
+            ImageCms.createProfile("sRGB"),
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path} has a colour profile that cannot be applied: {error}. Save it as an sRGB PNG."
+        ) from None
+    assert shown is not None  # it is None for a change in place alone
+    if alpha is not None:
+        shown.putalpha(alpha)
+    return shown
+
+
+def _in_space(image: Image.Image, space: str) -> Image.Image:
+    """The colours in the mode that a profile speaks of. ValueError where it speaks of others."""
+    mode = {"LA": "L", "1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    if mode == "L" and space == "RGB":  # grey is a colour
+        mode = "RGB"
+    if SPACES.get(space) != mode:
+        raise ValueError(f"it is one for {space}, and the picture is {image.mode}")
+    return image.convert(mode)
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -101,7 +159,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """The picture files of a folder, sorted by name; hidden files, folders and notes (.txt ...) are passed over.
+    """The picture files of a folder, sorted by name.
+
+    Hidden files, folders, notes (.txt ...) and what systems leave are passed over.
 
     Raises:
         InputError: a file is neither, or a link leads nowhere: passing over it could lose a reference in silence.
@@ -112,7 +172,7 @@ def list_pictures(folder: Path) -> list[Path]:
             raise InputError(
                 f"{file} is a link to {file.readlink()}, which is not there. Mend it or delete it."
             )
-        if file.is_dir() or file.name.startswith(".") or _is_note(file):
+        if file.is_dir() or file.name.startswith(".") or is_junk(file) or _is_note(file):
             continue
         if file.suffix.lower() not in SUFFIXES:
             raise InputError(
@@ -125,6 +185,19 @@ def list_pictures(folder: Path) -> list[Path]:
 
 def _is_note(file: Path) -> bool:
     return file.suffix.lower() in NOTE_SUFFIXES or file.name.lower() in NOTE_NAMES
+
+
+def is_junk(file: Path) -> bool:
+    """Whether it is what a system leaves in folders, such as Thumbs.db; nobody's work."""
+    return file.name.lower() in JUNK_NAMES or file.name.startswith(JUNK_PREFIX)
+
+
+def junk_note(folders: Iterable[Path]) -> Iterator[str]:
+    """A note of what systems left in these folders, where they left anything: it is passed over."""
+    for folder in folders:
+        found = sorted(shown_name(file.name).strip() for file in folder.iterdir() if is_junk(file))
+        if found:
+            yield f"{shown_name(folder)}: passed over what systems leave there: {', '.join(found)}"
 
 
 def holds_pictures(folder: Path) -> bool:

@@ -3,34 +3,27 @@
 | source | what |
 |---|---|
 | `toy:geneval`, `toy:geneval/counting,colors` | the toy world's GenEval prompts, all six tasks or some |
-| `list.txt` | one prompt a line |
-| `list.jsonl` | one object a line with a `prompt`, all of which becomes metadata; GenEval's files are such |
-| `list.csv` | a column of prompts; the other columns become metadata |
-| `list.parquet` | a column of prompts; other columns of text and numbers become metadata; needs pyarrow |
+| `list.txt`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` | rows, as `pixrl.data.rows` reads them |
+| a folder | the captions beside its pictures |
 
-Published files call their prompts `prompt` (GenEval), `prompts` or `Prompts` (DrawBench), or `caption` (Pick-a-Pic,
-PartiPrompts).
+Published files call their prompts `prompt` (GenEval), `prompts` or `Prompts` (DrawBench), or `caption` (Pick-a-Pic);
+any other column can be named. Rows are distinct by prompt and metadata.
 """
 
-import csv
-import io
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+from pixrl.data.pictures import junk_note
+from pixrl.data.rows import CAPTION_SUFFIXES, FORMATS, Row, read_captions, read_rows
 from pixrl.data.toy import toy_prompts
 from pixrl.errors import InputError, did_you_mean
 from pixrl.hub import TOY_PREFIX
+from pixrl.text import comparable, require_name
 
-COLUMNS = ("prompt", "prompts", "caption")
-"""What a column of prompts may be called, in any case; the first one that is there."""
-PARQUET_EXTRA = "pip install 'pixrl[parquet]'"
-DUPLICATES_SHOWN = 5
+REPEATS_SHOWN = 3
 
 
 class Split(StrEnum):
@@ -50,10 +43,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the source's order, all different."""
+    """Prompts in the source's order, all different, in their text or in what else is known of them."""
 
     name: str
     prompts: tuple[Prompt, ...]
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the source was read: rows that repeat others, files that were passed over."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -65,200 +60,84 @@ class PromptSet:
         return iter(self.prompts)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A prompt and where it stands, for messages."""
-
-    place: str
-    text: str
-    metadata: Mapping[str, object]
-
-
-def load_prompts(source: str | Path, *, split: str = Split.TRAIN) -> PromptSet:
+def load_prompts(source: str | Path, *, split: str = Split.TRAIN, column: str | None = None) -> PromptSet:
     """The prompts of a source (see the table above).
 
     Args:
-        source: `toy:geneval`, with tasks or without, or the path of a .txt, .jsonl, .csv or .parquet file.
+        source: `toy:geneval`, with tasks or without, or the path of a file or of a folder of captions.
         split: of the toy world's prompts: `train`, or `evaluation` for those that no training has seen. A file is read
             as it is for either.
+        column: the column or key of a file that holds the prompts; None: the first of `rows.COLUMNS` that is there.
 
     Raises:
-        InputError: no such source, split or task; a file that is missing, empty, not UTF-8 (with byte and line), cut
-            short or without a column of prompts; an empty or repeated prompt (with the line numbers).
+        InputError: no such source, split, task or column; a file that is missing, empty, no text (with the place), cut
+            short or without a column of prompts; an empty prompt (with its line).
     """
     if split not in list(Split):
         raise InputError(f"Unknown split {split!r}.{did_you_mean(str(split), Split)} Use {', '.join(Split)}.")
-    name = str(source)
+    name = require_name(str(source), "the source of prompts")
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if column is not None and (name.startswith(TOY_PREFIX) or suffix not in FORMATS):
+        raise InputError(f"{name} has no columns, so {column!r} names none: leave prompts.column out.")
     if name.startswith(TOY_PREFIX):
         toy = toy_prompts(name.removeprefix(TOY_PREFIX), held_out=split == Split.EVALUATION)
         return PromptSet(name, tuple(Prompt(text, metadata) for text, metadata in toy))
-    path = Path(source)
-    read = _READERS.get(path.suffix.lower())
-    if read is None:
-        raise InputError(
-            f"{name!r} is no list of prompts.{did_you_mean(name, [f'{TOY_PREFIX}geneval'])} "
-            f"Give toy:geneval or a file that ends in {', '.join(_READERS)}."
-        )
-    rows = read(path)
+    if suffix in FORMATS:
+        return _distinct(name, read_rows(path, column), ())
+    if path.is_dir():
+        return _captions(name, path)
+    raise InputError(
+        f"{name!r} is no list of prompts.{did_you_mean(name, [f'{TOY_PREFIX}geneval'])} "
+        f"Give toy:geneval, a file that ends in {', '.join(FORMATS)}, or a folder of pictures with captions."
+    )
+
+
+def _captions(name: str, folder: Path) -> PromptSet:
+    rows, without = read_captions(folder)
     if not rows:
-        raise InputError(f"{path} holds no prompts. Write at least one into it, or give toy:geneval.")
-    _refuse_empty(path, rows)
-    _refuse_duplicates(path, rows)
-    return PromptSet(name, tuple(Prompt(row.text, row.metadata) for row in rows))
-
-
-def _read_lines(path: Path) -> list[_Row]:
-    lines = _lines(read_text(path))
-    return [_Row(f"line {number}", line.strip(), {}) for number, line in enumerate(lines, 1)]
-
-
-def _read_jsonl(path: Path) -> list[_Row]:
-    rows = []
-    for number, line in enumerate(_lines(read_text(path)), 1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number} is not JSON: {error.msg} at character {error.pos + 1}. "
-                'Each line is one object, like {"prompt": "a photo of an owl"}.'
-            ) from None
-        column = _find_column(list(entry)) if isinstance(entry, dict) else None
-        if column is None or not isinstance(entry[column], str):
-            keys = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
-            raise InputError(
-                f'{path}, line {number} has no text under "prompt" (found: {keys or "nothing"}). '
-                'Each line is one object, like {"prompt": "a photo of an owl"}.'
-            )
-        rows.append(_Row(f"line {number}", entry[column].strip(), entry))
-    return rows
-
-
-def _read_csv(path: Path) -> list[_Row]:
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    rows = []
-    try:
-        names = list(reader.fieldnames or ())
-        if not names:
-            return []
-        column = _prompt_column(path, names)
-        for cells in reader:
-            place = f"line {reader.line_num}"
-            if None in cells or None in cells.values():
-                raise InputError(
-                    f"{path}, {place} has not {len(names)} cells as the first line has. "
-                    'Put a prompt that holds a comma into quotes: "an owl, and a cat"'
-                )
-            rest = {name: value for name, value in cells.items() if name != column}
-            rows.append(_Row(place, cells[column].strip(), rest))
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}.") from None
-    return rows
-
-
-def _read_parquet(path: Path) -> list[_Row]:
-    _require_file(path)
-    try:
-        arrow: Any = import_module("pyarrow")
-        parquet: Any = import_module("pyarrow.parquet")
-    except ImportError:
         raise InputError(
-            f"Reading {path} needs pyarrow, which is not installed. Type: {PARQUET_EXTRA}"
-        ) from None
-    try:
-        schema = parquet.read_schema(path)
-        column = _prompt_column(path, schema.names)
-        plain = [field.name for field in schema if _is_plain(arrow, field.type)]
-        entries = parquet.read_table(path, columns=list(dict.fromkeys([column, *plain]))).to_pylist()
-    except (arrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet: {error}") from None
-    rows = []
-    for number, entry in enumerate(entries, 1):
-        text = entry.pop(column)
-        if not isinstance(text, str):
-            raise InputError(f"{path}, row {number}: {column} is {text!r}, not text.")
-        rows.append(_Row(f"row {number}", text.strip(), entry))
-    return rows
-
-
-def _is_plain(arrow: Any, kind: Any) -> bool:
-    """Text, numbers and truth values; pictures and lists stay in the file."""
-    types = arrow.types
-    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
-    return any(test(kind) for test in tests)
-
-
-_READERS: Mapping[str, Callable[[Path], list[_Row]]] = {
-    ".txt": _read_lines,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _require_file(path: Path) -> None:
-    if not path.exists():
-        raise InputError(f"There is no file {str(path)!r} (looked in {Path.cwd()}).")
-    if not path.is_file():
-        raise InputError(f"{str(path)!r} is not a file. Give a list of prompts: {', '.join(_READERS)}.")
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file without its byte order mark; an InputError names the byte and the line that is not UTF-8."""
-    _require_file(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path} is not UTF-8 text: byte {error.start} (0x{content[error.start]:02x}), in line {line}. "
-            f"Save it as UTF-8, for example: iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
-        ) from None
-
-
-def _lines(text: str) -> list[str]:
-    """The lines, numbered as an editor does; an end of line after the last one begins no other."""
-    lines = re.split(r"\r\n|\n|\r", text)
-    return lines[:-1] if not lines[-1] else lines
-
-
-def _find_column(names: Sequence[str]) -> str | None:
-    """The name that means prompts, as the file writes it."""
-    by_meaning = {name.strip().lower(): name for name in reversed(names)}
-    return next((by_meaning[column] for column in COLUMNS if column in by_meaning), None)
-
-
-def _prompt_column(path: Path, names: Sequence[str]) -> str:
-    column = _find_column(names)
-    if column is None:
-        guess = next((hint for name in names if (hint := did_you_mean(name.strip().lower(), COLUMNS))), "")
-        raise InputError(
-            f"{path} has no column {' or '.join(repr(column) for column in COLUMNS)}; it has {', '.join(names)}."
-            f"{guess} Name the column of prompts 'prompt' in the first line."
+            f"{folder} holds no captions: files beside its pictures, of the same names, that end in "
+            f"{' or '.join(CAPTION_SUFFIXES)}. Write them, or give a file of prompts."
         )
-    return column
+    return _distinct(name, rows, (*junk_note([folder]), *uncaptioned(folder, without)))
 
 
-def _refuse_empty(path: Path, rows: Sequence[_Row]) -> None:
+def uncaptioned(folder: Path, pictures: Sequence[Path]) -> Iterator[str]:
+    """A note of the pictures without a caption, where there are any."""
+    if pictures:
+        more = f" and {len(pictures) - 1} more" if len(pictures) > 1 else ""
+        yield f"{folder}: {pictures[0].name}{more} without a caption"
+
+
+def _distinct(name: str, rows: Sequence[Row], notes: Sequence[str]) -> PromptSet:
+    """The rows as prompts, each once, with a note of how many were left out."""
+    if not rows:
+        raise InputError(f"{name} holds no prompts. Write at least one into it, or give toy:geneval.")
+    first: dict[str, Row] = {}
+    repeats = []
     for row in rows:
         if not row.text:
-            raise InputError(f"{path}, {row.place} holds no prompt. Write one or delete it.")
+            raise InputError(f"{name}, {row.place} holds no prompt. Write one or delete it.")
+        known = first.setdefault(_key(row), row)
+        if known is not row:
+            repeats.append(f"{row.place} repeats {known.place}: {row.text!r}")
+    prompts = tuple(Prompt(row.text, row.metadata) for row in first.values())
+    return PromptSet(name, prompts, (*notes, *repeats_note(name, len(rows), repeats)))
 
 
-def _refuse_duplicates(path: Path, rows: Sequence[_Row]) -> None:
-    first: dict[str, _Row] = {}
-    repeats = [
-        f"{row.place} repeats {first[row.text].place}: {row.text!r}"
-        for row in rows
-        if first.setdefault(row.text, row) is not row
-    ]
+def repeats_note(name: str, rows: int, repeats: Sequence[str]) -> Iterator[str]:
+    """A note of the rows that were left out, where there are any; `repeats` says of each which one it repeats."""
     if repeats:
-        more = len(repeats) - DUPLICATES_SHOWN
-        shown = [*repeats[:DUPLICATES_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-        raise InputError(
-            f"{path} holds {len(repeats)} repeated prompt{'s' if len(repeats) > 1 else ''}; delete them:\n  "
-            + "\n  ".join(shown)
+        more = f"; and {len(repeats) - REPEATS_SHOWN} more" if len(repeats) > REPEATS_SHOWN else ""
+        yield (
+            f"{name}: {len(repeats)} of {rows} rows repeat others in all they say and are left out "
+            f"({'; '.join(repeats[:REPEATS_SHOWN])}{more}). For several pictures of each prompt, set "
+            "evaluation.per_prompt"
         )
+
+
+def _key(row: Row) -> str:
+    """The same for rows that say the same, however their letters are composed and their keys ordered."""
+    rest = {name: value for name, value in row.metadata.items() if name != row.column}
+    return comparable(json.dumps([row.text, rest], sort_keys=True, ensure_ascii=False))

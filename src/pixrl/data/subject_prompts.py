@@ -58,6 +58,7 @@ def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet
             for index, subject in enumerate(subjects)
             for number, text in enumerate(subject.prompts)
         ),
+        subjects.notes,
     )
 
 

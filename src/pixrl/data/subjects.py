@@ -3,19 +3,19 @@
 | source | what |
 |---|---|
 | `toy:subjects` | the toy world's thirty held-out subjects (split `evaluation`), or others for training |
-| a folder | one subject: pictures, `class.txt` (its class word), `prompts.txt` (one a line) |
+| a folder | one subject: pictures, `class.txt` (its class word), `prompts.txt` (one a line), or instead of that the |
+|           | captions beside the pictures |
 | a folder of such folders | each of them |
 | a DreamBench checkout | google/dreambooth, or its `dataset/`: a folder a subject and `prompts_and_classes.txt` |
-| `list.json` | UNO's lists: `[{"prompt": ..., "image_paths": [...]}, ...]`, paths from the file's folder; those for |
-|           | training also have an `image_tgt_path`. Ours: `classes`, the class word of each picture's subject |
+| `list.json` | UNO's lists: `[{"prompt": ..., "image_paths": [...]}, ...]`, paths from the file's folder, or the one |
+|           | path of an `image_path`; those for training also have an `image_tgt_path`. Ours: `classes`, the class |
+|           | word of each picture's subject |
 """
 
-import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +23,29 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from pixrl.data.dreambench import CLASSES_FILE, read_classes
-from pixrl.data.pictures import holds_pictures, list_pictures, read_picture, to_tensors
-from pixrl.data.prompts import Split, load_prompts, read_text
+from pixrl.data.pictures import (
+    holds_pictures,
+    is_junk,
+    junk_note,
+    list_pictures,
+    read_picture,
+    to_tensors,
+)
+from pixrl.data.prompts import PromptSet, Split, load_prompts, repeats_note
+from pixrl.data.rows import caption_of
 from pixrl.data.toy import toy_subjects
 from pixrl.errors import InputError, did_you_mean
 from pixrl.hub import TOY_PREFIX
+from pixrl.text import comparable, parse_json, read_text, require_name, shown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CLASS_FILE, PROMPTS_FILE = "class.txt", "prompts.txt"
-_LAYOUT = f"A subject is a folder with pictures, {CLASS_FILE} (such as: dog) and {PROMPTS_FILE} (one a line)."
+_LAYOUT = (
+    f"A subject is a folder with pictures, {CLASS_FILE} (such as: dog) and {PROMPTS_FILE} (one a line), or captions "
+    "beside the pictures (00.caption or 00.txt)."
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,8 @@ class SubjectSet:
 
     name: str
     subjects: tuple[Subject, ...]
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the source was read: rows that repeat others, files that were passed over."""
 
     def __len__(self) -> int:
         return len(self.subjects)
@@ -99,19 +113,19 @@ def load_subjects(source: str | Path, *, split: str = Split.TRAIN) -> SubjectSet
     """
     if split not in list(Split):
         raise InputError(f"Unknown split {split!r}.{did_you_mean(str(split), Split)} Use {', '.join(Split)}.")
-    name = str(source)
+    name = require_name(str(source), "the source of subjects")
     if name.startswith(TOY_PREFIX):
         toy = toy_subjects(name.removeprefix(TOY_PREFIX), held_out=split == Split.EVALUATION)
         return SubjectSet(name, tuple(Subject(*entry) for entry in toy))
-    path = Path(source)
+    path, notes = Path(source), list[str]()
     if path.suffix.lower() == ".json":
-        return SubjectSet(name, _checked(_read_uno(path)))
+        return SubjectSet(name, _checked(_read_uno(path, notes)), tuple(notes))
     if not path.is_dir():
         raise InputError(
             f"{name!r} is neither a folder nor a .json list (looked in {Path.cwd()}). {_LAYOUT} "
             "The toy world's are toy:subjects."
         )
-    return SubjectSet(name, _checked(_read_folder(path)))
+    return SubjectSet(name, _checked(_read_folder(path, notes)), tuple(dict.fromkeys(notes)))
 
 
 def check_targets(subjects: SubjectSet) -> None:
@@ -133,26 +147,47 @@ def check_targets(subjects: SubjectSet) -> None:
                 read_picture(path)
 
 
-def _read_folder(path: Path) -> list[Subject]:
+def _read_folder(path: Path, notes: list[str]) -> list[Subject]:
     for folder in (path, path / "dataset"):
         if (folder / CLASSES_FILE).is_file():
-            return _read_dreambench(folder)
-    parts = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+            return _read_dreambench(folder, notes)
+    notes += junk_note([path])
+    parts = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".") and not is_junk(p))
     if parts and not holds_pictures(path) and not (path / CLASS_FILE).exists():
-        return [_read_subject(part) for part in parts]
-    return [_read_subject(path)]
+        notes += junk_note(parts)
+        return [_read_subject(part, notes) for part in parts]
+    return [_read_subject(path, notes)]
 
 
-def _read_subject(path: Path) -> Subject:
-    for name, what in ((CLASS_FILE, "its class word"), (PROMPTS_FILE, "its prompts")):
-        if not (path / name).is_file():
-            raise InputError(f"{path} has no {name} with {what}. {_LAYOUT}{_checkout_hint(path)}")
+def _read_subject(path: Path, notes: list[str]) -> Subject:
+    if not (path / CLASS_FILE).is_file():
+        raise InputError(f"{path} has no {CLASS_FILE} with its class word. {_LAYOUT}{_checkout_hint(path)}")
     word = " ".join(read_text(path / CLASS_FILE).split())
     if not word:
         raise InputError(f"{path / CLASS_FILE} is empty. Write what the subject is, such as: dog")
-    prompts = tuple(prompt.text for prompt in load_prompts(path / PROMPTS_FILE))
-    _require_word(path.resolve().name, word, prompts, f"mend {path / CLASS_FILE}")
-    return Subject(path.resolve().name, word, prompts, tuple(list_pictures(path)))
+    name = shown_name(path.resolve().name)
+    found = _prompts_of(path)
+    notes += found.notes
+    prompts = tuple(dict.fromkeys(prompt.text for prompt in found))
+    _require_word(name, word, prompts, f"mend {path / CLASS_FILE}")
+    return Subject(name, word, prompts, tuple(list_pictures(path)))
+
+
+def _prompts_of(path: Path) -> PromptSet:
+    """A subject's prompts: those that were written for it, or else the captions of its pictures."""
+    captions = [file for picture in list_pictures(path) if (file := caption_of(picture)) is not None]
+    if not (path / PROMPTS_FILE).is_file():
+        if not captions:
+            raise InputError(
+                f"{path} has no {PROMPTS_FILE} with its prompts. {_LAYOUT}{_checkout_hint(path)}"
+            )
+        return load_prompts(path)
+    found = load_prompts(path / PROMPTS_FILE)
+    if not captions:
+        return found
+    more = f" and {len(captions) - 1} more" if len(captions) > 1 else ""
+    note = f"{path}: {PROMPTS_FILE} says what is asked, so the caption {captions[0].name}{more} is not read"
+    return replace(found, notes=(*found.notes, note))
 
 
 def _checkout_hint(path: Path) -> str:
@@ -163,9 +198,14 @@ def _checkout_hint(path: Path) -> str:
     return ""
 
 
-def _read_dreambench(folder: Path) -> list[Subject]:
+def _read_dreambench(folder: Path, notes: list[str]) -> list[Subject]:
     subjects = []
-    for name, word, prompts in read_classes(folder / CLASSES_FILE):
+    listed, repeats = read_classes(folder / CLASSES_FILE)
+    notes += [
+        *repeats,
+        *junk_note([folder, *(folder / name for name, _, _ in listed if (folder / name).is_dir())]),
+    ]
+    for name, word, prompts in listed:
         if not (folder / name).is_dir():
             raise InputError(
                 f"{folder / CLASSES_FILE} lists {name!r}, but there is no folder {folder / name}. "
@@ -176,18 +216,14 @@ def _read_dreambench(folder: Path) -> list[Subject]:
     return subjects
 
 
-def _read_uno(path: Path) -> list[Subject]:
+def _read_uno(path: Path, notes: list[str]) -> list[Subject]:
     """One subject for each list of references, with all the prompts that go with it."""
-    try:
-        entries: Any = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno} is not JSON: {error.msg}.") from None
-    except RecursionError:
-        raise InputError(f"{path} is nested too deeply. {_UNO_LAYOUT}") from None
+    entries: Any = parse_json(read_text(path), str(path), like=_UNO_LAYOUT)
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path} must hold a list that is not empty. {_UNO_LAYOUT}")
-    prompts: dict[tuple[str, ...], dict[str, Path | None]] = {}
+    rows: dict[tuple[str, ...], dict[tuple[str, str | None], tuple[int, str]]] = {}
     words: dict[tuple[str, ...], tuple[str, ...]] = {}
+    repeats = []
     for number, entry in enumerate(entries, 1):
         references, prompt, target = _uno_entry(path, number, entry)
         own = _uno_classes(path, number, entry, references, prompt)
@@ -196,20 +232,21 @@ def _read_uno(path: Path) -> list[Subject]:
                 f"{path}, entry {number} gives the classes {list(own)} to the same pictures as an entry before, which "
                 f"gives {list(words[references])}. Give the same everywhere."
             )
-        known = prompts.setdefault(references, {})
-        if prompt in known:
-            raise InputError(f"{path}, entry {number} repeats {prompt!r} of the same pictures. Delete it.")
-        known[prompt] = None if target is None else path.parent / target
+        known = rows.setdefault(references, {})
+        first, _ = known.setdefault((comparable(prompt), target), (number, prompt))
+        if first != number:
+            repeats.append(f"entry {number} repeats entry {first}: {prompt!r}")
+    notes += repeats_note(path.name, len(entries), repeats)
     return [
         Subject(
             name,
             None,
-            tuple(asked),
+            tuple(prompt for _, prompt in asked.values()),
             tuple(path.parent / one for one in paths),
-            tuple(asked.values()),
+            tuple(None if target is None else path.parent / target for _, target in asked),
             words[paths],
         )
-        for name, (paths, asked) in zip(_uno_names(list(prompts)), prompts.items(), strict=True)
+        for name, (paths, asked) in zip(_uno_names(list(rows)), rows.items(), strict=True)
     ]
 
 
@@ -220,7 +257,10 @@ def _uno_entry(path: Path, number: int, entry: object) -> tuple[tuple[str, ...],
     place = f"{path}, entry {number}"
     if not isinstance(entry, Mapping):
         raise InputError(f"{place} is {entry!r}. {_UNO_LAYOUT}")
-    prompt, paths, target = entry.get("prompt"), entry.get("image_paths"), entry.get("image_tgt_path")
+    if "image_path" in entry and "image_paths" in entry:
+        raise InputError(f"{place} has both image_path and image_paths. Give one of them. {_UNO_LAYOUT}")
+    prompt, target = entry.get("prompt"), entry.get("image_tgt_path")
+    paths = [entry["image_path"]] if "image_path" in entry else entry.get("image_paths")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{place} has no prompt. {_UNO_LAYOUT}")
     if not isinstance(paths, list) or not paths or not all(isinstance(one, str) and one for one in paths):
@@ -296,7 +336,7 @@ def _require_word(name: str, word: str, prompts: Sequence[str], mend: str) -> No
 
 def _plain(text: str) -> str:
     """One way to write each accented letter, and one space between words."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(comparable(text).split())
 
 
 def _naming(word: str) -> re.Pattern[str]:

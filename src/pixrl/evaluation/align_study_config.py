@@ -25,7 +25,10 @@ BASE = "base"
 """The variant that is there without being named: the model before training."""
 Task = tuple[str, int]
 """Variant, seed."""
-_SHARED = ("model", "resolution", "guidance", "prompts.source", "evaluation.source", "rewards", "stages")
+_SHARED = (
+    "model", "resolution", "guidance", "prompts.source", "prompts.column", "evaluation.source", "evaluation.column",
+    "rewards", "stages",
+)  # fmt: skip
 """What must be the same in all variants, for their figures to mean the same."""
 _SHARED_SUBJECTS = ("references",)
 """And where they have subjects."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pixrl.data.pictures import list_pictures, read_picture, to_tensors
-from pixrl.data.prompts import read_text
 from pixrl.data.toy import TAGS
 from pixrl.errors import InputError, did_you_mean
 from pixrl.rewards.base import Reward
+from pixrl.text import parse_json, read_text
 from pixrl.types import RewardBatch, Scores
 
 ENTRY, SAMPLES = "metadata.jsonl", "samples"
@@ -127,10 +127,7 @@ def _prompts(path: Path) -> Iterator[tuple[Mapping[str, object], list[Path]]]:
             "folder a prompt."
         )
     for folder in folders:
-        try:
-            entry = json.loads(read_text(folder / ENTRY))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{folder / ENTRY} is not JSON: {error.msg}.") from None
+        entry = parse_json(read_text(folder / ENTRY), str(folder / ENTRY))
         files = list_pictures(folder / SAMPLES) if (folder / SAMPLES).is_dir() else []
         if not isinstance(entry, dict) or not files:
             what = "no pictures in its samples" if isinstance(entry, dict) else f"no GenEval entry in {ENTRY}"

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pixrl.data.prompts import read_text
 from pixrl.data.subjects import CLASS_FILE
 from pixrl.errors import CheckpointError, InputError
+from pixrl.text import read_text, shown_name
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_log import samples_of
 from pixrl.training.align_record import GALLERY, base_and_last, gallery_on_disk
@@ -62,8 +62,12 @@ def in_words(subject: str, word: str | None) -> str:
 
 def class_word(source: str, subject: str) -> str | None:
     """What prompts call a subject of a source; None where that is no folder, or is not there any more."""
-    places = [Path(source) / subject / CLASS_FILE, Path(source) / CLASS_FILE]
-    file = next((place for place in places if place.is_file()), None)
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    # a subject is called what its folder is shown as, which need not be how the folder's name is written
+    own = (one / CLASS_FILE for one in folder.iterdir() if shown_name(one.name) == subject)
+    file = next((one for one in (*own, folder / CLASS_FILE) if one.is_file()), None)
     try:
         return None if file is None else " ".join(read_text(file).split())
     except InputError:

@@ -8,16 +8,23 @@ import torch
 from pixrl.device import free_bytes
 from pixrl.errors import InputError, UnknownWordError, did_you_mean
 from pixrl.models.base import Conditioning
+from pixrl.text import require_text
 
 CACHE_BYTES = 2**30
 
 
 def check_words(prompts: Sequence[str], vocabulary: frozenset[str] | None, name: str) -> None:
-    """Raises UnknownWordError for the first word outside the vocabulary; None allows everything."""
+    """Raises UnknownWordError for the first word outside the vocabulary; None allows every word.
+
+    Raises:
+        InputError: one string instead of a list; or a prompt holds what is no text, such as half an emoji.
+    """
     if isinstance(prompts, str):
         raise InputError(
             f"encode takes a list of prompts, got the one string {prompts!r}. Write [{prompts!r}]."
         )
+    for prompt in prompts:
+        require_text(prompt, f"the prompt {prompt!r}")
     if vocabulary is None:
         return
     for prompt in prompts:

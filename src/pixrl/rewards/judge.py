@@ -26,6 +26,7 @@ from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.http import LONGEST_WAIT, START_WAIT, Patience, Service, Silence
 from pixrl.rewards.preprocess import require_images
 from pixrl.rewards.wire import png_base64
+from pixrl.text import require_text
 from pixrl.types import RewardBatch, Scores
 
 TEMPLATE = """\
@@ -235,6 +236,7 @@ def _said(body: bytes) -> tuple[str | None, str | None]:
 
 
 def _check_template(template: str) -> None:
+    require_text(template, "judge: the prompt")
     named = re.findall(r"\{(\w+)\}", template)
     for field in named:
         if field not in FIELDS:

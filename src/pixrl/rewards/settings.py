@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from pixrl.config import Settings
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.rewards import REWARDS
+from pixrl.text import require_text
 
 
 class RewardSetting(Settings):
@@ -30,6 +31,11 @@ class RewardSetting(Settings):
     def reward(self) -> str:
         """The reward's name in the table."""
         return self.name if self.kind is None else self.kind
+
+    @field_validator("name")
+    @classmethod
+    def _is_text(cls, name: str) -> str:
+        return require_text(name, f"the name {name!r}")
 
     @field_validator("weight")
     @classmethod

@@ -33,9 +33,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pixrl.errors import PixrlError
+from pixrl.errors import InputError, PixrlError
 from pixrl.rewards.http import LONGEST_WAIT
 from pixrl.rewards.python_reward import to_pil
+from pixrl.text import require_text
 from pixrl.types import RewardBatch, Scores
 from pixrl.untrusted import plain
 
@@ -152,8 +153,8 @@ def request(reward: str, batch: RewardBatch, *, exact: bool, max_pixels: int = M
     """A batch as the body of a request.
 
     Raises:
-        WireError: the metadata holds what is neither JSON nor a picture, a picture is too long and thin, or all have
-            more than `max_pixels`, as `cost` counts them.
+        WireError: the metadata holds what is neither JSON nor a picture, or a text with what is none; a picture is too
+            long and thin, or all have more than `max_pixels`, as `cost` counts them.
     """
     gallery = _Gallery(max_pixels)
     images = [gallery.number(image) for image in batch.images_BCHW]
@@ -198,7 +199,10 @@ def read_request(body: bytes) -> tuple[str, RewardBatch]:
     if len({image.shape for image in images}) > 1:
         raise WireError("All images of one request must have one size.")
     metadata = [_resolve(one, pictures) for one in message.metadata]
-    return message.reward, RewardBatch(torch.stack(images), message.prompts, metadata)
+    try:
+        return message.reward, RewardBatch(torch.stack(images), message.prompts, metadata)
+    except InputError as error:
+        raise WireError(str(error)) from None
 
 
 def answer(scores: Scores) -> bytes:
@@ -283,7 +287,9 @@ class _Gallery:
                 return {PICTURES: [self.number(one) for one in value]}
             case Tensor():
                 return {PICTURE: self.number(value)}
-            case None | bool() | int() | str():
+            case str():
+                return _text(value, where)
+            case None | bool() | int():
                 return value
             case float() if math.isfinite(value):
                 return value
@@ -300,6 +306,13 @@ class _Gallery:
             str(n): one.detach().float().cpu().contiguous().clone() for n, one in enumerate(self._pictures)
         }
         return TensorPictures(safetensors=base64.b64encode(save(named)).decode())
+
+
+def _text(value: str, where: str) -> str:
+    try:
+        return require_text(value, where)
+    except InputError as error:
+        raise WireError(str(error)) from None
 
 
 def _key(key: object, where: str) -> str:
@@ -385,7 +398,7 @@ def _open_png(content: bytes) -> Image.Image:
         file = Image.open(io.BytesIO(content), formats=["PNG"])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise WireError(f"a picture cannot be read as PNG: {error}") from None
-    if file.mode != "RGB":
+    if [part[3] for part in file.tile] != ["RGB"]:  # how the file keeps it; PIL's mode is RGB of 16 bits too
         raise WireError(f"a picture is {file.mode}, not RGB of 8 bits a channel")
     return file
 

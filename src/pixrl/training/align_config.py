@@ -24,6 +24,7 @@ from pixrl.algorithms.perturbation_learning import PerturbationSettings
 from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.stepping import Noise, SamplingSettings
 from pixrl.config import Settings
+from pixrl.data.prompts import Split
 from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
 
@@ -32,7 +33,10 @@ class PromptSettings(Settings):
     """What is drawn."""
 
     source: str = "toy:geneval"
-    """toy:geneval, toy:geneval/counting,colors, or a .txt, .jsonl, .csv or .parquet file."""
+    """toy:geneval, toy:geneval/counting,colors, a .txt, .jsonl, .json, .csv, .tsv or .parquet file, or a folder of
+    pictures with captions."""
+    column: str | None = None
+    """The column or key of the file that holds the prompts; none: prompt, prompts or caption."""
     per_step: int = Field(8, ge=1)
     """P: prompts of a training step; each makes one group."""
 
@@ -91,6 +95,8 @@ class EvaluationSettings(Settings):
     """Training steps between two; none: before and after alone."""
     source: str | None = None
     """Prompts; none: the held-out ones of the toy world, or the training file's own (which the log and report say)."""
+    column: str | None = None
+    """The column or key of the source that holds the prompts; none: prompt, prompts or caption."""
     prompts: int = Field(24, ge=1)
     """How many of them, spread evenly."""
     per_prompt: int = Field(1, ge=1)
@@ -194,8 +200,18 @@ class AlignConfig(Settings):
                 f"optimizer.decay_steps: {falls} ends before the run: steps {falls} to {self.steps} would learn "
                 f"nothing. Give {self.steps} or more, or all"
             )
+        if self.evaluation.column is not None and self.evaluation.source is None:
+            raise ValueError(
+                "evaluation.column names a column of evaluation.source, which is not given: give it, or leave both out"
+            )
         self._memory_fits()
         return self
+
+    def prompts_of(self, split: Split) -> tuple[str, str | None]:
+        """Source and column of the prompts of training, or of the evaluation."""
+        if split is Split.TRAIN or self.evaluation.source is None:
+            return self.prompts.source, self.prompts.column
+        return self.evaluation.source, self.evaluation.column
 
     def _memory_fits(self) -> None:
         """ValueError for ways of saving memory that the method cannot bear."""

@@ -81,8 +81,7 @@ def open_workshop(config: AlignConfig) -> Workshop:
     """Loads the model, the rewards and the prompts of a recipe, and checks that they fit."""
     team = Team(config.machine.device)
     limit_threads(team.size)
-    prompts = _prompts(config, config.prompts.source, Split.TRAIN)
-    held_out = _prompts(config, config.evaluation.source or config.prompts.source, Split.EVALUATION)
+    prompts, held_out = (_prompts(config, split) for split in Split)
     policy = load_policy(config, team)
     for one in (prompts, held_out):
         check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
@@ -113,8 +112,9 @@ def open_workshop(config: AlignConfig) -> Workshop:
     return Workshop(config, team, policy, slots, sampler, held_out, rewards, method, features)
 
 
-def _prompts(config: AlignConfig, source: str, split: Split) -> PromptSet:
-    """The prompts of a source, with their subjects where the recipe is one of subjects."""
+def _prompts(config: AlignConfig, split: Split) -> PromptSet:
+    """The prompts of training or of the evaluation, with their subjects where the recipe is one of subjects."""
+    source, column = config.prompts_of(split)
     supervised = isinstance(config.loss, SFTSettings)
     if isinstance(config, PersonalizeConfig):
         subjects = load_subjects(source, split=split)
@@ -125,7 +125,7 @@ def _prompts(config: AlignConfig, source: str, split: Split) -> PromptSet:
         raise ConfigError(
             "loss: sft learns from target pictures, which only subjects have: pixrl personalize toy/sft"
         )
-    return load_prompts(source, split=split)
+    return load_prompts(source, split=split, column=column)
 
 
 def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
@@ -246,7 +246,8 @@ def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:
     sizes = team.gather(found.micro_batches)
     common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))
     spread = f"{config.prompts.per_step} groups of {shop.method.group_size} over {team.size} process(es)"
-    return common, (spread, *_overlap(shop), *found.reasons)
+    read = dict.fromkeys([*shop.prompts.prompts.notes, *shop.held_out.notes])
+    return common, (spread, *read, *_overlap(shop), *found.reasons)
 
 
 def _overlap(shop: Workshop) -> Iterator[str]:

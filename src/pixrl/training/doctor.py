@@ -263,15 +263,16 @@ def _condition(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequenc
 def _prompts(config: AlignConfig, findings: Findings) -> tuple[list[Prompt], list[Prompt]]:
     """The training prompts, and those of the evaluation."""
     found: list[list[Prompt]] = []
-    sources = {Split.TRAIN: config.prompts.source}
-    sources[Split.EVALUATION] = config.evaluation.source or config.prompts.source
-    for split, source in sources.items():
+    for split in Split:
+        source, column = config.prompts_of(split)
         loaded: Iterable[Prompt] = ()
         try:
             if isinstance(config, PersonalizeConfig):
-                loaded = subject_prompts(load_subjects(source, split=split), count=config.references.count)
+                read = subject_prompts(load_subjects(source, split=split), count=config.references.count)
             else:
-                loaded = load_prompts(source, split=split)
+                read = load_prompts(source, split=split, column=column)
+            findings.notes.extend(note for note in read.notes if note not in findings.notes)
+            loaded = read
         except PixrlError as error:
             findings.miss(Need.DATA, error)
         found.append(list(loaded))

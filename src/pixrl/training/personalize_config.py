@@ -3,7 +3,7 @@
 Customized-GRPO is noise exploration x random steps x (synergy, time weights) x clipped; every other combination runs.
 """
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pixrl.config import Settings
 from pixrl.models.flux_tokens import Preset, Shift
@@ -41,3 +41,10 @@ class PersonalizeConfig(AlignConfig):
     """toy:flux, a FLUX folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
     prompts: SubjectSettings = SubjectSettings()
     references: ReferenceSettings = ReferenceSettings()
+
+    @model_validator(mode="after")
+    def _subjects_have_no_columns(self) -> "PersonalizeConfig":
+        for part, settings in (("prompts", self.prompts), ("evaluation", self.evaluation)):
+            if settings.column is not None:
+                raise ValueError(f"{part}.column has no effect: subjects have no columns. Leave it out")
+        return self

@@ -1,0 +1,263 @@
+"""Files of prompts as rows: a text, what else the row says, and where it stands.
+
+| file | a row |
+|---|---|
+| .txt | a line |
+| .jsonl | a line: an object with a prompt, all of which becomes metadata; or a text |
+| .json | an entry of a list, or of an object of objects: an object with a prompt, or a text |
+| .csv, .tsv | a line below the first one, which names the columns; the others become metadata |
+| .parquet | a row; other columns of text, numbers and truth values become metadata; needs pyarrow |
+| a folder | the caption beside a picture, as trainers keep them: owl.caption or owl.txt beside owl.png |
+"""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pixrl.data.pictures import list_pictures
+from pixrl.errors import InputError, did_you_mean
+from pixrl.text import lines, parse_json, read_text, require_file, require_text
+
+COLUMNS = ("prompt", "prompts", "caption")
+"""What a column of prompts may be called, in any case; the first one that is there."""
+CAPTION_SUFFIXES = (".caption", ".txt")
+PARQUET_EXTRA = "pip install 'pixrl[parquet]'"
+_LINE = 'Each line is one object, like {"prompt": "a photo of an owl"}.'
+_ENTRY = 'Write a list like ["a photo of an owl"] or [{"prompt": "a photo of an owl"}].'
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and where it stands, for messages."""
+
+    place: str
+    text: str
+    metadata: Mapping[str, object]
+    column: str | None = None
+    """Under which key the metadata hold the prompt too; None where they do not."""
+
+
+def read_rows(path: Path, column: str | None = None) -> list[Row]:
+    """The rows of a file, in its order; prompts without the white space around them.
+
+    Args:
+        path: ends in one of `FORMATS`.
+        column: which column or key holds the prompts; None: the first of `COLUMNS` that is there.
+
+    Raises:
+        InputError: the file is missing or not what its ending says; no such column; a column of a file without any.
+    """
+    return _READERS[path.suffix.lower()](path, column)
+
+
+def read_captions(folder: Path) -> tuple[list[Row], list[Path]]:
+    """The captions beside a folder's pictures, one a picture, and the pictures without one.
+
+    Raises:
+        InputError: a caption is empty or of several lines; a file is neither picture, caption nor note.
+    """
+    rows, without = [], []
+    for picture in list_pictures(folder):
+        file = caption_of(picture)
+        if file is None:
+            without.append(picture)
+            continue
+        text = read_text(file).strip()
+        if len(lines(text)) > 1:
+            raise InputError(
+                f"{file} holds {len(lines(text))} lines; the caption of a picture is one. Join them."
+            )
+        rows.append(Row(file.name, text, {}))
+    return rows, without
+
+
+def caption_of(picture: Path) -> Path | None:
+    """The caption's file beside a picture, or None."""
+    files = (picture.with_suffix(end) for end in CAPTION_SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _read_lines(path: Path, column: str | None) -> list[Row]:
+    if column is not None:
+        raise InputError(
+            f"{path} has no columns, so {column!r} names none: leave prompts.column out, or give a list with columns."
+        )
+    return [Row(f"line {number}", line.strip(), {}) for number, line in enumerate(lines(read_text(path)), 1)]
+
+
+def _read_jsonl(path: Path, column: str | None) -> list[Row]:
+    rows = []
+    for number, line in enumerate(lines(read_text(path)), 1):
+        entry = parse_json(line, str(path), line=number, like=_LINE)
+        rows.append(_row(path, f"line {number}", entry, column, _LINE))
+    return rows
+
+
+def _read_json(path: Path, column: str | None) -> list[Row]:
+    text = read_text(path)
+    if not text.strip():
+        return []
+    found = parse_json(text, str(path), like=_ENTRY)
+    return [_row(path, place, entry, column, _ENTRY) for place, entry in _entries(path, found, column)]
+
+
+def _entries(path: Path, found: object, column: str | None) -> Iterator[tuple[str, object]]:
+    if isinstance(found, Mapping):
+        key = column if column in found else _by_meaning(list(found))
+        if key is not None and isinstance(found[key], list):
+            found = found[key]
+        elif found and all(isinstance(one, Mapping) for one in found.values()):
+            yield from ((f"entry {name!r}", entry) for name, entry in found.items())
+            return
+    if not isinstance(found, list):
+        raise InputError(f"{path} is no list of prompts. {_ENTRY}")
+    yield from ((f"entry {number}", entry) for number, entry in enumerate(found, 1))
+
+
+def _row(path: Path, place: str, entry: object, column: str | None, like: str) -> Row:
+    if isinstance(entry, str) and column is None:
+        return Row(place, entry.strip(), {})
+    keys = list(entry) if isinstance(entry, Mapping) else []
+    key = _by_meaning(keys) if column is None else column
+    text = entry.get(key) if isinstance(entry, Mapping) and key is not None else None
+    if not isinstance(text, str):
+        wanted = COLUMNS[0] if column is None else column
+        there = ", ".join(keys) if isinstance(entry, Mapping) else type(entry).__name__
+        raise InputError(
+            f'{path}, {place} has no text under "{wanted}" (found: {there or "nothing"}).'
+            f"{_named(keys, column)} {like}"
+        )
+    assert isinstance(entry, Mapping)
+    return Row(place, text.strip(), entry, key)
+
+
+def _read_csv(path: Path, column: str | None) -> list[Row]:
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+
+    def cells() -> Iterator[tuple[int, list[str]]]:
+        try:
+            yield from ((reader.line_num, row) for row in reader if row)
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}.") from None
+
+    return _table(path, cells(), column, 'Put a prompt that holds a comma into quotes: "an owl, and a cat"')
+
+
+def _read_tsv(path: Path, column: str | None) -> list[Row]:
+    cells = (
+        (number, [_unquoted(cell) for cell in line.split("\t")])
+        for number, line in enumerate(lines(read_text(path)), 1)
+        if line
+    )
+    return _table(
+        path, cells, column, "A cell holds neither a tab nor an end of line; such a list is a .csv."
+    )
+
+
+def _unquoted(cell: str) -> str:
+    """A cell as most programs mean it: quotes are letters, save where doubled ones say that they are not."""
+    inner = cell[1:-1]
+    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' in inner
+    return inner.replace('""', '"') if is_quoted and '"' not in inner.replace('""', "") else cell
+
+
+def _table(path: Path, cells: Iterator[tuple[int, list[str]]], column: str | None, advice: str) -> list[Row]:
+    _, names = next(cells, (0, []))
+    if not names:
+        return []
+    chosen = _column(path, names, column)
+    rows = []
+    for number, row in cells:
+        if len(row) != len(names):
+            raise InputError(
+                f"{path}, line {number} has not {len(names)} cells as the first line has. {advice}"
+            )
+        rest = dict(zip(names, row, strict=True))
+        rows.append(Row(f"line {number}", rest.pop(chosen).strip(), rest))
+    return rows
+
+
+def _read_parquet(path: Path, column: str | None) -> list[Row]:
+    require_file(path)
+    try:
+        arrow: Any = import_module("pyarrow")
+        parquet: Any = import_module("pyarrow.parquet")
+    except ImportError:
+        raise InputError(
+            f"Reading {path} needs pyarrow, which is not installed. Type: {PARQUET_EXTRA}"
+        ) from None
+    try:
+        schema = parquet.read_schema(path)
+        chosen = _column(path, schema.names, column)
+        plain = [field.name for field in schema if _is_plain(arrow, field.type)]
+        entries = parquet.read_table(path, columns=list(dict.fromkeys([chosen, *plain]))).to_pylist()
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as parquet: {error}") from None
+    return [_parquet_row(path, number, entry, chosen) for number, entry in enumerate(entries, 1)]
+
+
+def _parquet_row(path: Path, number: int, entry: dict[str, object], column: str) -> Row:
+    for name, value in entry.items():
+        if isinstance(value, str):
+            require_text(value, f"{path}, row {number}, {name}")
+    text = entry.pop(column)
+    if not isinstance(text, str):
+        raise InputError(f"{path}, row {number}: {column} is {text!r}, not text.")
+    return Row(f"row {number}", text.strip(), entry)
+
+
+def _is_plain(arrow: Any, kind: Any) -> bool:
+    """Text, numbers and truth values, and dictionaries of them (pandas' categories); pictures and lists stay."""
+    types = arrow.types
+    if types.is_dictionary(kind):
+        return _is_plain(arrow, kind.value_type)
+    tests = (
+        types.is_string, types.is_large_string, types.is_string_view,
+        types.is_integer, types.is_floating, types.is_boolean,
+    )  # fmt: skip
+    return any(test(kind) for test in tests)
+
+
+_READERS: Mapping[str, Callable[[Path, str | None], list[Row]]] = {
+    ".txt": _read_lines,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+FORMATS = tuple(_READERS)
+
+
+def _by_meaning(names: Sequence[str]) -> str | None:
+    """The name that means prompts, as the file writes it."""
+    by_meaning = {name.strip().lower(): name for name in reversed(names)}
+    return next((by_meaning[column] for column in COLUMNS if column in by_meaning), None)
+
+
+def _column(path: Path, names: Sequence[str], column: str | None) -> str:
+    """The name of the column of prompts in a table's first line."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} has several columns {twice[0]!r}. Give each a name of its own.")
+    found = _by_meaning(names) if column is None else column
+    if found is None or found not in names:
+        wanted = " or ".join(repr(one) for one in (COLUMNS if column is None else (column,)))
+        guess = next((hint for name in names if (hint := did_you_mean(name.strip().lower(), COLUMNS))), "")
+        raise InputError(
+            f"{path} has no column {wanted}; it has {', '.join(names)}."
+            f"{guess if column is None else ''}{_named(names, column)}"
+        )
+    return found
+
+
+def _named(names: Sequence[str], column: str | None) -> str:
+    """What to type where the prompts are under another name."""
+    if column is not None:
+        return did_you_mean(column, names)
+    return f" Name it: --set prompts.column={names[0]}" if names else ""
