@@ -10,7 +10,7 @@ WORKERS ?= $(shell [ $(CORES) -gt 8 ] && echo 8 || echo $(CORES))
 OFFLINE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST  := $(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo test check lint docs mutate clean
+.PHONY: help setup demo test check lint docs mutate fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +44,9 @@ docs: setup ## make the pictures and tables of the docs again
 
 mutate: setup ## change the equations one sign or constant at a time and count what the tests notice
 	$(OFFLINE) $(PY) tools/mutate.py
+
+fuzz: setup ## give every parser of text and files from outside strange input for about a minute
+	HYPOTHESIS_PROFILE=long $(PYTEST) tests/fuzz
 
 clean: ## remove the environment, caches and builds (never a run)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

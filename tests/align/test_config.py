@@ -102,7 +102,7 @@ def test_a_recipe_of_another_job_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "holds no prompts"), (b"an owl\n\xff\xfe\n", "UTF-8"), (b"an owl\na cat\nan owl\n", "line")],
+    [(b"", "holds no prompts"), (b"an owl\n\xff\xfe\n", "UTF-8"), (b"an owl\n\n", "line 2")],
 )
 def test_bad_prompt_files(tmp_path: Path, content: bytes, message: str) -> None:
     from pixrl.data.prompts import load_prompts

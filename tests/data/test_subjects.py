@@ -287,7 +287,6 @@ def remove_pictures(folder: Path) -> None:
         (lambda f: (f / "prompts.txt").unlink(), r"has no prompts\.txt with its prompts"),
         (lambda f: (f / "prompts.txt").write_text(""), "holds no prompts"),
         (lambda f: (f / "prompts.txt").write_bytes(b"a dog\na dog \xe9"), r"byte 12 \(0xe9\), in line 2"),
-        (lambda f: (f / "prompts.txt").write_text("a dog\na dog"), "line 2 repeats line 1"),
         (
             lambda f: (f / "prompts.txt").write_text("a dog\na hotdog"),
             r"Prompt 2 of the subject 'rex' does not name its class 'dog': 'a hotdog'.*mend \S+class\.txt",
@@ -367,6 +366,19 @@ def test_unos_list_asks_the_same_of_dreambench(checkout: Path) -> None:
     assert all(len(s.references) == 1 and s.word is None for s in theirs)
 
 
+def test_repeats_in_dreambenchs_file_are_noted(checkout: Path) -> None:
+    file = checkout / "dreambooth" / "dataset" / "prompts_and_classes.txt"
+    file.write_text(
+        file.read_text()
+        .replace("backpack,backpack\n", "backpack,backpack\n" * 2)
+        .replace("the jungle", "the snow")
+    )
+    found = load_subjects(checkout / "dreambooth")
+    assert len(found) == 30 and len(found[0].prompts) == 24
+    assert any("line 5 repeats the subject 'backpack'" in note for note in found.notes)
+    assert any("line 42 repeats the prompt 'a {0} {1} in the snow'" in note for note in found.notes)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -387,8 +399,7 @@ def test_unos_list_asks_the_same_of_dreambench(checkout: Path) -> None:
             r"line 40: .*Write it like 'a \{0} \{1} in the",
         ),
         ("in the jungle", "in the { jungle", "line 40: .* has braces"),
-        ("dog2,dog", "dog,dog", r"line \d+ repeats the subject 'dog'"),
-        ("in the jungle", "in the snow", r"line 41 repeats the prompt 'a \{0} \{1} in the snow'"),
+        ("dog2,dog", "dog,cat", r"line \d+ calls 'dog' 'cat', and a line before 'dog'"),
     ],
 )
 def test_bad_dreambench_files(old: str, new: str, message: str, checkout: Path) -> None:
@@ -445,6 +456,17 @@ def test_uno_names_are_all_different(tmp_path: Path) -> None:
     assert len(set(names)) == 4, names
 
 
+def test_repeats_in_uno_lists_are_noted(tmp_path: Path) -> None:
+    """The same prompt of the same pictures; with another target it is another row."""
+    for name in ("a.png", "t.png"):
+        picture(tmp_path / name)
+    owl = {"prompt": "an owl", "image_paths": ["a.png"]}
+    found = load_subjects(write_list(tmp_path, [owl, owl, {**owl, "image_tgt_path": "t.png"}]))
+    assert found[0].prompts == ("an owl", "an owl")
+    assert found[0].targets == (None, tmp_path / "t.png")
+    assert "1 of 3 rows" in found.notes[0] and "entry 2 repeats entry 1: 'an owl'" in found.notes[0]
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -459,7 +481,11 @@ def test_uno_names_are_all_different(tmp_path: Path) -> None:
         ([{"prompt": "a", "image_paths": []}], r"has no reference: image_paths is \[\]"),
         ([{"prompt": "a", "image_paths": "a.png"}], "has no reference"),
         ([{"prompt": "a", "image_paths": ["nowhere.png"]}], "There is no picture"),
-        ([{"prompt": "a", "image_paths": ["a.png"]}] * 2, "entry 2 repeats 'a'"),
+        (
+            [{"prompt": "a", "image_paths": ["a.png"], "image_path": "a.png"}],
+            "has both image_path and image_paths",
+        ),
+        ([{"prompt": "a", "image_path": 3}], r"has no reference: image_paths is \[3\]"),
     ],
 )
 def test_bad_uno_lists(entries: object, message: str, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 |---|---|
 | .txt | a line |
 | .jsonl | a line: an object with a prompt, all of which becomes metadata; or a text |
-| .json | an entry of a list, or of an object of objects: an object with a prompt, or a text |
+| .json | an entry of a list, alone or under the key of the prompts, or of an object of objects: as above |
 | .csv, .tsv | a line below the first one, which names the columns; the others become metadata |
 | .parquet | a row; other columns of text, numbers and truth values become metadata; needs pyarrow |
 | a folder | the caption beside a picture, as trainers keep them: owl.caption or owl.txt beside owl.png |
@@ -103,20 +103,20 @@ def _read_json(path: Path, column: str | None) -> list[Row]:
     if not text.strip():
         return []
     found = parse_json(text, str(path), like=_ENTRY)
-    return [_row(path, place, entry, column, _ENTRY) for place, entry in _entries(path, found, column)]
-
-
-def _entries(path: Path, found: object, column: str | None) -> Iterator[tuple[str, object]]:
     if isinstance(found, Mapping):
         key = column if column in found else _by_meaning(list(found))
         if key is not None and isinstance(found[key], list):
-            found = found[key]
-        elif found and all(isinstance(one, Mapping) for one in found.values()):
-            yield from ((f"entry {name!r}", entry) for name, entry in found.items())
-            return
-    if not isinstance(found, list):
+            found, column = found[key], None
+    return [_row(path, place, entry, column, _ENTRY) for place, entry in _entries(path, found)]
+
+
+def _entries(path: Path, found: object) -> Iterator[tuple[str, object]]:
+    if isinstance(found, Mapping) and found and all(isinstance(one, Mapping) for one in found.values()):
+        yield from ((f"entry {name!r}", entry) for name, entry in found.items())
+    elif isinstance(found, list):
+        yield from ((f"entry {number}", entry) for number, entry in enumerate(found, 1))
+    else:
         raise InputError(f"{path} is no list of prompts. {_ENTRY}")
-    yield from ((f"entry {number}", entry) for number, entry in enumerate(found, 1))
 
 
 def _row(path: Path, place: str, entry: object, column: str | None, like: str) -> Row:
