@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 from typer.testing import CliRunner
 
 from pixrl import cli, config
+from pixrl.data.dreambench import read_classes
 from pixrl.data.pairs import read_pairs
 from pixrl.data.pictures import read_picture
 from pixrl.data.prompts import Prompt, Split, load_prompts
@@ -147,13 +148,17 @@ def test_half_an_emoji_is_refused_by_doctor_and_align_alike(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "1000")
-    given = ("--set", f"prompts.source={CASES / 'B06_surrogate.jsonl'}")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"kind: align\nmodel: nowhere\nprompts: {{source: {CASES / 'B06_surrogate.jsonl'}}}\n"
+        "rewards: [{name: python, options: {function: 'm:f'}}]\n"
+    )
     where = "line 1, character 30 is half a character (U+D83D, a lone surrogate)"
-    for command in (("doctor", "toy/e2po"), ("align", "toy/e2po", "--out", "run")):
-        done = CliRunner().invoke(cli.app, [*command, *given])
+    for command in (["doctor", str(recipe)], ["align", str(recipe), "--out", "run"]):
+        done = CliRunner().invoke(cli.app, command)
         assert where in " ".join(done.output.split())
         assert done.exit_code in (1, 2) and "Traceback" not in done.output
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [recipe]
 
 
 def test_unos_lists_of_half_an_emoji(tmp_path: Path) -> None:
@@ -184,7 +189,44 @@ def test_odd_prompts_are_kept_and_a_nul_is_told(tmp_path: Path) -> None:
     content = (CASES / "B36_odd.txt").read_bytes()
     path = tmp_path / "odd.txt"
     path.write_bytes(content.replace(b"\0", b""))
-    assert texts(path) == content.replace(b"\0", b"").decode().rstrip("\n").split("\n")
+    written = path.read_text(encoding="utf-8").split("\n")
+    assert texts(path) == [line.strip() for line in written if line]
+
+
+CLASSES = """Classes
+
+subject_name,class
+backpack,backpack
+backpack,backpack
+dog6,dog
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the snow'.format(unique_token, class_token),
+'a {0} {1} on grass'.format(unique_token, class_token),
+'a {0} {1} in the snow'.format(unique_token, class_token),
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} in a hat'.format(unique_token, class_token),
+]
+"""
+
+
+def test_repeats_in_dreambenchs_file_are_noted(tmp_path: Path) -> None:
+    path = tmp_path / "prompts_and_classes.txt"
+    path.write_text(CLASSES)
+    (backpack, _), notes = read_classes(path)
+    assert backpack == ("backpack", "backpack", ("a backpack in the snow", "a backpack on grass"))
+    first, second = notes
+    assert "line 5 repeats the subject 'backpack'" in first
+    assert "line 13 repeats the prompt 'a {0} {1} in the snow'" in second
+    path.write_text(CLASSES.replace("backpack,backpack\ndog6", "backpack,bag\ndog6"))
+    with pytest.raises(InputError, match="line 5 calls 'backpack' 'bag', and a line before 'backpack'"):
+        read_classes(path)
 
 
 # --- subjects --------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_the_tasks_are_the_toy_worlds() -> None:
         ("toy:", "no prompts ''"),
         (
             "geneval",
-            r"is no list of prompts\. Did you mean 'toy:geneval'\? Give toy:geneval or a file that ends in",
+            r"is no list of prompts\. Did you mean 'toy:geneval'\? Give toy:geneval, a file that ends in",
         ),
         ("prompts.yaml", r"ends in \.txt, \.jsonl, \.json, \.csv, \.tsv, \.parquet, or a folder"),
     ],

@@ -366,19 +366,6 @@ def test_unos_list_asks_the_same_of_dreambench(checkout: Path) -> None:
     assert all(len(s.references) == 1 and s.word is None for s in theirs)
 
 
-def test_repeats_in_dreambenchs_file_are_noted(checkout: Path) -> None:
-    file = checkout / "dreambooth" / "dataset" / "prompts_and_classes.txt"
-    file.write_text(
-        file.read_text()
-        .replace("backpack,backpack\n", "backpack,backpack\n" * 2)
-        .replace("the jungle", "the snow")
-    )
-    found = load_subjects(checkout / "dreambooth")
-    assert len(found) == 30 and len(found[0].prompts) == 24
-    assert any("line 5 repeats the subject 'backpack'" in note for note in found.notes)
-    assert any("line 42 repeats the prompt 'a {0} {1} in the snow'" in note for note in found.notes)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -9,7 +9,20 @@ from pixrl.data.prompts import load_prompts
 from pixrl.toy.language import caption, parse
 from pixrl.toy.scene import Task, random_scene
 
-SOUP = soup("a photo of ", "a ", "two ", "owl", "snails", " and ", " on the beach", " wearing ", "red ", ", ", "left of ", ".")
+SOUP = soup(
+    "a photo of ",
+    "a ",
+    "two ",
+    "owl",
+    "snails",
+    " and ",
+    " on the beach",
+    " wearing ",
+    "red ",
+    ", ",
+    "left of ",
+    ".",
+)
 
 
 @fuzz
