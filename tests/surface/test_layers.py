@@ -10,7 +10,18 @@ import pixrl.config
 
 PACKAGE = Path(pixrl.config.__file__).parent
 LAYERS = [
-    {"errors", "types", "config", "hub", "hub_check", "hub_fetch", "device", "libraries", "text", "untrusted"},
+    {
+        "errors",
+        "types",
+        "config",
+        "hub",
+        "hub_check",
+        "hub_fetch",
+        "device",
+        "libraries",
+        "text",
+        "untrusted",
+    },
     {"equations"},
     {"models", "rewards", "data"},
     {"algorithms", "conformance"},
@@ -38,7 +49,17 @@ TOY_MAY_IMPORT_MODULES = (
     "pixrl.training.fuse_world",
 )
 MAY_IMPORT_TOY = {"toy", "cli_toy"}
-TORCH_FREE = ["errors", "text", "config", "untrusted", "hub", "hub_check", "hub_fetch", "__init__", "__main__"]
+TORCH_FREE = [
+    "errors",
+    "text",
+    "config",
+    "untrusted",
+    "hub",
+    "hub_check",
+    "hub_fetch",
+    "__init__",
+    "__main__",
+]
 TORCH_FREE += sorted(path.stem for path in PACKAGE.glob("cli*.py"))
 LIBRARIES_OF_EQUATIONS = {"torch", "pixrl"}
 
