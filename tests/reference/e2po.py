@@ -1,6 +1,7 @@
 """E2PO's perturbed conditions (section 4.2, Eqs. 9 to 13), one prompt and one variant at a time."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Perturbing:
             return tokens, pooled, references
         tau = self.perturbation_range
         share = 1.0 if self.static else min(1.0, max(0.0, (t - (1 - tau)) / tau))
-        deltas = self.perturbations(scene.prompt)
+        deltas = perturbations(self, scene.prompt)
         changed = {name: at_words(name, scene.prompt, delta[number]) for name, delta in deltas.items()}
         own_tokens, own_pooled = world.text(scene.prompt, changed)
         return (
@@ -51,25 +52,6 @@ class Perturbing:
             share * own_pooled + (1 - share) * pooled,
             references,
         )
-
-    def perturbations(self, prompt: str) -> dict[str, Tensor]:
-        """Encoder -> what is added to each word's embedding, [K, N, D]: drawn, bounded, then learned."""
-        deltas = {name: self.drawn(name, prompt) for name in self.encoders}
-        optimizer = {
-            name: (torch.zeros_like(delta), torch.zeros_like(delta)) for name, delta in deltas.items()
-        }
-        for step in range(1, self.steps + 1):
-            leaves = {name: delta.clone().requires_grad_() for name, delta in deltas.items()}
-            gradients = torch.autograd.grad(self.objective(prompt, leaves), list(leaves.values()))
-            for name, g in zip(leaves, gradients, strict=True):
-                # torch's AdamW with its own defaults
-                first, second = optimizer[name]
-                first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
-                optimizer[name] = first, second
-                moved = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-                deltas[name] = deltas[name] * (1 - self.lr * 0.01) - self.lr * moved
-                deltas[name] = self.bounded(name, prompt, deltas[name])
-        return deltas
 
     def drawn(self, name: str, prompt: str) -> Tensor:
         """N(0, sigma_init^2), from the prompt's own generator [9]."""
@@ -117,7 +99,7 @@ class Perturbing:
         """What the log says of some prompts' variants."""
         anchors, pairs, shares = [], [], []
         for prompt in prompts:
-            deltas = self.perturbations(prompt)
+            deltas = perturbations(self, prompt)
             h0, h = self.features(prompt, deltas)
             anchors += [cosine_similarity(one, h0, dim=0).item() for one in h]
             own = [cosine_similarity(h[i], h[j], dim=0).item() for i in range(len(h)) for j in range(i)]
@@ -134,6 +116,25 @@ class Perturbing:
             "in_band_share": 1 - plain.mean([float(x) for x in outside]),
             "delta_norm_share": plain.mean(shares),
         } | ({"pairwise_cosine": plain.mean(pairs)} if pairs else {})
+
+
+@cache
+def perturbations(settings: Perturbing, prompt: str) -> dict[str, Tensor]:
+    """Encoder -> what is added to each word's embedding, [K, N, D]: drawn, bounded, then learned."""
+    deltas = {name: settings.drawn(name, prompt) for name in settings.encoders}
+    optimizer = {name: (torch.zeros_like(delta), torch.zeros_like(delta)) for name, delta in deltas.items()}
+    for step in range(1, settings.steps + 1):
+        leaves = {name: delta.clone().requires_grad_() for name, delta in deltas.items()}
+        gradients = torch.autograd.grad(settings.objective(prompt, leaves), list(leaves.values()))
+        for name, g in zip(leaves, gradients, strict=True):
+            # torch's AdamW with its own defaults
+            first, second = optimizer[name]
+            first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
+            optimizer[name] = first, second
+            moved = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+            deltas[name] = deltas[name] * (1 - settings.lr * 0.01) - settings.lr * moved
+            deltas[name] = settings.bounded(name, prompt, deltas[name])
+    return deltas
 
 
 def at_words(name: str, prompt: str, delta_ND: Tensor) -> Tensor:

@@ -60,6 +60,11 @@ CASES: dict[str, dict[str, Any]] = {
         "sampling": {"noise": "flow_sde"}, "loss": {}, "references": 2, "trained": alike, "optimizer": {"updates": 1},
         "advantage": {"synergy": {"kind": "tanh", "alpha": 0.5}, "time": TDW},
     },
+    "customized_grpo_at_random_steps": {
+        "sampling": {"noise": "flow_sde", "steps": 8, "where": "fraction", "fraction": 0.4}, "loss": {},
+        "references": 1, "trained": alike, "optimizer": {"updates": 1},
+        "advantage": {"synergy": {"alpha": 0.5}, "time": TDW},
+    },
     "customized_grpo_inverted": {
         "sampling": {"noise": "dance", "eta": 0.6, "steps": 6}, "loss": {"clip": 0.01}, "references": 1,
         "trained": three, "scale_loss": True,

@@ -197,7 +197,6 @@ def _roll_out_part(
                 transitions.append(Transition(number, x, after, x.new_zeros(len(x))))
             x = after
             continue
-        solver.forget()
         step = plan.random_step(x, velocity, number, noise=fresh_noise(policy, streams, Use.STEP, number))
         log_prob = _anchored_log_prob(policy, plan, number, x, step.next_x, step.log_prob, condition, anchor)
         transitions.append(Transition(number, x, step.next_x, log_prob))

@@ -220,16 +220,15 @@ def random_steps(settings: SamplingSettings, *, seed: int, step: int) -> list[in
 
 
 class ODESolver:
-    """Takes the ODE steps of one batch of rollouts; DPM remembers the last prediction of the data."""
+    """Takes the ODE steps of one batch of rollouts; DPM remembers the last step's prediction of the data.
+
+    A step behind one that it did not take, such as a random one, starts anew.
+    """
 
     def __init__(self, plan: StepPlan) -> None:
         self._sigmas = plan.schedule.sigmas
         self._second_order = plan.solver is Solver.DPM
         self._before: tuple[int, Tensor] | None = None
-
-    def forget(self) -> None:
-        """After a random step: the next one starts anew."""
-        self._before = None
 
     def step(self, x: Tensor, velocity: Tensor, number: int) -> Tensor:
         """x [B, ...] at the next noise level."""
