@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 from pixrl.errors import CheckpointError
 from pixrl.hub_check import read_header, read_json
 from pixrl.models.licences import NOT_STATED, generator_licence
+from pixrl.rewards import sources
 from pixrl.training.environment import describe
 from pixrl.training.jsonl import JsonLines
 from pixrl.untrusted import MOST_DEPTH, Secret, code, fenced, markdown, parse_json, plain
@@ -174,3 +175,21 @@ def test_a_key_typed_on_the_command_line_is_not_kept(monkeypatch: pytest.MonkeyP
     )
     command = json.loads(describe(0, ""))["command"]
     assert command == ["pixrl", "align", "toy/e2po-is-no-key", "--set", "a=[secret]"]
+
+
+@pytest.mark.parametrize(
+    ("front", "stated"),
+    [
+        ("license: MIT", "MIT"),
+        ("license:  'mit' \t", "mit"),
+        ('license: other\nlicense_name: "its own"', "its own"),
+        ("license:\nother: x", None),
+        ("license: a" + " " * 10**6 + "'", "a"),
+        ("license: " + " '" * 10**6, "'"),
+        ("license: a\x1b[2Jb", "a\\x1b[2Jb"),
+    ],
+)
+def test_a_rewards_licence_is_read_in_one_pass(tmp_path: Path, front: str, stated: str | None) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+    found = sources._front_matter(tmp_path / "README.md")
+    assert (found is None and stated is None) or (found is not None and found.startswith(str(stated)))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pixrl.errors import CheckpointError
 from pixrl.rewards.weights import origin, published_folder, require_file, weight_shards
+from pixrl.untrusted import plain
 
 NOT_STATED = "not stated: see the model's page"
 NON_COMMERCIAL = "BRIA RMBG-2.0: non-commercial use only, commercial use by agreement with BRIA AI"
@@ -44,7 +45,7 @@ WORDS = (
     "*processor_config.json",
 )
 """What is needed of a checkpoint whose weights are not."""
-_FIELD = re.compile(r"^(license|license_name):[ \t]*['\"]?([^'\"\n]+?)['\"]?[ \t]*$", re.MULTILINE)
+_FIELD = re.compile(r"^(license|license_name):(.*)$", re.MULTILINE)
 
 
 def describe(ref: str | Path, path: Path) -> dict[str, str]:
@@ -109,6 +110,7 @@ def _front_matter(readme: Path) -> str | None:
     if not readme.is_file():
         return None
     opening, head, *_ = (*readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2), "")
-    fields = {} if opening else dict(_FIELD.findall(head))
+    found = [] if opening else _FIELD.findall(head)
+    fields = {name: text for name, given in found if (text := plain(given.strip().strip("'\"")))}
     stated = fields.get("license")
     return fields.get("license_name", stated) if stated == "other" else stated
