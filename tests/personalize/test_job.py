@@ -268,7 +268,7 @@ def test_from_the_command_line(tmp_path: Path, flux_folder: Path) -> None:
     assert len(RunFolder.open(tmp_path / "run").metrics()) == 2
     assert run(cli.app, ["report", str(tmp_path / "run")]).exit_code == 0
     checked = run(cli.app, ["selfcheck", str(tmp_path / "run/recipe.yaml"), "--json"])
-    assert checked.exit_code == 0 and json.loads(checked.output)["passed"]
+    assert checked.exit_code == 0 and json.loads(checked.stdout)["passed"]
     wrong = run(cli.app, ["align", str(file)])
     assert wrong.exit_code == 2 and "pixrl personalize" in wrong.output
 
