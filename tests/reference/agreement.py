@@ -10,11 +10,11 @@ from tests.reference.world import Weights
 WEIGHTS = 1e-9
 """Largest difference of weights, relative to the largest of their tensor.
 
-float64 rounds to 1e-16; three steps of some thousand sums each leave about 1e-13, and what Adam divides by the smallest
+float64 rounds to 1e-16; three steps of some thousand sums leave 1e-13 at most, and what Adam divides by the smallest
 gradient that is not 0 (eps 1e-4 in these runs) some hundred times that.
 """
-FIGURES = {"rel": 1e-7, "abs": 1e-9, "nan_ok": True}
-"""Figures of the log: some are differences of nearly equal numbers."""
+FIGURES = {"rel": 1e-6, "abs": 1e-9, "nan_ok": True}
+"""Figures of the log: shares are means in float32, which rounds to 6e-8; some others are small differences."""
 
 
 def assert_same_weights(outcome: Outcome, expected: dict[str, Weights]) -> None:
