@@ -15,7 +15,7 @@ from pixrl.data.pictures import read_picture, to_tensors
 from pixrl.evaluation.card_usage import in_unos_code
 from pixrl.evaluation.export import Format, export
 from pixrl.models.flux import FluxPolicy, Preset
-from pixrl.models.flux_lora import read_lora
+from pixrl.models.lora_files import read_lora
 from pixrl.training import checkpoint
 from tests.personalize.test_job import recipe
 from tests.tolerance import agree
@@ -151,12 +151,12 @@ def in_slot(run: Path, flux_folder: Path, other: FluxPolicy, conditioning: objec
 
 
 def test_unos_layout_is_the_same_change(run: Path, tmp_path: Path) -> None:
-    """The file that UNO's code and `references.lora` read adds what diffusers' file adds, module by module."""
+    """The file that UNO's code and `lora.base` read adds what diffusers' file adds, module by module."""
     uno, plain = (
         export(run, out=tmp_path / layout, layout=layout) for layout in (Format.UNO, Format.DIFFUSERS)
     )
-    assert uno.file.name == "dit_lora.safetensors" and "references.lora" in uno.card.read_text()
-    found, expected = read_lora(uno.file), read_lora(plain.file)
+    assert uno.file.name == "dit_lora.safetensors" and "lora.base" in uno.card.read_text()
+    found, expected = read_lora(uno.file, "flux"), read_lora(plain.file, "flux")
     assert expected and all(not up.any() for name, (_, up) in found.items() if name not in expected)
     for module, (down, up) in expected.items():
         change = up @ down

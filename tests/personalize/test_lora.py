@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.errors import CheckpointError, RunError
-from pixrl.models import flux_lora
+from pixrl.models import flux_lora, lora_files
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.flux_lora import Blocks
 from tests.tolerance import MODEL, PICTURE, agree
@@ -123,7 +123,9 @@ def test_an_imported_lora_and_what_was_trained_add_up(flux_folder: Path, file: P
     with torch.no_grad():
         for parameter in slots.parameters():
             parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
-    whole = flux_lora.added([flux_lora.read_lora(file), flux_lora.slot_lora(slots.state(), "current", 1.0)])
+    whole = flux_lora.added(
+        [lora_files.read_lora(file, "flux"), flux_lora.slot_lora(slots.state(), "current", 1.0)]
+    )
     again = load(flux_folder)
     again.merge_lora(flux_lora.write_lora(tmp_path / "both.safetensors", flux_lora.to_uno(whole, TINY)))
     assert agree(velocity(again), velocity(policy), MODEL)
@@ -190,7 +192,7 @@ def test_the_alpha_that_diffusers_writes_into_the_header_counts(
 ) -> None:
     path = tmp_path / "lora.safetensors"
     tensors = peft_file(path, rank=4, **config)
-    found = flux_lora.read_lora(path)
+    found = lora_files.read_lora(path, "flux")
     for module, scale in zip(("to_q", "to_k"), scales, strict=True):
         name = f"transformer_blocks.0.attn.{module}"
         down, up = (tensors[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
@@ -262,7 +264,7 @@ def test_the_alphas_of_keys_count_as_diffusers_reads_them(
     tensors = kohya_file(names, rank=4, alpha=alpha)
     save_file(tensors, path)
     change = tensors[f"{names[0]}.lora_up.weight"] @ tensors[f"{names[0]}.lora_down.weight"]
-    down, up = flux_lora.read_lora(path)["transformer_blocks.0.attn.to_out.0"]
+    down, up = lora_files.read_lora(path, "flux")["transformer_blocks.0.attn.to_out.0"]
     assert agree(up @ down, (alpha or 4) / 4 * change, 8 * RANK)
     other = load(flux_folder)
     other.pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
@@ -282,7 +284,7 @@ def test_alphas_beside_peft_keys_count(flux_folder: Path, bare: FluxPolicy, tmp_
     assert agree(velocity(bare), velocity(other), MODEL)
     save_file(tensors | {f"{name}.to_q.alpha": torch.tensor(16.0)}, path)
     with pytest.raises(CheckpointError, match="to_k have no alpha, but others do"):
-        flux_lora.read_lora(path)
+        lora_files.read_lora(path, "flux")
 
 
 def test_modules_of_different_ranks_share_the_headers_alpha(
@@ -295,7 +297,7 @@ def test_modules_of_different_ranks_share_the_headers_alpha(
     header = {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_k": 2}, "target_modules": ["to_q", "to_k"]}
     own = json.dumps({f"transformer.{name}": x for name, x in header.items()})
     save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": own})
-    found = flux_lora.read_lora(path)["transformer_blocks.0.attn.to_k"]
+    found = lora_files.read_lora(path, "flux")["transformer_blocks.0.attn.to_k"]
     assert agree(found[1] @ found[0], 4 * tensors[key[1]] @ tensors[key[0]], 8 * RANK)
     other = load(flux_folder)
     other.pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
@@ -322,7 +324,7 @@ def test_what_diffusers_drops_is_refused(tmp_path: Path, extra: tuple[str, ...],
     names = ("lora_unet_double_blocks_0_img_attn_proj", *extra)
     save_file(kohya_file(names, rank=4, alpha=2.0), path)
     with pytest.raises(CheckpointError, match=message):
-        flux_lora.read_lora(path)
+        lora_files.read_lora(path, "flux")
 
 
 @pytest.mark.parametrize("side", ["up", "down"])
@@ -333,7 +335,7 @@ def test_half_a_pair_of_unos_file_is_refused(tmp_path: Path, processor: str, sid
     path = tmp_path / "dit_lora.safetensors"
     save_file({key: x for key, x in published().items() if key != f"{processor}.{side}.weight"}, path)
     with pytest.raises(CheckpointError):
-        flux_lora.read_lora(path)
+        lora_files.read_lora(path, "flux")
 
 
 def test_weights_that_are_not_finite_are_refused(bare: FluxPolicy, tmp_path: Path) -> None:

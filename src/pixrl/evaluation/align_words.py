@@ -99,7 +99,7 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
         ("updates", f"{s.updates} a step, {updates_of(config)} in all"),
         ("optimizer", f"AdamW, lr {_rate(s)}, gradient norm at most {s.grad_clip:g}"),
         ("averaged weights", "none" if s.ema is None else f"decay {s.ema:g}"),
-        ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}"),
+        ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}{_on_top_of(config)}"),
         ("seed", str(config.seed)),
         *_plan(start),
     ]
@@ -118,6 +118,10 @@ def _rate(s: OptimizerSettings) -> str:
     return f"{s.lr:g}{rises}{falls}"
 
 
+def _on_top_of(config: AlignConfig) -> str:
+    return "" if config.lora.base is None else f", on top of {config.lora.base}"
+
+
 def _references(config: AlignConfig) -> list[tuple[str, str]]:
     """How subjects are shown; nothing for a run without."""
     if not isinstance(config, PersonalizeConfig):
@@ -128,7 +132,6 @@ def _references(config: AlignConfig) -> list[tuple[str, str]]:
     parts += [] if r.side is None else [f"on {r.side} × {r.side} pixels"]
     parts += [] if r.preset is None else [f"position ids {r.preset.value}"]
     parts += [] if r.shift is None else [f"schedule shift {r.shift.value}"]
-    parts += [] if r.lora is None else [f"base with {r.lora}"]
     return [("references", ", ".join(parts))]
 
 

@@ -36,7 +36,7 @@ def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without
     elif layout == UNO:
         parts.append(
             f"`{file}` has the keys of the file that UNO is published as. pixrl takes it as the base of a run: "
-            f"`references.lora: {FOLDER}/{file}`. UNO's own code needs a change for it: the last section."
+            f"`lora.base: {FOLDER}/{file}`. UNO's own code needs a change for it: the last section."
         )
         return "\n\n".join(parts)
     else:

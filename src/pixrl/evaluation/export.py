@@ -1,7 +1,9 @@
 """A run's LoRA as a file that other programs load, with a model card and pictures beside it: a folder a format.
 
-The last whole checkpoint is taken. The weights are saved with their scale (alpha / rank) in the up projections, so
-that a reader needs no alpha. Where the run was trained on top of a merged LoRA (UNO's), the file holds both.
+The last whole checkpoint is taken. The weights are saved with their scale (alpha / rank) in the up projections and all
+modules of one rank, so that a reader needs no alpha; diffusers' layout says so in its header, too, and ComfyUI's in its
+alphas. Where the run was trained on top of a merged LoRA (`lora.base`), the file holds both. What was written is read
+back, by diffusers where that reads the layout at any width.
 """
 
 from collections.abc import Mapping
@@ -10,37 +12,48 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
 from torch import Tensor
 
-from pixrl import models
+from pixrl import __version__, models
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
 from pixrl.evaluation.card_usage import in_unos_code
 from pixrl.evaluation.model_card import Facts, pipeline_name, shown_pairs, write_card
 from pixrl.hub import components, locate
 from pixrl.hub_check import read_json
-from pixrl.models.comfy_lora import to_comfyui
+from pixrl.models.comfy_lora import PREFIX as COMFY_PREFIX
+from pixrl.models.comfy_lora import from_published, to_comfyui
 from pixrl.models.flux_lora import (
+    DOWN,
+    PREFIX,
+    UP,
     Blocks,
     Lora,
+    adapter_metadata,
     added,
-    read_lora,
+    digest,
+    of_one_rank,
     slot_lora,
     to_diffusers,
     to_uno,
     write_lora,
 )
 from pixrl.models.loading import OPTIONAL_PARTS
+from pixrl.models.lora_files import read_lora
 from pixrl.models.slots import Slot
 from pixrl.training import checkpoint
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_kinds import KINDS, read_config
+from pixrl.training.align_record import start_if_any
 from pixrl.training.files import write_atomic
-from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.runlog import RunFolder
 from pixrl.untrusted import encodable
 
 CARD = "README.md"
 _SLOTS = "slots/"
+_ROUNDING = 1e-5
+"""Relative difference of two float32 products of sums of at most some hundred terms."""
 
 
 class Format(StrEnum):
@@ -105,7 +118,7 @@ def export(
         raise RunError(f"{folder.path} has no checkpoint yet. Type: pixrl resume {folder.path}")
     tensors, _ = checkpoint.load(saved)
     base = locate(config.model).folder
-    lora = _lora(config, tensors, chosen)
+    lora = of_one_rank(_lora(folder, config, tensors, chosen, models.kind_of(base)))
     named = _named(lora, layout, base)
     facts = Facts(
         file=FILES[layout],
@@ -115,10 +128,50 @@ def export(
         pipeline=pipeline_name(base),
         without=_left_out(config, base),
     )
-    metadata = {"format": "pt", "made_by": "pixrl", "run": folder.path.name, "slot": chosen.value}
+    by = _reader(layout)
+    metadata = {
+        "format": "pt",
+        "made_by": "pixrl",
+        "run": folder.path.name,
+        "slot": chosen.value,
+        "checked_with": by,
+    }
+    if layout is Format.DIFFUSERS:
+        metadata |= adapter_metadata(lora)
     file = write_lora(place / FILES[layout], named, metadata)
-    notes = _notes(layout, named)
+    _read_back(file, lora, named, layout, base)
+    notes = _notes(layout, named, by)
     return Exported(file, _describe(folder, config, facts, place, notes), chosen, facts.step)
+
+
+def _reader(layout: Format) -> str:
+    """Who reads an export back."""
+    return f"pixrl {__version__}" if layout is Format.COMFYUI else f"diffusers {diffusers.__version__}"
+
+
+def _read_back(file: Path, lora: Lora, named: Mapping[str, Tensor], layout: Format, base: Path) -> None:
+    """Makes sure that a reader of this layout finds the change of every module, and removes the file where not."""
+    if layout is Format.COMFYUI:
+        names = {key.removesuffix(".alpha") for key in named if key.endswith(".alpha")}
+        ends = (".lora_down.weight", ".lora_up.weight")
+        pairs = {name.removeprefix(COMFY_PREFIX): tuple(named[name + end] for end in ends) for name in names}
+        found = from_published(pairs, models.kind_of(base))[0]
+    else:
+        reader = getattr(diffusers, pipeline_name(base))
+        state = reader.lora_state_dict(str(file.parent), weight_name=file.name, use_safetensors=True)
+        modules = [key.removesuffix(DOWN) for key in state if key.endswith(DOWN)]
+        found = {name.removeprefix(PREFIX): (state[name + DOWN], state[name + UP]) for name in modules}
+    for module, (down, up) in lora.items():
+        change, again = (
+            up @ down,
+            found[module][1] @ found[module][0] if module in found else torch.tensor(torch.inf),
+        )
+        if not torch.linalg.vector_norm(change - again) <= _ROUNDING * torch.linalg.vector_norm(change):
+            file.unlink()
+            raise CheckpointError(
+                f"{_reader(layout)} reads {module} of {file} as another change than was written, so it was removed. "
+                "Install the versions of constraints.txt, or export another format."
+            )
 
 
 def _require_own_card(place: Path, layout: Format) -> None:
@@ -150,12 +203,22 @@ def _blocks(base: Path) -> Blocks:
     return Blocks(config["num_layers"], config["num_single_layers"], width)
 
 
-def _notes(layout: Format, named: Mapping[str, Tensor]) -> str:
+def _notes(layout: Format, named: Mapping[str, Tensor], reader: str) -> str:
     """What the card of a layout says at its end."""
-    if layout is not Format.UNO:
-        return ""
-    rank = next(len(x) for name, x in named.items() if name.endswith(".down.weight"))
-    return f"\n{in_unos_code(FILES[layout], rank)}\n"
+    ranks = {
+        len(x) for name, x in named.items() if name.endswith((DOWN, ".down.weight", ".lora_down.weight"))
+    }
+    of_rank = (
+        f"Every module of it has rank {max(ranks)}" if len(ranks) == 1 else "Each module says its own rank"
+    )
+    own = {
+        Format.DIFFUSERS: " and strength 1, as the header says too (lora_adapter_metadata)",
+        Format.COMFYUI: ", and its alpha is that rank: strength 1",
+        Format.UNO: " and strength 1, without an alpha",
+    }
+    said = f"\n## File\n\n`{FILES[layout]}` was checked with {reader}, which reads it as the change that was trained. "
+    section = f"{said}{of_rank}{own[layout]}.\n"
+    return f"{section}\n{in_unos_code(FILES[layout], max(ranks))}\n" if layout is Format.UNO else section
 
 
 def _open(run: Path) -> RunFolder:
@@ -190,15 +253,21 @@ def _slot(config: AlignConfig, asked: Slot | None) -> Slot:
 
 
 def _lora(
-    config: AlignConfig, tensors: Mapping[str, Tensor], slot: Slot
+    folder: RunFolder, config: AlignConfig, tensors: Mapping[str, Tensor], slot: Slot, kind: str
 ) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """What the run trained, with the LoRA below it."""
     state = {name.removeprefix(_SLOTS): x for name, x in tensors.items() if name.startswith(_SLOTS)}
     trained = slot_lora(state, slot.value, config.lora.alpha / config.lora.rank)
     if not trained:
         raise CheckpointError(f"The checkpoint holds no LoRA in the slot {slot.value!r}.")
-    if isinstance(config, PersonalizeConfig) and config.references.lora is not None:
-        return added([read_lora(Path(config.references.lora)), trained])
-    return trained
+    if config.lora.base is None:
+        return trained
+    below = read_lora(Path(config.lora.base), kind)
+    if start_if_any(folder).get("merged", [digest(below)]) != [digest(below)]:
+        raise CheckpointError(
+            f"{config.lora.base} is not the LoRA that {folder.path} was trained on top of. Put that one back."
+        )
+    return added([below, trained])
 
 
 def _describe(folder: RunFolder, config: AlignConfig, facts: Facts, place: Path, notes: str) -> Path:

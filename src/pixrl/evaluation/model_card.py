@@ -264,8 +264,8 @@ def _licences(folder: RunFolder, config: AlignConfig) -> str:
     rows = [
         (config.model, "base model; this LoRA derives from it", generator_licence(config.model)),
     ]
-    if isinstance(config, PersonalizeConfig) and config.references.lora is not None:
-        lora = config.references.lora
+    if config.lora.base is not None:
+        lora = config.lora.base
         rows.append((lora, "LoRA that is part of this one", _lora_licence(lora)))
     for name, provenance in read_rewards(folder).items():
         rows += [(model, f"of the reward {name}", licence) for model, licence in _licensed(provenance)]
@@ -283,6 +283,8 @@ def _licensed(provenance: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _lora_licence(file: str) -> str:
+    if Path(file).is_dir():
+        return generator_licence(file)
     return generator_licence("/".join(Path(file).parts[-3:-1])) if len(Path(file).parts) > 2 else NOT_STATED
 
 

@@ -102,6 +102,37 @@ def to_comfyui(lora: Lora, kind: str) -> dict[str, Tensor]:
     return file
 
 
+def from_published(lora: Lora, kind: str) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+    """A LoRA by diffusers' names, of one by the published file's, with dots or underscores; and names that are unknown.
+
+    A module that holds several of ours shares its down with them, and each takes its rows of the up.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    unknown = []
+    for theirs, (down, up) in lora.items():
+        parts = _parts_of(theirs.replace(".", "_"), kind)
+        rows = parts[0][1].rows if parts else ()
+        if not parts or len(up) % sum(rows):
+            unknown.append(theirs)
+            continue
+        pieces = up.split([len(up) // sum(rows) * count for count in rows])
+        found |= {ours: (down, pieces[place.part]) for ours, place in parts}
+    return found, unknown
+
+
+def _parts_of(theirs: str, kind: str) -> list[tuple[str, _Place]]:
+    """Our modules that a published one holds, its name written with underscores."""
+    for ours, (published, places) in _BLOCKS[kind].items():
+        match = re.fullmatch(rf"{published}_(\d+)_(.+)", theirs)
+        if match is not None:
+            return [
+                (f"{ours}.{match[1]}.{name}", place)
+                for name, place in places.items()
+                if place.module.replace(".", "_") == match[2]
+            ]
+    return []
+
+
 def published_name(module: str, kind: str) -> str:
     """The module of the published single file that holds this one's rows."""
     return _place_of(module, kind)[0]

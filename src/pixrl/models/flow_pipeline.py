@@ -6,6 +6,7 @@ A family (SD3, FLUX) adds how it encodes a prompt, its schedule and its velocity
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
@@ -21,7 +22,9 @@ from pixrl.hub import Checkpoint, checkpoint_fingerprint, read_card
 from pixrl.models.attention import SHORT, plain_attention
 from pixrl.models.base import Conditioning, FlowPolicy, SamplingSettings
 from pixrl.models.compiling import compile_blocks
+from pixrl.models.flux_lora import digest, merge
 from pixrl.models.loading import load_pipeline
+from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.pipeline import (
     check_pairs,
@@ -39,9 +42,20 @@ from pixrl.models.prompts import PromptCache, check_words
 from pixrl.models.slots import LoraSlots, Slot, parse_slot
 
 
+@dataclass(frozen=True)
+class Merged:
+    """A LoRA that was added to the frozen weights."""
+
+    digest: str
+    said: str
+    """What it is, in words."""
+
+
 class FlowPipelinePolicy(FlowPolicy):
     """A flow pipeline folder, sampled by Euler steps on the pipeline's own schedule."""
 
+    kind: ClassVar[str]
+    """As `models.RENDERERS` has it."""
     pipeline_class: ClassVar[str]
     defaults: ClassVar[SamplingSettings]
     lora_targets: ClassVar[tuple[str, ...]]
@@ -83,7 +97,7 @@ class FlowPipelinePolicy(FlowPolicy):
         self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=is_made)
         self.lora: LoraSlots | None = None
         self.compiled = False
-        self.merged: tuple[str, ...] = ()
+        self.merged: tuple[Merged, ...] = ()
         channels, patch = self._latent_geometry()
         side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor, patch)
         self.latent_shape = (channels, side, side)
@@ -221,6 +235,20 @@ class FlowPipelinePolicy(FlowPolicy):
         with self.present(Part.VAE), self.precision.context(self.device):
             return decode_latents(self.vae, latents.to(self.device))
 
+    def merge_lora(self, place: Path) -> None:
+        """Adds a LoRA to the frozen weights: a file or folder as `lora_files.open_lora` reads it.
+
+        Raises:
+            RunError: slots are attached already.
+            CheckpointError: it is missing, damaged, more than plain LoRA, or does not fit this transformer.
+        """
+        if self.lora is not None:
+            raise RunError("Merge a LoRA before attach_lora: slots are trained on top of the merged weights.")
+        found = open_lora(place, self.kind)
+        with self.placement.changing_layers():
+            merge(self.transformer, found.lora, str(place))
+        self.merged = (*self.merged, Merged(digest(found.lora), f"{place}: {found.said}"))
+
     def attach_lora(
         self, *, rank: int = 32, alpha: float = 64.0, targets: tuple[str, ...] | None = None, seed: int = 0
     ) -> LoraSlots:
@@ -251,7 +279,7 @@ class FlowPipelinePolicy(FlowPolicy):
         """Of the checkpoint's files and of what was merged into them."""
         if not self.merged:
             return self._files
-        return sha256(" ".join((self._files, *self.merged)).encode()).hexdigest()[:16]
+        return sha256(" ".join((self._files, *(one.digest for one in self.merged))).encode()).hexdigest()[:16]
 
     @cached_property
     def _files(self) -> str:

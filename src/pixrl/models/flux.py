@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixrl.errors import CheckpointError, InputError, RunError, ShapeError, did_you_mean
+from pixrl.errors import CheckpointError, InputError, ShapeError, did_you_mean
 from pixrl.hub import Checkpoint, read_json
 from pixrl.hub_check import INDEX
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
-from pixrl.models.flux_lora import merge, read_lora
 from pixrl.models.flux_tokens import Preset, Shift, Size, pack_latents, position_ids, unpack_latents
 from pixrl.models.placement import Part
 from pixrl.models.references import LatentCache, ReferencePolicy
@@ -39,6 +38,7 @@ UNO_SHRINK = 64
 class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
     """A FluxPipeline folder; any number of reference pictures. `preset` says how their tokens are placed."""
 
+    kind = "flux"
     pipeline_class = "FluxPipeline"
     defaults = SamplingSettings(steps=25, guidance=4.0, resolution=512)
     lora_targets = (
@@ -83,18 +83,6 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         self.preset = self.preset if preset is None else preset
         self.shift = self.shift if shift is None else shift
         self.reference_side = self.reference_side if side is None else side
-
-    def merge_lora(self, file: Path) -> None:
-        """Adds a LoRA to the frozen weights: UNO's published file, or any layout that diffusers reads.
-
-        Raises:
-            RunError: slots are attached already.
-            CheckpointError: the file is missing, damaged, or does not fit this transformer.
-        """
-        if self.lora is not None:
-            raise RunError("Merge a LoRA before attach_lora: slots are trained on top of the merged weights.")
-        digest = merge(self.transformer, read_lora(file), str(file))
-        self.merged = (*self.merged, digest)
 
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels) // 4, 2

@@ -22,6 +22,7 @@ CLIP_LENGTH = 77
 class SD3Policy(FlowPipelinePolicy, PerturbableText):
     """A StableDiffusion3Pipeline folder, with or without its T5 encoder."""
 
+    kind = "sd3"
     pipeline_class = "StableDiffusion3Pipeline"
     defaults = SamplingSettings(steps=28, guidance=7.0, resolution=512)
     lora_targets = (

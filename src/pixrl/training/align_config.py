@@ -80,8 +80,10 @@ class PerturbedExploration(PerturbationSettings):
 
 
 class LoraSettings(Settings):
-    """The trainable parameters."""
+    """The trainable parameters, and what they are trained on top of."""
 
+    base: str | None = None
+    """A LoRA that is merged into the model first and makes the base with it: a file, or a folder as peft saves it."""
     rank: int = Field(32, ge=1)
     alpha: float = Field(64.0, gt=0)
     targets: tuple[str, ...] | None = None

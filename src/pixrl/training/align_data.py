@@ -18,7 +18,7 @@ SUBJECT = "subject"
 ConfigT = TypeVar("ConfigT", bound=AlignConfig)
 
 
-_SOURCES = ("model", "prompts.source", "evaluation.source", "output.features", "references.lora")
+_SOURCES = ("model", "prompts.source", "evaluation.source", "output.features", "lora.base")
 """Settings that may name a file or a folder."""
 
 

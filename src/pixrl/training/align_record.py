@@ -50,6 +50,7 @@ def write_start(
         "recipe": shop.config.model_dump(mode="json"),
         "model": shop.policy.name,
         "fingerprint": shop.policy.backbone_fingerprint,
+        "merged": [one.digest for one in shop.policy.merged],
         "rewards": shop.rewards.provenance(),
         "data": data_checksums(shop.prompts.prompts, shop.held_out),
         "micro_batches": {"rollout": micro_batches.rollout, "train": micro_batches.train},
@@ -81,11 +82,11 @@ def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict
 
 
 def read_start(folder: RunFolder) -> dict[str, Any]:
-    """What a run began with: recipe, model, fingerprint, rewards, data, micro_batches, notes, trained_on,
+    """What a run began with: recipe, model, fingerprint, merged, rewards, data, micro_batches, notes, trained_on,
     evaluated_from, gallery. Where the file is missing or damaged, what the newest checkpoint keeps of it.
 
-    `rewards` is each reward's provenance, `data` a checksum of each source's prompts and reference pictures; runs of
-    before they were recorded have none.
+    `merged` are digests of the LoRAs below the trained one, `rewards` is each reward's provenance, `data` a checksum
+    of each source's prompts and reference pictures; runs of before they were recorded have none.
 
     `trained_on` is the number of the evaluation's prompts that training asks for too; evaluations of before the step
     `evaluated_from` are of other pictures than later ones.

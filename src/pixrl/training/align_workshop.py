@@ -147,6 +147,8 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
         )
     if isinstance(config, PersonalizeConfig):
         _show_references(policy, config.references)
+    if config.lora.base is not None:
+        policy.merge_lora(Path(config.lora.base))
     if config.machine.gradient_checkpointing:
         policy.checkpoint_gradients()
     return policy
@@ -160,8 +162,6 @@ def _show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) ->
             "--set model=toy:flux, or a FLUX checkpoint."
         )
     policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
-    if settings.lora is not None:
-        policy.merge_lora(Path(settings.lora))
 
 
 def placed(setting: RewardSetting, device: str) -> RewardSetting:
@@ -247,7 +247,8 @@ def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:
     common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))
     spread = f"{config.prompts.per_step} groups of {shop.method.group_size} over {team.size} process(es)"
     read = dict.fromkeys([*shop.prompts.prompts.notes, *shop.held_out.notes])
-    return common, (spread, *read, *_overlap(shop), *found.reasons)
+    merged = (f"merged into the model: {one.said}" for one in shop.policy.merged)
+    return common, (spread, *read, *merged, *_overlap(shop), *found.reasons)
 
 
 def _overlap(shop: Workshop) -> Iterator[str]:

@@ -3,6 +3,8 @@
 Customized-GRPO is noise exploration x random steps x (synergy, time weights) x clipped; every other combination runs.
 """
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from pixrl.config import Settings
@@ -30,8 +32,6 @@ class ReferenceSettings(Settings):
     """Position ids of their tokens, uno or kontext; none: what the checkpoint's card says, else uno."""
     shift: Shift | None = None
     """Schedule shift, flux or uno; none: flux. One schedule serves sampling and training."""
-    lora: str | None = None
-    """A LoRA file that makes the base model (UNO's dit_lora.safetensors); merged before training."""
 
 
 class PersonalizeConfig(AlignConfig):
@@ -41,6 +41,25 @@ class PersonalizeConfig(AlignConfig):
     """toy:flux, a FLUX folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
     prompts: SubjectSettings = SubjectSettings()
     references: ReferenceSettings = ReferenceSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_name(cls, given: Any) -> Any:
+        """`references.lora`, as recipes of before it served every model named `lora.base`."""
+        references = given.get("references") if isinstance(given, dict) else None
+        if not isinstance(references, dict) or "lora" not in references:
+            return given
+        former, lora = references["lora"], given.get("lora") or {}
+        if former is None or not isinstance(lora, dict):
+            pass
+        elif lora.get("base") not in (None, former):
+            raise ValueError(
+                f"references.lora ({former}) is the former name of lora.base ({lora['base']}): give lora.base alone"
+            )
+        else:
+            lora = {**lora, "base": former}
+        others = {name: value for name, value in references.items() if name != "lora"}
+        return {**given, "references": others, "lora": lora}
 
     @model_validator(mode="after")
     def _subjects_have_no_columns(self) -> "PersonalizeConfig":

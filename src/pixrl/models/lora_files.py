@@ -1,0 +1,464 @@
+"""LoRA files and PEFT folders as trainers write them, read for one transformer.
+
+A module's change is strength * up @ down, and the strength is alpha / rank (alpha / sqrt(rank) with rank-stabilized
+LoRA). Where its alpha may stand, by who writes it there:
+
+| place | written by |
+|---|---|
+| MODULE.alpha, a tensor for each module | kohya's sd-scripts, musubi-tuner, OneTrainer, ComfyUI's layout |
+| adapter_config.json beside | peft's save_pretrained: Flow-GRPO, DiffusionNFT |
+| header: lora_adapter_metadata, JSON of peft's configuration | diffusers' save_lora_weights, save_lora_adapter |
+| header: transformer.lora_alpha and transformer.r, one key a setting | the same configuration, written flat |
+| header: ss_network_alpha, network_alpha, lora_alpha, alpha; or within JSON | kohya, OneTrainer |
+
+All that are there must agree: places that contradict each other are refused, and so is every setting that makes of a
+file something else than plain LoRA. A file without any alpha has strength 1, as diffusers, ComfyUI and UNO read it.
+"""
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pixrl.device import quiet_loading
+from pixrl.errors import CheckpointError
+from pixrl.hub_check import read_header
+from pixrl.hub_fetch import is_hub_id
+from pixrl.models.comfy_lora import from_published
+from pixrl.models.flux_lora import ADAPTER_METADATA, DOWN, PREFIX, UP, Lora
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""What peft's save_pretrained writes into a folder."""
+_PEFT_PREFIX = "base_model.model."
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_ALPHA = ".alpha"
+_KOHYA = (".lora_down.weight", ".lora_up.weight")
+_PAIRS = ((DOWN, UP), _KOHYA, (".down.weight", ".up.weight"))
+_SUFFIXES = (*(side for pair in _PAIRS for side in pair), _ALPHA)
+"""How the keys of all LoRA layouts end that are read; another key is of something that is not."""
+_TEXT_ENCODERS = ("text_encoder", "lora_te")
+_DOWN_UP_NAMES = (("transformer.",), ("lora_transformer_",), ("lora_unet_", "diffusion_model."))
+"""How keys of FLUX's files with lora_down begin: of the first of these in a file, diffusers drops all others."""
+_PUBLISHED_NAMES = ("lora_unet_", "model.diffusion_model.", "diffusion_model.")
+"""How keys begin whose module goes by the name that the models' authors gave it."""
+_ALPHA_KEY = re.compile(r"(ss_)?(network_|lora_|linear_)?alpha")
+_RANK_KEYS = ("r", "rank", "lora_rank", "lora_dim", "network_dim", "network_rank", "ss_network_dim")
+_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "init_lora_weights"}
+"""Of peft's configuration: what is applied."""
+_WITHOUT_EFFECT = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "loftq_config",
+    "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
+}  # fmt: skip
+"""Of peft's configuration: what says nothing about how a finished adapter is added."""
+_CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Initializations that take something out of the base model, without which the adapter means nothing."""
+_CONVERTERS_FAILURES = (
+    ValueError, KeyError, IndexError, AssertionError, AttributeError, RuntimeError, NotImplementedError,
+)  # fmt: skip
+_DEPTH = 3
+"""How many mappings within each other are looked into for an alpha."""
+_SAME = 2.0**-8
+"""Relative difference of strengths that counts as none: alphas are saved in bfloat16, too."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What was read."""
+
+    lora: Lora
+    """Module of the transformer -> (down, up), float32, strengths put into the ups."""
+    said: str
+    """In words: how many modules, of what rank and strength, and where that strength is said."""
+
+
+def read_lora(place: Path, kind: str) -> Lora:
+    """The LoRA of `open_lora` alone."""
+    return open_lora(place, kind).lora
+
+
+def open_lora(place: Path, kind: str) -> LoraFile:
+    """Reads a LoRA.
+
+    Args:
+        place: a .safetensors file, or a folder that holds one: peft's, diffusers' or an export of pixrl.
+        kind: of the model that it is for: sd3 or flux.
+
+    Raises:
+        CheckpointError: it is missing, damaged, a pickle, of a layout that is not known, holds more than plain LoRA of
+            the transformer, or says two strengths.
+    """
+    file, config = find_lora(place)
+    tensors, header = _opened(file)
+    modules = _grouped({_without_peft(key): x for key, x in tensors.items()}, file, kind)
+    has_alphas = any(module.alpha is not None for module in modules)
+    sources = [*_of_config(config), *_of_header(header, file, has_alphas=has_alphas)]
+    if has_alphas and not sources:
+        _refuse(file, "have no alpha, but others do", (x.name for x in modules if x.alpha is None))
+    strengths = [_strength(module, sources, file) for module in modules]
+    scaled = [
+        replace(module, up=module.up * strength) for module, strength in zip(modules, strengths, strict=True)
+    ]
+    lora = _of_flux(scaled, file) if kind == "flux" else _of_sd3(scaled, file)
+    places = [*(["its alpha tensors"] if has_alphas else []), *(source.place for source in sources)]
+    return LoraFile(lora, _in_words([len(module.down) for module in modules], strengths, places))
+
+
+def _in_words(ranks: Sequence[int], strengths: Sequence[float], places: Sequence[str]) -> str:
+    """How many modules, of what rank and strength, and who says so."""
+    by = f"by {' and '.join(places)}" if places else "for it has no alpha"
+    return f"{len(ranks)} LoRA modules of rank {_span(ranks)} and strength {_span(strengths)}, {by}"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if math.isclose(low, high, rel_tol=_SAME) else f"{low:g} to {high:g}"
+
+
+def find_lora(place: Path) -> tuple[Path, Path | None]:
+    """The file of a LoRA, and peft's configuration where one lies beside. CheckpointError where there is none."""
+    place = place.expanduser()
+    if place.is_dir():
+        return _in_folder(place)
+    if not place.exists():
+        raise CheckpointError(_missing(place))
+    if place.suffix.lower() in _PICKLED:
+        raise _pickled(place)
+    config = place.with_name(CONFIG)
+    is_its_own = place.name == WEIGHTS or not place.with_name(WEIGHTS).is_file()
+    if place.name == WEIGHTS and not config.is_file():
+        raise CheckpointError(
+            f"{place} is peft's, whose strength stands in {CONFIG}, and there is none beside it. Put it there."
+        )
+    return place, config if config.is_file() and is_its_own else None
+
+
+def _in_folder(folder: Path) -> tuple[Path, Path | None]:
+    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS, folder / CONFIG
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return find_lora(files[0])
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{folder} holds {len(files)} safetensors files: give one of {names}.")
+    if pickles := [file for file in sorted(folder.iterdir()) if file.suffix.lower() in _PICKLED]:
+        raise _pickled(pickles[0])
+    inner = next((config.parent for config in sorted(folder.glob(f"*/{CONFIG}"))), None)
+    advice = (
+        f"{folder.name}/{inner.name} does: give {inner}."
+        if inner
+        else f"Give one with {WEIGHTS} and {CONFIG}."
+    )
+    raise CheckpointError(f"The folder {folder} holds no LoRA. {advice}")
+
+
+def _missing(place: Path) -> str:
+    ref = str(place)
+    own = (
+        f"hf download {ref} --local-dir {ref}"
+        if is_hub_id(ref)
+        else "hf download OWNER/NAME --local-dir FOLDER"
+    )
+    return (
+        f"There is no LoRA file or folder {ref!r} (looked in {Path.cwd()}). From the hub: {own}; UNO's "
+        "dit_lora.safetensors: hf download bytedance-research/UNO dit_lora.safetensors --local-dir ."
+    )
+
+
+def _pickled(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is a pickle (torch.save), which can run code when it is read, so it is never loaded. Give the "
+        ".safetensors of the same weights, or ask who made it for one."
+    )
+
+
+def _opened(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors in float32, and the header."""
+    read_header(file)
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
+            return tensors, opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is no safetensors file, or cut short: {error}") from error
+
+
+def _without_peft(key: str) -> str:
+    """A key without what peft puts before a model's names; the authors' names of FLUX keep it for diffusers."""
+    own = key.removeprefix(_PEFT_PREFIX)
+    return key if own.startswith(("double_blocks.", "single_blocks.")) else own
+
+
+def _refuse(file: Path, problem: str, keys: Iterable[str]) -> None:
+    """CheckpointError that names some of the keys, if there are any: a part of a file must not be lost in silence."""
+    found = sorted(keys)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CheckpointError(
+            f"{file}: {', '.join(found[:3])}{more} {problem}. pixrl merges plain LoRA layers of the transformer "
+            "(down and up, with or without alpha): give a file that holds only those."
+        )
+
+
+def _dropped(raw: Iterable[str]) -> list[str]:
+    """Keys that diffusers' reader of files with lora_down leaves out without a word."""
+    keys = list(raw)
+    if not any(_KOHYA[0] in key for key in keys):
+        return []
+    own = next((names for names in _DOWN_UP_NAMES if any(key.startswith(names) for key in keys)), ())
+    return [key for key in keys if not key.startswith(own)]
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module's LoRA, by the file's own name for it."""
+
+    name: str
+    ends: tuple[str, str]
+    """How the keys of down and up end."""
+    down: Tensor
+    up: Tensor
+    alpha: float | None
+
+
+def _grouped(raw: Mapping[str, Tensor], file: Path, kind: str) -> list[_Module]:
+    """The modules of a file; a key that is of none is refused."""
+    others = [key for key in raw if not key.endswith(_SUFFIXES)]
+    if len(others) == len(raw):
+        raise CheckpointError(f"{file} holds no LoRA of {kind.upper()}'s transformer.")
+    _refuse(file, "are no LoRA layers", others)
+    _refuse(file, "are not of the transformer", (key for key in raw if key.startswith(_TEXT_ENCODERS)))
+    if kind == "flux":
+        _refuse(file, "are of another layout than the rest", _dropped(raw))
+    _refuse(file, "are not finite", (key for key, x in raw.items() if not x.isfinite().all()))
+    modules = [
+        _Module(name, ends, raw[name + ends[0]], raw[name + ends[1]], _alpha(raw, name, file))
+        for ends in _PAIRS
+        for name in (key.removesuffix(ends[0]) for key in raw if key.endswith(ends[0]))
+        if name + ends[1] in raw
+    ]
+    taken = {module.name + end for module in modules for end in (*module.ends, _ALPHA)}
+    _refuse(file, "belong to no pair of down and up", raw.keys() - taken)
+    for module in modules:
+        down, up = list(module.down.shape), list(module.up.shape)
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
+            raise CheckpointError(
+                f"{file}: {module.name} has no down and up of one rank: {down} and {up}. Download it again."
+            )
+    return modules
+
+
+def _alpha(raw: Mapping[str, Tensor], name: str, file: Path) -> float | None:
+    """A module's own alpha."""
+    alpha = raw.get(name + _ALPHA)
+    if alpha is None:
+        return None
+    if alpha.numel() != 1 or alpha.item() <= 0:
+        raise CheckpointError(f"{file}: {name}{_ALPHA} must be one number above 0. Save it again.")
+    return alpha.item()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What one place says of all modules, by peft's names."""
+
+    place: str
+    settings: Mapping[str, Any]
+
+    def strength(self, module: _Module, file: Path) -> float:
+        """What up @ down is multiplied by. CheckpointError where the rank is another one than the file has."""
+        rank, said = len(module.down), self._of_pattern("rank_pattern", module, self.settings.get("r"))
+        if said is not None and module.alpha is None and int(said) != rank:
+            raise CheckpointError(
+                f"{file}: {module.name} has rank {rank}, but {self.place} says {said}. They do not belong together: "
+                "download both again."
+            )
+        alpha = float(self._of_pattern("alpha_pattern", module, self.settings["lora_alpha"]))
+        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+    def _of_pattern(self, pattern: str, module: _Module, usual: Any) -> Any:
+        from peft.utils.other import get_pattern_key
+
+        own = self.settings.get(pattern) or {}
+        return own.get(get_pattern_key(list(own), module.name.removeprefix(PREFIX)), usual)
+
+
+def _strength(module: _Module, sources: Iterable[_Source], file: Path) -> float:
+    """The one strength that all places agree on; 1 where none says any."""
+    own = {} if module.alpha is None else {f"{module.name}{_ALPHA}": module.alpha / len(module.down)}
+    found = own | {source.place: source.strength(module, file) for source in sources}
+    for (one, first), (other, second) in pairwise(found.items()):
+        if not math.isclose(first, second, rel_tol=_SAME):
+            raise CheckpointError(
+                f"{file}: the strength of {module.name} is {first:g} by {one} and {second:g} by {other}. Find out "
+                "which it was trained with, and take the other out of the file."
+            )
+    return next(iter(found.values()), 1.0)
+
+
+def _of_config(config: Path | None) -> Iterator[_Source]:
+    """What peft's configuration beside the weights says."""
+    if config is None:
+        return
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{config} cannot be read: {error}. Download it again.") from error
+    yield _peft_source(CONFIG, settings, config)
+
+
+def _of_header(header: Mapping[str, str], file: Path, *, has_alphas: bool) -> Iterator[_Source]:
+    """What each key of a file's header says."""
+    if ADAPTER_METADATA in header:
+        yield _peft_source(f"its header's {ADAPTER_METADATA}", _metadata(header, file), file)
+    flat = {key: _literal(text) for key, text in header.items() if key != ADAPTER_METADATA}
+    own = {key.removeprefix(PREFIX): value for key, value in flat.items() if key.startswith(PREFIX)}
+    if own.keys() & {"r", "lora_alpha"}:
+        yield _peft_source(f"its header's {PREFIX}lora_alpha", own, file)
+    others = {key: value for key, value in flat.items() if not key.startswith((PREFIX, *_TEXT_ENCODERS))}
+    if others.get("use_dora"):
+        raise CheckpointError(f"{file}: its header sets use_dora, and pixrl reads plain LoRA alone.")
+    rank = next((others[key] for key in _RANK_KEYS if _is_positive(others.get(key))), None)
+    for path, alpha in _alphas_within(others):
+        place = f"its header's {'.'.join(path)}"
+        if len(path) == 1 and not _ALPHA_KEY.fullmatch(path[0]):
+            raise CheckpointError(
+                f"{file}: {place} ({alpha}) may be an alpha, and pixrl does not know whose. Name it lora_alpha "
+                "if it is the LoRA's, else take it out."
+            )
+        if _is_positive(alpha):
+            known = {"r": rank, "use_rslora": others.get("use_rslora")} if len(path) == 1 else {}
+            yield _Source(place, {"lora_alpha": alpha, **known})
+        elif not has_alphas:  # sd-scripts writes "Dynamic" where each module has an alpha of its own
+            raise CheckpointError(f"{file}: {place} is {alpha!r}: no number, and its modules have no alphas.")
+
+
+def _alphas_within(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Keys that speak of an alpha, and what they say: of a header any, within JSON only those that name the LoRA's."""
+    for key, inner in value.items():
+        if isinstance(inner, dict) and len(path) < _DEPTH:
+            yield from _alphas_within(inner, (*path, str(key)))
+        elif (_ALPHA_KEY.fullmatch(str(key)) and key != "alpha") if path else "alpha" in str(key).lower():
+            yield (*path, str(key)), inner
+
+
+def _metadata(header: Mapping[str, str], file: Path) -> Any:
+    """peft's configuration of the transformer's adapter, by plain names."""
+    try:
+        found = json.loads(header[ADAPTER_METADATA])
+        own = {key.removeprefix(PREFIX): x for key, x in found.items() if key.startswith(PREFIX)}
+        return own or {key: x for key, x in found.items() if not key.startswith(_TEXT_ENCODERS)}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: its {ADAPTER_METADATA} cannot be read: {error}. Save it again."
+        ) from error
+
+
+def _peft_source(place: str, settings: Any, file: Path) -> _Source:
+    """What peft's configuration says. CheckpointError where it is of more than plain LoRA, or cannot be read."""
+    problem = _peft_problem(settings)
+    if problem is not None:
+        raise CheckpointError(f"{file}: {place} {problem}")
+    return _Source(place, settings)
+
+
+def _peft_problem(settings: Any) -> str | None:
+    if not isinstance(settings, dict):
+        return "is no mapping of settings. Save it again."
+    method = str(settings.get("peft_type") or "LORA").removeprefix("PeftType.")
+    if method != "LORA":
+        return f"is of {method}, and pixrl reads plain LoRA alone."
+    others = {k: v for k, v in settings.items() if k not in _READ | _WITHOUT_EFFECT and v and v != "none"}
+    if others:
+        said = ", ".join(f"{name}={value}" for name, value in others.items())
+        return f"sets {said}. That is more than plain LoRA, which is all that pixrl reads."
+    start = str(settings.get("init_lora_weights", ""))
+    if start.lower().startswith(_CHANGES_THE_BASE):
+        return f"sets init_lora_weights={start}, which changes the base. Convert it to plain LoRA with peft first."
+    if "lora_alpha" not in settings:
+        return "says no lora_alpha, so its strength is not known. Save it again with peft or diffusers."
+    patterns = [settings.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
+    if not all(isinstance(pattern, dict) and _are_patterns(pattern) for pattern in patterns):
+        return "cannot be read: alpha_pattern and rank_pattern must map names of modules to numbers. Save it again."
+    numbers = [settings["lora_alpha"], settings.get("r", 1), *(x for one in patterns for x in one.values())]
+    if not all(_is_positive(x) for x in numbers):
+        return (
+            "cannot be read: lora_alpha, r and those of the patterns must be numbers above 0. Save it again."
+        )
+    return None
+
+
+def _are_patterns(names: Iterable[Any]) -> bool:
+    """Whether peft can look modules up by them."""
+    try:
+        return all(re.compile(name) for name in names)
+    except (re.error, TypeError):
+        return False
+
+
+def _is_positive(value: object) -> bool:
+    """Whether it is a finite number above 0, or its text."""
+    try:
+        return not isinstance(value, bool) and 0 < float(str(value)) < math.inf
+    except ValueError:
+        return False
+
+
+def _literal(text: str) -> Any:
+    """A header's text as what it says: JSON, a Python literal, or itself."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def _of_sd3(modules: Iterable[_Module], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """By diffusers' names, the only ones that diffusers reads of SD3; the authors' are translated by their table."""
+    ours: dict[str, tuple[Tensor, Tensor]] = {}
+    theirs: dict[str, tuple[Tensor, Tensor]] = {}
+    for module in modules:
+        prefix = next((known for known in _PUBLISHED_NAMES if module.name.startswith(known)), None)
+        if prefix is None:
+            ours[module.name.removeprefix(PREFIX)] = module.down, module.up
+        else:
+            theirs[module.name.removeprefix(prefix)] = module.down, module.up
+    found, unknown = from_published(theirs, "sd3")
+    _refuse(file, "are modules that pixrl has no name for", unknown)
+    _refuse(file, "are changed under two names", found.keys() & ours.keys())
+    return ours | found
+
+
+def _of_flux(modules: Iterable[_Module], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """By diffusers' names, through its own converters."""
+    given: dict[str, Tensor] = {}
+    for module in modules:
+        given |= {module.name + module.ends[0]: module.down, module.name + module.ends[1]: module.up}
+        if module.ends == _KOHYA and module.alpha is not None:
+            given[module.name + _ALPHA] = torch.tensor(
+                float(len(module.down))
+            )  # strength 1: it is in the ups
+    with quiet_loading():
+        from diffusers import FluxPipeline
+
+        try:
+            found = FluxPipeline.lora_state_dict(given)
+        except _CONVERTERS_FAILURES as error:
+            raise CheckpointError(
+                f"{file} is in no LoRA layout of FLUX that diffusers reads: {error}"
+            ) from error
+    names = [key.removesuffix(DOWN) for key in found if key.endswith(DOWN)]
+    left = found.keys() ^ {name + end for name in names for end in (DOWN, UP)}
+    _refuse(file, "belong to no pair of down and up", left)
+    return {name.removeprefix(PREFIX): (found[name + DOWN], found[name + UP]) for name in names}
