@@ -21,6 +21,7 @@ from pixrl.hub_check import remedy
 from pixrl.models.base import Conditioning
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
+from pixrl.models.flux_lora import Lora, fitting_layers
 from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.models.paper import (
     CONTRADICTIONS,
@@ -38,12 +39,12 @@ from pixrl.training.align_kinds import kind_of
 from pixrl.training.diagnosis import Batches, Diagnosis, Findings, Need, Place, Trained, Work, size
 from pixrl.training.doctor_needs import (
     existing_device,
+    find_lora,
     find_parts,
     find_pipeline,
     model_bytes,
     require_disk,
     require_eight_bit,
-    require_lora,
     require_tokenizers,
     total,
 )
@@ -74,15 +75,14 @@ def examine(config: AlignConfig, *, processes: int = 1) -> Diagnosis:
         rewards |= {} if taken is None else {config.output.features: taken}
     if config.optimizer.eight_bit:
         require_eight_bit(findings)
-    if isinstance(config, PersonalizeConfig):
-        require_lora(config.references.lora, findings)
     checkpoint = find_pipeline(config.model, findings)
+    lora = find_lora(config.lora.base, checkpoint, findings)
     parts: dict[str, PartSize] = {}
     paper: Paper | None = None
     if checkpoint is not None:
         require_tokenizers(checkpoint, findings)
         parts = find_parts(checkpoint, precision, findings, t5=config.t5)
-        paper = _on_paper(config, checkpoint, precision, device, prompts, findings)
+        paper = _on_paper(config, checkpoint, precision, device, prompts, lora, findings)
     batches, needed = _fit(config, device, place, parts, rewards, paper, findings)
     disk = None if paper is None else _disk(config, paper)
     if disk is not None:
@@ -210,6 +210,7 @@ def _on_paper(
     precision: Precision,
     device: torch.device,
     prompts: Sequence[Prompt],
+    lora: Lora | None,
     findings: Findings,
 ) -> Paper | None:
     options = {
@@ -228,6 +229,8 @@ def _on_paper(
                 "checkpoint."
             )
         check_words([prompt.text for prompt in prompts], policy.vocabulary, policy.name)
+        if lora is not None:
+            fitting_layers(policy.transformer, lora, str(config.lora.base))
         return Paper(policy, _condition(policy, config, prompts), config, precision)
     except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets that do not exist
         findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)

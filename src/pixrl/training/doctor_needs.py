@@ -14,12 +14,16 @@ from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.hub import Checkpoint, Layout, locate, resolve, split_single_file
 from pixrl.hub_check import check_folder, read_header
 from pixrl.hub_fetch import ask, cache_place, cached_folder, split_revision
+from pixrl.models import kind_of, lora_files
+from pixrl.models.flux_lora import Lora
 from pixrl.models.paper import PartSize, part_sizes
 from pixrl.rewards.sources import is_weight_file
 from pixrl.rewards.weights import weight_shards
 from pixrl.training.diagnosis import Findings, Need, size
 from pixrl.training.files import free_bytes
 
+LORA_KINDS = ("sd3", "flux")
+"""Kinds of models that a LoRA is read for."""
 _ZIP = b"PK\x03\x04"
 """How a file of torch.save begins; the list of what it holds stands at its end."""
 
@@ -173,21 +177,21 @@ def require_pieces(folder: Path, findings: Findings) -> None:
         )
 
 
-def require_lora(file: str | None, findings: Findings) -> None:
-    """A LoRA that is merged before training."""
-    if file is None:
-        return
-    if not Path(file).is_file():
-        findings.miss(
-            Need.WEIGHTS,
-            f"There is no LoRA file {file!r} (looked in {Path.cwd()}). UNO's: hf download bytedance-research/UNO "
-            "dit_lora.safetensors --local-dir .",
-        )
-        return
+def find_lora(place: str | None, checkpoint: Checkpoint | None, findings: Findings) -> Lora | None:
+    """The LoRA that is merged before training, which is noted; None where there is none, or it cannot be read."""
+    if place is None:
+        return None
+    kind = None if checkpoint is None else kind_of(checkpoint.folder)
     try:
-        read_header(Path(file))
+        if kind not in LORA_KINDS:
+            lora_files.find_lora(Path(place))
+            return None
+        found = lora_files.open_lora(Path(place), kind)
     except CheckpointError as error:
         findings.miss(Need.WEIGHTS, error)
+        return None
+    findings.notes.append(f"lora.base {place}: {found.said}; merged before training.")
+    return found.lora
 
 
 def require_disk(needed: int, findings: Findings, folder: Path | None = None) -> None:
