@@ -14,6 +14,7 @@ from pixrl.errors import CheckpointError, RunError
 from pixrl.models import flux_lora, lora_files
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.flux_lora import Blocks
+from tests.tiny_lora import peft_folder
 from tests.tolerance import MODEL, PICTURE, agree
 
 WIDTH, RANK = 32, 3
@@ -313,10 +314,6 @@ def test_modules_of_different_ranks_share_the_headers_alpha(
             "lora_unet_.* are of another layout than the rest",
         ),
         (("something_else",), "something_else.* are of another layout than the rest"),
-        (
-            ("lora_unet_final_layer_linear",),
-            r"final_layer_linear\.alpha are not applied by diffusers' reader",
-        ),
     ],
 )
 def test_what_diffusers_drops_is_refused(tmp_path: Path, extra: tuple[str, ...], message: str) -> None:
@@ -325,6 +322,47 @@ def test_what_diffusers_drops_is_refused(tmp_path: Path, extra: tuple[str, ...],
     save_file(kohya_file(names, rank=4, alpha=2.0), path)
     with pytest.raises(CheckpointError, match=message):
         lora_files.read_lora(path, "flux")
+
+
+def test_the_last_layers_alpha_counts(tmp_path: Path) -> None:
+    """diffusers' reader takes it for the rank; here it is in the weights before they are converted."""
+    names = ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_final_layer_linear")
+    tensors = kohya_file(names, rank=4, alpha=2.0)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    found = lora_files.read_lora(tmp_path / "lora.safetensors", "flux")
+    for module, name in zip(("transformer_blocks.0.attn.to_out.0", "proj_out"), names, strict=True):
+        down, up = found[module]
+        wanted = 0.5 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+        assert agree(up @ down, wanted, 8 * RANK), module
+
+
+def test_a_folder_that_peft_wrote_of_a_flux(flux_folder: Path, bare: FluxPolicy, tmp_path: Path) -> None:
+    other = load(flux_folder)
+    wanted = peft_folder(tmp_path / "lora", other.transformer, r=6, lora_alpha=3)
+    bare.merge_lora(tmp_path / "lora")
+    changed = [
+        name for name, x in load(flux_folder).transformer.state_dict().items() if not x.equal(wanted[name])
+    ]
+    assert len(changed) == 11
+    for name, after in bare.transformer.state_dict().items():
+        assert agree(after, wanted[name], 8 * RANK), name
+
+
+@pytest.mark.parametrize(
+    ("header", "strength"),
+    [({"ss_network_dim": "4", "ss_network_alpha": "2.0"}, 0.5), ({"lora_alpha": "16"}, 4.0), ({}, 1.0)],
+)
+def test_the_headers_alpha_counts_without_tensors(
+    tmp_path: Path, header: dict[str, str], strength: float
+) -> None:
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    tensors = kohya_file((name,), rank=4, alpha=None)
+    save_file(tensors, tmp_path / "lora.safetensors", metadata=header or None)
+    down, up = lora_files.read_lora(tmp_path / "lora.safetensors", "flux")[
+        "transformer_blocks.0.attn.to_out.0"
+    ]
+    wanted = strength * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+    assert agree(up @ down, wanted, 8 * RANK)
 
 
 @pytest.mark.parametrize("side", ["up", "down"])

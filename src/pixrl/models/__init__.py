@@ -44,6 +44,7 @@ def load(
     resolution: int | None = None,
     t5: bool = True,
     plan: "MemoryPlan | None" = None,
+    lora: str | Path | None = None,
 ) -> "Renderer":
     """A generator from `toy:NAME`, a local folder, a hub id with or without `@revision`, or one safetensors file.
 
@@ -55,9 +56,10 @@ def load(
         steps, guidance, resolution: in place of what the checkpoint's card or the adapter's default says.
         t5: load SD3's third text encoder, where the checkpoint has it.
         plan: what to do to save memory (`pixrl.models.memory_plan.MemoryPlan`); nothing when None.
+        lora: a file or folder that is merged into an SD3 or FLUX, as `pixrl.models.lora_files` reads it.
 
     Raises:
-        CheckpointError: the checkpoint is missing, half written or of an unknown pipeline class.
+        CheckpointError: the checkpoint, or the LoRA, is missing, half written or of an unknown kind.
         InputError: an argument is wrong.
     """
     if kind is not None and kind not in RENDERERS:
@@ -76,7 +78,20 @@ def load(
         t5=t5,
         plan=plan,
     )
+    if lora is not None:
+        _merge(renderer, Path(lora))
     return renderer
+
+
+def _merge(renderer: "Renderer", lora: Path) -> None:
+    from pixrl.models.flow_pipeline import FlowPipelinePolicy
+
+    if not isinstance(renderer, FlowPipelinePolicy):
+        raise InputError(
+            f"The LoRA {lora} cannot be merged into {renderer.name}, a {type(renderer).__name__}: pixrl reads those of "
+            "SD3 and FLUX. Leave it out."
+        )
+    renderer.merge_lora(lora)
 
 
 def adapter_of(kind: str) -> Any:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -139,6 +138,7 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
         resolution=config.resolution,
         t5=config.t5,
         plan=config.machine,
+        lora=config.lora.base,
     )
     if not isinstance(policy, FlowPipelinePolicy):
         raise ConfigError(
@@ -147,8 +147,6 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
         )
     if isinstance(config, PersonalizeConfig):
         _show_references(policy, config.references)
-    if config.lora.base is not None:
-        policy.merge_lora(Path(config.lora.base))
     if config.machine.gradient_checkpointing:
         policy.checkpoint_gradients()
     return policy
