@@ -293,6 +293,12 @@ def kohya(name: str) -> Callable[[Path], Path]:
     return write
 
 
+def twice(place: Path) -> Path:
+    double = {key.removeprefix("transformer."): x for key, x in tensors().items()}
+    save_file(tensors() | double, place / "x.safetensors")
+    return place / "x.safetensors"
+
+
 def empty(place: Path) -> Path:
     (place / "x.safetensors").touch()
     return place / "x.safetensors"
@@ -303,6 +309,9 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a hub id": (lambda place: Path("jieliu/SD3.5M"), "hf download jieliu/SD3.5M --local-dir jieliu/SD3.5M"),
     "half a pair": (half, "to_k.lora_A.weight belong to no pair of down and up"),
     "two ranks in a pair": (other_ranks, r"to_k has no down and up of one rank: \[4, 16\] and \[16, 3\]"),
+    "a module twice": (twice, "to_q are there twice"),
+    "a name that is too long": (lambda place: place / ("x" * 5000), "cannot be looked for"),
+    "nobody's home": (lambda place: Path("~nobodyofthatname/x"), "cannot be looked for"),
     "cut short": (cut, "is cut short"),
     "empty": (empty, "is cut short"),
     "a pickle": (pickled("adapter_model.bin"), "is a pickle"),

@@ -151,11 +151,11 @@ def _reader(layout: Format) -> str:
 
 def _read_back(file: Path, lora: Lora, named: Mapping[str, Tensor], layout: Format, base: Path) -> None:
     """Makes sure that a reader of this layout finds the change of every module, and removes the file where not."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     if layout is Format.COMFYUI:
-        names = {key.removesuffix(".alpha") for key in named if key.endswith(".alpha")}
-        ends = (".lora_down.weight", ".lora_up.weight")
-        pairs = {name.removeprefix(COMFY_PREFIX): tuple(named[name + end] for end in ends) for name in names}
-        found = from_published(pairs, models.kind_of(base))[0]
+        for name in (key.removesuffix(".alpha") for key in named if key.endswith(".alpha")):
+            pair = named[f"{name}.lora_down.weight"], named[f"{name}.lora_up.weight"]
+            found |= from_published(name.removeprefix(COMFY_PREFIX), pair, models.kind_of(base))
     else:
         reader = getattr(diffusers, pipeline_name(base))
         state = reader.lora_state_dict(str(file.parent), weight_name=file.name, use_safetensors=True)

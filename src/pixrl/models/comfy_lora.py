@@ -102,22 +102,19 @@ def to_comfyui(lora: Lora, kind: str) -> dict[str, Tensor]:
     return file
 
 
-def from_published(lora: Lora, kind: str) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """A LoRA by diffusers' names, of one by the published file's, with dots or underscores; and names that are unknown.
+def from_published(theirs: str, pair: tuple[Tensor, Tensor], kind: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Our modules' LoRA, of one on a module by the published file's name, with dots or underscores.
 
-    A module that holds several of ours shares its down with them, and each takes its rows of the up.
+    A module that holds several of ours shares its down with them, and each takes its rows of the up. Nothing where
+    the name is not known, or its rows cannot be shared out.
     """
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    unknown = []
-    for theirs, (down, up) in lora.items():
-        parts = _parts_of(theirs.replace(".", "_"), kind)
-        rows = parts[0][1].rows if parts else ()
-        if not parts or len(up) % sum(rows):
-            unknown.append(theirs)
-            continue
-        pieces = up.split([len(up) // sum(rows) * count for count in rows])
-        found |= {ours: (down, pieces[place.part]) for ours, place in parts}
-    return found, unknown
+    down, up = pair
+    parts = _parts_of(theirs.replace(".", "_"), kind)
+    rows = parts[0][1].rows if parts else (1,)
+    if len(up) % sum(rows):
+        return {}
+    pieces = up.split([len(up) // sum(rows) * count for count in rows])
+    return {ours: (down, pieces[place.part]) for ours, place in parts}
 
 
 def _parts_of(theirs: str, kind: str) -> list[tuple[str, _Place]]:

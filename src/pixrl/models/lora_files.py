@@ -19,6 +19,7 @@ import ast
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -99,7 +100,9 @@ def open_lora(place: Path, kind: str) -> LoraFile:
     """
     file, config = find_lora(place)
     tensors, header = _opened(file)
-    modules = _grouped({_without_peft(key): x for key, x in tensors.items()}, file, kind)
+    keys = {key: _without_peft(key) for key in tensors}
+    _refuse(file, "are there twice", _repeated(keys.values()))
+    modules = _grouped({keys[key]: x for key, x in tensors.items()}, file, kind)
     has_alphas = any(module.alpha is not None for module in modules)
     sources = [*_of_config(config), *_of_header(header, file, has_alphas=has_alphas)]
     if has_alphas and not sources:
@@ -126,10 +129,14 @@ def _span(values: Sequence[float]) -> str:
 
 def find_lora(place: Path) -> tuple[Path, Path | None]:
     """The file of a LoRA, and peft's configuration where one lies beside. CheckpointError where there is none."""
-    place = place.expanduser()
-    if place.is_dir():
-        return _in_folder(place)
-    if not place.exists():
+    try:
+        place = place.expanduser()
+        if place.is_dir():
+            return _in_folder(place)
+        is_there = place.exists()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"The LoRA {str(place)[:200]!r} cannot be looked for: {error}.") from error
+    if not is_there:
         raise CheckpointError(_missing(place))
     if place.suffix.lower() in _PICKLED:
         raise _pickled(place)
@@ -164,14 +171,11 @@ def _in_folder(folder: Path) -> tuple[Path, Path | None]:
 
 def _missing(place: Path) -> str:
     ref = str(place)
-    own = (
-        f"hf download {ref} --local-dir {ref}"
-        if is_hub_id(ref)
-        else "hf download OWNER/NAME --local-dir FOLDER"
-    )
+    is_id = is_hub_id(ref) and place.suffix.lower() not in (".safetensors", *_PICKLED)
+    repo, folder = (ref, ref) if is_id else ("OWNER/NAME", "FOLDER")
     return (
-        f"There is no LoRA file or folder {ref!r} (looked in {Path.cwd()}). From the hub: {own}; UNO's "
-        "dit_lora.safetensors: hf download bytedance-research/UNO dit_lora.safetensors --local-dir ."
+        f"There is no LoRA file or folder {ref!r} (looked in {Path.cwd()}). From the hub: hf download {repo} "
+        f"--local-dir {folder}; UNO's: hf download bytedance-research/UNO dit_lora.safetensors --local-dir ."
     )
 
 
@@ -184,8 +188,8 @@ def _pickled(file: Path) -> CheckpointError:
 
 def _opened(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors in float32, and the header."""
-    read_header(file)
     try:
+        read_header(file)
         with safe_open(file, "pt") as opened:
             tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
             return tensors, opened.metadata() or {}
@@ -278,7 +282,7 @@ class _Source:
     def strength(self, module: _Module, file: Path) -> float:
         """What up @ down is multiplied by. CheckpointError where the rank is another one than the file has."""
         rank, said = len(module.down), self._of_pattern("rank_pattern", module, self.settings.get("r"))
-        if said is not None and module.alpha is None and int(said) != rank:
+        if said is not None and module.alpha is None and float(said) != rank:
             raise CheckpointError(
                 f"{file}: {module.name} has rank {rank}, but {self.place} says {said}. They do not belong together: "
                 "download both again."
@@ -426,18 +430,24 @@ def _literal(text: str) -> Any:
 
 def _of_sd3(modules: Iterable[_Module], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """By diffusers' names, the only ones that diffusers reads of SD3; the authors' are translated by their table."""
-    ours: dict[str, tuple[Tensor, Tensor]] = {}
-    theirs: dict[str, tuple[Tensor, Tensor]] = {}
+    ours: list[tuple[str, tuple[Tensor, Tensor]]] = []
+    unknown = []
     for module in modules:
+        pair = module.down, module.up
         prefix = next((known for known in _PUBLISHED_NAMES if module.name.startswith(known)), None)
         if prefix is None:
-            ours[module.name.removeprefix(PREFIX)] = module.down, module.up
-        else:
-            theirs[module.name.removeprefix(prefix)] = module.down, module.up
-    found, unknown = from_published(theirs, "sd3")
+            ours.append((module.name.removeprefix(PREFIX), pair))
+            continue
+        parts = from_published(module.name.removeprefix(prefix), pair, "sd3")
+        ours += parts.items()
+        unknown += [] if parts else [module.name]
     _refuse(file, "are modules that pixrl has no name for", unknown)
-    _refuse(file, "are changed under two names", found.keys() & ours.keys())
-    return ours | found
+    _refuse(file, "are there twice", _repeated(name for name, _ in ours))
+    return dict(ours)
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _of_flux(modules: Iterable[_Module], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -446,19 +456,19 @@ def _of_flux(modules: Iterable[_Module], file: Path) -> dict[str, tuple[Tensor, 
     for module in modules:
         given |= {module.name + module.ends[0]: module.down, module.name + module.ends[1]: module.up}
         if module.ends == _KOHYA and module.alpha is not None:
-            given[module.name + _ALPHA] = torch.tensor(
-                float(len(module.down))
-            )  # strength 1: it is in the ups
+            given[module.name + _ALPHA] = torch.tensor(float(len(module.down)))  # strength 1 more
     with quiet_loading():
         from diffusers import FluxPipeline
 
         try:
             found = FluxPipeline.lora_state_dict(given)
         except _CONVERTERS_FAILURES as error:
+            said = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"{file} is in no LoRA layout of FLUX that diffusers reads: {error}"
+                f"{file} is in no LoRA layout of FLUX that diffusers reads: {said}"
             ) from error
     names = [key.removesuffix(DOWN) for key in found if key.endswith(DOWN)]
     left = found.keys() ^ {name + end for name in names for end in (DOWN, UP)}
     _refuse(file, "belong to no pair of down and up", left)
+    _refuse(file, "are there twice", _repeated(name.removeprefix(PREFIX) for name in names))
     return {name.removeprefix(PREFIX): (found[name + DOWN], found[name + UP]) for name in names}
