@@ -135,7 +135,8 @@ def find_lora(place: Path) -> tuple[Path, Path | None]:
             return _in_folder(place)
         is_there = place.exists()
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"The LoRA {str(place)[:200]!r} cannot be looked for: {error}.") from error
+        said = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"The LoRA {str(place)[:200]!r} cannot be looked for: {said}.") from error
     if not is_there:
         raise CheckpointError(_missing(place))
     if place.suffix.lower() in _PICKLED:
