@@ -16,7 +16,6 @@ file something else than plain LoRA. A file without any alpha has strength 1, as
 """
 
 import ast
-import json
 import math
 import re
 from collections import Counter
@@ -36,6 +35,7 @@ from pixrl.hub_check import read_header
 from pixrl.hub_fetch import is_hub_id
 from pixrl.models.comfy_lora import from_published
 from pixrl.models.flux_lora import ADAPTER_METADATA, DOWN, PREFIX, UP, Lora
+from pixrl.untrusted import parse_json, plain
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """What peft's save_pretrained writes into a folder."""
@@ -66,6 +66,8 @@ _CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _CONVERTERS_FAILURES = (
     ValueError, KeyError, IndexError, AssertionError, AttributeError, RuntimeError, NotImplementedError,
 )  # fmt: skip
+_SHOWN = 700
+"""Characters of what is said about a file."""
 _DEPTH = 3
 """How many mappings within each other are looked into for an alpha."""
 _SAME = 2.0**-8
@@ -204,14 +206,20 @@ def _without_peft(key: str) -> str:
     return key if own.startswith(("double_blocks.", "single_blocks.")) else own
 
 
+def _wrong(file: Path, what: str) -> CheckpointError:
+    """What is wrong with a file; of its own names what can be shown, on one line."""
+    return CheckpointError(f"{file}: {plain(what, _SHOWN)}")
+
+
 def _refuse(file: Path, problem: str, keys: Iterable[str]) -> None:
     """CheckpointError that names some of the keys, if there are any: a part of a file must not be lost in silence."""
     found = sorted(keys)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise CheckpointError(
-            f"{file}: {', '.join(found[:3])}{more} {problem}. pixrl merges plain LoRA layers of the transformer "
-            "(down and up, with or without alpha): give a file that holds only those."
+        raise _wrong(
+            file,
+            f"{', '.join(plain(key, 120) for key in found[:3])}{more} {problem}. pixrl merges plain LoRA layers of the transformer "
+            "(down and up, with or without alpha): give a file that holds only those.",
         )
 
 
@@ -257,8 +265,8 @@ def _grouped(raw: Mapping[str, Tensor], file: Path, kind: str) -> list[_Module]:
     for module in modules:
         down, up = list(module.down.shape), list(module.up.shape)
         if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
-            raise CheckpointError(
-                f"{file}: {module.name} has no down and up of one rank: {down} and {up}. Download it again."
+            raise _wrong(
+                file, f"{module.name} has no down and up of one rank: {down} and {up}. Download it again."
             )
     return modules
 
@@ -269,7 +277,7 @@ def _alpha(raw: Mapping[str, Tensor], name: str, file: Path) -> float | None:
     if alpha is None:
         return None
     if alpha.numel() != 1 or alpha.item() <= 0:
-        raise CheckpointError(f"{file}: {name}{_ALPHA} must be one number above 0. Save it again.")
+        raise _wrong(file, f"{name}{_ALPHA} must be one number above 0. Save it again.")
     return alpha.item()
 
 
@@ -284,9 +292,10 @@ class _Source:
         """What up @ down is multiplied by. CheckpointError where the rank is another one than the file has."""
         rank, said = len(module.down), self._of_pattern("rank_pattern", module, self.settings.get("r"))
         if said is not None and module.alpha is None and float(said) != rank:
-            raise CheckpointError(
-                f"{file}: {module.name} has rank {rank}, but {self.place} says {said}. They do not belong together: "
-                "download both again."
+            raise _wrong(
+                file,
+                f"{module.name} has rank {rank}, but {self.place} says {said}. They do not belong together: "
+                "download both again.",
             )
         alpha = float(self._of_pattern("alpha_pattern", module, self.settings["lora_alpha"]))
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
@@ -304,9 +313,10 @@ def _strength(module: _Module, sources: Iterable[_Source], file: Path) -> float:
     found = own | {source.place: source.strength(module, file) for source in sources}
     for (one, first), (other, second) in pairwise(found.items()):
         if not math.isclose(first, second, rel_tol=_SAME):
-            raise CheckpointError(
-                f"{file}: the strength of {module.name} is {first:g} by {one} and {second:g} by {other}. Find out "
-                "which it was trained with, and take the other out of the file."
+            raise _wrong(
+                file,
+                f"the strength of {module.name} is {first:g} by {one} and {second:g} by {other}. Find out "
+                "which it was trained with, and take the other out of the file.",
             )
     return next(iter(found.values()), 1.0)
 
@@ -316,8 +326,8 @@ def _of_config(config: Path | None) -> Iterator[_Source]:
     if config is None:
         return
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        settings = parse_json(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{config} cannot be read: {error}. Download it again.") from error
     yield _peft_source(CONFIG, settings, config)
 
@@ -332,20 +342,21 @@ def _of_header(header: Mapping[str, str], file: Path, *, has_alphas: bool) -> It
         yield _peft_source(f"its header's {PREFIX}lora_alpha", own, file)
     others = {key: value for key, value in flat.items() if not key.startswith((PREFIX, *_TEXT_ENCODERS))}
     if others.get("use_dora"):
-        raise CheckpointError(f"{file}: its header sets use_dora, and pixrl reads plain LoRA alone.")
+        raise _wrong(file, "its header sets use_dora, and pixrl reads plain LoRA alone.")
     rank = next((others[key] for key in _RANK_KEYS if _is_positive(others.get(key))), None)
     for path, alpha in _alphas_within(others):
         place = f"its header's {'.'.join(path)}"
         if len(path) == 1 and not _ALPHA_KEY.fullmatch(path[0]):
-            raise CheckpointError(
-                f"{file}: {place} ({alpha}) may be an alpha, and pixrl does not know whose. Name it lora_alpha "
-                "if it is the LoRA's, else take it out."
+            raise _wrong(
+                file,
+                f"{place} ({alpha}) may be an alpha, and pixrl does not know whose. Name it lora_alpha "
+                "if it is the LoRA's, else take it out.",
             )
         if _is_positive(alpha):
             known = {"r": rank, "use_rslora": others.get("use_rslora")} if len(path) == 1 else {}
             yield _Source(place, {"lora_alpha": alpha, **known})
         elif not has_alphas:  # sd-scripts writes "Dynamic" where each module has an alpha of its own
-            raise CheckpointError(f"{file}: {place} is {alpha!r}: no number, and its modules have no alphas.")
+            raise _wrong(file, f"{place} is {alpha!r}: no number, and its modules have no alphas.")
 
 
 def _alphas_within(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -360,20 +371,18 @@ def _alphas_within(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tup
 def _metadata(header: Mapping[str, str], file: Path) -> Any:
     """peft's configuration of the transformer's adapter, by plain names."""
     try:
-        found = json.loads(header[ADAPTER_METADATA])
+        found = parse_json(header[ADAPTER_METADATA])
         own = {key.removeprefix(PREFIX): x for key, x in found.items() if key.startswith(PREFIX)}
         return own or {key: x for key, x in found.items() if not key.startswith(_TEXT_ENCODERS)}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file}: its {ADAPTER_METADATA} cannot be read: {error}. Save it again."
-        ) from error
+    except (ValueError, AttributeError) as error:
+        raise _wrong(file, f"its {ADAPTER_METADATA} cannot be read: {error}. Save it again.") from error
 
 
 def _peft_source(place: str, settings: Any, file: Path) -> _Source:
     """What peft's configuration says. CheckpointError where it is of more than plain LoRA, or cannot be read."""
     problem = _peft_problem(settings)
     if problem is not None:
-        raise CheckpointError(f"{file}: {place} {problem}")
+        raise _wrong(file, f"{place} {problem}")
     return _Source(place, settings)
 
 
@@ -421,7 +430,7 @@ def _is_positive(value: object) -> bool:
 
 def _literal(text: str) -> Any:
     """A header's text as what it says: JSON, a Python literal, or itself."""
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (parse_json, ast.literal_eval):
         try:
             return parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -464,10 +473,7 @@ def _of_flux(modules: Iterable[_Module], file: Path) -> dict[str, tuple[Tensor, 
         try:
             found = FluxPipeline.lora_state_dict(given)
         except _CONVERTERS_FAILURES as error:
-            said = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"{file} is in no LoRA layout of FLUX that diffusers reads: {said}"
-            ) from error
+            raise _wrong(file, f"is in no LoRA layout of FLUX that diffusers reads: {error}") from error
     names = [key.removesuffix(DOWN) for key in found if key.endswith(DOWN)]
     left = found.keys() ^ {name + end for name in names for end in (DOWN, UP)}
     _refuse(file, "belong to no pair of down and up", left)
