@@ -216,10 +216,11 @@ def _refuse(file: Path, problem: str, keys: Iterable[str]) -> None:
     found = sorted(keys)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        names = ", ".join(plain(key, 120) for key in found[:3])
         raise _wrong(
             file,
-            f"{', '.join(plain(key, 120) for key in found[:3])}{more} {problem}. pixrl merges plain LoRA layers of the transformer "
-            "(down and up, with or without alpha): give a file that holds only those.",
+            f"{names}{more} {problem}. pixrl merges plain LoRA layers of the transformer (down and up, with or "
+            "without alpha): give a file that holds only those.",
         )
 
 
