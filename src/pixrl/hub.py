@@ -197,8 +197,11 @@ def full_path(ref: str) -> str:
     name, at, config = ref.partition(f"{SINGLE_FILE}@")
     if at:
         return f"{full_path(name + SINGLE_FILE)}@{full_path(config)}"
-    path = Path(ref).expanduser()
-    return str(path.absolute()) if path.exists() else ref
+    try:
+        path = Path(ref).expanduser()
+        return str(path.absolute()) if path.exists() else ref
+    except (OSError, RuntimeError):  # a name that is too long, nobody's home: whoever reads it says so
+        return ref
 
 
 def _config_of(file: Path) -> Path:

@@ -203,18 +203,32 @@ def test_the_doctor_says_what_will_be_merged(
 
 
 @pytest.mark.parametrize("command", ["align", "doctor", "selfcheck"])
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("adapter_model.bin", "is a pickle (torch.save)"),
+        ("x" * 5000, "cannot be looked for: File name too long"),
+        ("jieliu/SD3.5M", "hf download jieliu/SD3.5M --local-dir jieliu/SD3.5M"),
+    ],
+    ids=["pickle", "long", "hub"],
+)
 def test_the_commands_end_in_one_sentence(
-    command: str, sd3_folder: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str,
+    base: str,
+    message: str,
+    sd3_folder: Path,
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.save(tensors(), tmp_path / "adapter_model.bin")
     made = tmp_path / "recipe.yaml"
     made.write_text(json.dumps({"kind": "align", **recipe(sd3_folder, prompt_file)}))
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(
-        cli.app, [command, str(made), "--set", f"lora.base={tmp_path / 'adapter_model.bin'}"]
-    )
+    done = CliRunner().invoke(cli.app, [command, str(made), "--set", f"lora.base={base}"])
     assert done.exit_code == 1 and "Traceback" not in done.output
-    assert "is a pickle (torch.save)" in " ".join(done.output.split())
+    assert isinstance(done.exception, SystemExit)
+    assert message in " ".join(done.output.split())
     assert not (tmp_path / "runs").exists()
 
 
