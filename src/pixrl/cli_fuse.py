@@ -103,7 +103,7 @@ def _start_fusion(
         out = out or fuse_api.default_out(config)
         with resumable(out):
             result = fuse_api.run_fuse(config, out, force=force)
-            typer.echo(result.selection.summary())
+            typer.echo(result.selection.summary(out))
     say_where(out)
 
 
@@ -112,5 +112,5 @@ def select(run: Run, keep: Keep = None, presence: Presence = None, balance: Bala
     """Select from a finished run again, with other thresholds; generates nothing."""
     from pixrl import fuse_api
 
-    typer.echo(fuse_api.select_run(run, keep=keep, presence=presence, balance=balance).summary())
+    typer.echo(fuse_api.select_run(run, keep=keep, presence=presence, balance=balance).summary(run))
     say_where(run)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pixrl.cli_options import CheckedRecipe, Run, Seed, Set, Steps, SubjectFolder, option
+from pixrl.cli_options import CheckedRecipe, Force, Out, Run, Seed, Set, Steps, SubjectFolder, option
 
 commands = typer.Typer()
 
@@ -22,13 +22,28 @@ def doctor(
     processes: Annotated[
         int | None, option("How many would share the work.", default="as a launcher started, else 1", min=1)
     ] = None,
+    out: Out = None,
+    force: Force = False,
+    score: Annotated[
+        bool, option("Also load the rewards and score a synthetic batch, as a run does.", flag="--score")
+    ] = False,
     as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
 ) -> None:
     """What a fuse, align or personalize recipe needs, and whether it can run here; exit code 1 when not."""
     from pixrl import doctor_api
 
     count = processes or int(os.environ.get("WORLD_SIZE", "1"))
-    found = doctor_api.examine(recipe, set_ or [], subject=subject, steps=steps, seed=seed, processes=count)
+    found = doctor_api.examine(
+        recipe,
+        set_ or [],
+        subject=subject,
+        steps=steps,
+        seed=seed,
+        processes=count,
+        out=out,
+        force=force,
+        score=score,
+    )
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(found.lines()))
     if not found.can_run:
         raise typer.Exit(1)

@@ -4,23 +4,40 @@ A recipe is a YAML file, given as a path or as a name under `recipes/` (`toy/fus
 says which job it is for. Unknown keys, repeated keys and settings given twice are errors, with the dotted path.
 """
 
+import math
 import re
 import shlex
 import typing
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticSerializationError
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.text import read_text, require_name, require_text
+from pixrl.untrusted import encodable, plain
 
 PACKAGE = Path(__file__).resolve().parent
 SUFFIXES = (".yaml", ".yml")
+
+
+DEEPEST, LARGEST = 32, 100_000
+"""Levels of a YAML document, and its values with every alias written out."""
+MOST_YAML = 2**20
+"""Characters of a YAML document."""
+KINDS = {"int": "number", "float": "number", "timestamp": "date", "bool": "truth value"}
+"""What YAML's tags mean."""
+MOST = 10**6
+"""Of whatever a recipe counts."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""Of everything random: what every generator and every file format here can hold."""
+Count = Annotated[int, Field(ge=1, le=MOST)]
+"""Steps, pictures, prompts and the like."""
+Side = Annotated[int, Field(ge=1, le=16384)]
+"""Pixels of a picture's side."""
 
 
 class Settings(BaseModel):
@@ -60,6 +77,20 @@ def load(
         raise ConfigError(_explain(model_cls, error, origin)) from None
 
 
+def refuse_infinite(settings: object, path: str = "") -> None:
+    """ValueError, with the dotted path, for a number that is none or has no end; for the settings of runs."""
+    if isinstance(settings, BaseModel):
+        settings = dict(settings)
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            refuse_infinite(value, f"{path}.{name}" if path else str(name))
+    elif isinstance(settings, list | tuple):
+        for place, value in enumerate(settings):
+            refuse_infinite(value, f"{path}.{place}")
+    elif isinstance(settings, float) and not math.isfinite(settings):
+        raise ValueError(f"{path} is {settings}: give a finite number")
+
+
 def kind_of(source: Path | str | Mapping[str, Any]) -> str | None:
     """Which job a recipe says it is for; None where it does not say."""
     found = _read(source)[0].get("kind")
@@ -67,8 +98,18 @@ def kind_of(source: Path | str | Mapping[str, Any]) -> str | None:
 
 
 def dump(model: BaseModel) -> str:
-    """All settings of a model, defaults included, as YAML that `load` reads back to an equal model."""
-    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """All settings of a model, defaults included, as YAML that `load` reads back to an equal model.
+
+    Raises:
+        ConfigError: a setting that was given in Python is nothing that a recipe can say.
+    """
+    try:
+        return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    except (PydanticSerializationError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"The settings hold something that recipe.yaml cannot: {' '.join(str(error).split())}. Give text, numbers, "
+            "lists and tables of them; of functions only rewards=[f]."
+        ) from None
 
 
 def find_recipe(name: Path | str) -> Path:
@@ -112,7 +153,51 @@ def _recipe_folders() -> list[Path]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, where a key that is given twice is an error instead of a silent choice."""
+    """YAML's safe loader, where a key that is given twice is an error instead of a silent choice.
+
+    So is what YAML takes for a number or a date and Python cannot make one of, what is nested too deeply, and what
+    aliases blow up.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _refuse_excess(node)
+        return node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            problem = f"it is nested more than {DEEPEST} levels deep"
+            raise yaml.constructor.ConstructorError(None, None, problem, self.get_mark())
+        try:
+            node: yaml.Node | None = super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            found = super().construct_object(node, deep=deep)
+        except (
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+        ) as error:  # PyYAML lets them through
+            tag = str(node.tag).rpartition(":")[2]
+            value = node.value if isinstance(node.value, str) else "a collection"
+            given = plain(value, 40) + (f" ({len(value)} characters)" if len(value) > 40 else "")
+            problem = f"{given} is no {KINDS.get(tag, tag)} ({_first(error)}); text is written in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+        if isinstance(found, str) and encodable(found) != found:
+            problem = f"{plain(found, 40)!r} holds half a character, which is no Unicode"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -126,19 +211,63 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _first(error: BaseException) -> str:
+    """What an error says, without advice for programmers behind a semicolon."""
+    return str(error).partition(";")[0]
+
+
+def _refuse_excess(root: yaml.Node) -> None:
+    """Refuses a document that is larger than LARGEST with its aliases written out, or that holds itself."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, above: tuple[int, ...]) -> int:
+        if id(node) in above:
+            raise yaml.constructor.ConstructorError(None, None, "it holds itself", node.start_mark)
+        if id(node) not in sizes:
+            parts = (
+                [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+            )
+            parts = list(node.value) if isinstance(node, yaml.SequenceNode) else parts
+            sizes[id(node)] = 1 + sum(size(part, (*above, id(node))) for part in parts)
+        return sizes[id(node)]
+
+    found = size(root, ())
+    if found > LARGEST:
+        problem = f"it holds {found} values with its aliases written out, and {LARGEST} are allowed"
+        raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
+
+
 def parse_yaml(text: str, origin: str) -> Any:
-    """One YAML document; `origin` names it in the error."""
+    """One YAML document; `origin` names it in the error.
+
+    Raises:
+        ConfigError: it is none, repeats a key, holds what is no number or date, or is too deep or too large.
+    """
+    if len(text) > MOST_YAML:
+        raise ConfigError(f"{origin} has {len(text)} characters of YAML; at most {MOST_YAML} are read.")
     try:
         return yaml.load(text, _StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise ConfigError(f"{origin} is not valid YAML{place}: {error.problem}.") from None
     except (yaml.YAMLError, TypeError) as error:
-        raise ConfigError(f"{origin} is not valid YAML: {error}") from None
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{origin} is not valid YAML: {said}") from None
 
 
 def _read(source: Path | str | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
     if source is None:
         return {}, "the settings"
     if isinstance(source, Mapping):
-        return deepcopy(dict(source)), "the settings"
+        copied: dict[str, Any] = _copied(source)
+        if not all(isinstance(key, str) for key in copied):
+            raise ConfigError(f"Settings have names that are text, got {[*source]!r}.")
+        return copied, "the settings"
+    if not isinstance(source, str | Path):
+        raise ConfigError(
+            f"A recipe is a YAML file, a name such as toy/e2po, or a table of settings, not {source!r}."
+        )
     path = find_recipe(source)
     try:
         text = read_text(path)
@@ -148,6 +277,13 @@ def _read(source: Path | str | Mapping[str, Any] | None) -> tuple[dict[str, Any]
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"{path} must be a mapping of settings (`budget: 128`), not {type(data).__name__}.")
     return data, str(path)
+
+
+def _copied(given: Any) -> Any:
+    """Tables and lists anew, so that overrides change nothing of the caller's; what they hold stays as it is."""
+    if isinstance(given, Mapping):
+        return {key: _copied(value) for key, value in given.items()}
+    return [_copied(value) for value in given] if isinstance(given, list) else given
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
@@ -242,6 +378,9 @@ def _explain_one(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
         return f"Unknown setting {path}.{did_you_mean(str(key), allowed)} Allowed here: {', '.join(allowed)}."
     if detail["type"] == "missing":
         return f"{path} is missing."
+    if detail["type"] == "union_tag_not_found":
+        kinds = " or ".join(str(_tag(model)) for model in _models_at(model_cls, detail["loc"]))
+        return f"{path}.kind is missing: give {kinds}."
     if detail["type"] == "value_error":  # raised by the model itself, which knows what to say
         message = detail["msg"].removeprefix("Value error, ")
         return f"{path}: {message}" if path else message
@@ -250,7 +389,12 @@ def _explain_one(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
 
 
 def _fields_at(model_cls: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
-    """The settings allowed at a place of the tree; list positions, union tags and the like are stepped over."""
+    """The settings allowed at a place of the tree."""
+    return sorted({name for model in _models_at(model_cls, loc) for name in model.model_fields})
+
+
+def _models_at(model_cls: type[BaseModel], loc: Iterable[int | str]) -> list[type[BaseModel]]:
+    """The models at a place of the tree; list positions, union tags and the like are stepped over."""
     models = [model_cls]
     for part in loc:
         inner = [
@@ -260,7 +404,7 @@ def _fields_at(model_cls: type[BaseModel], loc: Iterable[int | str]) -> list[str
             for model in _models_in(outer.model_fields[str(part)].annotation)
         ]
         models = inner or [model for model in models if part in (model.__name__, _tag(model))] or models
-    return sorted({name for model in models for name in model.model_fields})
+    return models
 
 
 def _tag(model: type[BaseModel]) -> Any:

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+SHORT, LONG = 4, 6
+"""Letters from which on two may be wrong in a name that was meant, the first right; or from which on a part will do."""
+
 
 class PixrlError(Exception):
     """Base of all errors of this library. `exit_code` is what the command line returns for it."""
@@ -41,6 +44,33 @@ class CheckpointError(PixrlError):
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """' Did you mean X?' for the nearest allowed name, or an empty string when none is near."""
-    near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
-    return f" Did you mean {str(near[0])!r}?" if near else ""
+    """' Did you mean X?' for the allowed name that a slip of the finger makes of it; an empty string without one.
+
+    A word that only looks alike is another word: dragon is no misspelled drawing.
+    """
+    near = [name for name in map(str, allowed) if is_misspelled(given, name)]
+    best = difflib.get_close_matches(given, near, n=1, cutoff=0)
+    return f" Did you mean {best[0]!r}?" if best else ""
+
+
+def is_misspelled(given: str, name: str) -> bool:
+    """Whether a name was meant: one letter wrong, missing, too many or swapped, of longer ones two; or a part of it."""
+    one, other = given.casefold(), name.casefold()
+    if len(one) >= LONG and one[:-1] in other:
+        return True
+    slips = 2 if min(len(one), len(other)) >= SHORT and one[0] == other[0] else 1
+    return len(one) > 1 and abs(len(one) - len(other)) <= slips and _slips(one, other) <= slips
+
+
+def _slips(one: str, other: str) -> int:
+    """Letters to put in, take out, change or swap with their neighbour, to make one of the other."""
+    rows = [list(range(len(other) + 1))]
+    for i, letter in enumerate(one, 1):
+        row = [i]
+        for j, there in enumerate(other, 1):
+            least = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != there))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == there:
+                least = min(least, rows[-2][j - 2] + 1)
+            row.append(least)
+        rows.append(row)
+    return rows[-1][-1]

@@ -1,6 +1,6 @@
 """`pixrl fuse` for callers: run, compare, go on, choose again, report. The command line and `pixrl.fuse` call these."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -96,6 +96,8 @@ def fuse(
         raise InputError(
             f"concepts is a list of names, got the one string {concepts!r}: fuse([{concepts!r}, ...])"
         )
+    if not isinstance(concepts, Iterable):
+        raise InputError(f'concepts is a list of names, got {concepts!r}: fuse(["owl", "snail"])')
     given = {"concepts": tuple(concepts), "budget": budget, "seed": seed, "sampler": sampler, "model": model}
     config = recipes.load(FuseConfig, {**given, **settings})
     return run_fuse(config, None if out is None else Path(out), force=force, live=live)

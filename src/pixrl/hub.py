@@ -134,8 +134,10 @@ def resolve(ref: str | Path, layout: Layout | None = None) -> Path | str:
         )
     if is_hub_id(text):
         return text
+    refs = _toy_refs(toys)
+    near = did_you_mean(text, refs) or did_you_mean(f"{TOY_PREFIX}{text}", refs)
     raise InputError(
-        f"{text!r} is not a checkpoint reference.{did_you_mean(f'{TOY_PREFIX}{text}', _toy_refs(toys))} "
+        f"{text!r} is not a checkpoint reference.{near} "
         f"Give {_toy_list(toys)}, a local folder, or a hub id 'owner/name' or 'owner/name@revision'."
     )
 

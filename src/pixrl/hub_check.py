@@ -106,8 +106,13 @@ def components(path: Path) -> dict[str, str]:
     """Component name -> class name, as `model_index.json` lists them; T5 is left out where its folders are absent."""
     if not (path / INDEX).is_file() and (path / "config.json").is_file():
         found = class_of(path) or "single model"
+        whole = "Give a whole pipeline: its folder"
+        if path.is_relative_to(TOY_ROOT):
+            whole = "Give one that draws: toy:sd3, toy:flux"
+        elif (path.parent / INDEX).is_file():
+            whole = f"Give the folder above it, {path.parent}"
         raise CheckpointError(
-            f"{path} is a {found}, no image generator: it has no {INDEX}. Give the folder above it, "
+            f"{path} is a {found}, no image generator: it has no {INDEX}. {whole}, "
             "or the hub id of a whole pipeline such as 'stabilityai/stable-diffusion-3.5-medium'."
         )
     index = read_json(path / INDEX)
@@ -284,6 +289,16 @@ def _check_component(part: Path, kind: str) -> None:
 
 def _check_model(part: Path, *, bin_too: bool = False) -> None:
     """`bin_too`: pytorch_model.bin counts where there are no safetensors."""
+    if (part / INDEX).is_file() and not (part / "config.json").is_file():
+        raise CheckpointError(
+            f"{part} is a whole pipeline ({read_json(part / INDEX).get('_class_name')}), and one model is needed: a "
+            "folder with a config.json. Name one that is published for this (docs/rewards.md)"
+            + (
+                ", or toy:clip, toy:segmenter, toy:identity, toy:preference."
+                if part.is_relative_to(TOY_ROOT)
+                else "."
+            )
+        )
     read_json(part / "config.json")
     files = model_files(part)
     for file in files:

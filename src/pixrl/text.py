@@ -56,7 +56,9 @@ def require_file(path: Path) -> None:
     if not path.exists():
         raise InputError(f"There is no file {str(path)!r} (looked in {Path.cwd()}).")
     if not path.is_file():
-        raise InputError(f"{str(path)!r} is not a file.")
+        raise InputError(
+            f"{str(path)!r} is not a file but a folder or a device. Give the path of a file in it."
+        )
 
 
 def decode(content: bytes, path: Path) -> str:

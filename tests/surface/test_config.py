@@ -184,3 +184,46 @@ def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert config.recipe_names() == ["toy/fuse"]
     with pytest.raises(ConfigError, match=r"No recipe 'toy/fus'.*Did you mean 'toy/fuse'.*Recipes: toy/fuse"):
         config.load(Outer, "toy/fus")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("2024-13-45", "2024-13-45 is no date (month must be in 1..12); text is written in quotes"),
+        ("2024-01-01T99:00:00", "is no date"),
+        ("0x_", "0x_ is no number"),
+        ("0b_", "0b_ is no number"),
+        ("9" * 5000, "(5000 characters) is no number"),
+        ("!!bool x", "x is no truth value"),
+        ("!!timestamp x", "x is no date"),
+        ("!!float x", "x is no number"),
+        ("[" * 5000 + "]" * 5000, "more than 32 levels deep"),
+        ("[" * 5000, "more than 32 levels deep"),
+        ("{a: " * 40 + "1" + "}" * 40, "more than 32 levels deep"),
+        ("a: &a [*a]", "it holds itself"),
+        ('"\\ud83d"', "half a character"),
+        ("? [1]\n: 2", "unhashable"),
+        ("*x", "undefined alias 'x'"),
+        (f"a: {'x' * 2**20}", "at most 1048576 are read"),
+        (
+            "a: &a [x, x, x, x]\n"
+            + "".join(f"k{n}: &k{n} [*{'a' if not n else f'k{n - 1}'}{', *a' * 9}]\n" for n in range(9)),
+            None,
+        ),
+        (
+            "a: &a [x, x, x, x]\n"
+            + "".join(
+                f"b{n}: &b{n} [{', '.join(['*' + ('a' if not n else f'b{n - 1}')] * 9)}]\n" for n in range(9)
+            ),
+            "with its aliases written out",
+        ),
+    ],
+)
+def test_yaml_that_is_none(text: str, said: str | None) -> None:
+    if said is None:
+        config.parse_yaml(text, "it")
+        return
+    with pytest.raises(ConfigError) as caught:
+        config.parse_yaml(text, "it")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -37,7 +37,7 @@ from pixrl.algorithms.peers import Alone, Peers, Tally, disagreement
 from pixrl.algorithms.references import shown_to
 from pixrl.algorithms.rollouts import Group, Rollouts, Samples
 from pixrl.algorithms.stepping import SamplingSettings, Schedule, StepPlan
-from pixrl.config import Settings
+from pixrl.config import MOST, Count, Settings
 from pixrl.errors import RunError
 from pixrl.models.base import FlowPolicy
 from pixrl.models.pipeline import chunks
@@ -47,6 +47,10 @@ from pixrl.types import Scores, sample_seed
 _PARTS_KEY = -3
 """Prompt index of the draws that share a step's samples out to its optimizer steps."""
 
+MOST_RATE = 100.0
+"""A learning rate above it is a slip of the finger."""
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerSettings(Settings):
     """AdamW on the LoRA parameters."""
@@ -54,24 +58,24 @@ class OptimizerSettings(Settings):
     eight_bit: bool = False
     """Keep its moments in 8 bits, a quarter of the memory (needs the extra: pip install 'pixrl[eightbit]')."""
 
-    lr: float = Field(3e-4, gt=0)
-    warmup: int = Field(0, ge=0)
+    lr: float = Field(3e-4, gt=0, le=MOST_RATE)
+    warmup: int = Field(0, ge=0, le=MOST)
     """Training steps over which the learning rate rises to `lr`."""
-    decay_steps: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+    decay_steps: Count | Literal["all"] | None = None
     """Training steps at whose end the learning rate has fallen to 0, in a straight line; none: it does not fall.
 
     all: those of the run, however many they are.
     """
     weight_decay: float = Field(1e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     grad_clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
-    updates: int = Field(1, ge=1)
+    updates: Count = 1
     """Optimizer steps that a training step's samples are shared out to."""
     ema: float | None = Field(0.9, ge=0, lt=1)
     """Decay of the averaged weights that are evaluated; none: the trained ones are evaluated."""
-    max_skipped: int = Field(10, ge=0)
+    max_skipped: int = Field(10, ge=0, le=MOST)
     """The run stops after more than this many optimizer steps in a row without a finite loss and gradient."""
 
     def of_run(self, steps: int) -> "OptimizerSettings":

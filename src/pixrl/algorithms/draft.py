@@ -52,7 +52,7 @@ class DraftSettings(Settings):
     """Direct reward back-propagation."""
 
     kind: Literal["draft"] = "draft"
-    last: int = Field(2, ge=1)
+    last: int = Field(2, ge=1, le=1000)
     """K: sampling steps that the gradient passes, counted from the picture; see deviation 6 for 1."""
     kl: float = Field(0.0, ge=0)
     """Weight of the mean of (v - v_ref)^2 over these steps."""

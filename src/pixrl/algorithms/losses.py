@@ -103,7 +103,7 @@ class NFTSettings(Settings):
     """How far the implicit good and bad policies lie from the old one."""
     kl: float = Field(1e-4, ge=0)
     """Weight of the mean of (v - v_ref)^2."""
-    timesteps: int = Field(9, ge=1)
+    timesteps: int = Field(9, ge=1, le=1000)
     """Noise levels of the schedule that each sample is trained at, drawn without putting back."""
     levels: tuple[int, int] | None = None
     """Draw them from these steps alone, the first and the one after the last, counted from 0, the noisiest; none: all.

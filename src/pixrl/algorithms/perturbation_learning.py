@@ -33,7 +33,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pixrl.config import Settings
+from pixrl.config import MOST, Count, Seed, Settings
 from pixrl.equations import perturb, perturbation_objective, project_delta
 from pixrl.errors import InputError, RunError
 from pixrl.models.text_variants import ClipEncoder, ClipText, PerturbableText
@@ -66,7 +66,7 @@ class NormBound(StrEnum):
 class PerturbationSettings(Settings):
     """E2PO's exploration. Published values are defaults; `lr` and `sigma_init` are ours, the paper's text lost them."""
 
-    variants: int = Field(4, ge=1)
+    variants: int = Field(4, ge=1, le=4096)
     """K, the anchor among them: 6, 4 and 3 in the paper's settings."""
     perturbation_range: float = Field(0.4, gt=0, le=1)
     """tau: variants steer while t > 1 - tau."""
@@ -83,15 +83,15 @@ class PerturbationSettings(Settings):
     weight: float = Field(50.0, gt=0)
     weighted: Literal["diversity", "anchor"] = "diversity"
     """The term that `weight` multiplies (open in the paper)."""
-    steps: int = Field(300, ge=0)
+    steps: int = Field(300, ge=0, le=MOST)
     """0: the perturbations stay as they were drawn."""
     lr: float = Field(1e-3, gt=0)
     sigma_init: float = Field(1e-3, gt=0)
     max_norm: float = Field(0.05, gt=0)
     """The largest norm of a token's perturbation: in embedding units, or a share of the token's norm."""
     norm: NormBound = NormBound.ABSOLUTE
-    seed: int = Field(0, ge=0)
-    prompts_at_once: int = Field(1, ge=1)
+    seed: Seed = 0
+    prompts_at_once: Count = 1
     """Prompts that are learned in one batch: more is faster; 1 is the same to the last bit in any batch."""
 
     @property

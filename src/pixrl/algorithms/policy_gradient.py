@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pixrl.algorithms.base import Feedback, FusionTask, Proposal, Sampler
 from pixrl.algorithms.fusion_policy import CompactPolicy, FusionPolicy, PaperPolicy
-from pixrl.config import Settings
+from pixrl.config import Count, Settings
 from pixrl.equations import clipped_surrogate, fuse
 from pixrl.types import sample_seed
 
@@ -47,11 +47,11 @@ class PolicySettings(Settings):
     policy: PolicyKind = PolicyKind.COMPACT
     lr: float = Field(gt=0)
     """Adam's learning rate."""
-    epochs: int = Field(ge=1)
+    epochs: Count
     """Passes over a batch; the clip takes effect from the second on."""
     clip: float = Field(0.2, gt=0)
     """Half width of the trusted probability ratios."""
-    hidden: int = Field(ge=1)
+    hidden: int = Field(ge=1, le=65536)
     """Width of the hidden layers."""
     groups: int | None = Field(None, ge=1)
     """compact: groups of columns that share a coefficient."""

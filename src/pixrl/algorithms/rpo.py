@@ -51,7 +51,7 @@ class RPOSettings(Settings):
     """How sharply DPO tells winner from loser; of errors that are means over pixels."""
     similarity: float = Field(1.0, ge=0)
     """Weight of the similarity loss."""
-    timesteps: int = Field(9, ge=1)
+    timesteps: int = Field(9, ge=1, le=1000)
     """Noise levels of the schedule that each pair is trained at, drawn without putting back."""
     shown: bool = False
     """Whether candidates are drawn with the reference pictures; the paper's are drawn from the prompt alone."""

@@ -41,7 +41,7 @@ class SFTSettings(Settings):
     """Supervised flow matching."""
 
     kind: Literal["sft"] = "sft"
-    timesteps: int = Field(9, ge=1)
+    timesteps: int = Field(9, ge=1, le=1000)
     """Noise levels of the schedule that each sample is trained at, drawn without putting back."""
 
 

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pixrl.config import Settings
+from pixrl.config import Count, Settings
 from pixrl.equations import SDEStep, cps_step, dance_step, flow_sde_step, predict_x0
 from pixrl.errors import InputError
 from pixrl.models.base import FlowPolicy
@@ -74,11 +74,14 @@ _STEPS: dict[Noise, Callable[..., SDEStep]] = {
     Noise.CPS: cps_step,
 }
 
+MOST_STEPS = 1000
+"""From noise to picture."""
+
 
 class SamplingSettings(Settings):
     """How training pictures are drawn. The same schedule is trained on."""
 
-    steps: int = Field(10, ge=1)
+    steps: int = Field(10, ge=1, le=MOST_STEPS)
     """Steps from noise to picture."""
     solver: Solver = Solver.EULER
     """Of the steps that are not random."""
@@ -90,9 +93,9 @@ class SamplingSettings(Settings):
     """Which steps are random; none: all but the last."""
     fraction: float | None = Field(None, gt=0, le=1)
     """Share of random steps, for `where: fraction`."""
-    window: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=1, le=MOST_STEPS)
     """Number of random steps, for the two windows."""
-    every: int | None = Field(None, ge=1)
+    every: Count | None = None
     """Training steps after which the sliding window moves on."""
 
     @model_validator(mode="after")

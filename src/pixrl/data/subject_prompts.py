@@ -153,6 +153,10 @@ class _About(Mapping[str, object]):
                 return self._pictures(self._count)
         return self._pictures(None)
 
+    def __contains__(self, key: object) -> bool:
+        """Without reading a picture."""
+        return key in self._keys
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 

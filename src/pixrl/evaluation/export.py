@@ -16,10 +16,11 @@ import diffusers
 import torch
 from torch import Tensor
 
-from pixrl import __version__, models
+from pixrl import models
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
 from pixrl.evaluation.card_usage import in_unos_code
 from pixrl.evaluation.model_card import Facts, pipeline_name, shown_pairs, write_card
+from pixrl.evaluation.page import installed_version
 from pixrl.hub import components, locate
 from pixrl.hub_check import read_json
 from pixrl.models.comfy_lora import PREFIX as COMFY_PREFIX
@@ -146,7 +147,9 @@ def export(
 
 def _reader(layout: Format) -> str:
     """Who reads an export back."""
-    return f"pixrl {__version__}" if layout is Format.COMFYUI else f"diffusers {diffusers.__version__}"
+    return (
+        f"pixrl {installed_version()}" if layout is Format.COMFYUI else f"diffusers {diffusers.__version__}"
+    )
 
 
 def _read_back(file: Path, lora: Lora, named: Mapping[str, Tensor], layout: Format, base: Path) -> None:

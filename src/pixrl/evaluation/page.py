@@ -42,7 +42,7 @@ def inline(path: Path, side: int) -> Picture:
 
 def render(template: str, view: dict[str, Any]) -> str:
     """A page from its template; what UTF-8 cannot write, such as a folder's name in another code, is spelled out."""
-    return encodable(_templates().get_template(template).render(version=_version(), **view))
+    return encodable(_templates().get_template(template).render(version=installed_version(), **view))
 
 
 @cache
@@ -58,7 +58,8 @@ def _templates() -> Environment:
     return environment
 
 
-def _version() -> str:
+def installed_version() -> str:
+    """The version of the installed pixrl; "(not installed)" where it runs from a folder."""
     try:
         return version("pixrl")
     except PackageNotFoundError:

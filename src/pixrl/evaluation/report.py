@@ -106,7 +106,7 @@ def fuse_view(run: FinishedRun) -> dict[str, Any]:
         "balance": limits.balance,
         "presence_source": limits.presence_source,
         "balance_source": limits.balance_source,
-        "outcome": selection.summary(),
+        "outcome": selection.summary(run.folder.path),
         "figures": run_figures(run),
         "reward_chart": Markup(charts.reward_chart([child.reward for child in children], config.batch)),
         **_scatter(run, children),

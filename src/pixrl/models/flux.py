@@ -21,6 +21,7 @@ from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux_tokens import Preset, Shift, Size, pack_latents, position_ids, unpack_latents
 from pixrl.models.placement import Part
 from pixrl.models.references import LatentCache, ReferencePolicy
+from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text_variants import ClipEncoder, PerturbableText
 
 __all__ = ["FluxPolicy", "Preset", "Shift", "pack_latents", "position_ids", "unpack_latents"]
@@ -41,10 +42,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
     kind = "flux"
     pipeline_class = "FluxPipeline"
     defaults = SamplingSettings(steps=25, guidance=4.0, resolution=512)
-    lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+    lora_targets = KNOWN_TARGETS
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
         """`options`: those of `FlowPipelinePolicy`. The preset is the card's, kontext for that pipeline, else uno."""

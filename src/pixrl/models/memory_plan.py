@@ -14,9 +14,9 @@ Sequential offload keeps the weights that a backward pass will need, so training
 from enum import StrEnum
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from pixrl.config import Settings
+from pixrl.config import Settings, Side
 
 
 class Offload(StrEnum):
@@ -36,7 +36,7 @@ class MemoryPlan(Settings):
     """none; parts: text encoders and VAE wait on the CPU; sequential: each layer does, slow (GPU). true means parts."""
     vae_slicing: bool = False
     """Decode one picture at a time."""
-    vae_tiling: int | None = Field(None, ge=1)
+    vae_tiling: Side | None = None
     """Decode in tiles of this many pixels a side; none: whole pictures."""
 
     @field_validator("offload", mode="before")

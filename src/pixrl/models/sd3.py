@@ -5,14 +5,17 @@ With a guidance scale above 1 `velocity` is the guided one, u + scale * (c - u) 
 and in training alike.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pixrl.errors import InputError
-from pixrl.hub import read_json
+from pixrl.hub import Checkpoint, read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.loading import has_t5
+from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text_variants import ClipEncoder, PerturbableText
 
 MAX_SEQUENCE_LENGTH = 256
@@ -25,10 +28,22 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
     kind = "sd3"
     pipeline_class = "StableDiffusion3Pipeline"
     defaults = SamplingSettings(steps=28, guidance=7.0, resolution=512)
-    lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+    lora_targets = KNOWN_TARGETS
+
+    def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
+        """`options`: those of `FlowPipelinePolicy`.
+
+        Raises:
+            InputError: an option would have no effect, or the resolution is beyond the table of positions.
+        """
+        super().__init__(checkpoint, **options)
+        table, patch = int(self.pipeline.transformer.config.pos_embed_max_size), self._latent_geometry()[1]
+        most = table * patch * int(self.pipeline.vae_scale_factor)
+        if self.settings.resolution > most:
+            raise InputError(
+                f"resolution {self.settings.resolution} is beyond the table of positions of {self.name}: it draws "
+                f"pictures of up to {most} x {most}. Give resolution={most} or less, or leave it out."
+            )
 
     def _check_options(self, guidance: float | None, t5: bool) -> None:
         if not t5 and not has_t5(self.checkpoint) and self.checkpoint.file is None:

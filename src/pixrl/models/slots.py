@@ -5,14 +5,14 @@ requires gradients, whichever slot is active.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
 
-from pixrl.errors import CheckpointError, InputError, RunError
+from pixrl.errors import CheckpointError, InputError, RunError, did_you_mean
 from pixrl.libraries import check_torchvision
 
 
@@ -25,6 +25,11 @@ class Slot(StrEnum):
     REFERENCE = "reference"
 
 
+KNOWN_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+"""The attention of SD3 and FLUX."""
 ADAPTERS = (Slot.CURRENT, Slot.OLD, Slot.EMA)
 
 
@@ -50,6 +55,7 @@ class LoraSlots:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
+        _require_targets(backbone, targets)
         backbone.requires_grad_(False)
         config = LoraConfig(
             r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"
@@ -139,6 +145,53 @@ class LoraSlots:
         for adapter, tensors in self._tensors.items():
             for tensor in tensors.values():
                 tensor.requires_grad_(adapter is Slot.CURRENT)
+
+
+def slot_sizes(backbone: nn.Module, targets: Sequence[str], rank: int) -> list[int]:
+    """How many values each trainable tensor of one slot will have; of a backbone that has none yet.
+
+    Raises:
+        InputError: a target is no layer that LoRA can change.
+    """
+    _require_targets(backbone, targets)
+    found: list[int] = []
+    for name, layer in backbone.named_modules():
+        if not _is_target(name, targets):
+            continue
+        if isinstance(layer, nn.Linear):
+            found += [rank * layer.in_features, rank * layer.out_features]
+        elif isinstance(layer, nn.Conv2d):
+            window = layer.kernel_size[0] * layer.kernel_size[1]
+            found += [rank * layer.in_channels * window, rank * layer.out_channels]
+    return found
+
+
+def _is_target(name: str, targets: Sequence[str]) -> bool:
+    return any(name == one or name.endswith(f".{one}") for one in targets)
+
+
+def _require_targets(backbone: nn.Module, targets: Sequence[str]) -> None:
+    """InputError where none of the targets, or one that the caller names wrongly, is a layer that LoRA can change."""
+    if not targets:
+        raise InputError("lora.targets is empty, so nothing would be trained. Leave it out, or name layers.")
+    layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    unknown = [one for one in targets if not any(_is_target(name, [one]) for name in layers)]
+    is_own_list = len(unknown) < len(targets) and not set(unknown) - set(KNOWN_TARGETS)
+    if not unknown or is_own_list:  # a family's own list names layers that its smaller models lack
+        return
+    ends = sorted({_end(name) for name in layers})
+    raise InputError(
+        f"lora.targets: no layer of the transformer is called {unknown[0]!r}.{did_you_mean(unknown[0], ends)} "
+        f"Its layers are {', '.join(ends)}; without the setting its attention is trained."
+    )
+
+
+def _end(name: str) -> str:
+    """What tells a layer from others of its block: attn.to_q of transformer_blocks.3.attn.to_q."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts[:-1]) if part.isdigit()]
+    first = numbers[0] + 1 if numbers else 0
+    return ".".join(parts[first:])
 
 
 def _collect(backbone: nn.Module, slot: Slot) -> dict[str, nn.Parameter]:

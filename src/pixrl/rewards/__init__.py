@@ -119,9 +119,14 @@ def is_differentiable(name: str) -> bool:
     """Whether a reward of the table has a gradient by the picture. Loads torch, but no model."""
     from pixrl.rewards.base import DifferentiableReward
 
+    return issubclass(kind_of(name), DifferentiableReward)
+
+
+def kind_of(name: str) -> "type[Reward]":
+    """The class of a reward of the table. Loads torch, but no model."""
     made = _class_of(name)
-    kind = made if isinstance(made, type) else get_type_hints(made)["return"]
-    return issubclass(kind, DifferentiableReward)
+    kind: type[Reward] = made if isinstance(made, type) else get_type_hints(made)["return"]
+    return kind
 
 
 def _class_of(name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from pixrl.rewards.calls import Failure
 from pixrl.types import RewardBatch, Scores
 
 
@@ -18,9 +19,21 @@ class Reward(ABC):
     keeps_time: ClassVar[bool] = False
     """It bounds its own time, for it may wait long for a service that is gone: a `RewardSet` does not cut it off."""
 
+    @classmethod
+    def lacks(cls, prompt: str, metadata: Mapping[str, object], options: Mapping[str, object]) -> str | None:
+        """Why no picture of a prompt can be scored, by the prompt and what is known of it; None where nothing is.
+
+        Asked before anything is loaded: `options` are what the reward will be made with.
+        """
+        return None
+
     @abstractmethod
     def score(self, batch: RewardBatch) -> Scores:
         """One float a sample. Scores do not depend on how a set is cut into batches."""
+
+    def rehearse(self, batch: RewardBatch) -> Scores | Failure:
+        """`score`, of a synthetic batch before a run: a failure where it can score nothing whatever is shown."""
+        return self.score(batch)
 
 
 class DifferentiableReward(Reward):

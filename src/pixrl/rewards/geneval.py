@@ -201,23 +201,28 @@ def relative_position(box_a: Sequence[float], box_b: Sequence[float]) -> frozens
 
 def _check_entry(metadata: Metadata) -> None:
     include = metadata.get("include")
-    if not isinstance(include, Sequence) or not include:
+    if not isinstance(include, Sequence) or isinstance(include, str) or not include:
         raise InputError(f"A GenEval entry needs a non-empty list 'include', got {dict(metadata)!r}.")
     for index, entry in enumerate(include):
         _check_clause(entry, index)
-    for entry in metadata.get("exclude", ()):
+    exclude = metadata.get("exclude", ())
+    if not isinstance(exclude, Sequence) or isinstance(exclude, str):
+        raise InputError(f"The 'exclude' of a GenEval entry is a list, got {exclude!r}.")
+    for entry in exclude:
         _check_clause(entry, 0)
 
 
 def _check_clause(entry: Metadata, index: int) -> None:
-    count = entry.get("count")
-    if "class" not in entry or not isinstance(count, int) or count < 1:
-        raise InputError(
-            f"A GenEval clause needs a 'class' and a 'count' of at least 1, got {dict(entry)!r}."
-        )
+    count = entry.get("count") if isinstance(entry, Mapping) else None
+    if not isinstance(count, int) or count < 1 or "class" not in entry:
+        raise InputError(f"A GenEval clause needs a 'class' and a 'count' of at least 1, got {entry!r}.")
     if "position" not in entry:
         return
-    relation, target = entry["position"]
+    position = entry["position"]
+    is_pair = isinstance(position, Sequence) and not isinstance(position, str) and len(position) == 2
+    if not is_pair or not isinstance(position[1], int):
+        raise InputError(f"A GenEval position is a relation and an entry's number, got {position!r}.")
+    relation, target = position
     if relation not in RELATIONS:
         raise InputError(
             f"Unknown relation {relation!r}.{did_you_mean(str(relation), RELATIONS)} Use {', '.join(RELATIONS)}."
@@ -318,6 +323,16 @@ class GenEvalReward(Reward):
         seer = segmenter if isinstance(segmenter, str | Path | None) else id(segmenter)
         self._eyes = (self.name, seer, detector, clip, device, dtype)
         """Equal where two rewards detect alike: a batch is looked at once for the strict and the graded one."""
+
+    @classmethod
+    def lacks(cls, prompt: str, metadata: Mapping[str, object], options: Mapping[str, object]) -> str | None:
+        if "include" not in metadata:
+            return "no GenEval metadata (`include`: what the picture must show)"
+        try:
+            _check_entry(metadata)
+        except InputError as error:
+            return str(error)
+        return None
 
     def detect(self, images_BCHW: Tensor, metadata: Sequence[Metadata]) -> list[Detections]:
         """Each picture's detections; colours are named only for classes whose colour the entry asks for."""

@@ -5,7 +5,7 @@ time limit for each call, and the share of failed scores past which a run stops.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,7 @@ class RewardSet:
         self.max_failed_share = max_failed_share
         self.names: tuple[str, ...] = tuple(setting.name for setting in settings)
         self._rewards: dict[str, Reward] = {s.name: rewards.load(s.reward, **s.options) for s in settings}
-        self._callers: dict[str, Caller[Scores]] = {
+        self._callers: dict[str, Caller[Scores | Failure]] = {
             name: Caller(None if one.keeps_time else time_limit) for name, one in self._rewards.items()
         }
 
@@ -131,6 +131,12 @@ class RewardSet:
         count = _count(batch)
         return {name: self._score(name, batch, count) for name in self.names}
 
+    def broken(self, batch: RewardBatch) -> Mapping[str, str]:
+        """Reward -> why it cannot score this batch at all: it raises, hangs, or gives no score a picture."""
+        count = _count(batch)
+        found = {name: self._ask(name, lambda reward: reward.rehearse(batch), count) for name in self.names}
+        return {name: answer.reason for name, answer in found.items() if isinstance(answer, Failure)}
+
     def require_enough(self, everywhere: Iterable[Mapping[str, Failures]]) -> None:
         """Judges the failures of a step over all processes, reward by reward.
 
@@ -144,19 +150,25 @@ class RewardSet:
             self._require_enough(name, one)
 
     def _score(self, name: str, batch: RewardBatch, count: int) -> Scores:
-        answer = self._callers[name].call(lambda: self._rewards[name].score(batch))
-        if isinstance(answer, Failure) and answer.lost is not None:
-            raise answer.lost
+        answer = self._ask(name, lambda reward: reward.score(batch), count)
         if isinstance(answer, Scores):
-            shape = list(answer.values_B.shape)
-            if shape == [count] and len(answer.reasons) == count:
-                checked = flag_failures(answer.values_B.detach().cpu(), answer.reasons, answer.provenance)
-                return Scores(checked.values_B, checked.reasons, answer.detail, answer.provenance)
-            answer = Failure(
-                f"it gave scores {shape} with {len(answer.reasons)} reasons for {count} pictures"
-            )
+            checked = flag_failures(answer.values_B.detach().cpu(), answer.reasons, answer.provenance)
+            return Scores(checked.values_B, checked.reasons, answer.detail, answer.provenance)
         model = {"model": f"{self._rewards[name].name} (failed)"}
         return Scores(torch.full((count,), torch.nan), (answer.reason,) * count, provenance=model)
+
+    def _ask(self, name: str, act: Callable[[Reward], Scores | Failure], count: int) -> Scores | Failure:
+        """What a reward answers: a score a picture, or why there is none at all. Raises what must end the run."""
+        reward = self._rewards[name]
+        answer = self._callers[name].call(lambda: act(reward))
+        if isinstance(answer, Failure):
+            if answer.lost is not None:
+                raise answer.lost
+            return answer
+        shape = list(answer.values_B.shape)
+        if shape == [count] and len(answer.reasons) == count:
+            return answer
+        return Failure(f"it gave scores {shape} with {len(answer.reasons)} reasons for {count} pictures")
 
     def _require_enough(self, name: str, failures: Failures) -> None:
         reasons, count = failures.reasons, failures.pictures

@@ -54,10 +54,13 @@ class OcrReward(Reward):
         self.reader = make_reader(model, detector, device, dtype)
         self.provenance: Mapping[str, str] = self.reader.provenance
 
+    @classmethod
+    def lacks(cls, prompt: str, metadata: Mapping[str, object], options: Mapping[str, object]) -> str | None:
+        return None if quoted(prompt) else "the prompt has no text in double quotes"
+
     @torch.inference_mode()
     def score(self, batch: RewardBatch) -> Scores:
-        targets = [quoted(prompt) for prompt in batch.prompts]
-        reasons = [None if target else "the prompt has no text in double quotes" for target in targets]
+        reasons = [self.lacks(prompt, {}, {}) for prompt in batch.prompts]
         return score_pairs(batch, self._score, at_once=AT_ONCE, provenance=self.provenance, reasons=reasons)
 
     def _score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -52,6 +52,15 @@ def describe_function(function: Callable[..., object], label: str | None = None)
     }
 
 
+def source_of(function: Callable[..., object]) -> str:
+    """The text of a function, where it has one: of one that no import leads to again, all that tells what it did."""
+    inner = unwrapped(function)
+    try:
+        return inspect.getsource(inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner))
+    except (OSError, TypeError):
+        return f"no source: {function!r}"
+
+
 def unwrapped(function: Callable[..., object]) -> Callable[..., object]:
     """What is behind decorators and `functools.partial`."""
     while isinstance(function, functools.partial):

@@ -1,5 +1,6 @@
 """A reward that is a Python function of yours: `f(images, prompts, metadata) -> list[float | None]`."""
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -7,6 +8,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import PathFinder
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +24,8 @@ from pixrl.rewards.base import Reward
 from pixrl.rewards.calls import Caller, Caught, Failure
 from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.preprocess import require_images, to_grey_levels
-from pixrl.rewards.provenance import describe_function
+from pixrl.rewards.provenance import describe_function, source_of
+from pixrl.rewards.settings import import_path, is_importable
 from pixrl.types import RewardBatch, Scores
 from pixrl.untrusted import plain
 
@@ -49,11 +52,17 @@ class PythonReward(Reward):
     name = "python"
 
     def __init__(self, function: str | Function, time_limit: float | None = None) -> None:
+        if not isinstance(function, str) and not callable(function):
+            raise ConfigError(f"{function!r} is no import path of a function. Type {EXAMPLE}.")
         self.function: Function = import_function(function) if isinstance(function, str) else function
-        about = describe_function(self.function, function if isinstance(function, str) else None)
+        about = describe_function(
+            self.function, function if isinstance(function, str) else import_path(function)
+        )
         _check_signature(self.function, about["model"].rpartition(" (")[0])
         self._caller: Caller[object] = Caller(time_limit)
-        self.provenance: Mapping[str, str] = {**about, "preprocessing": "8-bit; PIL"}
+        is_kept = isinstance(function, str) or is_importable(function)
+        source = {} if is_kept else {"source": source_of(self.function)}
+        self.provenance: Mapping[str, str] = {**about, **source, "preprocessing": "8-bit; PIL"}
 
     def score(self, batch: RewardBatch) -> Scores:
         require_images(batch.images_BCHW)
@@ -65,18 +74,26 @@ class PythonReward(Reward):
             values_B[row], reasons[row] = value, reason
         return flag_failures(values_B, reasons, self.provenance)
 
+    def rehearse(self, batch: RewardBatch) -> Scores | Failure:
+        numbers = self._asked(batch, range(len(batch.images_BCHW)))
+        return numbers if isinstance(numbers, Failure) else self.score(batch)
+
     def _answers(self, batch: RewardBatch, rows: Sequence[int]) -> list[tuple[float, str | None]]:
         """Each shown picture's score, or nan with its reason."""
         if not rows:
             return []
+        numbers = self._asked(batch, rows)
+        if isinstance(numbers, Failure):
+            return [(math.nan, numbers.reason)] * len(rows)
+        return [_as_score(number) for number in numbers]
+
+    def _asked(self, batch: RewardBatch, rows: Sequence[int]) -> list[object] | Failure:
+        """What the function gives for some pictures, one thing each."""
         images = to_pil(batch.images_BCHW[list(rows)])
         prompts = [batch.prompts[row] for row in rows]
         metadata = [dict(batch.metadata[row]) if batch.metadata else {} for row in rows]
         answer = self._caller.call(lambda: self.function(images, prompts, metadata))
-        numbers = answer if isinstance(answer, Failure) else _as_list(answer, len(rows))
-        if isinstance(numbers, Failure):
-            return [(math.nan, numbers.reason)] * len(rows)
-        return [_as_score(number) for number in numbers]
+        return answer if isinstance(answer, Failure) else _as_list(answer, len(rows))
 
 
 def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
@@ -108,6 +125,113 @@ def import_function(path: str) -> Function:
     return function
 
 
+def find_function(path: object) -> str:
+    """What would be imported, told from the file's syntax tree: nothing of it is executed.
+
+    Returns:
+        The file and the function's name, or what is known of a module that has no Python file.
+
+    Raises:
+        ConfigError: there is no such module, file or function, or it does not take three arguments.
+    """
+    place, _, name = path.rpartition(":") if isinstance(path, str) else ("", "", "")
+    if not place or not name:
+        raise ConfigError(f"{path!r} is no import path of a function. Type {EXAMPLE}.")
+    file = _existing(Path(place)) if place.endswith(".py") else _file_of(place)
+    if file is None:
+        return f"{name} of the module {place}"
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
+        raise ConfigError(f"{file} could not be read as Python: {error}.") from None
+    names = _names_in(tree)
+    if name not in names:
+        if None in names:
+            return f"{name} of {file}"
+        functions = [key for key, node in names.items() if key and node and not key.startswith("_")]
+        listed = ", ".join(functions) or "no function"
+        raise ConfigError(f"{place} has no {name!r}.{did_you_mean(name, functions)} It has {listed}.")
+    _require_three(names[name], f"{place}:{name}")
+    return f"{name} of {file}"
+
+
+_Known = dict[str | None, ast.FunctionDef | ast.AsyncFunctionDef | None]
+
+
+def _names_in(tree: ast.Module) -> _Known:
+    """What a module defines at its top, functions with their definitions; None: it may define more than can be seen."""
+    found: _Known = {}
+    for node in _top(tree.body):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found[None if node.name == "__getattr__" else node.name] = None if node.decorator_list else node
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = None
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
+            found |= {None if name == "*" else name: None for name in names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {
+                inner.id: None for one in targets for inner in ast.walk(one) if isinstance(inner, ast.Name)
+            }
+    return found
+
+
+def _top(body: Sequence[ast.stmt]) -> list[ast.stmt]:
+    """The statements that run when a module is imported, those in its if, try and with too."""
+    found: list[ast.stmt] = []
+    for node in body:
+        found.append(node)
+        for part in ("body", "orelse", "finalbody"):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found += _top(vars(node).get(part, []))
+        if isinstance(node, ast.Try):
+            found += [inner for handler in node.handlers for inner in _top(handler.body)]
+    return found
+
+
+def _require_three(node: ast.FunctionDef | ast.AsyncFunctionDef | None, label: str) -> None:
+    if node is None:
+        return
+    given = node.args
+    places = len(given.posonlyargs) + len(given.args)
+    most = math.inf if given.vararg is not None else places
+    must = any(default is None for default in given.kw_defaults)
+    if not places - len(given.defaults) <= 3 <= most or must:
+        raise ConfigError(
+            f"{label} must take three arguments, f(images, prompts, metadata), but is "
+            f"f({ast.unparse(given)})."
+        )
+
+
+def _file_of(module: str) -> Path | None:
+    """The Python file of a module, found without importing it or the packages above; None where it has none."""
+    places: Sequence[str] | None = None
+    spec = None
+    for depth, _ in enumerate(parts := module.split("."), 1):
+        name = ".".join(parts[:depth])
+        try:
+            spec = PathFinder.find_spec(name, places)
+        except (ImportError, ValueError, OSError):
+            spec = None
+        if spec is None and (name in sys.builtin_module_names or (depth > 1 and places is None)):
+            return None  # built in, or made by the module above, as os.path is
+        if spec is None:
+            raise ConfigError(
+                f"The module {module!r} of a python reward could not be imported: there is no {name!r}. It must be "
+                "installed or on PYTHONPATH; a file is given as path/to/file.py:f."
+            )
+        places = spec.submodule_search_locations
+    file = None if spec is None or spec.origin is None else Path(spec.origin)
+    return file if file is not None and file.suffix == ".py" and file.is_file() else None
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise ConfigError(f"There is no file {str(file)!r} (looked in {Path.cwd()}). Type {EXAMPLE}.")
+    return file
+
+
 def _import_module(name: str) -> ModuleType:
     with Caught() as caught:
         return importlib.import_module(name)
@@ -118,8 +242,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(file: Path) -> ModuleType:
-    if not file.is_file():
-        raise ConfigError(f"There is no file {str(file)!r} (looked in {Path.cwd()}). Type {EXAMPLE}.")
+    _existing(file)
     name = f"pixrl_reward_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:

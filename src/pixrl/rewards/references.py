@@ -154,6 +154,15 @@ class ReferenceReward(DifferentiableReward):
         self.references = references
         self._cache = FeatureCache()
 
+    @classmethod
+    def lacks(cls, prompt: str, metadata: Mapping[str, object], options: Mapping[str, object]) -> str | None:
+        number = options.get("subject")
+        about = of_subject(metadata, number if isinstance(number, int) else None)
+        if KEY not in about:
+            return _no_reference(number)
+        by_class = options.get("region") == "class"
+        return "no class in the metadata" if by_class and "class" not in about else None
+
     @abstractmethod
     def _features(
         self, images_BCHW: Tensor, kinds: Sequence[object], encode: Encode, *, of_reference: bool
@@ -229,7 +238,7 @@ class ReferenceReward(DifferentiableReward):
         """What pictures with this metadata are compared with; the references are asked for once."""
         kind = metadata.get("class")
         pictures = chosen(references_of(metadata), self.references)
-        unjudged = self._unknown(kind) if pictures else self._no_reference()
+        unjudged = self._unknown(kind) if pictures else _no_reference(self.subject)
         if unjudged is not None:
             return _Sought(kind, torch.empty(0, 0), unjudged)
         with torch.no_grad():
@@ -238,10 +247,6 @@ class ReferenceReward(DifferentiableReward):
     def _nothing_in_reference(self, kind: object) -> str:
         return f"{self._nothing(kind)} in the reference"
 
-    def _no_reference(self) -> str:
-        where = repr(KEY) if self.subject is None else f"{SUBJECTS!r}, number {self.subject}"
-        return f"no reference picture in the metadata (under {where})"
-
     def _reference(self, image_BCHW: Tensor, kind: object) -> Tensor:
         """[1, E] of one reference, the same however it is batched."""
         return self._cache.get(
@@ -249,6 +254,11 @@ class ReferenceReward(DifferentiableReward):
             str(kind),
             lambda: self._features(image_BCHW, [kind], self.encoder.image_features, of_reference=True),
         )
+
+
+def _no_reference(number: object) -> str:
+    where = repr(KEY) if number is None else f"{SUBJECTS!r}, number {number}"
+    return f"no reference picture in the metadata (under {where})"
 
 
 def cut_out_features(

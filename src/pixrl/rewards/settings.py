@@ -1,16 +1,37 @@
 """Which rewards a run has, how much each counts, and when. Loads no torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from pixrl.config import Settings
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.rewards import REWARDS
 from pixrl.text import require_text
+
+
+def name_of(function: Callable[..., object]) -> str:
+    """What a function, or whatever else can be called, is called: its own name, or that of its class."""
+    named = function if isinstance(function, FunctionType | BuiltinFunctionType | type) else type(function)
+    return named.__qualname__
+
+
+def import_path(function: Callable[..., object]) -> str:
+    """Where a function was defined, `my_module:f`, or `path/to/script.py:f`: what `pixrl resume` would import."""
+    name = str(function.__module__)
+    main = vars(sys.modules[name]).get("__file__") if name == "__main__" else None
+    return f"{name if main is None else main}:{name_of(function)}"
+
+
+def is_importable(function: Callable[..., object]) -> bool:
+    """Whether its import path leads to it again: not of one that was made within another, nor of a lambda."""
+    module = sys.modules.get(str(function.__module__))
+    return module is not None and vars(module).get(name_of(function)) is function
 
 
 class RewardSetting(Settings):
@@ -26,6 +47,20 @@ class RewardSetting(Settings):
     """The options of the reward's class, such as `model: toy:clip`."""
     held_out: bool = False
     """Only logged, never trained on."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_function(cls, given: Any) -> Any:
+        """A function in place of a reward, in Python: `rewards=[f]`."""
+        if not callable(given):
+            return given
+        name = name_of(given).rpartition(".")[2]
+        return {"name": name.strip("<>"), "kind": "python", "options": {"function": given}}
+
+    @field_serializer("options", when_used="json")
+    def _with_paths(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Functions by their import paths, as recipe.yaml keeps them."""
+        return {key: import_path(value) if callable(value) else value for key, value in options.items()}
 
     @property
     def reward(self) -> str:

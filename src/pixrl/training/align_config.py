@@ -22,11 +22,18 @@ from pixrl.algorithms.loss_table import (
 from pixrl.algorithms.losses import NFTSettings
 from pixrl.algorithms.perturbation_learning import PerturbationSettings
 from pixrl.algorithms.sft import SFTSettings
+from pixrl.algorithms.stepping import MOST_STEPS as MOST_SAMPLING
 from pixrl.algorithms.stepping import Noise, SamplingSettings
-from pixrl.config import Settings
+from pixrl.config import MOST, Count, Seed, Settings, Side, refuse_infinite
 from pixrl.data.prompts import Split
 from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
+
+Group = Annotated[int, Field(ge=1, le=4096)]
+"""Pictures of one prompt."""
+MOST_RANK, MOST_GUIDANCE = 4096, 1000
+LONGEST_WAIT = 86400.0
+"""Seconds."""
 
 
 class PromptSettings(Settings):
@@ -37,14 +44,14 @@ class PromptSettings(Settings):
     pictures with captions."""
     column: str | None = None
     """The column or key of the file that holds the prompts; none: prompt, prompts or caption."""
-    per_step: int = Field(8, ge=1)
+    per_step: Count = 8
     """P: prompts of a training step; each makes one group."""
 
 
 class ScoringSettings(Settings):
     """How much trouble with rewards a run bears."""
 
-    time_limit: float | None = Field(300.0, gt=0)
+    time_limit: float | None = Field(300.0, gt=0, le=LONGEST_WAIT)
     """Seconds that one reward may take for a step's pictures; none: no limit."""
     max_failed_share: float = Field(0.5, ge=0, le=1)
     """The run stops when more than this share of a step's pictures has no score."""
@@ -54,7 +61,7 @@ class NoiseExploration(Settings):
     """A prompt's samples differ in their noise alone."""
 
     kind: Literal["noise"] = "noise"
-    noises: int = Field(8, ge=1)
+    noises: Group = 8
     """G: samples of a prompt."""
     shared_start: bool = False
     """All samples of a group begin at one noise and differ in what random steps add, as in DanceGRPO: all that
@@ -69,7 +76,7 @@ class PerturbedExploration(PerturbationSettings):
     """E2PO: G noises times K semantic variants of each prompt."""
 
     kind: Literal["perturbed"] = "perturbed"
-    noises: int = Field(4, ge=1)
+    noises: Group = 4
     """G: noises of each variant."""
     shared_start: ClassVar[bool] = False
 
@@ -84,8 +91,8 @@ class LoraSettings(Settings):
 
     base: str | None = None
     """A LoRA that is merged into the model first and makes the base with it: a file, or a folder as peft saves it."""
-    rank: int = Field(32, ge=1)
-    alpha: float = Field(64.0, gt=0)
+    rank: int = Field(32, ge=1, le=MOST_RANK)
+    alpha: float = Field(64.0, gt=0, le=MOST)
     targets: tuple[str, ...] | None = None
     """Names of modules; none: the attention projections."""
 
@@ -93,17 +100,17 @@ class LoraSettings(Settings):
 class EvaluationSettings(Settings):
     """Pictures at fixed seeds, drawn before, during and after training, and scored by every reward."""
 
-    every: int | None = Field(None, ge=1)
+    every: Count | None = None
     """Training steps between two; none: before and after alone."""
     source: str | None = None
     """Prompts; none: the held-out ones of the toy world, or the training file's own (which the log and report say)."""
     column: str | None = None
     """The column or key of the source that holds the prompts; none: prompt, prompts or caption."""
-    prompts: int = Field(24, ge=1)
+    prompts: Count = 24
     """How many of them, spread evenly."""
-    per_prompt: int = Field(1, ge=1)
+    per_prompt: Group = 1
     """Pictures of each."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=MOST_SAMPLING)
     """Sampling steps; none: those of training."""
 
 
@@ -114,9 +121,9 @@ class MachineSettings(MemoryPlan):
     """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16 (GPU)."""
-    rollout_batch: int | None = Field(None, ge=1)
+    rollout_batch: Count | None = None
     """Pictures drawn at a time; none: planned."""
-    train_batch: int | None = Field(None, ge=1)
+    train_batch: Count | None = None
     """Pictures trained on at a time; none: planned."""
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, about a third more time."""
@@ -129,10 +136,10 @@ class MachineSettings(MemoryPlan):
 class OutputSettings(Settings):
     """What the run's folder keeps."""
 
-    checkpoint_every: int = Field(10, ge=1)
+    checkpoint_every: Count = 10
     """Training steps."""
-    keep_checkpoints: int = Field(2, ge=1)
-    images_every: int = Field(1, ge=1)
+    keep_checkpoints: Count = 2
+    images_every: Count = 1
     """Every how many training steps the pictures themselves are kept; the manifest lists all."""
     features: str | None = None
     """A CLIP or DINO whose image features measure the diversity of a group; none: small pixels."""
@@ -143,14 +150,14 @@ class AlignConfig(Settings):
 
     model: str = "toy:sd3"
     """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
-    guidance: float | None = Field(None, ge=0)
+    guidance: float | None = Field(None, ge=0, le=MOST_GUIDANCE)
     """Classifier-free guidance of sampling and training; none: the checkpoint's own. Up to 1: none."""
-    resolution: int | None = Field(None, ge=1)
+    resolution: Side | None = None
     """Side of the pictures in pixels; none: the checkpoint's own."""
     t5: bool = True
     """SD3's third text encoder; false: neither downloaded nor loaded; long prompts are understood worse."""
-    seed: int = Field(0, ge=0)
-    steps: int = Field(100, ge=1)
+    seed: Seed = 0
+    steps: Count = 100
     """Training steps: collect, score, update."""
     prompts: PromptSettings = PromptSettings()
     rewards: tuple[RewardSetting, ...] = ()
@@ -171,6 +178,7 @@ class AlignConfig(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "AlignConfig":
+        refuse_infinite(self)
         check_rewards(self.rewards, self.stages)
         check_fit(self.loss, self.sampling)
         check_advantage(self.loss, self.advantage)

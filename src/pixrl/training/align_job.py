@@ -5,6 +5,7 @@ The report is written a layer above.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from pixrl import config as recipes
 from pixrl.algorithms.align import Aligner, MicroBatches, prepare
 from pixrl.algorithms.losses import ClippedSurrogate
 from pixrl.algorithms.rollouts import Rollouts
-from pixrl.errors import InputError, ServiceError
+from pixrl.device import quiet_loading
+from pixrl.errors import CheckpointError, InputError, PixrlError, ServiceError
+from pixrl.rewards.multi import RewardSet
 from pixrl.training import selfcheck
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_data import with_full_paths
@@ -40,18 +43,25 @@ from pixrl.training.align_record import (
 from pixrl.training.align_workshop import (
     Workshop,
     check_references,
+    load_rewards,
     make_evaluator,
     open_workshop,
     plan_batches,
+    try_rewards,
 )
+from pixrl.training.diagnosis import Diagnosis, Findings, Need
+from pixrl.training.distributed import Team
+from pixrl.training.doctor import examine
 from pixrl.training.files import resource_guard
 from pixrl.training.loop import Loop, Pace
 from pixrl.training.monitor import Monitor, Silent
+from pixrl.training.preflight import CODE, require
 from pixrl.training.prompt_sampler import share
-from pixrl.training.run_place import replacing, require_free
+from pixrl.training.run_place import replacing
 from pixrl.training.runlog import RunFolder
 
 LOST = f"{START} was lost: whether model, rewards and prompts are those that the run began with is not known"
+USUAL_SIDE = 512
 
 
 def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monitor | None = None) -> Path:
@@ -61,14 +71,13 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
         ConfigError, InputError: the recipe, or something that it names, is wrong; nothing was written.
         RunError: the folder is taken, or the run had to stop.
     """
-    require_free(out, force)
-    config = with_full_paths(config)
-    shop = open_workshop(config)
+    config, rewards, found = get_ready(config, out, force=force)
+    shop = open_workshop(config, rewards)
     # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
     prepare(shop.method.exploration, shop.policy, shop.first_groups()[:1])
     left_out = check_references(shop)
     micro_batches, notes = plan_batches(shop)
-    notes = (*notes, *left_out)
+    notes = tuple(dict.fromkeys((*found, *notes, *left_out)))
     team = shop.team
     out = team.gather(out)[0]  # each process may have seen another folder as the first free one
     if team.leads:
@@ -80,6 +89,53 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
         folder = RunFolder.open(out)
         _play(folder, shop, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
     return folder.path
+
+
+def get_ready(
+    config: AlignConfig, out: Path | None = None, *, force: bool = False
+) -> tuple[AlignConfig, RewardSet, tuple[str, ...]]:
+    """A run's recipe with whole paths, its rewards, loaded and tried out, and what is to be said.
+
+    Raises:
+        PixrlError: what `pixrl doctor` says stands against the run, or a reward can score nothing; nothing was
+            written, and the generator is not loaded.
+    """
+    team = Team(config.machine.device)
+    with quiet_loading():
+        found = examine(
+            config, processes=team.size, out=out if team.leads else None, force=force, about_to_run=True
+        )
+    notes = require(found)
+    config = with_full_paths(config)
+    rewards = load_rewards(config, team.device)
+    findings = Findings()
+    try_rewards(rewards, config, found.side or USUAL_SIDE, findings)
+    require(findings)
+    return config, rewards, notes
+
+
+def try_out(config: AlignConfig, found: Diagnosis) -> Diagnosis:
+    """What `examine` found, and what the rewards do with a synthetic batch. Code that a recipe names is not executed.
+
+    Args:
+        config: the recipe.
+        found: nothing that stands against it.
+    """
+    findings = Findings(list(found.problems), list(found.notes))
+    tried = [
+        one.model_copy(update={"held_out": False, "weight": 1.0})
+        for one in config.rewards
+        if one.reward != CODE
+    ]
+    try:
+        if tried:
+            rewards = load_rewards(
+                config.model_copy(update={"rewards": tuple(tried), "stages": ()}), found.place.device
+            )
+            try_rewards(rewards, config, found.side or USUAL_SIDE, findings)
+    except PixrlError as error:
+        findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SERVICE, error)
+    return replace(found, problems=findings.problems, notes=findings.notes)
 
 
 def go_on(
@@ -170,8 +226,10 @@ def _is_evaluated(path: Path, step: int) -> bool:
 
 def check(config: AlignConfig) -> selfcheck.Report:
     """Is the first update on-policy, at which dtype and batch size; do gradients agree? Writes nothing."""
-    shop = open_workshop(config)
-    micro_batches, notes = plan_batches(shop)
+    config, rewards, said = get_ready(config)
+    shop = open_workshop(config, rewards)
+    micro_batches, planned = plan_batches(shop)
+    notes = tuple(dict.fromkeys((*said, *planned)))
     aligner = shop.aligner(micro_batches)
     groups = shop.prompts.groups(0)
     own = groups[share(len(groups), shop.team.rank, shop.team.size)]

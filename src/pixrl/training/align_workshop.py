@@ -28,10 +28,12 @@ from pixrl.rewards.settings import RewardSetting
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_data import what_is_asked
 from pixrl.training.align_eval import Evaluator, spread_evenly
+from pixrl.training.diagnosis import Findings
 from pixrl.training.distributed import Team, limit_threads
 from pixrl.training.memory import require_room
 from pixrl.training.personalize_config import PersonalizeConfig, ReferenceSettings
 from pixrl.training.planner import plan
+from pixrl.training.preflight import rehearse
 from pixrl.training.prompt_sampler import PromptSampler, share
 
 
@@ -76,11 +78,31 @@ class Workshop:
         )
 
 
-def open_workshop(config: AlignConfig) -> Workshop:
-    """Loads the model, the rewards and the prompts of a recipe, and checks that they fit."""
+def load_rewards(config: AlignConfig, device: str) -> RewardSet:
+    """The rewards of a recipe, computing on a device where their own options do not say where."""
+    scoring = config.scoring
+    return RewardSet(
+        [placed(setting, device) for setting in config.rewards],
+        config.stages,
+        time_limit=scoring.time_limit,
+        max_failed_share=scoring.max_failed_share,
+    )
+
+
+def try_rewards(rewards: RewardSet, config: AlignConfig, side: int, findings: Findings) -> None:
+    """`rehearse` with prompts of the recipe, those of the evaluation too."""
+    for split in Split:
+        rehearse(rewards, list(read_prompts(config, split)), side, findings)
+
+
+def open_workshop(config: AlignConfig, rewards: RewardSet | None = None) -> Workshop:
+    """Loads the model, the rewards and the prompts of a recipe, and checks that they fit.
+
+    `rewards`: those of the recipe, where they are loaded already.
+    """
     team = Team(config.machine.device)
     limit_threads(team.size)
-    prompts, held_out = (_prompts(config, split) for split in Split)
+    prompts, held_out = (read_prompts(config, split) for split in Split)
     policy = load_policy(config, team)
     for one in (prompts, held_out):
         check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
@@ -90,13 +112,7 @@ def open_workshop(config: AlignConfig) -> Workshop:
     slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
     if config.machine.compile is not None:
         policy.compile(config.machine.compile)
-    scoring = config.scoring
-    rewards = RewardSet(
-        [placed(setting, team.device) for setting in config.rewards],
-        config.stages,
-        time_limit=scoring.time_limit,
-        max_failed_share=scoring.max_failed_share,
-    )
+    rewards = load_rewards(config, team.device) if rewards is None else rewards
     method = Method(
         exploration=config.exploration.make(),
         sampling=config.sampling,
@@ -111,7 +127,7 @@ def open_workshop(config: AlignConfig) -> Workshop:
     return Workshop(config, team, policy, slots, sampler, held_out, rewards, method, features)
 
 
-def _prompts(config: AlignConfig, split: Split) -> PromptSet:
+def read_prompts(config: AlignConfig, split: Split) -> PromptSet:
     """The prompts of training or of the evaluation, with their subjects where the recipe is one of subjects."""
     source, column = config.prompts_of(split)
     supervised = isinstance(config.loss, SFTSettings)

@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pixrl import errors
 from pixrl.models.paper import Cost, PartSize
 
 
@@ -21,6 +22,8 @@ class Need(StrEnum):
     MEMORY = "memory"
     DISK = "disk"
     SETTING = "setting"
+    PLACE = "place"
+    """The run's folder."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,14 @@ class Problem:
 
     need: Need
     message: str
+    error: str
+    """The kind of `pixrl.errors` that a run ends with by it."""
+
+
+_ERRORS = {Need.WEIGHTS: "CheckpointError"} | dict.fromkeys(
+    (Need.PACKAGE, Need.SERVICE, Need.MEMORY, Need.DISK, Need.PLACE), "RunError"
+)
+"""Of problems that no error told of; of the others it is an InputError."""
 
 
 @dataclass
@@ -40,9 +51,15 @@ class Findings:
 
     def miss(self, need: Need, message: object) -> None:
         """Adds a problem, once."""
-        problem = Problem(need, str(message))
-        if problem not in self.problems:
+        kinds = [kind.__name__ for kind in type(message).__mro__ if kind.__module__ == errors.__name__]
+        problem = Problem(need, str(message), kinds[0] if kinds else _ERRORS.get(need, "InputError"))
+        if all(problem.message != one.message for one in self.problems):
             self.problems.append(problem)
+
+    def note(self, message: str) -> None:
+        """Adds what is worth knowing, once."""
+        if message not in self.notes:
+            self.notes.append(message)
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,8 @@ class Diagnosis:
     rewards: Mapping[str, int]
     """Model of a reward -> bytes on the disk, which it will take about in memory."""
     trained: Trained | None
+    side: int | None
+    """Pixels of the pictures."""
     drawing: Cost | None
     training: Cost | None
     batches: Batches | None

@@ -1,19 +1,18 @@
 """`pixrl doctor`: what an align or personalize recipe needs and whether it can run here, before anything loads."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from pixrl import config as recipes
 from pixrl import models
 from pixrl.algorithms.align import MicroBatches
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.optimizers import moment_bytes
 from pixrl.algorithms.references import shown_pictures
-from pixrl.data.prompts import Prompt, Split, load_prompts
-from pixrl.data.subject_prompts import subject_prompts
-from pixrl.data.subjects import load_subjects
+from pixrl.data.prompts import Prompt, Split
 from pixrl.device import Precision, choose_precision, free_bytes
 from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.hub import Checkpoint
@@ -34,8 +33,10 @@ from pixrl.models.paper import (
 )
 from pixrl.models.placement import TEXT_PARTS, set_decoding
 from pixrl.models.prompts import PromptCache, check_words
+from pixrl.models.slots import slot_sizes
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_kinds import kind_of
+from pixrl.training.align_workshop import read_prompts
 from pixrl.training.diagnosis import Batches, Diagnosis, Findings, Need, Place, Trained, Work, size
 from pixrl.training.doctor_needs import (
     existing_device,
@@ -48,42 +49,79 @@ from pixrl.training.doctor_needs import (
     require_tokenizers,
     total,
 )
-from pixrl.training.doctor_rewards import find_rewards
+from pixrl.training.doctor_rewards import READS, find_rewards
 from pixrl.training.doctor_weights import require_fit
 from pixrl.training.doctor_work import lower_bound, measured
 from pixrl.training.memory import SAFE_SHARE, fewer_references, fitting, smaller_references, smaller_runs
 from pixrl.training.personalize_config import PersonalizeConfig
 from pixrl.training.planner import evened, trial
+from pixrl.training.preflight import (
+    code_named,
+    require_metadata,
+    require_out,
+    require_own_world,
+    require_texts,
+)
 
 SLOTS = 3
+SMALL_MODEL, SMALL_SIDE, PLENTY = 2**25, 256, 2**31
+"""Parameters, pixels and free bytes: such a model takes a small share of that memory, whatever it draws."""
 FLOAT = 4
 
 
-def examine(config: AlignConfig, *, processes: int = 1) -> Diagnosis:
-    """What a recipe needs, on paper.
+def examine(
+    config: AlignConfig,
+    *,
+    processes: int = 1,
+    out: Path | None = None,
+    force: bool = False,
+    about_to_run: bool = False,
+) -> Diagnosis:
+    """What a recipe needs, on paper, and what stands against its run: the same for `pixrl doctor` and for the run.
 
     Args:
         config: the recipe.
         processes: how many would share its steps.
+        out: the run's folder; None: a new one.
+        force: whether a run that is there would be replaced.
+        about_to_run: download what is missing of the generator; time and memory are left to the run itself where a
+            small model leaves no doubt.
     """
     findings = Findings()
+    _require_recipe(config, findings)
+    require_out(out, force, findings)
     device, place, precision = find_place(config.machine.device, config.machine.dtype, processes, findings)
     prompts, shown = _prompts(config, findings)
     rewards = find_rewards(config.rewards, prompts + shown, findings)
+    sets = {"prompts.source": prompts, "evaluation.source": shown}
+    require_metadata(config.rewards, sets, config.scoring.max_failed_share, findings)
+    findings.notes.extend(code_named(config.rewards, announced=about_to_run))
     if config.output.features is not None:
         taken = model_bytes(config.output.features, findings)
         rewards |= {} if taken is None else {config.output.features: taken}
     if config.optimizer.eight_bit:
         require_eight_bit(findings)
-    checkpoint = find_pipeline(config.model, findings)
+    checkpoint = find_pipeline(config.model, findings, fetch=about_to_run, t5=config.t5)
     lora = find_lora(config.lora.base, checkpoint, findings)
     parts: dict[str, PartSize] = {}
     paper: Paper | None = None
     if checkpoint is not None:
         require_tokenizers(checkpoint, findings)
         parts = find_parts(checkpoint, precision, findings, t5=config.t5)
-        paper = _on_paper(config, checkpoint, precision, device, prompts, lora, findings)
-    batches, needed = _fit(config, device, place, parts, rewards, paper, findings)
+        texts = [prompt.text for prompt in prompts + shown]
+        paper = _on_paper(
+            config,
+            checkpoint,
+            precision,
+            device,
+            prompts,
+            texts,
+            lora,
+            findings,
+            weighed=not about_to_run or (not findings.problems and _is_in_doubt(config, parts, device)),
+        )
+    weighed = paper if paper is not None and paper.weighed else None
+    batches, needed = _fit(config, device, place, parts, rewards, weighed, findings)
     disk = None if paper is None else _disk(config, paper)
     if disk is not None:
         require_disk(disk, findings)
@@ -94,12 +132,13 @@ def examine(config: AlignConfig, *, processes: int = 1) -> Diagnosis:
         parts=parts,
         rewards=rewards,
         trained=None if paper is None else paper.trained,
-        drawing=None if paper is None else paper.drawing,
-        training=None if paper is None else paper.training,
+        side=None if paper is None else paper.side,
+        drawing=None if weighed is None else weighed.drawing,
+        training=None if weighed is None else weighed.training,
         batches=batches,
         needed=needed,
         disk=disk,
-        work=_work(config, device, precision, prompts, paper, processes),
+        work=_work(config, device, precision, prompts, weighed, processes, timed=not about_to_run),
         problems=findings.problems,
         notes=findings.notes,
     )
@@ -133,14 +172,20 @@ class Paper:
     """A policy without content, and what it takes to draw and to train one picture."""
 
     def __init__(
-        self, policy: FlowPipelinePolicy, condition: Conditioning, config: AlignConfig, precision: Precision
+        self,
+        policy: FlowPipelinePolicy,
+        condition: Conditioning,
+        config: AlignConfig,
+        precision: Precision,
+        *,
+        weighed: bool = True,
     ) -> None:
+        """`weighed`: find out what a picture takes, which costs seconds; otherwise all that uses it is unset."""
+        self.weighed = weighed
         lora = config.lora
-        with torch.device("meta"):
-            slots = policy.attach_lora(
-                rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed
-            )
-        sizes = [parameter.numel() for parameter in slots.parameters()]
+        sizes = slot_sizes(
+            policy.transformer, policy.lora_targets if lora.targets is None else lora.targets, lora.rank
+        )
         count = sum(sizes)
         self.trained = Trained(
             parameters=count,
@@ -156,6 +201,10 @@ class Paper:
         policy.precision = precision
         policy._cache = PromptCache(lambda prompt: condition[:1])
         self.policy, self.references = policy, len(condition.references)
+        if not weighed:
+            return
+        with torch.device("meta"):
+            policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
         self._condition, self._is_drafted = condition, isinstance(config.loss, DraftSettings)
         self.drawing, self.training = self.costs(self.references)
         with imagined(*modules):
@@ -210,8 +259,11 @@ def _on_paper(
     precision: Precision,
     device: torch.device,
     prompts: Sequence[Prompt],
+    texts: Sequence[str],
     lora: Lora | None,
     findings: Findings,
+    *,
+    weighed: bool,
 ) -> Paper | None:
     options = {
         "steps": config.sampling.steps,
@@ -228,11 +280,13 @@ def _on_paper(
                 f"{config.model} is a {type(policy).__name__}, which draws and cannot be trained. Give an SD3 or FLUX "
                 "checkpoint."
             )
-        check_words([prompt.text for prompt in prompts], policy.vocabulary, policy.name)
+        check_words(texts, policy.vocabulary, policy.name)
         if lora is not None:
             fitting_layers(policy.transformer, lora, str(config.lora.base))
-        return Paper(policy, _condition(policy, config, prompts), config, precision)
-    except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets that do not exist
+        require_texts(policy, checkpoint, texts, findings, t5=config.t5)
+        require_own_world(policy, _judges(config), findings)
+        return Paper(policy, _condition(policy, config, prompts), config, precision, weighed=weighed)
+    except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets of a kind that it does not know
         findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
     except CONTRADICTIONS as error:
         findings.miss(Need.WEIGHTS, contradiction(checkpoint.folder, error))
@@ -267,19 +321,45 @@ def _prompts(config: AlignConfig, findings: Findings) -> tuple[list[Prompt], lis
     """The training prompts, and those of the evaluation."""
     found: list[list[Prompt]] = []
     for split in Split:
-        source, column = config.prompts_of(split)
         loaded: Iterable[Prompt] = ()
         try:
-            if isinstance(config, PersonalizeConfig):
-                read = subject_prompts(load_subjects(source, split=split), count=config.references.count)
-            else:
-                read = load_prompts(source, split=split, column=column)
+            read = read_prompts(config, split)
             findings.notes.extend(note for note in read.notes if note not in findings.notes)
             loaded = read
         except PixrlError as error:
             findings.miss(Need.DATA, error)
         found.append(list(loaded))
     return found[0], found[1]
+
+
+def _require_recipe(config: AlignConfig, findings: Findings) -> None:
+    """Whether the settings can be written down, as they will be in the run's folder."""
+    try:
+        recipes.dump(config)
+    except InputError as error:
+        findings.miss(Need.SETTING, error)
+
+
+def _judges(config: AlignConfig) -> Iterator[tuple[str, object]]:
+    """Setting -> the checkpoint that it names, of all that looks at pictures."""
+    for setting in config.rewards:
+        for option in READS.get(setting.reward, ()):
+            yield f"rewards.{setting.name}.options.{option}", setting.options.get(option)
+    yield "output.features", config.output.features
+
+
+def is_small(parts: Mapping[str, PartSize], side: int, device: torch.device) -> bool:
+    """Whether nobody need ask if a model fits into memory, with the batches that are planned for it."""
+    weights = sum(part.parameters for part in parts.values())
+    return weights < SMALL_MODEL and side <= SMALL_SIDE and free_bytes(device) > PLENTY
+
+
+def _is_in_doubt(config: AlignConfig, parts: Mapping[str, PartSize], device: torch.device) -> bool:
+    """Whether a run of this recipe may need more memory than there is."""
+    machine = config.machine
+    is_planned = machine.rollout_batch is None and machine.train_batch is None
+    shown = config.references.count if isinstance(config, PersonalizeConfig) else 1
+    return not (is_planned and shown == 1 and is_small(parts, config.resolution or 0, device))
 
 
 def group_size(config: AlignConfig) -> int:
@@ -382,13 +462,15 @@ def _work(
     prompts: Sequence[Prompt],
     paper: Paper | None,
     processes: int,
+    *,
+    timed: bool,
 ) -> Work:
     count = len(prompts) or None
     images = config.prompts.per_step * group_size(config)
     steps = None if count is None else -(-count // config.prompts.per_step)
-    seconds, known_from = measured(config, Path("runs"))
+    seconds, known_from = measured(config, Path("runs")) if timed else (None, None)
     is_bound = seconds is None
-    if seconds is None and paper is not None:
+    if seconds is None and paper is not None and timed:
         seconds, known_from = lower_bound(paper.operations * -(-images // processes), device, precision)
     return Work(
         prompts=count,

@@ -1,5 +1,8 @@
 """`pixrl doctor` for fusions: a frozen generator and its scorer."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
 from pixrl.device import DType
@@ -13,7 +16,7 @@ from pixrl.models.pipeline import micro_batch_for
 from pixrl.models.prompts import PromptCache, check_words
 from pixrl.models.sdxl import SDXLRenderer
 from pixrl.training.diagnosis import Batches, Diagnosis, Findings, Need, Work, size
-from pixrl.training.doctor import contradiction, find_place, on_device, paper_renderer
+from pixrl.training.doctor import contradiction, find_place, is_small, on_device, paper_renderer
 from pixrl.training.doctor_needs import (
     find_parts,
     find_pipeline,
@@ -25,12 +28,31 @@ from pixrl.training.doctor_needs import (
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.fuse_world import PUBLISHED_CLIP, PUBLISHED_SEGMENTER
 from pixrl.training.planner import trial
+from pixrl.training.preflight import require_out, require_own_world, require_texts
 
 
-def examine_fusion(config: FuseConfig, *, processes: int = 1) -> Diagnosis:
-    """What a fusion needs, on paper."""
+def examine_fusion(
+    config: FuseConfig,
+    *,
+    processes: int = 1,
+    concepts: Sequence[str] | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    about_to_run: bool = False,
+) -> Diagnosis:
+    """What a fusion needs, on paper, and what stands against it: the same for `pixrl doctor` and for the run.
+
+    Args:
+        config: the recipe.
+        processes: how many would share the work.
+        concepts: all of a folder of fusions; None: the recipe's.
+        out: the run's folder; None: a new one.
+        force: whether a run that is there would be replaced.
+        about_to_run: download what is missing of the generator; a small model's memory is in no doubt.
+    """
     findings = Findings()
-    checkpoint = find_pipeline(config.model, findings)
+    require_out(out, force, findings)
+    checkpoint = find_pipeline(config.model, findings, fetch=about_to_run)
     is_sdxl = checkpoint is not None and kind_of(checkpoint.folder) == "sdxl"
     usual = DType.FLOAT16 if is_sdxl else DType.BFLOAT16
     device, place, precision = find_place(
@@ -45,9 +67,11 @@ def examine_fusion(config: FuseConfig, *, processes: int = 1) -> Diagnosis:
         try:
             made = paper_renderer(config.model, checkpoint, precision, device, config.memory, findings)
             assert isinstance(made, SDXLRenderer | FlowPipelinePolicy)
-            _check_prompts(made, checkpoint, config)
+            _check_prompts(made, checkpoint, config.concepts if concepts is None else concepts, findings)
+            require_own_world(made, {"clip": config.clip, "segmenter": config.segmenter}.items(), findings)
             made.precision = precision
-            cost, side = _cost(made), made.settings.resolution
+            side = made.settings.resolution
+            cost = None if about_to_run and is_small(parts, side, device) else _cost(made)
             batch = min(micro_batch_for(device, side), config.batch)
         except PixrlError as error:
             findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
@@ -63,7 +87,7 @@ def examine_fusion(config: FuseConfig, *, processes: int = 1) -> Diagnosis:
                 f"{size(needed)} are needed and {size(place.free)} are free. Save memory with memory.offload=parts or "
                 "sequential, memory.vae_slicing=true, or a smaller checkpoint.",
             )
-    disk = None if cost is None else (config.budget + config.exemplars * len(config.concepts)) * 3 * side**2
+    disk = None if not side else (config.budget + config.exemplars * len(config.concepts)) * 3 * side**2
     if disk is not None:
         require_disk(disk, findings)
     reason = f"rollout: {batch} at a time, what suits the device at {side} x {side}"
@@ -74,6 +98,7 @@ def examine_fusion(config: FuseConfig, *, processes: int = 1) -> Diagnosis:
         parts=parts,
         rewards=models,
         trained=None,
+        side=side or None,
         drawing=cost,
         training=None,
         batches=None if cost is None else Batches(batch, None, (reason,)),
@@ -85,9 +110,13 @@ def examine_fusion(config: FuseConfig, *, processes: int = 1) -> Diagnosis:
     )
 
 
-def _check_prompts(renderer: Renderer, checkpoint: Checkpoint, config: FuseConfig) -> None:
+def _check_prompts(
+    renderer: Renderer, checkpoint: Checkpoint, concepts: Sequence[str], findings: Findings
+) -> None:
     prompt = read_card(checkpoint.folder).exemplar_prompt
-    check_words([prompt.format(concept=one) for one in config.concepts], renderer.vocabulary, renderer.name)
+    texts = [prompt.format(concept=one) for one in concepts]
+    check_words(texts, renderer.vocabulary, renderer.name)
+    require_texts(renderer, checkpoint, texts, findings, t5=True)
 
 
 def _cost(renderer: SDXLRenderer | FlowPipelinePolicy) -> Cost:
@@ -104,10 +133,12 @@ def _cost(renderer: SDXLRenderer | FlowPipelinePolicy) -> Cost:
 
 def _scorer(config: FuseConfig, checkpoint: Checkpoint | None, findings: Findings) -> dict[str, int]:
     """The encoder and the segmenter -> bytes of their weights."""
-    card = None if checkpoint is None else read_card(checkpoint.folder)
-    named = (
-        config.clip or (card.clip if card else None) or PUBLISHED_CLIP,
-        config.segmenter or (card.segmenter if card else None) or PUBLISHED_SEGMENTER,
-    )
-    sizes = {ref: model_bytes(ref, findings) for ref in named}
+    named = [config.clip, config.segmenter]
+    if checkpoint is not None:  # without one nobody knows which encoder it is calibrated for
+        card = read_card(checkpoint.folder)
+        named = [
+            config.clip or card.clip or PUBLISHED_CLIP,
+            config.segmenter or card.segmenter or PUBLISHED_SEGMENTER,
+        ]
+    sizes = {ref: model_bytes(ref, findings) for ref in named if ref is not None}
     return {ref: taken for ref, taken in sizes.items() if taken is not None}

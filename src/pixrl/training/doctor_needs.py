@@ -28,9 +28,11 @@ _ZIP = b"PK\x03\x04"
 """How a file of torch.save begins; the list of what it holds stands at its end."""
 
 
-def find_pipeline(ref: str, findings: Findings) -> Checkpoint | None:
-    """The generator's checkpoint where it is on the disk and complete."""
+def find_pipeline(ref: str, findings: Findings, *, fetch: bool = False, t5: bool = True) -> Checkpoint | None:
+    """The generator's checkpoint where it is on the disk and complete. `fetch`: it is downloaded where it is not."""
     try:
+        if fetch:
+            return locate(ref, t5=t5)
         config = split_single_file(ref)
         remote = ref if config is None else config[1]
         is_remote = remote is not None and isinstance(resolve(remote), str)

@@ -90,12 +90,25 @@ def find_rewards(
             findings.miss(Need.SETTING, error)
             continue
         _require_place(setting, options, findings)
+        if setting.reward == "python" and not callable(options["function"]):
+            _require_function(options["function"], findings)
+            continue
         if not _is_refused(setting, options, findings):
             for ref, taken in _models(setting, options, findings):
                 found[ref] = found.get(ref, 0) + taken
         if setting.reward == "blip_vqa":
             _require_parser(setting, prompts, findings)
     return found
+
+
+def _require_function(path: object, findings: Findings) -> None:
+    """Code of the user's: its file is read, and nothing here executes it."""
+    from pixrl.rewards.python_reward import find_function
+
+    try:
+        find_function(path)
+    except ConfigError as error:
+        findings.miss(Need.SETTING, error)
 
 
 def _is_refused(setting: RewardSetting, options: Options, findings: Findings) -> bool:

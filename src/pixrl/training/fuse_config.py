@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pixrl import algorithms
-from pixrl.config import Settings
+from pixrl.config import MOST, Count, Seed, Settings, refuse_infinite
 from pixrl.data.pairs import check_concepts
 from pixrl.errors import did_you_mean
 from pixrl.hub import full_path
@@ -53,20 +53,20 @@ class FuseConfig(Settings):
     """How the mixing coefficients are chosen."""
     options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     """The sampler's own settings."""
-    budget: int = Field(128, ge=1)
+    budget: Count = 128
     """Pictures in all."""
-    batch: int = Field(16, ge=2)
+    batch: int = Field(16, ge=2, le=MOST)
     """Pictures between two updates of the sampler."""
-    exemplars: int = Field(4, ge=1)
+    exemplars: int = Field(4, ge=1, le=4096)
     """Pictures of each concept that the children are compared with."""
-    seed: int = Field(0, ge=0)
-    alpha: float = Field(5.0, ge=0)
+    seed: Seed = 0
+    alpha: float = Field(5.0, ge=0, le=MOST)
     """Weight of the balance in the reward."""
-    keep: int = Field(4, ge=1)
+    keep: Count = 4
     """How many of the candidates are selected."""
     presence: float | None = Field(None, gt=-1, lt=1)
     """A child shows a concept above this similarity; none: the checkpoint's calibration."""
-    balance: float | None = Field(None, gt=0)
+    balance: float | None = Field(None, gt=0, le=MOST)
     """A child is balanced below this difference of similarities; none: the checkpoint's calibration."""
     pooled: Pooled = Pooled.WEIGHT
     noise: Noise = Noise.NARROW
@@ -97,6 +97,7 @@ class FuseConfig(Settings):
 
     @model_validator(mode="after")
     def _one_batch_at_least(self) -> "FuseConfig":
+        refuse_infinite(self)
         if self.budget < self.batch:
             raise ValueError(
                 f"a budget of {self.budget} pictures is below one batch of {self.batch}; "

@@ -1,9 +1,10 @@
 """`pixrl fuse` as a run folder: start it, go on with it, choose from it. The report is written a layer above."""
 
 import json
+import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor
 from pixrl import config as recipes
 from pixrl.algorithms.base import Sampler
 from pixrl.data.pairs import check_concepts
+from pixrl.device import quiet_loading
 from pixrl.errors import CheckpointError, RunError
 from pixrl.hub import Presence
 from pixrl.training import checkpoint
+from pixrl.training.doctor_fuse import examine_fusion
 from pixrl.training.files import resource_guard, write_atomic
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.fuse_loop import FailureWatch, FusionStep, make_sampler, play
@@ -26,9 +29,11 @@ from pixrl.training.fuse_progress import Progress, Shown, Silent
 from pixrl.training.fuse_select import Selection, choose, choose_thresholds, similarities_of
 from pixrl.training.fuse_world import FusionSession, FusionWorld, load_world
 from pixrl.training.fuse_writer import StepWriter, cut_coefficients
+from pixrl.training.preflight import require
 from pixrl.training.run_place import replacing, require_free
 from pixrl.training.runlog import ManifestRow, RunFolder, png_bytes
 
+_log = logging.getLogger("pixrl")
 KIND = "fuse"
 SELECTION = "selection.json"
 EXEMPLARS = "exemplars"
@@ -89,6 +94,8 @@ def start(
 ) -> FinishedRun:
     """A new run. Ctrl-C leaves a folder that `go_on` finishes."""
     check_concepts(config.concepts)
+    if world is None:
+        get_ready(config, config.concepts, out, force=force)
     require_free(out, force)
     config = config.with_full_paths()
     world = world or world_of(config)
@@ -98,6 +105,18 @@ def start(
     folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
     with replacing(folder.path):
         return _run(folder, config, world, START, progress or Silent())
+
+
+def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: bool = False) -> None:
+    """Refuses what `pixrl doctor` refuses, before a model loads or a folder is made.
+
+    Raises:
+        PixrlError: something stands against the run.
+    """
+    with quiet_loading():
+        found = examine_fusion(config, concepts=concepts, out=out, force=force, about_to_run=True)
+    for note in require(found):
+        _log.warning("%s", note)
 
 
 def go_on(path: Path, *, progress: Progress | None = None, world: FusionWorld | None = None) -> FinishedRun:

@@ -108,8 +108,10 @@ def start_many(
     """Runs all of them, one after the other. One that stops with an error does not stop the others."""
     require_free(out, force)
     first = next(config.children())[1]
-    world = world or fuse_job.world_of(first)
     names = dict.fromkeys(concept for concepts in config.concepts for concept in concepts)
+    if world is None:
+        fuse_job.get_ready(first, list(names), out, force=force)
+        world = fuse_job.world_of(first)
     world.renderer.encode([world.prompt(concept) for concept in names])  # unknown words, before any folder
     folder = RunFolder.create(out, kind=kind, recipe=config, force=force)
     with replacing(folder.path):

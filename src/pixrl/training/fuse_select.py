@@ -1,9 +1,11 @@
 """Two-stage selection over a run's manifest: candidates by presence and balance, then the largest total similarity."""
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,8 +53,8 @@ class Selection:
     indices: tuple[int, ...]
     nearest: tuple[Near, ...] = ()
 
-    def summary(self) -> str:
-        """One or two sentences for the end of a run."""
+    def summary(self, run: Path | None = None) -> str:
+        """One or two sentences for the end of a run, with its folder in the command that they advise."""
         t = self.thresholds
         test = f"presence > {t.presence:.3f} ({t.presence_source}), balance < {t.balance:.3f} ({t.balance_source})"
         if self.indices:
@@ -66,7 +68,8 @@ class Selection:
         missed = " and ".join(misses) or "nothing but the strict inequality"
         return (
             f"None of {self.images} pictures qualifies ({test}). The nearest, {best.index}, fell short by {missed}. "
-            f"To choose with other thresholds, without new pictures: pixrl select RUN --presence {self._offer():.2f}"
+            "To choose with other thresholds, without new pictures: "
+            f"pixrl select{'' if run is None else f' {shlex.quote(str(run))}'} --presence {self._offer():.2f}"
         )
 
     def _offer(self) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from pixrl.config import Settings
+from pixrl.config import Count, Settings, Side
 from pixrl.models.flux_tokens import Preset, Shift
 from pixrl.training.align_config import AlignConfig, PromptSettings
 
@@ -17,16 +17,16 @@ class SubjectSettings(PromptSettings):
 
     source: str = "toy:subjects"
     """toy:subjects, a subject's folder, a folder of such folders, DreamBench, or a UNO list (docs/data.md)."""
-    per_step: int = Field(4, ge=1)
+    per_step: Count = 4
     """P: pairs of a prompt and a subject in a training step."""
 
 
 class ReferenceSettings(Settings):
     """How the model is shown a subject."""
 
-    count: int | None = Field(1, ge=1)
+    count: int | None = Field(1, ge=1, le=64)
     """Pictures of each subject, the first ones; none: all."""
-    side: int | None = Field(None, ge=1)
+    side: Side | None = None
     """Pixels of the square that each is laid out on; none: the pictures' own resolution."""
     preset: Preset | None = None
     """Position ids of their tokens, uno or kontext; none: what the checkpoint's card says, else uno."""
