@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pixrl.errors import InputError
+from pixrl.untrusted import require_depth
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does, so it is looked for first
@@ -174,7 +175,9 @@ def parse_json(text: str, place: str, *, line: int = 1, like: str = "") -> Any:
     _refuse_escapes(text, place, line)
     end = f" {like}" if like else ""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        found = json.loads(text, object_pairs_hook=_object)
+        require_depth(text, found)
+        return found
     except json.JSONDecodeError as error:
         at = line + error.lineno - 1
         raise InputError(

@@ -113,6 +113,15 @@ def _longest_run(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
+def require_depth(text: str | bytes, found: Any) -> None:
+    """RecursionError where what a JSON text says has lists and mappings more than `MOST_DEPTH` deep."""
+    brackets = (
+        text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    )
+    if brackets > MOST_DEPTH and _is_deeper(found, MOST_DEPTH):
+        raise RecursionError(f"more than {MOST_DEPTH} deep")
+
+
 def parse_json(text: str | bytes) -> Any:
     """What `json.loads` gives.
 
@@ -120,16 +129,11 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is no JSON, has a number of thousands of digits, or lists and mappings more than `MOST_DEPTH`
             deep, which Python could read but not walk through.
     """
-    too_deep = f"lists and mappings are more than {MOST_DEPTH} deep"
     try:
         found = json.loads(text)
+        require_depth(text, found)
     except RecursionError:
-        raise ValueError(too_deep) from None
-    brackets = (
-        text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
-    )
-    if brackets > MOST_DEPTH and _is_deeper(found, MOST_DEPTH):
-        raise ValueError(too_deep)
+        raise ValueError(f"lists and mappings are more than {MOST_DEPTH} deep") from None
     return found
 
 

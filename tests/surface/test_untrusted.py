@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from pixrl.errors import CheckpointError
+from pixrl.data.prompts import load_prompts
+from pixrl.errors import CheckpointError, InputError
 from pixrl.hub_check import read_header, read_json
 from pixrl.models.licences import NOT_STATED, generator_licence
 from pixrl.rewards import sources
@@ -46,6 +47,15 @@ def test_a_models_page_is_read_by_the_same_reader(tmp_path: Any) -> None:
 def test_json_that_is_too_deep_or_none(text: str | bytes) -> None:
     with pytest.raises(ValueError):
         parse_json(text)
+
+
+@pytest.mark.parametrize("depth", [65, 900, 100_000])
+def test_lists_of_prompts_that_are_too_deep(tmp_path: Path, depth: int) -> None:
+    """What Python reads at a depth of 900 it could not walk through, nor could the wire to a reward server."""
+    file = tmp_path / "list.jsonl"
+    file.write_text('{"prompt": "a owl", "x": ' + "[" * depth + "]" * depth + "}\n")
+    with pytest.raises(InputError, match="line 1 is nested too deeply"):
+        load_prompts(file)
 
 
 def test_json_is_read_as_ever() -> None:
