@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tests import tiny
 from tests.tiny_encoders import hpsv2, openclip_state
-from tests.tolerance import MODEL, agree
+from tests.tolerance import MODEL, agree, rounding
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 
@@ -94,7 +94,7 @@ def test_the_score_is_the_plain_cosine(published: tuple[Path, Path], images: Ten
     model = reward.clip.model
     output = model(pixel_values=reward.clip.preprocess(images), **words)
     assert agree(scores, (output.image_embeds * output.text_embeds).sum(1), MODEL, scale=1)
-    assert scores.abs().max() <= 1
+    assert scores.abs().max() <= 1 + rounding(torch.float32, 64)
     logits = output.logits_per_image.diagonal()
     assert agree(logits / model.logit_scale.exp(), scores, MODEL, scale=1)
 

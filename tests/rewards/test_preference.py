@@ -40,7 +40,7 @@ def test_the_three_scales_are_multiples(clip_folder: Path, images: Tensor) -> No
     )
     assert agree(div26, raw / 26, 8)
     assert agree(cosine * ClipSimilarity(clip_folder).logit_scale, raw, MODEL)
-    assert cosine.abs().max() <= 1
+    assert cosine.abs().max() <= 1 + rounding(torch.float32, 64)
 
 
 @pytest.mark.parametrize(
