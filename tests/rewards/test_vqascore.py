@@ -87,7 +87,10 @@ def test_it_is_the_original_one_by_one(
     pairs = zip(to_pil(pictures), PROMPTS, strict=True)
     expected = torch.tensor([by_hand(*pair, tower, words) for pair in pairs])
     error = (values - expected).abs().max().item()
-    bound = rounding(torch.float32, 4 * MODEL)
+    size = (
+        5 * expected.max().item()
+    )  # a chance near exp(-5) is off by as much of itself as its logit of 5 is off
+    bound = rounding(torch.float32, 4 * MODEL, size)
     assert error < bound and values.std() > 10 * bound, (error, values, expected)
     assert values.min() > 0 and values.max() < 1
 
