@@ -10,11 +10,11 @@ WORKERS ?= $(shell [ $(CORES) -gt 8 ] && echo 8 || echo $(CORES))
 OFFLINE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST  := $(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo test check lint docs mutate fuzz clean
+.PHONY: help setup demo test test-isa check lint docs mutate fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install pixrl into it, with the tested versions
 
@@ -38,6 +38,9 @@ check: lint ## format, lint, types and the quick tests
 
 test: lint ## everything that CI runs
 	$(PYTEST)
+
+test-isa: setup ## the tests as other processors compute; ISA_TESTS="tests/models" and ISA_ONLY="avx2,oldest" run a part
+	$(PY) tools/isa.py --workers $(WORKERS) --tests "$(ISA_TESTS)" --only "$(ISA_ONLY)"
 
 docs: setup ## make the pictures and tables of the docs again
 	$(OFFLINE) $(PY) tools/docs.py

@@ -32,6 +32,7 @@ from tests.align.parts import (
     scored,
     weights_of,
 )
+from tests.tolerance import GRADIENT, MODEL, PICTURE, agree, agree_after_adam, rounding
 
 WEIGHTS = {"r": 1.0}
 NAN = math.nan
@@ -75,8 +76,8 @@ def test_any_combination_of_parts_learns(
     assert not same(before, after)
     assert metrics["group_std"] > 0
     if loss is CLIPPED:
-        assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
-        assert metrics["ratio_max"] - metrics["ratio_min"] < 1e-4
+        assert metrics["ratio_mean"] == pytest.approx(1, abs=rounding(torch.float32, MODEL))
+        assert metrics["ratio_max"] - metrics["ratio_min"] < 2 * rounding(torch.float32, MODEL)
     if exploring:
         assert {"anchor_cosine", "learned_prompts"} <= metrics.keys()
 
@@ -91,23 +92,24 @@ def test_the_micro_batch_does_not_matter(
         policy = models.load(str(sd3_folder), device="cpu", dtype="float32")
         assert isinstance(policy, SD3Policy)
         policy.attach_lora(rank=4, alpha=8)
+        start = weights_of(policy)
         exploration = perturbed() if exploring else NoiseOnly()
         found = aligner(policy, loss, sampling, exploration=exploration, micro=micro, updates=2, noises=3)
         rollouts = found.collect(groups(), 0)
         pictures.append(rollouts.images_BCHW)
         found.update(rollouts, scored(torch.arange(len(rollouts)).remainder(4)), WEIGHTS)
         results.append(weights_of(policy))
-    assert all(torch.allclose(one, pictures[0], atol=1e-4) for one in pictures)
-    assert all(same(one, results[0], atol=2e-4) for one in results)  # Adam's first steps have size lr = 1e-3
+    assert all(agree(one, pictures[0], PICTURE) for one in pictures)
+    assert all(agree_after_adam(one, results[0], start, GRADIENT) for one in results)
 
 
 def test_samples_are_keyed_one_by_one(policy: SD3Policy) -> None:
     found = aligner(policy, micro=(2, 2))
     both = found.collect(groups(2), 0)
     second = aligner(policy, micro=(5, 5)).collect(groups(2)[1:], 0)
-    assert torch.allclose(both.images_BCHW[3:], second.images_BCHW, atol=1e-5)
+    assert agree(both.images_BCHW[3:], second.images_BCHW, PICTURE)
     assert both.samples.seeds[3:] == second.samples.seeds
-    assert not torch.allclose(both.images_BCHW, found.collect(groups(2, epoch=1), 0).images_BCHW, atol=1e-2)
+    assert not agree(both.images_BCHW, found.collect(groups(2, epoch=1), 0).images_BCHW, PICTURE)
 
 
 def test_a_group_can_share_its_start(policy: SD3Policy) -> None:
@@ -161,7 +163,7 @@ def test_samples_come_from_the_right_slot(
         for name, parameter in policy.transformer.named_parameters():
             if "lora_B.current" in name:
                 parameter.normal_(0, 0.3)
-    changed = not torch.allclose(before, found.collect(groups(1), 0).images_BCHW, atol=1e-4)
+    changed = not agree(before, found.collect(groups(1), 0).images_BCHW, PICTURE)
     assert changed == (loss is CLIPPED)
 
 
@@ -171,7 +173,7 @@ def test_failed_samples_are_dropped_and_change_nothing_else(policy: SD3Policy) -
     values = torch.tensor([0.1, 0.9, NAN, 0.3, 0.5, 0.4])
     metrics = found.update(rollouts, scored(values), WEIGHTS)
     assert metrics["failed_share"] == pytest.approx(1 / 6)
-    assert metrics["reward/r/mean"] == pytest.approx(values.nanmean().item())
+    assert metrics["reward/r/mean"] == pytest.approx(values.nanmean().item(), rel=rounding(torch.float32, 16))
     assert all(math.isfinite(x) for x in metrics.values())
 
 
@@ -210,7 +212,7 @@ def test_groups_without_a_signal_can_be_left_out(
         gradients.append(torch.cat([p.grad.flatten() for p in found.parameters if p.grad is not None]))
     assert terms == [[0, 1, 2, 3, 4], [3, 4]]
     directions = [gradient / gradient.norm() for gradient in gradients]
-    torch.testing.assert_close(*directions, atol=1e-4, rtol=1e-3)
+    assert agree(*directions, GRADIENT)
 
 
 def test_a_group_that_differs_at_some_steps_alone_is_not_flat(policy: SD3Policy) -> None:
@@ -293,7 +295,7 @@ def test_permuted_transitions_give_the_same_gradient(policy: SD3Policy) -> None:
             terms = found.method.loss.terms(policy, turned, range(6), torch.arange(6.0) - 2.5, part, True)
             terms.loss_B.sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in found.parameters if p.grad is not None]))
-    assert torch.allclose(*gradients, atol=1e-6)
+    assert agree(*gradients, GRADIENT)
 
 
 def test_nft_trains_at_some_levels_alone_when_told(policy: SD3Policy) -> None:
@@ -328,21 +330,26 @@ def test_the_old_policy_follows_as_published() -> None:
 
 
 def test_the_first_update_is_never_clipped(sd3_folder: Path) -> None:
-    """Why loss.clip is refused with one update a step: any range gives the weights of none. With two it acts."""
+    """Why loss.clip is refused with one update a step: any range gives the weights of none. With two it acts.
+
+    The narrow range is still wider than rounding makes a ratio.
+    """
+    narrow = 10 * rounding(torch.float32, MODEL)
     ends: dict[tuple[float | None, int], dict[str, Tensor]] = {}
-    for clip in (None, 1e-4, 0.5):
+    for clip in (None, narrow, 0.5):
         for updates in (1, 2):
             policy = models.load(sd3_folder, device="cpu", dtype="float32")
             assert isinstance(policy, SD3Policy)
             policy.attach_lora(rank=4, alpha=8)
+            start = weights_of(policy)
             found = aligner(policy, ClippedSettings(clip=clip), updates=updates)
             for step in range(2):
                 rollouts = found.collect(groups(2), step)
                 found.update(rollouts, scored([0.1, 0.9, 0.4, 0.2, 0.3, 0.8]), WEIGHTS)
             ends[clip, updates] = weights_of(policy)
-    assert same(ends[None, 1], ends[1e-4, 1], atol=1e-6)
-    assert same(ends[None, 1], ends[0.5, 1], atol=1e-6)
-    assert not same(ends[0.5, 2], ends[1e-4, 2], atol=1e-6)
+    assert agree_after_adam(ends[None, 1], ends[narrow, 1], start, GRADIENT)
+    assert agree_after_adam(ends[None, 1], ends[0.5, 1], start, GRADIENT)
+    assert not agree_after_adam(ends[0.5, 2], ends[narrow, 2], start, GRADIENT)
 
 
 def test_losses_need_fitting_rollouts() -> None:
@@ -371,7 +378,7 @@ def test_the_two_forms_of_the_kl_differ_by_dt(policy: SD3Policy) -> None:
         terms = one.method.loss.terms(policy, rollouts, [0, 1], torch.zeros(2), 1, False)
         found[form] = terms.figures["kl"]
     dt = rollouts.plan.dt(rollouts.transitions[1].number)
-    assert torch.allclose(found[KLForm.FLOW_GRPO], found[KLForm.EXACT] * -dt, rtol=1e-4)
+    assert agree(found[KLForm.FLOW_GRPO], found[KLForm.EXACT] * -dt, MODEL)
     assert bool((found[KLForm.EXACT] > 0).all())
 
 
@@ -399,13 +406,13 @@ def test_advantages_of_several_rewards() -> None:
     settings = AdvantageSettings(eps=0, clamp=None)
     one = advantages({"a": small}, {"a": 1.0}, settings)[0]
     both = advantages({"a": small, "b": 1000 * small, "held": small * NAN}, {"a": 0.7, "b": 0.3}, settings)[0]
-    assert torch.allclose(one, both, atol=1e-4)
+    assert agree(one, both, 64)
     assert both[1].tolist() == [0, 0, 0]
     failed = small.clone()
     failed[0, 2] = NAN
     mixed = advantages({"a": small, "b": failed}, {"a": 1.0, "b": 1.0}, settings)[0]
     assert mixed[0].isnan().tolist() == [False, False, True]
-    assert torch.allclose(mixed[0, :2], torch.tensor([-2.0, 2.0]), atol=1e-4)
+    assert agree(mixed[0, :2], torch.tensor([-2.0, 2.0]), 64)
     clamped = advantages({"a": small}, {"a": 10.0}, AdvantageSettings(clamp=5))[0]
     assert clamped.abs().max() == 5
     with pytest.raises(RunError, match="No scores of the reward 'c'"):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from markdown_it import MarkdownIt
@@ -29,6 +28,7 @@ from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.runlog import ManifestRow, RunFolder
 from tests import published, tiny
 from tests.align.parts import recipe
+from tests.tolerance import PICTURE, agree
 
 OWL, SNAIL = "a red owl", "two blue snails"
 TARGETS = [
@@ -88,7 +88,7 @@ def test_diffusers_draws_the_slots_pictures(slot: str, run: Path, dual_folder: P
     policy = fresh(dual_folder)
     policy.pipeline.load_lora_weights(str(tmp_path), weight_name=done.file.name)
     drawn, expected = pictures(policy), pictures_of_slot(dual_folder, run, slot)
-    assert torch.allclose(drawn, expected, atol=1e-4)
+    assert agree(drawn, expected, PICTURE)
     assert (drawn - base).abs().mean() > 10 * (drawn - expected).abs().mean()
     with safe_open(done.file, "pt") as file:
         assert file.metadata()["slot"] == slot
@@ -109,7 +109,7 @@ def test_the_published_weights_plus_comfyuis_file_draw_them_too(
         weights[key] = weights[key] + file[f"{module}.alpha"] / len(down) * (up @ down)
     policy = fresh(dual_folder)
     policy.transformer.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(dict(weights)))
-    assert torch.allclose(pictures(policy), pictures_of_slot(dual_folder, run, "current"), atol=1e-4)
+    assert agree(pictures(policy), pictures_of_slot(dual_folder, run, "current"), PICTURE)
 
 
 def test_the_card_says_what_was_done_and_measured(run: Path, dual_folder: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_the_cards_code_draws_the_runs_pictures(
     expected.pipeline.load_lora_weights(
         str(run / "export/diffusers"), weight_name="pytorch_lora_weights.safetensors"
     )
-    assert torch.allclose(pictures(loaded), pictures(expected), atol=1e-4)
+    assert agree(pictures(loaded), pictures(expected), PICTURE)
     assert (pictures(loaded) - pictures(fresh(dual_folder))).abs().mean() > 1e-3
 
 

@@ -27,6 +27,7 @@ from pixrl.training.align_log import sample_scores, samples_of
 from pixrl.training.align_record import START
 from pixrl.training.runlog import METRICS, RunFolder
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
+from tests.tolerance import GRADIENT, PICTURE, agree_after_adam, rounding
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,14 +79,19 @@ def trained(run: Path) -> dict[str, Tensor]:
 
 
 def assert_trained_alike(one: Path, other: Path) -> None:
-    """Two runs ended with the same weights and, but for rounding, the same moments (gradients, of any size)."""
+    """But for rounding, two runs ended with the same weights and the same moments (gradients, of any size).
+
+    LoRA's up projections begin at zero: how far they are from it says how far the weights moved.
+    """
     first, second = trained(one), trained(other)
     assert first.keys() == second.keys()
-    for name, x in first.items():
-        if name.startswith("slots/"):
-            assert torch.allclose(x, second[name], rtol=0, atol=2e-5), name  # steps of size lr = 1e-3
-        else:
-            assert (x - second[name]).double().norm() <= 1e-2 * x.double().norm(), name
+    slots = [{name: x for name, x in end.items() if name.startswith("slots/")} for end in (first, second)]
+    start = {name: torch.zeros_like(x) if "lora_B" in name else x for name, x in slots[0].items()}
+    assert agree_after_adam(*slots, start, GRADIENT)
+    for name in first.keys() - start.keys():
+        x, y = {name: first[name]}, {name: second[name]}
+        nothing = {name: torch.zeros_like(first[name])}
+        assert torch.equal(first[name], second[name]) or agree_after_adam(x, y, nothing, GRADIENT), name
 
 
 def processes_of(run: Path) -> int:
@@ -117,22 +123,25 @@ def test_two_processes_end_as_one(
     one, two = tmp_path / "1", tmp_path / "2"
     assert [processes_of(run) for run in (one, two)] == [1, 2]
     assert_trained_alike(one, two)
+    level = 1 / 255 + rounding(torch.float32, PICTURE)  # rounding, and what 8 bits make of it
     manifests = [RunFolder.open(run).manifest() for run in (one, two)]
     for first, second in zip(*manifests, strict=True):
         assert (first.index, first.prompt, first.seed, first.variant) == (
             second.index, second.prompt, second.seed, second.variant,
         )  # fmt: skip
-        assert first.scores["python"] == pytest.approx(second.scores["python"], abs=2e-3)
+        assert first.scores["python"] == pytest.approx(second.scores["python"], abs=level)
         assert (two / str(second.file)).is_file()
     metrics = [RunFolder.open(run).metrics() for run in (one, two)]
-    assert metrics[0][0]["reward/python/mean"] == pytest.approx(metrics[1][0]["reward/python/mean"], abs=1e-3)
+    assert metrics[0][0]["reward/python/mean"] == pytest.approx(
+        metrics[1][0]["reward/python/mean"], abs=level
+    )
     assert metrics[0][0]["grad_norm"] == pytest.approx(metrics[1][0]["grad_norm"], rel=1e-2)
     assert metrics[1][0]["gradient_disagreement"] < 1e-6
     for step in (0, 3):
         folders = [RunFolder.open(run) for run in (one, two)]
         assert all(len(list(samples_of(folder, step).glob("*.png"))) == 4 for folder in folders)
         known = [sample_scores(folder, step)["python"] for folder in folders]
-        assert known[0] == pytest.approx(known[1], abs=2e-3) and len(set(known[0])) == 4
+        assert known[0] == pytest.approx(known[1], abs=level) and len(set(known[0])) == 4
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from pixrl.training.monitor import LiveView, PlainLines
 from pixrl.training.planner import evened, largest, plan
 from pixrl.training.prompt_sampler import PromptSampler, share
 from tests.align.parts import JUDGE, groups
+from tests.tolerance import rounding
 
 AnyT = TypeVar("AnyT")
 PROMPTS = PromptSet("letters", tuple(Prompt(letter) for letter in "abcdefg"))
@@ -109,12 +110,14 @@ def test_the_plan_says_why(policy: SD3Policy) -> None:
 
 def test_spread() -> None:
     same = torch.rand(1, 3, 32, 32).expand(4, -1, -1, -1)
-    assert group_diversity(same, 4).item() == pytest.approx(0, abs=1e-5)
+    assert group_diversity(same, 4).item() == pytest.approx(0, abs=rounding(torch.float32, 3 * 32 * 32))
     features = torch.eye(3)[None]
     assert mean_pairwise_distance(features).item() == pytest.approx(1)
     brute = pixel_features(torch.rand(5, 3, 32, 32))
     pairs = [1 - (brute[i] @ brute[j]).item() for i in range(5) for j in range(i)]
-    assert mean_pairwise_distance(brute[None]).item() == pytest.approx(sum(pairs) / len(pairs), abs=1e-5)
+    assert mean_pairwise_distance(brute[None]).item() == pytest.approx(
+        sum(pairs) / len(pairs), abs=rounding(torch.float32, 3 * 32 * 32)
+    )
     assert math.isnan(group_diversity(torch.rand(2, 3, 8, 8), 1)[0].item())
     broken = torch.full((2, 3, 8, 8), torch.nan)
     assert group_diversity(broken, 2).isfinite().all()
@@ -143,7 +146,7 @@ def test_figures_over_processes() -> None:
     other.add({"ratio": torch.tensor([6.0]), "kl": torch.tensor([0.5])})
     whole = one.over(Pair([other.figures])).figures
     assert whole["ratio"].mean == 3
-    assert whole["ratio"].std == pytest.approx(torch.tensor([1.0, 2.0, 3.0, 6.0]).std(correction=0).item())
+    assert whole["ratio"].std == pytest.approx(math.sqrt(3.5))
     assert (whole["ratio"].least, whole["ratio"].greatest) == (1, 6)
     assert whole["kl"].mean == 0.5
     assert Tally().over(Alone()).means() == {}

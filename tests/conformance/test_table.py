@@ -1,5 +1,6 @@
 """Every entry of the tables keeps its interface's promises, on a tiny checkpoint of the real classes."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from tests import encoder_rewards, language_rewards, tiny
 from tests.rewards.services import TOKEN, service_for
 from tests.tiny_dino import dino
+from tests.tolerance import STORES, epsilon
 
 from pixrl import models, rewards
 from pixrl.conformance import check_policy, check_renderer, check_reward
@@ -31,7 +33,10 @@ def test_every_renderer_of_the_table_is_checked() -> None:
 def test_renderer(kind: str, dtype: str, tmp_path: Path) -> None:
     renderer = models.load(RENDERERS[kind](tmp_path), device="cpu", dtype=dtype)
     check = check_policy if isinstance(renderer, FlowPolicy) else check_renderer
-    check(renderer)
+    if dtype == "float32":
+        check(renderer)
+    else:
+        check(renderer, tolerance=DRIFT)
 
 
 REWARDS = (
@@ -109,31 +114,15 @@ def test_reward_of_a_service(name: str, tmp_path: Path, monkeypatch: pytest.Monk
         check_reward(reward, RewardBatch(images, PROMPTS))
 
 
-TOLERANCE = {
-    "aesthetic": 0.08,
-    "blip_vqa": 0.03,
-    "clip_i": 1e-3,
-    "clip_image": 1e-3,
-    "clip_t": 5e-3,
-    "clip_text": 5e-3,
-    "dino": 1e-3,
-    "dino_seg": 1e-3,
-    "geneval": 0.0,
-    "hpsv2": 0.01,
-    "hpsv3": 0.03,
-    "image_reward": 0.02,
-    "ocr": 0.0,
-    "preference": 0.08,
-    "vqascore": 1e-3,
-}
-"""What bfloat16 may change of a score: two to three times what it does to these checkpoints."""
+DRIFT = epsilon(torch.bfloat16) * math.sqrt(STORES)
+"""What a pass in bfloat16 changes of numbers about as large as 1."""
+LOGIT = 5
+"""The size of the logit of VQAScore's answer here: exp(-5) is off by as much of itself as the logit is off."""
+COUNTED = {"geneval", "ocr"}
+"""Rewards of what was found, not of how sure a model is of it."""
 
 
-def test_every_reward_with_a_dtype_has_a_tolerance() -> None:
-    assert TOLERANCE.keys() == {name for name in REWARDS if rewards.takes(name, "dtype")}
-
-
-@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("name", [name for name in REWARDS if rewards.takes(name, "dtype")])
 def test_reward_in_bfloat16(name: str, tmp_path: Path) -> None:
     """float32's scores within the tolerance, nan in the same places, and every promise kept."""
     options, batch = options_of(name, tmp_path), batch_of(name)
@@ -143,5 +132,8 @@ def test_reward_in_bfloat16(name: str, tmp_path: Path) -> None:
     assert exact.nan_to_num().unique().numel() > 1
     assert found.dtype is exact.dtype is torch.float32
     assert torch.equal(found.isnan(), exact.isnan())
-    assert torch.allclose(found, exact, rtol=0, atol=TOLERANCE[name], equal_nan=True)
-    check_reward(reward, batch, tolerance=TOLERANCE[name])
+    most = exact.nan_to_num().abs().max().item()
+    size = LOGIT * most if name == "vqascore" else max(1.0, most)  # a small cosine is a sum of larger numbers
+    tolerance = 0.0 if name in COUNTED else DRIFT * size
+    assert torch.allclose(found, exact, rtol=0, atol=tolerance, equal_nan=True)
+    check_reward(reward, batch, tolerance=tolerance)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
+from tests.tolerance import MODEL, agree
 from torch import Tensor
 
 from pixrl import models
@@ -84,8 +85,8 @@ def test_at_pure_noise_variants_are_the_encoders_own(two: Variants) -> None:
 def test_between_tokens_and_pooled_features_move_by_the_same_weight(two: Variants, t: float) -> None:
     far, here, near = everything(two, 1.0), everything(two, t), everything(two, 0.0)
     weight = variant_weight(t, 0.4)
-    assert torch.allclose(here.tokens_BLD, near.tokens_BLD.lerp(far.tokens_BLD, weight), atol=1e-6)
-    assert torch.allclose(pooled(here), pooled(near).lerp(pooled(far), weight), atol=1e-6)
+    assert agree(here.tokens_BLD, near.tokens_BLD.lerp(far.tokens_BLD, weight), 8)
+    assert agree(pooled(here), pooled(near).lerp(pooled(far), weight), 8)
 
 
 def test_a_wider_range_reaches_further_down(sd3: SD3Policy) -> None:
@@ -144,7 +145,7 @@ def test_a_variant_changes_the_picture(sd3: SD3Policy) -> None:
     conditions = everything(variants, 1.0)
     noise = sd3.initial_noise([1] * K)
     velocity = sd3.velocity(noise, torch.ones(K), conditions)
-    assert all((velocity[k] - velocity[0]).abs().mean() > 1e-5 for k in range(1, K))
+    assert all(not agree(velocity[k], velocity[0], MODEL) for k in range(1, K))
 
 
 def test_wrong_calls(two: Variants) -> None:

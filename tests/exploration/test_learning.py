@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tests.tolerance import GRADIENT, agree_after_adam
 from torch import Tensor
 
 from pixrl import config
@@ -87,8 +88,7 @@ def test_the_first_step_is_adamws(sd3: SD3Policy) -> None:
     h_KD, h0_D = globals_of(sd3, OWL, delta)
     (gradient,) = torch.autograd.grad(perturbation_objective(h_KD, h0_D.detach()), delta)
     expected = start * (1 - 3e-3 * 0.01) - 3e-3 * gradient / (gradient.abs() + 1e-8)
-    close = (after - expected).abs() < 1e-5
-    assert close.float().mean() > 0.99  # the sign of a gradient near 0 is rounding's
+    assert agree_after_adam({"delta": after}, {"delta": expected}, {"delta": start}, GRADIENT)
 
 
 @pytest.mark.parametrize("steps", [0, 20])
@@ -113,7 +113,7 @@ def test_only_content_is_perturbed(sd3: SD3Policy) -> None:
 
 def test_the_start_is_gaussian(sd3: SD3Policy) -> None:
     drawn = deltas(sd3, [LONG], steps=0, variants=40, sigma_init=0.02, max_norm=10.0)[0]
-    assert abs(drawn.mean()) < 5e-4
+    assert abs(drawn.mean()) < 4 * 0.02 / math.sqrt(drawn.numel())  # standard errors
     assert math.isclose(drawn.std().item(), 0.02, rel_tol=0.03)
 
 
@@ -150,10 +150,11 @@ def test_the_batch_does_not_matter(sd3: SD3Policy) -> None:
 
 
 def test_several_at_once_are_the_same_but_for_rounding(sd3: SD3Policy) -> None:
-    together = deltas(sd3, [OWL, SNAIL, LONG], steps=5)
-    for prompt, delta in zip([OWL, SNAIL, LONG], together, strict=True):
-        close = (deltas(sd3, [prompt], steps=5)[0] - delta).abs() < 1e-4
-        assert close.float().mean() > 0.99
+    prompts = [OWL, SNAIL, LONG]
+    starts, together = deltas(sd3, prompts, steps=0), deltas(sd3, prompts, steps=5)
+    for prompt, start, delta in zip(prompts, starts, together, strict=True):
+        (alone,) = deltas(sd3, [prompt], steps=5)
+        assert agree_after_adam({"delta": alone}, {"delta": delta}, {"delta": start}, GRADIENT)
 
 
 def test_callers_modes_do_not_matter(sd3: SD3Policy) -> None:

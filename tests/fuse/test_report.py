@@ -21,6 +21,7 @@ from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.fuse_job import select_again, start
 from pixrl.training.fuse_progress import LiveBox, PlainLines, Tally, for_terminal, sparkline
 from tests.fuse.world import fake_world
+from tests.tolerance import rounding
 
 PROPERTY = settings(deadline=None, max_examples=30, derandomize=True)
 
@@ -174,7 +175,9 @@ def test_a_terminal_gets_a_box_and_a_pipe_gets_lines(monkeypatch, capsys):
 def test_figures_by_hand():
     similarities_BN = torch.tensor([[0.8, 0.7], [0.6, 0.6], [torch.nan, torch.nan], [0.9, 0.2]])
     found = figures(similarities_BN, 5.0, 0.55, 0.2, (0,))
-    assert found.reward == pytest.approx(((1.5 - 0.5) + 1.2 + (1.1 - 3.5)) / 3, abs=1e-5)
+    assert found.reward == pytest.approx(
+        ((1.5 - 0.5) + 1.2 + (1.1 - 3.5)) / 3, abs=rounding(torch.float32, 16, scale=5)
+    )
     assert found.similarity == pytest.approx((0.75 + 0.6 + 0.55) / 3)
     assert found.balance == pytest.approx((0.1 + 0 + 0.7) / 3)
     assert found.candidate_rate == pytest.approx(2 / 4)

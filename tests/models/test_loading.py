@@ -143,14 +143,14 @@ def test_a_pickle_under_the_name_of_safetensors(copy: Path, protocol: str) -> No
 
 def test_a_shard_that_is_missing_or_cut_short(tmp_path: Path) -> None:
     folder = tiny.sd3(tmp_path / "model", card=tiny.SD3_CARD)
-    sharded = models.load(folder)
+    sharded = models.load(folder, device="cpu", dtype="float32")
     assert isinstance(sharded, SD3Policy)
     expected = sharded.sample(sharded.encode([OWL]), [1])
     (folder / "transformer" / WEIGHTS).unlink()
     sharded.pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size="20KB")
     shards = sorted((folder / "transformer").glob("*-of-*.safetensors"))
     assert len(shards) > 2
-    again = models.load(folder)
+    again = models.load(folder, device="cpu", dtype="float32")
     assert agree(again.sample(again.encode([OWL]), [1]), expected, PICTURE)
     content = shards[1].read_bytes()
     shards[1].write_bytes(content[:-20])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.tiny_dino import dino
 from tests.tiny_encoders import birefnet
+from tests.tolerance import MODEL, agree
 from torch import Tensor, nn
 
 from pixrl import rewards
@@ -78,20 +79,19 @@ def test_deformable_convolution_is_its_formula(kernel: int, height: int, width: 
         random(2, taps, height, width, seed=3).abs(),
     )
     ours = deform_conv2d(x, offset, mask, weight, kernel // 2)
-    assert torch.allclose(ours, slow_deform_conv2d(x, offset, mask, weight, kernel // 2), atol=1e-5)
+    assert agree(ours, slow_deform_conv2d(x, offset, mask, weight, kernel // 2), 16 * taps)
 
 
 def test_without_offsets_it_is_a_convolution() -> None:
     x, weight = random(2, 3, 8, 9), random(4, 3, 7, 7, seed=1)
     plain = F.conv2d(x, weight, padding=3)
-    assert torch.allclose(
-        deform_conv2d(x, torch.zeros(2, 98, 8, 9), torch.ones(2, 49, 8, 9), weight, 3), plain, atol=1e-5
-    )
+    unmoved = deform_conv2d(x, torch.zeros(2, 98, 8, 9), torch.ones(2, 49, 8, 9), weight, 3)
+    assert agree(unmoved, plain, 3 * 7 * 7)
     moved = torch.zeros(2, 98, 8, 9)
     moved[:, 0::2] = 1  # every tap one row down
     shifted = F.conv2d(F.pad(x, (0, 0, 0, 1))[:, :, 1:], weight, padding=3)
     inside = deform_conv2d(x, moved, torch.ones(2, 49, 8, 9), weight, 3)[:, :, 3:-4]
-    assert torch.allclose(inside, shifted[:, :, 3:-4], atol=1e-5)
+    assert agree(inside, shifted[:, :, 3:-4], 3 * 7 * 7)
 
 
 def test_its_gradient() -> None:
@@ -150,8 +150,8 @@ def test_logits_and_masks_are_those_of_the_working_notes(
     ours, expected = BiRefNetForeground(folder, device="cpu").model(pixels), network(pixels)
     assert ours.shape == expected.shape == (2, 1, *size)
     assert expected.std() > 0.3, "a flat mask would prove nothing"
-    assert (ours - expected).abs().max() < 1e-5
-    assert (ours.sigmoid() - expected.sigmoid()).abs().max() < 1e-5
+    assert agree(ours, expected, 4 * MODEL)
+    assert agree(ours.sigmoid(), expected.sigmoid(), 4 * MODEL)
 
 
 @pytest.mark.skipif(not REFERENCE.is_file(), reason=f"the working notes are not at {REFERENCE}")
@@ -168,7 +168,7 @@ def test_a_pictures_mask_is_that_of_the_working_notes(
     expected = foreground.foreground(picture)
     assert ours.shape == (2, *size) and expected.std() > 0.05
     assert (ours - expected).abs().max() < 1.01 / 255
-    assert (ours - expected).abs().mean() < 1e-5
+    assert (ours - expected).abs().mean() < 0.01 / 255
 
 
 def test_the_backbones_sizes_are_read_off_the_weights(folder: Path) -> None:
@@ -193,10 +193,10 @@ def test_the_mask_goes_back_as_the_published_code_does_it(model: BiRefNetForegro
 def test_each_picture_alone(folder: Path, model: BiRefNetForeground) -> None:
     images = torch.rand(5, 3, 40, 40)
     masks = model.foreground(images)
-    assert torch.allclose(
-        BiRefNetForeground(folder, device="cpu", batch=2).foreground(images), masks, atol=1e-2
-    )
-    assert torch.allclose(model.foreground(images[3:4])[0], masks[3], atol=1e-2)
+    level = 1.01 / 255  # a rounding may fall to the next of the 256 levels
+    by_twos = BiRefNetForeground(folder, device="cpu", batch=2).foreground(images)
+    assert torch.allclose(by_twos, masks, rtol=0, atol=level)
+    assert torch.allclose(model.foreground(images[3:4])[0], masks[3], rtol=0, atol=level)
 
 
 def test_a_foreground_takes_it_by_its_folder(folder: Path, model: BiRefNetForeground, images: Tensor) -> None:
@@ -212,14 +212,13 @@ def test_it_cuts_out_for_fusion_clip_and_dino(
 ) -> None:
     scorer = FusionScorer(ClipSimilarity(clip_folder, device="cpu"), Foreground(folder, device="cpu"))
     composed = Foreground.composite(images, model.foreground(images))
-    assert torch.allclose(scorer.exemplar_features(images), scorer.clip.image_features(composed), atol=1e-5)
+    assert agree(scorer.exemplar_features(images), scorer.clip.image_features(composed), MODEL)
     assert scorer.provenance["foreground"].startswith(str(folder))
     assert scorer.provenance["foreground_licence"]
     batch = RewardBatch(images[:2], ["x"] * 2, [{"reference": images[2]}] * 2)
     clip = rewards.load("clip_image", model=clip_folder, segmenter=folder, device="cpu").score(batch)
-    assert torch.allclose(
-        clip.values_B, scorer.exemplar_features(images)[:2] @ scorer.exemplar_features(images)[2]
-    )
+    features = scorer.exemplar_features(images)
+    assert agree(clip.values_B, features[:2] @ features[2], MODEL)
     encoder = dino(tmp_path / "dino")
     whole = rewards.load("dino_seg", model=encoder, segmenter=folder, device="cpu").score(batch)
     assert whole.values_B.isfinite().all()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny, tiny_blip
+from tests.tolerance import MODEL, agree
 from torch import Tensor
 from transformers import AutoTokenizer, BlipForQuestionAnswering, BlipImageProcessorPil
 
@@ -72,7 +73,7 @@ def test_the_product_over_phrases(reward: BlipVQAReward, images: Tensor) -> None
     first, second, both = score(
         reward, same, [["a red owl"], ["two cats"], ["a red owl", "two cats"]]
     ).values_B
-    assert torch.allclose(both, first * second, atol=1e-6)
+    assert agree(both, first * second, MODEL)
 
 
 @pytest.mark.parametrize(

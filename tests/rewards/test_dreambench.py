@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tests.tiny_encoders import dino_v1
+from tests.tolerance import MODEL, agree
 from torch import Tensor
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, CLIPModel, ViTModel
 from transformers.image_utils import PILImageResampling
@@ -81,8 +82,8 @@ def test_all_references_or_the_first(dino_folder: Path, clip_folder: Path, image
             make(folder, device="cpu").score(RewardBatch(images[:1], ["x"], [{"reference": image}])).values_B
             for image in images[1:4]
         ]
-        assert torch.allclose(every.values_B, sum(each) / 3, atol=1e-5)
-        assert torch.allclose(first.values_B, each[0], atol=1e-5)
+        assert agree(every.values_B, sum(each) / 3, MODEL)
+        assert agree(first.values_B, each[0], MODEL)
         assert (every.provenance["references"], first.provenance["references"]) == ("all", "first")
     with pytest.raises(ConfigError, match=r"clip_image: unknown references 'one'\. Use all, first"):
         clip_i(clip_folder, references="one")
@@ -100,8 +101,8 @@ def test_clip_i_and_clip_t_are_transformers_cosines(clip_folder: Path) -> None:
     batch = RewardBatch(images, prompts, [{"reference": images[1]}, {"reference": images[1]}])
     texts = clip_t(clip_folder, device="cpu").score(batch).values_B
     pictures = clip_i(clip_folder, device="cpu").score(batch).values_B
-    assert torch.allclose(texts, (output.image_embeds * output.text_embeds).sum(1), atol=1e-5)
-    assert torch.allclose(pictures, output.image_embeds @ output.image_embeds[1], atol=1e-5)
+    assert agree(texts, (output.image_embeds * output.text_embeds).sum(1), MODEL, scale=1)
+    assert agree(pictures, output.image_embeds @ output.image_embeds[1], MODEL)
 
 
 def test_clip_t_can_count_below_0_as_0(clip_folder: Path, images: Tensor) -> None:
@@ -112,8 +113,8 @@ def test_clip_t_can_count_below_0_as_0(clip_folder: Path, images: Tensor) -> Non
     for reward in (plain, clamped):
         texts = reward.clip.image_features(images) * sign[:, None]
         reward.clip._texts.update(zip(prompts, texts, strict=True))  # cosines of exactly 1 and -1
-    assert torch.allclose(plain.score(batch).values_B, sign, atol=1e-5)
-    assert torch.allclose(clamped.score(batch).values_B, sign.clamp_min(0), atol=1e-5)
+    assert agree(plain.score(batch).values_B, sign, MODEL)
+    assert agree(clamped.score(batch).values_B, sign.clamp_min(0), MODEL)
     assert plain.provenance["below_0"] == "kept"
     assert clamped.provenance["below_0"] == "counts as 0"
 

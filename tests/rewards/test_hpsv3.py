@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests import tiny, tiny_hpsv3
+from tests.tolerance import agree
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -128,7 +129,7 @@ def test_patches_are_qwen2_vls(images: Tensor) -> None:
     patches, grid = hpsv3.patchify(normal)
     theirs = Qwen2VLImageProcessorPil()(images=to_pil(pictures), return_tensors="pt")
     assert torch.equal(grid, theirs.image_grid_thw)
-    assert torch.allclose(patches, theirs.pixel_values, atol=1e-5)
+    assert agree(patches, theirs.pixel_values, 64)
 
 
 def test_a_prompt_that_writes_into_the_template(reward: hpsv3.HPSv3Reward, images: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tests import tiny, tiny_flant5
 from tests.tiny_bin import BIN, RunsCode, as_bin
+from tests.tolerance import MODEL, agree, rounding
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 
@@ -86,7 +87,11 @@ def test_it_is_the_original_one_by_one(
     pairs = zip(to_pil(pictures), PROMPTS, strict=True)
     expected = torch.tensor([by_hand(*pair, tower, words) for pair in pairs])
     error = (values - expected).abs().max().item()
-    assert error < 1e-4 and values.std() > 10 * 1e-4, (error, values, expected)
+    size = (
+        5 * expected.max().item()
+    )  # a chance near exp(-5) is off by as much of itself as its logit of 5 is off
+    bound = rounding(torch.float32, 4 * MODEL, size)
+    assert error < bound and values.std() > 10 * bound, (error, values, expected)
     assert values.min() > 0 and values.max() < 1
 
 
@@ -94,7 +99,7 @@ def test_the_formula_on_known_probabilities() -> None:
     """P(Yes) = 0.9 and P(</s> | Yes) = 0.4: the square root of 0.36."""
     logits = torch.tensor([[[0.1, 0.9], [0.4, 0.6]], [[0.5, 0.5], [0.5, 0.5]]]).log()
     values = answer_probability(logits, torch.tensor([[1, 0], [0, 1]]))
-    assert torch.allclose(values, torch.tensor([0.6, 0.5]))
+    assert agree(values, torch.tensor([0.6, 0.5]), 8)
 
 
 def test_spare_rows_of_the_vocabulary_are_cut(reward: VQAScoreReward) -> None:
@@ -128,7 +133,7 @@ def test_the_tower_can_be_elsewhere(
     with pytest.raises(CheckpointError, match="gone"):
         VQAScoreReward(bare, device="cpu", dtype="float32")
     other = VQAScoreReward(bare, vision=tower, device="cpu", dtype="float32")
-    assert torch.equal(score(other, images).values_B, score(reward, images).values_B)
+    assert agree(score(other, images).values_B, score(reward, images).values_B, 4 * MODEL)
     assert other.provenance["vision"] == describe(tower, tower)["model"]
 
 
@@ -144,7 +149,7 @@ def test_the_tower_can_be_pickled_tensors(tower: Path, words: Path, tmp_path: Pa
         score(VQAScoreReward(bare, words, vision=vision, device="cpu", dtype="float32"), images, PROMPTS[:2])
         for vision in (pickled, safe)
     )
-    assert torch.equal(found.values_B, expected.values_B)
+    assert agree(found.values_B, expected.values_B, 4 * MODEL)
     assert found.provenance["vision"] == origin(pickled, pickled, [pickled / BIN], "")["model"]
     torch.save({"logit_scale": RunsCode()}, pickled / BIN)
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin .* more than tensors"):
