@@ -386,6 +386,7 @@ def main() -> int:
     check_unmutated(modules)
 
     began, tallies, survivors = time.monotonic(), {module: Tally() for module in modules}, list[Mutant]()
+
     def begin(mutant: Mutant) -> int:
         return start_equations(mutant.module, mutant.code)
 

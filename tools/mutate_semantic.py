@@ -6,8 +6,8 @@
 `tools/mutants_semantic.toml` lists the mistakes by area, and each area's tests, which run without those marked slow or
 learning. A snippet of source stands for its place: it is looked for in the whole package, whatever its white space, so
 that neither moving nor formatting a file matters; `tests/surface/test_mutants.py` says when one is no longer found
-exactly once. Children are forked as in `tools/mutate.py`. Exit code 1 when the killed share is below the minimum, 2 when
-an area's tests fail without any mutation.
+exactly once. Children are forked as in `tools/mutate.py`. Exit code 1 when the killed share is below the minimum, 2
+when an area's tests fail without any mutation.
 
 `tools/mutants_equivalent.toml` explains survivors that no test can notice. They still count as survivors.
 """
@@ -82,7 +82,9 @@ def compiled(mutant: Semantic, sources: Mapping[Path, str]) -> tuple[str, CodeTy
     """The mutated module's name and code. ValueError unless the snippet is there exactly once."""
     places = mutant.places(sources)
     if len(places) != 1:
-        raise ValueError(f"{mutant.area}: {mutant.name}: {len(places)} places of {mutant.before!r} in src/pixrl")
+        raise ValueError(
+            f"{mutant.area}: {mutant.name}: {len(places)} places of {mutant.before!r} in src/pixrl"
+        )
     (path,) = places
     name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
     return name, compile(mutant.applied(sources[path]), str(path), "exec")
@@ -97,7 +99,14 @@ class Runner:
     def begin(self, area: str, name: str = "", code: CodeType | None = None) -> int:
         """A child that runs an area's tests."""
         self.count += 1
-        arguments = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-m", "not slow and not learning"]
+        arguments = [
+            "-c",
+            str(ROOT / "pyproject.toml"),
+            "--rootdir",
+            str(ROOT),
+            "-m",
+            "not slow and not learning",
+        ]
         arguments += ["--basetemp", str(self.folder / str(self.count))]
         return start(name, code, [*arguments, *(str(ROOT / test) for test in self.table.tests[area])])
 
@@ -113,14 +122,18 @@ def import_libraries() -> None:
     import transformers
 
     for library, names in (
-        (diffusers, "AutoencoderKL FluxPipeline FluxKontextPipeline StableDiffusion3Pipeline SD3Transformer2DModel"),
-        (transformers, "CLIPModel CLIPTokenizer T5EncoderModel SegformerForSemanticSegmentation Dinov2Model ViTModel"),
+        (
+            diffusers,
+            "AutoencoderKL FluxPipeline FluxKontextPipeline StableDiffusion3Pipeline SD3Transformer2DModel",
+        ),
+        (
+            transformers,
+            "CLIPModel CLIPTokenizer T5EncoderModel SegformerForSemanticSegmentation Dinov2Model ViTModel",
+        ),
         (transformers, "CLIPImageProcessor BitImageProcessor AutoModel"),
     ):
         for name in names.split():
             getattr(library, name)
-    import hypothesis
-    import peft
     import scipy.optimize
     import scipy.stats  # noqa: F401
 
@@ -219,7 +232,8 @@ def main() -> int:
             "mutants": total.mutants,
             "seconds_of_tests": seconds,
             "survivors": [
-                {"area": one.area, "name": one.name, "reason": reasons.get((one.area, one.name))} for one in survivors
+                {"area": one.area, "name": one.name, "reason": reasons.get((one.area, one.name))}
+                for one in survivors
             ],
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
