@@ -48,8 +48,8 @@ class Semantic:
 
     def places(self, sources: Mapping[Path, str]) -> list[Path]:
         """The file of each occurrence."""
-        pattern = self.pattern()
-        return [path for path, text in sources.items() for _ in pattern.finditer(text)]
+        pattern, longest = self.pattern(), max(self.before.split(), key=len)
+        return [path for path, text in sources.items() if longest in text for _ in pattern.finditer(text)]
 
     def applied(self, text: str) -> str:
         """The file's text with the mistake."""

@@ -28,7 +28,7 @@ def test_golden_section_keeps_the_half_of_the_better_weight(
     assert (sampler.low[0], sampler.high[0]) == pytest.approx(bracket)
 
 
-@pytest.mark.parametrize(("similarities", "handed"), [((0.9, 0.8), 2), ((0.9, 0.1), 5), ((0.5, 0.5), 1)])
+@pytest.mark.parametrize(("similarities", "handed"), [((0.9, 0.8), 2), ((0.9, 0.1), 5), ((0.52, 0.5), 1)])
 def test_agswap_hands_over_as_many_columns_as_the_imbalance_and_at_most_a_quarter(
     similarities: tuple[float, float], handed: int
 ) -> None:
