@@ -22,7 +22,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType
 
@@ -96,8 +96,8 @@ class Runner:
     def __init__(self, table: Table, folder: Path) -> None:
         self.table, self.folder, self.count = table, folder, 0
 
-    def begin(self, area: str, name: str = "", code: CodeType | None = None) -> int:
-        """A child that runs an area's tests."""
+    def begin(self, tests: Sequence[str], name: str = "", code: CodeType | None = None) -> int:
+        """A child that runs some test files."""
         self.count += 1
         arguments = [
             "-c",
@@ -108,7 +108,7 @@ class Runner:
             "not slow and not learning",
         ]
         arguments += ["--basetemp", str(self.folder / str(self.count))]
-        return start(name, code, [*arguments, *(str(ROOT / test) for test in self.table.tests[area])])
+        return start(name, code, [*arguments, *(str(ROOT / test) for test in tests)])
 
     def tidy(self) -> None:
         """Forget what children wrote, save the last ones, which may still be at it."""
@@ -139,15 +139,15 @@ def import_libraries() -> None:
 
 
 def check_unmutated(runner: Runner, areas: Sequence[str]) -> float:
-    """Seconds that all areas' tests take without a mutation. Exit with code 2 where one fails."""
+    """Seconds of a processor that the areas' tests take without a mutation. Exit with code 2 where one fails."""
     whole = 0.0
-    for area in areas:
-        began = time.monotonic()
-        if os.waitpid(runner.begin(area), 0)[1] != 0:
-            print(f"{area}: {', '.join(runner.table.tests[area])} fail without any mutation", file=sys.stderr)
+    for test in dict.fromkeys(test for area in areas for test in runner.table.tests[area]):
+        _, status, used = os.wait4(runner.begin([test]), 0)
+        if status != 0:
+            print(f"{test} fails without any mutation", file=sys.stderr)
             raise SystemExit(2)
-        whole += time.monotonic() - began
-        print(f"{area}: {time.monotonic() - began:.0f} s without a mutation", flush=True)
+        whole += used.ru_utime + used.ru_stime
+        print(f"{test}: {used.ru_utime + used.ru_stime:.0f} s without a mutation", flush=True)
     return whole
 
 
@@ -160,13 +160,23 @@ def chosen(table: Table, only: str, words: str) -> Iterator[Semantic]:
     return (one for one in table.mutants if one.area in areas and words in one.name)
 
 
-def print_table(tallies: Mapping[str, Tally]) -> Tally:
-    """The figures by area; those of all."""
+def report(
+    tallies: Mapping[str, Tally], survivors: Sequence[Semantic], mutants: Sequence[Semantic], seconds: float
+) -> dict[str, object]:
+    """Print the figures by area and the survivors; the same as a JSON-ready object."""
     total = Tally(*(sum(getattr(t, field) for t in tallies.values()) for field in Tally.__dataclass_fields__))
     print(f"{'area':<14}{'mutants':>8}{'killed':>8}{'timeouts':>9}{'share':>8}")
     for name, tally in [*tallies.items(), ("all", total)]:
         print(f"{name:<14}{tally.mutants:>8}{tally.killed:>8}{tally.timeouts:>9}{tally.share:>8.1%}")
-    return total
+    explained = tomllib.loads(ALLOWED.read_text(encoding="utf-8")).get("semantic", [])
+    reasons = {(row["area"], row["name"]): row["reason"] for row in explained}
+    rows = [{"area": m.area, "name": m.name, "reason": reasons.get((m.area, m.name))} for m in survivors]
+    for row in rows:
+        print(f"survived {row['area']}: {row['name']}" + (f"  ({row['reason']})" if row["reason"] else ""))
+    tested = {(m.area, m.name) for m in mutants} - {(m.area, m.name) for m in survivors}
+    for area, name in reasons.keys() & tested:
+        print(f"no longer survives, remove from {ALLOWED.name}: {area}: {name}")
+    return {"all": asdict(total) | {"share": total.share}, "seconds_of_tests": seconds, "survivors": rows}
 
 
 def read_arguments() -> argparse.Namespace:
@@ -203,7 +213,10 @@ def main() -> int:
         runner = Runner(table, Path(folder))
         seconds = check_unmutated(runner, areas)
         for mutant, outcome in run_all(
-            mutants, lambda one: runner.begin(one.area, *codes[one]), options.jobs, options.timeout
+            mutants,
+            lambda one: runner.begin(table.tests[one.area], *codes[one]),
+            options.jobs,
+            options.timeout,
         ):
             tally = tallies[mutant.area]
             tally.mutants += 1
@@ -213,31 +226,13 @@ def main() -> int:
                 survivors.append(mutant)
                 print(f"survived {mutant.area}: {mutant.name}", flush=True)
             runner.tidy()
-    reasons = {
-        (row["area"], row["name"]): row["reason"]
-        for row in tomllib.loads(ALLOWED.read_text(encoding="utf-8")).get("semantic", [])
-    }
-    total = print_table(tallies)
-    for one in survivors:
-        reason = reasons.get((one.area, one.name))
-        print(f"survived {one.area}: {one.name}" + (f"  ({reason})" if reason else ""))
-    for area, name in reasons.keys() - {(one.area, one.name) for one in survivors}:
-        if any((one.area, one.name) == (area, name) for one in mutants):
-            print(f"no longer survives, remove from {ALLOWED.name}: {area}: {name}")
-    print(f"{len(mutants)} mutants in {time.monotonic() - began:.0f} s; the tests alone take {seconds:.0f} s")
+    result = report(tallies, survivors, mutants, seconds)
+    print(
+        f"{len(mutants)} mutants in {time.monotonic() - began:.0f} s; the tests alone take {seconds:.0f} CPU seconds"
+    )
     if options.out:
-        report = {
-            "minimum": options.minimum,
-            "share": total.share,
-            "mutants": total.mutants,
-            "seconds_of_tests": seconds,
-            "survivors": [
-                {"area": one.area, "name": one.name, "reason": reasons.get((one.area, one.name))}
-                for one in survivors
-            ],
-        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0 if len(survivors) <= (1 - options.minimum) * len(mutants) else 1
 
 
