@@ -45,8 +45,9 @@ test-isa: setup ## the tests as other processors compute; ISA_TESTS="tests/model
 docs: setup ## make the pictures and tables of the docs again
 	$(OFFLINE) $(PY) tools/docs.py
 
-mutate: setup ## change the equations one sign or constant at a time and count what the tests notice
+mutate: setup ## make one mistake at a time, in the equations and elsewhere, and count what the tests notice
 	$(OFFLINE) $(PY) tools/mutate.py
+	$(OFFLINE) $(PY) tools/mutate_semantic.py
 
 fuzz: setup ## give every parser of text and files from outside strange input for about a minute
 	HYPOTHESIS_PROFILE=long $(PYTEST) tests/fuzz

@@ -10,6 +10,7 @@ package cannot be imported, or the time is up. Exit code 1 when the killed share
 the tests fail without any mutation.
 
 `tools/mutants_equivalent.toml` explains survivors that no test can notice. They still count as survivors.
+`tools/mutate_semantic.py` does the same for what is not an equation.
 """
 
 import argparse
@@ -25,14 +26,16 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, FOLDER, TESTS = "pixrl.equations", ROOT / "src/pixrl/equations", ROOT / "tests/equations"
 ALLOWED = Path(__file__).with_name("mutants_equivalent.toml")
+MutantT = TypeVar("MutantT")
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
@@ -233,7 +236,9 @@ class Replacement(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Claim the one module."""
         if fullname != self.name:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self, origin=self.code.co_filename)
+        spec = importlib.machinery.ModuleSpec(fullname, self, origin=self.code.co_filename)
+        spec.has_location = True  # modules may ask for __file__
+        return spec
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the mutated code as the module."""
@@ -253,12 +258,12 @@ def warm_up() -> None:
         pytest.main(["--version", "-c", os.devnull])  # imports pytest's own plugins
     gc.collect()
     gc.freeze()  # children neither scan nor copy what the parent made
-    if PACKAGE in sys.modules:
-        raise SystemExit(f"{PACKAGE} must not be imported before the fork")
+    if "pixrl" in sys.modules:
+        raise SystemExit("pixrl must not be imported before the fork")
 
 
-def start(module: str, code: CodeType | None) -> int:
-    """Fork a child that tests the module, mutated unless `code` is None; its process id."""
+def start(name: str, code: CodeType | None, arguments: Sequence[str]) -> int:
+    """Fork a child that runs pytest with one module replaced, unless `code` is None; its process id."""
     child = os.fork()
     if child:
         return child
@@ -270,22 +275,34 @@ def start(module: str, code: CodeType | None) -> int:
         import pytest
 
         if code is not None:
-            sys.meta_path.insert(0, Replacement(f"{PACKAGE}.{module}", code))
-        test = TESTS / f"test_{module.lstrip('_')}.py"
-        options = ["-x", "-q", "--tb=no", "-c", os.devnull, "--rootdir", str(ROOT), "--noconftest"]
+            sys.meta_path.insert(0, Replacement(name, code))
         unused = ["cacheprovider", "unraisableexception", "threadexception", "faulthandler"]
-        status = int(pytest.main([*options, *(f"-pno:{name}" for name in unused), str(test)]))
+        status = int(
+            pytest.main(["-x", "-q", "--tb=no", *(f"-pno:{plugin}" for plugin in unused), *arguments])
+        )
     finally:
         os._exit(status)
 
 
-def run_all(mutants: list[Mutant], jobs: int, timeout: float) -> Iterator[tuple[Mutant, str]]:
-    """Test all mutants, `jobs` at a time; yields each with `killed`, `survived` or `timeout`."""
-    waiting, running = list(reversed(mutants)), dict[int, tuple[Mutant, float]]()
+def start_equations(module: str, code: CodeType | None) -> int:
+    """The same with one module of the equations and its own tests."""
+    test = TESTS / f"test_{module.lstrip('_')}.py"
+    options = ["-c", os.devnull, "--rootdir", str(ROOT), "--noconftest", str(test)]
+    return start(f"{PACKAGE}.{module}", code, options)
+
+
+def run_all(
+    mutants: Sequence[MutantT], begin: Callable[[MutantT], int], jobs: int, timeout: float
+) -> Iterator[tuple[MutantT, str]]:
+    """Test all mutants, `jobs` at a time; `begin` forks a child for one and says its process id.
+
+    Yields each with `killed`, `survived` or `timeout`.
+    """
+    waiting, running = list(reversed(mutants)), dict[int, tuple[MutantT, float]]()
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant = waiting.pop()
-            running[start(mutant.module, mutant.code)] = mutant, time.monotonic() + timeout
+            running[begin(mutant)] = mutant, time.monotonic() + timeout
         for child, (mutant, deadline) in list(running.items()):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
@@ -302,10 +319,10 @@ def run_all(mutants: list[Mutant], jobs: int, timeout: float) -> Iterator[tuple[
 def check_unmutated(modules: list[str]) -> None:
     """Exit with code 2 unless the tests pass without a mutation and mutations really reach the tests."""
     for module in modules:
-        if os.waitpid(start(module, None), 0)[1] != 0:
+        if os.waitpid(start_equations(module, None), 0)[1] != 0:
             print(f"{TESTS}/test_{module.lstrip('_')}.py fails without any mutation", file=sys.stderr)
             raise SystemExit(2)
-        if os.waitpid(start(module, compile("raise SystemError", module, "exec")), 0)[1] == 0:
+        if os.waitpid(start_equations(module, compile("raise SystemError", module, "exec")), 0)[1] == 0:
             print(f"the tests of {module} do not import it", file=sys.stderr)
             raise SystemExit(2)
 
@@ -369,7 +386,11 @@ def main() -> int:
     check_unmutated(modules)
 
     began, tallies, survivors = time.monotonic(), {module: Tally() for module in modules}, list[Mutant]()
-    for mutant, outcome in run_all(mutants, options.jobs, options.timeout):
+
+    def begin(mutant: Mutant) -> int:
+        return start_equations(mutant.module, mutant.code)
+
+    for mutant, outcome in run_all(mutants, begin, options.jobs, options.timeout):
         tally = tallies[mutant.module]
         tally.mutants += 1
         tally.killed += outcome != "survived"

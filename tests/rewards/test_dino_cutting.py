@@ -100,3 +100,44 @@ def test_the_preflight_looks_at_the_rewards_own_subject(
     assert first.reference_problem(metadata) is None and first.unused_references(metadata) == []
     assert second.reference_problem(metadata) == "no snail found in the reference"
     assert second.unused_references(metadata) == [1, 2]
+
+
+def test_each_picture_of_a_batch_has_its_own_class_and_references(
+    by_class: DinoSegReward, dino_folder: Path, images: Tensor
+) -> None:
+    """Three pictures of two classes; the mean over two references, of which the order must not matter."""
+    kinds = ("owl", "snail", "snail")
+    references = ([images[1], images[2]], [images[3]], [images[0]])
+    metadata = [{"reference": one, "class": kind} for one, kind in zip(references, kinds, strict=True)]
+    found = by_class.score(RewardBatch(images[:3], ["x"] * 3, metadata)).values_B
+    for row, (kind, own) in enumerate(zip(kinds, references, strict=True)):
+        each = [expected(dino_folder, images[row], reference, kind) for reference in own]
+        assert torch.allclose(found[row], torch.stack(each).mean(), atol=1e-5)
+
+
+def test_of_several_subjects_each_reward_judges_its_own(
+    dino_folder: Path, segmenter_folder: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Segmenter, "class_masks", lambda self, images, kinds: halves(images, kinds))
+    subjects = [{"class": "owl", "reference": images[1]}, {"class": "snail", "reference": images[2]}]
+    metadata = {"class": "cat", "reference": images[3], "subjects": subjects}
+    for number, (kind, reference) in enumerate((("owl", images[1]), ("snail", images[2]))):
+        made = DinoSegReward(
+            dino_folder, segmenter=segmenter_folder, region="class", subject=number, device="cpu"
+        )
+        found = score(made, images[0], metadata).values_B[0]
+        assert torch.allclose(found, expected(dino_folder, images[0], reference, kind), atol=1e-5)
+
+
+def test_no_gradient_passes_through_the_masks(dino_folder: Path, images: Tensor) -> None:
+    seen = []
+
+    def masks(pictures: Tensor) -> Tensor:
+        seen.append(pictures.requires_grad)
+        return halves(pictures, ["owl"] * len(pictures))
+
+    made = DinoSegReward(dino_folder, segmenter=masks, device="cpu")
+    leaf = images[:1].clone().requires_grad_()
+    made.differentiable_scores(leaf, ["x"], [{"reference": images[1]}]).sum().backward()
+    assert seen and not any(seen)
+    assert leaf.grad is not None and leaf.grad[..., :16].any() and not leaf.grad[..., 16:].any()
