@@ -20,6 +20,7 @@ from pixrl.models.slots import LoraSlots, slot_sizes
 from pixrl.rewards import kind_of
 from pixrl.rewards.python_reward import find_function
 from pixrl.rewards.settings import RewardSetting, import_path, is_importable
+from pixrl.training import preflight
 from pixrl.training.diagnosis import Findings, Need
 from pixrl.training.fuse_config import FuseConfig
 from pixrl.training.preflight import require_metadata, require_out
@@ -221,6 +222,16 @@ def test_what_raises_on_a_synthetic_batch_never_becomes_a_run(
         assert not (tmp_path / name).exists()
 
 
+def test_prompts_that_are_cut_are_noted(sd3_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"a red owl\n{'a red owl and ' * 30}a cat\n")
+    found = doctor_api.examine(recipe(sd3_folder, tmp_path / "list.txt"))
+    assert found.can_run
+    cut = [note for note in found.notes if "it never sees their end" in note]
+    assert len(cut) == 1
+    assert cut[0].startswith("1 of 2 prompts are longer than the ")
+    assert "The first is 'a red owl and" in cut[0]
+
+
 def test_metadata_that_some_prompts_lack_is_noted() -> None:
     entry = {"include": [{"class": "owl", "count": 1}]}
     prompts = [Prompt("a", entry), Prompt("b", entry), Prompt("c")]
@@ -245,6 +256,24 @@ def test_metadata_that_some_prompts_lack_is_noted() -> None:
 )
 def test_damaged_geneval_entries_lack_something(entry: dict[str, object]) -> None:
     assert kind_of("geneval").lacks("a photo", entry, {}) is not None
+
+
+def test_a_judge_of_the_toy_world_is_none_of_a_published_model(
+    sd3_folder: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = {"name": "clip_text", "options": {"model": "toy:clip"}}
+    made = recipe(sd3_folder, prompt_file, rewards=[toy], output={"features": "toy:clip"})
+    assert doctor_api.examine(made).can_run
+    monkeypatch.setattr(preflight, "TOY_LARGEST", 1)  # as if the tiny model were a large one
+    monkeypatch.setattr(preflight, "TOY_SIDE", 16)
+    found = doctor_api.examine(made)
+    assert [problem.message.split(" is ")[0] for problem in found.problems] == [
+        "rewards.clip_text.options.model",
+        "output.features",
+    ]
+    with pytest.raises(PixrlError, match="its scores would mean nothing"):
+        pixrl.align(made, out=tmp_path / "run")
+    assert doctor_api.examine(made | {"model": "toy:sd3"}).can_run
 
 
 def test_the_slots_sizes_are_known_before_they_are_there() -> None:

@@ -33,8 +33,9 @@ def brightness(images, prompts, metadata):
             os.kill(os.getpid(), signal.SIGKILL)
     return [float(np.asarray(image).mean()) / 255 for image in images]
 """
-MIDDLE = "6"
-"""Of the requests of two pictures: two for the evaluation before, three for step 0, the second one of step 1."""
+MIDDLE = "8"
+"""Of the requests of two pictures: two to try the reward out, two for the evaluation before, three for step
+0, the second one of step 1."""
 
 
 class Mortal:

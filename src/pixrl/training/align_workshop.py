@@ -91,8 +91,8 @@ def load_rewards(config: AlignConfig, device: str) -> RewardSet:
 
 def try_rewards(rewards: RewardSet, config: AlignConfig, side: int, findings: Findings) -> None:
     """`rehearse` with prompts of the recipe, those of the evaluation too."""
-    for split in Split:
-        rehearse(rewards, list(read_prompts(config, split)), side, findings)
+    prompts = [prompt for split in Split for prompt in read_prompts(config, split)]
+    rehearse(rewards, prompts, side, findings)
 
 
 def open_workshop(config: AlignConfig, rewards: RewardSet | None = None) -> Workshop:
@@ -156,19 +156,25 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
         plan=config.machine,
         lora=config.lora.base,
     )
-    if not isinstance(policy, FlowPipelinePolicy):
-        raise ConfigError(
-            f"{config.model} is a {type(policy).__name__}: it draws pictures but has no velocity and no LoRA slots to "
-            "train. Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
-        )
+    policy = require_trainable(policy, config.model)
     if isinstance(config, PersonalizeConfig):
-        _show_references(policy, config.references)
+        show_references(policy, config.references)
     if config.machine.gradient_checkpointing:
         policy.checkpoint_gradients()
     return policy
 
 
-def _show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> None:
+def require_trainable(renderer: object, name: str) -> FlowPipelinePolicy:
+    """The model as one that can be trained. ConfigError when it cannot be."""
+    if not isinstance(renderer, FlowPipelinePolicy):
+        raise ConfigError(
+            f"{name} is a {type(renderer).__name__}: it draws pictures but has no velocity and no LoRA slots to train. "
+            "Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
+        )
+    return renderer
+
+
+def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> None:
     """Sets the model up for reference pictures. ConfigError when it takes none."""
     if not isinstance(policy, FluxPolicy):
         raise ConfigError(

@@ -19,7 +19,6 @@ from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
 from pixrl.models.base import Conditioning
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
-from pixrl.models.flux import FluxPolicy
 from pixrl.models.flux_lora import Lora, fitting_layers
 from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.models.paper import (
@@ -36,7 +35,7 @@ from pixrl.models.prompts import PromptCache, check_words
 from pixrl.models.slots import slot_sizes
 from pixrl.training.align_config import AlignConfig
 from pixrl.training.align_kinds import kind_of
-from pixrl.training.align_workshop import read_prompts
+from pixrl.training.align_workshop import read_prompts, require_trainable, show_references
 from pixrl.training.diagnosis import Batches, Diagnosis, Findings, Need, Place, Trained, Work, size
 from pixrl.training.doctor_needs import (
     existing_device,
@@ -120,6 +119,8 @@ def examine(
             findings,
             weighed=not about_to_run or (not findings.problems and _is_in_doubt(config, parts, device)),
         )
+    if paper is not None:
+        require_own_world(paper.policy, parameters_of(parts), _judges(config), findings)
     weighed = paper if paper is not None and paper.weighed else None
     batches, needed = _fit(config, device, place, parts, rewards, weighed, findings)
     disk = None if paper is None else _disk(config, paper)
@@ -275,16 +276,11 @@ def _on_paper(
         policy = paper_renderer(
             config.model, checkpoint, precision, device, config.machine, findings, **options
         )
-        if not isinstance(policy, FlowPipelinePolicy):
-            raise InputError(
-                f"{config.model} is a {type(policy).__name__}, which draws and cannot be trained. Give an SD3 or FLUX "
-                "checkpoint."
-            )
+        policy = require_trainable(policy, config.model)
         check_words(texts, policy.vocabulary, policy.name)
         if lora is not None:
             fitting_layers(policy.transformer, lora, str(config.lora.base))
         require_texts(policy, checkpoint, texts, findings, t5=config.t5)
-        require_own_world(policy, _judges(config), findings)
         return Paper(policy, _condition(policy, config, prompts), config, precision, weighed=weighed)
     except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets of a kind that it does not know
         findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
@@ -307,12 +303,8 @@ def _condition(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequenc
     row = policy.blank()
     if not isinstance(config, PersonalizeConfig):
         return row
-    if not isinstance(policy, FluxPolicy):
-        raise InputError(
-            f"{policy.name} is no FLUX model, and takes no reference pictures. Give a FLUX checkpoint."
-        )
     settings = config.references
-    policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
+    policy = show_references(policy, settings)
     count = settings.count or (len(shown_pictures(prompts[0].metadata)) if prompts else 1)
     return Conditioning(row.tokens_BLD, row.pooled_BE, (policy.blank_reference(),) * count)
 
@@ -348,10 +340,13 @@ def _judges(config: AlignConfig) -> Iterator[tuple[str, object]]:
     yield "output.features", config.output.features
 
 
+def parameters_of(parts: Mapping[str, PartSize]) -> int:
+    return sum(part.parameters for part in parts.values())
+
+
 def is_small(parts: Mapping[str, PartSize], side: int, device: torch.device) -> bool:
     """Whether nobody need ask if a model fits into memory, with the batches that are planned for it."""
-    weights = sum(part.parameters for part in parts.values())
-    return weights < SMALL_MODEL and side <= SMALL_SIDE and free_bytes(device) > PLENTY
+    return parameters_of(parts) < SMALL_MODEL and side <= SMALL_SIDE and free_bytes(device) > PLENTY
 
 
 def _is_in_doubt(config: AlignConfig, parts: Mapping[str, PartSize], device: torch.device) -> bool:

@@ -16,7 +16,14 @@ from pixrl.models.pipeline import micro_batch_for
 from pixrl.models.prompts import PromptCache, check_words
 from pixrl.models.sdxl import SDXLRenderer
 from pixrl.training.diagnosis import Batches, Diagnosis, Findings, Need, Work, size
-from pixrl.training.doctor import contradiction, find_place, is_small, on_device, paper_renderer
+from pixrl.training.doctor import (
+    contradiction,
+    find_place,
+    is_small,
+    on_device,
+    paper_renderer,
+    parameters_of,
+)
 from pixrl.training.doctor_needs import (
     find_parts,
     find_pipeline,
@@ -68,7 +75,8 @@ def examine_fusion(
             made = paper_renderer(config.model, checkpoint, precision, device, config.memory, findings)
             assert isinstance(made, SDXLRenderer | FlowPipelinePolicy)
             _check_prompts(made, checkpoint, config.concepts if concepts is None else concepts, findings)
-            require_own_world(made, {"clip": config.clip, "segmenter": config.segmenter}.items(), findings)
+            judges = {"clip": config.clip, "segmenter": config.segmenter}
+            require_own_world(made, parameters_of(parts), judges.items(), findings)
             made.precision = precision
             side = made.settings.resolution
             cost = None if about_to_run and is_small(parts, side, device) else _cost(made)

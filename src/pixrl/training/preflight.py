@@ -30,8 +30,8 @@ from pixrl.training.diagnosis import Diagnosis, Findings, Need
 from pixrl.training.run_place import require_free
 from pixrl.types import RewardBatch
 
-TOY_SIDE = 64
-"""Pixels of the toy world's pictures."""
+TOY_SIDE, TOY_LARGEST = 64, 2**26
+"""Pixels of the toy world's pictures, and more parameters than any of its models has."""
 CLIP_LENGTH = 77
 REHEARSED = 4
 """Pictures of the synthetic batch."""
@@ -115,16 +115,19 @@ def require_metadata(
                 findings.note(said)
 
 
-def require_own_world(renderer: Renderer, named: Iterable[tuple[str, object]], findings: Findings) -> None:
+def require_own_world(
+    renderer: Renderer, parameters: int, named: Iterable[tuple[str, object]], findings: Findings
+) -> None:
     """A judge of the toy world has seen nothing but its drawings: of a published model's pictures it knows nothing.
 
     Args:
         renderer: the generator, without content.
+        parameters: of all its parts.
         named: setting -> the checkpoint that it names.
         findings: where that is noted.
     """
     side = renderer.settings.resolution
-    if renderer.vocabulary is not None or side <= TOY_SIDE:
+    if renderer.vocabulary is not None or side <= TOY_SIDE or parameters <= TOY_LARGEST:
         return
     for setting, ref in named:
         if isinstance(ref, str | Path) and _is_toy(ref):
@@ -163,19 +166,16 @@ def require_texts(
     by_all = set.intersection(*cut.values()) if cut else set()
     if by_all:
         longest = max(most for most, _ in lengths.values())
-        first = min(by_all)
-        findings.miss(
-            Need.DATA,
-            f"{len(by_all)} of {len(wanted)} prompts are longer than the {longest} tokens that {renderer.name} reads, "
-            f"first {_short(wanted[first])}: it would never see their end, and rewards judge it. Shorten them"
-            + (", or take T5 (t5=true), which reads more." if not t5 else "."),
+        findings.note(
+            f"{len(by_all)} of {len(wanted)} prompts are longer than the {longest} tokens that {renderer.name} reads: "
+            f"it never sees their end, which rewards judge all the same. The first is "
+            f"{_short(wanted[min(by_all)])}: shorten it{'.' if t5 else ', or take T5 (t5=true), which reads more.'}"
         )
     for name, found in cut.items():
         if found - by_all:
-            first = min(found - by_all)
             findings.note(
                 f"{len(found - by_all)} of {len(wanted)} prompts are longer than the {lengths[name][0]} tokens that "
-                f"{name} reads, which sees their beginning alone; first {_short(wanted[first])}."
+                f"{name} reads, which sees their beginning alone; the first is {_short(wanted[min(found - by_all)])}."
             )
 
 
@@ -206,7 +206,8 @@ def _tokenizers(
             continue
         is_long = kind.startswith("T5")
         most = int(renderer.text_length) if is_long else min(CLIP_LENGTH, int(made.model_max_length))
-        found[name] = (made, most)
+        if most:
+            found[name] = (made, most)
     return found
 
 
@@ -253,11 +254,10 @@ def rehearse(rewards: RewardSet, prompts: Sequence[Prompt], side: int, findings:
         return
     images = torch.stack([_synthetic(prompt, number, side) for number, prompt in enumerate(chosen)])
     batch = RewardBatch(images, [one.text for one in chosen], [one.metadata for one in chosen])
+    count = len(chosen)
     for name, reason in rewards.broken(batch).items():
-        findings.miss(
-            Need.SERVICE,
-            RunError(f"The reward {name!r} failed on a synthetic batch of {len(chosen)} pictures: {reason}."),
-        )
+        said = f"The reward {name!r} failed for {count} of {count} pictures of a synthetic batch: {reason}."
+        findings.miss(Need.SERVICE, RunError(said))
 
 
 def _synthetic(prompt: Prompt, number: int, side: int) -> torch.Tensor:
