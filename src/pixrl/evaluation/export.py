@@ -20,7 +20,6 @@ from pixrl import models
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
 from pixrl.evaluation.card_usage import in_unos_code
 from pixrl.evaluation.model_card import Facts, pipeline_name, shown_pairs, write_card
-from pixrl.evaluation.page import installed_version
 from pixrl.hub import components, locate
 from pixrl.hub_check import read_json
 from pixrl.models.comfy_lora import PREFIX as COMFY_PREFIX
@@ -147,9 +146,8 @@ def export(
 
 def _reader(layout: Format) -> str:
     """Who reads an export back."""
-    return (
-        f"pixrl {installed_version()}" if layout is Format.COMFYUI else f"diffusers {diffusers.__version__}"
-    )
+    installed = f"diffusers {diffusers.__version__}"
+    return f"pixrl, by the module names of {installed}" if layout is Format.COMFYUI else installed
 
 
 def _read_back(file: Path, lora: Lora, named: Mapping[str, Tensor], layout: Format, base: Path) -> None:
