@@ -189,7 +189,7 @@ def test_the_doctor_says_what_will_be_merged(
 ) -> None:
     found = doctor_api.examine(on_top(adapter, sd3_folder, prompt_file))
     assert found.can_run, found.problems
-    said = f"lora.base {adapter}: {MODULES} LoRA modules of rank 32 and strength 2, by adapter_config.json; merged before"
+    said = f"lora.base {adapter}: {MODULES} LoRA modules of rank 32 and strength 2, by adapter_config.json; merged"
     assert any(note.startswith(said) for note in found.notes)
     other = tiny.sd3(tmp_path / "other", with_t5=True, card=tiny.SD3_CARD)
     save_file(tensors("transformer_blocks.7.attn.to_q"), tmp_path / "x.safetensors")
