@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails, PydanticSerializationError
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.text import read_text, require_name, require_text
-from pixrl.untrusted import encodable, plain
+from pixrl.untrusted import plain
 
 PACKAGE = Path(__file__).resolve().parent
 SUFFIXES = (".yaml", ".yml")
@@ -194,7 +194,7 @@ class _StrictLoader(yaml.SafeLoader):
             given = plain(value, 40) + (f" ({len(value)} characters)" if len(value) > 40 else "")
             problem = f"{given} is no {KINDS.get(tag, tag)} ({_first(error)}); text is written in quotes"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-        if isinstance(found, str) and encodable(found) != found:
+        if isinstance(found, str) and not _is_writable(found):
             problem = f"{plain(found, 40)!r} holds half a character, which is no Unicode"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return found
@@ -209,6 +209,15 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def _is_writable(text: str) -> bool:
+    """Whether the text is Unicode, but for bytes that stand in a file's name and are no UTF-8."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-SHORT, LONG = 4, 6
+SHORT, LONG = 4, 5
 """Letters from which on two may be wrong in a name that was meant, the first right; or from which on a part will do."""
 
 

@@ -193,7 +193,8 @@ def test_on_the_command_line_it_is_one_sentence(tmp_path: Path) -> None:
     words = ["fuse", "owl", "snail", "--model", f"{file}@{folder}", "--out", str(tmp_path / "run")]
     done = CliRunner().invoke(cli.app, [*words, "--set", "clip=toy:clip", "--set", "segmenter=toy:segmenter"])
     assert done.exit_code == 1, done.output
-    assert done.stderr.startswith(f"Error: {file} does not fit a StableDiffusion3Pipeline")
+    assert done.stderr.startswith(f"Error: The weights of {file} do not"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_single_file_that_is_cut_short(tmp_path: Path) -> None:

@@ -192,10 +192,10 @@ def test_a_client_sends_no_more_than_the_server_takes(function: str) -> None:
 def test_a_text_that_is_no_unicode_fails_its_picture_alone(function: str) -> None:
     with reward_server(function) as server:
         found = RemoteReward(server.url, "mine").score(
-            RewardBatch(torch.rand(3, 3, 8, 8), ["a", "half \ud83d", "c"], [{}, {}, {}])
+            RewardBatch(torch.rand(3, 3, 8, 8), ["a", "b", "c"], [{}, {"note": "half \ud83d"}, {}])
         )
     assert found.values_B[[0, 2]].tolist() == [1.0, 1.0] and found.values_B[1].isnan()
-    assert found.reasons[1] is not None and "a text in it is no Unicode" in found.reasons[1]
+    assert found.reasons[1] is not None and "is half a character" in found.reasons[1]
 
 
 def test_a_client_that_hangs_up_is_one_line_in_the_log(

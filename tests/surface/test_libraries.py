@@ -100,7 +100,7 @@ def test_every_extra_that_a_message_names_exists() -> None:
         line.strip()
         for path in (ROOT / "src").rglob("*.py")
         for line in path.read_text(encoding="utf-8").splitlines()
-        if line.lstrip().startswith(("require(", "spacy = require("))
+        if line.lstrip().startswith(('require("', 'spacy = require("'))
     ]
     assert calls
     for call in calls:

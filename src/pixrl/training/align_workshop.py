@@ -174,14 +174,15 @@ def require_trainable(renderer: object, name: str) -> FlowPipelinePolicy:
     return renderer
 
 
-def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> None:
-    """Sets the model up for reference pictures. ConfigError when it takes none."""
+def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> FluxPolicy:
+    """The model, set up for reference pictures. ConfigError when it takes none."""
     if not isinstance(policy, FluxPolicy):
         raise ConfigError(
             f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a FLUX model: "
             "--set model=toy:flux, or a FLUX checkpoint."
         )
     policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
+    return policy
 
 
 def placed(setting: RewardSetting, device: str) -> RewardSetting:
