@@ -189,10 +189,11 @@ def test_a_client_sends_no_more_than_the_server_takes(function: str) -> None:
     assert found.reasons == (None,) * 12 and bool((found.values_B == 1).all())
 
 
-def test_a_text_that_is_no_unicode_fails_its_picture_alone(function: str) -> None:
+@pytest.mark.parametrize("entry", [{"note": "half \ud83d"}, {"half \ud83d": 1}, {"a": [{"b": "\ud83d"}]}])
+def test_a_text_that_is_no_unicode_fails_its_picture_alone(function: str, entry: dict[str, object]) -> None:
     with reward_server(function) as server:
         found = RemoteReward(server.url, "mine").score(
-            RewardBatch(torch.rand(3, 3, 8, 8), ["a", "b", "c"], [{}, {"note": "half \ud83d"}, {}])
+            RewardBatch(torch.rand(3, 3, 8, 8), ["a", "b", "c"], [{}, entry, {}])
         )
     assert found.values_B[[0, 2]].tolist() == [1.0, 1.0] and found.values_B[1].isnan()
     assert found.reasons[1] is not None and "is half a character" in found.reasons[1]

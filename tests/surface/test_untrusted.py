@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 
+from pixrl import config
+from pixrl.config import MOST_YAML
 from pixrl.data.prompts import load_prompts
-from pixrl.errors import CheckpointError, InputError
+from pixrl.errors import CheckpointError, ConfigError, InputError
 from pixrl.hub_check import read_header, read_json
 from pixrl.models.licences import NOT_STATED, generator_licence
 from pixrl.rewards import sources
@@ -32,11 +35,43 @@ def bomb(first: str, aliases: str) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb("[x, x]", "[ALIASES]"), "values with its aliases written out"),
+        (bomb("{x: 1}", "{<<: [ALIASES]}"), "values with its aliases written out"),
+        (bomb("{x: 1}", "{? 1 : [ALIASES]}"), "values with its aliases written out"),
+        ("x" * (MOST_YAML + 1), f"characters of YAML; at most {MOST_YAML} are read"),
+        ("[" * 100_000, "levels deep"),
+        ("{a: " * 500, "levels deep"),
+        ("- " * 20_000 + "a", "levels deep"),
+        ("a: &a {b: [*a]}", "holds itself"),
+        ("9" * 5000, "is no number"),
+        ("!!timestamp x", "x is no date"),
+        ("!!bool x", "x is no truth value"),
+        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("a: \x1b[2J", "special characters are not allowed"),
+    ],
+)
+def test_yaml_that_unfolds_or_runs_code(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.parse_yaml(text, "x.yaml")
+
+
+def test_yaml_of_recipes_is_read_as_ever() -> None:
+    for name in config.recipe_names():
+        text = config.find_recipe(name).read_text(encoding="utf-8")
+        assert config.parse_yaml(text, name) == yaml.safe_load(text)
+    text = "a: &a {x: 1}\nb: {z: *a, y: 2}\nc: [*a, *a]\nd: 2024-01-02"
+    assert config.parse_yaml(text, "") == yaml.safe_load(text)
+
+
 def test_a_models_page_is_read_by_the_same_reader(tmp_path: Any) -> None:
     page = tmp_path / "README.md"
     page.write_text("---\nlicense: MIT\n---\n# A model\n")
     assert generator_licence(str(tmp_path)) == "MIT"
-    for front in ("license: [", "license: MIT\nlicense: GPL"):
+    bombed = f"{bomb('[x, x]', '[ALIASES]')}\nlicense: MIT"
+    for front in ("license: [", "license: MIT\nlicense: GPL", bombed, "[" * 9999):
         page.write_text(f"---\n{front}\n---\n# A model\n")
         assert generator_licence(str(tmp_path)) == NOT_STATED
 

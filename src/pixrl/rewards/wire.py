@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticSerializationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -167,10 +166,7 @@ def request(reward: str, batch: RewardBatch, *, exact: bool, max_pixels: int = M
         metadata=metadata,
         pictures=gallery.pack(exact),
     )
-    try:
-        return message.model_dump_json().encode()
-    except PydanticSerializationError as error:  # half an emoji, as a cut file or a Windows path may hold one
-        raise WireError(f"a text in it is no Unicode: {plain(str(error))}") from None
+    return message.model_dump_json().encode()
 
 
 def read_request(body: bytes) -> tuple[str, RewardBatch]:
@@ -318,7 +314,7 @@ def _text(value: str, where: str) -> str:
 def _key(key: object, where: str) -> str:
     if not isinstance(key, str) or key in (PICTURE, PICTURES):
         raise WireError(f"{where} has the key {key!r}; keys are texts other than {PICTURE} and {PICTURES}")
-    return key
+    return _text(key, f"the key {key!r} of {where}")
 
 
 def _parse(kind: type[MessageT], body: bytes) -> MessageT:
