@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pixrl.errors import PixrlError
 
 _ANY_MACHINE = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("brief", max_examples=40, derandomize=True, database=None, **_ANY_MACHINE)
-settings.register_profile("long", max_examples=1500, print_blob=True, **_ANY_MACHINE)
+settings.register_profile("brief", max_examples=25, derandomize=True, database=None, **_ANY_MACHINE)
+settings.register_profile("long", max_examples=300, print_blob=True, **_ANY_MACHINE)
 fuzz = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "brief"))
 """The decorator of every test here; the environment variable HYPOTHESIS_PROFILE=long asks for more examples."""
 
