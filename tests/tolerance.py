@@ -118,7 +118,7 @@ def agree_after_adam(
         math.sqrt(sum((one[name].double() - x[name].double()).square().sum().item() for name in one))
         for x in (other, start)
     )
-    kind = max((x.dtype for x in one.values()), key=epsilon)
+    kind = max((x.dtype for end in (one, other) for x in end.values()), key=epsilon)
     allowed = _below(0.25, 2 * math.sqrt(epsilon(kind) * terms), kind, terms) * moved
     if moved == 0 or found > allowed:
         print(

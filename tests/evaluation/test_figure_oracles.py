@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.align.synthetic import settings
 from tests.reference.world import TinyPolicy
+from tests.tolerance import PICTURE, agree
 
 from pixrl.algorithms.spread import mean_pairwise_distance
 from pixrl.algorithms.stepping import Solver
@@ -73,7 +74,7 @@ def test_pictures_of_an_evaluation_are_a_slots_path_from_seeds_of_their_own(
             if solver is Solver.DPM and number > 1 and after > 0:
                 data = clean + 0.5 * (snr[2] - snr[1]) / (snr[1] - snr[0]) * (clean - last)
             last, x = clean, after / here * x + (1 - after / here) * data
-        assert torch.allclose(found.images_BCHW, policy.decode(x).float(), atol=1e-6)
+        assert agree(found.images_BCHW, policy.decode(x).float(), PICTURE)
 
 
 def test_a_variants_shift_is_from_variant_0_with_the_same_noise() -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.align import Method, OptimizerSettings
@@ -15,6 +16,7 @@ from tests.reference import grpo, nft, world
 from tests.reference.agreement import assert_moved, assert_same_figures, assert_same_weights
 from tests.reference.e2po import Perturbing, perturbations
 from tests.reference.product import MICRO, Run, train, train_in_two
+from tests.tolerance import agree_after_adam
 
 SEED, NOISES = 3, 2
 OPTIMIZER = {"lr": 0.02, "eps": 1e-4, "weight_decay": 0.1, "grad_clip": 1.0, "updates": 2, "ema": 0.8}
@@ -125,7 +127,7 @@ LEARNED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_learned_perturbations_equal_the_plain_loops(name: str) -> None:
-    """Learning is in float32: each step's gradient is right to some 1e-6 of its size, and Adam's steps are as right."""
+    """Learning is in float32, by steps of Adam."""
     settings = LEARNED[name] | {"prompts_at_once": 2}
     exploration, expected = PerturbedEmbeddings(PerturbationSettings(**settings)), perturbing(LEARNED[name])
     prompts = ["a red owl", "fish", "a red owl"]
@@ -139,7 +141,8 @@ def test_learned_perturbations_equal_the_plain_loops(name: str) -> None:
     assert len(found) == len(wanted)
     for (name_found, delta), ((_, encoder), other) in zip(found.items(), wanted.items(), strict=True):
         assert name_found.endswith(encoder)
-        assert (delta - other).abs().max() <= 1e-4 * other.abs().max(), name_found
+        nothing = {"delta": torch.zeros_like(delta)}
+        assert agree_after_adam({"delta": delta}, {"delta": other.float()}, nothing, 16), name_found
     figures = expected.figures(list(dict.fromkeys(prompts))) | {"learned_prompts": 2.0}
     assert prepared.metrics == pytest.approx(figures, rel=1e-4)
     assert exploration.prepare(world.TinyPolicy(), prompts).metrics["learned_prompts"] == 0
