@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticSerializationError
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
-from pixrl.text import read_text, require_name, require_text
+from pixrl.text import read_text, require_name, require_path, require_text
 from pixrl.untrusted import plain
 
 PACKAGE = Path(__file__).resolve().parent
@@ -114,7 +114,7 @@ def dump(model: BaseModel) -> str:
 
 def find_recipe(name: Path | str) -> Path:
     """The file of a recipe: a path, or a name under `recipes/` of the source tree or of the installed package."""
-    direct = Path(name)
+    direct = Path(require_path(str(name), "the name of a recipe"))
     if direct.is_file():
         return direct
     for folder in _recipe_folders():

@@ -32,6 +32,7 @@ from pixrl.hub_check import (
     remedy,
 )
 from pixrl.hub_fetch import CONFIG_FILES, SAFETENSORS, fetch_files, fetch_model, fetch_pipeline, is_hub_id
+from pixrl.text import require_path
 
 __all__ = [
     "CARD_FILE",
@@ -124,7 +125,7 @@ def resolve(ref: str | Path, layout: Layout | None = None) -> Path | str:
     toys = TOY_GENERATORS if layout is Layout.PIPELINE else TOY_NAMES
     if text.startswith(TOY_PREFIX):
         return _toy_folder(text.removeprefix(TOY_PREFIX), toys)
-    path = Path(text).expanduser()
+    path = Path(require_path(text, "the name of a checkpoint")).expanduser()
     if text and path.is_dir():
         return path
     if isinstance(ref, Path) or text.startswith((".", "/", "~")) or "\\" in text or path.exists():

@@ -23,6 +23,9 @@ from typing import Any
 from pixrl.errors import InputError
 from pixrl.untrusted import require_depth
 
+LONGEST_PART, LONGEST_PATH = 255, 4095
+"""Bytes of a file's name and of a whole path: Linux's limits. Beyond them its calls fail instead of finding nothing."""
+
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does, so it is looked for first
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -53,7 +56,7 @@ def read_text(path: Path) -> str:
 
 def require_file(path: Path) -> None:
     """InputError where there is no file of that name."""
-    require_name(str(path), "the name of a file")
+    require_path(str(path), "the name of a file")
     if not path.exists():
         raise InputError(f"There is no file {str(path)!r} (looked in {Path.cwd()}).")
     if not path.is_file():
@@ -140,6 +143,20 @@ def require_name(name: str, what: str) -> str:
     """The name of a file or folder, where any byte but control characters may be in; InputError of others."""
     require_text(shown_name(name), what)
     return name
+
+
+def require_path(name: str, what: str) -> str:
+    """A name to look up on a disk: `require_name`'s, and no longer than a disk can hold; InputError of others.
+
+    The system's calls do not say of longer names that nothing is there: they fail.
+    """
+    whole, longest = (max(len(os.fsencode(part)) for part in parts) for parts in ([name], name.split("/")))
+    if longest > LONGEST_PART or whole > LONGEST_PATH:
+        raise InputError(
+            f"{what[:1].upper()}{what[1:]} is too long: {whole} bytes, {longest} of them between two slashes; "
+            f"at most {LONGEST_PATH} and {LONGEST_PART} can be the name of a file. Give the path of one."
+        )
+    return require_name(name, what)
 
 
 def shown_name(name: str | os.PathLike[str]) -> str:

@@ -3,14 +3,28 @@
 import json
 import os
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pixrl import config
+from pixrl.config import find_recipe
 from pixrl.data.pairs import check_concepts, parse_pairs
+from pixrl.data.prompts import load_prompts
+from pixrl.data.subjects import load_subjects
 from pixrl.errors import ConfigError, InputError
-from pixrl.text import comparable, decode, lines, parse_json, read_text, require_text, shown_name
+from pixrl.hub import resolve
+from pixrl.text import (
+    comparable,
+    decode,
+    lines,
+    parse_json,
+    read_text,
+    require_file,
+    require_text,
+    shown_name,
+)
 from pixrl.training.align_config import AlignConfig
 from pixrl.types import RewardBatch
 
@@ -141,3 +155,15 @@ def test_a_recipe_as_windows_writes_it(tmp_path: Path) -> None:
     path.write_text("kind: align\nmodel: été\nrewards: [{name: geneval}]\n", encoding="cp1252")
     with pytest.raises(ConfigError, match=r"Cannot read the recipe: .* iconv -f cp1252"):
         config.load(AlignConfig, path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "ä" * 200, "y/" * 3000], ids=["part", "bytes", "path"])
+@pytest.mark.parametrize("look_up", [load_prompts, load_subjects, find_recipe, resolve, require_file])
+def test_a_name_longer_than_a_disk_can_hold(look_up: Callable[[Path], object], name: str) -> None:
+    with pytest.raises(InputError, match="is too long"):
+        look_up(Path(name))
+
+
+def test_the_longest_name_is_looked_up() -> None:
+    with pytest.raises(InputError, match="There is no file"):
+        require_file(Path("x" * 255))

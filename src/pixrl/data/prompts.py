@@ -21,7 +21,7 @@ from pixrl.data.rows import CAPTION_SUFFIXES, FORMATS, Row, read_captions, read_
 from pixrl.data.toy import toy_prompts
 from pixrl.errors import InputError, did_you_mean
 from pixrl.hub import TOY_PREFIX
-from pixrl.text import comparable, require_name
+from pixrl.text import comparable, require_path
 
 REPEATS_SHOWN = 3
 
@@ -75,7 +75,7 @@ def load_prompts(source: str | Path, *, split: str = Split.TRAIN, column: str | 
     """
     if split not in list(Split):
         raise InputError(f"Unknown split {split!r}.{did_you_mean(str(split), Split)} Use {', '.join(Split)}.")
-    name = require_name(str(source), "the source of prompts")
+    name = require_path(str(source), "the source of prompts")
     path = Path(source)
     suffix = path.suffix.lower()
     if column is not None and (name.startswith(TOY_PREFIX) or suffix not in FORMATS):

@@ -36,7 +36,7 @@ from pixrl.data.rows import caption_of
 from pixrl.data.toy import toy_subjects
 from pixrl.errors import InputError, did_you_mean
 from pixrl.hub import TOY_PREFIX
-from pixrl.text import comparable, parse_json, read_text, require_name, shown_name
+from pixrl.text import comparable, parse_json, read_text, require_path, shown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +113,7 @@ def load_subjects(source: str | Path, *, split: str = Split.TRAIN) -> SubjectSet
     """
     if split not in list(Split):
         raise InputError(f"Unknown split {split!r}.{did_you_mean(str(split), Split)} Use {', '.join(Split)}.")
-    name = require_name(str(source), "the source of subjects")
+    name = require_path(str(source), "the source of subjects")
     if name.startswith(TOY_PREFIX):
         toy = toy_subjects(name.removeprefix(TOY_PREFIX), held_out=split == Split.EVALUATION)
         return SubjectSet(name, tuple(Subject(*entry) for entry in toy))
