@@ -28,13 +28,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixrl import config as recipes
-from pixrl.algorithms.align import Aligner, MicroBatches
-from pixrl.algorithms.peers import Alone
-from pixrl.algorithms.rollouts import Rollouts
+from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.trainer import Aligner, MicroBatches
+from pixrl.algorithms.world import Alone
 from pixrl.models.prompts import PromptCache
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_eval import score
-from pixrl.training.align_workshop import Workshop, open_workshop, plan_batches
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.evaluation import score
+from pixrl.runs.loaded import Workshop, open_workshop, plan_batches
 from pixrl.types import Scores
 
 PROMPTS, NOISES, STEPS, LEVELS = 16, 8, 10, 3

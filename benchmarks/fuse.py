@@ -24,10 +24,10 @@ import torch
 from sdxl_shaped import Sizes, build
 from torch import Tensor
 
+from pixrl.fusion.world import FusionWorld, Similarities, load_world
 from pixrl.models.base import Conditioning, Renderer
-from pixrl.training import fuse_job
-from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.fuse_world import FusionWorld, Similarities, load_world
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs.fuse_config import FuseConfig
 
 CONCEPTS = ("owl", "snail")
 

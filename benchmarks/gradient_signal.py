@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from pixrl import align_api
-from pixrl.algorithms.align import Aligner
+from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.losses import ClippedSettings, NFTSettings
-from pixrl.algorithms.peers import Alone
-from pixrl.algorithms.rollouts import Rollouts
+from pixrl.algorithms.trainer import Aligner
+from pixrl.algorithms.world import Alone
 from pixrl.models.pipeline import chunks
 from pixrl.models.slots import Slot
-from pixrl.training.align_eval import score
-from pixrl.training.align_workshop import Workshop, open_workshop, plan_batches
+from pixrl.runs.evaluation import score
+from pixrl.runs.loaded import Workshop, open_workshop, plan_batches
 
 LEVELS = 10
 

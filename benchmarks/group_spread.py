@@ -11,11 +11,11 @@ from typing import Any
 
 from pixrl import config as recipes
 from pixrl.algorithms.advantages import reward_metrics
-from pixrl.algorithms.peers import Alone
-from pixrl.algorithms.spread import group_diversity
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_eval import score
-from pixrl.training.align_workshop import open_workshop, plan_batches
+from pixrl.algorithms.world import Alone
+from pixrl.metrics.spread import group_diversity
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.evaluation import score
+from pixrl.runs.loaded import open_workshop, plan_batches
 
 NEAR = {"exploration.target": 0.8, "exploration.max_norm": 0.5}
 CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from pixrl.algorithms.stepping import Solver
-from pixrl.evaluation.align_eval import Drawing, Evaluation, evaluate, evaluated_slot, load_meter, open_run
+from pixrl.algorithms.sampling import Solver
 from pixrl.models.slots import Slot
 from pixrl.rewards.settings import RewardSetting
+from pixrl.studies.slots import Drawing, Evaluation, evaluate, evaluated_slot, load_meter, open_run
 
 
 def main() -> None:

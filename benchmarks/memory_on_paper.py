@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from pixrl.device import Precision
+from pixrl.doctor.diagnosis import size
+from pixrl.doctor.training import Paper
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX
 from pixrl.models import adapter_of, kind_of
-from pixrl.models.paper import paper_pipeline
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.diagnosis import size
-from pixrl.training.doctor import Paper
+from pixrl.models.estimate import paper_pipeline
+from pixrl.runs.align_config import AlignConfig
 
 BF16 = Precision(torch.bfloat16, torch.bfloat16)
 REWARDS = [{"name": "clip_text", "options": {"model": "toy:clip"}}]

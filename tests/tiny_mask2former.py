@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-from pixrl.rewards.mask2former import CLASSES
+from pixrl.rewards.zoo.mask2former import CLASSES
 
 RESOLUTION = 64
 """Shorter side that pictures are scaled to; the published one is 800."""

@@ -8,11 +8,11 @@ from PIL import Image, ImageDraw
 
 from pixrl import cli_demo, config, fuse_api
 from pixrl.data.pairs import parse_pairs
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.fuse_config import FuseConfig
 from pixrl.toy.drawn_sheet import generated_sheet, personal_sheet
 from pixrl.toy.sheet import contact_sheet
-from pixrl.training import fuse_job
-from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.runlog import RunFolder
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 TILE, GAP, LABEL = 128, 8, 20

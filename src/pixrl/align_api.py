@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from pixrl.errors import ConfigError
-from pixrl.evaluation.align_report import write_align_report
-from pixrl.training import align_job
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_kinds import ALIGN, PERSONALIZE, load_recipe
-from pixrl.training.align_log import evaluations
-from pixrl.training.distributed import Team
-from pixrl.training.monitor import Monitor, Silent, for_terminal
-from pixrl.training.runlog import RunFolder
-from pixrl.training.selfcheck import Report
+from pixrl.report.align import write_align_report
+from pixrl.runs import align as align_job
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.align_log import evaluations
+from pixrl.runs.display import Monitor, Silent, for_terminal
+from pixrl.runs.distributed import Team
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.kinds import ALIGN, PERSONALIZE, load_recipe
+from pixrl.runs.selfcheck import Report
 
 RUNS = Path("runs")
 PERSONALIZE_RECIPE = "toy/customized-nft"

@@ -61,8 +61,8 @@ def export(
     out: Annotated[Path | None, option("The folder.", default="export/FORMAT in the run's")] = None,
 ) -> None:
     """Write a run's LoRA for diffusers, ComfyUI or UNO, with a model card."""
-    from pixrl.evaluation import export as exporting
     from pixrl.models.slots import parse_slot
+    from pixrl.report import export as exporting
 
     done = exporting.export(
         run,

@@ -30,9 +30,9 @@ def _state_of(run: Path) -> str:
 
 def _saved(run: Path) -> str:
     """In words, by the newest whole checkpoint and the steps that are logged."""
-    from pixrl.training import checkpoint
-    from pixrl.training.run_place import CHILDREN
-    from pixrl.training.runlog import METRICS
+    from pixrl.runs import checkpoint
+    from pixrl.runs.folder import METRICS
+    from pixrl.runs.place import CHILDREN
 
     if (run / CHILDREN).is_dir():
         return "Finished fusions are kept; the one in hand goes on from its last whole step."

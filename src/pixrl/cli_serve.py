@@ -33,7 +33,7 @@ def serve_rewards(
 ) -> None:
     """Serve rewards of this environment to runs in another one, as their reward [bold]remote[/bold]."""
     from pixrl import config
-    from pixrl.rewards.server import RewardServer, ServeSettings, is_open_to_others
+    from pixrl.serve.server import RewardServer, ServeSettings, is_open_to_others
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = config.load(ServeSettings, rewards, set_ or [], values=given, kind="serve-rewards")

@@ -100,7 +100,7 @@ def resume(
     ] = False,
 ) -> None:
     """Go on with a run that was interrupted; it ends as one that never was."""
-    from pixrl.training.runlog import RunFolder
+    from pixrl.runs.folder import RunFolder
 
     with resumable(run):
         kind = RunFolder.open(run, repair=repair, allow_changed=True).kind
@@ -124,7 +124,7 @@ def check(
     as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
 ) -> None:
     """Look at every file of a run that nobody is writing to; exit code 1 when something is wrong."""
-    from pixrl.training import run_check
+    from pixrl.runs import check as run_check
 
     found = run_check.check(run, repair=repair)
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(found.lines()))
@@ -135,10 +135,10 @@ def check(
 @commands.command()
 def report(run: Run) -> None:
     """Write a run's report again; of an alignment also before it is finished."""
-    from pixrl.training.runlog import RunFolder
+    from pixrl.runs.folder import RunFolder
 
     if RunFolder.open(run).kind in LOOP_KINDS:
-        from pixrl.evaluation.align_report import write_align_report
+        from pixrl.report.align import write_align_report
 
         typer.echo(f"Report: {write_align_report(run)}")
         return

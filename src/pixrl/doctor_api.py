@@ -6,14 +6,14 @@ from typing import Any
 
 from pixrl import align_api, config
 from pixrl.device import quiet_loading
+from pixrl.doctor.diagnosis import Diagnosis
+from pixrl.doctor.fusion import examine_fusion
+from pixrl.doctor.training import examine as examine_training
 from pixrl.errors import ConfigError
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_job import try_out
-from pixrl.training.align_kinds import ALIGN, KINDS
-from pixrl.training.diagnosis import Diagnosis
-from pixrl.training.doctor import examine as examine_training
-from pixrl.training.doctor_fuse import examine_fusion
-from pixrl.training.fuse_config import FuseConfig
+from pixrl.runs.align import try_out
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.kinds import ALIGN, KINDS
 
 FUSE = "fuse"
 

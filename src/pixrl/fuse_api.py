@@ -10,14 +10,15 @@ from PIL import Image
 from pixrl import config as recipes
 from pixrl.data.pairs import check_concepts, parse_pairs, read_pairs
 from pixrl.errors import InputError, RunError
-from pixrl.evaluation.many_report import write_many_report
-from pixrl.evaluation.report import write_fuse_report
-from pixrl.training import fuse_job, fuse_many
-from pixrl.training.fuse_config import FuseConfig, resolve_options
-from pixrl.training.fuse_job import FinishedRun
-from pixrl.training.fuse_progress import Progress, Silent, for_terminal
-from pixrl.training.fuse_select import Selection
-from pixrl.training.runlog import RunFolder
+from pixrl.fusion.select import Selection
+from pixrl.report.fuse import write_fuse_report
+from pixrl.report.fuse_many import write_many_report
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs import fuse_many
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.fuse import FinishedRun
+from pixrl.runs.fuse_config import FuseConfig, resolve_options
+from pixrl.runs.fuse_display import Progress, Silent, for_terminal
 
 RUNS = Path("runs")
 

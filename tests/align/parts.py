@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.align import Aligner, Method, MicroBatches, OptimizerSettings
+from pixrl.algorithms.base import Group
+from pixrl.algorithms.e2po import PerturbationSettings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings
 from pixrl.algorithms.loss_table import LossSettings, make_loss
 from pixrl.algorithms.losses import ClippedSettings, NFTSettings
-from pixrl.algorithms.perturbation_learning import PerturbationSettings
-from pixrl.algorithms.rollouts import Group
-from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
-from pixrl.training import checkpoint
+from pixrl.runs import checkpoint
 from pixrl.types import Scores
 
 JUDGE = Path(__file__).with_name("judge.py")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_log import EVALUATIONS
-from pixrl.training.align_record import GALLERY, START
-from pixrl.training.jsonl import JsonLines
-from pixrl.training.runlog import ManifestRow, RunFolder, png_bytes
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.align_log import EVALUATIONS
+from pixrl.runs.folder import ManifestRow, RunFolder, png_bytes
+from pixrl.runs.jsonl import JsonLines
+from pixrl.runs.record import GALLERY, START
 
 Draw = Callable[[str, int], Tensor]
 """Prompt and seed -> [3, H, W]."""

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.algorithms.advantages import AdvantageSettings, advantages, group_std, reward_metrics
-from pixrl.algorithms.align import Aligner, OptimizerSettings
+from pixrl.algorithms.base import Rollouts, Samples
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import LossSettings, check_fit, make_loss
 from pixrl.algorithms.losses import ClippedSettings, KLForm, NFTSettings, OldPolicy
-from pixrl.algorithms.rollouts import Rollouts, Samples
-from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.trainer import Aligner, OptimizerSettings
 from pixrl.errors import RunError
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot

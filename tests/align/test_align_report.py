@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from pixrl.errors import CheckpointError, RunError
-from pixrl.evaluation import charts
-from pixrl.evaluation.align_changes import Change, changes_of, warnings
-from pixrl.evaluation.align_panels import Panel, panels, reward_panels, smooth, window_of
-from pixrl.evaluation.align_report import gallery_pairs, newest_group, phases, write_align_report
-from pixrl.evaluation.align_words import facts
-from pixrl.evaluation.intervals import Interval
-from pixrl.training.align_log import SCORES, samples_of
-from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.runlog import RunFolder
+from pixrl.metrics.intervals import Interval
+from pixrl.report import charts
+from pixrl.report.align import gallery_pairs, newest_group, phases, write_align_report
+from pixrl.report.align_panels import Panel, panels, reward_panels, smooth, window_of
+from pixrl.report.changes import Change, changes_of, warnings
+from pixrl.report.describe import facts
+from pixrl.runs.align_log import SCORES, samples_of
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.fuse_config import FuseConfig
 from tests.align.synthetic import PROMPTS, run_folder, settings
 
 

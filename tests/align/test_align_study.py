@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from pixrl import config as recipes
-from pixrl.algorithms.spread import pixel_features
 from pixrl.errors import ConfigError, ShapeError
-from pixrl.evaluation import align_study
-from pixrl.evaluation.align_projection import principal_plane, sheet, shift
-from pixrl.evaluation.align_study import main, training_figures, training_record
-from pixrl.evaluation.align_study_config import AlignStudyConfig
-from pixrl.evaluation.align_study_figures import over_seeds
-from pixrl.evaluation.diversity import DiversityMeter
-from pixrl.evaluation.intervals import student
-from pixrl.training import align_job
+from pixrl.metrics.diversity import DiversityMeter
+from pixrl.metrics.intervals import student
+from pixrl.metrics.spread import pixel_features
+from pixrl.runs import align as align_job
+from pixrl.studies import align as align_study
+from pixrl.studies.align import main, training_figures, training_record
+from pixrl.studies.align_config import AlignStudyConfig
+from pixrl.studies.align_figures import over_seeds
+from pixrl.studies.projection import principal_plane, sheet, shift
 from tests.align.parts import E2PO, GRPO, recipe
 from tests.align.synthetic import settings as synthetic
 from tests.tolerance import agree

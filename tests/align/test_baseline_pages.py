@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from pixrl.evaluation.align_changes import changes_of
-from pixrl.evaluation.align_report import align_view, write_align_report
-from pixrl.evaluation.align_words import method_parts
-from pixrl.evaluation.model_card import Facts, write_card
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.personalize_config import PersonalizeConfig
-from pixrl.training.runlog import RunFolder
+from pixrl.report.align import align_view, write_align_report
+from pixrl.report.changes import changes_of
+from pixrl.report.describe import method_parts
+from pixrl.report.model_card import Facts, write_card
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.personalize_config import PersonalizeConfig
 from tests.align.synthetic import run_folder, settings
 
 NOISE = {"kind": "noise", "noises": 12}

@@ -13,8 +13,8 @@ from pixrl import config, models
 from pixrl.errors import ConfigError
 from pixrl.models.compiling import VARIANTS, compile_blocks
 from pixrl.models.sd3 import SD3Policy
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_workshop import open_workshop
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.loaded import open_workshop
 from tests import tiny
 from tests.align.parts import CLIPPED, aligner, groups, recipe, scored, weights_of
 from tests.tolerance import GRADIENT, agree_after_adam

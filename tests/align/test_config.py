@@ -7,8 +7,8 @@ import pytest
 
 from pixrl import config
 from pixrl.errors import ConfigError, InputError
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_record import differences
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.record import differences
 
 METHODS = ["flow-grpo", "flow-grpo-fast", "dance-grpo", "mix-grpo", "diffusion-nft", "e2po", "e2po-grpo"]
 REWARD = {"rewards": [{"name": "python", "options": {"function": "m:f"}}]}

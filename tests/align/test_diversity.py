@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixrl.errors import InputError, ShapeError
-from pixrl.evaluation.diversity import (
+from pixrl.metrics.diversity import (
     SAME_WITHIN,
     DiversityMeter,
     Layout,

@@ -13,17 +13,18 @@ from typer.testing import CliRunner
 
 import pixrl
 from pixrl import cli, doctor_api, models
-from pixrl.algorithms.optimizers import adamw
+from pixrl.algorithms.optim import adamw
 from pixrl.device import Precision
+from pixrl.doctor import needs as doctor_needs
+from pixrl.doctor import training as doctor
+from pixrl.doctor.diagnosis import Diagnosis, Need
 from pixrl.errors import CheckpointError, ConfigError
 from pixrl.hub_fetch import Remote
 from pixrl.models import loading
+from pixrl.models.estimate import Cost, PartSize, PeakMeter
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.paper import Cost, PartSize, PeakMeter
-from pixrl.training import doctor, doctor_needs
-from pixrl.training.diagnosis import Diagnosis, Need
-from pixrl.training.planner import trial
+from pixrl.runs.planner import trial
 from tests import tiny
 from tests.align.parts import recipe
 
@@ -300,7 +301,7 @@ def test_how_many_references_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_single_file_and_half_precision(tmp_path: Path) -> None:
     from pixrl.hub import locate
-    from pixrl.models.paper import part_sizes
+    from pixrl.models.estimate import part_sizes
     from tests import published
 
     folder = tiny.sd3(tmp_path / "model", card=tiny.SD3_CARD, with_t5=True)

@@ -9,14 +9,15 @@ import torch
 
 from pixrl import doctor_api
 from pixrl.data.prompts import Prompt
+from pixrl.doctor import needs as doctor_needs
+from pixrl.doctor import rewards as doctor_rewards
+from pixrl.doctor.diagnosis import Findings, Need
+from pixrl.doctor.rewards import READS, find_rewards
 from pixrl.errors import CheckpointError, PixrlError
 from pixrl.hub_fetch import Remote
 from pixrl.rewards import REWARDS as TABLE
 from pixrl.rewards import load
 from pixrl.rewards.settings import RewardSetting
-from pixrl.training import doctor_needs, doctor_rewards
-from pixrl.training.diagnosis import Findings, Need
-from pixrl.training.doctor_rewards import READS, find_rewards
 from tests import encoder_rewards, language_rewards, tiny
 from tests.align.test_doctor import needs, toy
 from tests.conformance.test_table import REWARDS, SERVED, options_of

@@ -11,9 +11,10 @@ import torch
 
 from pixrl import doctor_api
 from pixrl.device import Precision
+from pixrl.doctor import needs as doctor_needs
+from pixrl.doctor import work as doctor_work
+from pixrl.doctor.diagnosis import Diagnosis, Need
 from pixrl.hub_fetch import Remote
-from pixrl.training import doctor_needs, doctor_work
-from pixrl.training.diagnosis import Diagnosis, Need
 from tests import published, tiny
 from tests.align.test_doctor import needs, toy
 

@@ -12,17 +12,17 @@ from torch import Tensor
 import pixrl
 from pixrl import config
 from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.align import Aligner, Method, MicroBatches, OptimizerSettings
+from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.draft import DirectReward, DraftSettings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly
 from pixrl.algorithms.losses import Judgement
-from pixrl.algorithms.rollouts import Rollouts
-from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.errors import ConfigError, InputError
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.base import DifferentiableReward
-from pixrl.training import align_job
-from pixrl.training.align_config import AlignConfig
+from pixrl.runs import align as align_job
+from pixrl.runs.align_config import AlignConfig
 from pixrl.types import RewardBatch, Scores
 from tests import tiny
 from tests.align.parts import final, groups, perturbed, recipe, same, scored, weights_of

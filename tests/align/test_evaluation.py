@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixrl.algorithms.spread import pixel_features
-from pixrl.algorithms.stepping import Solver
+from pixrl.algorithms.sampling import Solver
 from pixrl.data.prompts import Prompt
-from pixrl.evaluation.align_eval import Drawing, draw, evaluate, open_run, reward_figures
-from pixrl.evaluation.diversity import DiversityMeter
+from pixrl.metrics.diversity import DiversityMeter
+from pixrl.metrics.spread import pixel_features
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
-from pixrl.rewards.multi import RewardSet
+from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
+from pixrl.studies.slots import Drawing, draw, evaluate, open_run, reward_figures
 from pixrl.types import Scores
 from tests.align.parts import JUDGE
 from tests.tolerance import PICTURE, agree
@@ -87,8 +87,8 @@ def test_means_leave_nan_out_and_tasks_count_alike_worked_out_by_hand() -> None:
 def test_a_finished_run_is_opened_with_its_trained_slots(
     tmp_path: Path, sd3_folder: Path, prompt_file: Path
 ) -> None:
-    from pixrl.training import align_job
-    from pixrl.training.align_config import AlignConfig
+    from pixrl.runs import align as align_job
+    from pixrl.runs.align_config import AlignConfig
     from tests.align.parts import final, recipe
 
     config = AlignConfig.model_validate(recipe(sd3_folder, prompt_file, steps=1))

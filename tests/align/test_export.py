@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 import pixrl
 from pixrl import cli, hub, models
 from pixrl.errors import ConfigError, InputError, RunError
-from pixrl.evaluation.align_changes import Change
-from pixrl.evaluation.export import Format, export, parse_format
-from pixrl.evaluation.model_card import Facts, artefacts, shown_pairs, write_card
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
-from pixrl.training import checkpoint
-from pixrl.training.align_kinds import read_config
-from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.runlog import ManifestRow, RunFolder
+from pixrl.report.changes import Change
+from pixrl.report.export import Format, export, parse_format
+from pixrl.report.model_card import Facts, artefacts, shown_pairs, write_card
+from pixrl.runs import checkpoint
+from pixrl.runs.folder import ManifestRow, RunFolder
+from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.kinds import read_config
 from tests import published, tiny
 from tests.align.parts import recipe
 from tests.tolerance import PICTURE, agree

@@ -18,14 +18,14 @@ import pixrl
 from pixrl import align_api, cli, cli_runs
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
-from pixrl.evaluation.align_report import write_align_report
-from pixrl.training import align_job
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_log import evaluations, sample_scores, samples_of
-from pixrl.training.align_record import START, comparable_evaluations
-from pixrl.training.align_workshop import open_workshop, plan_batches
-from pixrl.training.prompt_sampler import PromptSampler
-from pixrl.training.runlog import RunFolder
+from pixrl.report.align import write_align_report
+from pixrl.runs import align as align_job
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.align_log import evaluations, sample_scores, samples_of
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.loaded import open_workshop, plan_batches
+from pixrl.runs.record import START, comparable_evaluations
+from pixrl.runs.sampler import PromptSampler
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 from tests.align.test_processes import assert_trained_alike
 
@@ -85,7 +85,7 @@ def test_stopped_and_resumed_ends_the_same(
     method: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pixrl.training.loop import Loop
+    from pixrl.runs.loop import Loop
 
     config = AlignConfig.model_validate(recipe(sd3_folder, prompt_file, **method))
     whole = align_job.start(config, tmp_path / "whole")
@@ -123,7 +123,7 @@ def test_a_step_is_ended_and_saved_at_ctrl_c_and_lost_at_a_second_one(
     said: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pixrl.training.loop import Loop
+    from pixrl.runs.loop import Loop
 
     monkeypatch.setattr(cli_runs, "leads", lambda: True)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,7 +8,7 @@ import torch
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import LossSettings
 from pixrl.algorithms.losses import ClippedSettings, NFTSettings
-from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.models.sd3 import SD3Policy
 from tests.align.parts import aligner, groups, perturbed, scored
 

@@ -3,12 +3,12 @@
 import torch
 
 from pixrl.algorithms.advantages import AdvantageSettings, TimeSettings
-from pixrl.algorithms.align import Aligner, Method, MicroBatches, OptimizerSettings
+from pixrl.algorithms.base import Group, _differing_rows
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import make_loss
 from pixrl.algorithms.losses import NFTSettings, noise_levels
-from pixrl.algorithms.rollouts import Group, _differing_rows
-from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.models.base import Conditioning
 from tests.reference.world import PROMPTS, TinyPolicy
 

@@ -15,15 +15,15 @@ from typer.testing import CliRunner
 import pixrl
 from pixrl import align_api, cli, doctor_api, models
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.evaluation.align_eval import open_run
-from pixrl.evaluation.export import Format, export
 from pixrl.models.flux_lora import added, slot_lora
 from pixrl.models.lora_files import read_lora
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
-from pixrl.training import checkpoint
-from pixrl.training.align_config import LoraSettings
-from pixrl.training.align_kinds import load_recipe
+from pixrl.report.export import Format, export
+from pixrl.runs import checkpoint
+from pixrl.runs.align_config import LoraSettings
+from pixrl.runs.kinds import load_recipe
+from pixrl.studies.slots import open_run
 from tests import tiny
 from tests.align.parts import recipe
 from tests.tiny_lora import TARGETS, peft_folder, tensors
@@ -141,7 +141,7 @@ def test_an_export_has_one_rank_and_says_what_it_was_checked_with(
 def test_an_export_that_reads_back_as_something_else_is_removed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pixrl.evaluation import export as exporting
+    from pixrl.report import export as exporting
 
     def doubled(lora: Any) -> dict[str, Tensor]:
         return {key: 2 * x if "lora_B" in key else x for key, x in to_diffusers(lora).items()}

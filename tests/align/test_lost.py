@@ -10,15 +10,16 @@ import pytest
 from pixrl import align_api
 from pixrl.config import find_recipe
 from pixrl.errors import CheckpointError
-from pixrl.evaluation.shown import gallery_entries
-from pixrl.training import align_job, checkpoint
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_data import with_full_paths
-from pixrl.training.align_log import evaluations
-from pixrl.training.align_record import GALLERY, START
-from pixrl.training.loop import Loop
-from pixrl.training.run_check import check
-from pixrl.training.runlog import RunFolder
+from pixrl.report.samples import gallery_entries
+from pixrl.runs import align as align_job
+from pixrl.runs import checkpoint
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.align_log import evaluations
+from pixrl.runs.check import check
+from pixrl.runs.data import with_full_paths
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.loop import Loop
+from pixrl.runs.record import GALLERY, START
 from tests.align.parts import JUDGE, final, recipe, same
 
 CHEAP: dict[str, Any] = {
@@ -170,8 +171,8 @@ def test_killed_between_a_changed_recipe_and_its_start(
             path.write_bytes(content)
 
         with monkeypatch.context() as patch:
-            patch.setattr("pixrl.training.runlog.write_atomic", stop)
-            patch.setattr("pixrl.training.align_record.write_atomic", stop)
+            patch.setattr("pixrl.runs.folder.write_atomic", stop)
+            patch.setattr("pixrl.runs.record.write_atomic", stop)
             with pytest.raises(KeyboardInterrupt):
                 align_job.go_on(copy, overrides=["optimizer.lr=0.002", "steps=3"])
         align_job.go_on(copy)

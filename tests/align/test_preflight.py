@@ -14,16 +14,16 @@ import pixrl
 from pixrl import align_api, doctor_api, fuse_api
 from pixrl.config import load
 from pixrl.data.prompts import Prompt
+from pixrl.doctor import preflight
+from pixrl.doctor.diagnosis import Findings, Need
+from pixrl.doctor.preflight import require_metadata, require_out
 from pixrl.errors import ConfigError, PixrlError, did_you_mean
 from pixrl.models import loading
 from pixrl.models.slots import LoraSlots, slot_sizes
 from pixrl.rewards import kind_of
 from pixrl.rewards.python_reward import find_function
 from pixrl.rewards.settings import RewardSetting, import_path, is_importable
-from pixrl.training import preflight
-from pixrl.training.diagnosis import Findings, Need
-from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.preflight import require_metadata, require_out
+from pixrl.runs.fuse_config import FuseConfig
 from tests.align.parts import JUDGE, recipe
 
 GENEVAL = {"name": "geneval", "options": {"segmenter": "toy:segmenter", "clip": "toy:clip"}}

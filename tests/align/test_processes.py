@@ -23,9 +23,9 @@ import yaml
 from torch import Tensor
 
 from pixrl import cli
-from pixrl.training.align_log import sample_scores, samples_of
-from pixrl.training.align_record import START
-from pixrl.training.runlog import METRICS, RunFolder
+from pixrl.runs.align_log import sample_scores, samples_of
+from pixrl.runs.folder import METRICS, RunFolder
+from pixrl.runs.record import START
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 from tests.tolerance import GRADIENT, PICTURE, agree_after_adam, rounding
 
@@ -179,7 +179,7 @@ STEPS = 24
 def fork() -> Iterator[Callable[..., BaseProcess]]:
     """Runs a pixrl command in a process of its own, forked from one that has imported everything; all end with it."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["pixrl.training.align_job", "diffusers", "transformers", "peft"])
+    server.set_forkserver_preload(["pixrl.runs.align", "diffusers", "transformers", "peft"])
     begun: list[BaseProcess] = []
 
     def begin(*words: str) -> BaseProcess:

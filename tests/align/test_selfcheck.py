@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import pixrl
 from pixrl import cli
-from pixrl.algorithms.align import Aligner
-from pixrl.algorithms.rollouts import Group, Rollouts
+from pixrl.algorithms.base import Group, Rollouts
+from pixrl.algorithms.trainer import Aligner
 from pixrl.errors import RunError
-from pixrl.training.runlog import RunFolder
-from pixrl.training.selfcheck import BROKEN, Deviation, Report, require_agreement, require_on_policy
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.selfcheck import BROKEN, Deviation, Report, require_agreement, require_on_policy
 from tests.align.parts import GRPO, recipe
 
 METHODS = pytest.mark.parametrize("method", [{}, GRPO], ids=["nft", "grpo"])

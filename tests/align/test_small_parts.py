@@ -11,21 +11,21 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pixrl.algorithms.peers import Alone, Tally, disagreement
-from pixrl.algorithms.rollouts import Samples
-from pixrl.algorithms.spread import group_diversity, mean_pairwise_distance, pixel_features
+from pixrl.algorithms.base import Samples
+from pixrl.algorithms.world import Alone, Tally, disagreement
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import InputError, RunError
+from pixrl.metrics.spread import group_diversity, mean_pairwise_distance, pixel_features
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.placement import Part, Placement
 from pixrl.models.sd3 import SD3Policy
-from pixrl.rewards.multi import Failures, RewardSet
+from pixrl.rewards.set import Failures, RewardSet
 from pixrl.rewards.settings import RewardSetting
-from pixrl.training.align_eval import score
-from pixrl.training.align_workshop import placed
-from pixrl.training.monitor import LiveView, PlainLines
-from pixrl.training.planner import evened, largest, plan
-from pixrl.training.prompt_sampler import PromptSampler, share
+from pixrl.runs.display import LiveView, PlainLines
+from pixrl.runs.evaluation import score
+from pixrl.runs.loaded import placed
+from pixrl.runs.planner import evened, largest, plan
+from pixrl.runs.sampler import PromptSampler, share
 from tests.align.parts import JUDGE, groups
 from tests.tolerance import rounding
 

@@ -9,8 +9,9 @@ import pytest
 from torch import Tensor
 
 import pixrl
-from pixrl.training import align_job, checkpoint
-from pixrl.training.runlog import RunFolder
+from pixrl.runs import align as align_job
+from pixrl.runs import checkpoint
+from pixrl.runs.folder import RunFolder
 from tests.align.parts import JUDGE, recipe, same
 
 

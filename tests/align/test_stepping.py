@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from pixrl.algorithms.stepping import (
+from pixrl.algorithms.sampling import (
     Noise,
     ODESolver,
     SamplingSettings,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import pixrl
-from pixrl.training.runlog import RunFolder
+from pixrl.runs.folder import RunFolder
 
 REWARDS: list[dict[str, Any]] = [
     {"name": "geneval", "options": {"segmenter": "toy:segmenter", "clip": "toy:clip", "graded": True}},

@@ -23,10 +23,10 @@ from pixrl.data.prompts import Prompt, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import load_subjects
 from pixrl.errors import ConfigError, InputError
-from pixrl.evaluation.shown import class_word
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_data import checksum
-from pixrl.training.personalize_config import PersonalizeConfig
+from pixrl.report.samples import class_word
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.data import checksum
+from pixrl.runs.personalize_config import PersonalizeConfig
 
 CASES = Path(__file__).parent / "cases"
 REWARD = {"rewards": [{"name": "geneval"}]}

@@ -15,6 +15,7 @@ from pixrl.data.prompts import load_prompts
 from pixrl.data.subjects import load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.hub import resolve
+from pixrl.runs.align_config import AlignConfig
 from pixrl.text import (
     comparable,
     decode,
@@ -25,7 +26,6 @@ from pixrl.text import (
     require_text,
     shown_name,
 )
-from pixrl.training.align_config import AlignConfig
 from pixrl.types import RewardBatch
 
 TEXT = "a café\nan owl 🦉\n"

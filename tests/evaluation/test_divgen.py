@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pixrl.errors import InputError, ShapeError
-from pixrl.evaluation.divgen import (
+from pixrl.metrics.divgen import (
     Features,
     asc,
     encode,

@@ -9,17 +9,17 @@ from tests.align.synthetic import settings
 from tests.reference.world import TinyPolicy
 from tests.tolerance import PICTURE, agree
 
-from pixrl.algorithms.spread import mean_pairwise_distance
-from pixrl.algorithms.stepping import Solver
+from pixrl.algorithms.sampling import Solver
 from pixrl.data.prompts import Prompt
-from pixrl.evaluation.align_changes import Change, _by_prompt
-from pixrl.evaluation.align_eval import EPOCH, Drawing, draw, evaluated_slot, reward_figures
-from pixrl.evaluation.align_projection import shift
-from pixrl.evaluation.diversity import Layout
-from pixrl.evaluation.fusion_metrics import figures
-from pixrl.evaluation.intervals import Interval, bootstrap, by_unit, paired, student
+from pixrl.metrics.diversity import Layout
+from pixrl.metrics.fusion import figures
+from pixrl.metrics.intervals import Interval, bootstrap, by_unit, paired, student
+from pixrl.metrics.spread import mean_pairwise_distance
 from pixrl.models.slots import Slot
+from pixrl.report.changes import Change, _by_prompt
 from pixrl.rewards.segmentation import Instance
+from pixrl.studies.projection import shift
+from pixrl.studies.slots import EPOCH, Drawing, draw, evaluated_slot, reward_figures
 from pixrl.types import Scores, sample_seed
 
 T_OF_TWO = 4.302653

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pixrl.errors import InputError
-from pixrl.evaluation.geneval_scores import geneval_scores, score_folder
+from pixrl.metrics.geneval import geneval_scores, score_folder
 from pixrl.rewards.base import Reward
 from pixrl.types import RewardBatch, Scores
 

@@ -9,12 +9,12 @@ import pytest
 from tests.align.synthetic import settings
 
 from pixrl.errors import ConfigError
-from pixrl.evaluation.align_budget import budget_of, check_budgets, draws_its_own
-from pixrl.evaluation.align_study import training_figures, training_record
-from pixrl.evaluation.align_study_figures import over_seeds
-from pixrl.evaluation.intervals import Interval
-from pixrl.evaluation.personalize_figures import _conflict, marks_of
-from pixrl.evaluation.personalize_tables import (
+from pixrl.metrics.intervals import Interval
+from pixrl.studies.align import training_figures, training_record
+from pixrl.studies.align_figures import over_seeds
+from pixrl.studies.budget import budget_of, check_budgets, draws_its_own
+from pixrl.studies.personalize_figures import _conflict, marks_of
+from pixrl.studies.personalize_tables import (
     HOLDS,
     MISSING,
     OPEN,

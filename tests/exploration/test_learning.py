@@ -10,14 +10,14 @@ from tests.tolerance import GRADIENT, agree, agree_after_adam
 from torch import Tensor
 
 from pixrl import config
-from pixrl.algorithms.exploration import PerturbedEmbeddings
-from pixrl.algorithms.perturbation_learning import (
+from pixrl.algorithms.e2po import (
     Encoders,
     PerturbationSettings,
     chosen_encoders,
     learn,
     perturbed_embeddings,
 )
+from pixrl.algorithms.exploration import PerturbedEmbeddings
 from pixrl.equations import anchor_loss, diversity_loss, perturbation_objective
 from pixrl.errors import ConfigError, InputError, RunError
 from pixrl.models.flux import FluxPolicy

@@ -4,7 +4,7 @@ import pytest
 
 from pixrl import config as recipes
 from pixrl.errors import ConfigError
-from pixrl.training.fuse_config import FuseConfig, SamplerName
+from pixrl.runs.fuse_config import FuseConfig, SamplerName
 
 PAIR = {"concepts": ["owl", "snail"]}
 

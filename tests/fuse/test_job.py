@@ -11,13 +11,14 @@ import torch
 
 from pixrl import fuse_api
 from pixrl.errors import CheckpointError, InputError, RunError, UnknownWordError
-from pixrl.training import checkpoint, fuse_job
-from pixrl.training.fuse_config import FuseConfig, Pooled, SamplerName
-from pixrl.training.fuse_job import go_on, select_again, start
-from pixrl.training.fuse_select import one_a_noise_first
-from pixrl.training.fuse_world import FusionSession
-from pixrl.training.fuse_writer import StepWriter, load_coefficients
-from pixrl.training.runlog import RunFolder
+from pixrl.fusion.select import one_a_noise_first
+from pixrl.fusion.world import FusionSession
+from pixrl.runs import checkpoint
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.fuse import go_on, select_again, start
+from pixrl.runs.fuse_config import FuseConfig, Pooled, SamplerName
+from pixrl.runs.fuse_writer import StepWriter, load_coefficients
 from tests.fuse.world import fake_world
 from tests.tolerance import agree, rounding
 
@@ -104,9 +105,9 @@ def test_killed_while_rendering_and_resumed_is_the_unbroken_run(tmp_path, sample
 @pytest.mark.parametrize("step", [1, 2, 4])
 @pytest.mark.parametrize(
     "place",
-    ["pixrl.training.runlog.RunFolder.save_images", "pixrl.training.fuse_writer.save_coefficients",
-     "pixrl.training.runlog.RunFolder.append_manifest", "pixrl.training.runlog.RunFolder.log",
-     "pixrl.training.checkpoint.save", "pixrl.training.checkpoint.keep_last"],
+    ["pixrl.runs.folder.RunFolder.save_images", "pixrl.runs.fuse_writer.save_coefficients",
+     "pixrl.runs.folder.RunFolder.append_manifest", "pixrl.runs.folder.RunFolder.log",
+     "pixrl.runs.checkpoint.save", "pixrl.runs.checkpoint.keep_last"],
 )  # fmt: skip
 def test_killed_between_any_two_writes_and_resumed_is_the_unbroken_run(tmp_path, whole, place, step):
     """A child process is ended by SIGKILL at the nth call of a function that writes."""

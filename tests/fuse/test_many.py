@@ -6,8 +6,9 @@ import pytest
 
 from pixrl import fuse_api
 from pixrl.errors import ConfigError, InputError, RunError, UnknownWordError
-from pixrl.training import fuse_job, fuse_many
-from pixrl.training.fuse_config import FuseConfig, SamplerName
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs import fuse_many
+from pixrl.runs.fuse_config import FuseConfig, SamplerName
 from tests.fuse.world import fake_world
 
 SMALL = {"budget": 16, "batch": 8, "exemplars": 1}

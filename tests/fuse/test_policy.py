@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixrl.algorithms.base import Feedback, FusionTask
-from pixrl.algorithms.fusion_policy import CompactPolicy, PaperPolicy
-from pixrl.algorithms.policy_baselines import PPO
-from pixrl.algorithms.rmler import RMLer
+from pixrl.algorithms.fusion.base import Feedback, FusionTask
+from pixrl.algorithms.fusion.policy import CompactPolicy, PaperPolicy
+from pixrl.algorithms.fusion.policy_baselines import PPO
+from pixrl.algorithms.fusion.rmler import RMLer
 from pixrl.errors import ShapeError
-from pixrl.training.fuse_config import FuseConfig, resolve_options
-from pixrl.training.fuse_loop import make_sampler, play
-from pixrl.training.fuse_world import FusionSession
+from pixrl.fusion.world import FusionSession
+from pixrl.runs.fuse_config import FuseConfig, resolve_options
+from pixrl.runs.fuse_loop import make_sampler, play
 from tests.fuse.test_samplers import sampler_of, scores, task, told
 from tests.fuse.world import fake_world
 from tests.tolerance import agree, rounding

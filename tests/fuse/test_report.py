@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from pixrl.evaluation import charts
-from pixrl.evaluation.fusion_metrics import figures
-from pixrl.evaluation.page import inline
-from pixrl.evaluation.report import write_fuse_report
-from pixrl.evaluation.reproduce_text import command_line
-from pixrl.training import fuse_job
-from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.fuse_job import select_again, start
-from pixrl.training.fuse_progress import LiveBox, PlainLines, Tally, for_terminal, sparkline
+from pixrl.metrics.fusion import figures
+from pixrl.report import charts
+from pixrl.report.fuse import write_fuse_report
+from pixrl.report.page import inline
+from pixrl.report.reproduce import command_line
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs.fuse import select_again, start
+from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.fuse_display import LiveBox, PlainLines, Tally, for_terminal, sparkline
 from tests.fuse.world import fake_world
 from tests.tolerance import rounding
 

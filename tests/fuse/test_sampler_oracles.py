@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from pixrl.algorithms.base import Feedback
-from pixrl.algorithms.fusion_samplers import GoldenSection
-from pixrl.algorithms.swap_samplers import BASS, AGSwap, BASSSettings
+from pixrl.algorithms.fusion.base import Feedback
+from pixrl.algorithms.fusion.samplers import GoldenSection
+from pixrl.algorithms.fusion.swap_samplers import BASS, AGSwap, BASSSettings
 from tests.fuse.test_samplers import sampler_of, task, told
 from tests.tolerance import agree
 

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixrl import algorithms
-from pixrl.algorithms.base import Feedback, FusionTask
-from pixrl.algorithms.fusion_samplers import GoldenSection, uniform_simplex
-from pixrl.algorithms.swap_samplers import BASS, BASSSettings
-from pixrl.training.fuse_config import FuseConfig, SamplerName, resolve_options
-from pixrl.training.fuse_loop import make_sampler, play
-from pixrl.training.fuse_world import FusionSession
+from pixrl.algorithms.fusion.base import Feedback, FusionTask
+from pixrl.algorithms.fusion.samplers import GoldenSection, uniform_simplex
+from pixrl.algorithms.fusion.swap_samplers import BASS, BASSSettings
+from pixrl.fusion.world import FusionSession
+from pixrl.runs.fuse_config import FuseConfig, SamplerName, resolve_options
+from pixrl.runs.fuse_loop import make_sampler, play
 from tests.fuse.world import fake_world
 from tests.tolerance import agree
 

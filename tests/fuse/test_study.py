@@ -9,11 +9,11 @@ import torch
 
 from pixrl import config as recipes
 from pixrl.errors import ConfigError, InputError
-from pixrl.evaluation import study as study_module
-from pixrl.evaluation.heldout import HeldOut
-from pixrl.evaluation.intervals import bootstrap, by_unit, paired
-from pixrl.evaluation.study import StudyConfig, main, run_study
-from pixrl.training.calibration import BALANCE_SHARE, calibrate_presence
+from pixrl.fusion.calibration import BALANCE_SHARE, calibrate_presence
+from pixrl.metrics.intervals import bootstrap, by_unit, paired
+from pixrl.studies import fusion as study_module
+from pixrl.studies.fusion import StudyConfig, main, run_study
+from pixrl.studies.heldout import HeldOut
 from tests.fuse.world import FakeScorer, fake_world
 
 RECIPE = {

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pixrl.fusion.world import FusionWorld
 from pixrl.hub import Card, Presence
 from pixrl.models.base import Conditioning, Renderer, SamplingSettings
 from pixrl.models.prompts import check_words
-from pixrl.training.fuse_world import FusionWorld
 
 TOKENS, COLUMNS, POOLED = 3, 48, 8
 WORDS = ("a", "photo", "of", "owl", "snail", "mushroom", "frog", "car")

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pixrl.evaluation.export import FILES
 from pixrl.models import PIPELINES, RENDERERS
 from pixrl.models.licences import LICENCES, NOT_STATED, TOY, generator_licence
 from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.report.export import FILES
 
 PAGE = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
 

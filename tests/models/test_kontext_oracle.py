@@ -13,9 +13,9 @@ from tests.tolerance import MODEL, agree
 from torch import Tensor
 
 from pixrl import models
+from pixrl.algorithms.base import Group
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.references import shown_to
-from pixrl.algorithms.rollouts import Group
 from pixrl.models.flux import FluxPolicy, Preset, pack_latents, position_ids
 from pixrl.models.references import on_square
 

@@ -13,14 +13,14 @@ from tests.tolerance import PICTURE, agree
 from torch import Tensor
 
 from pixrl import models
-from pixrl.algorithms import optimizers
+from pixrl.algorithms import optim as optimizers
 from pixrl.config import load as load_config
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
 from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.models.placement import stream_weights, unstream_weights
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLRenderer
-from pixrl.training.align_config import AlignConfig, MachineSettings
+from pixrl.runs.align_config import AlignConfig, MachineSettings
 
 OWL, SNAIL = "a photo of an owl", "a photo of a snail"
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings, TimeSettings
+from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.losses import noised
-from pixrl.algorithms.rollouts import Rollouts
 from pixrl.algorithms.rpo import PreferencePairs, RPOSettings, harmonic_scores
 from pixrl.algorithms.sft import FlowMatching
 from pixrl.models.flux import FluxPolicy

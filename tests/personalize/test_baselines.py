@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.align import Aligner
+from pixrl.algorithms.base import Group
 from pixrl.algorithms.loss_table import LossSettings
-from pixrl.algorithms.rollouts import Group
 from pixrl.algorithms.rpo import PreferencePairs, RPOSettings, class_prompt, harmonic_scores
 from pixrl.algorithms.sft import SFTSettings
+from pixrl.algorithms.trainer import Aligner
 from pixrl.errors import InputError
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.slots import Slot

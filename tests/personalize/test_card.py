@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 import pixrl
 from pixrl import models
 from pixrl.data.pictures import read_picture, to_tensors
-from pixrl.evaluation.card_usage import in_unos_code
-from pixrl.evaluation.export import Format, export
 from pixrl.models.flux import FluxPolicy, Preset
 from pixrl.models.lora_files import read_lora
-from pixrl.training import checkpoint
+from pixrl.report.card_usage import in_unos_code
+from pixrl.report.export import Format, export
+from pixrl.runs import checkpoint
 from tests.personalize.test_job import recipe
 from tests.tolerance import PICTURE, agree
 

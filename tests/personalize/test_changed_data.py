@@ -13,10 +13,10 @@ from pixrl import align_api
 from pixrl.cli_runs import resumable
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError
-from pixrl.training import align_job
-from pixrl.training.align_data import checksum
-from pixrl.training.align_log import evaluations
-from pixrl.training.runlog import RunFolder
+from pixrl.runs import align as align_job
+from pixrl.runs.align_log import evaluations
+from pixrl.runs.data import checksum
+from pixrl.runs.folder import RunFolder
 from tests.personalize.conftest import make_subject
 from tests.personalize.test_job import recipe
 

@@ -18,18 +18,18 @@ from typer.testing import CliRunner
 
 import pixrl
 from pixrl import align_api, cli, models
-from pixrl.algorithms.align import prepare
+from pixrl.algorithms.base import Group
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.rollouts import Group
+from pixrl.algorithms.trainer import prepare
 from pixrl.errors import CheckpointError, ConfigError, InputError
-from pixrl.evaluation.align_eval import open_run
-from pixrl.evaluation.align_study_config import AlignStudyConfig
 from pixrl.models.flux import FluxPolicy, Preset
-from pixrl.training import align_job
-from pixrl.training.align_kinds import load_recipe
-from pixrl.training.memory import kept_bytes, require_room
-from pixrl.training.personalize_config import PersonalizeConfig
-from pixrl.training.runlog import RunFolder
+from pixrl.runs import align as align_job
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.kinds import load_recipe
+from pixrl.runs.memory import kept_bytes, require_room
+from pixrl.runs.personalize_config import PersonalizeConfig
+from pixrl.studies.align_config import AlignStudyConfig
+from pixrl.studies.slots import open_run
 from tests import tiny, tiny_dino
 from tests.align.parts import JUDGE, final, same
 from tests.personalize.conftest import STUDIED, make_subject
@@ -213,7 +213,7 @@ def test_sft_without_targets_is_refused(tmp_path: Path, flux_folder: Path, subje
 def test_stopped_and_resumed_ends_the_same(
     tmp_path: Path, flux_folder: Path, subjects: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pixrl.training.loop import Loop
+    from pixrl.runs.loop import Loop
 
     config = load_recipe(recipe(flux_folder, subjects, **METHODS[method]), kind="personalize")
     whole = align_job.start(config, tmp_path / "whole")

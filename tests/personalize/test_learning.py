@@ -9,7 +9,7 @@ from pixrl.algorithms.advantages import AdvantageSettings, SynergySettings, Time
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import LossSettings
 from pixrl.algorithms.losses import ClippedSettings, NFTSettings
-from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.models.flux import FluxPolicy
 from tests.align.parts import aligner, perturbed, scored
 from tests.personalize.test_baselines import WEIGHTS, subject_groups

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pixrl.training.runlog import RunFolder
+from pixrl.runs.folder import RunFolder
 from tests.align.test_processes import EPS, assert_trained_alike, command, environment, processes_of
 from tests.personalize.test_job import METHODS, recipe
 

@@ -17,13 +17,13 @@ from pixrl.algorithms.advantages import (
     advantages,
     conflict_metrics,
 )
+from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.losses import ClippedSurrogate, noise_levels
-from pixrl.algorithms.rollouts import Rollouts
 from pixrl.equations import group_advantages, prompt_weight, shape_advantage, synergy
 from pixrl.errors import ConfigError
 from pixrl.models.sd3 import SD3Policy
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.align_kinds import load_recipe
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.kinds import load_recipe
 from pixrl.types import Scores
 from tests import tiny
 from tests.align.parts import CLIPPED, NFT, ODE, SDE, aligner, groups, scored, weights_of

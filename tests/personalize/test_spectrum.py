@@ -6,13 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pixrl.algorithms.align import prepare
+from pixrl.algorithms.base import Group, Samples
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.rollouts import Group, Samples
+from pixrl.algorithms.trainer import prepare
 from pixrl.data.prompts import Prompt
 from pixrl.errors import InputError
-from pixrl.evaluation.personalize_study_config import SpectrumSettings
-from pixrl.evaluation.spectrum import (
+from pixrl.models.flux import FluxPolicy
+from pixrl.studies.personalize_config import SpectrumSettings
+from pixrl.studies.spectrum import (
     EPOCH,
     band_energies,
     predicted_pictures,
@@ -20,7 +21,6 @@ from pixrl.evaluation.spectrum import (
     spectrum_of,
     spectrum_record,
 )
-from pixrl.models.flux import FluxPolicy
 from tests.tolerance import PICTURE, agree
 
 

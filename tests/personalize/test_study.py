@@ -12,27 +12,27 @@ import torch
 from PIL import Image
 
 from pixrl import config as recipes
-from pixrl.algorithms.align import prepare
-from pixrl.algorithms.spread import pixel_features
+from pixrl.algorithms.trainer import prepare
 from pixrl.data.pictures import to_tensors
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, RunError
-from pixrl.evaluation import align_study
-from pixrl.evaluation.align_budget import budget_of
-from pixrl.evaluation.diversity import DiversityMeter
-from pixrl.evaluation.personalize_figures import colours_of, marks_of, write_personalize_figures
-from pixrl.evaluation.personalize_study import main
-from pixrl.evaluation.personalize_study_config import PersonalizeStudyConfig, spread_over_subjects
-from pixrl.evaluation.personalize_tables import (
+from pixrl.metrics.diversity import DiversityMeter
+from pixrl.metrics.spread import pixel_features
+from pixrl.runs import align as align_job
+from pixrl.runs.kinds import load_recipe
+from pixrl.runs.loaded import open_workshop
+from pixrl.studies import align as align_study
+from pixrl.studies.budget import budget_of
+from pixrl.studies.gallery import GAP, HEAD, TILE, WORDS, write_gallery
+from pixrl.studies.personalize import main
+from pixrl.studies.personalize_config import PersonalizeStudyConfig, spread_over_subjects
+from pixrl.studies.personalize_figures import colours_of, marks_of, write_personalize_figures
+from pixrl.studies.personalize_tables import (
     conflict_rows,
     expected_conflict,
     orderings,
     sections,
 )
-from pixrl.evaluation.subject_gallery import GAP, HEAD, TILE, WORDS, write_gallery
-from pixrl.training import align_job
-from pixrl.training.align_kinds import load_recipe
-from pixrl.training.align_workshop import open_workshop
 from tests.personalize.test_job import SHAPING, recipe, rewards
 
 REDNESS = {**rewards()[1], "name": "red", "held_out": True}

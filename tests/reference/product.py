@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.align import Aligner, Method, MicroBatches
-from pixrl.algorithms.peers import Alone, Peers
+from pixrl.algorithms.base import Group, Rollouts
 from pixrl.algorithms.references import SHOWN
-from pixrl.algorithms.rollouts import Group, Rollouts
 from pixrl.algorithms.sft import TARGET
-from pixrl.training.prompt_sampler import share
+from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
+from pixrl.algorithms.world import Alone, Peers
+from pixrl.runs.sampler import share
 from pixrl.types import Scores
 from tests.reference import world
 from tests.reference.world import Scene, TinyPolicy

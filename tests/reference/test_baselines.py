@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.align import Method, OptimizerSettings
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import LossSettings, make_loss
 from pixrl.algorithms.rpo import RPOSettings
+from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.sft import SFTSettings
-from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import baselines, world
 from tests.reference.agreement import assert_moved, assert_same_figures, assert_same_weights
 from tests.reference.product import MICRO, Run, train, train_in_two

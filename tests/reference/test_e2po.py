@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.align import Method, OptimizerSettings
+from pixrl.algorithms.e2po import PerturbationSettings
 from pixrl.algorithms.exploration import PerturbedEmbeddings
 from pixrl.algorithms.loss_table import make_loss
 from pixrl.algorithms.losses import ClippedSettings, NFTSettings
-from pixrl.algorithms.perturbation_learning import PerturbationSettings
-from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import grpo, nft, world
 from tests.reference.agreement import assert_moved, assert_same_figures, assert_same_weights
 from tests.reference.e2po import Perturbing, perturbations

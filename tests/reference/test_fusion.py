@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pixrl.algorithms import FUSION_SAMPLERS, load
-from pixrl.algorithms.base import Feedback, FusionTask
+from pixrl.algorithms.fusion.base import Feedback, FusionTask
 from tests.reference import fusion, world
 from tests.reference.agreement import FIGURES, WEIGHTS
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.align import Method, OptimizerSettings
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import make_loss
 from pixrl.algorithms.losses import ClippedSettings
-from pixrl.algorithms.stepping import SamplingSettings
+from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import grpo, world
 from tests.reference.agreement import assert_moved, assert_same_figures, assert_same_weights
 from tests.reference.product import MICRO, Run, train, train_in_two

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from pixrl.rewards.server import RewardServer, ServeSettings
+from pixrl.serve.server import RewardServer, ServeSettings
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-for-tests-only"

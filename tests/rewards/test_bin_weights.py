@@ -23,12 +23,12 @@ from pixrl.errors import CheckpointError
 from pixrl.hub import Layout, check_folder, fingerprint
 from pixrl.hub import folder as hub_folder
 from pixrl.hub_fetch import Remote, ask
-from pixrl.rewards.birefnet import BiRefNetForeground
 from pixrl.rewards.clip import ClipSimilarity
 from pixrl.rewards.dino import DinoEncoder
-from pixrl.rewards.mask2former import Mask2FormerDetector
 from pixrl.rewards.segmentation import Segmenter, load_back_end
 from pixrl.rewards.weights import weight_shards
+from pixrl.rewards.zoo.birefnet import BiRefNetForeground
+from pixrl.rewards.zoo.mask2former import Mask2FormerDetector
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.rewards.birefnet import BiRefNetForeground
-from pixrl.rewards.birefnet_model import as_patches, backbone_config
+from pixrl.fusion.world import load_world
 from pixrl.rewards.clip import ClipSimilarity, FusionScorer
-from pixrl.rewards.deform_conv import deform_conv2d
 from pixrl.rewards.segmentation import Foreground, Segmenter, load_back_end
-from pixrl.training.fuse_world import load_world
+from pixrl.rewards.zoo.birefnet import BiRefNetForeground
+from pixrl.rewards.zoo.birefnet_model import as_patches, backbone_config
+from pixrl.rewards.zoo.deform_conv import deform_conv2d
 from pixrl.types import RewardBatch
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "birefnet.py"

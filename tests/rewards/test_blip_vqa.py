@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, BlipForQuestionAnswering, BlipImageProce
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, RunError
-from pixrl.rewards.blip_vqa import BlipVQAReward, answer_ids, question
 from pixrl.rewards.python_reward import to_pil
+from pixrl.rewards.zoo.blip_vqa import BlipVQAReward, answer_ids, question
 from pixrl.types import RewardBatch, Scores
 
 PHRASES = [["a red owl", "two cats"], ["a cat"], ["a red owl", "a red owl"], ["owl"], ["a cat", "no", "yes"]]

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from pixrl.rewards import REWARDS, is_differentiable
-from pixrl.rewards.multi import RewardSet, RewardSetting, Stage
+from pixrl.rewards.set import RewardSet, RewardSetting, Stage
 from pixrl.rewards.settings import check_rewards
 from pixrl.rewards.sources import LICENCES
 from pixrl.types import RewardBatch

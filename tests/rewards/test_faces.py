@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageStat
 
 from pixrl.errors import ConfigError, InputError
-from pixrl.evaluation.divgen import identity_similarity, ids
-from pixrl.rewards.faces import FaceEncoder
+from pixrl.metrics.divgen import identity_similarity, ids
+from pixrl.rewards.zoo.faces import FaceEncoder
 
 CODE = """
 from PIL import ImageStat

@@ -21,9 +21,9 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
 )
 
 from pixrl.errors import CheckpointError, ShapeError
-from pixrl.evaluation.divgen import spatial_diversity
-from pixrl.rewards.grounding import BOX_THRESHOLD, TEXT_THRESHOLD, DetectorFinder, GroundingDino
+from pixrl.metrics.divgen import spatial_diversity
 from pixrl.rewards.segmentation import Instance
+from pixrl.rewards.zoo.grounding import BOX_THRESHOLD, TEXT_THRESHOLD, DetectorFinder, GroundingDino
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from pixrl.rewards import http, judge, wire
 from pixrl.rewards.http import Reply, Service, Silence, seconds_of
 from pixrl.rewards.judge import JudgeReward, Scale
 from pixrl.rewards.remote import RemoteReward
-from pixrl.rewards.server import STRANGERS, RewardServer
+from pixrl.serve.server import STRANGERS, RewardServer
 from pixrl.types import RewardBatch
 
 KEY = "sk-test/A+very=secret_Key.0123456789"

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, CLIPModel
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.rewards.hpsv2 import HPSv2Reward, clean_text
 from pixrl.rewards.openclip import to_transformers
 from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, PadToSquare
+from pixrl.rewards.zoo.hpsv2 import HPSv2Reward, clean_text
 from pixrl.types import RewardBatch
 
 PROMPTS = ["a red owl", "two cats", "A Red  owl", "a snail", "an owl on grass"]

@@ -21,7 +21,7 @@ from pixrl.conformance import check_reward
 from pixrl.errors import ConfigError, ServiceError
 from pixrl.rewards import http
 from pixrl.rewards.judge import JudgeReward, Scale
-from pixrl.rewards.multi import RewardSet, RewardSetting
+from pixrl.rewards.set import RewardSet, RewardSetting
 from pixrl.types import RewardBatch, Scores
 
 

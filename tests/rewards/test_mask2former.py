@@ -15,9 +15,9 @@ from torch import Tensor
 from pixrl import rewards
 from pixrl.conformance import check_reward
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.rewards import openmmlab
 from pixrl.rewards.geneval import THRESHOLD, GenEvalReward
-from pixrl.rewards.mask2former import CLASSES, Frame, Mask2FormerDetector, Sides, instances_of
+from pixrl.rewards.zoo import openmmlab
+from pixrl.rewards.zoo.mask2former import CLASSES, Frame, Mask2FormerDetector, Sides, instances_of
 from pixrl.types import RewardBatch
 
 SHARED = Path(__file__).parents[3] / "shared"

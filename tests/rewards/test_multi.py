@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pixrl import config, rewards
 from pixrl.errors import ConfigError, InputError, RunError, ShapeError
 from pixrl.rewards.base import Reward
-from pixrl.rewards.multi import Failures, RewardSet, RewardSetting, Stage
+from pixrl.rewards.set import Failures, RewardSet, RewardSetting, Stage
 from pixrl.types import RewardBatch, Scores
 
 BATCH = RewardBatch(torch.rand(4, 3, 8, 8), ["a", "b", "c", "d"])

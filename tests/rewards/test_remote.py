@@ -21,9 +21,9 @@ from pixrl import cli, rewards
 from pixrl.conformance import check_reward
 from pixrl.errors import ConfigError, InputError, ServiceError
 from pixrl.rewards import http, wire
-from pixrl.rewards.multi import RewardSet, RewardSetting
 from pixrl.rewards.remote import RemoteReward
-from pixrl.rewards.server import RewardServer, ServeSettings
+from pixrl.rewards.set import RewardSet, RewardSetting
+from pixrl.serve.server import RewardServer, ServeSettings
 from pixrl.types import RewardBatch, Scores
 
 FUNCTIONS = '''

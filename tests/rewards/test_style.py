@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from pixrl.errors import CheckpointError
-from pixrl.rewards.style import StyleEncoder
+from pixrl.rewards.zoo.style import StyleEncoder
 
 
 @pytest.fixture(scope="module")

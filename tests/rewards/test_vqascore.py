@@ -17,8 +17,8 @@ from pixrl import rewards
 from pixrl.errors import CheckpointError
 from pixrl.rewards.python_reward import to_pil
 from pixrl.rewards.sources import describe
-from pixrl.rewards.vqascore import VQAScoreReward, answer_probability
 from pixrl.rewards.weights import origin
+from pixrl.rewards.zoo.vqascore import VQAScoreReward, answer_probability
 from pixrl.types import RewardBatch, Scores
 
 PROMPTS = ["a red owl", "two cats on a very long sofa", "a red owl", "No", "an owl"]

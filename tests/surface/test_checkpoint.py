@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pixrl.errors import CheckpointError, RunError
-from pixrl.training import checkpoint, files
+from pixrl.runs import checkpoint, files
 
 TENSORS = {
     "weight": torch.arange(6, dtype=torch.float32).view(2, 3).T,

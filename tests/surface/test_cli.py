@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 from pixrl import align_api, cli, cli_demo, fuse_api
 from pixrl.config import find_recipe
 from pixrl.errors import RunError
-from pixrl.training import fuse_job
-from pixrl.training.runlog import MANIFEST, RunFolder
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs.folder import MANIFEST, RunFolder
 from tests.fuse.world import fake_world
 
 Pixrl = Callable[..., Result]

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pixrl import cli
-from pixrl.training import fuse_job
-from pixrl.training.runlog import MANIFEST
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs.folder import MANIFEST
 from tests.fuse.world import fake_world
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ PROGRAM = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pixrl import cli
-from pixrl.training import fuse_job
+from pixrl.runs import fuse as fuse_job
 from tests.fuse.world import FakeRenderer, fake_world
 paint = FakeRenderer.sample
 FakeRenderer.sample = lambda *given: (time.sleep({pause}), paint(*given))[1]

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from pixrl import align_api, fuse_api
-from pixrl.training import align_job, checkpoint, fuse_job
-from pixrl.training.align_config import AlignConfig
-from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.personalize_config import PersonalizeConfig
-from pixrl.training.run_check import check
-from pixrl.training.runlog import RunFolder
+from pixrl.runs import align as align_job
+from pixrl.runs import checkpoint
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.check import check
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.personalize_config import PersonalizeConfig
 from tests import kills, tiny
 from tests.align.parts import recipe as align_recipe
 from tests.align.parts import same

@@ -10,12 +10,13 @@ from typer.testing import CliRunner
 
 from pixrl import cli, fuse_api
 from pixrl.errors import CheckpointError
-from pixrl.evaluation import study_runner
-from pixrl.training import checkpoint, fuse_job
-from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.jsonl import JsonLines
-from pixrl.training.run_check import check
-from pixrl.training.runlog import EVALUATIONS, MANIFEST, METRICS, RunFolder
+from pixrl.runs import checkpoint
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs.check import check
+from pixrl.runs.folder import EVALUATIONS, MANIFEST, METRICS, RunFolder
+from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.jsonl import JsonLines
+from pixrl.studies import runner as study_runner
 from tests.fuse.world import fake_world
 
 CONFIG = FuseConfig(concepts=("owl", "snail"), budget=12, batch=4, exemplars=1)

@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 from pixrl import cli, fuse_api
 from pixrl.errors import RunError
-from pixrl.training import files, fuse_job, run_place
-from pixrl.training.fuse_config import FuseConfig
-from pixrl.training.run_check import check
-from pixrl.training.run_place import MARKER, REPLACED
-from pixrl.training.runlog import RunFolder
+from pixrl.runs import files
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs import place as run_place
+from pixrl.runs.check import check
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.place import MARKER, REPLACED
 from tests import kills
 from tests.fuse.world import fake_world
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from pixrl import config
 from pixrl.errors import CheckpointError, RunError, ShapeError
-from pixrl.training import files
-from pixrl.training.runlog import MANIFEST, METRICS, ManifestRow, RunFolder
+from pixrl.runs import files
+from pixrl.runs.folder import MANIFEST, METRICS, ManifestRow, RunFolder
 
 
 class Recipe(config.Settings):
@@ -266,7 +266,7 @@ def test_a_full_disk_that_shows_at_fsync(run: RunFolder, monkeypatch: pytest.Mon
     run.append_manifest([row(0)])
     with monkeypatch.context() as patch:
         patch.setattr(files, "fsync_folder", lambda folder: None)
-        patch.setattr("pixrl.training.runlog.fsync_folder", lambda folder: None)
+        patch.setattr("pixrl.runs.folder.fsync_folder", lambda folder: None)
         patch.setattr(files.os, "fsync", full)
         with pytest.raises(RunError, match="The disk is full"):
             run.append_manifest([row(1)])

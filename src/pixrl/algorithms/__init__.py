@@ -3,15 +3,15 @@
 from importlib import import_module
 
 FUSION_SAMPLERS = {
-    "rmler": "pixrl.algorithms.rmler:RMLer",
-    "ppo": "pixrl.algorithms.policy_baselines:PPO",
-    "grpo": "pixrl.algorithms.policy_baselines:GRPO",
-    "random": "pixrl.algorithms.fusion_samplers:RandomMix",
-    "mean": "pixrl.algorithms.fusion_samplers:MeanMix",
-    "bass": "pixrl.algorithms.swap_samplers:BASS",
-    "agswap": "pixrl.algorithms.swap_samplers:AGSwap",
-    "golden": "pixrl.algorithms.fusion_samplers:GoldenSection",
-    "search": "pixrl.algorithms.fusion_samplers:RewardSearch",
+    "rmler": "pixrl.algorithms.fusion.rmler:RMLer",
+    "ppo": "pixrl.algorithms.fusion.policy_baselines:PPO",
+    "grpo": "pixrl.algorithms.fusion.policy_baselines:GRPO",
+    "random": "pixrl.algorithms.fusion.samplers:RandomMix",
+    "mean": "pixrl.algorithms.fusion.samplers:MeanMix",
+    "bass": "pixrl.algorithms.fusion.swap_samplers:BASS",
+    "agswap": "pixrl.algorithms.fusion.swap_samplers:AGSwap",
+    "golden": "pixrl.algorithms.fusion.samplers:GoldenSection",
+    "search": "pixrl.algorithms.fusion.samplers:RewardSearch",
 }
 """Every way to propose mixing coefficients, for `pixrl fuse --sampler`."""
 

@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.losses import Judgement, Loss, Terms
-from pixrl.algorithms.rollouts import Drawn, Rollouts, Samples
-from pixrl.algorithms.stepping import ODESolver, StepPlan
+from pixrl.algorithms.sampling import ODESolver, StepPlan
 from pixrl.config import Settings
 from pixrl.errors import ConfigError, InputError
 from pixrl.models.base import Conditioning, FlowPolicy

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from pixrl.algorithms.base import NoSettings
-from pixrl.algorithms.perturbation_learning import (
+from pixrl.algorithms.e2po import (
     PerturbationSettings,
     Schedule,
     chosen_encoders,
     learn,
     perturbed_embeddings,
 )
+from pixrl.algorithms.fusion.base import NoSettings
 from pixrl.config import Settings
 from pixrl.equations import diversity_loss, variant_weight
 from pixrl.errors import CheckpointError, InputError, ShapeError

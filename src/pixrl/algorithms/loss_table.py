@@ -7,8 +7,8 @@ from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.draft import DirectReward, DraftSettings
 from pixrl.algorithms.losses import ClippedSettings, ClippedSurrogate, Loss, NegativeAware, NFTSettings
 from pixrl.algorithms.rpo import PreferencePairs, RPOSettings
+from pixrl.algorithms.sampling import Noise, SamplingSettings, Solver
 from pixrl.algorithms.sft import FlowMatching, SFTSettings
-from pixrl.algorithms.stepping import Noise, SamplingSettings, Solver
 from pixrl.rewards.base import DifferentiableReward
 from pixrl.rewards.settings import RewardSetting
 

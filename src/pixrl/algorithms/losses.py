@@ -31,9 +31,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings, advantages
+from pixrl.algorithms.base import Drawn, Rollouts, Samples, Use, fresh_noise, roll_out
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.rollouts import Drawn, Rollouts, Samples, Use, fresh_noise, roll_out
-from pixrl.algorithms.stepping import StepPlan
+from pixrl.algorithms.sampling import StepPlan
 from pixrl.config import Settings
 from pixrl.equations import (
     clipped_surrogate,

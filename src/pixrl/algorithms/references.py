@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pixrl.algorithms.base import Group
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.rollouts import Group
 from pixrl.errors import InputError
 from pixrl.models.base import FlowPolicy
 from pixrl.models.references import ReferencePolicy, on_square

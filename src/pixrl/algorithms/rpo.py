@@ -32,10 +32,10 @@ from pydantic import Field
 from torch import Tensor
 
 from pixrl.algorithms.advantages import FLAT, AdvantageSettings, normalized
+from pixrl.algorithms.base import Drawn, Group, Rollouts, Samples, roll_out
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.losses import Judgement, Loss, Terms, noise_levels, noised, velocity_deviation
-from pixrl.algorithms.rollouts import Drawn, Group, Rollouts, Samples, roll_out
-from pixrl.algorithms.stepping import StepPlan
+from pixrl.algorithms.sampling import StepPlan
 from pixrl.config import Settings
 from pixrl.equations import interpolate
 from pixrl.errors import InputError

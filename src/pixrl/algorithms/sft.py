@@ -23,10 +23,10 @@ from pydantic import Field
 from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.losses import Judgement, Loss, Terms, noise_levels, noised, velocity_deviation
-from pixrl.algorithms.rollouts import Drawn, Rollouts, Samples
-from pixrl.algorithms.stepping import StepPlan
+from pixrl.algorithms.sampling import StepPlan
 from pixrl.config import Settings
 from pixrl.errors import InputError
 from pixrl.models.base import FlowPolicy

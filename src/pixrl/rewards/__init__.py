@@ -19,7 +19,7 @@ __all__ = ["REWARDS", "load"]
 
 REWARDS = {
     "aesthetic": "pixrl.rewards.aesthetic:AestheticReward",
-    "blip_vqa": "pixrl.rewards.blip_vqa:BlipVQAReward",
+    "blip_vqa": "pixrl.rewards.zoo.blip_vqa:BlipVQAReward",
     "clip_i": "pixrl.rewards.dreambench:clip_i",
     "clip_image": "pixrl.rewards.clip:ClipImageReward",
     "clip_t": "pixrl.rewards.dreambench:clip_t",
@@ -27,15 +27,15 @@ REWARDS = {
     "dino": "pixrl.rewards.dreambench:dino",
     "dino_seg": "pixrl.rewards.dino:DinoSegReward",
     "geneval": "pixrl.rewards.geneval:GenEvalReward",
-    "hpsv2": "pixrl.rewards.hpsv2:HPSv2Reward",
-    "hpsv3": "pixrl.rewards.hpsv3:HPSv3Reward",
-    "image_reward": "pixrl.rewards.image_reward:ImageReward",
+    "hpsv2": "pixrl.rewards.zoo.hpsv2:HPSv2Reward",
+    "hpsv3": "pixrl.rewards.zoo.hpsv3:HPSv3Reward",
+    "image_reward": "pixrl.rewards.zoo.image_reward:ImageReward",
     "judge": "pixrl.rewards.judge:JudgeReward",
-    "ocr": "pixrl.rewards.ocr:OcrReward",
+    "ocr": "pixrl.rewards.zoo.ocr:OcrReward",
     "preference": "pixrl.rewards.preference:PreferenceReward",
     "python": "pixrl.rewards.python_reward:PythonReward",
     "remote": "pixrl.rewards.remote:RemoteReward",
-    "vqascore": "pixrl.rewards.vqascore:VQAScoreReward",
+    "vqascore": "pixrl.rewards.zoo.vqascore:VQAScoreReward",
 }
 """Name -> class, or function that makes one with published settings."""
 _EXAMPLES = {

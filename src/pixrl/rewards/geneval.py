@@ -18,10 +18,10 @@ from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.hub import read_card
 from pixrl.rewards.base import Reward
 from pixrl.rewards.clip import ClipSimilarity, flag_failures
-from pixrl.rewards.mask2former import Mask2FormerDetector
 from pixrl.rewards.preprocess import to_grey_levels
 from pixrl.rewards.provenance import part
 from pixrl.rewards.segmentation import Colour, Foreground, Instance, Segmenter
+from pixrl.rewards.zoo.mask2former import Mask2FormerDetector
 from pixrl.types import RewardBatch, Scores
 
 Detection = Mapping[str, Any]

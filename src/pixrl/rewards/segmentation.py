@@ -22,11 +22,11 @@ from torch import Tensor
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, InputError, ShapeError
 from pixrl.hub import Layout, folder, read_card
-from pixrl.rewards.birefnet import BiRefNetForeground, is_birefnet
 from pixrl.rewards.preprocess import Preprocessing, batches, require_images
 from pixrl.rewards.provenance import describe_function
 from pixrl.rewards.sources import describe
 from pixrl.rewards.weights import class_in, load_folder
+from pixrl.rewards.zoo.birefnet import BiRefNetForeground, is_birefnet
 
 Colour = tuple[float, float, float]
 MaskFunction = Callable[[Tensor], Tensor]

@@ -1,0 +1,383 @@
+"""Aligning a flow model with rewards: `collect` draws groups of pictures, `update` learns from their scores.
+
+A method is a combination of parts, none of which knows the others:
+
+    exploration x stochastic step x advantage x loss
+    (exploration.py)  (stepping.py)   (advantages.py)  (losses.py)
+
+Flow-GRPO is noise only x flow_sde x group or global x clipped; DiffusionNFT is noise only x none x group x nft; E2PO is
+perturbed embeddings with DiffusionNFT's rest. E2PO's algorithm box, with a prompt's G K samples as one group:
+
+    1. learn K - 1 perturbed conditions per prompt, keep c_0                      Exploration.prepare
+    2. draw x ~ pi_old(. | c_k(t)) for every noise g and condition k              collect
+    3. r(x), A(x, t) within the group                                             Loss.judge
+    4. descend the loss, conditioned on c_0 alone                                 update
+    5. old <- d old + (1 - d) current                                             finish
+
+Customized-GRPO (pixrl personalize) is Flow-GRPO with reference pictures in every condition (references.py) and its two
+shapings of the advantage (advantages.py); SFT, RPO and DRaFT are other losses (sft.py, rpo.py, draft.py).
+
+Processes share a step's groups; gradients are summed over them and divided by the number of terms of all, so the
+update does not depend on how many there are, nor on the micro-batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pixrl.algorithms.advantages import AdvantageSettings, conflict_metrics, reward_metrics
+from pixrl.algorithms.base import Group, Rollouts, Samples
+from pixrl.algorithms.exploration import Exploration, Variants
+from pixrl.algorithms.losses import Judgement, Loss
+from pixrl.algorithms.optim import adamw, adamw_8bit, moments, restore_moments
+from pixrl.algorithms.references import shown_to
+from pixrl.algorithms.sampling import SamplingSettings, Schedule, StepPlan
+from pixrl.algorithms.world import Alone, Peers, Tally, disagreement
+from pixrl.config import MOST, Count, Settings
+from pixrl.errors import RunError
+from pixrl.models.base import FlowPolicy
+from pixrl.models.pipeline import chunks
+from pixrl.models.slots import LoraSlots, Slot
+from pixrl.types import Scores, sample_seed
+
+_PARTS_KEY = -3
+"""Prompt index of the draws that share a step's samples out to its optimizer steps."""
+
+MOST_RATE = 100.0
+"""A learning rate above it is a slip of the finger."""
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerSettings(Settings):
+    """AdamW on the LoRA parameters."""
+
+    eight_bit: bool = False
+    """Keep its moments in 8 bits, a quarter of the memory (needs the extra: pip install 'pixrl[eightbit]')."""
+
+    lr: float = Field(3e-4, gt=0, le=MOST_RATE)
+    warmup: int = Field(0, ge=0, le=MOST)
+    """Training steps over which the learning rate rises to `lr`."""
+    decay_steps: Count | Literal["all"] | None = None
+    """Training steps at whose end the learning rate has fallen to 0, in a straight line; none: it does not fall.
+
+    all: those of the run, however many they are.
+    """
+    weight_decay: float = Field(1e-4, ge=0)
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    updates: Count = 1
+    """Optimizer steps that a training step's samples are shared out to."""
+    ema: float | None = Field(0.9, ge=0, lt=1)
+    """Decay of the averaged weights that are evaluated; none: the trained ones are evaluated."""
+    max_skipped: int = Field(10, ge=0, le=MOST)
+    """The run stops after more than this many optimizer steps in a row without a finite loss and gradient."""
+
+    def of_run(self, steps: int) -> "OptimizerSettings":
+        """The same with the run's number of steps in place of `all`."""
+        return self if self.decay_steps != "all" else self.model_copy(update={"decay_steps": steps})
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a training step, counted from 0.
+
+        Raises:
+            ValueError: it falls over all steps of a run, and nobody has said how many those are (`of_run`).
+        """
+        if self.decay_steps == "all":
+            raise ValueError("decay_steps: all needs a number of steps: optimizer.of_run(steps)")
+        left = 1.0 if self.decay_steps is None else max(0.0, 1 - step / self.decay_steps)
+        return self.lr * min(1.0, (step + 1) / (self.warmup + 1)) * left
+
+
+@dataclass(frozen=True)
+class Method:
+    """The parts whose combination is a method."""
+
+    exploration: Exploration
+    sampling: SamplingSettings
+    advantage: AdvantageSettings
+    loss: Loss
+    optimizer: OptimizerSettings
+    noises: int
+    """G: noises of a prompt."""
+    shared_start: bool = False
+    """Whether a group's samples differ in their random steps alone."""
+
+    @property
+    def group_size(self) -> int:
+        """G times K."""
+        return self.noises * self.exploration.variants
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """How many pictures go through the model at once. No result depends on them but for rounding."""
+
+    rollout: int
+    train: int
+
+
+class Aligner:
+    """Trains the slot `current` of a policy by a method. Holds the optimizer; everything else is given."""
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        slots: LoraSlots,
+        method: Method,
+        micro_batches: MicroBatches,
+        *,
+        seed: int,
+        peers: Peers | None = None,
+        scale_loss: bool = False,
+    ) -> None:
+        """`scale_loss`: against underflow of float16 gradients."""
+        self.policy = policy
+        self.slots = slots
+        self.method = method
+        self.micro_batches = micro_batches
+        self.seed = seed
+        self.peers: Peers = peers or Alone()
+        s = method.optimizer
+        self.parameters = slots.parameters()
+        make = adamw_8bit if s.eight_bit else adamw
+        self.optimizer = make(self.parameters, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=scale_loss)
+        self.skipped_in_a_row = 0
+
+    def collect(self, groups: Sequence[Group], step: int) -> Rollouts:
+        """Draws this process's groups of a training step."""
+        method = self.method
+        plan = StepPlan.make(self.policy, method.sampling, seed=self.seed, step=step)
+        samples = Samples.of(
+            groups,
+            method.noises,
+            method.exploration.variants,
+            self.seed,
+            shared_start=method.shared_start,
+        )
+        variants = prepare(method.exploration, self.policy, groups)
+        drawn = method.loss.draw(self.policy, variants, samples, plan, self.micro_batches.rollout)
+        return Rollouts(step, samples, plan, variants.anchor, *drawn, variants.metrics)
+
+    def update(
+        self, rollouts: Rollouts, scores: Mapping[str, Scores], weights: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Learns from the scores of the rollouts.
+
+        Args:
+            rollouts: of the last `collect`.
+            scores: reward name -> scores of this process's pictures, in their order; nan marks a failure.
+            weights: reward name -> weight; names that are missing are logged and not trained on.
+
+        Returns:
+            Figures of all processes for the log.
+
+        Raises:
+            RunError: the rollouts were drawn on another schedule, or too many updates in a row were not finite.
+        """
+        self._require_one_schedule(rollouts)
+        rewards = {name: self._whole(rollouts, one.values_B) for name, one in scores.items()}
+        metrics = reward_metrics(rewards, weights) | self._exploration_metrics(rollouts)
+        judged = self.method.loss.judge(rewards, weights, self.method.advantage, rollouts.schedule.steps)
+        metrics |= {**conflict_metrics(rewards, weights, self.method.advantage), **judged.figures}
+        places = [group.place for group in rollouts.samples.groups]
+        advantage_TB = judged.advantage_TPS[:, places].flatten(1)
+        rollouts = _as_judged(rollouts, judged)
+        lr = self._set_learning_rate(rollouts.step)
+        tally, norms, skipped = Tally(), [], 0
+        for number in range(self.method.optimizer.updates):
+            rows = self._rows(rollouts, judged.advantage_TPS, number)
+            norm = self._descend(rollouts, rows, advantage_TB, tally, with_kl=number == 0)
+            skipped += norm is None
+            norms += [] if norm is None else [norm]
+        self._finish(rollouts.step)
+        figures = {"lr": lr, "skipped_updates": float(skipped)}
+        if norms:
+            figures["grad_norm"] = sum(norms) / len(norms)
+        return metrics | _update_metrics(tally.over(self.peers)) | figures
+
+    def gradient_disagreement(self) -> float:
+        """How far the processes' last gradients are apart; 0 when they agree."""
+        return disagreement(self.peers, _flat_gradient(self.parameters))
+
+    def _require_one_schedule(self, rollouts: Rollouts) -> None:
+        own = Schedule.of(self.policy, self.method.sampling.steps)
+        if rollouts.schedule != own:
+            raise RunError(
+                f"The rollouts were drawn on the noise levels {rollouts.schedule.sigmas}, but training uses "
+                f"{own.sigmas}. "
+                "Sampling and training share one schedule: collect again with the policy as it is now."
+            )
+
+    def _whole(self, rollouts: Rollouts, values_B: Tensor) -> Tensor:
+        """A figure of every process's samples, [P, S]; a process adds its own rows to zeros."""
+        samples = rollouts.samples
+        groups = int(self.peers.sum(torch.tensor(float(len(samples.groups)))).item())
+        own_PS = torch.zeros(groups, samples.per_group)
+        own_PS[[group.place for group in samples.groups]] = values_B.to(own_PS).view(-1, samples.per_group)
+        return self.peers.sum(own_PS)
+
+    def _exploration_metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        tally = Tally()
+        weight = len(rollouts.samples.groups)
+        tally.add({name: torch.full((weight,), value) for name, value in rollouts.metrics.items()})
+        return tally.over(self.peers).means()
+
+    def _set_learning_rate(self, step: int) -> float:
+        lr = self.method.optimizer.rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _rows(self, rollouts: Rollouts, advantage_TPS: Tensor, number: int) -> list[int]:
+        """This process's samples of one optimizer step: shuffled over all processes, failed ones left out.
+
+        With `skip_flat` also those of groups whose samples are all as good as each other at every step.
+        """
+        failed_PS, some_TPS = advantage_TPS[0].isnan(), advantage_TPS.nan_to_num() != 0
+        samples, size = rollouts.samples, rollouts.samples.per_group
+        drawer = torch.Generator().manual_seed(sample_seed(self.seed, rollouts.step, _PARTS_KEY, 0))
+        lot_PS = torch.randperm(failed_PS.numel(), generator=drawer).view(failed_PS.shape)
+        chosen_PS = (lot_PS % self.method.optimizer.updates == number) & ~failed_PS
+        if self.method.advantage.skip_flat:
+            chosen_PS &= some_TPS.any(dim=0).any(dim=1, keepdim=True)
+        mine = chosen_PS[[group.place for group in samples.groups]].view(-1, size).flatten()
+        return [int(row) for row in mine.nonzero().flatten()]
+
+    def _descend(
+        self, rollouts: Rollouts, rows: Sequence[int], advantage_TB: Tensor, tally: Tally, *, with_kl: bool
+    ) -> float | None:
+        """One optimizer step; the gradient's norm, or None where it was not finite and nothing was changed.
+
+        Each term takes the advantage of its own true step.
+        """
+        loss = self.method.loss
+        parts = loss.parts(rollouts)
+        count = self.peers.sum(torch.tensor(float(len(rows) * parts))).item()
+        if count == 0:
+            return 0.0
+        self.optimizer.zero_grad()
+        not_finite = 0
+        for part in range(parts):
+            for piece in chunks(len(rows), self.micro_batches.train):
+                own = rows[piece]
+                first = with_kl and piece.start == 0
+                advantage_B = advantage_TB[loss.steps(rollouts, own, part), list(own)]
+                terms = loss.terms(self.policy, rollouts, own, advantage_B, part, first)
+                if not bool(terms.loss_B.isfinite().all()):
+                    not_finite += 1
+                    continue
+                self.scaler.scale(terms.loss_B.sum() / count).backward()
+                tally.add({"loss": terms.loss_B, **terms.figures})
+        return self._step_together(not_finite)
+
+    def _step_together(self, not_finite: int) -> float | None:
+        """Sums the gradients of all processes, clips, steps; every process decides alike."""
+        flat = torch.cat(
+            [_flat_gradient(self.parameters), torch.tensor([float(not_finite)]).to(self.policy.device)]
+        )
+        flat = self.peers.sum(flat)
+        _put_gradient(self.parameters, flat[:-1])
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.method.optimizer.grad_clip)
+        good = bool(norm.isfinite()) and flat[-1].item() == 0
+        if good:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
+        limit = self.method.optimizer.max_skipped
+        if self.skipped_in_a_row > limit:
+            raise RunError(
+                f"{self.skipped_in_a_row} updates in a row had no finite loss and gradient, above "
+                f"optimizer.max_skipped ({limit}). The weights are those before them. Lower "
+                "optimizer.lr, or compute in float32: --set machine.dtype=float32"
+            )
+        return norm.item() if good else None
+
+    def _finish(self, step: int) -> None:
+        """The other slots follow `current`."""
+        decay = self.method.loss.old_decay(step)
+        if decay is not None:
+            self.slots.blend(Slot.OLD, Slot.CURRENT, decay)
+        if self.method.optimizer.ema is not None:
+            self.slots.blend(Slot.EMA, Slot.CURRENT, self.method.optimizer.ema)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold as tensors: slots, optimizer, exploration."""
+        optimizer = {f"optimizer/{name}": x for name, x in moments(self.optimizer).items()}
+        slots = {f"slots/{name}": x for name, x in self.slots.state().items()}
+        exploration = {f"exploration/{name}": x for name, x in self.method.exploration.state().items()}
+        return slots | optimizer | exploration
+
+    def state(self) -> dict[str, float]:
+        """The rest of it, as JSON."""
+        return {"skipped_in_a_row": self.skipped_in_a_row, **self.scaler.state_dict()}
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, float]) -> None:
+        """Takes up what `tensors` and `state` gave. Raises CheckpointError where they do not fit."""
+        self.slots.load_state(_below("slots/", tensors))
+        self.method.exploration.load_state(_below("exploration/", tensors))
+        restore_moments(self.optimizer, _below("optimizer/", tensors))
+        left = dict(state)
+        self.skipped_in_a_row = int(left.pop("skipped_in_a_row"))
+        if left:
+            self.scaler.load_state_dict(left)
+
+
+def prepare(exploration: Exploration, policy: FlowPolicy, groups: Sequence[Group]) -> Variants:
+    """The conditions of some groups, with the reference pictures that they name; none of none.
+
+    Raises:
+        InputError: a group has reference pictures and the model takes none, or not all have as many.
+    """
+    if groups:
+        with policy.text_present():
+            variants = exploration.prepare(policy, [group.prompt for group in groups])
+        return shown_to(policy, variants, groups)
+    return Variants(policy.encode([""])[:0], exploration.variants)
+
+
+def _as_judged(rollouts: Rollouts, judged: Judgement) -> Rollouts:
+    """With what a loss wants to know besides advantages: rewards' weights; places in groups as rows of this process."""
+    rollouts = replace(rollouts, weights=judged.weights)
+    if judged.rival_PS is None:
+        return rollouts
+    samples = rollouts.samples
+    own_PS = judged.rival_PS[[group.place for group in samples.groups]]
+    first_P = torch.arange(len(samples.groups)) * samples.per_group
+    return replace(rollouts, rival_B=(own_PS + first_P[:, None]).flatten())
+
+
+def _update_metrics(tally: Tally) -> dict[str, float]:
+    metrics = tally.means()
+    ratio = tally.figures.get("ratio")
+    if ratio is not None:
+        del metrics["ratio"]
+        metrics |= {
+            "ratio_mean": ratio.mean,
+            "ratio_min": ratio.least,
+            "ratio_max": ratio.greatest,
+            "ratio_std": ratio.std,
+        }
+    return metrics
+
+
+def _flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    )
+
+
+def _put_gradient(parameters: Sequence[torch.nn.Parameter], flat: Tensor) -> None:
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

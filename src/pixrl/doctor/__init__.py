@@ -1,0 +1,1 @@
+"""What a recipe needs, asked before anything loads: files, licences, memory, time."""

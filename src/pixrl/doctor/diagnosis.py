@@ -1,0 +1,237 @@
+"""What `pixrl doctor` found, as an object, as JSON and in words."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pixrl import errors
+from pixrl.models.estimate import Cost, PartSize
+
+
+class Need(StrEnum):
+    """What can be missing."""
+
+    PACKAGE = "package"
+    WEIGHTS = "weights"
+    TOKEN = "token"
+    SERVICE = "service"
+    DATA = "data"
+    DEVICE = "device"
+    MEMORY = "memory"
+    DISK = "disk"
+    SETTING = "setting"
+    PLACE = "place"
+    """The run's folder."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why the recipe cannot run here, and what to do."""
+
+    need: Need
+    message: str
+    error: str
+    """The kind of `pixrl.errors` that a run ends with by it."""
+
+
+_ERRORS = {Need.WEIGHTS: "CheckpointError"} | dict.fromkeys(
+    (Need.PACKAGE, Need.SERVICE, Need.MEMORY, Need.DISK, Need.PLACE), "RunError"
+)
+"""Of problems that no error told of; of the others it is an InputError."""
+
+
+@dataclass
+class Findings:
+    """Problems, and what is worth knowing; filled as the checks go on."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def miss(self, need: Need, message: object) -> None:
+        """Adds a problem, once."""
+        kinds = [kind.__name__ for kind in type(message).__mro__ if kind.__module__ == errors.__name__]
+        problem = Problem(need, str(message), kinds[0] if kinds else _ERRORS.get(need, "InputError"))
+        if all(problem.message != one.message for one in self.problems):
+            self.problems.append(problem)
+
+    def note(self, message: str) -> None:
+        """Adds what is worth knowing, once."""
+        if message not in self.notes:
+            self.notes.append(message)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the run would compute."""
+
+    device: str
+    processes: int
+    weights: str
+    """dtype of the weights."""
+    computing: str
+    """dtype of matrix products."""
+    free: int
+    """Bytes that are free there now."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training adds to the weights; bytes."""
+
+    parameters: int
+    lora: int
+    """All three slots."""
+    gradients: int
+    optimizer: int
+    """After its first step."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much there is to do; None where it is not known."""
+
+    prompts: int | None
+    images_per_step: int
+    steps_per_epoch: int | None
+    images_per_epoch: int | None
+    images_in_all: int
+    seconds_per_step: float | None = None
+    known_from: str | None = None
+    """The run that was measured, or how a lower bound was found."""
+    is_lower_bound: bool = False
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        """Of one pass over the prompts."""
+        if self.seconds_per_step is None or self.steps_per_epoch is None:
+            return None
+        return self.seconds_per_step * self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Pictures at a time."""
+
+    rollout: int
+    train: int | None
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All of it. Parts that could not be found out are None or empty; the problems say why."""
+
+    kind: str
+    model: str
+    place: Place
+    parts: Mapping[str, PartSize]
+    rewards: Mapping[str, int]
+    """Model of a reward -> bytes on the disk, which it will take about in memory."""
+    trained: Trained | None
+    side: int | None
+    """Pixels of the pictures."""
+    drawing: Cost | None
+    training: Cost | None
+    batches: Batches | None
+    needed: int | None
+    """Bytes at the peak of a process, with these batches."""
+    disk: int | None
+    """Bytes that the run's folder may grow to."""
+    work: Work
+    problems: Sequence[Problem]
+    notes: Sequence[str]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.problems
+
+    @property
+    def memory_checked(self) -> bool:
+        """Whether the memory that is needed is known."""
+        return self.needed is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """One object of numbers and strings."""
+        found = {name: value for name, value in asdict(self).items() if name != "work"}
+        work = asdict(self.work) | {"seconds_per_epoch": self.work.seconds_per_epoch}
+        weights = sum(part.bytes for part in self.parts.values())
+        known = {"can_run": self.can_run, "memory_checked": self.memory_checked}
+        return {**known, **found, "work": work, "weights": weights}
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        place = self.place
+        yield f"{self.kind}  {self.model}"
+        yield f"device      {place.device} x {place.processes}, weights {place.weights}, computes in {place.computing}"
+        yield from self._sizes()
+        yield from self._memory()
+        yield from self._work()
+        yield from (f"note        {note}" for note in self.notes)
+        for problem in self.problems:
+            yield f"MISSING     {problem.need.value}: {problem.message}"
+        yield self._verdict()
+
+    def _verdict(self) -> str:
+        if not self.can_run:
+            return "It cannot run here as it is."
+        return (
+            "It can run." if self.memory_checked else "Nothing else is missing, but memory was not checked."
+        )
+
+    def _sizes(self) -> Iterator[str]:
+        for name, part in self.parts.items():
+            yield f"{'weights':<12}{name:<18}{part.parameters / 1e6:>10.2f} M parameters{size(part.bytes):>12}"
+        for name, taken in self.rewards.items():
+            yield f"{'reward':<12}{name:<18}{'':>23}{size(taken):>12}"
+
+    def _memory(self) -> Iterator[str]:
+        if self.trained is not None:
+            t = self.trained
+            yield f"{'training':<12}{'LoRA, 3 slots':<18}{t.parameters / 1e6:>10.2f} M parameters{size(t.lora):>12}"
+            yield f"{'':<12}{'gradients':<41}{size(t.gradients):>12}"
+            yield f"{'':<12}{'optimizer':<41}{size(t.optimizer):>12}"
+        for name, cost in (("drawing", self.drawing), ("training", self.training)):
+            if cost is not None:
+                first = f"{name}, one picture"
+                yield f"{'activations':<12}{first:<41}{size(cost.first):>12}, each further {size(cost.each)}"
+        if self.batches is not None:
+            yield from (f"{'batches':<12}{reason}" for reason in self.batches.reasons)
+        if self.needed is None:
+            why = "what is missing comes first" if self.parts else "it is not known before the model is there"
+            yield f"{'memory':<12}not checked: {why}"
+        else:
+            yield f"{'memory':<12}{size(self.needed)} at the peak of a process, {size(self.place.free)} free"
+
+    def _work(self) -> Iterator[str]:
+        work = self.work
+        yield f"{'pictures':<12}{work.images_per_step} a step, {work.images_in_all} in all"
+        if work.steps_per_epoch is not None:
+            yield (
+                f"{'epoch':<12}{work.prompts} prompts: {work.steps_per_epoch} steps, {work.images_per_epoch} pictures, "
+                f"{_seconds(work)}"
+            )
+        if self.disk is not None:
+            yield f"{'disk':<12}{size(self.disk)} at most"
+
+
+def size(count: int) -> str:
+    """Bytes in words: 1.2 GiB."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
+
+
+def _seconds(work: Work) -> str:
+    if work.seconds_per_epoch is None:
+        return "time not known"
+    least = "at least " if work.is_lower_bound else ""
+    return f"{least}{work.seconds_per_epoch:.0f} s ({work.known_from})"
+
+
+def run_name(path: Path) -> str:
+    """How `known_from` calls a run."""
+    return f"measured in {path}"

@@ -1,1 +1,0 @@
-"""Tables, reports and studies: everything that looks at runs and makes no pictures of its own."""

@@ -1,0 +1,173 @@
+"""The generator, the scorer and the exemplars of a fusion, loaded once a process."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pixrl.algorithms.fusion.base import FusionTask
+from pixrl.equations import fuse
+from pixrl.errors import RunError, ShapeError
+from pixrl.hub import Card, Layout, read_card
+from pixrl.models.base import Conditioning, Renderer
+from pixrl.models.memory_plan import MemoryPlan
+from pixrl.runs.fuse_config import FuseConfig, Pooled
+from pixrl.types import sample_seed
+
+EXEMPLAR_SEED = 42
+"""The published exemplars' seed; it does not change with the run's, so all runs compare with the same pictures."""
+PUBLISHED_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PUBLISHED_SEGMENTER = "ZhengPeng7/BiRefNet"
+
+
+class Similarities(Protocol):
+    """Similarity of B pictures to N concepts, nan with a reason where scoring failed."""
+
+    @property
+    def similarities_BN(self) -> Tensor: ...
+
+    @property
+    def reasons(self) -> Sequence[str | None]: ...
+
+
+class Scorer(Protocol):
+    """What `pixrl.rewards.clip.FusionScorer` offers."""
+
+    @property
+    def provenance(self) -> Mapping[str, str]: ...
+
+    def exemplar_features(self, images_MCHW: Tensor) -> Tensor: ...
+
+    def similarities(self, images_BCHW: Tensor, exemplars: Sequence[Tensor]) -> Similarities: ...
+
+
+@dataclass(frozen=True)
+class Exemplars:
+    """Pictures of one concept alone, and their features, [M, E]."""
+
+    concept: str
+    prompt: str
+    seeds: tuple[int, ...]
+    images_MCHW: Tensor
+    features_ME: Tensor
+
+
+class FusionWorld:
+    """A frozen generator and a scorer; remembers the exemplars it made."""
+
+    def __init__(
+        self, renderer: Renderer, scorer: Scorer, card: Card, *, clip: str = "", segmenter: str = ""
+    ) -> None:
+        self.renderer = renderer
+        self.scorer = scorer
+        self.card = card
+        self.clip = clip
+        self.segmenter = segmenter
+        self._exemplars: dict[tuple[str, int], Exemplars] = {}
+
+    def prompt(self, concept: str) -> str:
+        """The prompt of one concept, for its exemplars and for the embeddings that are mixed."""
+        return self.card.exemplar_prompt.format(concept=concept)
+
+    def exemplars(self, concept: str, count: int) -> Exemplars:
+        """Pictures of a concept: the same for every run, seed and sampler."""
+        key = (concept, count)
+        if key not in self._exemplars:
+            self._exemplars[key] = self._draw_exemplars(concept, count)
+        return self._exemplars[key]
+
+    def _draw_exemplars(self, concept: str, count: int) -> Exemplars:
+        prompt = self.prompt(concept)
+        seeds = tuple(sample_seed(EXEMPLAR_SEED, 0, 0, i) for i in range(count))
+        images_MCHW = self.renderer.sample(self.renderer.encode([prompt] * count), seeds)
+        features_ME = self.scorer.exemplar_features(images_MCHW)
+        found = ~features_ME.isnan().any(dim=1)
+        if not bool(found.any()):
+            raise RunError(
+                f"No foreground was found in any of the {count} exemplars of {concept!r} ({prompt!r}), so nothing can "
+                f"be compared with them. Try more with --exemplars, another --set segmenter=REF, or another word."
+            )
+        return Exemplars(concept, prompt, seeds, images_MCHW, features_ME[found])
+
+
+@lru_cache(maxsize=2)
+def load_world(
+    model: str,
+    clip: str | None = None,
+    segmenter: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: MemoryPlan | None = None,
+) -> FusionWorld:
+    """The world of a checkpoint; a second call in one process gives the same one."""
+    from pixrl.models import load
+    from pixrl.rewards.clip import ClipSimilarity, FusionScorer
+    from pixrl.rewards.segmentation import Foreground
+
+    card = read_card(model, Layout.PIPELINE)
+    clip = clip or card.clip or PUBLISHED_CLIP
+    segmenter = segmenter or card.segmenter or PUBLISHED_SEGMENTER
+    scorer = FusionScorer(ClipSimilarity(clip, device=device), Foreground(segmenter, device=device))
+    return FusionWorld(
+        load(model, device=device, dtype=dtype, plan=memory), scorer, card, clip=clip, segmenter=segmenter
+    )
+
+
+class FusionSession:
+    """One set of concepts in a world: mixes their embeddings, renders and scores."""
+
+    def __init__(self, world: FusionWorld, config: FuseConfig) -> None:
+        self.world = world
+        self.config = config
+        self.sources = world.renderer.encode([world.prompt(concept) for concept in config.concepts])
+        self.exemplars = tuple(world.exemplars(concept, config.exemplars) for concept in config.concepts)
+
+    def task(self) -> FusionTask:
+        """What the sampler sees: each concept's columns, averaged over tokens; pooled ones behind them if mixed so."""
+        features_ND = self.sources.tokens_BLD.float().mean(dim=1).cpu()
+        if self.config.pooled is Pooled.COLUMNS:
+            if self.sources.pooled_BE is None:
+                raise RunError(f"{self.config.model} has no pooled text features: take pooled=weight.")
+            features_ND = torch.cat((features_ND, self.sources.pooled_BE.float().cpu()), dim=1)
+        return FusionTask(features_ND, self.config.seed, self.config.budget, self.config.batch)
+
+    def mix(self, coefficients_BND: Tensor) -> Conditioning:
+        """The fused conditioning of each picture."""
+        tokens_NLD, pooled_NE = self.sources.tokens_BLD, self.sources.pooled_BE
+        columns = tokens_NLD.shape[2]
+        coefficients_BND = coefficients_BND.to(tokens_NLD.device)
+        tokens_BLD = torch.stack([fuse(tokens_NLD, a_ND[:, :columns]) for a_ND in coefficients_BND])
+        pooled_BE = None if pooled_NE is None else self._mix_pooled(pooled_NE, coefficients_BND, columns)
+        return Conditioning(tokens_BLD.to(tokens_NLD.dtype), pooled_BE)
+
+    def _mix_pooled(self, pooled_NE: Tensor, coefficients_BND: Tensor, columns: int) -> Tensor:
+        pooled_N1E = pooled_NE[:, None]
+        if self.config.pooled is Pooled.COLUMNS:
+            weights = coefficients_BND[:, :, columns:]
+        else:
+            weights = coefficients_BND.mean(dim=2, keepdim=True).expand(-1, -1, pooled_NE.shape[1])
+            if self.config.pooled is Pooled.AVERAGE:
+                weights = torch.full_like(weights, 1 / len(pooled_NE))
+        return torch.cat([fuse(pooled_N1E, weights_NE) for weights_NE in weights]).to(pooled_NE.dtype)
+
+    def render(self, coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The pictures of a proposal."""
+        return self.world.renderer.sample(self.mix(coefficients_BND), seeds)
+
+    def score(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[str | None, ...]]:
+        """Similarity to each concept, [B, N] on the CPU, and why a row has none."""
+        scored = self.world.scorer.similarities(images_BCHW, [e.features_ME for e in self.exemplars])
+        similarities_BN = scored.similarities_BN.detach().float().cpu()
+        expected = (images_BCHW.shape[0], len(self.exemplars))
+        if similarities_BN.shape != expected:
+            raise ShapeError(f"similarities_BN is {list(similarities_BN.shape)}, not {list(expected)}.")
+        finite_B = similarities_BN.isfinite().all(dim=1)
+        reasons = tuple(
+            reason or (None if finite else "the similarity is not finite")
+            for reason, finite in zip(scored.reasons, finite_B.tolist(), strict=True)
+        )
+        failed_B = torch.tensor([reason is not None for reason in reasons])
+        return similarities_BN.masked_fill(failed_B[:, None], torch.nan), reasons

@@ -1,0 +1,1 @@
+"""Figures over pictures and runs: intervals, diversity, GenEval, fusion."""

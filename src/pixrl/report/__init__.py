@@ -1,0 +1,1 @@
+"""Pages and files that show a run: reports, charts, exports and model cards."""

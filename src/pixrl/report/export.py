@@ -1,0 +1,282 @@
+"""A run's LoRA as a file that other programs load, with a model card and pictures beside it: a folder a format.
+
+The last whole checkpoint is taken. The weights are saved with their scale (alpha / rank) in the up projections and all
+modules of one rank, so that a reader needs no alpha; diffusers' layout says so in its header, too, and ComfyUI's in its
+alphas. Where the run was trained on top of a merged LoRA (`lora.base`), the file holds both. What was written is read
+back, by diffusers where that reads the layout at any width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from pixrl import models
+from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
+from pixrl.hub import components, locate
+from pixrl.hub_check import read_json
+from pixrl.models.comfy_lora import PREFIX as COMFY_PREFIX
+from pixrl.models.comfy_lora import from_published, to_comfyui
+from pixrl.models.flux_lora import (
+    DOWN,
+    PREFIX,
+    UP,
+    Blocks,
+    Lora,
+    adapter_metadata,
+    added,
+    digest,
+    of_one_rank,
+    slot_lora,
+    to_diffusers,
+    to_uno,
+    write_lora,
+)
+from pixrl.models.loading import OPTIONAL_PARTS
+from pixrl.models.lora_files import read_lora
+from pixrl.models.slots import Slot
+from pixrl.report.card_usage import in_unos_code
+from pixrl.report.model_card import Facts, pipeline_name, shown_pairs, write_card
+from pixrl.runs import checkpoint
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.files import write_atomic
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.kinds import KINDS, read_config
+from pixrl.runs.record import start_if_any
+from pixrl.untrusted import encodable
+
+CARD = "README.md"
+_SLOTS = "slots/"
+_ROUNDING = 1e-5
+"""Relative difference of two float32 products of sums of at most some hundred terms."""
+
+
+class Format(StrEnum):
+    """Key layouts of LoRA files."""
+
+    DIFFUSERS = "diffusers"
+    COMFYUI = "comfyui"
+    UNO = "uno"
+    """Of FLUX, as UNO's `dit_lora.safetensors` is published."""
+
+
+def parse_format(name: str) -> Format:
+    """The layout of that name. InputError where there is none."""
+    if name not in list(Format):
+        raise InputError(
+            f"Unknown format {name!r}.{did_you_mean(name, list(Format))} Use {', '.join(Format)}."
+        )
+    return Format(name)
+
+
+FILES = {
+    Format.DIFFUSERS: "pytorch_lora_weights.safetensors",
+    Format.COMFYUI: "comfyui_lora.safetensors",
+    Format.UNO: "dit_lora.safetensors",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    file: Path
+    card: Path
+    slot: Slot
+    step: int
+
+
+def export(
+    run: Path, *, out: Path | None = None, layout: Format = Format.DIFFUSERS, slot: Slot | None = None
+) -> Exported:
+    """Writes a run's LoRA, model card and pictures.
+
+    Args:
+        run: an align or personalize run, finished or not.
+        out: the folder; None: `export/FORMAT` in the run's, so that each format has its own card.
+        layout: diffusers', ComfyUI's or UNO's names.
+        slot: current or ema; None: the averaged weights where the run has them.
+
+    Raises:
+        RunError: it is no such run, or has no checkpoint yet.
+        InputError: `out` holds an export of another format.
+        ConfigError: the run has no averaged weights, or UNO's layout was asked for of another model than FLUX.
+        CheckpointError: a module has no place in the layout, or the base model's folder is gone.
+    """
+    folder = _open(run)
+    place = folder.path / "export" / layout.value if out is None else out
+    _require_own_card(place, layout)
+    config = read_config(folder)
+    chosen = _slot(config, slot)
+    saved = checkpoint.latest(folder.path)
+    if saved is None:
+        raise RunError(f"{folder.path} has no checkpoint yet. Type: pixrl resume {folder.path}")
+    tensors, _ = checkpoint.load(saved)
+    base = locate(config.model).folder
+    lora = of_one_rank(_lora(folder, config, tensors, chosen, models.kind_of(base)))
+    named = _named(lora, layout, base)
+    facts = Facts(
+        file=FILES[layout],
+        slot=chosen.value,
+        step=checkpoint.step_of(saved),
+        layout=layout.value,
+        pipeline=pipeline_name(base),
+        without=_left_out(config, base),
+    )
+    by = _reader(layout)
+    metadata = {
+        "format": "pt",
+        "made_by": "pixrl",
+        "run": folder.path.name,
+        "slot": chosen.value,
+        "checked_with": by,
+    }
+    if layout is Format.DIFFUSERS:
+        metadata |= adapter_metadata(lora)
+    file = write_lora(place / FILES[layout], named, metadata)
+    _read_back(file, lora, named, layout, base)
+    notes = _notes(layout, named, by)
+    return Exported(file, _describe(folder, config, facts, place, notes), chosen, facts.step)
+
+
+def _reader(layout: Format) -> str:
+    """Who reads an export back."""
+    installed = f"diffusers {diffusers.__version__}"
+    return f"pixrl, by the module names of {installed}" if layout is Format.COMFYUI else installed
+
+
+def _read_back(file: Path, lora: Lora, named: Mapping[str, Tensor], layout: Format, base: Path) -> None:
+    """Makes sure that a reader of this layout finds the change of every module, and removes the file where not."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    if layout is Format.COMFYUI:
+        for name in (key.removesuffix(".alpha") for key in named if key.endswith(".alpha")):
+            pair = named[f"{name}.lora_down.weight"], named[f"{name}.lora_up.weight"]
+            found |= from_published(name.removeprefix(COMFY_PREFIX), pair, models.kind_of(base))
+    else:
+        reader = getattr(diffusers, pipeline_name(base))
+        state = reader.lora_state_dict(str(file.parent), weight_name=file.name, use_safetensors=True)
+        modules = [key.removesuffix(DOWN) for key in state if key.endswith(DOWN)]
+        found = {name.removeprefix(PREFIX): (state[name + DOWN], state[name + UP]) for name in modules}
+    for module, (down, up) in lora.items():
+        change, again = (
+            up @ down,
+            found[module][1] @ found[module][0] if module in found else torch.tensor(torch.inf),
+        )
+        if not torch.linalg.vector_norm(change - again) <= _ROUNDING * torch.linalg.vector_norm(change):
+            file.unlink()
+            raise CheckpointError(
+                f"{_reader(layout)} reads {module} of {file} as another change than was written, so it was removed. "
+                "Install the versions of constraints.txt, or export another format."
+            )
+
+
+def _require_own_card(place: Path, layout: Format) -> None:
+    for other, file in FILES.items():
+        if other is not layout and (place / file).exists():
+            raise InputError(
+                f"{place} holds an export of format {other}, whose card would be overwritten. Give another --out, or "
+                "leave it out: each format then has a folder of its own in the run's."
+            )
+
+
+def _named(lora: Lora, layout: Format, base: Path) -> dict[str, Tensor]:
+    """The LoRA's tensors under the names of a layout; `base` is the pipeline's folder."""
+    model = models.kind_of(base)
+    if layout is Format.COMFYUI:
+        return to_comfyui(lora, model)
+    if layout is Format.DIFFUSERS:
+        return to_diffusers(lora)
+    if model != "flux":
+        raise ConfigError(
+            f"UNO's layout is one of FLUX, and this is a LoRA of {model}. Type: --format diffusers"
+        )
+    return to_uno(lora, _blocks(base))
+
+
+def _blocks(base: Path) -> Blocks:
+    config: Mapping[str, Any] = read_json(base / "transformer" / "config.json")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return Blocks(config["num_layers"], config["num_single_layers"], width)
+
+
+def _notes(layout: Format, named: Mapping[str, Tensor], reader: str) -> str:
+    """What the card of a layout says at its end."""
+    ranks = {
+        len(x) for name, x in named.items() if name.endswith((DOWN, ".down.weight", ".lora_down.weight"))
+    }
+    of_rank = (
+        f"Every module of it has rank {max(ranks)}" if len(ranks) == 1 else "Each module says its own rank"
+    )
+    own = {
+        Format.DIFFUSERS: " and strength 1, as the header says too (lora_adapter_metadata)",
+        Format.COMFYUI: ", and its alpha is that rank: strength 1",
+        Format.UNO: " and strength 1, without an alpha",
+    }
+    said = f"\n## File\n\n`{FILES[layout]}` was checked with {reader}, which reads it as the change that was trained. "
+    section = f"{said}{of_rank}{own[layout]}.\n"
+    return f"{section}\n{in_unos_code(FILES[layout], max(ranks))}\n" if layout is Format.UNO else section
+
+
+def _open(run: Path) -> RunFolder:
+    """A run that has a LoRA. RunError for any other."""
+    start = "pixrl align RECIPE --out DIR, or pixrl personalize RECIPE --out DIR"
+    if not run.is_dir():
+        raise RunError(f"There is no run folder {run}. To make a run that can be exported, type: {start}")
+    folder = RunFolder.open(run, allow_changed=True)
+    if folder.kind not in KINDS:
+        raise RunError(
+            f"{run} is a run of kind {folder.kind!r}, which trains no LoRA: there is nothing to export. Type: {start}"
+        )
+    return folder
+
+
+def _left_out(config: AlignConfig, base: Path) -> tuple[str, ...]:
+    """Parts that diffusers must be told to do without: SD3's T5, where the run or a local folder had none."""
+    optional = OPTIONAL_PARTS.get(pipeline_name(base), ())
+    present = components(base) if Path(config.model).is_dir() else optional
+    return tuple(name for name in optional if not config.t5 or name not in present)
+
+
+def _slot(config: AlignConfig, asked: Slot | None) -> Slot:
+    averaged = config.optimizer.ema is not None
+    if asked is Slot.EMA and not averaged:
+        raise ConfigError("This run keeps no averaged weights (optimizer.ema is null). Type: --slot current")
+    if asked not in (None, Slot.EMA, Slot.CURRENT):
+        raise ConfigError(
+            f"The slot {asked.value!r} is not for use outside. Type: --slot current or --slot ema"
+        )
+    return asked or (Slot.EMA if averaged else Slot.CURRENT)
+
+
+def _lora(
+    folder: RunFolder, config: AlignConfig, tensors: Mapping[str, Tensor], slot: Slot, kind: str
+) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """What the run trained, with the LoRA below it."""
+    state = {name.removeprefix(_SLOTS): x for name, x in tensors.items() if name.startswith(_SLOTS)}
+    trained = slot_lora(state, slot.value, config.lora.alpha / config.lora.rank)
+    if not trained:
+        raise CheckpointError(f"The checkpoint holds no LoRA in the slot {slot.value!r}.")
+    if config.lora.base is None:
+        return trained
+    below = read_lora(Path(config.lora.base), kind)
+    if start_if_any(folder).get("merged", [digest(below)]) != [digest(below)]:
+        raise CheckpointError(
+            f"{config.lora.base} is not the LoRA that {folder.path} was trained on top of. Put that one back."
+        )
+    return added([below, trained])
+
+
+def _describe(folder: RunFolder, config: AlignConfig, facts: Facts, place: Path, notes: str) -> Path:
+    """Writes the card, `notes` at its end, and its pictures; the card's path."""
+    pairs = shown_pairs(folder)
+    for pair in pairs:
+        for source, name in pair.files:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(place / name, source.read_bytes())
+    write_atomic(place / CARD, (encodable(write_card(folder, config, facts, pairs)) + notes).encode())
+    return place / CARD

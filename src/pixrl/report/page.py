@@ -1,0 +1,66 @@
+"""What all pages share: pictures inside them, and the templates they are made from."""
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from PIL import Image
+
+from pixrl.untrusted import encodable
+
+SMALL = 128
+"""Pictures up to this side are enlarged in blocks, not smoothed, and embedded as they are."""
+THUMBNAIL, FULL = 256, 768
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture inside the page."""
+
+    uri: str
+    pixel: bool
+
+
+def inline(path: Path, side: int) -> Picture:
+    """A picture as a data URI: small ones as they are, large ones scaled down to `side`."""
+    content = path.read_bytes()
+    with Image.open(io.BytesIO(content)) as picture:
+        if max(picture.size) <= SMALL:
+            return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", True)
+        smaller = picture.convert("RGB")
+        smaller.thumbnail((side, side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        smaller.save(buffer, format="WEBP", quality=86)
+    return Picture(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", False)
+
+
+def render(template: str, view: dict[str, Any]) -> str:
+    """A page from its template; what UTF-8 cannot write, such as a folder's name in another code, is spelled out."""
+    return encodable(_templates().get_template(template).render(version=installed_version(), **view))
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pixrl.report"),
+        autoescape=select_autoescape(["html", "j2"], default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["three"] = lambda value: "–" if value is None or math.isnan(value) else f"{value:.3f}"
+    return environment
+
+
+def installed_version() -> str:
+    """The version of the installed pixrl; "(not installed)" where it runs from a folder."""
+    try:
+        return version("pixrl")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,1 @@
+"""Networks of published rewards, rewritten on transformers: nobody must read them to understand pixrl."""

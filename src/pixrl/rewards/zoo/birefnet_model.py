@@ -1,0 +1,299 @@
+"""BiRefNet's network for inference, under its published names.
+
+A Swin backbone sees the picture whole and at half size; the two feature pyramids are joined. The decoder climbs it from
+coarse to fine, and at every level is shown the picture itself once more, cut into patches (the inward reference) and
+multiplied by an attention that training taught the gradient of the mask (the outward one).
+
+What serves training alone is left out: side outputs (`conv_ms_spvn_*`) and gradient predictions (`gdt_convs_pred_*`).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from math import isqrt
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SwinBackbone, SwinConfig
+
+from pixrl.errors import CheckpointError
+from pixrl.rewards.weights import load_weights, refuse_misfits
+from pixrl.rewards.zoo.deform_conv import deform_conv2d
+
+LEVELS = 4
+HIDDEN = 64
+"""Channels within a decoder block and within a convolution of the picture's patches."""
+SCALE_CHANNELS = 256
+"""Channels of each scale that a block looks at."""
+KERNELS = (1, 3, 7)
+GRADIENT_CHANNELS = 16
+_PARTS = ("bb", "squeeze_module", "decoder")
+_STAGES = ("stage1", "stage2", "stage3", "stage4")
+_TRAINING = ("relative_position_index", "conv_ms_spvn", "gdt_convs_pred", "cls_head")
+_BACKBONE_NAMES = (
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("patch_embed.norm.", "embeddings.norm."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".attn.relative_position_bias_table", ".attention.self.relative_position_bias_table"),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+)
+"""Parts of the published names -> those that transformers keeps on disk."""
+_OF_A_CLASSIFIER = "swin.layernorm."
+"""A backbone has it and does not use it."""
+
+
+def backbone_config(weights: Mapping[str, Tensor], source: Path) -> SwinConfig:
+    """The Swin that the weights are of: width, depths, heads and window, read off their shapes.
+
+    Raises:
+        CheckpointError: they hold no Swin backbone.
+    """
+    blocks = [re.match(r"bb\.layers\.(\d)\.blocks\.(\d+)\.norm1\.weight$", name) for name in weights]
+    depths = [0] * LEVELS
+    for found in blocks:
+        if found and int(found[1]) < LEVELS:
+            depths[int(found[1])] += 1
+    tables = [
+        weights.get(f"bb.layers.{level}.blocks.0.attn.relative_position_bias_table")
+        for level in range(LEVELS)
+    ]
+    width = weights.get("bb.patch_embed.proj.weight")
+    if width is None or 0 in depths or any(table is None for table in tables):
+        raise CheckpointError(
+            f"{source} holds no BiRefNet with a Swin backbone; other backbones are not supported."
+        )
+    sizes = [table.shape for table in tables if table is not None]
+    return SwinConfig(
+        embed_dim=len(width),
+        depths=depths,
+        num_heads=[heads for _, heads in sizes],
+        window_size=(isqrt(sizes[0][0]) + 1) // 2,
+        patch_size=width.shape[-1],
+        out_features=list(_STAGES),
+    )
+
+
+def load(weights: Mapping[str, Tensor], source: Path) -> "BiRefNet":
+    """The network of published weights, frozen, in float32 on the CPU.
+
+    Raises:
+        CheckpointError: they do not fit: another backbone, another decoder, another model.
+    """
+    needed = {name: w for name, w in weights.items() if not any(part in name for part in _TRAINING)}
+    refuse_misfits([], [name for name in needed if name.partition(".")[0] not in _PARTS], source)
+    model = BiRefNet(_load_backbone(_part(needed, "bb"), backbone_config(needed, source), source))
+    for name in ("squeeze_module", "decoder"):
+        load_weights(model.get_submodule(name), _part(needed, name), source)
+    return model.requires_grad_(False).eval()
+
+
+def _part(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")}
+
+
+def _load_backbone(weights: Mapping[str, Tensor], config: SwinConfig, source: Path) -> SwinBackbone:
+    renamed = dict(pair for name, tensor in weights.items() for pair in _renamed(name, tensor))
+    try:
+        model, report = SwinBackbone.from_pretrained(
+            None, config=config, state_dict=renamed, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{source} could not be loaded as a BiRefNet: {error}") from error
+    missing = sorted(key for key in report["missing_keys"] if _OF_A_CLASSIFIER not in key)
+    refuse_misfits(missing, sorted(report["unexpected_keys"]), source)
+    backbone: SwinBackbone = model
+    return backbone
+
+
+def _renamed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """transformers' name on disk of one tensor of the backbone; query, key and value apart."""
+    name = re.sub(r"^norm(\d)\.", lambda found: f"hidden_states_norms.stage{int(found[1]) + 1}.", name)
+    for published, ours in _BACKBONE_NAMES:
+        name = name.replace(published, ours)
+    if name.startswith("layers."):
+        name = f"encoder.{name}"
+    if ".attn.qkv." in name:
+        for word, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+            yield name.replace(".attn.qkv.", f".attention.self.{word}."), third
+    else:
+        yield name, tensor
+
+
+def _to_size(x_BCHW: Tensor, like: Tensor) -> Tensor:
+    """Scaled to the rows and columns of another map."""
+    return F.interpolate(x_BCHW, like.shape[-2:], mode="bilinear", align_corners=True)
+
+
+class DeformableConv2d(nn.Module):
+    """A convolution that looks where its input tells it to."""
+
+    def __init__(self, channels: int, out: int, kernel: int) -> None:
+        super().__init__()
+        self.padding = kernel // 2
+        taps = kernel * kernel
+        self.offset_conv = nn.Conv2d(channels, 2 * taps, kernel, padding=self.padding)
+        self.modulator_conv = nn.Conv2d(channels, taps, kernel, padding=self.padding)
+        self.regular_conv = nn.Conv2d(channels, out, kernel, padding=self.padding, bias=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        offset, mask = self.offset_conv(x_BCHW), 2 * self.modulator_conv(x_BCHW).sigmoid()
+        return deform_conv2d(x_BCHW, offset, mask, self.regular_conv.weight, self.padding)
+
+
+class ScaleModule(nn.Module):
+    """One scale: a deformable convolution, normalized."""
+
+    def __init__(self, channels: int, out: int, kernel: int) -> None:
+        super().__init__()
+        self.atrous_conv = DeformableConv2d(channels, out, kernel)
+        self.bn = nn.BatchNorm2d(out)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return F.relu(self.bn(self.atrous_conv(x_BCHW)))
+
+
+class DeformablePyramid(nn.Module):
+    """ASPPDeformable: several kernel sizes and the mean of the whole map, side by side."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.aspp1 = ScaleModule(channels, SCALE_CHANNELS, 1)
+        self.aspp_deforms = nn.ModuleList([ScaleModule(channels, SCALE_CHANNELS, k) for k in KERNELS])
+        self.global_avg_pool = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, SCALE_CHANNELS, 1, bias=False),
+            nn.BatchNorm2d(SCALE_CHANNELS),
+            nn.ReLU(),
+        )
+        self.conv1 = nn.Conv2d(SCALE_CHANNELS * (2 + len(KERNELS)), channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        scales = [self.aspp1(x_BCHW), *(module(x_BCHW) for module in self.aspp_deforms)]
+        whole = _to_size(self.global_avg_pool(x_BCHW), like=x_BCHW)
+        return F.relu(self.bn1(self.conv1(torch.cat([*scales, whole], dim=1))))
+
+
+class DecoderBlock(nn.Module):
+    """BasicDecBlk: narrow, look at several scales, widen."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, HIDDEN, 3, padding=1)
+        self.bn_in = nn.BatchNorm2d(HIDDEN)
+        self.dec_att = DeformablePyramid(HIDDEN)
+        self.conv_out = nn.Conv2d(HIDDEN, out, 3, padding=1)
+        self.bn_out = nn.BatchNorm2d(out)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        hidden = self.dec_att(F.relu(self.bn_in(self.conv_in(x_BCHW))))
+        widened: Tensor = self.bn_out(self.conv_out(hidden))
+        return widened
+
+
+class LateralBlock(nn.Module):
+    """BasicLatBlk: the backbone's features of a level."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        features: Tensor = self.conv(x_BCHW)
+        return features
+
+
+class PatchConvs(nn.Module):
+    """SimpleConvs: the picture's patches as channels."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, HIDDEN, 3, padding=1)
+        self.conv_out = nn.Conv2d(HIDDEN, out, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        features: Tensor = self.conv_out(self.conv1(x_BCHW))
+        return features
+
+
+def as_patches(image_BCHW: Tensor, like: Tensor) -> Tensor:
+    """The picture cut into patches of another map's size, patches as channels (channel first, then row, column)."""
+    rows, columns = (a // b for a, b in zip(image_BCHW.shape[-2:], like.shape[-2:], strict=True))
+    height, width = like.shape[-2:]
+    cut: Tensor = image_BCHW.unflatten(3, (columns, width)).unflatten(2, (rows, height))
+    # B C rows h columns w
+    return cut.permute(0, 1, 2, 4, 3, 5).flatten(1, 3)
+
+
+class Decoder(nn.Module):
+    """From the coarsest features to the mask's logits.
+
+    Its parts are numbered as published: 4 is the coarsest level, and the picture's patches go in from 5 down to 1.
+    """
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        """`channels`: of the joined features, the coarsest first."""
+        super().__init__()
+        first, second, third, fourth = channels
+        shown = [width // 8 for width in channels]
+        self.ipt_blk5 = PatchConvs(3 * 32**2, shown[0])
+        self.ipt_blk4 = PatchConvs(3 * 16**2, shown[0])
+        self.ipt_blk3 = PatchConvs(3 * 8**2, shown[1])
+        self.ipt_blk2 = PatchConvs(3 * 4**2, shown[2])
+        self.ipt_blk1 = PatchConvs(3, shown[3])
+        self.decoder_block4 = DecoderBlock(first + shown[0], second)
+        self.decoder_block3 = DecoderBlock(second + shown[0], third)
+        self.decoder_block2 = DecoderBlock(third + shown[1], fourth)
+        self.decoder_block1 = DecoderBlock(fourth + shown[2], fourth // 2)
+        self.conv_out1 = nn.Sequential(nn.Conv2d(fourth // 2 + shown[3], 1, 1))
+        for number, width in ((4, second), (3, third), (2, fourth)):
+            self.add_module(f"lateral_block{number}", LateralBlock(width))
+            self.add_module(f"gdt_convs_{number}", _gradient_features(width))
+            self.add_module(f"gdt_convs_attn_{number}", nn.Sequential(nn.Conv2d(GRADIENT_CHANNELS, 1, 1)))
+
+    def forward(self, image_BCHW: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Logits [B, 1, H, W]. `features`: the joined ones, the finest first."""
+        *finer, coarsest = features
+        x = torch.cat([coarsest, self.ipt_blk5(as_patches(image_BCHW, coarsest))], dim=1)
+        for number, level in zip((4, 3, 2), reversed(finer), strict=True):
+            x = self._part("decoder_block", number)(x)
+            attention = self._part("gdt_convs_attn_", number)(self._part("gdt_convs_", number)(x)).sigmoid()
+            x = _to_size(x * attention, like=level) + self._part("lateral_block", number)(level)
+            x = torch.cat([x, self._part("ipt_blk", number)(as_patches(image_BCHW, x))], dim=1)
+        x = _to_size(self.decoder_block1(x), like=image_BCHW)
+        logits: Tensor = self.conv_out1(torch.cat([x, self.ipt_blk1(image_BCHW)], dim=1))
+        return logits
+
+    def _part(self, name: str, number: int) -> nn.Module:
+        return self.get_submodule(f"{name}{number}")
+
+
+def _gradient_features(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, GRADIENT_CHANNELS, 3, padding=1), nn.BatchNorm2d(GRADIENT_CHANNELS), nn.ReLU()
+    )
+
+
+class BiRefNet(nn.Module):
+    """Pictures [B, 3, H, W], normalized, with sides that are multiples of 32, to logits [B, 1, H, W]."""
+
+    def __init__(self, backbone: SwinBackbone) -> None:
+        super().__init__()
+        self.bb = backbone
+        channels = [2 * backbone.config.embed_dim * 2**level for level in reversed(range(LEVELS))]
+        self.squeeze_module = nn.Sequential(DecoderBlock(sum(channels), channels[0]))
+        self.decoder = Decoder(channels)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        rows, columns = image_BCHW.shape[-2:]
+        half = F.interpolate(image_BCHW, (rows // 2, columns // 2), mode="bilinear", align_corners=True)
+        whole, halved = self.bb(image_BCHW).feature_maps, self.bb(half).feature_maps
+        joined = [torch.cat([a, _to_size(b, like=a)], dim=1) for a, b in zip(whole, halved, strict=True)]
+        *finer, coarsest = joined
+        context = torch.cat([*(_to_size(level, like=coarsest) for level in finer), coarsest], dim=1)
+        logits: Tensor = self.decoder(image_BCHW, [*finer, self.squeeze_module(context)])
+        return logits

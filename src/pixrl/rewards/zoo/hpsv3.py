@@ -1,0 +1,244 @@
+"""HPSv3 (Ma et al. 2025): Qwen2-VL reads an instruction with the picture and the prompt; a head reads one token.
+
+    (mu, sigma) = head(h at <|Reward|>),   reward = mu
+
+What its numbers hang on, beside the weights:
+  1. Plain positions. It was trained where Qwen2-VL counts tokens 0, 1, 2 ... on all three axes of its rotary
+     embedding; transformers 5 would give picture tokens rows and columns. The positions are passed explicitly.
+  2. The template, word for word (`hpsv3_prompt.py`), padded on the right.
+  3. Pictures of 256 patches of 28 x 28, sides rounded to multiples of 28, bicubic.
+Prompts that hold one of the tokenizer's special tokens would write into the template: they fail.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixrl.device import choose_device, choose_precision, quiet_loading
+from pixrl.errors import CheckpointError, ShapeError
+from pixrl.hub import read_json
+from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.pairs import load_tokenizer, score_pairs
+from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing
+from pixrl.rewards.provenance import describe_words, part
+from pixrl.rewards.sources import find_file, words_folder
+from pixrl.rewards.weights import build, load_weights, origin, read_weights
+from pixrl.rewards.zoo.hpsv3_prompt import INSTRUCTION, QUESTION, REWARD_TOKEN
+from pixrl.types import RewardBatch, Scores
+
+WEIGHTS = "HPSv3.safetensors"
+LICENCE = "MIT"
+WORDS_LICENCE = "Apache-2.0"
+"""Qwen2-VL-7B-Instruct's."""
+TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>{picture}<|vision_end|>{text}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+"""Qwen2-VL's chat template of one picture and one text."""
+PICTURE_TOKEN = "<|image_pad|>"
+EDGE = 28
+"""Side of what one picture token shows: 2 x 2 patches of 14 x 14."""
+PIXELS = 256 * EDGE * EDGE
+WIDEST = 200
+"""Longer side over shorter side that the model takes at most."""
+HEAD_WIDTHS = (1024, 16, 2)
+HEAD_LAYERS = {"0": "0", "3": "2", "5": "4"}
+"""Places of the linear layers: published, with dropout between -> here."""
+BATCH = 8
+
+
+class HPSv3Reward(DifferentiableReward):
+    """How much people would like the picture for its prompt: about -3 to 15, good generators 6 to 11.
+
+    Args:
+        model: HPSv3.safetensors, a folder that holds it, or a hub id (MizzenAI/HPSv3).
+        processor: the folder or hub id of the Qwen2-VL that it was trained from (Qwen/Qwen2-VL-7B-Instruct): its
+            config and tokenizer. Not needed where they lie beside the weights.
+
+    Raises:
+        CheckpointError: a file is missing, half written or of another model.
+    """
+
+    name = "hpsv3"
+
+    def __init__(
+        self,
+        model: str | Path,
+        processor: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        file = find_file(model, WEIGHTS)
+        words = _words(file, processor)
+        self.device = choose_device(device)
+        self.precision = choose_precision(self.device, dtype)
+        self.tokenizer = load_tokenizer(words)
+        self._special = frozenset(self.tokenizer.all_special_tokens) | {REWARD_TOKEN, PICTURE_TOKEN}
+        self.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+        self._reward_id = int(self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN))
+        trunk, head = split_weights(read_weights([file]))
+        self.trunk = self._build_trunk(trunk, words, file).to(self.device)
+        self.head = _head(head, self.trunk.config.text_config.hidden_size, file).to(self.device)
+        self.provenance: Mapping[str, str] = {
+            **origin(model, file.parent, [file], LICENCE),
+            **part("processor", describe_words(processor or model, words, known=WORDS_LICENCE)),
+            "preprocessing": (
+                f"8-bit; {PIXELS // EDGE**2} tokens of {EDGE}x{EDGE}, ratio nearly kept, bicubic antialias; OpenAI's "
+                "mean and std"
+            ),
+            "positions": "plain, one a token",
+        }
+
+    def _build_trunk(self, weights: Mapping[str, Tensor], words: Path, file: Path) -> Any:
+        with quiet_loading():
+            from transformers import Qwen2VLConfig, Qwen2VLModel
+
+            config = Qwen2VLConfig.from_pretrained(words, local_files_only=True)
+            rows = _rows(weights, file)
+            if self._reward_id >= rows:
+                raise CheckpointError(
+                    f"{file} has {rows} token embeddings, but {REWARD_TOKEN} of the tokenizer in {words} is number "
+                    f"{self._reward_id}. Give the processor that HPSv3 was trained with: Qwen/Qwen2-VL-7B-Instruct"
+                )
+            config.text_config.vocab_size = rows
+            return build(
+                Qwen2VLModel, config, weights, self.precision.weights, file, attn_implementation="sdpa"
+            )
+
+    @torch.inference_mode()
+    def score(self, batch: RewardBatch) -> Scores:
+        def score(images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+            images_BCHW = images_BCHW.to(self.device)
+            return self.rewards(self._preprocessing(images_BCHW)(images_BCHW), prompts)
+
+        return score_pairs(
+            batch,
+            score,
+            at_once=BATCH,
+            provenance=self.provenance,
+            reasons=[self._unusable(prompt) for prompt in batch.prompts],
+        )
+
+    def differentiable_scores(
+        self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()
+    ) -> Tensor:
+        pictures = images_BCHW.to(self.device)
+        pixels = self._preprocessing(pictures).differentiable(pictures)
+        failed = torch.tensor([self._unusable(prompt) is not None for prompt in prompts], device=self.device)
+        shown = ["" if bad else prompt for prompt, bad in zip(prompts, failed.tolist(), strict=True)]
+        values_B = self.rewards(pixels, shown).masked_fill(failed, torch.nan)
+        return values_B.to(images_BCHW.device)
+
+    def rewards(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[B] of preprocessed pictures, float32 on the device and differentiable."""
+        patches, grid_B3 = patchify(pixels_BCHW)
+        tokens = int(grid_B3[0].prod()) // 4
+        texts = [self.text(prompt, tokens) for prompt in prompts]
+        words = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self.device)
+        count, length = words.input_ids.shape
+        positions = torch.arange(length, device=self.device).expand(3, count, length)
+        with self.precision.context(self.device):
+            states = self.trunk(
+                input_ids=words.input_ids,
+                attention_mask=words.attention_mask,
+                position_ids=positions,
+                pixel_values=patches.to(self.precision.weights),
+                image_grid_thw=grid_B3,
+                use_cache=False,
+            ).last_hidden_state
+        mu_sigma = self.head(states[words.input_ids == self._reward_id].float())
+        return torch.as_tensor(mu_sigma[:, 0])
+
+    def text(self, prompt: str, tokens: int) -> str:
+        """What the model reads for a prompt and a picture of so many tokens."""
+        question = INSTRUCTION.format(text_prompt=prompt) + QUESTION
+        return TEMPLATE.format(picture=PICTURE_TOKEN * tokens, text=question)
+
+    def _preprocessing(self, images_BCHW: Tensor) -> Preprocessing:
+        size = model_size(*images_BCHW.shape[-2:])
+        return Preprocessing(None, size, None, OPENAI_MEAN, OPENAI_STD, "bicubic")
+
+    def _unusable(self, prompt: str) -> str | None:
+        held = sorted(token for token in self._special if token in prompt)
+        return f"the prompt holds {held[0]}, which belongs to HPSv3's template" if held else None
+
+
+def model_size(rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns that the model sees a picture at.
+
+    Raises:
+        ShapeError: the picture is more than 200 times as long as it is wide.
+    """
+    if max(rows, columns) > WIDEST * min(rows, columns):
+        raise ShapeError(f"HPSv3 takes sides up to {WIDEST} to 1, got a picture of {rows}x{columns}.")
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    size: tuple[int, int] = smart_resize(rows, columns, EDGE, min_pixels=PIXELS, max_pixels=PIXELS)
+    return size
+
+
+def patchify(pixels_BCHW: Tensor, patch: int = 14, merge: int = 2, frames: int = 2) -> tuple[Tensor, Tensor]:
+    """Qwen2-VL's input: patches [B * h * w, 3 * frames * patch * patch], and their grid [B, 3] as (1, h, w).
+
+    Patches that become one token follow each other; the picture is shown as so many equal frames.
+    """
+    count, channels, height, width = pixels_BCHW.shape
+    rows, columns = height // patch, width // patch
+    split = pixels_BCHW.reshape(
+        count, channels, rows // merge, merge, patch, columns // merge, merge, patch
+    ).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    shown = split[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
+    grid = torch.tensor([[1, rows, columns]] * count, device=pixels_BCHW.device)
+    return shown.reshape(count * rows * columns, channels * frames * patch * patch), grid
+
+
+def split_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The trunk's weights under Qwen2VLModel's names, and the head's; the language model's own head is dropped."""
+    trunk, head = {}, {}
+    for key, value in weights.items():
+        if key.startswith("rm_head."):
+            layer, _, what = key.removeprefix("rm_head.").partition(".")
+            head[f"{HEAD_LAYERS.get(layer, layer)}.{what}"] = value.float()
+        elif key.startswith("model."):
+            trunk[f"language_model.{key.removeprefix('model.')}"] = value
+        elif not key.startswith("lm_head."):
+            trunk[key] = value
+    return trunk, head
+
+
+def _head(weights: Mapping[str, Tensor], width: int, source: Path) -> nn.Sequential:
+    hidden, narrow, out = HEAD_WIDTHS
+    head = nn.Sequential(
+        nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, narrow), nn.ReLU(), nn.Linear(narrow, out)
+    )
+    load_weights(head, weights, source)
+    return head.requires_grad_(False).eval()
+
+
+def _rows(weights: Mapping[str, Tensor], source: Path) -> int:
+    """How many tokens have an embedding; the published file has one more than Qwen2-VL's tokenizer."""
+    name = "language_model.embed_tokens.weight"
+    if name not in weights:
+        raise CheckpointError(
+            f"{source} has no model.embed_tokens.weight; it starts with {next(iter(weights))!r}. "
+            "Is it HPSv3.safetensors?"
+        )
+    return int(weights[name].shape[0])
+
+
+def _words(file: Path, processor: str | Path | None) -> Path:
+    """The folder of Qwen2-VL's config and tokenizer."""
+    if processor is None and not (file.parent / "config.json").is_file():
+        raise CheckpointError(
+            f"{file.parent} holds no config and tokenizer, as published. Say which Qwen2-VL it was trained from: "
+            "processor: Qwen/Qwen2-VL-7B-Instruct"
+        )
+    words = file.parent if processor is None else words_folder(processor)
+    kind = read_json(words / "config.json").get("model_type")
+    if kind != "qwen2_vl":
+        raise CheckpointError(f"{words} describes a {kind!r} model; HPSv3 was trained from a 'qwen2_vl' one.")
+    return words

@@ -1,0 +1,1 @@
+"""Runs: the one loop, where a run starts and goes on, its folder and its checkpoints."""

@@ -1,0 +1,318 @@
+"""`pixrl align` and `pixrl personalize` as a run folder: start it, go on with it, check it.
+
+The report is written a layer above.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixrl import config as recipes
+from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.losses import ClippedSurrogate
+from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
+from pixrl.device import quiet_loading
+from pixrl.doctor.diagnosis import Diagnosis, Findings, Need
+from pixrl.doctor.preflight import CODE, require
+from pixrl.doctor.training import examine
+from pixrl.errors import CheckpointError, InputError, PixrlError, ServiceError
+from pixrl.rewards.set import RewardSet
+from pixrl.runs import selfcheck
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.align_log import AlignLog, cut_back, evaluations
+from pixrl.runs.data import with_full_paths
+from pixrl.runs.display import Monitor, Silent
+from pixrl.runs.distributed import Team
+from pixrl.runs.evaluation import score
+from pixrl.runs.files import resource_guard
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.kinds import kind_of, read_config
+from pixrl.runs.loaded import (
+    Workshop,
+    check_references,
+    load_rewards,
+    make_evaluator,
+    open_workshop,
+    plan_batches,
+    try_rewards,
+)
+from pixrl.runs.loop import Loop, Pace
+from pixrl.runs.place import replacing
+from pixrl.runs.record import (
+    START,
+    changed_data,
+    changed_evaluation,
+    changed_rewards,
+    differences,
+    find_place,
+    gallery_on_disk,
+    read_start,
+    require_same_model,
+    require_unchanged,
+    require_unedited,
+    start_if_any,
+    start_on_disk,
+    write_start,
+)
+from pixrl.runs.sampler import share
+
+LOST = f"{START} was lost: whether model, rewards and prompts are those that the run began with is not known"
+USUAL_SIDE = 512
+
+
+def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monitor | None = None) -> Path:
+    """A new run, to its end; the folder. Ctrl-C leaves one that `go_on` finishes.
+
+    Raises:
+        ConfigError, InputError: the recipe, or something that it names, is wrong; nothing was written.
+        RunError: the folder is taken, or the run had to stop.
+    """
+    config, rewards, found = get_ready(config, out, force=force)
+    shop = open_workshop(config, rewards)
+    # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
+    prepare(shop.method.exploration, shop.policy, shop.first_groups()[:1])
+    left_out = check_references(shop)
+    micro_batches, notes = plan_batches(shop)
+    notes = tuple(dict.fromkeys((*found, *notes, *left_out)))
+    team = shop.team
+    out = team.gather(out)[0]  # each process may have seen another folder as the first free one
+    if team.leads:
+        RunFolder.create(out, kind=kind_of(config), recipe=config, force=force)
+    with replacing(out) if team.leads else nullcontext():
+        if team.leads:
+            write_start(RunFolder.open(out), shop, micro_batches, notes)
+        team.wait()
+        folder = RunFolder.open(out)
+        _play(folder, shop, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
+    return folder.path
+
+
+def get_ready(
+    config: AlignConfig, out: Path | None = None, *, force: bool = False
+) -> tuple[AlignConfig, RewardSet, tuple[str, ...]]:
+    """A run's recipe with whole paths, its rewards, loaded and tried out, and what is to be said.
+
+    Raises:
+        PixrlError: what `pixrl doctor` says stands against the run, or a reward can score nothing; nothing was
+            written, and the generator is not loaded.
+    """
+    team = Team(config.machine.device)
+    with quiet_loading():
+        found = examine(
+            config, processes=team.size, out=out if team.leads else None, force=force, about_to_run=True
+        )
+    notes = require(found)
+    config = with_full_paths(config)
+    rewards = load_rewards(config, team.device)
+    findings = Findings()
+    try_rewards(rewards, config, found.side or USUAL_SIDE, findings)
+    require(findings)
+    return config, rewards, notes
+
+
+def try_out(config: AlignConfig, found: Diagnosis) -> Diagnosis:
+    """What `examine` found, and what the rewards do with a synthetic batch. Code that a recipe names is not executed.
+
+    Args:
+        config: the recipe.
+        found: nothing that stands against it.
+    """
+    findings = Findings(list(found.problems), list(found.notes))
+    tried = [
+        one.model_copy(update={"held_out": False, "weight": 1.0})
+        for one in config.rewards
+        if one.reward != CODE
+    ]
+    try:
+        if tried:
+            rewards = load_rewards(
+                config.model_copy(update={"rewards": tuple(tried), "stages": ()}), found.place.device
+            )
+            try_rewards(rewards, config, found.side or USUAL_SIDE, findings)
+    except PixrlError as error:
+        findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SERVICE, error)
+    return replace(found, problems=findings.problems, notes=findings.notes)
+
+
+def go_on(
+    path: Path, *, overrides: Sequence[str] = (), accept_changes: bool = False, monitor: Monitor | None = None
+) -> Path:
+    """Finishes a broken-off run, wherever it was broken off; its weights end as those of an unbroken one.
+
+    Args:
+        path: the run's folder.
+        overrides: settings to change from here on, `a.b=c`.
+        accept_changes: go on though recipe.yaml was edited, or a reward's weights, prompts or reference pictures are
+            others, after the run began.
+
+    Raises:
+        CheckpointError: one of these changed (it says what differs), or the model is another one.
+        InputError: fewer steps are wanted than are done.
+    """
+    folder = RunFolder.open(path, allow_changed=True)
+    edited = read_config(folder)
+    began = start_if_any(folder)
+    if began:
+        require_unchanged(folder, began["recipe"], edited, accept_changes)
+    else:
+        require_unedited(folder, accept_changes)
+    config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
+    config = with_full_paths(config, edited)
+    shop = open_workshop(config)
+    evaluation, changes = _changes(folder, began, shop, accept_changes) if began else ([], [])
+    step, images, saved = find_place(folder)
+    _require_steps(path, step, config.steps)
+    finished = step == config.steps and not changes and _is_evaluated(folder.path, step)
+    shop.team.wait()  # all have read the logs before the first one cuts them back
+    if shop.team.leads:
+        folder.tidy()
+        if not finished:
+            cut_back(folder, step, images)
+    lost = (LOST,) if images and not began else ()
+    micro_batches, notes = _plan_again(shop, began, [*lost, *changes])
+    whole = began and start_on_disk(folder) == began and gallery_on_disk(folder) is not None
+    if shop.team.leads and (changes or not whole):
+        folder.adopt_recipe(config)
+        since = step if evaluation else began.get("evaluated_from", 0)
+        write_start(folder, shop, micro_batches, notes, evaluated_from=since)
+    shop.team.wait()  # nobody writes before it is done
+    if finished:
+        (monitor or Silent()).say(f"{folder.path.name} is finished: nothing is drawn again.")
+        return folder.path
+    _play(folder, shop, micro_batches, notes, step, images, saved, monitor if shop.team.leads else None)
+    return folder.path
+
+
+def _changes(
+    folder: RunFolder, began: Mapping[str, Any], shop: Workshop, accept_changes: bool
+) -> tuple[list[str], list[str]]:
+    """How further evaluations draw other pictures, and all that is another thing than when the run began."""
+    require_same_model(folder, began, shop.policy)
+    changed = [
+        *changed_rewards(folder, began, shop, accept_changes),
+        *changed_data(folder, began, shop, accept_changes),
+    ]
+    evaluation = changed_evaluation(folder, began, shop)
+    settings = differences(began["recipe"], shop.config.model_dump(mode="json"))
+    return evaluation, [f"changed: {one}" for one in (*settings, *changed, *evaluation)]
+
+
+def _plan_again(
+    shop: Workshop, began: Mapping[str, Any], changes: Sequence[str]
+) -> tuple[MicroBatches, tuple[str, ...]]:
+    """The micro-batches of an unchanged run are those that it began with; else they are planned anew."""
+    if began and not changes:
+        return MicroBatches(**began["micro_batches"]), tuple(began["notes"])
+    left_out = check_references(shop)
+    micro_batches, notes = plan_batches(shop)
+    return micro_batches, (*notes, *left_out, *changes)
+
+
+def _require_steps(run: Path, done: int, wanted: int) -> None:
+    if wanted < done:
+        raise InputError(
+            f"{run} has done {done} steps, and steps is {wanted}. Leave it out, or give {done} or more; for fewer "
+            "steps start another run."
+        )
+
+
+def _is_evaluated(path: Path, step: int) -> bool:
+    return any(row["step"] == step for row in evaluations(path))
+
+
+def check(config: AlignConfig) -> selfcheck.Report:
+    """Is the first update on-policy, at which dtype and batch size; do gradients agree? Writes nothing."""
+    config, rewards, said = get_ready(config)
+    shop = open_workshop(config, rewards)
+    micro_batches, planned = plan_batches(shop)
+    notes = tuple(dict.fromkeys((*said, *planned)))
+    aligner = shop.aligner(micro_batches)
+    groups = shop.prompts.groups(0)
+    own = groups[share(len(groups), shop.team.rank, shop.team.size)]
+    found: list[selfcheck.Deviation] = []
+    dtypes = selfcheck.possible_dtypes(shop.policy)
+    for dtype in dtypes:
+        with selfcheck.computing_in(shop.policy, dtype):
+            drawn = aligner.collect((own or groups)[:1], 0)
+        sizes = [micro_batches.train, 1, 2, selfcheck.ROWS]
+        found += selfcheck.deviations(aligner, drawn, [dtype], sizes)
+    rollouts = aligner.collect(own, 0)
+    scores = score(shop.rewards, rollouts.samples, rollouts.images_BCHW, shop.team)
+    aligner.update(rollouts, scores, shop.rewards.weights(0))
+    agreement = aligner.gradient_disagreement()
+    return selfcheck.Report(selfcheck.measure_of(aligner), tuple(found), agreement, shop.team.size, notes)
+
+
+def _play(
+    folder: RunFolder,
+    shop: Workshop,
+    micro_batches: MicroBatches,
+    notes: Sequence[str],
+    step: int,
+    images: int,
+    saved: tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None,
+    monitor: Monitor | None,
+) -> None:
+    config, team = shop.config, shop.team
+    aligner = shop.aligner(micro_batches)
+    if saved is not None:
+        aligner.restore(saved[0], saved[1]["algorithm"])
+    monitor = monitor or Silent()
+    log = AlignLog(folder, team, images_every=config.output.images_every, from_step=step, images=images)
+    loop = Loop(
+        algorithm=aligner,
+        prompts=shop.prompts,
+        rewards=shop.rewards,
+        evaluator=make_evaluator(shop, micro_batches),
+        features=shop.features,
+        log=log,
+        monitor=monitor,
+        peers=team,
+        pace=Pace(
+            config.steps,
+            config.evaluation.every,
+            config.output.checkpoint_every,
+            config.output.keep_checkpoints,
+        ),
+        group_size=shop.method.group_size,
+        before_first_update=lambda rollouts: _check_first(aligner, rollouts, monitor),
+        after_first_update=lambda: _check_agreement(aligner),
+        start=read_start(folder),
+    )
+    monitor.begin(folder.path.name, config.steps, step)
+    for note in notes:
+        monitor.say(note)
+    try:
+        with resource_guard(folder.path):
+            loop.run(step)
+    except ServiceError as error:
+        raise ServiceError(
+            f"{error} The run is kept up to its last checkpoint: when the service is there again, type: "
+            f"pixrl resume {folder.path}"
+        ) from error
+    finally:
+        log.close()
+        monitor.end()
+
+
+def _check_first(aligner: Aligner, rollouts: Rollouts, monitor: Monitor) -> dict[str, float]:
+    """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
+    later = rollouts.step > 0 and not isinstance(aligner.method.loss, ClippedSurrogate)
+    if later or not len(rollouts):
+        return {}
+    sizes = [aligner.micro_batches.train, 1]
+    found = selfcheck.deviations(aligner, rollouts, selfcheck.possible_dtypes(aligner.policy), sizes)
+    warning = selfcheck.require_on_policy(found[0], selfcheck.measure_of(aligner))
+    if warning is not None:
+        monitor.say(warning)
+    return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
+
+
+def _check_agreement(aligner: Aligner) -> dict[str, float]:
+    value = aligner.gradient_disagreement()
+    selfcheck.require_agreement(value)
+    return {"gradient_disagreement": value}

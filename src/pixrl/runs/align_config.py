@@ -1,0 +1,243 @@
+"""What an align run is made from: the `align` recipe. A method is the combination of four of its parts:
+
+exploration (noise, perturbed) x sampling (solver, random steps) x advantage (weights, synergy, time) x loss (clipped,
+nft, draft; sft and rpo as baselines).
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.draft import DraftSettings
+from pixrl.algorithms.e2po import PerturbationSettings
+from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings
+from pixrl.algorithms.loss_table import (
+    LossSettings,
+    check_advantage,
+    check_fit,
+    check_gradients,
+    check_updates,
+)
+from pixrl.algorithms.losses import NFTSettings
+from pixrl.algorithms.sampling import MOST_STEPS as MOST_SAMPLING
+from pixrl.algorithms.sampling import Noise, SamplingSettings
+from pixrl.algorithms.sft import SFTSettings
+from pixrl.algorithms.trainer import OptimizerSettings
+from pixrl.config import MOST, Count, Seed, Settings, Side, refuse_infinite
+from pixrl.data.prompts import Split
+from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
+
+Group = Annotated[int, Field(ge=1, le=4096)]
+"""Pictures of one prompt."""
+MOST_RANK, MOST_GUIDANCE = 4096, 1000
+LONGEST_WAIT = 86400.0
+"""Seconds."""
+
+
+class PromptSettings(Settings):
+    """What is drawn."""
+
+    source: str = "toy:geneval"
+    """toy:geneval, toy:geneval/counting,colors, a .txt, .jsonl, .json, .csv, .tsv or .parquet file, or a folder of
+    pictures with captions."""
+    column: str | None = None
+    """The column or key of the file that holds the prompts; none: prompt, prompts or caption."""
+    per_step: Count = 8
+    """P: prompts of a training step; each makes one group."""
+
+
+class ScoringSettings(Settings):
+    """How much trouble with rewards a run bears."""
+
+    time_limit: float | None = Field(300.0, gt=0, le=LONGEST_WAIT)
+    """Seconds that one reward may take for a step's pictures; none: no limit."""
+    max_failed_share: float = Field(0.5, ge=0, le=1)
+    """The run stops when more than this share of a step's pictures has no score."""
+
+
+class NoiseExploration(Settings):
+    """A prompt's samples differ in their noise alone."""
+
+    kind: Literal["noise"] = "noise"
+    noises: Group = 8
+    """G: samples of a prompt."""
+    shared_start: bool = False
+    """All samples of a group begin at one noise and differ in what random steps add, as in DanceGRPO: all that
+    their rewards differ by is due to steps that are trained. Needs `sampling.noise`."""
+
+    def make(self) -> Exploration:
+        """The exploration."""
+        return NoiseOnly()
+
+
+class PerturbedExploration(PerturbationSettings):
+    """E2PO: G noises times K semantic variants of each prompt."""
+
+    kind: Literal["perturbed"] = "perturbed"
+    noises: Group = 4
+    """G: noises of each variant."""
+    shared_start: ClassVar[bool] = False
+
+    def make(self) -> Exploration:
+        """The exploration."""
+        names = PerturbationSettings.model_fields
+        return PerturbedEmbeddings(PerturbationSettings(**{name: self.__dict__[name] for name in names}))
+
+
+class LoraSettings(Settings):
+    """The trainable parameters, and what they are trained on top of."""
+
+    base: str | None = None
+    """A LoRA that is merged into the model first and makes the base with it: a file, or a folder as peft saves it."""
+    rank: int = Field(32, ge=1, le=MOST_RANK)
+    alpha: float = Field(64.0, gt=0, le=MOST)
+    targets: tuple[str, ...] | None = None
+    """Names of modules; none: the attention projections."""
+
+
+class EvaluationSettings(Settings):
+    """Pictures at fixed seeds, drawn before, during and after training, and scored by every reward."""
+
+    every: Count | None = None
+    """Training steps between two; none: before and after alone."""
+    source: str | None = None
+    """Prompts; none: the held-out ones of the toy world, or the training file's own (which the log and report say)."""
+    column: str | None = None
+    """The column or key of the source that holds the prompts; none: prompt, prompts or caption."""
+    prompts: Count = 24
+    """How many of them, spread evenly."""
+    per_prompt: Group = 1
+    """Pictures of each."""
+    steps: int | None = Field(None, ge=1, le=MOST_SAMPLING)
+    """Sampling steps; none: those of training."""
+
+
+class MachineSettings(MemoryPlan):
+    """Where and how the run computes; no result depends on it but for rounding, and for the seams of VAE tiles."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16 (GPU)."""
+    rollout_batch: Count | None = None
+    """Pictures drawn at a time; none: planned."""
+    train_batch: Count | None = None
+    """Pictures trained on at a time; none: planned."""
+    gradient_checkpointing: bool = False
+    """Recompute activations: less memory, about a third more time."""
+    drop_text_encoders: bool = False
+    """Encode every prompt at the start, then free the text encoders; the embeddings wait on the CPU."""
+    compile: str | None = None
+    """Compile the transformer's blocks by this backend of torch.compile, such as inductor; none: not compiled."""
+
+
+class OutputSettings(Settings):
+    """What the run's folder keeps."""
+
+    checkpoint_every: Count = 10
+    """Training steps."""
+    keep_checkpoints: Count = 2
+    images_every: Count = 1
+    """Every how many training steps the pictures themselves are kept; the manifest lists all."""
+    features: str | None = None
+    """A CLIP or DINO whose image features measure the diversity of a group; none: small pixels."""
+
+
+class AlignConfig(Settings):
+    """One alignment run."""
+
+    model: str = "toy:sd3"
+    """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
+    guidance: float | None = Field(None, ge=0, le=MOST_GUIDANCE)
+    """Classifier-free guidance of sampling and training; none: the checkpoint's own. Up to 1: none."""
+    resolution: Side | None = None
+    """Side of the pictures in pixels; none: the checkpoint's own."""
+    t5: bool = True
+    """SD3's third text encoder; false: neither downloaded nor loaded; long prompts are understood worse."""
+    seed: Seed = 0
+    steps: Count = 100
+    """Training steps: collect, score, update."""
+    prompts: PromptSettings = PromptSettings()
+    rewards: tuple[RewardSetting, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    """Reward weights by step range; none: the rewards' own weights throughout."""
+    scoring: ScoringSettings = ScoringSettings()
+    exploration: Annotated[NoiseExploration | PerturbedExploration, Field(discriminator="kind")] = (
+        NoiseExploration()
+    )
+    sampling: SamplingSettings = SamplingSettings()
+    advantage: AdvantageSettings = AdvantageSettings()
+    loss: Annotated[LossSettings, Field(discriminator="kind")] = NFTSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    lora: LoraSettings = LoraSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    machine: MachineSettings = MachineSettings()
+    output: OutputSettings = OutputSettings()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "AlignConfig":
+        refuse_infinite(self)
+        check_rewards(self.rewards, self.stages)
+        check_fit(self.loss, self.sampling)
+        check_advantage(self.loss, self.advantage)
+        check_updates(self.loss, self.optimizer.updates)
+        check_gradients(self.loss, self.rewards)
+        for step in (0, *(stage.until for stage in self.stages if stage.until is not None)):
+            self.advantage.check_rewards(weights_at(self.rewards, self.stages, step))
+        group = self.exploration.noises
+        if isinstance(self.exploration, PerturbedExploration):
+            if isinstance(self.loss, SFTSettings):
+                raise ValueError(
+                    "exploration: perturbed has no effect with loss: sft, which draws nothing: set "
+                    "exploration.kind to noise"
+                )
+            group *= self.exploration.variants
+        if group == 1 and not isinstance(self.loss, DraftSettings):
+            raise ValueError(
+                "exploration makes groups of one sample, which have nothing to be compared with: raise "
+                "exploration.noises to 2 or more"
+            )
+        if self.exploration.shared_start and self.sampling.noise is Noise.NONE:
+            raise ValueError(
+                "exploration.shared_start: without random steps all samples of a group would be the same picture: set "
+                "sampling.noise (flow_sde, dance, cps), or leave it out"
+            )
+        falls = self.optimizer.decay_steps
+        if isinstance(falls, int) and falls < self.steps:
+            raise ValueError(
+                f"optimizer.decay_steps: {falls} ends before the run: steps {falls} to {self.steps} would learn "
+                f"nothing. Give {self.steps} or more, or all"
+            )
+        if self.evaluation.column is not None and self.evaluation.source is None:
+            raise ValueError(
+                "evaluation.column names a column of evaluation.source, which is not given: give it, or leave both out"
+            )
+        self._memory_fits()
+        return self
+
+    def prompts_of(self, split: Split) -> tuple[str, str | None]:
+        """Source and column of the prompts of training, or of the evaluation."""
+        if split is Split.TRAIN or self.evaluation.source is None:
+            return self.prompts.source, self.prompts.column
+        return self.evaluation.source, self.evaluation.column
+
+    def _memory_fits(self) -> None:
+        """ValueError for ways of saving memory that the method cannot bear."""
+        machine = self.machine
+        if machine.drop_text_encoders and isinstance(self.exploration, PerturbedExploration):
+            raise ValueError(
+                "machine.drop_text_encoders: perturbed exploration computes with the text encoders in every step; "
+                "take machine.offload=parts instead"
+            )
+        if machine.offload is Offload.SEQUENTIAL and not machine.gradient_checkpointing:
+            raise ValueError(
+                "machine.offload=sequential saves nothing in training unless activations are computed again: "
+                "add machine.gradient_checkpointing=true"
+            )
+        if machine.offload is Offload.SEQUENTIAL and machine.compile is not None:
+            raise ValueError(
+                "machine.compile: layers whose weights come and go cannot be compiled; leave it out, or take "
+                "machine.offload=parts"
+            )

@@ -1,0 +1,185 @@
+"""What an align run writes: metrics, manifest and pictures, evaluations, TensorBoard events.
+
+Every process writes its own pictures (they share a disk); the leading one writes the logs. All of it can be cut back to
+a checkpoint's step, so that a resumed run's logs are those of an unbroken one.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.world import Peers
+from pixrl.errors import CheckpointError
+from pixrl.runs.files import fsync_folder, remove, write_all_atomic, write_atomic
+from pixrl.runs.folder import EVALUATIONS, ManifestRow, RunFolder, png_bytes
+from pixrl.runs.jsonl import JsonLines
+from pixrl.types import Scores
+
+SCORES = "scores.json"
+"""Beside an evaluation's pictures."""
+TENSORBOARD = "tensorboard"
+STEP = "step-"
+
+
+class AlignLog:
+    """The logs of one run; every process has one, and calls it alike."""
+
+    def __init__(
+        self, folder: RunFolder, peers: Peers, *, images_every: int, from_step: int, images: int
+    ) -> None:
+        """Goes on from step `from_step` with `images` rows in the manifest; what lay behind is cut off (`cut_back`)."""
+        self.folder = folder
+        self.peers = peers
+        self.images_every = images_every
+        self.images = images
+        self._evaluations = JsonLines(folder.path / EVALUATIONS, folder.path)
+        self._board: SummaryWriter | None = None
+        if peers.rank == 0:
+            place = str(folder.path / TENSORBOARD)
+            self._board = SummaryWriter(place, purge_step=from_step)
+
+    def step(
+        self, rollouts: Rollouts, scores: Mapping[str, Scores], per_step: int, metrics: Mapping[str, float]
+    ) -> None:
+        """One training step: its pictures, one line each in the manifest, and one line of metrics.
+
+        `per_step`: pictures of the step over all processes.
+        """
+        keep = rollouts.step % self.images_every == 0
+        indices = self._indices(rollouts)
+        files: Sequence[str | None] = [None] * len(indices)
+        if keep and indices:
+            files = self.folder.save_images(indices, rollouts.images_BCHW)
+        rows = [row for part in self.peers.gather(_rows(rollouts, scores, indices, files)) for row in part]
+        if self.peers.rank == 0:
+            self.folder.append_manifest(sorted(rows, key=lambda row: row.index))
+            self.folder.log(rollouts.step, metrics)
+            self._to_board(metrics, rollouts.step)
+        self.images += per_step
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """One evaluation, made before training step `step`."""
+        if self.peers.rank == 0:
+            finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+            self._evaluations.append([{"step": step, **finite}])
+            self._to_board({f"evaluation/{name}": x for name, x in figures.items()}, step)
+
+    def samples(self, step: int, numbers: Sequence[int], images_BCHW: Tensor) -> None:
+        """Pictures of an evaluation: samples/step-000100/0007.png, the same number is the same prompt and seed."""
+        place = samples_of(self.folder, step)
+        place.mkdir(parents=True, exist_ok=True)
+        write_all_atomic(
+            {place / f"{n:04d}.png": png_bytes(one) for n, one in zip(numbers, images_BCHW, strict=True)}
+        )
+        fsync_folder(place)
+
+    def sample_scores(self, step: int, scores: Mapping[str, Scores]) -> None:
+        """Scores of an evaluation's pictures, this process's part of them in the order of their numbers."""
+        own = {
+            name: [x if math.isfinite(x) else None for x in one.values_B.tolist()]
+            for name, one in scores.items()
+        }
+        parts = self.peers.gather(own)
+        if self.peers.rank == 0:
+            whole = {name: [x for part in parts for x in part[name]] for name in own}
+            write_atomic(samples_of(self.folder, step) / SCORES, json.dumps(whole).encode())
+
+    def close(self) -> None:
+        """All events are on the disk."""
+        if self._board is not None:
+            self._board.close()
+
+    def _indices(self, rollouts: Rollouts) -> list[int]:
+        samples = rollouts.samples
+        first = [self.images + group.place * samples.per_group for group in samples.groups]
+        return [start + place for start in first for place in range(samples.per_group)]
+
+    def _to_board(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._board is None:
+            return
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+
+def _rows(
+    rollouts: Rollouts, scores: Mapping[str, Scores], indices: Sequence[int], files: Sequence[str | None]
+) -> list[ManifestRow]:
+    samples = rollouts.samples
+    prompts, variants = samples.prompts, samples.variant_B.tolist()
+    subjects = [{"subject": one["subject"]} if "subject" in one else {} for one in samples.metadata]
+    return [
+        ManifestRow(
+            index=index,
+            step=rollouts.step,
+            prompt=prompts[row],
+            seed=samples.seeds[row],
+            variant=variants[row],
+            scores={name: one.values_B[row].item() for name, one in scores.items()},
+            failed=_reason(scores, row),
+            file=files[row],
+            extra=subjects[row],
+        )
+        for row, index in enumerate(indices)
+    ]
+
+
+def _reason(scores: Mapping[str, Scores], row: int) -> str | None:
+    reasons = [f"{name}: {one.reasons[row]}" for name, one in scores.items() if one.reasons[row] is not None]
+    return "; ".join(reasons) or None
+
+
+def cut_back(folder: RunFolder, step: int, images: int) -> None:
+    """Drops what lies behind the checkpoint of `step`, evaluations and their pictures too: it is drawn anew."""
+    folder.cut_back(step, images)
+    log = JsonLines(folder.path / EVALUATIONS, folder.path)
+    log.keep(sum(row["step"] < step for row in log.read()))
+    for place in evaluated_places(folder):
+        if step_of_place(place) >= step:
+            remove(place)
+
+
+def evaluated_places(folder: RunFolder) -> list[Path]:
+    """The folders of evaluations' pictures, oldest first."""
+    found = folder.samples_dir.glob(f"{STEP}[0-9]*")
+    return sorted((place for place in found if place.name.removeprefix(STEP).isdigit()), key=step_of_place)
+
+
+def step_of_place(place: Path) -> int:
+    """Before which training step the pictures in a folder of an evaluation were drawn."""
+    return int(place.name.removeprefix(STEP))
+
+
+def samples_of(folder: RunFolder, step: int) -> Path:
+    """The folder of an evaluation's pictures."""
+    return folder.samples_dir / f"{STEP}{step:06d}"
+
+
+def sample_scores(folder: RunFolder, step: int) -> dict[str, list[float | None]]:
+    """Reward -> scores of an evaluation's pictures by number, None where there is none; {} of a run that kept none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = samples_of(folder, step) / SCORES
+    if not file.is_file():
+        return {}
+    try:
+        scores: dict[str, list[float | None]] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}). Delete it: the report then goes without intervals."
+        ) from None
+    return scores
+
+
+def evaluations(path: Path) -> list[dict[str, Any]]:
+    """All evaluations of a run folder, in order: `step` and figures by name, None where there is none."""
+    return JsonLines(Path(path) / EVALUATIONS, Path(path)).read()

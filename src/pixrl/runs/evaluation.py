@@ -1,0 +1,106 @@
+"""Pictures of held-out prompts at fixed seeds, drawn and scored before, during and after training."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pixrl.algorithms.base import Group, Samples, roll_out
+from pixrl.algorithms.exploration import NoiseOnly
+from pixrl.algorithms.sampling import Schedule, Solver, StepPlan
+from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.world import Peers
+from pixrl.data.prompts import Prompt, PromptSet
+from pixrl.metrics.spread import Features, group_diversity
+from pixrl.models.base import FlowPolicy
+from pixrl.models.slots import Slot
+from pixrl.rewards.set import Failures, RewardSet
+from pixrl.runs.align_log import AlignLog
+from pixrl.runs.sampler import share
+from pixrl.types import RewardBatch, Scores
+
+_EPOCH = -5
+"""Epoch of the evaluation's seeds; training uses 0 and up."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Draws the same pictures again and again with the weights of the moment."""
+
+    policy: FlowPolicy
+    prompts: tuple[Prompt, ...]
+    per_prompt: int
+    steps: int
+    solver: Solver
+    slot: Slot
+    rewards: RewardSet
+    features: Features
+    peers: Peers
+    micro_batch: int
+    seed: int
+
+    def run(self, log: AlignLog, step: int) -> dict[str, float]:
+        """Scores by reward (NAME/mean), the share that failed and the diversity of a prompt's pictures."""
+        mine = share(len(self.prompts), self.peers.rank, self.peers.size)
+        numbers = range(len(self.prompts))[mine]
+        groups = [Group(n, _EPOCH, n, self.prompts[n].text, self.prompts[n].metadata) for n in numbers]
+        samples = Samples.of(groups, self.per_prompt, 1, self.seed)
+        plan = StepPlan(Schedule.of(self.policy, self.steps), self.solver)
+        with self.policy.slot(self.slot):
+            variants = prepare(NoiseOnly(), self.policy, groups)
+            images, _, _ = roll_out(self.policy, variants, samples, plan, self.micro_batch)
+        first = mine.start * self.per_prompt
+        log.samples(step, range(first, first + len(samples)), images)
+        scores = score(self.rewards, samples, images, self.peers)
+        log.sample_scores(step, scores)
+        figures = self._figures(scores)
+        if self.per_prompt > 1:
+            figures["diversity"] = self._mean(group_diversity(images, self.per_prompt, self.features))
+        log.evaluation(step, figures)
+        return figures
+
+    def _figures(self, scores: Mapping[str, Scores]) -> dict[str, float]:
+        figures = {}
+        for name, one in scores.items():
+            figures[f"{name}/mean"] = self._mean(one.values_B)
+            figures[f"{name}/failed_share"] = self._mean(one.values_B.isnan().float())
+        return figures
+
+    def _mean(self, values_B: Tensor) -> float:
+        known = values_B[~values_B.isnan()].double()
+        total = self.peers.sum(
+            torch.stack([known.sum(), torch.tensor(float(len(known)), dtype=torch.float64)])
+        )
+        return (total[0] / total[1]).item()
+
+
+def score(rewards: RewardSet, samples: Samples, images_BCHW: Tensor, peers: Peers) -> Mapping[str, Scores]:
+    """Every reward's scores of this process's samples; none of none. All processes call it together.
+
+    Raises:
+        RunError: too many of all processes' pictures have no score; on every process alike.
+    """
+    if len(samples):
+        scores = rewards.score_some(RewardBatch(images_BCHW, samples.prompts, samples.metadata))
+    else:
+        scores = {name: Scores(torch.zeros(0), ()) for name in rewards.names}
+    rewards.require_enough(peers.gather({name: Failures.of(one) for name, one in scores.items()}))
+    return scores
+
+
+def spread_evenly(prompts: PromptSet, count: int) -> tuple[Prompt, ...]:
+    """`count` prompts at even distances over a set, which may be sorted by task."""
+    total = min(count, len(prompts))
+    return tuple(prompts[place * len(prompts) // total] for place in range(total))
+
+
+def gallery(prompts: Sequence[Prompt], per_prompt: int, seed: int) -> list[dict[str, object]]:
+    """What the numbers of `samples/` mean: prompt and seed of each picture, and its subject where there is one."""
+    groups = [Group(n, _EPOCH, n, prompt.text, prompt.metadata) for n, prompt in enumerate(prompts)]
+    samples = Samples.of(groups, per_prompt, 1, seed)
+    shown = [{"subject": one["subject"]} if "subject" in one else {} for one in samples.metadata]
+    return [
+        {"number": n, "prompt": prompt, "seed": own, **subject}
+        for n, (prompt, own, subject) in enumerate(zip(samples.prompts, samples.seeds, shown, strict=True))
+    ]

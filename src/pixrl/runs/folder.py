@@ -1,0 +1,272 @@
+"""A run is a folder, and the folder is the interface: `docs/run_folder.md` is its contract.
+
+`RunFolder` writes and reads it. Whatever a method returned from is on the disk; a crash in between leaves at most a
+torn last line and files beside, which the next start drops. Where it lies, and what is replaced, is run_place.py's.
+"""
+
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import Tensor
+
+from pixrl import config
+from pixrl.errors import CheckpointError, ConfigError, RunError, ShapeError
+from pixrl.runs import checkpoint
+from pixrl.runs import place as run_place
+from pixrl.runs.environment import describe
+from pixrl.runs.files import (
+    fsync_folder,
+    remove,
+    sha256,
+    write_all_atomic,
+    write_atomic,
+)
+from pixrl.runs.jsonl import JsonLines
+from pixrl.runs.place import ENVIRONMENT, RECIPE
+
+METRICS = "metrics.jsonl"
+MANIFEST = "rollouts/manifest.jsonl"
+IMAGES = "rollouts/images"
+SAMPLES = "samples"
+CHECKPOINTS = "checkpoints"
+EVALUATIONS = "evaluations.jsonl"
+REPORT = "report.html"
+KNOWN, BEFORE = "recipe_sha256", "recipe_sha256_before"
+"""Where environment.json keeps the checksum of recipe.yaml, and of the one before it was changed by `resume --set`."""
+
+
+class ManifestRow(BaseModel):
+    """One image of a run: one line of `rollouts/manifest.jsonl`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    index: int = Field(ge=0)
+    step: int = Field(ge=0)
+    concepts: tuple[str, ...] | None = None
+    prompt: str | None = None
+    seed: int
+    variant: int | None = None
+    scores: dict[str, float | None] = Field(default_factory=dict)
+    """None where scoring failed, never 0."""
+    failed: str | None = None
+    """Why scoring failed, or None."""
+    file: str | None = None
+    """The picture, relative to the run folder."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """More about the image, such as a summary of the coefficients."""
+
+    @field_validator("scores")
+    @classmethod
+    def _nan_is_none(cls, scores: dict[str, float | None]) -> dict[str, float | None]:
+        return {name: None if x is None or math.isnan(x) else x for name, x in scores.items()}
+
+
+class RunFolder:
+    """One run on disk. Made by `create` or `open`."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path = path
+        self.kind = kind
+        self._manifest = JsonLines(path / MANIFEST, path)
+        self._metrics = JsonLines(path / METRICS, path)
+
+    @staticmethod
+    def create(path: Path, *, kind: str, recipe: BaseModel, force: bool = False) -> "RunFolder":
+        """Starts a run in a new folder. An existing run is refused, or with `force` set aside until the new one has
+        saved its first step (`run_place.replacing`)."""
+        path = Path(path).absolute()
+        recipe_text = f"kind: {kind}\n{config.dump(recipe)}".encode()
+        environment = describe(recipe.model_dump().get("seed"), sha256(recipe_text))
+        files = {RECIPE: recipe_text, ENVIRONMENT: environment}
+        run_place.make(path, kind, files, (IMAGES, SAMPLES, CHECKPOINTS), force=force)
+        return RunFolder(path, kind)
+
+    @staticmethod
+    def open(path: Path, *, repair: bool = False, allow_changed: bool = False) -> "RunFolder":
+        """An existing run, checked. `repair` drops what lies behind the last good line of damaged logs.
+
+        `allow_changed`: the caller itself compares a recipe that was edited after the run began.
+        """
+        run = RunFolder.at(path, allow_changed=allow_changed)
+        if repair:
+            for log in run.logs():
+                log.repair()
+        run.manifest()
+        run.metrics()
+        return run
+
+    @staticmethod
+    def at(path: Path, *, allow_changed: bool = False) -> "RunFolder":
+        """An existing run whose recipe is checked, and whose logs are not looked at."""
+        path = Path(path).absolute()
+        run_place.finish_replacing(path)
+        recipe, _ = _read_recipe(path, allow_changed)
+        try:
+            kind = config.parse_yaml(recipe.decode(), str(path / RECIPE))["kind"]
+        except (UnicodeDecodeError, TypeError, KeyError, ConfigError):
+            raise CheckpointError(
+                f"{path / RECIPE} is no recipe of a run: it is damaged. Put it back."
+            ) from None
+        return RunFolder(path, str(kind))
+
+    def logs(self) -> tuple[JsonLines, JsonLines, JsonLines]:
+        """The manifest, the metrics and the evaluations, which only alignments have."""
+        return self._manifest, self._metrics, JsonLines(self.path / EVALUATIONS, self.path)
+
+    def is_edited(self) -> bool:
+        """Whether somebody changed recipe.yaml since pixrl wrote it."""
+        return _read_recipe(self.path, allow_changed=True)[1]
+
+    def adopt_recipe(self, recipe: BaseModel) -> None:
+        """From now on the run has another recipe; the caller has found that it can go on with it.
+
+        Killed in between, the folder has one of the two, and knows both.
+        """
+        text = f"kind: {self.kind}\n{config.dump(recipe)}".encode()
+        environment = json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8"))
+        environment[BEFORE] = environment[KNOWN]
+        environment[KNOWN] = sha256(text)
+        content = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
+        write_atomic(self.path / ENVIRONMENT, content.encode())
+        write_atomic(self.path / RECIPE, text)
+
+    def tidy(self) -> None:
+        """Removes what killed processes left. Only for the process that goes on with the run."""
+        for path in run_place.left_by_kills(self.path):
+            remove(path)
+        if run_place.has_saved(self.path):
+            run_place.drop_replaced(self.path)
+
+    def cut_back(self, step: int, images: int) -> None:
+        """Drops what lies behind the checkpoint of `step` with its `images`: a resumed run makes it anew."""
+        self.truncate_manifest(images)
+        self.truncate_metrics(step)
+        for picture in self.pictures():
+            if int(picture.stem) >= images:
+                picture.unlink()
+        checkpoint.set_aside_after(self.path, step)
+
+    def pictures(self) -> list[Path]:
+        """The pictures that lie in rollouts/images, whether the manifest names them or not, by their numbers."""
+        return sorted((self.path / IMAGES).glob("[0-9]*.png"), key=lambda file: int(file.stem))
+
+    def step_is_saved(self) -> None:
+        """Tells that a step can be gone on from: what this run replaced, if anything, goes."""
+        run_place.drop_replaced(self.path)
+
+    def recipe_text(self) -> str:
+        """The resolved recipe, `kind` first."""
+        return (self.path / RECIPE).read_text(encoding="utf-8")
+
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe as `config.load` takes it."""
+        return dict(config.parse_yaml(self.recipe_text(), str(self.path / RECIPE)))
+
+    @property
+    def samples_dir(self) -> Path:
+        """For pictures shown to people: selected, periodic, contact sheets."""
+        return self.path / SAMPLES
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / REPORT
+
+    def append_manifest(self, rows: Sequence[ManifestRow]) -> None:
+        """Adds images to the manifest; on return they, and their pictures' names, are on the disk."""
+        fsync_folder(self.path / IMAGES)
+        self._manifest.append([row.model_dump(mode="json") for row in rows])
+
+    def manifest(self) -> list[ManifestRow]:
+        """All images so far. Raises CheckpointError for a damaged manifest; a torn last line is dropped."""
+        return self.parse_manifest(self._manifest.read())
+
+    def parse_manifest(self, rows: Sequence[Mapping[str, Any]]) -> list[ManifestRow]:
+        """Lines as rows. Raises CheckpointError for those of another version."""
+        try:
+            return [ManifestRow.model_validate(row) for row in rows]
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{self.path / MANIFEST} was written by another version of pixrl: {error}"
+            ) from None
+
+    def truncate_manifest(self, count: int) -> None:
+        """Keeps the first `count` images; resume does so to go on from its checkpoint."""
+        self._manifest.keep(count)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds one line to metrics.jsonl; a figure that is not finite is kept as null."""
+        finite = {name: float(x) if math.isfinite(x) else None for name, x in metrics.items()}
+        self._metrics.append([{"step": step, **finite}])
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All logged lines, null read back as nan."""
+        return [
+            {name: math.nan if x is None else x for name, x in row.items()} for row in self._metrics.read()
+        ]
+
+    def truncate_metrics(self, from_step: int) -> None:
+        """Drops the lines of `from_step` and later, which a resumed run writes anew."""
+        steps = [row["step"] for row in self._metrics.read()]
+        first = next((i for i, step in enumerate(steps) if step >= from_step), len(steps))
+        self._metrics.keep(first)
+
+    def save_image(self, index: int, image_CHW: Tensor) -> str:
+        """Writes rollouts/images/000012.png; returns that name, relative to the run folder."""
+        return self.save_images([index], [image_CHW])[0]
+
+    def save_images(self, indices: Sequence[int], images_CHW: Iterable[Tensor]) -> list[str]:
+        """Several pictures (a step's) at a time; `images_CHW` may be one tensor [B, 3, H, W]."""
+        names = [f"{IMAGES}/{index:06d}.png" for index in indices]
+        pictures = (png_bytes(image_CHW) for image_CHW in images_CHW)
+        write_all_atomic({self.path / name: png for name, png in zip(names, pictures, strict=True)})
+        return names
+
+
+def png_bytes(image_CHW: Tensor) -> bytes:
+    """An RGB picture in [0, 1] as a PNG file."""
+    if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
+        raise ShapeError(f"A picture is [3, H, W], not {list(image_CHW.shape)}.")
+    pixels = (
+        image_CHW.detach().float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).contiguous().cpu()
+    )
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _read_recipe(path: Path, allow_changed: bool) -> tuple[bytes, bool]:
+    """The recipe of a run, and whether it is another one than pixrl wrote, which is refused unless allowed."""
+    if not path.is_dir():
+        raise RunError(
+            f"There is no run folder {path}. Name one that fuse, align or personalize made (--out DIR)."
+        )
+    missing = [name for name in (RECIPE, ENVIRONMENT) if not (path / name).is_file()]
+    if missing:
+        advice = (
+            "Nothing was drawn there yet: type the command that starts it."
+            if run_place.is_blank(path)
+            else "Put it back, or start another run in another folder."
+        )
+        raise RunError(f"{path} is no run, or only half of one: {' and '.join(missing)} missing. {advice}")
+    recipe = (path / RECIPE).read_bytes()
+    environment = config.parse_yaml(
+        (path / ENVIRONMENT).read_text(encoding="utf-8", errors="replace"), ENVIRONMENT
+    )
+    found = environment if isinstance(environment, dict) else {}
+    edited = sha256(recipe) not in (found.get(KNOWN), found.get(BEFORE))
+    if KNOWN not in found or (edited and not allow_changed):
+        raise CheckpointError(
+            f"{path / RECIPE} does not match its checksum in {ENVIRONMENT}: one of them was changed after the run "
+            f"began. Put it back, or start a new run from it: --recipe {path / RECIPE}"
+        )
+    return recipe, edited

@@ -1,0 +1,349 @@
+"""`pixrl fuse` as a run folder: start it, go on with it, choose from it. The report is written a layer above."""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from pixrl import config as recipes
+from pixrl.algorithms.fusion.base import Sampler
+from pixrl.data.pairs import check_concepts
+from pixrl.device import quiet_loading
+from pixrl.doctor.fusion import examine_fusion
+from pixrl.doctor.preflight import require
+from pixrl.errors import CheckpointError, RunError
+from pixrl.fusion.noise import NoisePlan
+from pixrl.fusion.select import Selection, choose, choose_thresholds, similarities_of
+from pixrl.fusion.world import FusionSession, FusionWorld, load_world
+from pixrl.hub import Presence
+from pixrl.runs import checkpoint
+from pixrl.runs.files import resource_guard, write_atomic
+from pixrl.runs.folder import ManifestRow, RunFolder, png_bytes
+from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.fuse_display import Progress, Shown, Silent
+from pixrl.runs.fuse_loop import FailureWatch, FusionStep, make_sampler, play
+from pixrl.runs.fuse_writer import StepWriter, cut_coefficients
+from pixrl.runs.place import replacing, require_free
+
+_log = logging.getLogger("pixrl")
+KIND = "fuse"
+SELECTION = "selection.json"
+EXEMPLARS = "exemplars"
+FEATURES = "features.safetensors"
+"""Of the exemplars."""
+WORLD = "world.json"
+WORLD_KEY = "world"
+"""Where a checkpoint keeps a copy of it."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder whose pictures are all made, and the choice among them."""
+
+    folder: RunFolder
+    config: FuseConfig
+    rows: tuple[ManifestRow, ...]
+    selection: Selection
+
+
+class WorldRecord(BaseModel):
+    """What a run's pictures were made and scored with: `world.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model: str
+    fingerprint: str
+    clip: str
+    segmenter: str
+    scorer: dict[str, str] = {}
+    """Provenance of the scores; empty in runs of before it was recorded."""
+    presence: Presence | None
+    prompts: dict[str, str]
+    exemplar_seeds: tuple[int, ...]
+    usable_exemplars: dict[str, int]
+    """Those in which a foreground was found."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a run has come."""
+
+    step: int
+    images: int
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+START = Place(0, 0, {}, {})
+
+
+def start(
+    config: FuseConfig,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    world: FusionWorld | None = None,
+) -> FinishedRun:
+    """A new run. Ctrl-C leaves a folder that `go_on` finishes."""
+    check_concepts(config.concepts)
+    if world is None:
+        get_ready(config, config.concepts, out, force=force)
+    require_free(out, force)
+    config = config.with_full_paths()
+    world = world or world_of(config)
+    world.renderer.encode(
+        [world.prompt(concept) for concept in config.concepts]
+    )  # unknown words, before any folder
+    folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
+    with replacing(folder.path):
+        return _run(folder, config, world, START, progress or Silent())
+
+
+def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: bool = False) -> None:
+    """Refuses what `pixrl doctor` refuses, before a model loads or a folder is made.
+
+    Raises:
+        PixrlError: something stands against the run.
+    """
+    with quiet_loading():
+        found = examine_fusion(config, concepts=concepts, out=out, force=force, about_to_run=True)
+    for note in require(found):
+        _log.warning("%s", note)
+
+
+def go_on(path: Path, *, progress: Progress | None = None, world: FusionWorld | None = None) -> FinishedRun:
+    """Finishes a broken-off run, wherever it was broken off: its manifest ends as that of an unbroken one.
+
+    A finished run is chosen from anew.
+    """
+    folder, config = open_run(path)
+    world = world or world_of(config)
+    place = find_place(folder)
+    folder.tidy()
+    folder.cut_back(place.step, place.images)
+    cut_coefficients(folder, place.step)
+    return _run(folder, config, world, place, progress or Silent())
+
+
+def select_again(
+    path: Path, *, keep: int | None = None, presence: float | None = None, balance: float | None = None
+) -> FinishedRun:
+    """Chooses from the pictures of a run with other thresholds; makes none. What is not given stays as it was."""
+    folder, config = open_run(path)
+    given = {"keep": keep, "presence": presence, "balance": balance}
+    config = recipes.load(
+        FuseConfig, config.model_dump(), values={k: v for k, v in given.items() if v is not None}
+    )
+    rows = folder.manifest()
+    if not rows:
+        raise RunError(f"{folder.path} has no pictures yet. Type: pixrl resume {folder.path}")
+    return _choose(folder, config, rows)
+
+
+def open_finished(path: Path) -> FinishedRun:
+    """A finished run as it lies in its folder."""
+    folder, config = open_run(path)
+    return FinishedRun(folder, config, tuple(folder.manifest()), read_selection(folder))
+
+
+def world_of(config: FuseConfig) -> FusionWorld:
+    """The generator and scorer that a recipe names."""
+    return load_world(*config.world)
+
+
+def open_run(path: Path) -> tuple[RunFolder, FuseConfig]:
+    """A fusion's folder and recipe, both checked."""
+    folder = RunFolder.open(path)
+    if folder.kind != KIND:
+        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")
+    return folder, recipes.load(FuseConfig, folder.recipe(), kind=KIND)
+
+
+def find_place(folder: RunFolder) -> Place:
+    """The newest whole checkpoint whose pictures are all in the manifest; the start where there is none."""
+    rows = len(folder.manifest())
+    found = checkpoint.latest(folder.path)
+    while found is not None:
+        tensors, state = checkpoint.load(found)
+        step = checkpoint.step_of(found)
+        if state["images"] <= rows:
+            return Place(step, state["images"], tensors, state)
+        found = checkpoint.latest(folder.path, at_most=step - 1)
+    return START
+
+
+def read_selection(folder: RunFolder) -> Selection:
+    """The choice that the run ended with, or that `select` made last."""
+    path = folder.path / SELECTION
+    if not path.is_file():
+        raise RunError(f"{folder.path} is not finished. Type: pixrl resume {folder.path}")
+    try:
+        return Selection.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}). Choose anew: pixrl select {folder.path}"
+        ) from None
+
+
+def _run(
+    folder: RunFolder, config: FuseConfig, world: FusionWorld, place: Place, progress: Progress
+) -> FinishedRun:
+    session = FusionSession(world, config)
+    sampler = make_sampler(config, session)
+    noise = config.noise_plan()
+    if place is not START:
+        sampler.restore(place.tensors, place.state["sampler"])
+        noise.restore(place.state["noise"])
+    record = _record(world, session)
+    _write_world(folder, record, session, place)
+    watch = FailureWatch(config)
+    done = folder.manifest()
+    watch.count(tuple(row.failed for row in done))
+    progress.begin(config, [_reward(row) for row in done])
+    with resource_guard(folder.path), Shown(progress), StepWriter(folder, config) as writer:
+        steps = play(session, sampler, config, noise, place.step)
+        _follow(steps, sampler, noise, writer, watch, progress, record)
+    return _choose(folder, config, folder.manifest())
+
+
+def _follow(
+    steps: Iterator[FusionStep],
+    sampler: Sampler[Any],
+    noise: NoisePlan,
+    writer: StepWriter,
+    watch: FailureWatch,
+    progress: Progress,
+    record: WorldRecord,
+) -> None:
+    world = record.model_dump(mode="json")
+    for step in steps:
+        images = step.first_index + len(step)
+        state = {"images": images, "sampler": sampler.state(), "noise": noise.state(), WORLD_KEY: world}
+        writer.write(step, sampler.tensors(), state)
+        progress.advance(step.feedback.rewards_B.tolist())
+        watch.count(step.reasons)
+        try:
+            watch.check()
+        except RunError:
+            writer.wait()
+            raise
+
+
+def _choose(folder: RunFolder, config: FuseConfig, rows: list[ManifestRow]) -> FinishedRun:
+    thresholds = choose_thresholds(config, read_world(folder).presence)
+    similarities_BN = similarities_of(rows, config.concepts)
+    selection = choose(similarities_BN, config, thresholds, config.keep, [row.seed for row in rows])
+    content = json.dumps(selection.to_json(), indent=1).encode() + b"\n"
+    write_atomic(folder.path / SELECTION, content)
+    _copy_selected(folder, rows, selection)
+    return FinishedRun(folder, config, tuple(rows), selection)
+
+
+def _copy_selected(folder: RunFolder, rows: list[ManifestRow], selection: Selection) -> None:
+    """The chosen pictures once more, under samples/, best first."""
+    for old in folder.samples_dir.glob("selected-*.png"):
+        old.unlink()
+    for place, index in enumerate(selection.indices, 1):
+        file = rows[index].file
+        assert file is not None
+        content = (folder.path / file).read_bytes()
+        write_atomic(folder.samples_dir / f"selected-{place}-{index:06d}.png", content, sync_folder=False)
+
+
+def read_world(folder: RunFolder) -> WorldRecord:
+    """The record of a run's models, calibration and exemplars."""
+    found = world_on_disk(folder)
+    if found is None:
+        raise CheckpointError(
+            f"{folder.path / WORLD} is missing or damaged. Type: pixrl resume {folder.path}, which writes it again."
+        )
+    return found
+
+
+def world_on_disk(folder: RunFolder) -> WorldRecord | None:
+    """The same; None where the file is missing or damaged."""
+    try:
+        return WorldRecord.model_validate_json((folder.path / WORLD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def exemplar_files(folder: RunFolder, concept: str) -> list[Path]:
+    """The pictures of a concept alone."""
+    return sorted((folder.path / EXEMPLARS).glob(f"{slug(concept)}-[0-9][0-9].png"))
+
+
+def slug(text: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^\w.+-]+", "_", text.casefold()).strip("._") or "_"
+
+
+def _record(world: FusionWorld, session: FusionSession) -> WorldRecord:
+    return WorldRecord(
+        model=world.renderer.name,
+        fingerprint=world.renderer.fingerprint(),
+        clip=world.clip,
+        segmenter=world.segmenter,
+        scorer=dict(world.scorer.provenance),
+        presence=world.card.presence,
+        prompts={e.concept: e.prompt for e in session.exemplars},
+        exemplar_seeds=session.exemplars[0].seeds,
+        usable_exemplars={e.concept: len(e.features_ME) for e in session.exemplars},
+    )
+
+
+def _require_same_scorer(folder: RunFolder, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    changed = [
+        f"{name}: {before[name]!r}, now {now.get(name)!r}" for name in before if before[name] != now.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"What scores the pictures has changed since the run {folder.path} began:\n  "
+            + "\n  ".join(changed)
+            + "\nPut the old checkpoints back, or start a new run."
+        )
+
+
+def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession, place: Place) -> None:
+    """What the children are compared with, and by what. A resumed run must find what it began with.
+
+    Where world.json is lost, its copy in the checkpoint says that.
+    """
+    found = world_on_disk(folder)
+    kept = place.state.get(WORLD_KEY)
+    before = found if found is not None or kept is None else WorldRecord.model_validate(kept)
+    if before is not None:
+        if before.fingerprint != record.fingerprint:
+            raise CheckpointError(
+                f"{record.model} has changed since the run {folder.path} began ({before.fingerprint}, now "
+                f"{record.fingerprint}). Put the old checkpoint back, or start a new run."
+            )
+        _require_same_scorer(folder, before.scorer, record.scorer)
+    if found is not None:
+        return
+    pictures = folder.path / EXEMPLARS
+    pictures.mkdir(exist_ok=True)
+    for exemplars in session.exemplars:
+        for i, image in enumerate(exemplars.images_MCHW):
+            write_atomic(
+                pictures / f"{slug(exemplars.concept)}-{i:02d}.png", png_bytes(image), sync_folder=False
+            )
+    features = {
+        exemplars.concept: exemplars.features_ME.cpu().contiguous() for exemplars in session.exemplars
+    }
+    write_atomic(pictures / FEATURES, safetensors.torch.save(features))
+    content = (before or record).model_dump_json(indent=1).encode() + b"\n"
+    write_atomic(folder.path / WORLD, content)
+
+
+def _reward(row: ManifestRow) -> float:
+    reward = row.scores.get("reward")
+    return math.nan if reward is None else reward

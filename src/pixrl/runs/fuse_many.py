@@ -1,0 +1,198 @@
+"""Many fusions in one folder: all pairs of a list, or all samplers on the same concepts. Each is a run of its own."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pixrl import config as recipes
+from pixrl.config import Settings
+from pixrl.data.pairs import PairList, check_concepts
+from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
+from pixrl.fusion.world import FusionWorld
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs.files import write_atomic
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.fuse import FinishedRun
+from pixrl.runs.fuse_config import FuseConfig, SamplerName, settings_type
+from pixrl.runs.fuse_display import Progress
+from pixrl.runs.place import CHILDREN, has_saved, is_run, replacing, require_free
+
+COMPARE = "fuse-compare"
+PAIRS = "fuse-pairs"
+FAILURES = "failures.json"
+ALL = "all"
+_log = logging.getLogger("pixrl")
+
+
+class ManyConfig(Settings):
+    """The recipe of a folder of fusions: every list of concepts with every sampler."""
+
+    concepts: tuple[tuple[str, ...], ...]
+    samplers: tuple[SamplerName, ...]
+    fuse: dict[str, Any]
+    """What all of them share, as a `fuse` recipe."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Samplers' own settings; each goes to the samplers that know it."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the list of pairs."""
+
+    def children(self) -> Iterator[tuple[str, FuseConfig]]:
+        """Folder name and recipe of each fusion, in order."""
+        width = len(str(len(self.concepts)))
+        for number, concepts in enumerate(self.concepts, 1):
+            for sampler in self.samplers:
+                pair = fuse_job.slug("+".join(concepts))
+                name = str(sampler) if len(self.concepts) == 1 else f"{number:0{width}d}-{pair}"
+                values = {
+                    **self.fuse,
+                    "concepts": concepts,
+                    "sampler": sampler,
+                    "options": self._options_of(sampler),
+                }
+                yield name, recipes.load(FuseConfig, values)
+
+    def _options_of(self, sampler: str) -> dict[str, Any]:
+        known = settings_type(sampler).model_fields
+        return {name: value for name, value in self.options.items() if name in known}
+
+
+@dataclass(frozen=True)
+class FinishedRuns:
+    """A folder of fusions, and why some of them stopped."""
+
+    folder: RunFolder
+    config: ManyConfig
+    runs: tuple[FinishedRun, ...]
+    failures: dict[str, str]
+
+
+def compare_config(base: FuseConfig, samplers: Sequence[str] | str, given: dict[str, Any]) -> ManyConfig:
+    """The same concepts with several samplers; `given` are options for those that know them."""
+    check_concepts(base.concepts)
+    names = list(SamplerName) if samplers == ALL else [_sampler(name) for name in samplers]
+    if len(names) < 2:
+        raise InputError("--compare needs two or more samplers: 'all', or for example rmler,random")
+    if len(set(names)) < len(names):
+        raise InputError(f"--compare names a sampler twice: {', '.join(names)}.")
+    known = {option for name in names for option in settings_type(name).model_fields}
+    for option in given:
+        if option not in known:
+            raise ConfigError(
+                f"None of the samplers {', '.join(names)} has an option {option!r}.{did_you_mean(option, known)}"
+            )
+    return ManyConfig(concepts=(base.concepts,), samplers=tuple(names), fuse=_shared(base), options=given)
+
+
+def pairs_config(base: FuseConfig, pairs: PairList) -> ManyConfig:
+    """One sampler on every line of a list."""
+    options = dict(base.options)
+    return ManyConfig(
+        concepts=pairs.pairs, samplers=(base.sampler,), fuse=_shared(base), options=options, notes=pairs.notes
+    )
+
+
+def start_many(
+    config: ManyConfig,
+    kind: str,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Callable[[], Progress] | None = None,
+    world: FusionWorld | None = None,
+) -> FinishedRuns:
+    """Runs all of them, one after the other. One that stops with an error does not stop the others."""
+    require_free(out, force)
+    first = next(config.children())[1]
+    names = dict.fromkeys(concept for concepts in config.concepts for concept in concepts)
+    if world is None:
+        fuse_job.get_ready(first, list(names), out, force=force)
+        world = fuse_job.world_of(first)
+    world.renderer.encode([world.prompt(concept) for concept in names])  # unknown words, before any folder
+    folder = RunFolder.create(out, kind=kind, recipe=config, force=force)
+    with replacing(folder.path):
+        return _run_all(folder, config, progress, world)
+
+
+def go_on_many(
+    path: Path, *, progress: Callable[[], Progress] | None = None, world: FusionWorld | None = None
+) -> FinishedRuns:
+    """Finishes what is not finished, and tries again what failed."""
+    folder, config = open_many(path)
+    folder.tidy()
+    return _run_all(folder, config, progress, world or fuse_job.world_of(next(config.children())[1]))
+
+
+def open_many(path: Path) -> tuple[RunFolder, ManyConfig]:
+    """A folder of fusions and its recipe."""
+    folder = RunFolder.open(path)
+    if folder.kind not in (COMPARE, PAIRS):
+        raise RunError(f"{path} is a run of kind {folder.kind!r}, not a folder of fusions.")
+    return folder, recipes.load(ManyConfig, folder.recipe())
+
+
+def finished_runs(path: Path) -> FinishedRuns:
+    """What is finished in a folder of fusions."""
+    folder, config = open_many(path)
+    runs = [
+        fuse_job.open_finished(place)
+        for name, _ in config.children()
+        if (place := folder.path / CHILDREN / name) and (place / fuse_job.SELECTION).is_file()
+    ]
+    return FinishedRuns(folder, config, tuple(runs), read_failures(folder))
+
+
+def read_failures(folder: RunFolder) -> dict[str, str]:
+    """Which fusions stopped, and why; {} before all had their turn. CheckpointError where the file is damaged."""
+    path = folder.path / FAILURES
+    try:
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}). Type: pixrl resume {folder.path}, which writes it again."
+        ) from None
+    return found
+
+
+def _run_all(
+    folder: RunFolder, config: ManyConfig, progress: Callable[[], Progress] | None, world: FusionWorld
+) -> FinishedRuns:
+    failures: dict[str, str] = {}
+    (folder.path / CHILDREN).mkdir(exist_ok=True)
+    for name, child in config.children():
+        place = folder.path / CHILDREN / name
+        if (place / fuse_job.SELECTION).is_file():
+            continue
+        shown = progress() if progress else None
+        try:
+            if is_run(place):
+                fuse_job.go_on(place, progress=shown, world=world)
+            else:
+                fuse_job.start(child, place, progress=shown, world=world)
+        except RunError as error:
+            _log.warning("%s stopped: %s", name, error)
+            failures[name] = str(error)
+        if has_saved(folder.path):
+            folder.step_is_saved()
+    write_atomic(folder.path / FAILURES, json.dumps(failures, indent=1, ensure_ascii=False).encode() + b"\n")
+    result = finished_runs(folder.path)
+    if failures and not result.runs:
+        first = next(iter(failures))
+        raise RunError(f"All {len(failures)} fusions stopped. The first, {first}: {failures[first]}")
+    return result
+
+
+def _sampler(name: str) -> SamplerName:
+    if name not in list(SamplerName):
+        raise InputError(
+            f"There is no sampler {name!r}.{did_you_mean(name, SamplerName)} There are {', '.join(SamplerName)}."
+        )
+    return SamplerName(name)
+
+
+def _shared(base: FuseConfig) -> dict[str, Any]:
+    return base.with_full_paths().model_dump(mode="json", exclude={"concepts", "sampler", "options"})

@@ -1,0 +1,306 @@
+"""Everything that an align recipe names, loaded and checked against each other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pixrl import models
+from pixrl import rewards as rewards_table
+from pixrl.algorithms.base import Group
+from pixrl.algorithms.draft import DraftSettings
+from pixrl.algorithms.exploration import NoiseOnly
+from pixrl.algorithms.loss_table import make_loss
+from pixrl.algorithms.sft import SFTSettings
+from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, prepare
+from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
+from pixrl.data.subject_prompts import subject_prompts
+from pixrl.data.subjects import check_targets, load_subjects
+from pixrl.doctor.diagnosis import Findings
+from pixrl.doctor.preflight import rehearse
+from pixrl.errors import ConfigError, InputError
+from pixrl.metrics.spread import Features, pixel_features
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.flux import FluxPolicy
+from pixrl.models.prompts import check_words
+from pixrl.models.slots import LoraSlots, Slot
+from pixrl.rewards.picture_encoders import load_encoder
+from pixrl.rewards.set import RewardSet
+from pixrl.rewards.settings import RewardSetting
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.data import what_is_asked
+from pixrl.runs.distributed import Team, limit_threads
+from pixrl.runs.evaluation import Evaluator, spread_evenly
+from pixrl.runs.memory import require_room
+from pixrl.runs.personalize_config import PersonalizeConfig, ReferenceSettings
+from pixrl.runs.planner import plan
+from pixrl.runs.sampler import PromptSampler, share
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Everything that a recipe names, loaded."""
+
+    config: AlignConfig
+    team: Team
+    policy: FlowPipelinePolicy
+    slots: LoraSlots
+    prompts: PromptSampler
+    held_out: PromptSet
+    rewards: RewardSet
+    method: Method
+    features: Features
+
+    def first_groups(self) -> list[Group]:
+        """This process's groups of the first step, or any one."""
+        groups = self.prompts.groups(0)
+        return groups[share(len(groups), self.team.rank, self.team.size)] or groups[:1]
+
+    def evaluated(self) -> tuple[Prompt, ...]:
+        """What the evaluation draws."""
+        return spread_evenly(self.held_out, self.config.evaluation.prompts)
+
+    def trained_on(self) -> int:
+        """How many of the evaluation's prompts are trained on too; of a subject, those whose subject is."""
+        known = set(what_is_asked(self.prompts.prompts))
+        return sum(one in known for one in what_is_asked(self.evaluated()))
+
+    def aligner(self, micro_batches: MicroBatches) -> Aligner:
+        """The algorithm before its first step."""
+        return Aligner(
+            self.policy,
+            self.slots,
+            self.method,
+            micro_batches,
+            seed=self.config.seed,
+            peers=self.team,
+            scale_loss=self.policy.precision.autocast is torch.float16,
+        )
+
+
+def load_rewards(config: AlignConfig, device: str) -> RewardSet:
+    """The rewards of a recipe, computing on a device where their own options do not say where."""
+    scoring = config.scoring
+    return RewardSet(
+        [placed(setting, device) for setting in config.rewards],
+        config.stages,
+        time_limit=scoring.time_limit,
+        max_failed_share=scoring.max_failed_share,
+    )
+
+
+def try_rewards(rewards: RewardSet, config: AlignConfig, side: int, findings: Findings) -> None:
+    """`rehearse` with prompts of the recipe, those of the evaluation too."""
+    prompts = [prompt for split in Split for prompt in read_prompts(config, split)]
+    rehearse(rewards, prompts, side, findings)
+
+
+def open_workshop(config: AlignConfig, rewards: RewardSet | None = None) -> Workshop:
+    """Loads the model, the rewards and the prompts of a recipe, and checks that they fit.
+
+    `rewards`: those of the recipe, where they are loaded already.
+    """
+    team = Team(config.machine.device)
+    limit_threads(team.size)
+    prompts, held_out = (read_prompts(config, split) for split in Split)
+    policy = load_policy(config, team)
+    for one in (prompts, held_out):
+        check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
+    if config.machine.drop_text_encoders:
+        policy.drop_text([prompt.text for one in (prompts, held_out) for prompt in one])
+    lora = config.lora
+    slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    if config.machine.compile is not None:
+        policy.compile(config.machine.compile)
+    rewards = load_rewards(config, team.device) if rewards is None else rewards
+    method = Method(
+        exploration=config.exploration.make(),
+        sampling=config.sampling,
+        advantage=config.advantage,
+        loss=make_loss(config.loss, rewards.differentiable()),
+        optimizer=config.optimizer.of_run(config.steps),
+        noises=config.exploration.noises,
+        shared_start=config.exploration.shared_start,
+    )
+    features = _features(config.output.features, team.device)
+    sampler = PromptSampler(prompts, per_step=config.prompts.per_step, seed=config.seed)
+    return Workshop(config, team, policy, slots, sampler, held_out, rewards, method, features)
+
+
+def read_prompts(config: AlignConfig, split: Split) -> PromptSet:
+    """The prompts of training or of the evaluation, with their subjects where the recipe is one of subjects."""
+    source, column = config.prompts_of(split)
+    supervised = isinstance(config.loss, SFTSettings)
+    if isinstance(config, PersonalizeConfig):
+        subjects = load_subjects(source, split=split)
+        if supervised and split is Split.TRAIN:
+            check_targets(subjects)
+        return subject_prompts(subjects, count=config.references.count)
+    if supervised:
+        raise ConfigError(
+            "loss: sft learns from target pictures, which only subjects have: pixrl personalize toy/sft"
+        )
+    return load_prompts(source, split=split, column=column)
+
+
+def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
+    """The model of a recipe. ConfigError when it cannot be trained."""
+    policy = models.load(
+        config.model,
+        device=team.device,
+        dtype=config.machine.dtype,
+        steps=config.sampling.steps,
+        guidance=config.guidance,
+        resolution=config.resolution,
+        t5=config.t5,
+        plan=config.machine,
+        lora=config.lora.base,
+    )
+    policy = require_trainable(policy, config.model)
+    if isinstance(config, PersonalizeConfig):
+        show_references(policy, config.references)
+    if config.machine.gradient_checkpointing:
+        policy.checkpoint_gradients()
+    return policy
+
+
+def require_trainable(renderer: object, name: str) -> FlowPipelinePolicy:
+    """The model as one that can be trained. ConfigError when it cannot be."""
+    if not isinstance(renderer, FlowPipelinePolicy):
+        raise ConfigError(
+            f"{name} is a {type(renderer).__name__}: it draws pictures but has no velocity and no LoRA slots to train. "
+            "Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
+        )
+    return renderer
+
+
+def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> FluxPolicy:
+    """The model, set up for reference pictures. ConfigError when it takes none."""
+    if not isinstance(policy, FluxPolicy):
+        raise ConfigError(
+            f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a FLUX model: "
+            "--set model=toy:flux, or a FLUX checkpoint."
+        )
+    policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
+    return policy
+
+
+def placed(setting: RewardSetting, device: str) -> RewardSetting:
+    """A reward that computes where the process does, unless its options say where."""
+    if "device" in setting.options or not rewards_table.takes(setting.reward, "device"):
+        return setting
+    return setting.model_copy(update={"options": {**setting.options, "device": device}})
+
+
+def _features(ref: str | None, device: str) -> Features:
+    return pixel_features if ref is None else load_encoder(ref, device=device).image_features
+
+
+def check_references(shop: Workshop) -> tuple[str, ...]:
+    """Refuses subjects by whose references a reward can judge nothing, before anything is drawn.
+
+    Returns:
+        What is to be said of references that a reward leaves out, because it finds nothing in them to compare with.
+
+    Raises:
+        InputError: they are more than `scoring.max_failed_share` of the subjects, so the run would stop; names one.
+    """
+    if not isinstance(shop.config, PersonalizeConfig):
+        return ()
+    subjects = _subjects(shop)
+    found = [(name, shop.rewards.reference_problems(metadata)) for name, metadata in subjects]
+    for reward in shop.rewards.names:
+        broken = [(name, of[reward]) for name, of in found if reward in of]
+        if len(broken) > shop.config.scoring.max_failed_share * len(subjects):
+            first, reason = broken[0]
+            raise InputError(
+                f"The reward {reward!r} can judge no picture of {len(broken)} of {len(subjects)} subject(s); "
+                f"{first!r}: {reason}. Give other pictures of it, on which it stands out; or let the reward compare "
+                "whole pictures: options mask: none."
+            )
+    return tuple(_left_out(subjects, shop.rewards))
+
+
+def _subjects(shop: Workshop) -> list[tuple[str, Mapping[str, object]]]:
+    """Name and metadata of each subject once; one of the same name in another source is another subject."""
+    known = {
+        (source, str(prompt.metadata.get("subject", ""))): prompt.metadata
+        for source, prompts in (
+            (shop.prompts.prompts.name, shop.prompts.prompts),
+            (shop.held_out.name, shop.evaluated()),
+        )
+        for prompt in prompts
+    }
+    return [(name, metadata) for (_, name), metadata in known.items()]
+
+
+def _left_out(subjects: Sequence[tuple[str, Mapping[str, object]]], rewards: RewardSet) -> Iterator[str]:
+    """For each reward that leaves references out, how many and an example."""
+    unused = [(name, rewards.unused_references(metadata)) for name, metadata in subjects]
+    for reward in rewards.names:
+        of_it = [(name, found[reward]) for name, found in unused if reward in found]
+        if of_it:
+            subject, numbers = of_it[0]
+            count = sum(len(found) for _, found in of_it)
+            yield (
+                f"{reward}: {count} reference picture(s) of {len(of_it)} subject(s) show nothing to compare with and "
+                f"are left out of its mean; the first is number {numbers[0]} of {subject!r}"
+            )
+
+
+def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:
+    """Micro-batches that fit every process, and why."""
+    config, team = shop.config, shop.team
+    groups = -(-config.prompts.per_step // team.size)
+    rollouts = groups * shop.method.group_size
+    condition = prepare(NoiseOnly(), shop.policy, shop.first_groups()[:1]).anchor
+    require_room(shop.policy, condition)
+    found = plan(
+        shop.policy,
+        condition,
+        rollouts=rollouts,
+        trained=-(-rollouts // config.optimizer.updates),
+        rollout_batch=config.machine.rollout_batch,
+        train_batch=config.machine.train_batch,
+        through_decoder=isinstance(config.loss, DraftSettings),
+    )
+    sizes = team.gather(found.micro_batches)
+    common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))
+    spread = f"{config.prompts.per_step} groups of {shop.method.group_size} over {team.size} process(es)"
+    read = dict.fromkeys([*shop.prompts.prompts.notes, *shop.held_out.notes])
+    merged = (f"merged into the model: {one.said}" for one in shop.policy.merged)
+    return common, (spread, *read, *merged, *_overlap(shop), *found.reasons)
+
+
+def _overlap(shop: Workshop) -> Iterator[str]:
+    """A note where the evaluation asks for what is trained on."""
+    seen, asked = shop.trained_on(), len(shop.evaluated())
+    if seen:
+        which = "all" if seen == asked else f"{seen} of"
+        how = (
+            "are of subjects that are trained on"
+            if isinstance(shop.config, PersonalizeConfig)
+            else "are trained on too"
+        )
+        yield (
+            f"evaluation: {which} {asked} prompts {how}, so its figures show what was learned of them and "
+            "not what carries over. Name others: --set evaluation.source=..."
+        )
+
+
+def make_evaluator(shop: Workshop, micro_batches: MicroBatches) -> Evaluator:
+    """Of the averaged weights where there are any, with training's solver."""
+    settings = shop.config.evaluation
+    return Evaluator(
+        policy=shop.policy,
+        prompts=shop.evaluated(),
+        per_prompt=settings.per_prompt,
+        steps=settings.steps or shop.config.sampling.steps,
+        solver=shop.config.sampling.solver,
+        slot=Slot.CURRENT if shop.config.optimizer.ema is None else Slot.EMA,
+        rewards=shop.rewards,
+        features=shop.features,
+        peers=shop.team,
+        micro_batch=micro_batches.rollout,
+        seed=shop.config.seed,
+    )

@@ -1,0 +1,269 @@
+"""What an align run began with and how far it came: `start.json` and the checkpoints."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from pixrl.algorithms.references import shown_pictures
+from pixrl.algorithms.trainer import MicroBatches
+from pixrl.data.prompts import Prompt
+from pixrl.errors import CheckpointError
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.references import on_square
+from pixrl.runs import checkpoint
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.align_log import evaluations
+from pixrl.runs.data import data_checksums
+from pixrl.runs.evaluation import gallery
+from pixrl.runs.files import write_atomic
+from pixrl.runs.folder import RunFolder, png_bytes
+from pixrl.runs.loaded import Workshop
+
+START = "start.json"
+GALLERY = "samples/gallery.json"
+REFERENCES = "samples/references"
+"""Pictures of the gallery's subjects, as 0007.png for the seventh prompt."""
+REFERENCE_SIDE = 256
+JsonT = TypeVar("JsonT", bound=dict[str, Any] | list[dict[str, Any]])
+
+
+def write_start(
+    folder: RunFolder,
+    shop: Workshop,
+    micro_batches: MicroBatches,
+    notes: Sequence[str],
+    *,
+    evaluated_from: int = 0,
+) -> None:
+    """What the run began with, for `go_on` to compare; and what its gallery shows.
+
+    `evaluated_from`: the first step whose evaluation is of these pictures.
+    """
+    settings = shop.config.evaluation
+    prompts = shop.evaluated()
+    shown = gallery(prompts, settings.per_prompt, shop.config.seed)
+    record = {
+        "recipe": shop.config.model_dump(mode="json"),
+        "model": shop.policy.name,
+        "fingerprint": shop.policy.backbone_fingerprint,
+        "merged": [one.digest for one in shop.policy.merged],
+        "rewards": shop.rewards.provenance(),
+        "data": data_checksums(shop.prompts.prompts, shop.held_out),
+        "micro_batches": {"rollout": micro_batches.rollout, "train": micro_batches.train},
+        "notes": list(notes),
+        "trained_on": shop.trained_on(),
+        "evaluated_from": evaluated_from,
+        "gallery": _digest(shown),
+    }
+    files = _write_references(folder, prompts)
+    for place, entry in enumerate(shown):
+        entry |= files[place // settings.per_prompt]
+    write_atomic(folder.path / GALLERY, json.dumps(shown, indent=1).encode() + b"\n")
+    write_atomic(folder.path / START, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict[str, str]]:
+    """Saves what the model is shown with each prompt, the first picture of each; where each one lies."""
+    files: list[dict[str, str]] = []
+    for number, prompt in enumerate(prompts):
+        pictures = shown_pictures(prompt.metadata)
+        if not pictures:
+            files.append({})
+            continue
+        name = f"{REFERENCES}/{number:04d}.png"
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder.path / name, png_bytes(on_square(pictures[0], REFERENCE_SIDE)))
+        files.append({"reference": name})
+    return files
+
+
+def read_start(folder: RunFolder) -> dict[str, Any]:
+    """What a run began with: recipe, model, fingerprint, merged, rewards, data, micro_batches, notes, trained_on,
+    evaluated_from, gallery. Where the file is missing or damaged, what the newest checkpoint keeps of it.
+
+    `merged` are digests of the LoRAs below the trained one, `rewards` is each reward's provenance, `data` a checksum
+    of each source's prompts and reference pictures; runs of before they were recorded have none.
+
+    `trained_on` is the number of the evaluation's prompts that training asks for too; evaluations of before the step
+    `evaluated_from` are of other pictures than later ones.
+    """
+    found = start_if_any(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder.path / START} is missing or damaged. Type: pixrl resume {folder.path}, which writes it again."
+        )
+    return found
+
+
+def start_if_any(folder: RunFolder) -> dict[str, Any]:
+    """`read_start`; {} of a run that stopped before its first step, or has lost it and has no checkpoint."""
+    return start_on_disk(folder) or start_in_checkpoint(folder)
+
+
+def start_on_disk(folder: RunFolder) -> dict[str, Any]:
+    """What start.json says; {} where it is missing or damaged."""
+    return _read_json(folder.path / START, dict) or {}
+
+
+def start_in_checkpoint(folder: RunFolder) -> dict[str, Any]:
+    """What the newest checkpoint that is whole says of the start; {} where there is none, or one of before it did."""
+    newest = checkpoint.latest(folder.path)
+    state = None if newest is None else checkpoint.read_state(newest)
+    found: dict[str, Any] = (state or {}).get("start", {})
+    return found
+
+
+def gallery_on_disk(folder: RunFolder) -> list[dict[str, Any]] | None:
+    """What samples/gallery.json lists; None where it is missing or damaged."""
+    return _read_json(folder.path / GALLERY, list)
+
+
+def _read_json(path: Path, kind: type[JsonT]) -> JsonT | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, kind) else None
+
+
+def comparable_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    """The evaluations of the pictures that the gallery lists, in order."""
+    since = start_if_any(folder).get("evaluated_from", 0)
+    return [row for row in evaluations(folder.path) if row["step"] >= since]
+
+
+def base_and_last(folder: RunFolder) -> list[dict[str, Any]]:
+    """The base's evaluation and the newest one of the same pictures; [] where there are not both."""
+    rows = comparable_evaluations(folder)
+    return [rows[0], rows[-1]] if len(rows) > 1 and rows[0]["step"] == 0 else []
+
+
+def read_rewards(folder: RunFolder) -> dict[str, dict[str, str]]:
+    """Reward -> provenance, as the run began; none of runs of before it was recorded."""
+    found: dict[str, dict[str, str]] = read_start(folder).get("rewards", {})
+    return found
+
+
+def require_unchanged(folder: RunFolder, began: Mapping[str, Any], now: AlignConfig, accepted: bool) -> None:
+    """CheckpointError that lists what was edited in recipe.yaml, unless that is accepted."""
+    changes = differences(began, now.model_dump(mode="json"))
+    if changes and not accepted and folder.is_edited():
+        listed = "\n  ".join(changes)
+        raise CheckpointError(
+            f"{folder.path / 'recipe.yaml'} was changed after the run began:\n  {listed}\n"
+            "Put it back; or go on with the changes: add --accept-changes"
+        )
+
+
+def require_unedited(folder: RunFolder, accepted: bool) -> None:
+    """The same where nothing is left of what the run began with but the recipe's checksum."""
+    if folder.is_edited() and not accepted:
+        raise CheckpointError(
+            f"{folder.path / 'recipe.yaml'} was changed after the run began, and {START}, which says what it was, is "
+            "gone. Put it back; or go on with it as it is: add --accept-changes"
+        )
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> list[str]:
+    """What differs between two resolved recipes: 'optimizer.lr: 0.001 when the run began, 0.003 now'."""
+    found: list[str] = []
+    for name in [*before, *(name for name in after if name not in before)]:
+        one, other = before.get(name), after.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += differences(one, other, f"{at}{name}.")
+        elif one != other:
+            found.append(f"{at}{name}: {one!r} when the run began, {other!r} now")
+    return found
+
+
+def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: FlowPipelinePolicy) -> None:
+    """CheckpointError when the run was trained from other weights."""
+    if began["fingerprint"] != policy.backbone_fingerprint:
+        raise CheckpointError(
+            f"{folder.path} was trained from {began['model']} ({began['fingerprint']}), but {policy.name} "
+            f"is another model ({policy.backbone_fingerprint}). Its LoRA weights mean nothing there: "
+            "put the model back, or start a new run."
+        )
+
+
+def changed_rewards(folder: RunFolder, began: Mapping[str, Any], shop: Workshop, accepted: bool) -> list[str]:
+    """What is new about the weights that score, such as `preference.model: ...`; nothing of rewards that came or went.
+
+    Raises:
+        CheckpointError: something is, and that is not accepted.
+    """
+    return _changed(folder, "rewards", began.get("rewards", {}), shop.rewards.provenance(), accepted)
+
+
+def changed_data(folder: RunFolder, began: Mapping[str, Any], shop: Workshop, accepted: bool) -> list[str]:
+    """Which source holds other prompts or pictures than when the run began; nothing of a source that is named anew.
+
+    Raises:
+        CheckpointError: one does, and that is not accepted.
+    """
+    now = data_checksums(shop.prompts.prompts, shop.held_out)
+    return _changed(folder, "prompts and pictures", began.get("data", {}), now, accepted)
+
+
+def changed_evaluation(folder: RunFolder, began: Mapping[str, Any], shop: Workshop) -> list[str]:
+    """How further evaluations draw other pictures than those that are there; nothing before the first one."""
+    if not evaluations(folder.path):
+        return []
+    shown = gallery_on_disk(folder)
+    known = began.get("gallery") or ("unknown" if shown is None else _digest(shown))
+    before = {"prompts and noise": known, **_sampling(began["recipe"])}
+    settings = shop.config.evaluation
+    drawn = gallery(shop.evaluated(), settings.per_prompt, shop.config.seed)
+    now = {"prompts and noise": _digest(drawn), **_sampling(shop.config.model_dump(mode="json"))}
+    return [
+        f"evaluations are of other pictures from here on, and are not compared with the base ({one})"
+        for one in differences(before, now)
+    ]
+
+
+def _digest(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Of a gallery, wherever its references lie."""
+    known = [{name: one[name] for name in one if name != "reference"} for one in entries]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{len(known)} pictures, checksum {digest}"
+
+
+def _sampling(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """How an evaluation draws."""
+    sampling = recipe["sampling"]
+    return {
+        "evaluation.steps": recipe["evaluation"]["steps"] or sampling["steps"],
+        "sampling.solver": sampling["solver"],
+        **{name: recipe[name] for name in ("guidance", "resolution", "references") if name in recipe},
+    }
+
+
+def _changed(
+    folder: RunFolder, what: str, before: Mapping[str, Any], now: Mapping[str, Any], accepted: bool
+) -> list[str]:
+    common = [name for name in before if name in now]
+    changes = differences({name: before[name] for name in common}, {name: now[name] for name in common})
+    if changes and not accepted:
+        listed = "\n  ".join(changes)
+        raise CheckpointError(
+            f"The {what} of {folder.path} are not what they were, so its scores would not be comparable:\n  {listed}\n"
+            "Put them back; or go on with the changes: add --accept-changes"
+        )
+    return changes
+
+
+def find_place(folder: RunFolder) -> tuple[int, int, tuple[dict[str, torch.Tensor], dict[str, Any]] | None]:
+    """Step, images in the manifest, and the newest whole checkpoint whose images are all there."""
+    rows = len(folder.manifest())
+    found = checkpoint.latest(folder.path)
+    while found is not None:
+        tensors, state = checkpoint.load(found)
+        step = checkpoint.step_of(found)
+        if state["images"] <= rows:
+            return step, state["images"], (tensors, state)
+        found = checkpoint.latest(folder.path, at_most=step - 1)
+    return 0, 0, None

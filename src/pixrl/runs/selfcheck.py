@@ -1,0 +1,155 @@
+"""Whether a run can be trusted before it starts: is the first update on-policy, and do all processes agree?
+
+With the weights that drew the pictures, GRPO's ratio is 1 and NFT's trained and old velocity are the same; what is left
+is rounding, which depends on dtype and batch size and must stay below the clip range to leave a signal.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+
+from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.losses import ClippedSurrogate
+from pixrl.algorithms.trainer import Aligner
+from pixrl.device import Precision
+from pixrl.errors import RunError
+from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.pipeline import chunks
+
+ROWS = 8
+"""Pictures that are looked at."""
+BROKEN = 0.05
+"""A deviation that no rounding explains: weights, schedule or conditioning of sampling and training differ."""
+VELOCITY_LIMIT = 0.02
+"""Of a relative difference."""
+RATIO_LIMIT = 0.01
+"""Of a ratio that is not clipped: its rounding scales a gradient by as much."""
+AGREEMENT = 1e-6
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far the first update is from on-policy at one dtype and batch size."""
+
+    dtype: str
+    batch: int
+    value: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was checked."""
+
+    measure: str
+    deviations: tuple[Deviation, ...]
+    gradient_disagreement: float
+    processes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """The first deviation is the run's own dtype and batch; the others are for comparison."""
+        return self.deviations[0].passed and self.gradient_disagreement <= AGREEMENT
+
+    def to_json(self) -> dict[str, object]:
+        """As `pixrl selfcheck --json` prints it."""
+        rows = [{**asdict(one), "passed": one.passed} for one in self.deviations]
+        return {**asdict(self), "deviations": rows, "passed": self.passed}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        head = f"{self.measure}, limit {self.deviations[0].limit:g}:"
+        rows = [
+            f"  {'ok  ' if one.passed else 'over'}  {one.dtype:<9} batch {one.batch:<4} {one.value:.2e}"
+            for one in self.deviations
+        ]
+        agree = f"gradients of {self.processes} process(es) differ by {self.gradient_disagreement:.1e}"
+        return [*self.notes, head, *rows, agree, "passed" if self.passed else "FAILED"]
+
+
+def limit_of(aligner: Aligner) -> float:
+    """The largest deviation that leaves a signal."""
+    loss = aligner.method.loss
+    if isinstance(loss, ClippedSurrogate):
+        return RATIO_LIMIT if loss.settings.clip is None else loss.settings.clip
+    return VELOCITY_LIMIT
+
+
+def measure_of(aligner: Aligner) -> str:
+    """What is measured, in words."""
+    if isinstance(aligner.method.loss, ClippedSurrogate):
+        return "largest |ratio - 1| before the first update"
+    return "|v - v_old| / |v_old| before the first update"
+
+
+def deviations(
+    aligner: Aligner, rollouts: Rollouts, dtypes: Sequence[str], sizes: Sequence[int]
+) -> list[Deviation]:
+    """Scores some rollouts again at each dtype and batch size, the first of both first."""
+    policy, loss, limit = aligner.policy, aligner.method.loss, limit_of(aligner)
+    rows = range(min(ROWS, len(rollouts)))
+    found = []
+    for dtype in dtypes:
+        for size in dict.fromkeys(min(size, len(rows)) for size in sizes):
+            with computing_in(policy, dtype):
+                pieces = [loss.deviation(policy, rollouts, rows[piece]) for piece in chunks(len(rows), size)]
+            found.append(Deviation(dtype, size, max(pieces), limit))
+    return found
+
+
+def possible_dtypes(policy: object) -> list[str]:
+    """The dtypes that a loaded model can compute in, its own first."""
+    assert isinstance(policy, FlowPipelinePolicy)
+    own = dtype_name(policy.precision)
+    return [
+        own,
+        *(one for one in ("float32", "bfloat16") if one != own and policy.precision.weights is torch.float32),
+    ]
+
+
+def dtype_name(precision: Precision) -> str:
+    """float32, bfloat16 or float16: what matrix products run in."""
+    return str(precision.autocast or precision.weights).removeprefix("torch.")
+
+
+@contextmanager
+def computing_in(policy: object, dtype: str) -> Iterator[None]:
+    """Within it the model's matrix products run in another dtype."""
+    assert isinstance(policy, FlowPipelinePolicy)
+    before = policy.precision
+    if dtype != dtype_name(before):
+        policy.precision = Precision(before.weights, None if dtype == "float32" else torch.bfloat16)
+    try:
+        yield
+    finally:
+        policy.precision = before
+
+
+def require_on_policy(found: Deviation, measure: str) -> str | None:
+    """RunError for a deviation that no rounding explains; a warning for one above the limit."""
+    if not found.value <= BROKEN:
+        raise RunError(
+            f"The first update is not on-policy: {measure} is {found.value:.3g}. The weights, the schedule or the "
+            "conditioning of sampling and training differ. Please report this with the recipe."
+        )
+    if found.passed:
+        return None
+    return (
+        f"Warning: {measure} is {found.value:.1e} in {found.dtype}, above {found.limit:g}: rounding drowns part of the "
+        "signal. Compute in float32 (--set machine.dtype=float32), or raise loss.clip where the recipe has one."
+    )
+
+
+def require_agreement(value: float) -> None:
+    """RunError when the processes' gradients differ."""
+    if not value <= AGREEMENT:
+        raise RunError(
+            f"The processes' gradients differ by {value:.1e} after the first update; they must be equal."
+        )

@@ -1,0 +1,1 @@
+"""The server that scores pictures for runs in other environments."""

@@ -1,0 +1,211 @@
+"""Alignment methods side by side at equal images and equal updates, over seeds, against the base.
+
+    python -m pixrl.studies.align RECIPE --out DIR --workers N
+
+Each run is a run folder under DIR/runs/; one that was broken off goes on from its checkpoint. What was measured goes to
+DIR/records.jsonl, one line a run, and from there to table.md, summary.json and figures/. `--table` only writes those.
+With `--set reuse=OTHER` finished runs of another study's folder with the same recipe and seed are measured instead of
+trained again.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from pixrl.metrics.diversity import DiversityMeter
+from pixrl.models.slots import Slot
+from pixrl.report.align import write_align_report
+from pixrl.report.describe import group_size, images_of, updates_of
+from pixrl.runs import align as align_job
+from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.align_log import evaluations
+from pixrl.runs.data import with_full_paths
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.fuse import slug
+from pixrl.runs.kinds import kind_of, read_config
+from pixrl.runs.loaded import Workshop, open_workshop, plan_batches
+from pixrl.runs.place import is_run
+from pixrl.studies.align_config import BASE, AlignStudyConfig, RunStudyConfig, Task
+from pixrl.studies.align_figures import write_figures
+from pixrl.studies.align_table import write_tables
+from pixrl.studies.budget import draws_its_own
+from pixrl.studies.projection import write_projection
+from pixrl.studies.runner import Record, open_records, run_tasks, study_command
+from pixrl.studies.slots import (
+    Drawing,
+    Evaluation,
+    evaluate,
+    evaluated_slot,
+    load_meter,
+    open_run,
+)
+
+RUNS = "runs"
+OWN = ("group_std", "zero_std_share", "diversity", "conflict_share", "reward_correlation", "advantage_mean")
+"""Figures of metrics.jsonl that a record keeps step by step where they are of the trained model's own pictures."""
+SUMMED_UP = ("group_std", "zero_std_share", "conflict_share", "reward_correlation")
+"""Those of them whose means over training a record has."""
+LATE = 0.25
+"""The share of steps that 'end' means."""
+
+
+def run_align_study(
+    study: RunStudyConfig, out: Path, *, workers: int = 1, quiet: bool = False
+) -> list[Record]:
+    """All runs that are not yet recorded in `out`; returns all records.
+
+    Raises:
+        ConfigError: the variants cannot be compared, or `out` holds another study.
+        RunError: a run had to stop.
+    """
+    study.check()
+    log = open_records(study, study.kind, out)
+    work = partial(_work, type(study), study.model_dump_json(), out)
+    tasks = list(study.tasks())
+    return run_tasks(log, tasks, _task_of, work, workers=workers, quiet=quiet, say_every=1)
+
+
+def run_task(study: RunStudyConfig, task: Task, out: Path) -> Record:
+    """One variant with one seed: trained, unless it is the base, then measured."""
+    name, seed = task
+    config = study.recipe(task)
+    if name == BASE:
+        measured = measure(study, open_workshop(study.judged(config)), Slot.REFERENCE, seed)
+        training: dict[str, Any] = {"run": None, "images": 0, "updates": 0, "training": {}, "curves": {}}
+    else:
+        run = finished_run(study.reuse, config) or train(config, out / RUNS / slug(name) / f"seed-{seed}")
+        measured = measure(study, open_run(run, study.measuring.rewards), evaluated_slot(config), seed)
+        training = training_record(config, RunFolder.open(run).metrics(), evaluations(run))
+        training["run"] = Path(os.path.relpath(run, out.absolute())).as_posix()
+    figures = measured.figures() | training.pop("training")
+    return {"variant": name, "seed": seed, "figures": figures, "measured": measured.to_json(), **training}
+
+
+def finished_run(study: Path | None, config: AlignConfig) -> Path | None:
+    """A run of another study's folder that has this very recipe, seed included, and was played to its end."""
+    if study is None:
+        return None
+    for path in sorted(study.absolute().glob(f"{RUNS}/*/seed-{config.seed}")):
+        folder = RunFolder.open(path)
+        known = (config, with_full_paths(config))
+        same = folder.kind == kind_of(config) and read_config(folder) in known
+        if same and evaluations(path)[-1:] and evaluations(path)[-1]["step"] == config.steps:
+            return path
+    return None
+
+
+def train(config: AlignConfig, path: Path) -> Path:
+    """A run from its start, or from where it was broken off, to its end; with its report."""
+    if is_run(path):
+        align_job.go_on(path)
+    else:
+        align_job.start(config, path)
+    write_align_report(path)
+    return path.absolute()
+
+
+def measure(study: RunStudyConfig, shop: Workshop, slot: Slot, seed: int) -> Evaluation:
+    """The same prompts and noise for every variant of a seed, and for the base."""
+    m = study.measuring
+    micro_batches, _ = plan_batches(shop)
+    drawing = Drawing(m.per_prompt, m.steps, m.solver, seed, micro_batches.rollout)
+    prompts = m.choose(shop.held_out)
+    return evaluate(shop.policy, slot, prompts, drawing, shop.rewards, _meter(m.features, m.segmenter))
+
+
+def training_record(
+    config: AlignConfig, metrics: Sequence[Mapping[str, float]], evaluated: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What is kept of a run's logs: totals, means over training, and curves over pictures drawn.
+
+    Of sft and rpo the figures of training's pictures are left out: those pictures are not the trained model's.
+    """
+    per_step, own = config.prompts.per_step * group_size(config), draws_its_own(config)
+    of_pictures = [*OWN, *(f"reward/{setting.name}/mean" for setting in config.rewards)]
+    names = ["kl", *(of_pictures if own else [])]
+    curves = {
+        name: [
+            [(row["step"] + 1) * per_step, row[name]]
+            for row in metrics
+            if math.isfinite(row.get(name, math.nan))  # a step whose updates were all skipped has no kl
+        ]
+        for name in names
+    }
+    fixed = {
+        f"fixed/{setting.name}": [
+            [row["step"] * per_step, row[key]] for row in evaluated if row.get(key) is not None
+        ]
+        for setting in config.rewards
+        for key in [f"{setting.name}/mean"]
+    }
+    seconds = math.fsum(x for row in metrics for name, x in row.items() if name.startswith("seconds/"))
+    return {
+        "images": images_of(config),
+        "updates": updates_of(config),
+        "training": (training_figures(metrics) if own else {}) | {"minutes": seconds / 60},
+        "curves": curves | fixed,
+    }
+
+
+def training_figures(metrics: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Means of `SUMMED_UP` over all of training and over its last quarter; those that were logged."""
+    late = metrics[len(metrics) - max(1, round(len(metrics) * LATE)) :]
+    return {
+        f"{name}{suffix}": _mean([row.get(name, math.nan) for row in rows])
+        for name in SUMMED_UP
+        if any(name in row for row in metrics)
+        for suffix, rows in (("", metrics), ("/end", late))
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    known = [value for value in values if math.isfinite(value)]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _task_of(row: Mapping[str, Any]) -> Task:
+    return row["variant"], row["seed"]
+
+
+def _work(model: type[RunStudyConfig], study_json: str, out: Path, task: Task) -> Record:
+    return run_task(_parse(model, study_json), task, out)
+
+
+@cache
+def _parse(model: type[RunStudyConfig], study_json: str) -> RunStudyConfig:
+    return model.model_validate_json(study_json)
+
+
+@cache
+def _meter(features: str, segmenter: str | None) -> DiversityMeter:
+    return load_meter(features, segmenter)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    module = "pixrl.studies.align"
+    return study_command(
+        module, __doc__, AlignStudyConfig.kind, AlignStudyConfig, run_study, write_results, arguments
+    )
+
+
+def run_study(study: RunStudyConfig, out: Path, workers: int) -> list[Record]:
+    """All runs, and the projection where one is asked for."""
+    records = run_align_study(study, out, workers=workers)
+    if study.projection is not None:
+        write_projection(study, out, _meter(study.measuring.features, study.measuring.segmenter))
+    return records
+
+
+def write_results(study: RunStudyConfig, records: list[Record], out: Path) -> str:
+    """table.md, summary.json and figures/ from the records so far; returns the Markdown."""
+    write_figures(study, records, out)
+    return write_tables(study, records, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
