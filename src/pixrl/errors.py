@@ -1,10 +1,15 @@
 """Every error that pixrl raises on purpose. Each message says what was given, what is allowed, and what to type."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 SHORT, LONG = 4, 5
 """Letters from which on two may be wrong in a name that was meant, the first right; or from which on a part will do."""
+LONGEST_REASON = 300
+"""Characters of an exception's message that a reason keeps."""
 
 
 class PixrlError(Exception):
@@ -74,3 +79,22 @@ def _slips(one: str, other: str) -> int:
             row.append(least)
         rows.append(row)
     return rows[-1][-1]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a call gave nothing."""
+
+    reason: str
+    lost: ServiceError | None = None
+    """What must end the run rather than fail some scores."""
+
+
+def describe(error: BaseException) -> str:
+    """`KeyError: 'tag' (my_reward.py:12)`: the exception, and where it was raised."""
+    text = " ".join(str(error).split())
+    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if len(message) > LONGEST_REASON:
+        message = f"{message[:LONGEST_REASON]}..."
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{message} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else message

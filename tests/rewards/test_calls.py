@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from pixrl.errors import ConfigError
-from pixrl.rewards.calls import Caller, Failure
+from pixrl.errors import ConfigError, Failure
+from pixrl.rewards.calls import Caller
 
 
 @pytest.mark.parametrize("limit", [None, 60.0])

@@ -19,6 +19,7 @@ LAYERS = [
         "hub_fetch",
         "device",
         "libraries",
+        "plugins",
         "text",
         "untrusted",
     },
@@ -56,6 +57,7 @@ MAY_IMPORT_TOY = {"toy", "cli_toy"}
 TORCH_FREE = [
     "errors",
     "text",
+    "plugins",
     "config",
     "untrusted",
     "hub",

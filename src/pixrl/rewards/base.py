@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pixrl.rewards.calls import Failure
+from pixrl.errors import Failure
 from pixrl.types import RewardBatch, Scores
 
 

@@ -3,54 +3,16 @@
 import math
 import threading
 import time
-import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
+from contextlib import nullcontext
 from typing import Generic, TypeVar
 
 import torch
 
-from pixrl.errors import ConfigError, ServiceError
+from pixrl.errors import ConfigError, Failure
+from pixrl.plugins import Caught
 
 T = TypeVar("T")
-LONGEST_REASON = 300
-"""Characters of an exception's message that a reason keeps."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a call gave nothing."""
-
-    reason: str
-    lost: ServiceError | None = None
-    """What must end the run rather than fail some scores."""
-
-
-class Caught(AbstractContextManager["Caught"]):
-    """Keeps what its block raises as a `failure`, `sys.exit()` included; a KeyboardInterrupt passes."""
-
-    failure: Failure | None = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception | SystemExit):
-            return False
-        self.failure = Failure(describe(error), error if isinstance(error, ServiceError) else None)
-        return True
-
-
-def describe(error: BaseException) -> str:
-    """`KeyError: 'tag' (my_reward.py:12)`: the exception, and where it was raised."""
-    text = " ".join(str(error).split())
-    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    if len(message) > LONGEST_REASON:
-        message = f"{message[:LONGEST_REASON]}..."
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{message} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else message
 
 
 class Caller(Generic[T]):

@@ -1,9 +1,6 @@
 """A reward that is a Python function of yours: `f(images, prompts, metadata) -> list[float | None]`."""
 
 import ast
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
 import sys
@@ -11,23 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import PathFinder
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pixrl.errors import ConfigError, did_you_mean
+from pixrl import plugins
+from pixrl.errors import ConfigError, Failure, did_you_mean
 from pixrl.rewards.base import Reward
-from pixrl.rewards.calls import Caller, Caught, Failure
+from pixrl.rewards.calls import Caller
 from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.preprocess import require_images, to_grey_levels
 from pixrl.rewards.provenance import describe_function, source_of
 from pixrl.rewards.settings import import_path, is_importable
 from pixrl.types import RewardBatch, Scores
-from pixrl.untrusted import plain
 
 Function = Callable[[list[Image.Image], list[str], list[dict[str, object]]], Sequence[float | None]]
 EXAMPLE = "my_module:f or path/to/file.py:f"
@@ -108,17 +103,7 @@ def import_function(path: str) -> Function:
     Raises:
         ConfigError: there is no such module, file or function, or importing it fails.
     """
-    place, _, name = path.rpartition(":")
-    if not place or not name:
-        raise ConfigError(f"{path!r} is no import path of a function. Type {EXAMPLE}.")
-    # before anything of it runs, and wherever it is asked for: see SECURITY.md
-    print(f"Running Python code that the recipe names: {plain(path)}", file=sys.stderr, flush=True)
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    if name not in vars(module):
-        listed = ", ".join(functions) or "no function"
-        raise ConfigError(f"{place} has no {name!r}.{did_you_mean(name, functions)} It has {listed}.")
-    found: Any = vars(module)[name]
+    found = plugins.import_path(path, example=EXAMPLE)
     if not callable(found):
         raise ConfigError(f"{path} is {found!r}, not a function.")
     function: Function = found
@@ -230,31 +215,6 @@ def _existing(file: Path) -> Path:
     if not file.is_file():
         raise ConfigError(f"There is no file {str(file)!r} (looked in {Path.cwd()}). Type {EXAMPLE}.")
     return file
-
-
-def _import_module(name: str) -> ModuleType:
-    with Caught() as caught:
-        return importlib.import_module(name)
-    raise ConfigError(
-        f"The module {name!r} of a python reward could not be imported: {caught.failure and caught.failure.reason}. "
-        "It must be installed or on PYTHONPATH; a file is given as path/to/file.py:f."
-    )
-
-
-def _import_file(file: Path) -> ModuleType:
-    _existing(file)
-    name = f"pixrl_reward_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{file} cannot be imported as a Python file. Type {EXAMPLE}.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # as an import does, so that its classes find their module
-    with Caught() as caught:
-        spec.loader.exec_module(module)
-    if caught.failure is not None:
-        del sys.modules[name]
-        raise ConfigError(f"{file} could not be imported: {caught.failure.reason}.")
-    return module
 
 
 def _check_signature(function: Function, label: str) -> None:

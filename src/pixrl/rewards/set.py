@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from pixrl import rewards
-from pixrl.errors import ConfigError, InputError, RunError, ShapeError
+from pixrl.errors import ConfigError, Failure, InputError, RunError, ShapeError
 from pixrl.rewards.base import DifferentiableReward, Reward
-from pixrl.rewards.calls import Caller, Failure
+from pixrl.rewards.calls import Caller
 from pixrl.rewards.clip import flag_failures
 from pixrl.rewards.references import ReferenceReward
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at

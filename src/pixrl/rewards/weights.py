@@ -18,7 +18,7 @@ from pixrl.errors import CheckpointError
 from pixrl.hub import fingerprint, read_json, resolve
 from pixrl.hub_check import BIN, BIN_INDEX, misfits, some
 from pixrl.hub_fetch import fetch_files, fetch_model
-from pixrl.rewards.calls import Caught
+from pixrl.plugins import Caught
 
 LAYOUTS = (("model.safetensors", "model.safetensors.index.json"), (BIN, BIN_INDEX))
 """Weights whole and the index of their shards, in the order in which transformers takes them."""

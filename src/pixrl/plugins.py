@@ -1,0 +1,169 @@
+"""Parts by name: pixrl's own, those of installed packages, and classes in files of yours.
+
+A recipe names a part in one of three ways, and all three are found here:
+
+* `clip_text`: an entry of pixrl's own table, or of an installed package's entry points in the table's group
+  (`pixrl.rewards`, `pixrl.losses`, ...);
+* `path/to/file.py:Name`: a class or function of a file that is on no path;
+* `my_package.module:Name`: one of an importable module.
+
+The last two execute code that the recipe names: a line on stderr says so before it runs (SECURITY.md).
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from pixrl.errors import ConfigError, Failure, InputError, ServiceError, describe, did_you_mean
+from pixrl.text import require_path
+from pixrl.untrusted import plain
+
+EXAMPLE = "my_module:Name or path/to/file.py:Name"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The parts of one kind that a recipe can name.
+
+    Args:
+        what: what an entry is, for messages: `reward`.
+        group: the entry points of installed packages that add to it: `pixrl.rewards`.
+        entries: name -> `module:Name`.
+    """
+
+    what: str
+    group: str
+    entries: Mapping[str, str]
+
+    def names(self) -> tuple[str, ...]:
+        """Every name that needs no path: pixrl's own first, then those of installed packages."""
+        others = sorted(name for name in _installed(self.group) if name not in self.entries)
+        return (*self.entries, *others)
+
+    def require(self, name: str) -> str:
+        """The name itself. InputError where nothing is called so; a path is looked up by `find` alone."""
+        if is_path(name) or name in self.names():
+            return name
+        raise InputError(
+            f"Unknown {self.what} {name!r}.{did_you_mean(name, self.names())} There are {', '.join(self.names())}; "
+            f"one of your own is {EXAMPLE}."
+        )
+
+    def find(self, name: str) -> Any:
+        """The class or function of a name.
+
+        Raises:
+            InputError: there is no part of that name.
+            ConfigError: the module or file cannot be imported, or has no such class.
+        """
+        self.require(name)
+        if is_path(name):
+            return import_path(name)
+        if name in self.entries:
+            module, _, attribute = self.entries[name].partition(":")
+            return vars(importlib.import_module(module))[attribute]
+        with Caught() as caught:
+            return _installed(self.group)[name].load()
+        raise ConfigError(
+            f"The {self.what} {name!r} of an installed package could not be loaded: {caught.reason}."
+        )
+
+    def checksum(self, name: str) -> str | None:
+        """SHA-256 of the file that holds a part of yours, for a resume to compare; None for parts of packages."""
+        place, _, _ = name.rpartition(":")
+        return (
+            hashlib.sha256(_existing(Path(place)).read_bytes()).hexdigest() if place.endswith(".py") else None
+        )
+
+
+class Caught(AbstractContextManager["Caught"]):
+    """Keeps what its block raises as a `failure`, `sys.exit()` included; a KeyboardInterrupt passes."""
+
+    failure: Failure | None = None
+
+    @property
+    def reason(self) -> str:
+        """What went wrong; empty where nothing did."""
+        return "" if self.failure is None else self.failure.reason
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception | SystemExit):
+            return False
+        self.failure = Failure(describe(error), error if isinstance(error, ServiceError) else None)
+        return True
+
+
+def is_path(name: str) -> bool:
+    """Whether a name says where its code lies, `file.py:Name` or `module:Name`, rather than being in a table."""
+    return ":" in name
+
+
+def import_path(path: str, *, example: str = EXAMPLE) -> Any:
+    """What a path names: `my_module:Name`, or `path/to/file.py:Name` for a file that is on no path.
+
+    Raises:
+        ConfigError: there is no such module, file or name, or importing it fails.
+    """
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"{path!r} is no import path. Type {example}.")
+    # before anything of it runs, and wherever it is asked for: see SECURITY.md
+    print(f"Running Python code that the recipe names: {plain(path)}", file=sys.stderr, flush=True)
+    module = _import_file(Path(place), example) if place.endswith(".py") else _import_module(place)
+    if name not in vars(module):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        listed = ", ".join(names) or "no function"
+        raise ConfigError(f"{place} has no {name!r}.{did_you_mean(name, names)} It has {listed}.")
+    return vars(module)[name]
+
+
+def _installed(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def _import_module(name: str) -> ModuleType:
+    with Caught() as caught:
+        return importlib.import_module(name)
+    raise ConfigError(
+        f"The module {name!r} could not be imported: {caught.reason}. It must be installed or on PYTHONPATH; a file is "
+        "given as path/to/file.py:Name."
+    )
+
+
+def _import_file(file: Path, example: str) -> ModuleType:
+    """Runs a file as a module of a name that follows from its path and content, once a process.
+
+    A file that was changed is another module, so that a later run in the same process sees the change.
+    """
+    content = _existing(file, example).read_bytes()
+    told_apart = str(file.resolve()).encode() + b"\0" + content
+    name = f"pixrl_plugin_{hashlib.sha256(told_apart).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{file} cannot be imported as a Python file. Type {example}.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # as an import does, so that its classes find their module
+    with Caught() as caught:
+        spec.loader.exec_module(module)
+    if caught.failure is not None:
+        del sys.modules[name]
+        raise ConfigError(f"{file} could not be imported: {caught.reason}.")
+    return module
+
+
+def _existing(file: Path, example: str = EXAMPLE) -> Path:
+    if not Path(require_path(str(file), "the name of a file")).is_file():
+        raise ConfigError(f"There is no file {str(file)!r} (looked in {Path.cwd()}). Type {example}.")
+    return file
