@@ -119,7 +119,7 @@ def import_path(path: str, *, example: str = EXAMPLE) -> Any:
         raise ConfigError(f"{path!r} is no import path. Type {example}.")
     # before anything of it runs, and wherever it is asked for: see SECURITY.md
     print(f"Running Python code that the recipe names: {plain(path)}", file=sys.stderr, flush=True)
-    module = _import_file(Path(place), example) if place.endswith(".py") else _import_module(place)
+    module = _import_file(Path(place), example) if place.endswith(".py") else _import_module(place, example)
     if name not in vars(module):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         listed = ", ".join(names) or "no function"
@@ -131,12 +131,12 @@ def _installed(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
 
 
-def _import_module(name: str) -> ModuleType:
+def _import_module(name: str, example: str) -> ModuleType:
     with Caught() as caught:
         return importlib.import_module(name)
     raise ConfigError(
         f"The module {name!r} could not be imported: {caught.reason}. It must be installed or on PYTHONPATH; a file is "
-        "given as path/to/file.py:Name."
+        f"given as {example.rpartition(' ')[2]}."
     )
 
 
