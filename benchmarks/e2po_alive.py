@@ -28,7 +28,7 @@ from pixrl.algorithms.exploration import NoiseOnly, PerturbedEmbeddings, Variant
 from pixrl.errors import InputError
 from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.pipeline import chunks
-from pixrl.rewards.clip import ClipSimilarity
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.types import sample_seed
 
 PROMPTS = (

@@ -13,9 +13,9 @@ from torch import Tensor
 from pixrl import rewards
 from pixrl.device import Precision
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.rewards.zoo import ocr, ocr_readers
-from pixrl.rewards.zoo.ocr import OcrReward, edit_distance, quoted, text_reward
-from pixrl.rewards.zoo.ocr_readers import PaddleReader
+from pixrl.rewards.zoo import ocr
+from pixrl.rewards.zoo import ocr as ocr_readers
+from pixrl.rewards.zoo.ocr import OcrReward, PaddleReader, edit_distance, quoted, text_reward
 from pixrl.types import RewardBatch
 
 PROMPTS = ['a sign that says "STOP now"', "a cat", 'an owl, "7"', '""', 'one "']

@@ -24,7 +24,7 @@ from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.prompts import check_words
 from pixrl.models.slots import LoraSlots, Slot
-from pixrl.rewards.picture_encoders import load_encoder
+from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.align_config import AlignConfig
