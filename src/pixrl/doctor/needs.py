@@ -17,7 +17,7 @@ from pixrl.hub_check import check_folder, read_header
 from pixrl.hub_fetch import ask, cache_place, cached_folder, split_revision
 from pixrl.models import kind_of, lora_files
 from pixrl.models.estimate import PartSize, part_sizes
-from pixrl.models.flux_lora import Lora
+from pixrl.models.slots import Lora
 from pixrl.rewards.weights import is_weight_file, weight_shards
 from pixrl.runs.files import free_bytes
 

@@ -44,6 +44,19 @@ class Failures:
     def __add__(self, other: "Failures") -> "Failures":
         return Failures(self.pictures + other.pictures, self.reasons + other.reasons)
 
+    def require_at_most(self, share: float, reward: str) -> None:
+        """RunError where more than this share of the pictures has no score; names the reward and the reasons."""
+        failed = self.reasons.total()
+        if failed <= share * self.pictures:
+            return
+        shown = [f"{number} x {reason}" for reason, number in self.reasons.most_common(REASONS_SHOWN)]
+        others = len(self.reasons) - REASONS_SHOWN
+        raise RunError(
+            f"The reward {reward!r} failed for {failed} of {self.pictures} pictures, more than the share "
+            f"{share:g} that max_failed_share allows:\n  "
+            + "\n  ".join([*shown, *([f"{others} other reasons"] if others > 0 else [])])
+        )
+
 
 class RewardSet:
     """The rewards of a run.
@@ -151,7 +164,7 @@ class RewardSet:
         for tallies in everywhere:
             whole = {name: one + tallies[name] for name, one in whole.items()}
         for name, one in whole.items():
-            self._require_enough(name, one)
+            one.require_at_most(self.max_failed_share, name)
 
     def _score(self, name: str, batch: RewardBatch, count: int) -> Scores:
         answer = self._ask(name, lambda reward: reward.score(batch), count)
@@ -173,18 +186,6 @@ class RewardSet:
         if shape == [count] and len(answer.reasons) == count:
             return answer
         return Failure(f"it gave scores {shape} with {len(answer.reasons)} reasons for {count} pictures")
-
-    def _require_enough(self, name: str, failures: Failures) -> None:
-        reasons, count = failures.reasons, failures.pictures
-        failed = reasons.total()
-        if failed <= self.max_failed_share * count:
-            return
-        shown = [f"{number} x {reason}" for reason, number in reasons.most_common(REASONS_SHOWN)]
-        others = [f"{len(reasons) - REASONS_SHOWN} other reasons"] if len(reasons) > REASONS_SHOWN else []
-        raise RunError(
-            f"The reward {name!r} failed for {failed} of {count} pictures, more than the share "
-            f"{self.max_failed_share:g} that max_failed_share allows:\n  " + "\n  ".join([*shown, *others])
-        )
 
 
 def _count(batch: RewardBatch) -> int:
