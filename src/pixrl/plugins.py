@@ -10,6 +10,7 @@ A recipe names a part in one of three ways, and all three are found here:
 The last two execute code that the recipe names: a line on stderr says so before it runs (SECURITY.md).
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -23,6 +24,7 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from pixrl.errors import ConfigError, Failure, InputError, ServiceError, describe, did_you_mean
+from pixrl.hub import full_path
 from pixrl.text import require_path
 from pixrl.untrusted import plain
 
@@ -108,6 +110,12 @@ def is_path(name: str) -> bool:
     return ":" in name
 
 
+def full_name(name: str) -> str:
+    """A name whose file is given by its whole path, as a run that is resumed elsewhere needs it; others as they are."""
+    place, colon, attribute = name.rpartition(":")
+    return f"{full_path(place)}:{attribute}" if colon and place.endswith(".py") else name
+
+
 def import_path(path: str, *, example: str = EXAMPLE) -> Any:
     """What a path names: `my_module:Name`, or `path/to/file.py:Name` for a file that is on no path.
 
@@ -117,14 +125,19 @@ def import_path(path: str, *, example: str = EXAMPLE) -> Any:
     place, _, name = path.rpartition(":")
     if not place or not name:
         raise ConfigError(f"{path!r} is no import path. Type {example}.")
-    # before anything of it runs, and wherever it is asked for: see SECURITY.md
-    print(f"Running Python code that the recipe names: {plain(path)}", file=sys.stderr, flush=True)
+    _announce(path)
     module = _import_file(Path(place), example) if place.endswith(".py") else _import_module(place, example)
     if name not in vars(module):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         listed = ", ".join(names) or "no function"
         raise ConfigError(f"{place} has no {name!r}.{did_you_mean(name, names)} It has {listed}.")
     return vars(module)[name]
+
+
+@functools.cache
+def _announce(path: str) -> None:
+    """Says once which code the recipe names, before anything of it runs: see SECURITY.md."""
+    print(f"Running Python code that the recipe names: {plain(path)}", file=sys.stderr, flush=True)
 
 
 def _installed(group: str) -> dict[str, EntryPoint]:
