@@ -13,7 +13,7 @@ import torch
 
 from pixrl import config as recipes
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.losses import ClippedSurrogate
+from pixrl.algorithms.grpo import GRPOLoss
 from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Diagnosis, Findings, Need
@@ -271,7 +271,7 @@ def _play(
         features=shop.features,
         log=log,
         monitor=monitor,
-        peers=team,
+        world=team,
         pace=Pace(
             config.steps,
             config.evaluation.every,
@@ -301,7 +301,7 @@ def _play(
 
 def _check_first(aligner: Aligner, rollouts: Rollouts, monitor: Monitor) -> dict[str, float]:
     """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
-    later = rollouts.step > 0 and not isinstance(aligner.method.loss, ClippedSurrogate)
+    later = rollouts.step > 0 and not isinstance(aligner.method.loss, GRPOLoss)
     if later or not len(rollouts):
         return {}
     sizes = [aligner.micro_batches.train, 1]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.world import Peers
+from pixrl.algorithms.world import World
 from pixrl.errors import CheckpointError
 from pixrl.runs.files import fsync_folder, remove, write_all_atomic, write_atomic
 from pixrl.runs.folder import EVALUATIONS, ManifestRow, RunFolder, png_bytes
@@ -31,16 +31,16 @@ class AlignLog:
     """The logs of one run; every process has one, and calls it alike."""
 
     def __init__(
-        self, folder: RunFolder, peers: Peers, *, images_every: int, from_step: int, images: int
+        self, folder: RunFolder, world: World, *, images_every: int, from_step: int, images: int
     ) -> None:
         """Goes on from step `from_step` with `images` rows in the manifest; what lay behind is cut off (`cut_back`)."""
         self.folder = folder
-        self.peers = peers
+        self.world = world
         self.images_every = images_every
         self.images = images
         self._evaluations = JsonLines(folder.path / EVALUATIONS, folder.path)
         self._board: SummaryWriter | None = None
-        if peers.rank == 0:
+        if world.rank == 0:
             place = str(folder.path / TENSORBOARD)
             self._board = SummaryWriter(place, purge_step=from_step)
 
@@ -56,8 +56,8 @@ class AlignLog:
         files: Sequence[str | None] = [None] * len(indices)
         if keep and indices:
             files = self.folder.save_images(indices, rollouts.images_BCHW)
-        rows = [row for part in self.peers.gather(_rows(rollouts, scores, indices, files)) for row in part]
-        if self.peers.rank == 0:
+        rows = [row for part in self.world.gather(_rows(rollouts, scores, indices, files)) for row in part]
+        if self.world.rank == 0:
             self.folder.append_manifest(sorted(rows, key=lambda row: row.index))
             self.folder.log(rollouts.step, metrics)
             self._to_board(metrics, rollouts.step)
@@ -65,7 +65,7 @@ class AlignLog:
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """One evaluation, made before training step `step`."""
-        if self.peers.rank == 0:
+        if self.world.rank == 0:
             finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
             self._evaluations.append([{"step": step, **finite}])
             self._to_board({f"evaluation/{name}": x for name, x in figures.items()}, step)
@@ -85,8 +85,8 @@ class AlignLog:
             name: [x if math.isfinite(x) else None for x in one.values_B.tolist()]
             for name, one in scores.items()
         }
-        parts = self.peers.gather(own)
-        if self.peers.rank == 0:
+        parts = self.world.gather(own)
+        if self.world.rank == 0:
             whole = {name: [x for part in parts for x in part[name]] for name in own}
             write_atomic(samples_of(self.folder, step) / SCORES, json.dumps(whole).encode())
 

@@ -73,7 +73,7 @@ class Workshop:
             self.method,
             micro_batches,
             seed=self.config.seed,
-            peers=self.team,
+            world=self.team,
             scale_loss=self.policy.precision.autocast is torch.float16,
         )
 
@@ -300,7 +300,7 @@ def make_evaluator(shop: Workshop, micro_batches: MicroBatches) -> Evaluator:
         slot=Slot.CURRENT if shop.config.optimizer.ema is None else Slot.EMA,
         rewards=shop.rewards,
         features=shop.features,
-        peers=shop.team,
+        world=shop.team,
         micro_batch=micro_batches.rollout,
         seed=shop.config.seed,
     )

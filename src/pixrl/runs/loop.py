@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms.base import Group, Rollouts
-from pixrl.algorithms.world import Peers, Tally
+from pixrl.algorithms.world import Tally, World
 from pixrl.metrics.spread import Features, group_diversity
 from pixrl.rewards.set import RewardSet
 from pixrl.runs import checkpoint
@@ -87,7 +87,7 @@ class Loop:
     features: Features
     log: AlignLog
     monitor: Monitor
-    peers: Peers
+    world: World
     pace: Pace
     group_size: int
     before_first_update: Callable[[Rollouts], Mapping[str, float]]
@@ -109,7 +109,7 @@ class Loop:
                     self._evaluate(step)
                 self._train(step, first=step == start)
                 done = step + 1
-                stops = any(self.peers.gather(stop.asked))  # all alike, or some would wait for the others
+                stops = any(self.world.gather(stop.asked))  # all alike, or some would wait for the others
                 if stops or done % self.pace.save_every == 0 or done == self.pace.steps:
                     self._save(done)
                 if stops:
@@ -121,10 +121,10 @@ class Loop:
         with clock.phase("collect"):
             groups = self.prompts.groups(step)
             rollouts = self.algorithm.collect(
-                groups[share(len(groups), self.peers.rank, self.peers.size)], step
+                groups[share(len(groups), self.world.rank, self.world.size)], step
             )
         with clock.phase("score"):
-            scores = score(self.rewards, rollouts.samples, rollouts.images_BCHW, self.peers)
+            scores = score(self.rewards, rollouts.samples, rollouts.images_BCHW, self.world)
         checks = dict(self.before_first_update(rollouts)) if first else {}
         with clock.phase("update"):
             metrics = self.algorithm.update(rollouts, scores, self.rewards.weights(step))
@@ -141,7 +141,7 @@ class Loop:
         tally = Tally()
         spread_P = group_diversity(rollouts.images_BCHW, self.group_size, self.features)
         tally.add({"diversity": spread_P})
-        return tally.over(self.peers).means()["diversity"]
+        return tally.over(self.world).means()["diversity"]
 
     def _evaluate(self, step: int) -> None:
         self.monitor.evaluation(step, self.evaluator.run(self.log, step))
@@ -152,9 +152,9 @@ class Loop:
             "algorithm": self.algorithm.state(),
             "start": self.start,
         }
-        if self.peers.rank == 0:
+        if self.world.rank == 0:
             path = self.log.folder.path
             checkpoint.save(checkpoint.step_folder(path, step), self.algorithm.tensors(), state)
             self.log.folder.step_is_saved()
             checkpoint.keep_last(path, self.pace.keep)
-        self.peers.gather(None)  # nobody runs ahead of the checkpoint
+        self.world.gather(None)  # nobody runs ahead of the checkpoint
