@@ -31,10 +31,10 @@ from pixrl import config as recipes
 from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.trainer import Aligner, MicroBatches
 from pixrl.algorithms.world import Alone
-from pixrl.models.prompts import PromptCache
+from pixrl.models.text import PromptCache
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.evaluation import score
-from pixrl.runs.loaded import Workshop, open_workshop, plan_batches
+from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
 from pixrl.types import Scores
 
 PROMPTS, NOISES, STEPS, LEVELS = 16, 8, 10, 3
@@ -97,7 +97,7 @@ class Update:
 class Bench:
     """One recipe, ready to update again and again. Every update draws the same prompts."""
 
-    def __init__(self, shop: Workshop, micro_batches: MicroBatches, *, scored: bool) -> None:
+    def __init__(self, shop: LoadedRun, micro_batches: MicroBatches, *, scored: bool) -> None:
         """`scored`: by the recipe's rewards; else by random numbers, where weights are random too."""
         self.shop, self.scored = shop, scored
         self.aligner: Aligner = shop.aligner(micro_batches)
@@ -196,7 +196,7 @@ def gpu(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "train_batch": arguments.train_batch,
         },
     }
-    shop = open_workshop(AlignConfig.model_validate(settings))
+    shop = load_run(AlignConfig.model_validate(settings))
     micro_batches, notes = plan_batches(shop)
     bench = Bench(shop, micro_batches, scored=False)
     if arguments.compile:
@@ -268,7 +268,7 @@ def _toy_bench(dtype: str) -> Bench:
         "advantage.skip_flat": False,
         "machine.dtype": dtype,
     }
-    shop = open_workshop(recipes.load(AlignConfig, "toy/diffusion-nft", values=values, kind="align"))
+    shop = load_run(recipes.load(AlignConfig, "toy/diffusion-nft", values=values, kind="align"))
     return Bench(shop, plan_batches(shop)[0], scored=True)
 
 
@@ -279,7 +279,7 @@ def _without_cache(bench: Bench) -> Bench:
 
 
 def _with_fused_attention(bench: Bench) -> Bench:
-    """torch's own choice of kernels in the update too (pixrl.models.attention)."""
+    """torch's own choice of kernels in the update too (pixrl.models.pipeline)."""
     bench.shop.policy.quick_backward = nullcontext  # type: ignore[method-assign]
     return bench
 

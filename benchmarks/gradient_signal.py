@@ -28,12 +28,12 @@ from pixrl.algorithms.world import Alone
 from pixrl.models.pipeline import chunks
 from pixrl.models.slots import Slot
 from pixrl.runs.evaluation import score
-from pixrl.runs.loaded import Workshop, open_workshop, plan_batches
+from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
 
 LEVELS = 10
 
 
-def workshop(recipe: str, prompts: int, changed: Sequence[str]) -> Workshop:
+def workshop(recipe: str, prompts: int, changed: Sequence[str]) -> LoadedRun:
     """The recipe with all of ten noise levels trained, and no pull towards other policies."""
     config = align_api.load(recipe, changed)
     changes = [*changed, f"prompts.per_step={prompts}", f"sampling.steps={LEVELS}", "loss.kl=0"]
@@ -41,10 +41,10 @@ def workshop(recipe: str, prompts: int, changed: Sequence[str]) -> Workshop:
         changes += [f"loss.timesteps={LEVELS}", "loss.levels=null"]
     if isinstance(config.loss, GRPOSettings):
         changes += ["loss.clip=null", "optimizer.updates=1"]
-    return open_workshop(align_api.load(recipe, changes))
+    return load_run(align_api.load(recipe, changes))
 
 
-def batch_gradients(shop: Workshop, aligner: Aligner, step: int, shuffled: bool) -> dict[int, Tensor]:
+def batch_gradients(shop: LoadedRun, aligner: Aligner, step: int, shuffled: bool) -> dict[int, Tensor]:
     """Noise level -> mean gradient of one batch there."""
     rollouts = aligner.collect(shop.prompts.groups(step), step)
     scores = score(shop.rewards, rollouts.samples, rollouts.images_BCHW, Alone())

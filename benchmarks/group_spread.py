@@ -15,7 +15,7 @@ from pixrl.algorithms.world import Alone
 from pixrl.metrics.spread import group_diversity
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.evaluation import score
-from pixrl.runs.loaded import open_workshop, plan_batches
+from pixrl.runs.loaded import load_run, plan_batches
 
 NEAR = {"exploration.target": 0.8, "exploration.max_norm": 0.5}
 CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -32,7 +32,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 def spread(recipe: str, changes: dict[str, Any], prompts: int) -> dict[str, float]:
     """Figures of one batch of groups."""
     values = {"prompts.per_step": prompts, **changes}
-    shop = open_workshop(recipes.load(AlignConfig, recipe, values=values, kind="align"))
+    shop = load_run(recipes.load(AlignConfig, recipe, values=values, kind="align"))
     aligner = shop.aligner(plan_batches(shop)[0])
     rollouts = aligner.collect(shop.prompts.groups(0), 0)
     scores = score(shop.rewards, rollouts.samples, rollouts.images_BCHW, Alone())

@@ -15,10 +15,10 @@ from pixrl.report.fuse import write_fuse_report
 from pixrl.report.fuse_many import write_many_report
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs import fuse_many
+from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import FinishedRun
 from pixrl.runs.fuse_config import FuseConfig, resolve_options
-from pixrl.runs.fuse_display import Progress, Silent, for_terminal
 
 RUNS = Path("runs")
 
@@ -109,7 +109,7 @@ def run_fuse(
 ) -> FusionResult:
     """One fusion from the start, with its report."""
     check_concepts(config.concepts)
-    run = fuse_job.start(config, out or default_out(config), force=force, progress=_progress(live))
+    run = fuse_job.start(config, out or default_out(config), force=force, monitor=_monitor(live))
     return _finish(run)
 
 
@@ -126,7 +126,7 @@ def run_compare(
     given = {name: value for name, value in config.options.items() if value != usual.get(name)}
     many = fuse_many.compare_config(config, samplers, given)
     place = out or default_out(config, compare=True)
-    runs = fuse_many.start_many(many, fuse_many.COMPARE, place, force=force, progress=lambda: _progress(live))
+    runs = fuse_many.start_many(many, fuse_many.COMPARE, place, force=force, monitor=lambda: _monitor(live))
     write_many_report(runs)
     return runs.folder.path
 
@@ -145,7 +145,7 @@ def run_pairs(
     found = read_pairs(pairs) if isinstance(pairs, Path) else parse_pairs(pairs)
     many = fuse_many.pairs_config(config, found)
     place = out or default_out(config, pairs=pairs if isinstance(pairs, Path) else None)
-    runs = fuse_many.start_many(many, fuse_many.PAIRS, place, force=force, progress=lambda: _progress(live))
+    runs = fuse_many.start_many(many, fuse_many.PAIRS, place, force=force, monitor=lambda: _monitor(live))
     write_many_report(runs)
     return runs.folder.path
 
@@ -154,9 +154,9 @@ def resume(run: Path, *, live: bool = True) -> FusionResult | Path:
     """Goes on with an interrupted run of any of the three kinds."""
     kind = RunFolder.open(run).kind
     if kind == fuse_job.KIND:
-        return _finish(fuse_job.go_on(run, progress=_progress(live)))
+        return _finish(fuse_job.go_on(run, monitor=_monitor(live)))
     if kind in (fuse_many.COMPARE, fuse_many.PAIRS):
-        return write_many_report(fuse_many.go_on_many(run, progress=lambda: _progress(live))).parent
+        return write_many_report(fuse_many.go_on_many(run, monitor=lambda: _monitor(live))).parent
     raise RunError(f"{run} is a run of kind {kind!r}, which is no fusion.")
 
 
@@ -200,5 +200,5 @@ def _finish(run: FinishedRun) -> FusionResult:
     )
 
 
-def _progress(live: bool) -> Progress:
+def _monitor(live: bool) -> Monitor:
     return for_terminal() if live else Silent()

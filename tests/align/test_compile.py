@@ -11,10 +11,10 @@ from transformers import CLIPModel
 
 from pixrl import config, models
 from pixrl.errors import ConfigError
-from pixrl.models.compiling import VARIANTS, compile_blocks
+from pixrl.models.pipeline import VARIANTS, compile_blocks
 from pixrl.models.sd3 import SD3Policy
 from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.loaded import open_workshop
+from pixrl.runs.loaded import load_run
 from tests import tiny
 from tests.align.parts import CLIPPED, aligner, groups, recipe, scored, weights_of
 from tests.tolerance import GRADIENT, agree_after_adam
@@ -70,7 +70,7 @@ def test_the_option_compiles(sd3_folder: Path, prompt_file: Path, calls: list[bo
     for backend in (None, BACKEND):
         machine = {"device": "cpu", "dtype": "float32", "compile": backend}
         settings = config.load(AlignConfig, recipe(sd3_folder, prompt_file, machine=machine))
-        blocks = open_workshop(settings).policy.transformer.transformer_blocks
+        blocks = load_run(settings).policy.transformer.transformer_blocks
         assert isinstance(blocks, nn.ModuleList)
         assert [block._compiled_call_impl is not None for block in blocks] == [backend is not None] * 2
     assert torch._dynamo.config.recompile_limit == VARIANTS

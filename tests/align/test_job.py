@@ -23,7 +23,7 @@ from pixrl.runs import align as align_job
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.align_log import evaluations, sample_scores, samples_of
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.loaded import open_workshop, plan_batches
+from pixrl.runs.loaded import load_run, plan_batches
 from pixrl.runs.record import START, comparable_evaluations
 from pixrl.runs.sampler import PromptSampler
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
@@ -85,16 +85,17 @@ def test_stopped_and_resumed_ends_the_same(
     method: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pixrl.runs.loop import Loop
+    from pixrl.runs.loop import Loop, Step
 
     config = AlignConfig.model_validate(recipe(sd3_folder, prompt_file, **method))
     whole = align_job.start(config, tmp_path / "whole")
     train = Loop._train
 
-    def broken(self: Loop, step: int, *, first: bool) -> None:
-        train(self, step, first=first)
+    def broken(self: Loop[Any, Any], step: int) -> Step[Any, Any]:
+        taken = train(self, step)
         if step == 1:
             raise KeyboardInterrupt
+        return taken
 
     monkeypatch.setattr(Loop, "_train", broken)
     with pytest.raises(KeyboardInterrupt):
@@ -123,7 +124,7 @@ def test_a_step_is_ended_and_saved_at_ctrl_c_and_lost_at_a_second_one(
     said: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pixrl.runs.loop import Loop
+    from pixrl.runs.loop import Loop, Step
 
     monkeypatch.setattr(cli_runs, "leads", lambda: True)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -132,10 +133,10 @@ def test_a_step_is_ended_and_saved_at_ctrl_c_and_lost_at_a_second_one(
     file.write_text(json.dumps(settings))
     train = Loop._train
 
-    def pressed(self: Loop, step: int, *, first: bool) -> None:
+    def pressed(self: Loop[Any, Any], step: int) -> Step[Any, Any]:
         for _ in range(presses if step == 1 else 0):
             signal.raise_signal(signal.SIGINT)
-        train(self, step, first=first)
+        return train(self, step)
 
     try:
         with monkeypatch.context() as patch:
@@ -369,7 +370,7 @@ def test_another_file_may_still_overlap(
     other = tmp_path / "other.txt"
     other.write_text(lines)
     settings = recipe(sd3_folder, prompt_file, evaluation={"source": str(other), "prompts": 2})
-    shop = open_workshop(AlignConfig.model_validate(settings))
+    shop = load_run(AlignConfig.model_validate(settings))
     _, notes = plan_batches(shop)
     told = [note for note in notes if "evaluation: 1 of 2 prompts are trained on too" in note]
     assert (shop.trained_on(), len(told)) == (seen, seen)
@@ -378,7 +379,7 @@ def test_another_file_may_still_overlap(
 def test_a_subject_is_trained_on_by_its_pictures_whatever_it_is_called(
     sd3_folder: Path, prompt_file: Path
 ) -> None:
-    shop = open_workshop(AlignConfig.model_validate(recipe(sd3_folder, prompt_file)))
+    shop = load_run(AlignConfig.model_validate(recipe(sd3_folder, prompt_file)))
 
     def subject(text: str, name: str, brightness: float) -> PromptSet:
         picture = torch.full((3, 4, 4), brightness)

@@ -18,7 +18,7 @@ from pixrl.runs.align_log import evaluations
 from pixrl.runs.check import check
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.loop import Loop
+from pixrl.runs.loop import Loop, Step
 from pixrl.runs.record import GALLERY, START
 from tests.align.parts import JUDGE, final, recipe, same
 
@@ -40,10 +40,10 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, config: AlignConfig, 
     """A run that is stopped when `step` steps are saved."""
     train = Loop._train
 
-    def broken(self: Loop, number: int, *, first: bool) -> None:
+    def broken(self: Loop[Any, Any], number: int) -> Step[Any, Any]:
         if number == step:
             raise KeyboardInterrupt
-        train(self, number, first=first)
+        return train(self, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_train", broken)

@@ -21,7 +21,7 @@ from pixrl.models.placement import Part, Placement
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.set import Failures, RewardSet
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.display import LiveView, PlainLines
+from pixrl.runs.display import Extent, LiveView, PlainLines
 from pixrl.runs.evaluation import score
 from pixrl.runs.loaded import placed
 from pixrl.runs.planner import evened, largest, plan
@@ -170,11 +170,11 @@ def test_displays_take_everything(capsys: pytest.CaptureFixture[str]) -> None:
     }
     console = Console(force_terminal=True, width=100, record=True)
     for display in (PlainLines(), LiveView(console)):
-        display.begin("run", 2, 0)
+        display.begin("run", Extent(2))
         display.say("planned: [red]no markup[/x]")
         display.evaluation(0, {"geneval/mean": 0.4, "geneval/failed_share": 0.0})
-        for step in range(2):
-            display.step(step, metrics)
+        for _ in range(2):
+            display.step(4, metrics)
         display.evaluation(2, {"geneval/mean": 0.6, "geneval/failed_share": 0.0})
         display.end()
     printed = capsys.readouterr().err

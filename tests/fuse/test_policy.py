@@ -10,9 +10,10 @@ from pixrl.algorithms.fusion.baselines import FusionPPO
 from pixrl.algorithms.fusion.policy import CompactPolicy, PublishedPolicy
 from pixrl.algorithms.fusion.rmler import RMLer
 from pixrl.errors import ShapeError
+from pixrl.fusion.trainer import FusionTrainer
 from pixrl.fusion.world import FusionSession
 from pixrl.runs.fuse_config import FuseConfig, resolve_options
-from pixrl.runs.fuse_loop import make_sampler, play
+from pixrl.runs.loop import take_step
 from tests.fuse.test_samplers import sampler_of, scores, task, told
 from tests.fuse.world import fake_world
 from tests.tolerance import agree, rounding
@@ -154,8 +155,9 @@ def rewards_of(world, **settings):
         **settings, noise="image"
     )  # what rises is the policy's doing, not the choice of noises
     session = FusionSession(world, config)
-    steps = list(play(session, make_sampler(config, session), config, config.noise_plan()))
-    return torch.stack([step.feedback.rewards_B.mean() for step in steps])
+    trainer = FusionTrainer(session, config)
+    steps = [take_step(trainer, number) for number in range(config.steps)]
+    return torch.stack([step.scores.feedback.rewards_B.mean() for step in steps])
 
 
 @pytest.mark.learning

@@ -17,9 +17,9 @@ from pixrl.report.fuse import write_fuse_report
 from pixrl.report.page import inline
 from pixrl.report.reproduce import command_line
 from pixrl.runs import fuse as fuse_job
+from pixrl.runs.display import Extent, LiveView, PlainLines, for_terminal, sparkline
 from pixrl.runs.fuse import select_again, start
 from pixrl.runs.fuse_config import FuseConfig
-from pixrl.runs.fuse_display import LiveBox, PlainLines, Tally, for_terminal, sparkline
 from tests.fuse.world import fake_world
 from tests.tolerance import rounding
 
@@ -83,7 +83,7 @@ def test_three_concepts_show_presence_against_balance(tmp_path):
 
 
 def test_a_page_for_pictures_none_of_which_was_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuse_job.FailureWatch, "check", lambda self: None)
+    monkeypatch.setattr(fuse_job.FailureWatch, "check", lambda self, scores: None)
     page = text_of(run_of(tmp_path, broken=frozenset(range(32))))
     assert "No picture could be scored" in page
 
@@ -142,34 +142,30 @@ def test_the_terminal_curve_has_a_sign_for_every_value(rewards):
     )
 
 
-def test_progress_counts_and_names_the_best_and_the_time_left():
-    tally = Tally(FuseConfig(concepts=("owl", "snail"), budget=32, batch=8), [0.1] * 8)
-    assert math.isnan(tally.seconds_left())
-    tally.rewards += [0.5, math.nan] * 4
-    line = tally.line()
-    assert (
-        "16/32 pictures" in line
-        and "best reward 0.500" in line
-        and "4 not scored" in line
-        and "s left" in line
-    )
-    assert tally.curve() == "▁█"
+def step_metrics(best, failed=0.0):
+    return {"reward/fusion/mean": best / 2, "reward/fusion/best": best, "failed_share": failed}
 
 
-def test_a_terminal_gets_a_box_and_a_pipe_gets_lines(monkeypatch, capsys):
+def test_progress_counts_and_names_the_best_and_the_time_left(capsys):
+    plain = PlainLines()
+    plain.begin("owl + snail, rmler", Extent(32, 8, in_pictures=True), [step_metrics(0.9)])
+    assert plain.history.left() == ""
+    plain.step(8, step_metrics(0.5, failed=0.25))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "16/32 pictures  fusion 0.250" in line and "25% not scored" in line and "s left" in line
+    assert "best reward 0.900" in line, "of the steps before the break too"
+    assert sparkline(plain.history.values["reward/fusion/mean"]) == "█▁"
+
+
+def test_a_terminal_gets_a_view_and_a_pipe_gets_lines(capsys):
     assert isinstance(for_terminal(), PlainLines)
     console = Console(force_terminal=True, width=100, record=True)
-    box = LiveBox(console)
-    box.begin(FuseConfig(concepts=("owl", "snail"), budget=16, batch=8), [])
-    box.advance([0.25] * 8)
-    box.end()
+    view = LiveView(console)
+    view.begin("owl + snail, rmler", Extent(16, in_pictures=True))
+    view.step(8, step_metrics(0.25) | {"seconds/render": 1.0, "images_per_second": 8.0})
+    view.end()
     shown = console.export_text()
     assert "owl + snail, rmler" in shown and "8/16" in shown and "best reward 0.250" in shown
-    capsys.readouterr()
-    plain = PlainLines()
-    plain.begin(FuseConfig(concepts=("owl", "snail"), budget=16, batch=8), [])
-    plain.advance([0.25] * 8)
-    assert "8/16 pictures" in capsys.readouterr().err
 
 
 def test_figures_by_hand():

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from pixrl import algorithms
 from pixrl.algorithms.fusion.base import Feedback, FusionTask
 from pixrl.algorithms.fusion.baselines import BASS, BASSSettings, GoldenSection, uniform_simplex
+from pixrl.fusion.trainer import FusionTrainer
 from pixrl.fusion.world import FusionSession
 from pixrl.runs.fuse_config import FuseConfig, SamplerName, resolve_options
-from pixrl.runs.fuse_loop import make_sampler, play
+from pixrl.runs.loop import take_step
 from tests.fuse.world import fake_world
 from tests.tolerance import agree
 
@@ -61,7 +62,8 @@ def test_every_sampler_makes_exactly_its_budget(name, budget, batch):
     config = FuseConfig(concepts=("owl", "snail"), sampler=name, budget=budget, batch=batch, exemplars=1)
     session = FusionSession(world, config)
     before = world.renderer.rendered
-    made = [len(step) for step in play(session, make_sampler(config, session), config, config.noise_plan())]
+    trainer = FusionTrainer(session, config)
+    made = [len(take_step(trainer, number).rollouts) for number in range(config.steps)]
     assert sum(made) == budget == world.renderer.rendered - before
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from pixrl import models
 from pixrl.algorithms.base import Group, shown_to
 from pixrl.algorithms.exploration import Variants
+from pixrl.models.base import on_square
 from pixrl.models.flux import FluxPolicy, Preset, pack_latents, position_ids
-from pixrl.models.references import on_square
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pixrl.data.subject_prompts import _Store, subject_prompts
 from pixrl.data.subjects import Subject, SubjectSet, check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.rewards.references import of_subject
-from pixrl.runs.loaded import Workshop, check_references
+from pixrl.runs.loaded import LoadedRun, check_references
 from pixrl.runs.personalize_config import PersonalizeConfig
 from pixrl.runs.sampler import PromptSampler
 from pixrl.toy.language import parse
@@ -167,7 +167,7 @@ class Strict:
         return bool(one[0].min() == 1)
 
 
-def shop_of(train: PromptSet, evaluated: PromptSet, share: float) -> Workshop:
+def shop_of(train: PromptSet, evaluated: PromptSet, share: float) -> LoadedRun:
     """As much of a workshop as the check of references looks at."""
     config = PersonalizeConfig.model_validate(
         {"rewards": [{"name": "identity", "kind": "dino_seg"}], "scoring": {"max_failed_share": share}}
@@ -175,7 +175,7 @@ def shop_of(train: PromptSet, evaluated: PromptSet, share: float) -> Workshop:
     unused: Any = None
     sampler = PromptSampler(train, per_step=1, seed=0)
     rewards: Any = Strict()
-    return Workshop(config, unused, unused, unused, sampler, evaluated, rewards, unused, unused)
+    return LoadedRun(config, unused, unused, unused, sampler, evaluated, rewards, unused, unused)
 
 
 def test_each_subject_is_inspected(tmp_path: Path) -> None:

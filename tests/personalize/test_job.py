@@ -213,16 +213,17 @@ def test_sft_without_targets_is_refused(tmp_path: Path, flux_folder: Path, subje
 def test_stopped_and_resumed_ends_the_same(
     tmp_path: Path, flux_folder: Path, subjects: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pixrl.runs.loop import Loop
+    from pixrl.runs.loop import Loop, Step
 
     config = load_recipe(recipe(flux_folder, subjects, **METHODS[method]), kind="personalize")
     whole = align_job.start(config, tmp_path / "whole")
     train = Loop._train
 
-    def broken(self: Loop, step: int, *, first: bool) -> None:
-        train(self, step, first=first)
+    def broken(self: Loop[Any, Any], step: int) -> Step[Any, Any]:
+        taken = train(self, step)
         if step == 1:
             raise KeyboardInterrupt
+        return taken
 
     monkeypatch.setattr(Loop, "_train", broken)
     with pytest.raises(KeyboardInterrupt):

@@ -20,7 +20,7 @@ from pixrl.metrics.diversity import DiversityMeter
 from pixrl.metrics.spread import pixel_features
 from pixrl.runs import align as align_job
 from pixrl.runs.kinds import load_recipe
-from pixrl.runs.loaded import open_workshop
+from pixrl.runs.loaded import load_run
 from pixrl.studies import align as align_study
 from pixrl.studies.budget import budget_of
 from pixrl.studies.gallery import GAP, HEAD, TILE, WORDS, write_gallery
@@ -369,7 +369,7 @@ def test_the_committed_studies_are_fair(name: str) -> None:
 
 def test_the_committed_e2po_recipe_reaches_its_band() -> None:
     """On toy:flux, whose encoder leaves the published bound's perturbations at cosines of 0.94."""
-    shop = open_workshop(load_recipe("toy/e2po-sars", ["prompts.per_step=2"]))
+    shop = load_run(load_recipe("toy/e2po-sars", ["prompts.per_step=2"]))
     variants = prepare(shop.method.exploration, shop.policy, shop.first_groups())
     assert variants.metrics["in_band_share"] == 1
     assert variants.metrics["anchor_cosine"] == pytest.approx(0.8, abs=0.01)

@@ -19,9 +19,8 @@ from torch import Tensor
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.sampling import ODESolver, Schedule, StepPlan
 from pixrl.errors import InputError
-from pixrl.models.base import Conditioning, FlowPolicy
+from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy, on_square
 from pixrl.models.pipeline import chunks
-from pixrl.models.references import ReferencePolicy, on_square
 from pixrl.types import sample_seed
 
 SHOWN = "shown"

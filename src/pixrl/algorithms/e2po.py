@@ -47,7 +47,7 @@ from pixrl.config import MOST, Count, Seed, Settings
 from pixrl.equations import diversity_loss, perturb, perturbation_objective, project_delta
 from pixrl.errors import CheckpointError, InputError, RunError
 from pixrl.models.base import FlowPolicy
-from pixrl.models.text_variants import ClipEncoder, ClipFeatures, ClipText, PerturbableText
+from pixrl.models.text import ClipEncoder, ClipFeatures, ClipText, PerturbableText
 
 CACHE_BYTES = 2**28
 """Perturbations kept, in bytes. One that was dropped is learned again, to the same values."""

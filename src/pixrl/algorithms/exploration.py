@@ -12,7 +12,7 @@ from torch import Tensor
 from pixrl.equations import variant_weight
 from pixrl.errors import CheckpointError, InputError, ShapeError
 from pixrl.models.base import Conditioning, FlowPolicy
-from pixrl.models.text_variants import ClipEncoder, ClipFeatures
+from pixrl.models.text import ClipEncoder, ClipFeatures
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,21 @@ The scores stay separate tensors until the advantage is formed; here are only wh
 time limit for each call, and the share of failed scores past which a run stops.
 """
 
+import math
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
 from pixrl import rewards
 from pixrl.errors import ConfigError, Failure, InputError, RunError, ShapeError
-from pixrl.rewards.base import DifferentiableReward, Reward
-from pixrl.rewards.calls import Caller
-from pixrl.rewards.clip import flag_failures
+from pixrl.plugins import Caught
+from pixrl.rewards.base import DifferentiableReward, Reward, flag_failures
 from pixrl.rewards.references import ReferenceReward
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
 from pixrl.types import RewardBatch, Scores
@@ -39,6 +43,19 @@ class Failures:
 
     def __add__(self, other: "Failures") -> "Failures":
         return Failures(self.pictures + other.pictures, self.reasons + other.reasons)
+
+    def require_at_most(self, share: float, reward: str) -> None:
+        """RunError where more than this share of the pictures has no score; names the reward and the reasons."""
+        failed = self.reasons.total()
+        if failed <= share * self.pictures:
+            return
+        shown = [f"{number} x {reason}" for reason, number in self.reasons.most_common(REASONS_SHOWN)]
+        others = len(self.reasons) - REASONS_SHOWN
+        raise RunError(
+            f"The reward {reward!r} failed for {failed} of {self.pictures} pictures, more than the share "
+            f"{share:g} that max_failed_share allows:\n  "
+            + "\n  ".join([*shown, *([f"{others} other reasons"] if others > 0 else [])])
+        )
 
 
 class RewardSet:
@@ -147,7 +164,7 @@ class RewardSet:
         for tallies in everywhere:
             whole = {name: one + tallies[name] for name, one in whole.items()}
         for name, one in whole.items():
-            self._require_enough(name, one)
+            one.require_at_most(self.max_failed_share, name)
 
     def _score(self, name: str, batch: RewardBatch, count: int) -> Scores:
         answer = self._ask(name, lambda reward: reward.score(batch), count)
@@ -170,18 +187,6 @@ class RewardSet:
             return answer
         return Failure(f"it gave scores {shape} with {len(answer.reasons)} reasons for {count} pictures")
 
-    def _require_enough(self, name: str, failures: Failures) -> None:
-        reasons, count = failures.reasons, failures.pictures
-        failed = reasons.total()
-        if failed <= self.max_failed_share * count:
-            return
-        shown = [f"{number} x {reason}" for reason, number in reasons.most_common(REASONS_SHOWN)]
-        others = [f"{len(reasons) - REASONS_SHOWN} other reasons"] if len(reasons) > REASONS_SHOWN else []
-        raise RunError(
-            f"The reward {name!r} failed for {failed} of {count} pictures, more than the share "
-            f"{self.max_failed_share:g} that max_failed_share allows:\n  " + "\n  ".join([*shown, *others])
-        )
-
 
 def _count(batch: RewardBatch) -> int:
     count = len(batch.images_BCHW)
@@ -193,3 +198,64 @@ def _count(batch: RewardBatch) -> int:
             f"got {len(batch.prompts)} and {len(batch.metadata)}."
         )
     return count
+
+
+T = TypeVar("T")
+
+
+class Caller(Generic[T]):
+    """Calls a function that gives a T, and gives its failure where it raises or takes too long.
+
+    A call that takes too long cannot be ended: it is left behind on its own thread, and the next call first waits for
+    it, within the same limit. So at most one thread is left behind, and the function is never run twice at once.
+
+    Args:
+        time_limit: seconds a call may take; None: as long as it likes, on the caller's own thread.
+
+    Raises:
+        ConfigError: the limit is not a positive number of seconds.
+    """
+
+    def __init__(self, time_limit: float | None) -> None:
+        if time_limit is not None and not (math.isfinite(time_limit) and time_limit > 0):
+            raise ConfigError(f"time_limit is in seconds and above 0 (or null for none), got {time_limit!r}.")
+        self.time_limit = time_limit
+        self._left_behind: threading.Thread | None = None
+
+    def call(self, function: Callable[[], T]) -> T | Failure:
+        if self.time_limit is None:
+            return _caught(function)
+        deadline = time.monotonic() + self.time_limit
+        if self._left_behind is not None:
+            self._left_behind.join(self.time_limit)
+            if self._left_behind.is_alive():
+                return Failure(f"still busy with an earlier call after {self.time_limit:g} s more")
+            self._left_behind = None
+        return self._within(function, deadline - time.monotonic())
+
+    def _within(self, function: Callable[[], T], seconds: float) -> T | Failure:
+        answers: list[T | Failure] = []
+        device = _cuda_device()  # a new thread would start on the first GPU
+
+        def work() -> None:
+            with nullcontext() if device is None else torch.cuda.device(device):
+                answers.append(_caught(function))
+
+        thread = threading.Thread(target=work, name="pixrl-reward", daemon=True)
+        thread.start()
+        thread.join(max(seconds, 0.0))
+        if not answers:
+            self._left_behind = thread
+            return Failure(f"no answer within {self.time_limit:g} s")
+        return answers[0]
+
+
+def _cuda_device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _caught(function: Callable[[], T]) -> T | Failure:
+    with Caught() as caught:
+        return function()
+    assert caught.failure is not None
+    return caught.failure

@@ -3,9 +3,9 @@
 The report is written a layer above.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,33 @@ from pixrl import config as recipes
 from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.grpo import GRPOLoss
 from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
+from pixrl.algorithms.world import Tally
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Diagnosis, Findings, Need
 from pixrl.doctor.preflight import CODE, require
 from pixrl.doctor.training import examine
-from pixrl.errors import CheckpointError, InputError, PixrlError, ServiceError
+from pixrl.errors import CheckpointError, InputError, PixrlError
+from pixrl.metrics.spread import group_diversity
 from pixrl.rewards.set import RewardSet
 from pixrl.runs import selfcheck
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.align_log import AlignLog, cut_back, evaluations
 from pixrl.runs.data import with_full_paths
-from pixrl.runs.display import Monitor, Silent
+from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.distributed import Team
 from pixrl.runs.evaluation import score
-from pixrl.runs.files import resource_guard
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.kinds import kind_of, read_config
 from pixrl.runs.loaded import (
-    Workshop,
+    LoadedRun,
     check_references,
     load_rewards,
+    load_run,
     make_evaluator,
-    open_workshop,
     plan_batches,
     try_rewards,
 )
-from pixrl.runs.loop import Loop, Pace
+from pixrl.runs.loop import Clock, Loop, Pace
 from pixrl.runs.place import replacing
 from pixrl.runs.record import (
     START,
@@ -58,7 +59,7 @@ from pixrl.runs.record import (
     start_on_disk,
     write_start,
 )
-from pixrl.runs.sampler import share
+from pixrl.types import Scores
 
 LOST = f"{START} was lost: whether model, rewards and prompts are those that the run began with is not known"
 USUAL_SIDE = 512
@@ -72,22 +73,22 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
         RunError: the folder is taken, or the run had to stop.
     """
     config, rewards, found = get_ready(config, out, force=force)
-    shop = open_workshop(config, rewards)
+    run = load_run(config, rewards)
     # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
-    prepare(shop.method.exploration, shop.policy, shop.first_groups()[:1])
-    left_out = check_references(shop)
-    micro_batches, notes = plan_batches(shop)
+    prepare(run.method.exploration, run.policy, run.first_groups()[:1])
+    left_out = check_references(run)
+    micro_batches, notes = plan_batches(run)
     notes = tuple(dict.fromkeys((*found, *notes, *left_out)))
-    team = shop.team
+    team = run.team
     out = team.gather(out)[0]  # each process may have seen another folder as the first free one
     if team.leads:
         RunFolder.create(out, kind=kind_of(config), recipe=config, force=force)
     with replacing(out) if team.leads else nullcontext():
         if team.leads:
-            write_start(RunFolder.open(out), shop, micro_batches, notes)
+            write_start(RunFolder.open(out), run, micro_batches, notes)
         team.wait()
         folder = RunFolder.open(out)
-        _play(folder, shop, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
+        _play(folder, run, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
     return folder.path
 
 
@@ -162,53 +163,53 @@ def go_on(
         require_unedited(folder, accept_changes)
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     config = with_full_paths(config, edited)
-    shop = open_workshop(config)
-    evaluation, changes = _changes(folder, began, shop, accept_changes) if began else ([], [])
+    run = load_run(config)
+    evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
     step, images, saved = find_place(folder)
     _require_steps(path, step, config.steps)
     finished = step == config.steps and not changes and _is_evaluated(folder.path, step)
-    shop.team.wait()  # all have read the logs before the first one cuts them back
-    if shop.team.leads:
+    run.team.wait()  # all have read the logs before the first one cuts them back
+    if run.team.leads:
         folder.tidy()
         if not finished:
             cut_back(folder, step, images)
     lost = (LOST,) if images and not began else ()
-    micro_batches, notes = _plan_again(shop, began, [*lost, *changes])
+    micro_batches, notes = _plan_again(run, began, [*lost, *changes])
     whole = began and start_on_disk(folder) == began and gallery_on_disk(folder) is not None
-    if shop.team.leads and (changes or not whole):
+    if run.team.leads and (changes or not whole):
         folder.adopt_recipe(config)
         since = step if evaluation else began.get("evaluated_from", 0)
-        write_start(folder, shop, micro_batches, notes, evaluated_from=since)
-    shop.team.wait()  # nobody writes before it is done
+        write_start(folder, run, micro_batches, notes, evaluated_from=since)
+    run.team.wait()  # nobody writes before it is done
     if finished:
         (monitor or Silent()).say(f"{folder.path.name} is finished: nothing is drawn again.")
         return folder.path
-    _play(folder, shop, micro_batches, notes, step, images, saved, monitor if shop.team.leads else None)
+    _play(folder, run, micro_batches, notes, step, images, saved, monitor if run.team.leads else None)
     return folder.path
 
 
 def _changes(
-    folder: RunFolder, began: Mapping[str, Any], shop: Workshop, accept_changes: bool
+    folder: RunFolder, began: Mapping[str, Any], run: LoadedRun, accept_changes: bool
 ) -> tuple[list[str], list[str]]:
     """How further evaluations draw other pictures, and all that is another thing than when the run began."""
-    require_same_model(folder, began, shop.policy)
+    require_same_model(folder, began, run.policy)
     changed = [
-        *changed_rewards(folder, began, shop, accept_changes),
-        *changed_data(folder, began, shop, accept_changes),
+        *changed_rewards(folder, began, run, accept_changes),
+        *changed_data(folder, began, run, accept_changes),
     ]
-    evaluation = changed_evaluation(folder, began, shop)
-    settings = differences(began["recipe"], shop.config.model_dump(mode="json"))
+    evaluation = changed_evaluation(folder, began, run)
+    settings = differences(began["recipe"], run.config.model_dump(mode="json"))
     return evaluation, [f"changed: {one}" for one in (*settings, *changed, *evaluation)]
 
 
 def _plan_again(
-    shop: Workshop, began: Mapping[str, Any], changes: Sequence[str]
+    run: LoadedRun, began: Mapping[str, Any], changes: Sequence[str]
 ) -> tuple[MicroBatches, tuple[str, ...]]:
     """The micro-batches of an unchanged run are those that it began with; else they are planned anew."""
     if began and not changes:
         return MicroBatches(**began["micro_batches"]), tuple(began["notes"])
-    left_out = check_references(shop)
-    micro_batches, notes = plan_batches(shop)
+    left_out = check_references(run)
+    micro_batches, notes = plan_batches(run)
     return micro_batches, (*notes, *left_out, *changes)
 
 
@@ -227,29 +228,100 @@ def _is_evaluated(path: Path, step: int) -> bool:
 def check(config: AlignConfig) -> selfcheck.Report:
     """Is the first update on-policy, at which dtype and batch size; do gradients agree? Writes nothing."""
     config, rewards, said = get_ready(config)
-    shop = open_workshop(config, rewards)
-    micro_batches, planned = plan_batches(shop)
+    run = load_run(config, rewards)
+    micro_batches, planned = plan_batches(run)
     notes = tuple(dict.fromkeys((*said, *planned)))
-    aligner = shop.aligner(micro_batches)
-    groups = shop.prompts.groups(0)
-    own = groups[share(len(groups), shop.team.rank, shop.team.size)]
+    aligner = run.aligner(micro_batches)
+    groups, own = run.prompts.groups(0), run.groups(0)
     found: list[selfcheck.Deviation] = []
-    dtypes = selfcheck.possible_dtypes(shop.policy)
+    dtypes = selfcheck.possible_dtypes(run.policy)
     for dtype in dtypes:
-        with selfcheck.computing_in(shop.policy, dtype):
+        with selfcheck.computing_in(run.policy, dtype):
             drawn = aligner.collect((own or groups)[:1], 0)
         sizes = [micro_batches.train, 1, 2, selfcheck.ROWS]
         found += selfcheck.deviations(aligner, drawn, [dtype], sizes)
     rollouts = aligner.collect(own, 0)
-    scores = score(shop.rewards, rollouts.samples, rollouts.images_BCHW, shop.team)
-    aligner.update(rollouts, scores, shop.rewards.weights(0))
+    scores = score(run.rewards, rollouts.samples, rollouts.images_BCHW, run.team)
+    aligner.update(rollouts, scores, run.rewards.weights(0))
     agreement = aligner.gradient_disagreement()
-    return selfcheck.Report(selfcheck.measure_of(aligner), tuple(found), agreement, shop.team.size, notes)
+    return selfcheck.Report(selfcheck.measure_of(aligner), tuple(found), agreement, run.team.size, notes)
+
+
+@dataclass
+class Training:
+    """Alignment as an algorithm of the loop: this process's groups of a step, their rewards, and what is checked once.
+
+    Args:
+        run: everything that the recipe names.
+        aligner: the method.
+        say: tells the user what was noticed.
+        first: the step that this process begins with, whose update is checked.
+    """
+
+    run: LoadedRun
+    aligner: Aligner
+    say: Callable[[str], None]
+    first: int
+
+    def images(self, step: int) -> int:
+        return self.run.config.prompts.per_step * self.run.method.group_size
+
+    def collect(self, step: int, clock: Clock) -> Rollouts:
+        with clock.phase("collect"):
+            return self.aligner.collect(self.run.groups(step), step)
+
+    def score(self, rollouts: Rollouts, clock: Clock) -> Mapping[str, Scores]:
+        with clock.phase("score"):
+            return score(self.run.rewards, rollouts.samples, rollouts.images_BCHW, self.run.team)
+
+    def update(self, rollouts: Rollouts, scores: Mapping[str, Scores], clock: Clock) -> dict[str, float]:
+        first = rollouts.step == self.first
+        checks = self._check_on_policy(rollouts) if first else {}
+        with clock.phase("update"):
+            metrics = self.aligner.update(rollouts, scores, self.run.rewards.weights(rollouts.step))
+        if first:
+            checks |= self._check_agreement()
+        with clock.phase("diversity"):
+            metrics["diversity"] = self._diversity(rollouts)
+        return metrics | checks
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.aligner.tensors()
+
+    def state(self) -> dict[str, Any]:
+        return {"algorithm": self.aligner.state()}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        self.aligner.restore(tensors, state["algorithm"])
+
+    def _check_on_policy(self, rollouts: Rollouts) -> dict[str, float]:
+        """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
+        aligner = self.aligner
+        later = rollouts.step > 0 and not isinstance(aligner.method.loss, GRPOLoss)
+        if later or not len(rollouts):
+            return {}
+        sizes = [aligner.micro_batches.train, 1]
+        found = selfcheck.deviations(aligner, rollouts, selfcheck.possible_dtypes(aligner.policy), sizes)
+        warning = selfcheck.require_on_policy(found[0], selfcheck.measure_of(aligner))
+        if warning is not None:
+            self.say(warning)
+        return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
+
+    def _check_agreement(self) -> dict[str, float]:
+        value = self.aligner.gradient_disagreement()
+        selfcheck.require_agreement(value)
+        return {"gradient_disagreement": value}
+
+    def _diversity(self, rollouts: Rollouts) -> float:
+        tally = Tally()
+        spread_P = group_diversity(rollouts.images_BCHW, self.run.method.group_size, self.run.features)
+        tally.add({"diversity": spread_P})
+        return tally.over(self.run.team).means()["diversity"]
 
 
 def _play(
     folder: RunFolder,
-    shop: Workshop,
+    run: LoadedRun,
     micro_batches: MicroBatches,
     notes: Sequence[str],
     step: int,
@@ -257,62 +329,30 @@ def _play(
     saved: tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None,
     monitor: Monitor | None,
 ) -> None:
-    config, team = shop.config, shop.team
-    aligner = shop.aligner(micro_batches)
+    config, team, monitor = run.config, run.team, monitor or Silent()
+    training = Training(run, run.aligner(micro_batches), monitor.say, first=step)
     if saved is not None:
-        aligner.restore(saved[0], saved[1]["algorithm"])
-    monitor = monitor or Silent()
-    log = AlignLog(folder, team, images_every=config.output.images_every, from_step=step, images=images)
-    loop = Loop(
-        algorithm=aligner,
-        prompts=shop.prompts,
-        rewards=shop.rewards,
-        evaluator=make_evaluator(shop, micro_batches),
-        features=shop.features,
-        log=log,
-        monitor=monitor,
-        world=team,
-        pace=Pace(
-            config.steps,
-            config.evaluation.every,
-            config.output.checkpoint_every,
-            config.output.keep_checkpoints,
-        ),
-        group_size=shop.method.group_size,
-        before_first_update=lambda rollouts: _check_first(aligner, rollouts, monitor),
-        after_first_update=lambda: _check_agreement(aligner),
-        start=read_start(folder),
+        training.restore(*saved)
+    output = config.output
+    log = AlignLog(
+        folder,
+        team,
+        images_every=output.images_every,
+        keep=output.keep_checkpoints,
+        from_step=step,
+        images=images,
     )
-    monitor.begin(folder.path.name, config.steps, step)
+    evaluator = make_evaluator(run, micro_batches)
+    loop = Loop(
+        algorithm=training,
+        record=log,
+        monitor=monitor,
+        pace=Pace(config.steps, output.checkpoint_every, config.evaluation.every),
+        kept={"start": read_start(folder)},
+        evaluate=lambda step: evaluator.run(log, step),
+        world=team,
+    )
+    monitor.begin(folder.path.name, Extent(config.steps, step), folder.metrics())
     for note in notes:
         monitor.say(note)
-    try:
-        with resource_guard(folder.path):
-            loop.run(step)
-    except ServiceError as error:
-        raise ServiceError(
-            f"{error} The run is kept up to its last checkpoint: when the service is there again, type: "
-            f"pixrl resume {folder.path}"
-        ) from error
-    finally:
-        log.close()
-        monitor.end()
-
-
-def _check_first(aligner: Aligner, rollouts: Rollouts, monitor: Monitor) -> dict[str, float]:
-    """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
-    later = rollouts.step > 0 and not isinstance(aligner.method.loss, GRPOLoss)
-    if later or not len(rollouts):
-        return {}
-    sizes = [aligner.micro_batches.train, 1]
-    found = selfcheck.deviations(aligner, rollouts, selfcheck.possible_dtypes(aligner.policy), sizes)
-    warning = selfcheck.require_on_policy(found[0], selfcheck.measure_of(aligner))
-    if warning is not None:
-        monitor.say(warning)
-    return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
-
-
-def _check_agreement(aligner: Aligner) -> dict[str, float]:
-    value = aligner.gradient_disagreement()
-    selfcheck.require_agreement(value)
-    return {"gradient_disagreement": value}
+    loop.run(folder.path, step, images)

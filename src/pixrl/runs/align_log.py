@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.world import World
 from pixrl.errors import CheckpointError
+from pixrl.runs import checkpoint
 from pixrl.runs.files import fsync_folder, remove, write_all_atomic, write_atomic
 from pixrl.runs.folder import EVALUATIONS, ManifestRow, RunFolder, png_bytes
 from pixrl.runs.jsonl import JsonLines
@@ -31,12 +32,16 @@ class AlignLog:
     """The logs of one run; every process has one, and calls it alike."""
 
     def __init__(
-        self, folder: RunFolder, world: World, *, images_every: int, from_step: int, images: int
+        self, folder: RunFolder, world: World, *, images_every: int, keep: int, from_step: int, images: int
     ) -> None:
-        """Goes on from step `from_step` with `images` rows in the manifest; what lay behind is cut off (`cut_back`)."""
+        """Goes on from step `from_step` with `images` rows in the manifest; what lay behind is cut off (`cut_back`).
+
+        `keep`: how many checkpoints are kept.
+        """
         self.folder = folder
         self.world = world
         self.images_every = images_every
+        self.keep = keep
         self.images = images
         self._evaluations = JsonLines(folder.path / EVALUATIONS, folder.path)
         self._board: SummaryWriter | None = None
@@ -44,24 +49,31 @@ class AlignLog:
             place = str(folder.path / TENSORBOARD)
             self._board = SummaryWriter(place, purge_step=from_step)
 
-    def step(
-        self, rollouts: Rollouts, scores: Mapping[str, Scores], per_step: int, metrics: Mapping[str, float]
-    ) -> None:
-        """One training step: its pictures, one line each in the manifest, and one line of metrics.
-
-        `per_step`: pictures of the step over all processes.
-        """
+    def step(self, rollouts: Rollouts, scores: Mapping[str, Scores], metrics: Mapping[str, float]) -> None:
+        """One training step: its pictures, one line each in the manifest, and one line of metrics."""
         keep = rollouts.step % self.images_every == 0
         indices = self._indices(rollouts)
         files: Sequence[str | None] = [None] * len(indices)
         if keep and indices:
             files = self.folder.save_images(indices, rollouts.images_BCHW)
         rows = [row for part in self.world.gather(_rows(rollouts, scores, indices, files)) for row in part]
+        self.images += len(rows)
         if self.world.rank == 0:
             self.folder.append_manifest(sorted(rows, key=lambda row: row.index))
             self.folder.log(rollouts.step, metrics)
             self._to_board(metrics, rollouts.step)
-        self.images += per_step
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """A checkpoint; nobody runs ahead of it."""
+        if self.world.rank == 0:
+            path = self.folder.path
+            checkpoint.save(checkpoint.step_folder(path, step), tensors, state)
+            self.folder.step_is_saved()
+            checkpoint.keep_last(path, self.keep)
+        self.world.gather(None)
+
+    def wait(self) -> None:
+        """Everything is written as soon as it is handed over."""
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """One evaluation, made before training step `step`."""

@@ -30,8 +30,8 @@ from pixrl.runs.fuse import (
     slug,
     world_on_disk,
 )
+from pixrl.runs.fuse_log import coefficients_file
 from pixrl.runs.fuse_many import COMPARE, FAILURES, PAIRS, read_failures
-from pixrl.runs.fuse_writer import coefficients_file
 from pixrl.runs.jsonl import JsonLines
 from pixrl.runs.kinds import KINDS
 from pixrl.runs.place import CHILDREN, REPLACED

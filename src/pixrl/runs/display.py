@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console, Group
@@ -12,23 +13,33 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pixrl.runs.fuse_display import sparkline
-
 CURVE = 40
 """Steps of a curve that are shown."""
+BARS = "▁▂▃▄▅▆▇█"
+FIGURES = ("group_std", "zero_std_share", "kl", "diversity")
+"""What is shown of a step beside its rewards."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How long a run is and how far it has come, in steps, or in pictures where a budget of them counts."""
+
+    total: int
+    done: int = 0
+    in_pictures: bool = False
 
 
 class Monitor(Protocol):
     """Told of everything that happens."""
 
-    def begin(self, title: str, steps: int, done: int) -> None:
-        """A run of so many steps starts, or goes on after `done`."""
+    def begin(self, title: str, extent: Extent, past: Sequence[Mapping[str, float]] = ()) -> None:
+        """A run starts, or goes on after the steps whose metrics are `past`."""
 
     def say(self, text: str) -> None:
         """Something that a person should know."""
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A training step is over."""
+    def step(self, images: int, metrics: Mapping[str, float]) -> None:
+        """A training step of so many pictures is over."""
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """An evaluation is over."""
@@ -40,9 +51,9 @@ class Monitor(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def begin(self, title: str, steps: int, done: int) -> None: ...
+    def begin(self, title: str, extent: Extent, past: Sequence[Mapping[str, float]] = ()) -> None: ...
     def say(self, text: str) -> None: ...
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def step(self, images: int, metrics: Mapping[str, float]) -> None: ...
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None: ...
     def end(self) -> None: ...
 
@@ -51,22 +62,23 @@ class History:
     """The figures behind a display."""
 
     def __init__(self) -> None:
-        self.title, self.steps, self.done = "", 0, 0
+        self.title, self.extent, self.done = "", Extent(0), 0
         self.values: dict[str, list[float]] = {}
         self.evaluations: dict[str, list[float]] = {}
-        self._seconds: list[float] = []
+        self._pace: list[tuple[float, int]] = []
         self._last = time.monotonic()
 
-    def begin(self, title: str, steps: int, done: int) -> None:
-        self.title, self.steps, self.done = title, steps, done
+    def begin(self, title: str, extent: Extent, past: Sequence[Mapping[str, float]]) -> None:
+        self.title, self.extent, self.done = title, extent, extent.done
+        for metrics in past:
+            self._keep(metrics)
         self._last = time.monotonic()
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        now = time.monotonic()
-        self._seconds.append(now - self._last)
-        self._last, self.done = now, step + 1
-        for name, value in metrics.items():
-            self.values.setdefault(name, []).append(value)
+    def step(self, images: int, metrics: Mapping[str, float]) -> None:
+        now, units = time.monotonic(), images if self.extent.in_pictures else 1
+        self._pace.append((now - self._last, units))
+        self._last, self.done = now, self.done + units
+        self._keep(metrics)
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -76,13 +88,36 @@ class History:
         """The newest value; nan where there is none."""
         return self.values.get(name, [math.nan])[-1]
 
+    def best(self) -> float:
+        """The best reward of any picture so far; nan where steps do not tell theirs."""
+        found = [x for name in self.values if name.endswith("/best") for x in self.values[name]]
+        return max((x for x in found if not math.isnan(x)), default=math.nan)
+
+    def count(self) -> str:
+        """How far it is."""
+        return f"{self.done}/{self.extent.total}" + (" pictures" if self.extent.in_pictures else "")
+
     def left(self) -> str:
-        """Time left, from the last twenty steps."""
-        recent = self._seconds[-20:]
+        """Time left, from the last twenty steps of this process."""
+        recent = self._pace[-20:]
         if not recent:
             return ""
-        minutes, seconds = divmod(round((self.steps - self.done) * sum(recent) / len(recent)), 60)
+        pace = sum(seconds for seconds, _ in recent) / sum(units for _, units in recent)
+        minutes, seconds = divmod(round((self.extent.total - self.done) * pace), 60)
         return f"{minutes} min {seconds:02d} s left" if minutes else f"{seconds} s left"
+
+    def notes(self) -> list[str]:
+        """What not every run has to tell: its best picture, and pictures without a score."""
+        found = [] if math.isnan(self.best()) else [f"best reward {self.best():.3f}"]
+        return (
+            [*found, f"{self.last('failed_share'):.0%} not scored"]
+            if self.last("failed_share") > 0
+            else found
+        )
+
+    def _keep(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append(value)
 
     @property
     def rewards(self) -> list[str]:
@@ -96,19 +131,22 @@ class PlainLines:
     def __init__(self) -> None:
         self.history = History()
 
-    def begin(self, title: str, steps: int, done: int) -> None:
-        self.history.begin(title, steps, done)
-        self.say(f"{title}: {steps} steps" + (f", going on after {done}" if done else ""))
+    def begin(self, title: str, extent: Extent, past: Sequence[Mapping[str, float]] = ()) -> None:
+        self.history.begin(title, extent, past)
+        unit = "pictures" if extent.in_pictures else "steps"
+        self.say(
+            f"{title}: {extent.total} {unit}" + (f", going on after {extent.done}" if extent.done else "")
+        )
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, images: int, metrics: Mapping[str, float]) -> None:
         history = self.history
-        history.step(step, metrics)
+        history.step(images, metrics)
         rewards = [f"{_short(name)} {history.last(name):.3f}" for name in history.rewards]
-        spread = f"group std {history.last('group_std'):.3f}"
-        self.say("  ".join([f"  {history.done}/{history.steps}", *rewards, spread, history.left()]))
+        spread = [f"group std {history.last('group_std'):.3f}"] if "group_std" in history.values else []
+        self.say("  ".join([f"  {history.count()}", *rewards, *spread, *history.notes(), history.left()]))
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         self.history.evaluation(step, figures)
@@ -125,16 +163,16 @@ class LiveView:
         self.history = History()
         self.live = Live(console=console, refresh_per_second=4)
 
-    def begin(self, title: str, steps: int, done: int) -> None:
-        self.history.begin(title, steps, done)
+    def begin(self, title: str, extent: Extent, past: Sequence[Mapping[str, float]] = ()) -> None:
+        self.history.begin(title, extent, past)
         self.live.start()
         self._show()
 
     def say(self, text: str) -> None:
         self.live.console.print(Text(text, style="dim"))  # a name with brackets is no markup
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.history.step(step, metrics)
+    def step(self, images: int, metrics: Mapping[str, float]) -> None:
+        self.history.step(images, metrics)
         self._show()
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
@@ -150,15 +188,15 @@ class LiveView:
     def _head(self) -> Table:
         history = self.history
         head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=history.steps, completed=history.done, width=30)
-        count = Text(f"{history.done}/{history.steps}")
+        bar = ProgressBar(total=history.extent.total, completed=history.done, width=30)
+        count = Text(history.count())
         head.add_row(Text(history.title, style="bold"), bar, count, Text(history.left(), style="dim"))
         return head
 
     def _curves(self) -> Table:
         history = self.history
         table = Table.grid(padding=(0, 2))
-        for name in [*history.rewards, "group_std", "zero_std_share", "kl", "diversity"]:
+        for name in [*history.rewards, *FIGURES]:
             values = history.values.get(name)
             if values:
                 curve = Text(sparkline(values[-CURVE:]), style="cyan")
@@ -176,9 +214,7 @@ class LiveView:
         phases = [name for name in history.values if name.startswith("seconds/")]
         parts = [f"{name.removeprefix('seconds/')} {history.last(name):.1f} s" for name in phases]
         speed = f"{history.last('images_per_second'):.1f} pictures/s"
-        failed = history.last("failed_share")
-        warn = [f"{failed:.0%} not scored"] if failed > 0 else []
-        return Text("   ".join([*parts, speed, *warn]) if phases else "", style="dim")
+        return Text("   ".join([*parts, speed, *history.notes()]) if phases else "", style="dim")
 
 
 def for_terminal() -> Monitor:
@@ -189,3 +225,13 @@ def for_terminal() -> Monitor:
 
 def _short(name: str) -> str:
     return name.removeprefix("reward/").removesuffix("/mean").replace("_", " ")
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A row of bars from the least value to the greatest; a dot where there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "·" * len(values)
+    low, high = min(known), max(known)
+    steps = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join("·" if math.isnan(value) else BARS[round((value - low) * steps)] for value in values)

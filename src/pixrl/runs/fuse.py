@@ -2,9 +2,8 @@
 
 import json
 import logging
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,22 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from pixrl import config as recipes
-from pixrl.algorithms.fusion.base import Sampler
 from pixrl.data.pairs import check_concepts
 from pixrl.device import quiet_loading
 from pixrl.doctor.fusion import examine_fusion
 from pixrl.doctor.preflight import require
 from pixrl.errors import CheckpointError, RunError
-from pixrl.fusion.noise import NoisePlan
 from pixrl.fusion.select import Selection, choose, choose_thresholds, similarities_of
+from pixrl.fusion.trainer import FailureWatch, FusionTrainer
 from pixrl.fusion.world import FusionSession, FusionWorld, load_world
 from pixrl.hub import Presence
 from pixrl.runs import checkpoint
-from pixrl.runs.files import resource_guard, write_atomic
+from pixrl.runs.display import Extent, Monitor, Silent
+from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow, RunFolder, png_bytes
 from pixrl.runs.fuse_config import FuseConfig
-from pixrl.runs.fuse_display import Progress, Shown, Silent
-from pixrl.runs.fuse_loop import FailureWatch, FusionStep, make_sampler, play
-from pixrl.runs.fuse_writer import StepWriter, cut_coefficients
+from pixrl.runs.fuse_log import FuseLog, cut_coefficients
+from pixrl.runs.loop import Loop, Pace
 from pixrl.runs.place import replacing, require_free
 
 _log = logging.getLogger("pixrl")
@@ -89,7 +87,7 @@ def start(
     out: Path,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    monitor: Monitor | None = None,
     world: FusionWorld | None = None,
 ) -> FinishedRun:
     """A new run. Ctrl-C leaves a folder that `go_on` finishes."""
@@ -104,7 +102,7 @@ def start(
     )  # unknown words, before any folder
     folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
     with replacing(folder.path):
-        return _run(folder, config, world, START, progress or Silent())
+        return _run(folder, config, world, START, monitor or Silent())
 
 
 def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: bool = False) -> None:
@@ -119,7 +117,7 @@ def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: 
         _log.warning("%s", note)
 
 
-def go_on(path: Path, *, progress: Progress | None = None, world: FusionWorld | None = None) -> FinishedRun:
+def go_on(path: Path, *, monitor: Monitor | None = None, world: FusionWorld | None = None) -> FinishedRun:
     """Finishes a broken-off run, wherever it was broken off: its manifest ends as that of an unbroken one.
 
     A finished run is chosen from anew.
@@ -130,7 +128,7 @@ def go_on(path: Path, *, progress: Progress | None = None, world: FusionWorld | 
     folder.tidy()
     folder.cut_back(place.step, place.images)
     cut_coefficients(folder, place.step)
-    return _run(folder, config, world, place, progress or Silent())
+    return _run(folder, config, world, place, monitor or Silent())
 
 
 def select_again(
@@ -194,47 +192,26 @@ def read_selection(folder: RunFolder) -> Selection:
 
 
 def _run(
-    folder: RunFolder, config: FuseConfig, world: FusionWorld, place: Place, progress: Progress
+    folder: RunFolder, config: FuseConfig, world: FusionWorld, place: Place, monitor: Monitor
 ) -> FinishedRun:
     session = FusionSession(world, config)
-    sampler = make_sampler(config, session)
-    noise = config.noise_plan()
+    trainer = FusionTrainer(session, config)
     if place is not START:
-        sampler.restore(place.tensors, place.state["sampler"])
-        noise.restore(place.state["noise"])
+        trainer.restore(place.tensors, place.state)
     record = _record(world, session)
     _write_world(folder, record, session, place)
-    watch = FailureWatch(config)
-    done = folder.manifest()
-    watch.count(tuple(row.failed for row in done))
-    progress.begin(config, [_reward(row) for row in done])
-    with resource_guard(folder.path), Shown(progress), StepWriter(folder, config) as writer:
-        steps = play(session, sampler, config, noise, place.step)
-        _follow(steps, sampler, noise, writer, watch, progress, record)
+    loop = Loop(
+        algorithm=trainer,
+        record=FuseLog(folder, config),
+        monitor=monitor,
+        pace=Pace(config.steps),
+        kept={WORLD_KEY: record.model_dump(mode="json")},
+        watch=FailureWatch(config, [row.failed for row in folder.manifest()]).check,
+    )
+    title = f"{' + '.join(config.concepts)}, {config.sampler}"
+    monitor.begin(title, Extent(config.budget, place.images, in_pictures=True), folder.metrics())
+    loop.run(folder.path, place.step, place.images)
     return _choose(folder, config, folder.manifest())
-
-
-def _follow(
-    steps: Iterator[FusionStep],
-    sampler: Sampler[Any],
-    noise: NoisePlan,
-    writer: StepWriter,
-    watch: FailureWatch,
-    progress: Progress,
-    record: WorldRecord,
-) -> None:
-    world = record.model_dump(mode="json")
-    for step in steps:
-        images = step.first_index + len(step)
-        state = {"images": images, "sampler": sampler.state(), "noise": noise.state(), WORLD_KEY: world}
-        writer.write(step, sampler.tensors(), state)
-        progress.advance(step.feedback.rewards_B.tolist())
-        watch.count(step.reasons)
-        try:
-            watch.check()
-        except RunError:
-            writer.wait()
-            raise
 
 
 def _choose(folder: RunFolder, config: FuseConfig, rows: list[ManifestRow]) -> FinishedRun:
@@ -342,8 +319,3 @@ def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession,
     write_atomic(pictures / FEATURES, safetensors.torch.save(features))
     content = (before or record).model_dump_json(indent=1).encode() + b"\n"
     write_atomic(folder.path / WORLD, content)
-
-
-def _reward(row: ManifestRow) -> float:
-    reward = row.scores.get("reward")
-    return math.nan if reward is None else reward

@@ -15,11 +15,11 @@ from pixrl.data.pairs import PairList, check_concepts
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
 from pixrl.fusion.world import FusionWorld
 from pixrl.runs import fuse as fuse_job
+from pixrl.runs.display import Monitor
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import FinishedRun
 from pixrl.runs.fuse_config import FuseConfig, SamplerName, settings_type
-from pixrl.runs.fuse_display import Progress
 from pixrl.runs.place import CHILDREN, has_saved, is_run, replacing, require_free
 
 COMPARE = "fuse-compare"
@@ -102,7 +102,7 @@ def start_many(
     out: Path,
     *,
     force: bool = False,
-    progress: Callable[[], Progress] | None = None,
+    monitor: Callable[[], Monitor] | None = None,
     world: FusionWorld | None = None,
 ) -> FinishedRuns:
     """Runs all of them, one after the other. One that stops with an error does not stop the others."""
@@ -115,16 +115,16 @@ def start_many(
     world.renderer.encode([world.prompt(concept) for concept in names])  # unknown words, before any folder
     folder = RunFolder.create(out, kind=kind, recipe=config, force=force)
     with replacing(folder.path):
-        return _run_all(folder, config, progress, world)
+        return _run_all(folder, config, monitor, world)
 
 
 def go_on_many(
-    path: Path, *, progress: Callable[[], Progress] | None = None, world: FusionWorld | None = None
+    path: Path, *, monitor: Callable[[], Monitor] | None = None, world: FusionWorld | None = None
 ) -> FinishedRuns:
     """Finishes what is not finished, and tries again what failed."""
     folder, config = open_many(path)
     folder.tidy()
-    return _run_all(folder, config, progress, world or fuse_job.world_of(next(config.children())[1]))
+    return _run_all(folder, config, monitor, world or fuse_job.world_of(next(config.children())[1]))
 
 
 def open_many(path: Path) -> tuple[RunFolder, ManyConfig]:
@@ -159,7 +159,7 @@ def read_failures(folder: RunFolder) -> dict[str, str]:
 
 
 def _run_all(
-    folder: RunFolder, config: ManyConfig, progress: Callable[[], Progress] | None, world: FusionWorld
+    folder: RunFolder, config: ManyConfig, monitor: Callable[[], Monitor] | None, world: FusionWorld
 ) -> FinishedRuns:
     failures: dict[str, str] = {}
     (folder.path / CHILDREN).mkdir(exist_ok=True)
@@ -167,12 +167,12 @@ def _run_all(
         place = folder.path / CHILDREN / name
         if (place / fuse_job.SELECTION).is_file():
             continue
-        shown = progress() if progress else None
+        shown = monitor() if monitor else None
         try:
             if is_run(place):
-                fuse_job.go_on(place, progress=shown, world=world)
+                fuse_job.go_on(place, monitor=shown, world=world)
             else:
-                fuse_job.start(child, place, progress=shown, world=world)
+                fuse_job.start(child, place, monitor=shown, world=world)
         except RunError as error:
             _log.warning("%s stopped: %s", name, error)
             failures[name] = str(error)

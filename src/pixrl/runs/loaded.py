@@ -20,11 +20,11 @@ from pixrl.doctor.diagnosis import Findings
 from pixrl.doctor.preflight import rehearse
 from pixrl.errors import ConfigError, InputError
 from pixrl.metrics.spread import Features, pixel_features
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
-from pixrl.models.prompts import check_words
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.slots import LoraSlots, Slot
-from pixrl.rewards.picture_encoders import load_encoder
+from pixrl.models.text import check_words
+from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.align_config import AlignConfig
@@ -38,7 +38,7 @@ from pixrl.runs.sampler import PromptSampler, share
 
 
 @dataclass(frozen=True)
-class Workshop:
+class LoadedRun:
     """Everything that a recipe names, loaded."""
 
     config: AlignConfig
@@ -51,10 +51,14 @@ class Workshop:
     method: Method
     features: Features
 
+    def groups(self, step: int) -> list[Group]:
+        """This process's groups of a step."""
+        groups = self.prompts.groups(step)
+        return groups[share(len(groups), self.team.rank, self.team.size)]
+
     def first_groups(self) -> list[Group]:
         """This process's groups of the first step, or any one."""
-        groups = self.prompts.groups(0)
-        return groups[share(len(groups), self.team.rank, self.team.size)] or groups[:1]
+        return self.groups(0) or self.prompts.groups(0)[:1]
 
     def evaluated(self) -> tuple[Prompt, ...]:
         """What the evaluation draws."""
@@ -95,7 +99,7 @@ def try_rewards(rewards: RewardSet, config: AlignConfig, side: int, findings: Fi
     rehearse(rewards, prompts, side, findings)
 
 
-def open_workshop(config: AlignConfig, rewards: RewardSet | None = None) -> Workshop:
+def load_run(config: AlignConfig, rewards: RewardSet | None = None) -> LoadedRun:
     """Loads the model, the rewards and the prompts of a recipe, and checks that they fit.
 
     `rewards`: those of the recipe, where they are loaded already.
@@ -124,7 +128,7 @@ def open_workshop(config: AlignConfig, rewards: RewardSet | None = None) -> Work
     )
     features = _features(config.output.features, team.device)
     sampler = PromptSampler(prompts, per_step=config.prompts.per_step, seed=config.seed)
-    return Workshop(config, team, policy, slots, sampler, held_out, rewards, method, features)
+    return LoadedRun(config, team, policy, slots, sampler, held_out, rewards, method, features)
 
 
 def read_prompts(config: AlignConfig, split: Split) -> PromptSet:
@@ -196,7 +200,7 @@ def _features(ref: str | None, device: str) -> Features:
     return pixel_features if ref is None else load_encoder(ref, device=device).image_features
 
 
-def check_references(shop: Workshop) -> tuple[str, ...]:
+def check_references(run: LoadedRun) -> tuple[str, ...]:
     """Refuses subjects by whose references a reward can judge nothing, before anything is drawn.
 
     Returns:
@@ -205,29 +209,29 @@ def check_references(shop: Workshop) -> tuple[str, ...]:
     Raises:
         InputError: they are more than `scoring.max_failed_share` of the subjects, so the run would stop; names one.
     """
-    if not isinstance(shop.config, PersonalizeConfig):
+    if not isinstance(run.config, PersonalizeConfig):
         return ()
-    subjects = _subjects(shop)
-    found = [(name, shop.rewards.reference_problems(metadata)) for name, metadata in subjects]
-    for reward in shop.rewards.names:
+    subjects = _subjects(run)
+    found = [(name, run.rewards.reference_problems(metadata)) for name, metadata in subjects]
+    for reward in run.rewards.names:
         broken = [(name, of[reward]) for name, of in found if reward in of]
-        if len(broken) > shop.config.scoring.max_failed_share * len(subjects):
+        if len(broken) > run.config.scoring.max_failed_share * len(subjects):
             first, reason = broken[0]
             raise InputError(
                 f"The reward {reward!r} can judge no picture of {len(broken)} of {len(subjects)} subject(s); "
                 f"{first!r}: {reason}. Give other pictures of it, on which it stands out; or let the reward compare "
                 "whole pictures: options mask: none."
             )
-    return tuple(_left_out(subjects, shop.rewards))
+    return tuple(_left_out(subjects, run.rewards))
 
 
-def _subjects(shop: Workshop) -> list[tuple[str, Mapping[str, object]]]:
+def _subjects(run: LoadedRun) -> list[tuple[str, Mapping[str, object]]]:
     """Name and metadata of each subject once; one of the same name in another source is another subject."""
     known = {
         (source, str(prompt.metadata.get("subject", ""))): prompt.metadata
         for source, prompts in (
-            (shop.prompts.prompts.name, shop.prompts.prompts),
-            (shop.held_out.name, shop.evaluated()),
+            (run.prompts.prompts.name, run.prompts.prompts),
+            (run.held_out.name, run.evaluated()),
         )
         for prompt in prompts
     }
@@ -248,15 +252,15 @@ def _left_out(subjects: Sequence[tuple[str, Mapping[str, object]]], rewards: Rew
             )
 
 
-def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:
+def plan_batches(run: LoadedRun) -> tuple[MicroBatches, tuple[str, ...]]:
     """Micro-batches that fit every process, and why."""
-    config, team = shop.config, shop.team
+    config, team = run.config, run.team
     groups = -(-config.prompts.per_step // team.size)
-    rollouts = groups * shop.method.group_size
-    condition = prepare(NoiseOnly(), shop.policy, shop.first_groups()[:1]).anchor
-    require_room(shop.policy, condition)
+    rollouts = groups * run.method.group_size
+    condition = prepare(NoiseOnly(), run.policy, run.first_groups()[:1]).anchor
+    require_room(run.policy, condition)
     found = plan(
-        shop.policy,
+        run.policy,
         condition,
         rollouts=rollouts,
         trained=-(-rollouts // config.optimizer.updates),
@@ -266,20 +270,20 @@ def plan_batches(shop: Workshop) -> tuple[MicroBatches, tuple[str, ...]]:
     )
     sizes = team.gather(found.micro_batches)
     common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))
-    spread = f"{config.prompts.per_step} groups of {shop.method.group_size} over {team.size} process(es)"
-    read = dict.fromkeys([*shop.prompts.prompts.notes, *shop.held_out.notes])
-    merged = (f"merged into the model: {one.said}" for one in shop.policy.merged)
-    return common, (spread, *read, *merged, *_overlap(shop), *found.reasons)
+    spread = f"{config.prompts.per_step} groups of {run.method.group_size} over {team.size} process(es)"
+    read = dict.fromkeys([*run.prompts.prompts.notes, *run.held_out.notes])
+    merged = (f"merged into the model: {one.said}" for one in run.policy.merged)
+    return common, (spread, *read, *merged, *_overlap(run), *found.reasons)
 
 
-def _overlap(shop: Workshop) -> Iterator[str]:
+def _overlap(run: LoadedRun) -> Iterator[str]:
     """A note where the evaluation asks for what is trained on."""
-    seen, asked = shop.trained_on(), len(shop.evaluated())
+    seen, asked = run.trained_on(), len(run.evaluated())
     if seen:
         which = "all" if seen == asked else f"{seen} of"
         how = (
             "are of subjects that are trained on"
-            if isinstance(shop.config, PersonalizeConfig)
+            if isinstance(run.config, PersonalizeConfig)
             else "are trained on too"
         )
         yield (
@@ -288,19 +292,19 @@ def _overlap(shop: Workshop) -> Iterator[str]:
         )
 
 
-def make_evaluator(shop: Workshop, micro_batches: MicroBatches) -> Evaluator:
+def make_evaluator(run: LoadedRun, micro_batches: MicroBatches) -> Evaluator:
     """Of the averaged weights where there are any, with training's solver."""
-    settings = shop.config.evaluation
+    settings = run.config.evaluation
     return Evaluator(
-        policy=shop.policy,
-        prompts=shop.evaluated(),
+        policy=run.policy,
+        prompts=run.evaluated(),
         per_prompt=settings.per_prompt,
-        steps=settings.steps or shop.config.sampling.steps,
-        solver=shop.config.sampling.solver,
-        slot=Slot.CURRENT if shop.config.optimizer.ema is None else Slot.EMA,
-        rewards=shop.rewards,
-        features=shop.features,
-        world=shop.team,
+        steps=settings.steps or run.config.sampling.steps,
+        solver=run.config.sampling.solver,
+        slot=Slot.CURRENT if run.config.optimizer.ema is None else Slot.EMA,
+        rewards=run.rewards,
+        features=run.features,
+        world=run.team,
         micro_batch=micro_batches.rollout,
-        seed=shop.config.seed,
+        seed=run.config.seed,
     )

@@ -1,56 +1,31 @@
-"""The one loop: collect, score, update, log, evaluate, save. It knows no method: an algorithm is two verbs, a state."""
+"""The one loop of fuse, align and personalize: collect, score, update, log, evaluate, save.
+
+It knows no method. An algorithm draws pictures, has them scored and learns from the scores; what differs between the
+jobs is the algorithm and the record that keeps its steps.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.base import Group, Rollouts
-from pixrl.algorithms.world import Tally, World
-from pixrl.metrics.spread import Features, group_diversity
-from pixrl.rewards.set import RewardSet
-from pixrl.runs import checkpoint
-from pixrl.runs.align_log import AlignLog
+from pixrl.algorithms.world import Alone, World
+from pixrl.errors import ServiceError
 from pixrl.runs.display import Monitor
-from pixrl.runs.evaluation import Evaluator, score
+from pixrl.runs.files import resource_guard
 from pixrl.runs.interrupts import StopAfterStep
-from pixrl.runs.sampler import PromptSampler, share
-from pixrl.types import Scores
 
-
-class Algorithm(Protocol):
-    """What is trained. `pixrl.algorithms.trainer.Aligner` is one."""
-
-    def collect(self, groups: Sequence[Group], step: int) -> Rollouts:
-        """This process's pictures of a training step."""
-
-    def update(
-        self, rollouts: Rollouts, scores: Mapping[str, Scores], weights: Mapping[str, float]
-    ) -> dict[str, float]:
-        """Learn from their scores; figures for the log."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Of a checkpoint."""
-
-    def state(self) -> dict[str, float]:
-        """The rest of a checkpoint, as JSON."""
-
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, float]) -> None:
-        """Take them up."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How long a run is and how often it does what."""
-
-    steps: int
-    evaluate_every: int | None
-    save_every: int
-    keep: int
+R = TypeVar("R")
+"""Rollouts: the pictures of a step, and how they came about."""
+S = TypeVar("S")
+"""Their scores."""
+R_contra = TypeVar("R_contra", contravariant=True)
+S_contra = TypeVar("S_contra", contravariant=True)
 
 
 @dataclass
@@ -72,89 +47,155 @@ class Clock:
         """seconds/PHASE, and pictures a second over all phases."""
         total = sum(self.seconds.values())
         return {f"seconds/{name}": x for name, x in self.seconds.items()} | {
-            "images_per_second": images / total
+            "images_per_second": images / total if total > 0 else torch.nan
         }
 
 
+class Algorithm(Protocol[R, S]):
+    """What a run trains, and with what: three verbs a step, and a state that a checkpoint keeps."""
+
+    def images(self, step: int) -> int:
+        """Pictures of a step, over all processes."""
+
+    def collect(self, step: int, clock: Clock) -> R:
+        """This process's pictures of a step."""
+
+    def score(self, rollouts: R, clock: Clock) -> S:
+        """Their scores; a picture that could not be scored has a reason."""
+
+    def update(self, rollouts: R, scores: S, clock: Clock) -> dict[str, float]:
+        """Learn from the scores; figures for the log."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state, for a checkpoint."""
+
+    def state(self) -> dict[str, Any]:
+        """The rest of the state, as JSON."""
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take up a saved state: the next step is what it would have been without the break."""
+
+
+class Record(Protocol[R_contra, S_contra]):
+    """What keeps the steps of a run on a disk, in order."""
+
+    def step(self, rollouts: R_contra, scores: S_contra, metrics: Mapping[str, float]) -> None:
+        """Pictures, one manifest line each, and one line of metrics."""
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """A checkpoint after so many steps; called after the step itself is kept."""
+
+    def wait(self) -> None:
+        """Until all that was handed over is on the disk."""
+
+    def close(self) -> None:
+        """No more is written."""
+
+
 @dataclass(frozen=True)
-class Loop:
+class Step(Generic[R, S]):
+    """One step: what was drawn, what it scored, and the figures of both."""
+
+    rollouts: R
+    scores: S
+    metrics: dict[str, float]
+
+
+def take_step(algorithm: Algorithm[R, S], step: int) -> Step[R, S]:
+    """Collect, score, update: no files, no screen."""
+    clock = Clock()
+    rollouts = algorithm.collect(step, clock)
+    scores = algorithm.score(rollouts, clock)
+    metrics = algorithm.update(rollouts, scores, clock)
+    return Step(rollouts, scores, metrics | clock.metrics(algorithm.images(step)))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a run is and how often it does what. `evaluate_every` None: before the first step and after the last."""
+
+    steps: int
+    save_every: int = 1
+    evaluate_every: int | None = None
+
+
+@dataclass(frozen=True)
+class Loop(Generic[R, S]):
     """A run's parts; `run` plays it."""
 
-    algorithm: Algorithm
-    prompts: PromptSampler
-    rewards: RewardSet
-    evaluator: Evaluator
-    features: Features
-    log: AlignLog
+    algorithm: Algorithm[R, S]
+    record: Record[R, S]
     monitor: Monitor
-    world: World
     pace: Pace
-    group_size: int
-    before_first_update: Callable[[Rollouts], Mapping[str, float]]
-    """Checks that the first update is on-policy; figures for the log."""
-    after_first_update: Callable[[], Mapping[str, float]]
-    """Checks that all processes agree."""
-    start: Mapping[str, Any]
-    """What the run began with; every checkpoint keeps a copy, for the day that start.json is lost."""
+    kept: Mapping[str, Any]
+    """What the run began with; every checkpoint keeps a copy, for the day that its file is lost."""
+    evaluate: Callable[[int], Mapping[str, float]] | None = None
+    """Figures of what was learnt, before training step ...; None: nothing is held out."""
+    watch: Callable[[S], None] | None = None
+    """Looks at a step's scores after the step is saved: a RunError where the run had better stop."""
+    world: World = field(default_factory=Alone)
 
-    def run(self, start: int) -> None:
+    def run(self, folder: Path, start: int, images: int) -> None:
         """Steps `start` to the last; at Ctrl-C the step in hand is ended and saved, at a second one it is lost.
 
         The last evaluation is broken off at once: going on with the run draws it again.
+
+        Args:
+            folder: the run's, for messages.
+            start: steps that are done.
+            images: pictures that they made.
+
+        Raises:
+            RunError: the run had to stop: no room or memory, or too many pictures without a score.
+            ServiceError: a service that a reward asks is gone.
+            KeyboardInterrupt: after the step in hand was saved.
         """
+        try:
+            with resource_guard(folder):
+                self._play(start, images)
+                self.record.wait()
+        except ServiceError as error:
+            raise ServiceError(
+                f"{error} The run is kept up to its last checkpoint: when the service is there again, type: "
+                f"pixrl resume {folder}"
+            ) from error
+        finally:
+            self.record.close()
+            self.monitor.end()
+
+    def _play(self, start: int, images: int) -> None:
         with StopAfterStep(self.monitor.say) as stop:
             for step in range(start, self.pace.steps):
                 every = self.pace.evaluate_every
                 if step == 0 or (every is not None and step % every == 0):
                     self._evaluate(step)
-                self._train(step, first=step == start)
+                taken = self._train(step)
                 done = step + 1
+                images += self.algorithm.images(step)
                 stops = any(self.world.gather(stop.asked))  # all alike, or some would wait for the others
                 if stops or done % self.pace.save_every == 0 or done == self.pace.steps:
-                    self._save(done)
+                    state = {"images": images, **self.algorithm.state(), **self.kept}
+                    self.record.save(done, self.algorithm.tensors(), state)
+                if self.watch is not None:
+                    self._check(self.watch, taken.scores)
                 if stops:
+                    self.record.wait()
                     raise KeyboardInterrupt
         self._evaluate(self.pace.steps)
 
-    def _train(self, step: int, *, first: bool) -> None:
-        clock = Clock()
-        with clock.phase("collect"):
-            groups = self.prompts.groups(step)
-            rollouts = self.algorithm.collect(
-                groups[share(len(groups), self.world.rank, self.world.size)], step
-            )
-        with clock.phase("score"):
-            scores = score(self.rewards, rollouts.samples, rollouts.images_BCHW, self.world)
-        checks = dict(self.before_first_update(rollouts)) if first else {}
-        with clock.phase("update"):
-            metrics = self.algorithm.update(rollouts, scores, self.rewards.weights(step))
-        if first:
-            checks |= self.after_first_update()
-        with clock.phase("diversity"):
-            metrics["diversity"] = self._diversity(rollouts)
-        images = len(groups) * self.group_size
-        metrics |= checks | clock.metrics(images)
-        self.log.step(rollouts, scores, images, metrics)
-        self.monitor.step(step, metrics)
+    def _train(self, step: int) -> Step[R, S]:
+        taken = take_step(self.algorithm, step)
+        self.record.step(taken.rollouts, taken.scores, taken.metrics)
+        self.monitor.step(self.algorithm.images(step), taken.metrics)
+        return taken
 
-    def _diversity(self, rollouts: Rollouts) -> float:
-        tally = Tally()
-        spread_P = group_diversity(rollouts.images_BCHW, self.group_size, self.features)
-        tally.add({"diversity": spread_P})
-        return tally.over(self.world).means()["diversity"]
+    def _check(self, watch: Callable[[S], None], scores: S) -> None:
+        try:
+            watch(scores)
+        except BaseException:
+            self.record.wait()  # what is done is saved
+            raise
 
     def _evaluate(self, step: int) -> None:
-        self.monitor.evaluation(step, self.evaluator.run(self.log, step))
-
-    def _save(self, step: int) -> None:
-        state: dict[str, Any] = {
-            "images": self.log.images,
-            "algorithm": self.algorithm.state(),
-            "start": self.start,
-        }
-        if self.world.rank == 0:
-            path = self.log.folder.path
-            checkpoint.save(checkpoint.step_folder(path, step), self.algorithm.tensors(), state)
-            self.log.folder.step_is_saved()
-            checkpoint.keep_last(path, self.pace.keep)
-        self.world.gather(None)  # nobody runs ahead of the checkpoint
+        if self.evaluate is not None:
+            self.monitor.evaluation(step, self.evaluate(step))

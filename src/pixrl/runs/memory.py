@@ -10,9 +10,9 @@ from torch import Tensor
 from pixrl.device import free_bytes
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.memory_plan import Offload
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs.align_config import AlignConfig
 
 SAFE_SHARE = 0.8

@@ -14,7 +14,7 @@ from torch import Tensor
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs.memory import SAFE_SHARE, unless_exhausted
 
 

@@ -12,8 +12,8 @@ from pixrl.algorithms.base import shown_pictures
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt
 from pixrl.errors import CheckpointError
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
-from pixrl.models.references import on_square
+from pixrl.models.base import on_square
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs import checkpoint
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.align_log import evaluations
@@ -21,7 +21,7 @@ from pixrl.runs.data import data_checksums
 from pixrl.runs.evaluation import gallery
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder, png_bytes
-from pixrl.runs.loaded import Workshop
+from pixrl.runs.loaded import LoadedRun
 
 START = "start.json"
 GALLERY = "samples/gallery.json"
@@ -33,7 +33,7 @@ JsonT = TypeVar("JsonT", bound=dict[str, Any] | list[dict[str, Any]])
 
 def write_start(
     folder: RunFolder,
-    shop: Workshop,
+    run: LoadedRun,
     micro_batches: MicroBatches,
     notes: Sequence[str],
     *,
@@ -43,19 +43,19 @@ def write_start(
 
     `evaluated_from`: the first step whose evaluation is of these pictures.
     """
-    settings = shop.config.evaluation
-    prompts = shop.evaluated()
-    shown = gallery(prompts, settings.per_prompt, shop.config.seed)
+    settings = run.config.evaluation
+    prompts = run.evaluated()
+    shown = gallery(prompts, settings.per_prompt, run.config.seed)
     record = {
-        "recipe": shop.config.model_dump(mode="json"),
-        "model": shop.policy.name,
-        "fingerprint": shop.policy.backbone_fingerprint,
-        "merged": [one.digest for one in shop.policy.merged],
-        "rewards": shop.rewards.provenance(),
-        "data": data_checksums(shop.prompts.prompts, shop.held_out),
+        "recipe": run.config.model_dump(mode="json"),
+        "model": run.policy.name,
+        "fingerprint": run.policy.backbone_fingerprint,
+        "merged": [one.digest for one in run.policy.merged],
+        "rewards": run.rewards.provenance(),
+        "data": data_checksums(run.prompts.prompts, run.held_out),
         "micro_batches": {"rollout": micro_batches.rollout, "train": micro_batches.train},
         "notes": list(notes),
-        "trained_on": shop.trained_on(),
+        "trained_on": run.trained_on(),
         "evaluated_from": evaluated_from,
         "gallery": _digest(shown),
     }
@@ -190,35 +190,35 @@ def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: Flow
         )
 
 
-def changed_rewards(folder: RunFolder, began: Mapping[str, Any], shop: Workshop, accepted: bool) -> list[str]:
+def changed_rewards(folder: RunFolder, began: Mapping[str, Any], run: LoadedRun, accepted: bool) -> list[str]:
     """What is new about the weights that score, such as `preference.model: ...`; nothing of rewards that came or went.
 
     Raises:
         CheckpointError: something is, and that is not accepted.
     """
-    return _changed(folder, "rewards", began.get("rewards", {}), shop.rewards.provenance(), accepted)
+    return _changed(folder, "rewards", began.get("rewards", {}), run.rewards.provenance(), accepted)
 
 
-def changed_data(folder: RunFolder, began: Mapping[str, Any], shop: Workshop, accepted: bool) -> list[str]:
+def changed_data(folder: RunFolder, began: Mapping[str, Any], run: LoadedRun, accepted: bool) -> list[str]:
     """Which source holds other prompts or pictures than when the run began; nothing of a source that is named anew.
 
     Raises:
         CheckpointError: one does, and that is not accepted.
     """
-    now = data_checksums(shop.prompts.prompts, shop.held_out)
+    now = data_checksums(run.prompts.prompts, run.held_out)
     return _changed(folder, "prompts and pictures", began.get("data", {}), now, accepted)
 
 
-def changed_evaluation(folder: RunFolder, began: Mapping[str, Any], shop: Workshop) -> list[str]:
+def changed_evaluation(folder: RunFolder, began: Mapping[str, Any], run: LoadedRun) -> list[str]:
     """How further evaluations draw other pictures than those that are there; nothing before the first one."""
     if not evaluations(folder.path):
         return []
     shown = gallery_on_disk(folder)
     known = began.get("gallery") or ("unknown" if shown is None else _digest(shown))
     before = {"prompts and noise": known, **_sampling(began["recipe"])}
-    settings = shop.config.evaluation
-    drawn = gallery(shop.evaluated(), settings.per_prompt, shop.config.seed)
-    now = {"prompts and noise": _digest(drawn), **_sampling(shop.config.model_dump(mode="json"))}
+    settings = run.config.evaluation
+    drawn = gallery(run.evaluated(), settings.per_prompt, run.config.seed)
+    now = {"prompts and noise": _digest(drawn), **_sampling(run.config.model_dump(mode="json"))}
     return [
         f"evaluations are of other pictures from here on, and are not compared with the base ({one})"
         for one in differences(before, now)

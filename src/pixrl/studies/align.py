@@ -27,7 +27,7 @@ from pixrl.runs.data import with_full_paths
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import slug
 from pixrl.runs.kinds import kind_of, read_config
-from pixrl.runs.loaded import Workshop, open_workshop, plan_batches
+from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
 from pixrl.runs.place import is_run
 from pixrl.studies.align_config import BASE, AlignStudyConfig, RunStudyConfig, Task
 from pixrl.studies.align_figures import write_figures
@@ -74,7 +74,7 @@ def run_task(study: RunStudyConfig, task: Task, out: Path) -> Record:
     name, seed = task
     config = study.recipe(task)
     if name == BASE:
-        measured = measure(study, open_workshop(study.judged(config)), Slot.REFERENCE, seed)
+        measured = measure(study, load_run(study.judged(config)), Slot.REFERENCE, seed)
         training: dict[str, Any] = {"run": None, "images": 0, "updates": 0, "training": {}, "curves": {}}
     else:
         run = finished_run(study.reuse, config) or train(config, out / RUNS / slug(name) / f"seed-{seed}")
@@ -108,7 +108,7 @@ def train(config: AlignConfig, path: Path) -> Path:
     return path.absolute()
 
 
-def measure(study: RunStudyConfig, shop: Workshop, slot: Slot, seed: int) -> Evaluation:
+def measure(study: RunStudyConfig, shop: LoadedRun, slot: Slot, seed: int) -> Evaluation:
     """The same prompts and noise for every variant of a seed, and for the base."""
     m = study.measuring
     micro_batches, _ = plan_batches(shop)

@@ -22,15 +22,17 @@ from pixrl import config as recipes
 from pixrl.config import Settings
 from pixrl.data.pairs import parse_pairs
 from pixrl.fusion.select import choose, choose_thresholds
+from pixrl.fusion.trainer import FusionRollouts, FusionScores, FusionTrainer
 from pixrl.fusion.world import FusionSession, FusionWorld, load_world
 from pixrl.metrics.fusion import figures
 from pixrl.runs.fuse_config import FuseConfig
-from pixrl.runs.fuse_loop import FusionStep, make_sampler, play
+from pixrl.runs.loop import Step, take_step
 from pixrl.studies.fusion_table import write_tables
 from pixrl.studies.heldout import HeldOut, load_heldout
 from pixrl.studies.runner import check_differences, open_records, run_tasks, study_command
 
 KIND = "fuse-study"
+FusionStep = Step[FusionRollouts, FusionScores]
 Task = tuple[str, str, int]
 """Pair, variant, seed."""
 
@@ -88,15 +90,16 @@ def run_task(study: StudyConfig, task: Task, world: FusionWorld, heldout: HeldOu
     begun = time.perf_counter()
     config = study.recipe(task)
     session = FusionSession(world, config)
-    steps = list(play(session, make_sampler(config, session), config, config.noise_plan()))
-    similarities_BN = torch.cat([step.feedback.similarities_BN for step in steps])
+    trainer = FusionTrainer(session, config)
+    steps = [take_step(trainer, number) for number in range(config.steps)]
+    similarities_BN = torch.cat([step.scores.feedback.similarities_BN for step in steps])
     thresholds = choose_thresholds(config, world.card.presence)
     selection = choose(similarities_BN, config, thresholds, 1)
     limits = (thresholds.presence, thresholds.balance)
     found = figures(similarities_BN, study.alpha, *limits, selection.indices).to_json()
     if heldout is not None:
         found |= _heldout_figures(study, session, steps, selection.indices or _best(steps), heldout)
-    batch_rewards = [round(float(step.feedback.rewards_B.nanmean()), 5) for step in steps]
+    batch_rewards = [round(float(step.scores.feedback.rewards_B.nanmean()), 5) for step in steps]
     pair, variant, seed = task
     return {
         "pair": pair,
@@ -116,7 +119,7 @@ def _heldout_figures(
     heldout: HeldOut,
 ) -> dict[str, float | None]:
     """The same figures by the other encoder; the selected picture stays the one that the reward chose."""
-    images_BCHW = torch.cat([step.images_BCHW for step in steps])
+    images_BCHW = torch.cat([step.rollouts.images_BCHW for step in steps])
     similarities_BN = heldout.similarities(images_BCHW, session.exemplars)
     limits = (heldout.calibration.threshold, heldout.calibration.balance)
     found = figures(similarities_BN, study.alpha, *limits, chosen).to_json()
@@ -124,7 +127,7 @@ def _heldout_figures(
 
 
 def _best(steps: Sequence[FusionStep]) -> tuple[int, ...]:
-    rewards_B = torch.cat([step.feedback.rewards_B for step in steps]).nan_to_num(-torch.inf)
+    rewards_B = torch.cat([step.scores.feedback.rewards_B for step in steps]).nan_to_num(-torch.inf)
     return (int(rewards_B.argmax()),)
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from pixrl.algorithms.base import shown_pictures
 from pixrl.data.prompts import Prompt
 from pixrl.errors import RunError
-from pixrl.models.references import on_square
+from pixrl.models.base import on_square
 from pixrl.models.slots import Slot
 from pixrl.report.page import SMALL
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import png_bytes
-from pixrl.runs.loaded import Workshop, open_workshop
+from pixrl.runs.loaded import LoadedRun, load_run
 from pixrl.studies.align_config import BASE
 from pixrl.studies.align_figures import FIGURES
 from pixrl.studies.personalize_config import PersonalizeStudyConfig, spread_over_subjects
@@ -59,11 +59,11 @@ def write_gallery(study: PersonalizeStudyConfig, records: Sequence[Record], out:
 
 def _opened(
     study: PersonalizeStudyConfig, records: Sequence[Record], out: Path, name: str
-) -> tuple[Workshop, Slot]:
+) -> tuple[LoadedRun, Slot]:
     """A variant's model with its trained slot; of the base, the model itself."""
     seed = study.seeds[0]
     if name == BASE:
-        return open_workshop(study.recipe((name, seed))), Slot.REFERENCE
+        return load_run(study.recipe((name, seed))), Slot.REFERENCE
     runs = [record["run"] for record in records if (record["variant"], record["seed"]) == (name, seed)]
     if not runs or not (out / runs[0]).is_dir():
         raise RunError(
@@ -75,7 +75,7 @@ def _opened(
 
 
 def _drawn(
-    study: PersonalizeStudyConfig, shop: Workshop, slot: Slot, prompts: Sequence[Prompt]
+    study: PersonalizeStudyConfig, shop: LoadedRun, slot: Slot, prompts: Sequence[Prompt]
 ) -> Sequence[Tensor]:
     """One picture [3, H, W] a prompt, from noise that is the same for every variant."""
     m = study.measuring

@@ -26,7 +26,7 @@ from pixrl.report.charts import Cloud, clouds_chart, standalone
 from pixrl.runs.evaluation import spread_evenly
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import png_bytes
-from pixrl.runs.loaded import Workshop, open_workshop
+from pixrl.runs.loaded import LoadedRun, load_run
 from pixrl.studies.align_config import RunStudyConfig
 from pixrl.studies.align_figures import FIGURES
 
@@ -52,7 +52,7 @@ def write_projection(study: RunStudyConfig, out: Path, meter: DiversityMeter) ->
     if study.projection is None or (out / PROJECTION).is_file():
         return
     settings = study.projection
-    shop = open_workshop(study.recipe((settings.variant, study.seeds[0])))
+    shop = load_run(study.recipe((settings.variant, study.seeds[0])))
     method, place = shop.method, out / FIGURES
     place.mkdir(exist_ok=True)
     found = []
@@ -67,7 +67,7 @@ def write_projection(study: RunStudyConfig, out: Path, meter: DiversityMeter) ->
     write_atomic(out / PROJECTION, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def explore(shop: Workshop, prompt: Prompt, number: int, rounds: int, steps: int) -> Explored:
+def explore(shop: LoadedRun, prompt: Prompt, number: int, rounds: int, steps: int) -> Explored:
     """Pictures of one prompt by the base, by the recipe's exploration and by noise alone."""
     method = shop.method
     epochs = range(FIRST_EPOCH, FIRST_EPOCH - rounds, -1)
@@ -144,7 +144,7 @@ def _beside(images: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _draw(
-    shop: Workshop, exploration: Exploration, groups: Sequence[Group], noises: int, steps: int
+    shop: LoadedRun, exploration: Exploration, groups: Sequence[Group], noises: int, steps: int
 ) -> Tensor:
     samples = Samples.of(groups, noises, exploration.variants, shop.config.seed)
     plan = StepPlan(Schedule.of(shop.policy, steps), shop.config.sampling.solver)

@@ -21,14 +21,14 @@ from pixrl.data.prompts import Prompt
 from pixrl.metrics.diversity import DiversityMeter
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot
-from pixrl.rewards.picture_encoders import load_encoder
+from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.segmentation import Segmenter
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.kinds import read_config
-from pixrl.runs.loaded import Workshop, open_workshop
+from pixrl.runs.loaded import LoadedRun, load_run
 from pixrl.runs.record import find_place, read_start, require_same_model
 from pixrl.types import RewardBatch, Scores
 
@@ -200,7 +200,7 @@ def load_meter(features: str, segmenter: str | None) -> DiversityMeter:
     return DiversityMeter(load_encoder(features).image_features, detector)
 
 
-def open_run(path: Path, rewards: Sequence[RewardSetting] = ()) -> Workshop:
+def open_run(path: Path, rewards: Sequence[RewardSetting] = ()) -> LoadedRun:
     """A run's recipe, loaded, with the slots of its newest checkpoint; before the first one they are the base.
 
     Args:
@@ -213,7 +213,7 @@ def open_run(path: Path, rewards: Sequence[RewardSetting] = ()) -> Workshop:
     """
     folder = RunFolder.open(path)
     config = read_config(folder)
-    shop = open_workshop(config.model_copy(update={"rewards": (*config.rewards, *rewards)}))
+    shop = load_run(config.model_copy(update={"rewards": (*config.rewards, *rewards)}))
     require_same_model(folder, read_start(folder), shop.policy)
     _, _, saved = find_place(folder)
     if saved is not None:

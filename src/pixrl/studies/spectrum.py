@@ -39,7 +39,7 @@ from pixrl.models.slots import Slot
 from pixrl.report.charts import Curve, lines_chart, standalone
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import png_bytes
-from pixrl.runs.loaded import open_workshop
+from pixrl.runs.loaded import load_run
 from pixrl.studies.align_figures import FIGURES
 from pixrl.studies.personalize_config import (
     PersonalizeStudyConfig,
@@ -139,7 +139,7 @@ def write_spectrum(study: PersonalizeStudyConfig, out: Path) -> None:
     if study.spectrum is None or (out / SPECTRUM).is_file():
         return
     settings, seed = study.spectrum, study.seeds[0]
-    shop = open_workshop(next(iter(study.configs().values())))
+    shop = load_run(next(iter(study.configs().values())))
     prompts = spread_over_subjects(shop.held_out, None, settings.per_subject)
     with shop.policy.slot(Slot.REFERENCE):
         path = predicted_pictures(

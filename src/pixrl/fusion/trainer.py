@@ -1,0 +1,142 @@
+"""Fusion as an algorithm of the loop: mixing coefficients are drawn, their pictures scored, the sampler told.
+
+A frozen generator is a policy without slots: what learns is the sampler, over coefficients.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pixrl import algorithms
+from pixrl.algorithms.fusion.base import Feedback, Proposal, Sampler
+from pixrl.errors import RunError
+from pixrl.fusion.world import FusionSession
+from pixrl.rewards.set import Failures
+from pixrl.runs.fuse_config import FuseConfig, resolve_options
+from pixrl.runs.loop import Clock
+
+
+@dataclass(frozen=True)
+class FusionRollouts:
+    """The pictures of a step, and the coefficients and noises that they were drawn from."""
+
+    step: int
+    first_index: int
+    proposal: Proposal
+    seeds: tuple[int, ...]
+    images_BCHW: Tensor
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+
+@dataclass(frozen=True)
+class FusionScores:
+    """Similarities and rewards of a step's pictures, and why a picture has none."""
+
+    feedback: Feedback
+    reasons: tuple[str | None, ...]
+
+    @property
+    def failed(self) -> int:
+        return int(self.feedback.rewards_B.isnan().sum())
+
+
+def make_sampler(config: FuseConfig, session: FusionSession) -> Sampler[Any]:
+    """The sampler that the recipe names, before its first picture."""
+    sampler_type = algorithms.load(algorithms.FUSION_SAMPLERS[config.sampler])
+    sampler = sampler_type(session.task(), resolve_options(config.sampler, config.options))
+    assert isinstance(sampler, Sampler)
+    return sampler
+
+
+class FusionTrainer:
+    """One fusion's sampler, noises, generator and scorer."""
+
+    def __init__(self, session: FusionSession, config: FuseConfig) -> None:
+        self.session = session
+        self.config = config
+        self.sampler = make_sampler(config, session)
+        self.noise = config.noise_plan()
+
+    def images(self, step: int) -> int:
+        return self.config.count(step)
+
+    def collect(self, step: int, clock: Clock) -> FusionRollouts:
+        """The sampler's coefficients, rendered."""
+        count = self.config.count(step)
+        with clock.phase("sampler"):
+            proposal = self.sampler.ask(count, step)
+            seeds = self.noise.seeds(step, count)
+        with clock.phase("render"):
+            images_BCHW = self.session.render(proposal.coefficients_BND, seeds)
+        return FusionRollouts(step, step * self.config.batch, proposal, seeds, images_BCHW)
+
+    def score(self, rollouts: FusionRollouts, clock: Clock) -> FusionScores:
+        """Similarity to each concept, and RMLer's reward."""
+        with clock.phase("score"):
+            similarities_BN, reasons = self.session.score(rollouts.images_BCHW)
+        return FusionScores(Feedback.of(similarities_BN, self.config.alpha, rollouts.seeds), reasons)
+
+    def update(self, rollouts: FusionRollouts, scores: FusionScores, clock: Clock) -> dict[str, float]:
+        """The sampler and the choice of noises learn from the rewards."""
+        with clock.phase("sampler"):
+            figures = self.sampler.tell(rollouts.proposal, scores.feedback)
+            self.noise.tell(rollouts.seeds, scores.feedback.rewards_B.tolist())
+        return step_figures(scores) | figures
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.sampler.tensors()
+
+    def state(self) -> dict[str, Any]:
+        return {"sampler": self.sampler.state(), "noise": self.noise.state()}
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        self.sampler.restore(tensors, state["sampler"])
+        self.noise.restore(state["noise"])
+
+
+def step_figures(scores: FusionScores) -> dict[str, float]:
+    """A step's figures: rewards, similarities and balance of the pictures that were scored."""
+    rewards_B = scores.feedback.rewards_B
+    scored_B = ~rewards_B.isnan()
+    rewards = rewards_B[scored_B]
+    similarities_BN = scores.feedback.similarities_BN[scored_B]
+    spread = similarities_BN.amax(dim=1) - similarities_BN.amin(dim=1)
+    has = len(rewards) > 0
+    return {
+        "reward/fusion/mean": float(rewards.mean()) if has else math.nan,
+        "reward/fusion/std": float(rewards.std(correction=0)) if has else math.nan,
+        "reward/fusion/best": float(rewards.max()) if has else math.nan,
+        "similarity/mean": float(similarities_BN.mean()) if has else math.nan,
+        "balance/mean": float(spread.mean()) if has else math.nan,
+        "failed_share": scores.failed / len(scores.reasons),
+    }
+
+
+class FailureWatch:
+    """Stops a run of which too many pictures could not be scored."""
+
+    def __init__(self, config: FuseConfig, reasons: Sequence[str | None]) -> None:
+        """`reasons`: of the pictures that are made already."""
+        self.limit = config.max_failed_share
+        self.failures = _failures(reasons)
+
+    def check(self, scores: FusionScores) -> None:
+        """RunError when the share of failed pictures is above the limit, over the whole run so far."""
+        self.failures += _failures(scores.reasons)
+        try:
+            self.failures.require_at_most(self.limit, "fusion")
+        except RunError as error:
+            raise RunError(
+                f"{error}\nWhat is done is saved. Go on all the same with a higher limit in a new run: "
+                "--set max_failed_share=0.9"
+            ) from None
+
+
+def _failures(reasons: Sequence[str | None]) -> Failures:
+    return Failures(len(reasons), Counter(reason for reason in reasons if reason is not None))
