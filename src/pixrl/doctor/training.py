@@ -58,9 +58,16 @@ from pixrl.models.slots import slot_sizes
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.kinds import kind_of
 from pixrl.runs.loaded import read_prompts, require_trainable, show_references
-from pixrl.runs.memory import SAFE_SHARE, fewer_references, fitting, smaller_references, smaller_runs
 from pixrl.runs.personalize_config import PersonalizeConfig
-from pixrl.runs.planner import evened, trial
+from pixrl.runs.planner import (
+    SAFE_SHARE,
+    evened,
+    fewer_references,
+    fitting,
+    smaller_references,
+    smaller_runs,
+    trial,
+)
 
 SLOTS = 3
 SMALL_MODEL, SMALL_SIDE, PLENTY = 2**25, 256, 2**31
