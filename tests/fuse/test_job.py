@@ -339,7 +339,10 @@ def test_python_without_a_folder_makes_a_new_one_each_time(tmp_path, world, monk
 def test_resume_of_another_kind_of_run_is_refused(tmp_path):
     RunFolder.create(tmp_path / "run", kind="align", recipe=config())
     with pytest.raises(RunError, match="'align'"):
-        api.resume(tmp_path / "run")
+        fuse_job.go_on(tmp_path / "run")
+    RunFolder.create(tmp_path / "study", kind="fuse-study", recipe=config())
+    with pytest.raises(RunError, match="'fuse-study', not a folder of fusions"):
+        api.resume(tmp_path / "study")
 
 
 def test_leaving_the_writer_waits_for_the_disk_and_reports_a_full_one(tmp_path, world, monkeypatch):

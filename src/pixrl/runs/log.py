@@ -9,7 +9,7 @@ on from the newest whole checkpoint, drops what lies behind it and makes it anew
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -215,17 +215,18 @@ class FuseLog:
         self.config = config
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pixrl-writer")
         self._pending: list[Future[None]] = []
+        self._is_broken = False
         (folder.path / COEFFICIENTS).mkdir(parents=True, exist_ok=True)
 
     def step(self, rollouts: FusionRollouts, scores: FusionScores, metrics: Mapping[str, float]) -> None:
         """Hands a step over. Raises what went wrong with the one before (a full disk, say)."""
         self.wait()
-        self._pending.append(self._thread.submit(self._write, rollouts, scores, dict(metrics)))
+        self._hand_over(self._write, rollouts, scores, dict(metrics))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Hands a checkpoint over, as it is now."""
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._pending.append(self._thread.submit(self._save, step, copies, dict(state)))
+        self._hand_over(self._save, step, copies, dict(state))
 
     def wait(self) -> None:
         """Until everything handed over is on the disk."""
@@ -235,6 +236,17 @@ class FuseLog:
     def close(self) -> None:
         """What was handed over is still written, unless something before it failed."""
         self._thread.shutdown(wait=True)
+
+    def _hand_over(self, write: Callable[..., None], *given: object) -> None:
+        self._pending.append(self._thread.submit(self._in_order, write, *given))
+
+    def _in_order(self, write: Callable[..., None], *given: object) -> None:
+        """Nothing is written behind what could not be: a checkpoint says that all of its step is there."""
+        if self._is_broken:
+            return
+        self._is_broken = True
+        write(*given)
+        self._is_broken = False
 
     def _write(self, rollouts: FusionRollouts, scores: FusionScores, metrics: Mapping[str, float]) -> None:
         indices = range(rollouts.first_index, rollouts.first_index + len(rollouts))
