@@ -31,7 +31,7 @@ from pixrl import config as recipes
 from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.trainer import Aligner, MicroBatches
 from pixrl.algorithms.world import Alone
-from pixrl.models.prompts import PromptCache
+from pixrl.models.text import PromptCache
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.evaluation import score
 from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
@@ -279,7 +279,7 @@ def _without_cache(bench: Bench) -> Bench:
 
 
 def _with_fused_attention(bench: Bench) -> Bench:
-    """torch's own choice of kernels in the update too (pixrl.models.attention)."""
+    """torch's own choice of kernels in the update too (pixrl.models.pipeline)."""
     bench.shop.policy.quick_backward = nullcontext  # type: ignore[method-assign]
     return bench
 

@@ -26,9 +26,8 @@ from pixrl import models
 from pixrl.algorithms.e2po import PerturbationSettings
 from pixrl.algorithms.exploration import NoiseOnly, PerturbedEmbeddings, Variants
 from pixrl.errors import InputError
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
-from pixrl.models.pipeline import chunks
-from pixrl.rewards.clip import ClipSimilarity
+from pixrl.models.pipeline import FlowPipelinePolicy, chunks
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.types import sample_seed
 
 PROMPTS = (

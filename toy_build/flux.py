@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pixrl.equations import interpolate
-from pixrl.models.flux_tokens import pack_latents, position_ids
+from pixrl.models.flux import pack_latents, position_ids
 from toy_build.clip import WIDTH, tokens
 from toy_build.generators import Aligned, Latents, dropped, load_vae, logit_normal, part_shares, save_pipeline
 from toy_build.pictures import VIEWS, Pictures, pictures

@@ -15,7 +15,7 @@ from pixrl.algorithms.loss_table import LossSettings, make_loss
 from pixrl.algorithms.losses import ClippedSettings, NFTSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs import checkpoint
 from pixrl.types import Scores
 

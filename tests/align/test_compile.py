@@ -11,7 +11,7 @@ from transformers import CLIPModel
 
 from pixrl import config, models
 from pixrl.errors import ConfigError
-from pixrl.models.compiling import VARIANTS, compile_blocks
+from pixrl.models.pipeline import VARIANTS, compile_blocks
 from pixrl.models.sd3 import SD3Policy
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.loaded import load_run

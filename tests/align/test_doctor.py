@@ -22,8 +22,8 @@ from pixrl.errors import CheckpointError, ConfigError
 from pixrl.hub_fetch import Remote
 from pixrl.models import loading
 from pixrl.models.estimate import Cost, PartSize, PeakMeter
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs.planner import trial
 from tests import tiny
 from tests.align.parts import recipe

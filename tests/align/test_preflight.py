@@ -21,7 +21,7 @@ from pixrl.errors import ConfigError, PixrlError, did_you_mean
 from pixrl.models import loading
 from pixrl.models.slots import LoraSlots, slot_sizes
 from pixrl.rewards import kind_of
-from pixrl.rewards.python_reward import find_function
+from pixrl.rewards.python import find_function
 from pixrl.rewards.settings import RewardSetting, import_path, is_importable
 from pixrl.runs.fuse_config import FuseConfig
 from tests.align.parts import JUDGE, recipe

@@ -12,7 +12,7 @@ from pixrl.errors import InputError, ShapeError
 from pixrl.models.base import Conditioning
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.sd3 import SD3Policy
-from pixrl.models.text_variants import ClipEncoder, ClipText, PerturbableText
+from pixrl.models.text import ClipEncoder, ClipText, PerturbableText
 
 PROMPT = "an owl by it"
 ALL = ["sd3", "sd3_t5", "flux"]

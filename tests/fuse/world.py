@@ -15,7 +15,7 @@ from torch import Tensor
 from pixrl.fusion.world import FusionWorld
 from pixrl.hub import Card, Presence
 from pixrl.models.base import Conditioning, Renderer, SamplingSettings
-from pixrl.models.prompts import check_words
+from pixrl.models.text import check_words
 
 TOKENS, COLUMNS, POOLED = 3, 48, 8
 WORDS = ("a", "photo", "of", "owl", "snail", "mushroom", "frog", "car")

@@ -9,7 +9,7 @@ from tests.tolerance import GRADIENT, agree
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixrl.models.attention import SHORT, plain_attention
+from pixrl.models.pipeline import SHORT, plain_attention
 from pixrl.models.sd3 import SD3Policy
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxPipeline
 
 from pixrl.errors import InputError, ShapeError
-from pixrl.models.flux_tokens import pack_latents, position_ids, unpack_latents
+from pixrl.models.flux import pack_latents, position_ids, unpack_latents
 
 
 def test_uno_ids_form_a_diagonal_staircase() -> None:

@@ -16,8 +16,8 @@ from pixrl import models
 from pixrl.algorithms.base import Group
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.references import shown_to
+from pixrl.models.base import on_square
 from pixrl.models.flux import FluxPolicy, Preset, pack_latents, position_ids
-from pixrl.models.references import on_square
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.errors import CheckpointError, InputError, RunError
-from pixrl.models.comfy_lora import to_comfyui
-from pixrl.models.flux_lora import adapter_metadata, merge, to_diffusers
+from pixrl.models.lora_export import adapter_metadata, to_comfyui, to_diffusers
 from pixrl.models.lora_files import open_lora, read_lora
 from pixrl.models.sd3 import SD3Policy
+from pixrl.models.slots import merge
 
 CASES = Path(__file__).parents[1] / "data/cases"
 

@@ -6,7 +6,7 @@ from tests.tolerance import agree
 
 from pixrl.errors import ShapeError
 from pixrl.models.base import Conditioning
-from pixrl.models.prompts import PromptCache
+from pixrl.models.text import PromptCache
 
 
 def row(prompt: str) -> Conditioning:

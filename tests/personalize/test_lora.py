@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.errors import CheckpointError, RunError
-from pixrl.models import flux_lora, lora_files
+from pixrl.models import lora_export, lora_files
 from pixrl.models.flux import FluxPolicy
-from pixrl.models.flux_lora import Blocks
+from pixrl.models.lora_export import Blocks
+from pixrl.models.slots import added, slot_lora
 from tests.tiny_lora import peft_folder
 from tests.tolerance import MODEL, PICTURE, agree
 
@@ -99,21 +100,21 @@ def test_slots_come_back_through_both_layouts(flux_folder: Path, policy: FluxPol
     with torch.no_grad():
         for parameter in policy.lora.parameters():
             parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
-    lora = flux_lora.slot_lora(policy.lora.state(), "current", scale=8 / 4)
+    lora = slot_lora(policy.lora.state(), "current", scale=8 / 4)
     with_proj = lora | {"single_transformer_blocks.0.proj_out": (torch.zeros(4, 160), torch.zeros(32, 4))}
     wanted = velocity(policy)
     for name, tensors in (
-        ("uno", flux_lora.to_uno(with_proj, TINY)),
-        ("uno without the single projections", flux_lora.to_uno(lora, TINY)),
-        ("diffusers", flux_lora.to_diffusers(lora)),
+        ("uno", lora_export.to_uno(with_proj, TINY)),
+        ("uno without the single projections", lora_export.to_uno(lora, TINY)),
+        ("diffusers", lora_export.to_diffusers(lora)),
     ):
         again = load(flux_folder)
         assert not agree(velocity(again), wanted, PICTURE)
-        again.merge_lora(flux_lora.write_lora(tmp_path / f"{name}.safetensors", tensors))
+        again.merge_lora(lora_export.write_lora(tmp_path / f"{name}.safetensors", tensors))
         assert agree(velocity(again), wanted, MODEL), name
-    found, _ = FluxPipeline.lora_state_dict(dict(flux_lora.to_uno(with_proj, TINY)), return_alphas=True)
+    found, _ = FluxPipeline.lora_state_dict(dict(lora_export.to_uno(with_proj, TINY)), return_alphas=True)
     assert all(key.startswith("transformer.") for key in found)
-    shapes = {x.shape[0] for key, x in flux_lora.to_uno(with_proj, TINY).items() if "down" in key}
+    shapes = {x.shape[0] for key, x in lora_export.to_uno(with_proj, TINY).items() if "down" in key}
     assert shapes == {12}
 
 
@@ -124,11 +125,9 @@ def test_an_imported_lora_and_what_was_trained_add_up(flux_folder: Path, file: P
     with torch.no_grad():
         for parameter in slots.parameters():
             parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
-    whole = flux_lora.added(
-        [lora_files.read_lora(file, "flux"), flux_lora.slot_lora(slots.state(), "current", 1.0)]
-    )
+    whole = added([lora_files.read_lora(file, "flux"), slot_lora(slots.state(), "current", 1.0)])
     again = load(flux_folder)
-    again.merge_lora(flux_lora.write_lora(tmp_path / "both.safetensors", flux_lora.to_uno(whole, TINY)))
+    again.merge_lora(lora_export.write_lora(tmp_path / "both.safetensors", lora_export.to_uno(whole, TINY)))
     assert agree(velocity(again), velocity(policy), MODEL)
 
 
@@ -392,17 +391,17 @@ def test_weights_that_are_not_finite_are_refused(bare: FluxPolicy, tmp_path: Pat
 def test_what_has_no_place_in_the_layout() -> None:
     pair = (torch.zeros(2, 32), torch.zeros(32, 2))
     with pytest.raises(CheckpointError, match="q, k and v together"):
-        flux_lora.to_uno({"transformer_blocks.0.attn.to_q": pair}, TINY)
+        lora_export.to_uno({"transformer_blocks.0.attn.to_q": pair}, TINY)
     with pytest.raises(CheckpointError, match="no place in UNO's layout"):
-        flux_lora.to_uno({"transformer_blocks.0.ff.net.2": pair}, TINY)
+        lora_export.to_uno({"transformer_blocks.0.ff.net.2": pair}, TINY)
     with pytest.raises(CheckpointError, match=r"first 'transformer_blocks\.1\.attn\.to_out\.0'"):
-        flux_lora.to_uno({"transformer_blocks.1.attn.to_out.0": pair}, TINY)
+        lora_export.to_uno({"transformer_blocks.1.attn.to_out.0": pair}, TINY)
 
 
 def test_every_processor_of_the_published_layout_is_written() -> None:
     """UNO's code builds them all, of one rank, and leaves what a file lacks without values."""
     pair = (torch.ones(2, WIDTH), torch.ones(WIDTH, 2))
-    file = flux_lora.to_uno(
+    file = lora_export.to_uno(
         {"transformer_blocks.18.attn.to_out.0": pair}, Blocks(double=19, single=38, width=WIDTH)
     )
     shapes = {

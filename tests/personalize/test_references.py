@@ -8,9 +8,8 @@ from diffusers import FluxKontextPipeline
 from torch import Tensor
 
 from pixrl.errors import InputError, ShapeError
-from pixrl.models.base import Conditioning
+from pixrl.models.base import Conditioning, on_square
 from pixrl.models.flux import FluxPolicy, Preset, Shift
-from pixrl.models.references import on_square
 from tests.tolerance import MODEL, PICTURE, agree, rounding
 
 

@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from pixrl.models.base import Conditioning, FlowPolicy, SamplingSettings
-from pixrl.models.references import ReferencePolicy
-from pixrl.models.text_variants import ClipEncoder, PerturbableText
+from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy, SamplingSettings
+from pixrl.models.text import ClipEncoder, PerturbableText
 
 CHANNELS, SIDE, HIDDEN = 3, 2, 8
 LENGTH = 8

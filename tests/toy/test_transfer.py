@@ -5,7 +5,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor
 
-from pixrl.models.flux_tokens import pack_latents, unpack_latents
+from pixrl.models.flux import pack_latents, unpack_latents
 from pixrl.toy.build import flux, sd3
 from pixrl.toy.build.transfer import Texts, start_from
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from pixrl.config import MOST, Count, Seed, Settings
 from pixrl.equations import perturb, perturbation_objective, project_delta
 from pixrl.errors import InputError, RunError
-from pixrl.models.text_variants import ClipEncoder, ClipText, PerturbableText
+from pixrl.models.text import ClipEncoder, ClipText, PerturbableText
 
 _SAMPLING = ("variants", "perturbation_range", "schedule", "anchored")
 """Settings that the perturbations themselves do not depend on."""

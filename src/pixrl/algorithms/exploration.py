@@ -35,7 +35,7 @@ from pixrl.config import Settings
 from pixrl.equations import diversity_loss, variant_weight
 from pixrl.errors import CheckpointError, InputError, ShapeError
 from pixrl.models.base import Conditioning, FlowPolicy
-from pixrl.models.text_variants import ClipEncoder, ClipFeatures, ClipText, PerturbableText
+from pixrl.models.text import ClipEncoder, ClipFeatures, ClipText, PerturbableText
 
 CACHE_BYTES = 2**28
 """Perturbations kept, in bytes. One that was dropped is learned again, to the same values."""

@@ -12,8 +12,7 @@ from torch import Tensor
 from pixrl.algorithms.base import Group
 from pixrl.algorithms.exploration import Variants
 from pixrl.errors import InputError
-from pixrl.models.base import FlowPolicy
-from pixrl.models.references import ReferencePolicy, on_square
+from pixrl.models.base import FlowPolicy, ReferencePolicy, on_square
 
 SHOWN = "shown"
 """metadata[SHOWN]: the pictures [3, H, W], of any sizes, that the model is shown. Rewards look at "reference"."""

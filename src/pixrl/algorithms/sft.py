@@ -29,8 +29,7 @@ from pixrl.algorithms.losses import Judgement, Loss, Terms, noise_levels, noised
 from pixrl.algorithms.sampling import StepPlan
 from pixrl.config import Settings
 from pixrl.errors import InputError
-from pixrl.models.base import FlowPolicy
-from pixrl.models.references import ReferencePolicy, on_square
+from pixrl.models.base import FlowPolicy, ReferencePolicy, on_square
 from pixrl.models.slots import Slot
 
 TARGET = "target"

@@ -30,10 +30,9 @@ from pixrl.hub import Checkpoint, read_card
 from pixrl.models import kind_of
 from pixrl.models.base import Renderer
 from pixrl.models.estimate import CONTRADICTIONS, Cost, PartSize, cost_of, imagined
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
-from pixrl.models.pipeline import micro_batch_for
-from pixrl.models.prompts import PromptCache, check_words
+from pixrl.models.pipeline import FlowPipelinePolicy, micro_batch_for
 from pixrl.models.sdxl import SDXLRenderer
+from pixrl.models.text import PromptCache, check_words
 from pixrl.runs.fuse_config import FuseConfig
 from pixrl.runs.planner import trial
 

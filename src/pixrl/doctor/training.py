@@ -49,12 +49,11 @@ from pixrl.models.estimate import (
     operations_of,
     paper_pipeline,
 )
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
-from pixrl.models.flux_lora import Lora, fitting_layers
 from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import TEXT_PARTS, set_decoding
-from pixrl.models.prompts import PromptCache, check_words
-from pixrl.models.slots import slot_sizes
+from pixrl.models.slots import Lora, fitting_layers, slot_sizes
+from pixrl.models.text import PromptCache, check_words
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.kinds import kind_of
 from pixrl.runs.loaded import read_prompts, require_trainable, show_references

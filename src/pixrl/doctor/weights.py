@@ -24,8 +24,7 @@ from pixrl.hub_check import (
     remedy,
 )
 from pixrl.models.estimate import DENOISERS, VAE, paper_text
-from pixrl.models.fit import PREFIXES, family, misfit_of_file, misfit_of_folder
-from pixrl.models.loading import part_class
+from pixrl.models.loading import PREFIXES, family, misfit_of_file, misfit_of_folder, part_class
 
 _STEMS = ("model", "diffusion_pytorch_model")
 """How transformers and diffusers call the weights of a part."""

@@ -84,7 +84,7 @@ def load(
 
 
 def _merge(renderer: "Renderer", lora: Path) -> None:
-    from pixrl.models.flow_pipeline import FlowPipelinePolicy
+    from pixrl.models.pipeline import FlowPipelinePolicy
 
     if not isinstance(renderer, FlowPipelinePolicy):
         raise InputError(

@@ -1,4 +1,7 @@
-"""The two model interfaces: a `Renderer` makes pictures, a `FlowPolicy` is a Renderer that can be trained."""
+"""The model interfaces: a `Renderer` makes pictures, a `FlowPolicy` is a Renderer that can be trained.
+
+A `ReferencePolicy` is also shown reference pictures, which `on_square` lays out for it.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -6,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pixrl.errors import ShapeError
@@ -153,3 +157,42 @@ class FlowPolicy(Renderer):
     @abstractmethod
     def slot(self, name: str) -> AbstractContextManager[None]:
         """Within it, `velocity` uses that LoRA slot: 'current', 'old', 'ema', or 'reference' (adapters off)."""
+
+
+class ReferencePolicy(ABC):
+    """A policy whose conditioning may carry reference pictures."""
+
+    reference_side: int
+    """Rows and columns of pixels that a reference is laid out on."""
+
+    @abstractmethod
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        """Clean latents [B, C, h, w] of pictures [B, 3, H, W] in [0, 1]; a row does not depend on the others."""
+
+    @abstractmethod
+    def with_references(self, conditioning: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        """The same prompts with reference pictures: each [B, 3, H, W], sides multiples of two latents.
+
+        Raises:
+            ShapeError: another number of pictures than of prompts.
+        """
+
+
+def on_square(image_CHW: Tensor, side: int) -> Tensor:
+    """A picture [3, H, W] of any size on a white square [3, side, side]: nothing cut off, nothing stretched.
+
+    Raises:
+        ShapeError: it is no RGB picture.
+    """
+    if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
+        raise ShapeError(f"A reference picture is [3, H, W], not {list(image_CHW.shape)}.")
+    height, width = image_CHW.shape[1:]
+    scale = side / max(height, width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    shown = image_CHW.float()
+    if size != (height, width):
+        shown = F.interpolate(shown[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    square = torch.ones(3, side, side)
+    square[:, top : top + size[0], left : left + size[1]] = shown.clamp(0, 1)
+    return square

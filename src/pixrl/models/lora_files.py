@@ -33,8 +33,9 @@ from pixrl.device import quiet_loading
 from pixrl.errors import CheckpointError
 from pixrl.hub_check import read_header
 from pixrl.hub_fetch import is_hub_id
-from pixrl.models.comfy_lora import from_published
-from pixrl.models.flux_lora import ADAPTER_METADATA, DOWN, PREFIX, UP, Lora
+from pixrl.models.lora_export import ADAPTER_METADATA, PREFIX
+from pixrl.models.published_names import from_published
+from pixrl.models.slots import DOWN, UP, Lora
 from pixrl.untrusted import parse_json, plain
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -1,14 +1,74 @@
 """How a model's authors name its weights in a single file: diffusers' converters, read backwards.
 
-Only names are mapped, for messages about a file that does not fit; diffusers converts the weights themselves.
+In these files q, k and v (and the MLP of FLUX's single blocks) are one matrix. The names serve messages about a file
+that does not fit, and LoRA files, whose modules go by them; diffusers converts the weights themselves.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from pixrl.errors import CheckpointError
-from pixrl.models.comfy_lora import published_name
+
+MLP_RATIO = 4
+"""Of FLUX's single blocks: rows of the MLP in linear1, per row of q."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where a module's rows lie: the published module, which of its parts, of how many rows each in those of q."""
+
+    module: str
+    part: int = 0
+    rows: tuple[int, ...] = (1,)
+
+
+_QKV = (1, 1, 1)
+_LINEAR1 = (1, 1, 1, MLP_RATIO)
+_ATTENTION = {"to_q": 0, "to_k": 1, "to_v": 2}
+_TEXT_ATTENTION = {"add_q_proj": 0, "add_k_proj": 1, "add_v_proj": 2}
+_SD3_LAYERS = {
+    **{f"attn.{name}": _Rows("x_block.attn.qkv", part, _QKV) for name, part in _ATTENTION.items()},
+    **{f"attn2.{name}": _Rows("x_block.attn2.qkv", part, _QKV) for name, part in _ATTENTION.items()},
+    **{f"attn.{name}": _Rows("context_block.attn.qkv", part, _QKV) for name, part in _TEXT_ATTENTION.items()},
+    "attn.to_out.0": _Rows("x_block.attn.proj"),
+    "attn2.to_out.0": _Rows("x_block.attn2.proj"),
+    "attn.to_add_out": _Rows("context_block.attn.proj"),
+    "ff.net.0.proj": _Rows("x_block.mlp.fc1"),
+    "ff.net.2": _Rows("x_block.mlp.fc2"),
+    "ff_context.net.0.proj": _Rows("context_block.mlp.fc1"),
+    "ff_context.net.2": _Rows("context_block.mlp.fc2"),
+    "norm1.linear": _Rows("x_block.adaLN_modulation.1"),
+}
+_FLUX_DOUBLE_LAYERS = {
+    **{f"attn.{name}": _Rows("img_attn.qkv", part, _QKV) for name, part in _ATTENTION.items()},
+    **{f"attn.{name}": _Rows("txt_attn.qkv", part, _QKV) for name, part in _TEXT_ATTENTION.items()},
+    "attn.to_out.0": _Rows("img_attn.proj"),
+    "attn.to_add_out": _Rows("txt_attn.proj"),
+    "ff.net.0.proj": _Rows("img_mlp.0"),
+    "ff.net.2": _Rows("img_mlp.2"),
+    "ff_context.net.0.proj": _Rows("txt_mlp.0"),
+    "ff_context.net.2": _Rows("txt_mlp.2"),
+    "norm1.linear": _Rows("img_mod.lin"),
+    "norm1_context.linear": _Rows("txt_mod.lin"),
+}
+_FLUX_SINGLE_LAYERS = {
+    **{f"attn.{name}": _Rows("linear1", part, _LINEAR1) for name, part in _ATTENTION.items()},
+    "proj_mlp": _Rows("linear1", 3, _LINEAR1),
+    "proj_out": _Rows("linear2"),
+    "norm.linear": _Rows("modulation.lin"),
+}
+_BLOCKS: Mapping[str, Mapping[str, tuple[str, Mapping[str, _Rows]]]] = {
+    "sd3": {"transformer_blocks": ("joint_blocks", _SD3_LAYERS)},
+    "flux": {
+        "transformer_blocks": ("double_blocks", _FLUX_DOUBLE_LAYERS),
+        "single_transformer_blocks": ("single_blocks", _FLUX_SINGLE_LAYERS),
+    },
+}
+"""Kind -> our block list -> the published one, and where a block's modules lie in it."""
 
 _ENDS = (
     "timestep_embedder.linear_1",
@@ -121,7 +181,7 @@ def _flux(name: str, config: Mapping[str, Any]) -> str | None:
 
 def _in_block(module: str, end: str, kind: str) -> str | None:
     try:
-        return f"{published_name(module, kind)}.{end}"
+        return f"{place_of(module, kind)[0]}.{end}"
     except CheckpointError:
         return None
 
@@ -169,3 +229,44 @@ _CHANGES: Mapping[str, Callable[[str, Mapping[str, Any]], str | None]] = {
     "UNet2DConditionModel": _unet,
     "AutoencoderKL": _vae,
 }
+
+
+def place_of(module: str, kind: str) -> tuple[str, _Rows]:
+    match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", module)
+    if match is not None and match[1] in _BLOCKS[kind]:
+        published, places = _BLOCKS[kind][match[1]]
+        if match[3] in places:
+            place = places[match[3]]
+            return f"{published}.{match[2]}.{place.module}", place
+    raise CheckpointError(
+        f"The LoRA on {module!r} has no place in the layout that ComfyUI reads for {kind}. Export diffusers' layout "
+        "(ComfyUI reads that too, for SD3 and FLUX), or train attention and MLP alone (lora.targets)."
+    )
+
+
+def from_published(theirs: str, pair: tuple[Tensor, Tensor], kind: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Our modules' LoRA, of one on a module by the published file's name, with dots or underscores.
+
+    A module that holds several of ours shares its down with them, and each takes its rows of the up. Nothing where
+    the name is not known, or its rows cannot be shared out.
+    """
+    down, up = pair
+    parts = _parts_of(theirs.replace(".", "_"), kind)
+    rows = parts[0][1].rows if parts else (1,)
+    if len(up) % sum(rows):
+        return {}
+    pieces = up.split([len(up) // sum(rows) * count for count in rows])
+    return {ours: (down, pieces[place.part]) for ours, place in parts}
+
+
+def _parts_of(theirs: str, kind: str) -> list[tuple[str, _Rows]]:
+    """Our modules that a published one holds, its name written with underscores."""
+    for ours, (published, places) in _BLOCKS[kind].items():
+        match = re.fullmatch(rf"{published}_(\d+)_(.+)", theirs)
+        if match is not None:
+            return [
+                (f"{ours}.{match[1]}.{name}", place)
+                for name, place in places.items()
+                if place.module.replace(".", "_") == match[2]
+            ]
+    return []

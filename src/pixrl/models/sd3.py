@@ -13,10 +13,10 @@ from torch import Tensor
 from pixrl.errors import InputError
 from pixrl.hub import Checkpoint, read_json
 from pixrl.models.base import Conditioning, SamplingSettings
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.loading import has_t5
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.slots import KNOWN_TARGETS
-from pixrl.models.text_variants import ClipEncoder, PerturbableText
+from pixrl.models.text import ClipEncoder, PerturbableText
 
 MAX_SEQUENCE_LENGTH = 256
 CLIP_LENGTH = 77

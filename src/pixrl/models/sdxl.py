@@ -32,7 +32,7 @@ from pixrl.models.pipeline import (
     micro_batch_for,
 )
 from pixrl.models.placement import offload_pipeline, set_decoding, without_gradients
-from pixrl.models.prompts import PromptCache, check_words
+from pixrl.models.text import PromptCache, check_words
 
 TEXT_LENGTH = 77
 SIZES = 6

@@ -1,9 +1,11 @@
-"""LoRA slots on one backbone: `current` is trained, `old` samples, `ema` is evaluated, `reference` is the backbone.
+"""LoRA on one backbone: the slots that are trained, and what is merged into the weights below them.
 
-The slots are PEFT adapters on the same modules, so that no second copy of the backbone ever exists. Only `current`
-requires gradients, whichever slot is active.
+The slots: `current` is trained, `old` samples, `ema` is evaluated, `reference` is the backbone. They are PEFT adapters
+on the same modules, so that no second copy of the backbone ever exists. Only `current` requires gradients, whichever
+slot is active.
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,11 @@ from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError, InputError, RunError, did_you_mean
 from pixrl.libraries import check_torchvision
+
+Lora = Mapping[str, tuple[Tensor, Tensor]]
+"""Module of the transformer -> (down [r, in], up [out, r]), whose product up @ down is added to its weight."""
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+"""How peft ends the names of both."""
 
 
 class Slot(StrEnum):
@@ -204,3 +211,63 @@ def _collect(backbone: nn.Module, slot: Slot) -> dict[str, nn.Parameter]:
     if not found:
         raise RunError("None of the LoRA target modules exists in this backbone.")
     return found
+
+
+def fitting_layers(backbone: nn.Module, lora: Lora, name: str) -> dict[str, nn.Linear]:
+    """The layers that a LoRA changes; the weights' values are not looked at.
+
+    Raises:
+        CheckpointError: a module does not exist or has another shape.
+    """
+    known = dict(backbone.named_modules())
+    layers: dict[str, nn.Linear] = {}
+    for module, (down, up) in lora.items():
+        layer = known.get(module)
+        if not isinstance(layer, nn.Linear) or layer.weight.shape != (len(up), down.shape[1]):
+            shape = list(layer.weight.shape) if isinstance(layer, nn.Linear) else "missing"
+            raise CheckpointError(
+                f"{name} does not fit this transformer: {module} is {shape} here and "
+                f"{[len(up), down.shape[1]]} there. It belongs to another model."
+            )
+        layers[module] = layer
+    return layers
+
+
+@torch.no_grad()
+def merge(backbone: nn.Module, lora: Lora, name: str) -> None:
+    """Adds a LoRA to a backbone's weights; each sum is rounded once to the weights' dtype.
+
+    Raises:
+        CheckpointError: as `fitting_layers`; nothing was changed.
+    """
+    for module, layer in fitting_layers(backbone, lora, name).items():
+        down, up = (x.to(layer.weight.device) for x in lora[module])
+        layer.weight.copy_(layer.weight.float() + up @ down)
+
+
+def digest(lora: Lora) -> str:
+    """16 hex digits of a LoRA's content."""
+    total = hashlib.sha256()
+    for module, pair in sorted(lora.items()):
+        for x in pair:
+            total.update(module.encode() + x.contiguous().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def slot_lora(state: Mapping[str, Tensor], slot: str, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """One slot of `LoraSlots.state()` as `Lora`; `scale` is alpha / rank, put into the ups."""
+    own = {key.removeprefix(f"{slot}/"): x for key, x in state.items() if key.startswith(f"{slot}/")}
+    modules = [key.removesuffix(DOWN) for key in own if key.endswith(DOWN)]
+    return {module: (own[module + DOWN].float(), own[module + UP].float() * scale) for module in modules}
+
+
+def added(loras: Sequence[Lora]) -> dict[str, tuple[Tensor, Tensor]]:
+    """One LoRA whose change is the sum of several: an imported one and what was trained on top."""
+    modules = dict.fromkeys(module for lora in loras for module in lora)
+    return {
+        module: (
+            torch.cat([lora[module][0] for lora in loras if module in lora]),
+            torch.cat([lora[module][1] for lora in loras if module in lora], dim=1),
+        )
+        for module in modules
+    }

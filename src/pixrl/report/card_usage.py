@@ -168,7 +168,7 @@ def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:
     yield _DRAWING[0]
     if named := [name for name in ("Preset", "Shift") if f"={name}." in given]:
         yield f"from pixrl.models.flux import {', '.join(named)}"
-    yield "from pixrl.models.references import on_square"
+    yield "from pixrl.models.base import on_square"
     yield _DRAWING[1]
     yield ""
     yield f"policy = models.load({_text(config.model)}{_options(config)})"

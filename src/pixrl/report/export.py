@@ -20,26 +20,21 @@ from pixrl import models
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
 from pixrl.hub import components, locate
 from pixrl.hub_check import read_json
-from pixrl.models.comfy_lora import PREFIX as COMFY_PREFIX
-from pixrl.models.comfy_lora import from_published, to_comfyui
-from pixrl.models.flux_lora import (
-    DOWN,
+from pixrl.models.loading import OPTIONAL_PARTS
+from pixrl.models.lora_export import (
+    COMFY_PREFIX,
     PREFIX,
-    UP,
     Blocks,
-    Lora,
     adapter_metadata,
-    added,
-    digest,
     of_one_rank,
-    slot_lora,
+    to_comfyui,
     to_diffusers,
     to_uno,
     write_lora,
 )
-from pixrl.models.loading import OPTIONAL_PARTS
 from pixrl.models.lora_files import read_lora
-from pixrl.models.slots import Slot
+from pixrl.models.published_names import from_published
+from pixrl.models.slots import DOWN, UP, Lora, Slot, added, digest, slot_lora
 from pixrl.report.card_usage import in_unos_code
 from pixrl.report.model_card import Facts, pipeline_name, shown_pairs, write_card
 from pixrl.runs import checkpoint

@@ -20,11 +20,11 @@ from pixrl.doctor.diagnosis import Findings
 from pixrl.doctor.preflight import rehearse
 from pixrl.errors import ConfigError, InputError
 from pixrl.metrics.spread import Features, pixel_features
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
-from pixrl.models.prompts import check_words
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.slots import LoraSlots, Slot
-from pixrl.rewards.picture_encoders import load_encoder
+from pixrl.models.text import check_words
+from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.align_config import AlignConfig

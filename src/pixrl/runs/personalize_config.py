@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from pixrl.config import Count, Settings, Side
-from pixrl.models.flux_tokens import Preset, Shift
+from pixrl.models.flux import Preset, Shift
 from pixrl.runs.align_config import AlignConfig, PromptSettings
 
 

@@ -16,9 +16,9 @@ from pixrl.algorithms.trainer import MicroBatches
 from pixrl.device import free_bytes
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.memory_plan import Offload
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs.align_config import AlignConfig
 
 

@@ -12,8 +12,8 @@ from pixrl.algorithms.references import shown_pictures
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt
 from pixrl.errors import CheckpointError
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
-from pixrl.models.references import on_square
+from pixrl.models.base import on_square
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs import checkpoint
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.data import data_checksums

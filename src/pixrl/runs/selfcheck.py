@@ -15,8 +15,7 @@ from pixrl.algorithms.losses import ClippedSurrogate
 from pixrl.algorithms.trainer import Aligner
 from pixrl.device import Precision
 from pixrl.errors import RunError
-from pixrl.models.flow_pipeline import FlowPipelinePolicy
-from pixrl.models.pipeline import chunks
+from pixrl.models.pipeline import FlowPipelinePolicy, chunks
 
 ROWS = 8
 """Pictures that are looked at."""

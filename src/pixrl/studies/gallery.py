@@ -14,7 +14,7 @@ from torch import Tensor
 from pixrl.algorithms.references import shown_pictures
 from pixrl.data.prompts import Prompt
 from pixrl.errors import RunError
-from pixrl.models.references import on_square
+from pixrl.models.base import on_square
 from pixrl.models.slots import Slot
 from pixrl.report.page import SMALL
 from pixrl.runs.files import write_atomic

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from pixrl.equations import interpolate
 from pixrl.hub import CARD_FILE
-from pixrl.models.flux_tokens import pack_latents, position_ids
+from pixrl.models.flux import pack_latents, position_ids
 from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
 from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH, second_text_tower
 from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures

@@ -1,6 +1,6 @@
-"""LoRA as pairs of tensors: merging them, adding them up, and writing them in UNO's layout of FLUX or in diffusers'.
+"""LoRA files for other programs: in UNO's layout of FLUX, in diffusers', and in the authors' own, which ComfyUI reads.
 
-`lora_files.py` reads files.
+lora_files.py reads all of them.
 
 UNO (bytedance/UNO) trains x-flux's processors on FLUX.1-dev, without an alpha, so that a module's change is up @ down:
 
@@ -15,9 +15,13 @@ UNO (bytedance/UNO) trains x-flux's processors on FLUX.1-dev, without an alpha, 
 A LoRA on q, k and v apart is written exactly: the three downs one above the other, the ups as blocks on a diagonal,
 so the rank of the file is three times that of training. UNO's own code builds every processor, all of one rank, and
 loads the file over them: modules of a lower rank are filled up with zeros, and processors without a LoRA are zeros.
+
+ComfyUI (comfy/lora.py, model_lora_keys_unet) takes `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight` and `.alpha`
+for every weight of the checkpoint, where MODULE is its name in the published single file with dots as underscores.
+There q, k and v (and the MLP of FLUX's single blocks) are one matrix, so a LoRA on several of them is written exactly:
+the downs one above the other, the ups as blocks on a diagonal, rows of zeros where a part has none.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,14 +30,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixrl.errors import CheckpointError
+from pixrl.models.published_names import place_of
+from pixrl.models.slots import DOWN, UP, Lora
 
 PREFIX = "transformer."
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 ADAPTER_METADATA = "lora_adapter_metadata"
 """Where diffusers writes peft's configuration into the header of a file, as JSON."""
+COMFY_PREFIX = "lora_unet_"
 _QKV = ("to_q", "to_k", "to_v")
 _TEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 _LAYOUT = {
@@ -46,8 +52,6 @@ _LAYOUT = {
 }
 _IN_PROJ_OUT = 5
 """A single block's proj_out reads the attention and an MLP of four times its width."""
-Lora = Mapping[str, tuple[Tensor, Tensor]]
-"""Module of the transformer -> (down [r, in], up [out, r]), whose product up @ down is added to its weight."""
 
 
 @dataclass(frozen=True)
@@ -57,66 +61,6 @@ class Blocks:
     double: int
     single: int
     width: int
-
-
-def fitting_layers(backbone: nn.Module, lora: Lora, name: str) -> dict[str, nn.Linear]:
-    """The layers that a LoRA changes; the weights' values are not looked at.
-
-    Raises:
-        CheckpointError: a module does not exist or has another shape.
-    """
-    known = dict(backbone.named_modules())
-    layers: dict[str, nn.Linear] = {}
-    for module, (down, up) in lora.items():
-        layer = known.get(module)
-        if not isinstance(layer, nn.Linear) or layer.weight.shape != (len(up), down.shape[1]):
-            shape = list(layer.weight.shape) if isinstance(layer, nn.Linear) else "missing"
-            raise CheckpointError(
-                f"{name} does not fit this transformer: {module} is {shape} here and "
-                f"{[len(up), down.shape[1]]} there. It belongs to another model."
-            )
-        layers[module] = layer
-    return layers
-
-
-@torch.no_grad()
-def merge(backbone: nn.Module, lora: Lora, name: str) -> None:
-    """Adds a LoRA to a backbone's weights; each sum is rounded once to the weights' dtype.
-
-    Raises:
-        CheckpointError: as `fitting_layers`; nothing was changed.
-    """
-    for module, layer in fitting_layers(backbone, lora, name).items():
-        down, up = (x.to(layer.weight.device) for x in lora[module])
-        layer.weight.copy_(layer.weight.float() + up @ down)
-
-
-def digest(lora: Lora) -> str:
-    """16 hex digits of a LoRA's content."""
-    total = hashlib.sha256()
-    for module, pair in sorted(lora.items()):
-        for x in pair:
-            total.update(module.encode() + x.contiguous().cpu().numpy().tobytes())
-    return total.hexdigest()[:16]
-
-
-def slot_lora(state: Mapping[str, Tensor], slot: str, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """One slot of `LoraSlots.state()` as `Lora`; `scale` is alpha / rank, put into the ups."""
-    own = {key.removeprefix(f"{slot}/"): x for key, x in state.items() if key.startswith(f"{slot}/")}
-    modules = [key.removesuffix(DOWN) for key in own if key.endswith(DOWN)]
-    return {module: (own[module + DOWN].float(), own[module + UP].float() * scale) for module in modules}
-
-
-def added(loras: Sequence[Lora]) -> dict[str, tuple[Tensor, Tensor]]:
-    """One LoRA whose change is the sum of several: an imported one and what was trained on top."""
-    modules = dict.fromkeys(module for lora in loras for module in lora)
-    return {
-        module: (
-            torch.cat([lora[module][0] for lora in loras if module in lora]),
-            torch.cat([lora[module][1] for lora in loras if module in lora], dim=1),
-        )
-        for module in modules
-    }
 
 
 def to_uno(lora: Lora, blocks: Blocks) -> dict[str, Tensor]:
@@ -159,18 +103,6 @@ def _nothing(names: Sequence[str], width: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(0, into), torch.zeros(len(names) * width, 0)
 
 
-def of_one_rank(lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
-    """The same changes, lower ranks filled up with zeros: a reader that knows one rank takes nothing for another."""
-    rank = max(len(down) for down, _ in lora.values())
-    return {
-        name: (
-            torch.cat([down, down.new_zeros(rank - len(down), down.shape[1])]),
-            torch.cat([up, up.new_zeros(len(up), rank - up.shape[1])], dim=1),
-        )
-        for name, (down, up) in lora.items()
-    }
-
-
 def _side_by_side(
     keys: Sequence[str], parts: Sequence[tuple[Tensor, Tensor] | None]
 ) -> tuple[Tensor, Tensor]:
@@ -185,6 +117,18 @@ def _side_by_side(
     if len(known) == 1:
         return known[0]
     return torch.cat([down for down, _ in known]), torch.block_diag(*(up for _, up in known))
+
+
+def of_one_rank(lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
+    """The same changes, lower ranks filled up with zeros: a reader that knows one rank takes nothing for another."""
+    rank = max(len(down) for down, _ in lora.values())
+    return {
+        name: (
+            torch.cat([down, down.new_zeros(rank - len(down), down.shape[1])]),
+            torch.cat([up, up.new_zeros(len(up), rank - up.shape[1])], dim=1),
+        )
+        for name, (down, up) in lora.items()
+    }
 
 
 def to_diffusers(lora: Lora) -> dict[str, Tensor]:
@@ -203,8 +147,47 @@ def adapter_metadata(lora: Lora) -> dict[str, str]:
     return {ADAPTER_METADATA: json.dumps({f"{PREFIX}{name}": value for name, value in settings.items()})}
 
 
+def to_comfyui(lora: Lora, kind: str) -> dict[str, Tensor]:
+    """The tensors of a ComfyUI LoRA file.
+
+    Args:
+        lora: module of diffusers' transformer -> (down, up), scales put into the ups.
+        kind: sd3 or flux.
+
+    Raises:
+        CheckpointError: a module has no place in the published layout.
+    """
+    parts: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    rows: dict[str, tuple[int, ...]] = {}
+    for module, pair in lora.items():
+        name, place = place_of(module, kind)
+        parts.setdefault(name, {})[place.part] = pair
+        rows[name] = place.rows
+    file: dict[str, Tensor] = {}
+    for name, known in parts.items():
+        down, up = _joined(known, rows[name])
+        key = COMFY_PREFIX + name.replace(".", "_")
+        file |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        file[f"{key}.alpha"] = torch.tensor(float(len(down)))  # the scale is in the ups: alpha / rank is 1
+    return file
+
+
+def _joined(parts: Mapping[int, tuple[Tensor, Tensor]], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Modules with one input as one module."""
+    if len(rows) == 1:
+        return parts[0]
+    some, (_, up) = next(iter(parts.items()))
+    unit = len(up) // rows[some]
+    downs, ups = [], []
+    for part, count in enumerate(rows):
+        down, up = parts.get(part, (torch.zeros(0, parts[some][0].shape[1]), torch.zeros(count * unit, 0)))
+        downs.append(down)
+        ups.append(up)
+    return torch.cat(downs), torch.block_diag(*ups)
+
+
 def write_lora(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Saves `to_uno`, `to_diffusers` or `comfy_lora.to_comfyui`: all of it, or nothing."""
+    """Saves `to_uno`, `to_diffusers` or `to_comfyui`: all of it, or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
