@@ -339,9 +339,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, sd3_folder: Path
 def test_a_loss_that_is_never_finite_stops_the_run(
     tmp_path: Path, sd3_folder: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pixrl.algorithms import losses
+    from pixrl.algorithms import nft
 
-    monkeypatch.setattr(losses, "NFT_SCALE", torch.nan)
+    monkeypatch.setattr(nft, "NFT_SCALE", torch.nan)
     settings = recipe(sd3_folder, prompt_file, optimizer={"max_skipped": 1, "lr": 1e-3})
     with pytest.raises(RunError, match="no finite loss and gradient"):
         pixrl.align(settings, out=tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Real processes: two gloo peers under `torchrun` or `accelerate launch` end as one; a killed run as one never killed.
+"""Real processes: two gloo ones under `torchrun` or `accelerate launch` end as one; a killed run as one never killed.
 
 Where no GPU is, `accelerate launch` starts the processes that it is told of with --multi_gpu, and one without.
 """

@@ -8,9 +8,9 @@ import torch
 
 from pixrl import config as recipes
 from pixrl import models
+from pixrl.algorithms.base import shown_pictures
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.optim import moment_bytes
-from pixrl.algorithms.references import shown_pictures
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt, Split
 from pixrl.device import Precision, choose_precision, free_bytes

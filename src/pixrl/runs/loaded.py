@@ -75,7 +75,7 @@ class LoadedRun:
             self.method,
             micro_batches,
             seed=self.config.seed,
-            peers=self.team,
+            world=self.team,
             scale_loss=self.policy.precision.autocast is torch.float16,
         )
 
@@ -302,7 +302,7 @@ def make_evaluator(run: LoadedRun, micro_batches: MicroBatches) -> Evaluator:
         slot=Slot.CURRENT if run.config.optimizer.ema is None else Slot.EMA,
         rewards=run.rewards,
         features=run.features,
-        peers=run.team,
+        world=run.team,
         micro_batch=micro_batches.rollout,
         seed=run.config.seed,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.world import Peers
+from pixrl.algorithms.world import World
 from pixrl.errors import CheckpointError
 from pixrl.fusion.select import SCORE
 from pixrl.fusion.trainer import FusionRollouts, FusionScores
@@ -39,20 +39,20 @@ class AlignLog:
     """The logs of one run; every process has one, and calls it alike."""
 
     def __init__(
-        self, folder: RunFolder, peers: Peers, *, images_every: int, keep: int, from_step: int, images: int
+        self, folder: RunFolder, world: World, *, images_every: int, keep: int, from_step: int, images: int
     ) -> None:
         """Goes on from step `from_step` with `images` rows in the manifest; what lay behind is cut off (`cut_back`).
 
         `keep`: how many checkpoints are kept.
         """
         self.folder = folder
-        self.peers = peers
+        self.world = world
         self.images_every = images_every
         self.keep = keep
         self.images = images
         self._evaluations = JsonLines(folder.path / EVALUATIONS, folder.path)
         self._board: SummaryWriter | None = None
-        if peers.rank == 0:
+        if world.rank == 0:
             place = str(folder.path / TENSORBOARD)
             self._board = SummaryWriter(place, purge_step=from_step)
 
@@ -63,28 +63,28 @@ class AlignLog:
         files: Sequence[str | None] = [None] * len(indices)
         if keep and indices:
             files = self.folder.save_images(indices, rollouts.images_BCHW)
-        rows = [row for part in self.peers.gather(_rows(rollouts, scores, indices, files)) for row in part]
+        rows = [row for part in self.world.gather(_rows(rollouts, scores, indices, files)) for row in part]
         self.images += len(rows)
-        if self.peers.rank == 0:
+        if self.world.rank == 0:
             self.folder.append_manifest(sorted(rows, key=lambda row: row.index))
             self.folder.log(rollouts.step, metrics)
             self._to_board(metrics, rollouts.step)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """A checkpoint; nobody runs ahead of it."""
-        if self.peers.rank == 0:
+        if self.world.rank == 0:
             path = self.folder.path
             checkpoint.save(checkpoint.step_folder(path, step), tensors, state)
             self.folder.step_is_saved()
             checkpoint.keep_last(path, self.keep)
-        self.peers.gather(None)
+        self.world.gather(None)
 
     def wait(self) -> None:
         """Everything is written as soon as it is handed over."""
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """One evaluation, made before training step `step`."""
-        if self.peers.rank == 0:
+        if self.world.rank == 0:
             finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
             self._evaluations.append([{"step": step, **finite}])
             self._to_board({f"evaluation/{name}": x for name, x in figures.items()}, step)
@@ -104,8 +104,8 @@ class AlignLog:
             name: [x if math.isfinite(x) else None for x in one.values_B.tolist()]
             for name, one in scores.items()
         }
-        parts = self.peers.gather(own)
-        if self.peers.rank == 0:
+        parts = self.world.gather(own)
+        if self.world.rank == 0:
             whole = {name: [x for part in parts for x in part[name]] for name in own}
             write_atomic(samples_of(self.folder, step) / SCORES, json.dumps(whole).encode())
 

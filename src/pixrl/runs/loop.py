@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.world import Alone, Peers
+from pixrl.algorithms.world import Alone, World
 from pixrl.errors import ServiceError
 from pixrl.runs.display import Monitor
 from pixrl.runs.files import resource_guard
@@ -138,7 +138,7 @@ class Loop(Generic[R, S]):
     """Figures of what was learnt, before training step ...; None: nothing is held out."""
     watch: Callable[[S], None] | None = None
     """Looks at a step's scores after the step is saved: a RunError where the run had better stop."""
-    peers: Peers = field(default_factory=Alone)
+    world: World = field(default_factory=Alone)
 
     def run(self, folder: Path, start: int, images: int) -> None:
         """Steps `start` to the last; at Ctrl-C the step in hand is ended and saved, at a second one it is lost.
@@ -177,7 +177,7 @@ class Loop(Generic[R, S]):
                 taken = self._train(step)
                 done = step + 1
                 images += self.algorithm.images(step)
-                stops = any(self.peers.gather(stop.asked))  # all alike, or some would wait for the others
+                stops = any(self.world.gather(stop.asked))  # all alike, or some would wait for the others
                 if stops or done % self.pace.save_every == 0 or done == self.pace.steps:
                     state = {"images": images, **self.algorithm.state(), **self.kept}
                     self.record.save(done, self.algorithm.tensors(), state)
