@@ -18,8 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import SegformerForSemanticSegmentation
 
-from pixrl.rewards.clip import ClipSimilarity
-from pixrl.rewards.dino import DinoEncoder
+from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder
 from pixrl.rewards.segmentation import Segmenter
 from toy_build.clip import normalize
 from toy_build.pictures import EVEN_SHARES, to_tensor

@@ -15,7 +15,7 @@ from torch import Tensor
 from pixrl import models
 from pixrl.equations import fuse
 from pixrl.models.base import Conditioning, Renderer
-from pixrl.rewards.dino import DinoEncoder
+from pixrl.rewards.encoders import DinoEncoder
 from pixrl.rewards.geneval import GenEvalReward
 from pixrl.types import RewardBatch, sample_seed
 from toy_build.gates import SEED, Gate, drawn, high_frequencies, part_maps, scenes

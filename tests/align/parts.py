@@ -9,10 +9,11 @@ from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Group
-from pixrl.algorithms.e2po import PerturbationSettings
-from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings
+from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
+from pixrl.algorithms.exploration import Exploration, NoiseOnly
+from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.loss_table import LossSettings, make_loss
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings
+from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.models.pipeline import FlowPipelinePolicy
@@ -31,7 +32,7 @@ def perturbed(variants: int = 2) -> PerturbedEmbeddings:
     return PerturbedEmbeddings(PerturbationSettings(variants=variants, steps=3))
 
 
-CLIPPED = ClippedSettings(clip=0.01)
+CLIPPED = GRPOSettings(clip=0.01)
 NFT = NFTSettings(timesteps=3)
 SDE = SamplingSettings(steps=4, noise="flow_sde")
 ODE = SamplingSettings(steps=4, solver="dpm")

@@ -13,8 +13,9 @@ from pixrl import models
 from pixrl.algorithms.advantages import AdvantageSettings, advantages, group_std, reward_metrics
 from pixrl.algorithms.base import Rollouts, Samples
 from pixrl.algorithms.exploration import NoiseOnly
+from pixrl.algorithms.grpo import GRPOSettings, KLForm
 from pixrl.algorithms.loss_table import LossSettings, check_fit, make_loss
-from pixrl.algorithms.losses import ClippedSettings, KLForm, NFTSettings, OldPolicy
+from pixrl.algorithms.nft import NFTSettings, OldPolicy
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.trainer import Aligner, OptimizerSettings
 from pixrl.errors import RunError
@@ -285,7 +286,7 @@ def test_a_rate_that_falls_over_all_of_a_run_takes_the_runs_steps() -> None:
 def test_permuted_transitions_give_the_same_gradient(policy: SD3Policy) -> None:
     from dataclasses import replace
 
-    found = aligner(policy, ClippedSettings(clip=0.01, kl=0.04))
+    found = aligner(policy, GRPOSettings(clip=0.01, kl=0.04))
     rollouts = found.collect(groups(2), 0)
     gradients = []
     for order in ((0, 1, 2), (2, 0, 1)):
@@ -342,7 +343,7 @@ def test_the_first_update_is_never_clipped(sd3_folder: Path) -> None:
             assert isinstance(policy, SD3Policy)
             policy.attach_lora(rank=4, alpha=8)
             start = weights_of(policy)
-            found = aligner(policy, ClippedSettings(clip=clip), updates=updates)
+            found = aligner(policy, GRPOSettings(clip=clip), updates=updates)
             for step in range(2):
                 rollouts = found.collect(groups(2), step)
                 found.update(rollouts, scored([0.1, 0.9, 0.4, 0.2, 0.3, 0.8]), WEIGHTS)
@@ -359,7 +360,7 @@ def test_losses_need_fitting_rollouts() -> None:
         check_fit(NFTSettings(), ODE)
     check_fit(NFT, ODE)
     with pytest.raises(ValueError, match="kl_form has no effect"):
-        ClippedSettings(kl_form=KLForm.EXACT)
+        GRPOSettings(kl_form=KLForm.EXACT)
     with pytest.raises(ValueError, match="old_decay has no effect"):
         NFTSettings(old_decay=0.3)
     with pytest.raises(ValueError, match="needs old_decay"):
@@ -373,7 +374,7 @@ def test_the_two_forms_of_the_kl_differ_by_dt(policy: SD3Policy) -> None:
                 parameter.normal_(0, 0.1)
     found = {}
     for form in KLForm:
-        one = aligner(policy, ClippedSettings(clip=0.1, kl=1, kl_form=form))
+        one = aligner(policy, GRPOSettings(clip=0.1, kl=1, kl_form=form))
         rollouts = one.collect(groups(1), 0)
         terms = one.method.loss.terms(policy, rollouts, [0, 1], torch.zeros(2), 1, False)
         found[form] = terms.figures["kl"]

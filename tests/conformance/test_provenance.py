@@ -14,9 +14,10 @@ from tests.conformance.test_table import REWARDS, SERVED, batch_of, options_of
 from tests.rewards.services import TOKEN, service_for
 
 from pixrl import rewards
-from pixrl.rewards.clip import ClipSimilarity, FusionScorer
-from pixrl.rewards.provenance import describe_function, part
+from pixrl.rewards.clip import FusionScorer
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.segmentation import Foreground
+from pixrl.rewards.weights import describe_function, part
 
 CHECKSUM = re.compile(r".+ \([0-9a-f]{16}\)")
 PARTS: dict[str, dict[str, str]] = {

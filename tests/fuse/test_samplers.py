@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from pixrl import algorithms
 from pixrl.algorithms.fusion.base import Feedback, FusionTask
-from pixrl.algorithms.fusion.samplers import GoldenSection, uniform_simplex
-from pixrl.algorithms.fusion.swap_samplers import BASS, BASSSettings
+from pixrl.algorithms.fusion.baselines import BASS, BASSSettings, GoldenSection, uniform_simplex
 from pixrl.fusion.trainer import FusionTrainer
 from pixrl.fusion.world import FusionSession
 from pixrl.runs.fuse_config import FuseConfig, SamplerName, resolve_options

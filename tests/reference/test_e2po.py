@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.e2po import PerturbationSettings
-from pixrl.algorithms.exploration import PerturbedEmbeddings
+from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
+from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.loss_table import make_loss
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings
+from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import grpo, nft, world
@@ -63,7 +63,7 @@ def weights(step: int) -> dict[str, float]:
 def product_run(case: dict[str, Any]) -> Run:
     sampling = {"steps": 5} | case.get("sampling", {})
     is_clipped = "noise" in sampling
-    loss = ClippedSettings(**case["loss"]) if is_clipped else NFTSettings(timesteps=3, kl=0.2)
+    loss = GRPOSettings(**case["loss"]) if is_clipped else NFTSettings(timesteps=3, kl=0.2)
     method = Method(
         PerturbedEmbeddings(PerturbationSettings(**WIDE | case["explore"])),
         SamplingSettings(**sampling),

@@ -7,8 +7,8 @@ import pytest
 
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.exploration import NoiseOnly
+from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.loss_table import make_loss
-from pixrl.algorithms.losses import ClippedSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import grpo, world
@@ -90,7 +90,7 @@ def product_run(case: dict[str, Any]) -> Run:
         NoiseOnly(),
         SamplingSettings(**{"steps": 5} | case["sampling"]),
         AdvantageSettings(**case.get("advantage", {})),
-        make_loss(ClippedSettings(**case["loss"])),
+        make_loss(GRPOSettings(**case["loss"])),
         OptimizerSettings(**OPTIMIZER | case.get("optimizer", {})),
         noises=4,
         shared_start=case.get("shared_start", False),

@@ -8,7 +8,7 @@ import pytest
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss_table import make_loss
-from pixrl.algorithms.losses import NFTSettings
+from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import nft, world

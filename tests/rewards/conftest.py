@@ -7,7 +7,7 @@ import torch
 from tests import tiny
 from torch import Tensor
 
-from pixrl.rewards.clip import ClipSimilarity
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.segmentation import Segmenter
 
 

@@ -15,7 +15,7 @@ from transformers import SiglipImageProcessorPil, SiglipModel
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError
 from pixrl.rewards.aesthetic import AestheticReward, read_head
-from pixrl.rewards.clip import ClipSimilarity
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.types import RewardBatch
 
 

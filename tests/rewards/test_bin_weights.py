@@ -23,8 +23,7 @@ from pixrl.errors import CheckpointError
 from pixrl.hub import Layout, check_folder, fingerprint
 from pixrl.hub import folder as hub_folder
 from pixrl.hub_fetch import Remote, ask
-from pixrl.rewards.clip import ClipSimilarity
-from pixrl.rewards.dino import DinoEncoder
+from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder
 from pixrl.rewards.segmentation import Segmenter, load_back_end
 from pixrl.rewards.weights import weight_shards
 from pixrl.rewards.zoo.birefnet import BiRefNetForeground

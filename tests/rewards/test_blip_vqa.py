@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BlipForQuestionAnswering, BlipImageProce
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, RunError
-from pixrl.rewards.python_reward import to_pil
+from pixrl.rewards.python import to_pil
 from pixrl.rewards.zoo.blip_vqa import BlipVQAReward, answer_ids, question
 from pixrl.types import RewardBatch, Scores
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from pixrl.errors import ConfigError, Failure
-from pixrl.rewards.calls import Caller
+from pixrl.rewards.set import Caller
 
 
 @pytest.mark.parametrize("limit", [None, 60.0])

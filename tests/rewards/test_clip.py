@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError, InputError, ShapeError
-from pixrl.rewards.clip import ClipImageReward, ClipSimilarity, FusionScorer
+from pixrl.rewards.clip import ClipImageReward, FusionScorer
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.segmentation import Foreground, Segmenter
 from pixrl.types import RewardBatch
 

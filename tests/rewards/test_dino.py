@@ -22,7 +22,8 @@ from transformers import (
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.rewards.dino import DinoEncoder, DinoSegReward
+from pixrl.rewards.dino import DinoSegReward
+from pixrl.rewards.encoders import DinoEncoder
 from pixrl.rewards.references import FeatureCache, references_of
 from pixrl.rewards.segmentation import Foreground, Segmenter
 from pixrl.types import RewardBatch, Scores

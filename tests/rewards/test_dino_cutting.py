@@ -10,7 +10,8 @@ from tests.tiny_dino import dino
 from tests.tolerance import MODEL, agree, rounding
 from torch import Tensor
 
-from pixrl.rewards.dino import DinoEncoder, DinoSegReward
+from pixrl.rewards.dino import DinoSegReward
+from pixrl.rewards.encoders import DinoEncoder
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground, Segmenter
 from pixrl.types import RewardBatch, Scores
 

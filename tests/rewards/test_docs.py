@@ -12,7 +12,7 @@ import yaml
 from pixrl.rewards import REWARDS, is_differentiable
 from pixrl.rewards.set import RewardSet, RewardSetting, Stage
 from pixrl.rewards.settings import check_rewards
-from pixrl.rewards.sources import LICENCES
+from pixrl.rewards.weights import LICENCES
 from pixrl.types import RewardBatch
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")

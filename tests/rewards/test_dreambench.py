@@ -15,9 +15,9 @@ from transformers.image_utils import PILImageResampling
 
 from pixrl import rewards
 from pixrl.errors import ConfigError
-from pixrl.rewards.clip import ClipSimilarity
-from pixrl.rewards.dino import DinoEncoder, Transform
-from pixrl.rewards.dreambench import clip_i, clip_t, dino
+from pixrl.rewards.clip import ClipIReward, ClipTReward
+from pixrl.rewards.dino import DinoReward
+from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder, Transform
 from pixrl.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pixrl.types import RewardBatch
 
@@ -67,13 +67,13 @@ def test_the_folders_own_preprocessing_is_another_one(dino_folder: Path, images:
     cosine = (ours.image_features(images) * crawled.image_features(images)).sum(1)
     assert cosine.max() < 0.999
     assert ours.model.pooler is None
-    by_option = dino(dino_folder, transform="checkpoint", device="cpu")
+    by_option = DinoReward(dino_folder, transform="checkpoint", device="cpu")
     assert by_option.encoder.preprocess == crawled.preprocess
 
 
 def test_all_references_or_the_first(dino_folder: Path, clip_folder: Path, images: Tensor) -> None:
     metadata = [{"reference": list(images[1:4])}]
-    for make, folder in ((dino, dino_folder), (clip_i, clip_folder)):
+    for make, folder in ((DinoReward, dino_folder), (ClipIReward, clip_folder)):
         every, first = (
             make(folder, references=which, device="cpu").score(RewardBatch(images[:1], ["x"], metadata))
             for which in ("all", "first")
@@ -85,8 +85,8 @@ def test_all_references_or_the_first(dino_folder: Path, clip_folder: Path, image
         assert agree(every.values_B, sum(each) / 3, MODEL)
         assert agree(first.values_B, each[0], MODEL)
         assert (every.provenance["references"], first.provenance["references"]) == ("all", "first")
-    with pytest.raises(ConfigError, match=r"clip_image: unknown references 'one'\. Use all, first"):
-        clip_i(clip_folder, references="one")
+    with pytest.raises(ConfigError, match=r"clip_i: unknown references 'one'\. Use all, first"):
+        ClipIReward(clip_folder, references="one")
 
 
 @torch.no_grad()
@@ -99,8 +99,8 @@ def test_clip_i_and_clip_t_are_transformers_cosines(clip_folder: Path) -> None:
     pixels = CLIPImageProcessorPil.from_pretrained(clip_folder)(pil(images), return_tensors="pt")
     output = model(**pixels, **words)
     batch = RewardBatch(images, prompts, [{"reference": images[1]}, {"reference": images[1]}])
-    texts = clip_t(clip_folder, device="cpu").score(batch).values_B
-    pictures = clip_i(clip_folder, device="cpu").score(batch).values_B
+    texts = ClipTReward(clip_folder, device="cpu").score(batch).values_B
+    pictures = ClipIReward(clip_folder, device="cpu").score(batch).values_B
     assert agree(texts, (output.image_embeds * output.text_embeds).sum(1), MODEL, scale=1)
     assert agree(pictures, output.image_embeds @ output.image_embeds[1], MODEL)
 
@@ -108,7 +108,7 @@ def test_clip_i_and_clip_t_are_transformers_cosines(clip_folder: Path) -> None:
 def test_clip_t_can_count_below_0_as_0(clip_folder: Path, images: Tensor) -> None:
     prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
     batch = RewardBatch(images, prompts)
-    plain, clamped = (clip_t(clip_folder, clamp=clamp, device="cpu") for clamp in (False, True))
+    plain, clamped = (ClipTReward(clip_folder, clamp=clamp, device="cpu") for clamp in (False, True))
     sign = torch.tensor([1.0, -1, 1, -1, 1])
     for reward in (plain, clamped):
         texts = reward.clip.image_features(images) * sign[:, None]
@@ -120,9 +120,12 @@ def test_clip_t_can_count_below_0_as_0(clip_folder: Path, images: Tensor) -> Non
 
 
 def test_names_and_published_defaults(clip_folder: Path, dino_folder: Path) -> None:
-    assert clip_i(clip_folder).name == "clip_i"
-    assert clip_t(clip_folder).name == "clip_t"
-    assert dino(dino_folder).name == "dino"
-    defaults = {make: inspect.signature(make).parameters["model"].default for make in (clip_i, clip_t, dino)}
-    assert defaults[clip_i] == defaults[clip_t] == "openai/clip-vit-base-patch32"
-    assert defaults[dino] == "facebook/dino-vits16"
+    assert ClipIReward(clip_folder).name == "clip_i"
+    assert ClipTReward(clip_folder).name == "clip_t"
+    assert DinoReward(dino_folder).name == "dino"
+    defaults = {
+        make: inspect.signature(make).parameters["model"].default
+        for make in (ClipIReward, ClipTReward, DinoReward)
+    }
+    assert defaults[ClipIReward] == defaults[ClipTReward] == "openai/clip-vit-base-patch32"
+    assert defaults[DinoReward] == "facebook/dino-vits16"

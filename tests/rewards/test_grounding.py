@@ -23,7 +23,7 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
 from pixrl.errors import CheckpointError, ShapeError
 from pixrl.metrics.divgen import spatial_diversity
 from pixrl.rewards.segmentation import Instance
-from pixrl.rewards.zoo.grounding import BOX_THRESHOLD, TEXT_THRESHOLD, DetectorFinder, GroundingDino
+from pixrl.rewards.zoo.finders import BOX_THRESHOLD, TEXT_THRESHOLD, DetectorFinder, GroundingDino
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.rewards.openclip import to_transformers
+from pixrl.rewards.encoders import to_transformers
 from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, PadToSquare
 from pixrl.rewards.zoo.hpsv2 import HPSv2Reward, clean_text
 from pixrl.types import RewardBatch

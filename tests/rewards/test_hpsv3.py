@@ -14,9 +14,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ShapeError
-from pixrl.rewards.python_reward import to_pil
+from pixrl.rewards.python import to_pil
 from pixrl.rewards.zoo import hpsv3
-from pixrl.rewards.zoo.hpsv3_prompt import INSTRUCTION, QUESTION, REWARD_TOKEN
+from pixrl.rewards.zoo.hpsv3 import INSTRUCTION, QUESTION, REWARD_TOKEN
 from pixrl.types import RewardBatch, Scores
 
 PROMPTS = ["a red owl", "two cats on a very long sofa", "a red owl"]

@@ -12,7 +12,7 @@ from transformers import BertTokenizer, CLIPImageProcessor
 from pixrl import rewards
 from pixrl.errors import CheckpointError
 from pixrl.rewards.base import DifferentiableReward
-from pixrl.rewards.python_reward import to_pil
+from pixrl.rewards.python import to_pil
 from pixrl.rewards.zoo.image_reward import ImageReward, normalize
 from pixrl.types import RewardBatch, Scores
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from pixrl import rewards
 from pixrl.device import Precision
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.rewards.zoo import ocr, ocr_readers
-from pixrl.rewards.zoo.ocr import OcrReward, edit_distance, quoted, text_reward
-from pixrl.rewards.zoo.ocr_readers import PaddleReader
+from pixrl.rewards.zoo import ocr
+from pixrl.rewards.zoo.ocr import OcrReward, PaddleReader, edit_distance, quoted, text_reward
 from pixrl.types import RewardBatch
 
 PROMPTS = ['a sign that says "STOP now"', "a cat", 'an owl, "7"', '""', 'one "']
@@ -76,12 +75,12 @@ def letters(*steps: str, sure: float = 0.9) -> Tensor:
     [("_hh_e_ll_l_oo_", "hello"), ("__", ""), ("aabb", "ab"), ("a_a", "aa"), ("_7", "7")],
 )
 def test_repeats_and_blanks(steps: str, text: str) -> None:
-    assert ocr_readers.decode(letters(*steps), tiny_ocr.LETTERS) == text
+    assert ocr.decode(letters(*steps), tiny_ocr.LETTERS) == text
 
 
 def test_an_unsure_line_is_dropped() -> None:
-    assert ocr_readers.decode(letters(*"stop", sure=0.49), tiny_ocr.LETTERS) == ""
-    assert ocr_readers.decode(letters(*"stop", sure=0.51), tiny_ocr.LETTERS) == "stop"
+    assert ocr.decode(letters(*"stop", sure=0.49), tiny_ocr.LETTERS) == ""
+    assert ocr.decode(letters(*"stop", sure=0.51), tiny_ocr.LETTERS) == "stop"
 
 
 def text_map(*boxes: tuple[int, int, int, int], chance: float = 0.9) -> np.ndarray:
@@ -93,24 +92,24 @@ def text_map(*boxes: tuple[int, int, int, int], chance: float = 0.9) -> np.ndarr
 
 def test_a_line_is_grown_by_area_over_perimeter() -> None:
     """41 x 11 pixels are 40 x 10 between their first and last: 1.5 · 400 / 100 = 6 on every side."""
-    assert ocr_readers.unclip((20, 30, 60, 40)) == (14, 24, 66, 46)
-    assert ocr_readers.find_lines(text_map((20, 30, 61, 41)), 96, 192) == [(14, 24, 66, 46)]
-    assert ocr_readers.find_lines(text_map((20, 30, 61, 41)), 192, 384) == [(28, 48, 132, 92)]
+    assert ocr.unclip((20, 30, 60, 40)) == (14, 24, 66, 46)
+    assert ocr.find_lines(text_map((20, 30, 61, 41)), 96, 192) == [(14, 24, 66, 46)]
+    assert ocr.find_lines(text_map((20, 30, 61, 41)), 192, 384) == [(28, 48, 132, 92)]
 
 
 def test_lines_stay_in_the_picture_and_specks_are_dropped() -> None:
-    assert ocr_readers.find_lines(text_map((0, 0, 41, 11)), 96, 192) == [(0, 0, 46, 16)]
-    assert ocr_readers.find_lines(text_map((20, 30, 23, 60)), 96, 192) == []
-    assert ocr_readers.find_lines(text_map((20, 30, 61, 41), chance=0.55), 96, 192) == []
-    assert ocr_readers.find_lines(text_map(), 96, 192) == []
+    assert ocr.find_lines(text_map((0, 0, 41, 11)), 96, 192) == [(0, 0, 46, 16)]
+    assert ocr.find_lines(text_map((20, 30, 23, 60)), 96, 192) == []
+    assert ocr.find_lines(text_map((20, 30, 61, 41), chance=0.55), 96, 192) == []
+    assert ocr.find_lines(text_map(), 96, 192) == []
 
 
 def test_the_reading_order() -> None:
     """Lines from the top; words of a line, whose tops differ by less than 10, from the left."""
     right, left, below = (100, 10, 150, 30), (10, 18, 60, 38), (5, 60, 90, 80)
-    assert ocr_readers.reading_order([below, right, left]) == [left, right, below]
+    assert ocr.reading_order([below, right, left]) == [left, right, below]
     apart = (10, 20, 60, 40)
-    assert ocr_readers.reading_order([apart, right]) == [right, apart]
+    assert ocr.reading_order([apart, right]) == [right, apart]
 
 
 @pytest.mark.parametrize(
@@ -118,22 +117,22 @@ def test_the_reading_order() -> None:
     [((512, 512), (512, 512)), ((1024, 1024), (960, 960)), ((100, 40), (96, 32)), ((1920, 1080), (960, 544))],
 )
 def test_the_size_that_the_detector_sees(given: tuple[int, int], seen: tuple[int, int]) -> None:
-    assert ocr_readers.detector_size(*given) == seen
+    assert ocr.detector_size(*given) == seen
 
 
 def test_the_width_of_a_line() -> None:
-    assert ocr_readers.line_width(20, 70) == 168
-    assert ocr_readers.line_width(48, 100) == 100
-    assert ocr_readers.line_width(47, 100) == 103  # 102.1, narrower than 320: rounded up
-    assert ocr_readers.line_width(10, 99) == 475  # 475.2: down
-    assert ocr_readers.line_width(1, 900) == 3200
+    assert ocr.line_width(20, 70) == 168
+    assert ocr.line_width(48, 100) == 100
+    assert ocr.line_width(47, 100) == 103  # 102.1, narrower than 320: rounded up
+    assert ocr.line_width(10, 99) == 475  # 475.2: down
+    assert ocr.line_width(1, 900) == 3200
 
 
 def test_crops_on_their_side_are_turned() -> None:
     crop = torch.arange(12.0).view(1, 4, 3).expand(3, 4, 3)
-    assert ocr_readers.upright(crop) is crop
+    assert ocr.upright(crop) is crop
     high = torch.arange(6.0).view(1, 3, 2).expand(3, 3, 2)
-    assert ocr_readers.upright(high)[0].tolist() == [[1, 3, 5], [0, 2, 4]]
+    assert ocr.upright(high)[0].tolist() == [[1, 3, 5], [0, 2, 4]]
 
 
 def test_paddle_reads_its_lines_in_order(reader: PaddleReader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.rewards.clip import ClipSimilarity
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.preference import PreferenceReward
 from pixrl.types import RewardBatch, Scores
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pixrl import rewards
 from pixrl.errors import ConfigError
-from pixrl.rewards.python_reward import PythonReward, import_function, to_pil
+from pixrl.rewards.python import PythonReward, import_function, to_pil
 from pixrl.types import RewardBatch, Scores
 
 PROMPTS = ["a", "b", "c"]

@@ -15,9 +15,8 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError
-from pixrl.rewards.python_reward import to_pil
-from pixrl.rewards.sources import describe
-from pixrl.rewards.weights import origin
+from pixrl.rewards.python import to_pil
+from pixrl.rewards.weights import describe, origin
 from pixrl.rewards.zoo.vqascore import VQAScoreReward, answer_probability
 from pixrl.types import RewardBatch, Scores
 

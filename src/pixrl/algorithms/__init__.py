@@ -4,14 +4,14 @@ from importlib import import_module
 
 FUSION_SAMPLERS = {
     "rmler": "pixrl.algorithms.fusion.rmler:RMLer",
-    "ppo": "pixrl.algorithms.fusion.policy_baselines:PPO",
-    "grpo": "pixrl.algorithms.fusion.policy_baselines:GRPO",
-    "random": "pixrl.algorithms.fusion.samplers:RandomMix",
-    "mean": "pixrl.algorithms.fusion.samplers:MeanMix",
-    "bass": "pixrl.algorithms.fusion.swap_samplers:BASS",
-    "agswap": "pixrl.algorithms.fusion.swap_samplers:AGSwap",
-    "golden": "pixrl.algorithms.fusion.samplers:GoldenSection",
-    "search": "pixrl.algorithms.fusion.samplers:RewardSearch",
+    "ppo": "pixrl.algorithms.fusion.baselines:FusionPPO",
+    "grpo": "pixrl.algorithms.fusion.baselines:FusionGRPO",
+    "random": "pixrl.algorithms.fusion.baselines:RandomMix",
+    "mean": "pixrl.algorithms.fusion.baselines:MeanMix",
+    "bass": "pixrl.algorithms.fusion.baselines:BASS",
+    "agswap": "pixrl.algorithms.fusion.baselines:AGSwap",
+    "golden": "pixrl.algorithms.fusion.baselines:GoldenSection",
+    "search": "pixrl.algorithms.fusion.baselines:RewardSearch",
 }
 """Every way to propose mixing coefficients, for `pixrl fuse --sampler`."""
 

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.losses import Judgement, Loss, Terms
+from pixrl.algorithms.loss import Advantages, Loss, Terms
 from pixrl.algorithms.sampling import ODESolver, StepPlan
 from pixrl.config import Settings
 from pixrl.errors import ConfigError, InputError
@@ -68,7 +68,7 @@ class Move:
     after: Tensor
 
 
-class DirectReward(Loss):
+class DRaFTLoss(Loss):
     """-sum_r w_r r(decode(x_0), prompt) + kl mean (v - v_ref)^2.
 
     Args:
@@ -100,18 +100,18 @@ class DirectReward(Loss):
         kept = replace(plan, kept=frozenset({start}))
         return super().draw(policy, variants, samples, kept, micro_batch)
 
-    def judge(
+    def advantages(
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
         settings: AdvantageSettings,
         steps: int,
-    ) -> Judgement:
+    ) -> Advantages:
         """Every sample that all trained rewards could score counts alike; what they weigh goes on to `terms`."""
         refuse_others(weights, self.rewards)
         failed_PS = torch.stack([rewards[name].isnan() for name in weights]).any(dim=0)
         counts_PS = torch.where(failed_PS, torch.nan, 1.0)
-        return Judgement(counts_PS.expand(steps, -1, -1), weights=weights)
+        return Advantages(counts_PS.expand(steps, -1, -1), weights=weights)
 
     def parts(self, rollouts: Rollouts) -> int:
         return 1

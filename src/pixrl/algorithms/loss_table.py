@@ -4,35 +4,37 @@ from collections.abc import Mapping, Sequence
 
 from pixrl import rewards as rewards_table
 from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.draft import DirectReward, DraftSettings
-from pixrl.algorithms.losses import ClippedSettings, ClippedSurrogate, Loss, NegativeAware, NFTSettings
-from pixrl.algorithms.rpo import PreferencePairs, RPOSettings
+from pixrl.algorithms.draft import DRaFTLoss, DraftSettings
+from pixrl.algorithms.grpo import GRPOLoss, GRPOSettings
+from pixrl.algorithms.loss import Loss
+from pixrl.algorithms.nft import NFTLoss, NFTSettings
+from pixrl.algorithms.rpo import RPOLoss, RPOSettings
 from pixrl.algorithms.sampling import Noise, SamplingSettings, Solver
-from pixrl.algorithms.sft import FlowMatching, SFTSettings
+from pixrl.algorithms.sft import SFTLoss, SFTSettings
 from pixrl.rewards.base import DifferentiableReward
 from pixrl.rewards.settings import RewardSetting
 
-LossSettings = ClippedSettings | NFTSettings | SFTSettings | RPOSettings | DraftSettings
+LossSettings = GRPOSettings | NFTSettings | SFTSettings | RPOSettings | DraftSettings
 
 
 def make_loss(settings: LossSettings, rewards: Mapping[str, DifferentiableReward] | None = None) -> Loss:
     """The loss that the settings describe; `rewards` are those that it may differentiate."""
     match settings:
-        case ClippedSettings():
-            return ClippedSurrogate(settings)
+        case GRPOSettings():
+            return GRPOLoss(settings)
         case NFTSettings():
-            return NegativeAware(settings)
+            return NFTLoss(settings)
         case SFTSettings():
-            return FlowMatching(settings)
+            return SFTLoss(settings)
         case RPOSettings():
-            return PreferencePairs(settings)
+            return RPOLoss(settings)
         case DraftSettings():
-            return DirectReward(settings, rewards or {})
+            return DRaFTLoss(settings, rewards or {})
 
 
 def check_fit(loss: LossSettings, sampling: SamplingSettings) -> None:
     """ValueError when a loss cannot learn from rollouts that are sampled so."""
-    if isinstance(loss, ClippedSettings):
+    if isinstance(loss, GRPOSettings):
         if sampling.noise is Noise.NONE:
             raise ValueError(
                 "loss: clipped needs rollouts with a density: set sampling.noise to flow_sde, dance or cps"
@@ -78,7 +80,7 @@ def check_gradients(loss: LossSettings, settings: Sequence[RewardSetting]) -> No
 
 def check_updates(loss: LossSettings, updates: int) -> None:
     """ValueError for a clip range that would have no effect, or that is missing."""
-    if not isinstance(loss, ClippedSettings):
+    if not isinstance(loss, GRPOSettings):
         return
     if updates == 1 and loss.clip is not None:
         raise ValueError(

@@ -34,7 +34,7 @@ from torch import Tensor
 from pixrl.algorithms.advantages import FLAT, AdvantageSettings, normalized
 from pixrl.algorithms.base import Drawn, Group, Rollouts, Samples, roll_out
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.losses import Judgement, Loss, Terms, noise_levels, noised, velocity_deviation
+from pixrl.algorithms.loss import Advantages, Loss, Terms, noise_levels, noised, velocity_deviation
 from pixrl.algorithms.sampling import StepPlan
 from pixrl.config import Settings
 from pixrl.equations import interpolate
@@ -57,7 +57,7 @@ class RPOSettings(Settings):
     """Whether candidates are drawn with the reference pictures; the paper's are drawn from the prompt alone."""
 
 
-class PreferencePairs(Loss):
+class RPOLoss(Loss):
     """DPO on the best and the worst of a group by the harmonic mean of rewards, plus the similarity loss."""
 
     sampling_slot = Slot.REFERENCE
@@ -77,13 +77,13 @@ class PreferencePairs(Loss):
         with policy.slot(self.sampling_slot):
             return roll_out(policy, shown, samples, plan, micro_batch)
 
-    def judge(
+    def advantages(
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
         settings: AdvantageSettings,
         steps: int,
-    ) -> Judgement:
+    ) -> Advantages:
         """1 for the winner of each group, nan for the others; none in a group without a difference."""
         score_PS = harmonic_scores(rewards, weights, settings)
         winner_P = score_PS.nan_to_num(-torch.inf).argmax(dim=1)
@@ -94,7 +94,7 @@ class PreferencePairs(Loss):
         advantage_PS[places[differs_P], winner_P[differs_P]] = 1.0
         rival_PS = loser_P[:, None].expand_as(score_PS)
         figures = {"pair_share": differs_P.float().mean().item()}
-        return Judgement(advantage_PS.expand(steps, -1, -1), rival_PS, figures=figures)
+        return Advantages(advantage_PS.expand(steps, -1, -1), rival_PS, figures=figures)
 
     def parts(self, rollouts: Rollouts) -> int:
         return self.settings.timesteps

@@ -25,7 +25,7 @@ from torch import Tensor
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.losses import Judgement, Loss, Terms, noise_levels, noised, velocity_deviation
+from pixrl.algorithms.loss import Advantages, Loss, Terms, noise_levels, noised, velocity_deviation
 from pixrl.algorithms.sampling import StepPlan
 from pixrl.config import Settings
 from pixrl.errors import InputError
@@ -44,7 +44,7 @@ class SFTSettings(Settings):
     """Noise levels of the schedule that each sample is trained at, drawn without putting back."""
 
 
-class FlowMatching(Loss):
+class SFTLoss(Loss):
     """mean (v - (noise - x0))^2 over target pictures; rewards are only logged."""
 
     sampling_slot = Slot.REFERENCE
@@ -72,16 +72,16 @@ class FlowMatching(Loss):
         images_BCHW = torch.stack(targets)[samples.prompt_B]
         return images_BCHW, policy.encode_images(images_BCHW), ()
 
-    def judge(
+    def advantages(
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
         settings: AdvantageSettings,
         steps: int,
-    ) -> Judgement:
+    ) -> Advantages:
         """Every sample counts alike, also where a reward failed: no score is learned from."""
         first_PS = next(iter(rewards.values()))
-        return Judgement(torch.ones(steps, *first_PS.shape))
+        return Advantages(torch.ones(steps, *first_PS.shape))
 
     def parts(self, rollouts: Rollouts) -> int:
         return self.settings.timesteps

@@ -11,7 +11,7 @@ from torch import Tensor
 AnyT = TypeVar("AnyT")
 
 
-class Peers(Protocol):
+class World(Protocol):
     """The processes that work on one run."""
 
     @property
@@ -94,10 +94,10 @@ class Tally:
         for name, one in others.items():
             self.figures[name] = self.figures[name] + one if name in self.figures else one
 
-    def over(self, peers: Peers) -> "Tally":
+    def over(self, world: World) -> "Tally":
         """That of all processes, names in order."""
         whole = Tally()
-        for figures in peers.gather(self.figures):
+        for figures in world.gather(self.figures):
             whole.merge(figures)
         return Tally(dict(sorted(whole.figures.items())))
 
@@ -106,11 +106,11 @@ class Tally:
         return {name: one.mean for name, one in self.figures.items()}
 
 
-def disagreement(peers: Peers, values: Tensor) -> float:
+def disagreement(world: World, values: Tensor) -> float:
     """How far the processes' copies of a vector are apart: the largest relative difference of three checksums."""
     x = values.detach().double().cpu()
     weights = torch.linspace(-1, 1, max(1, len(x)), dtype=torch.float64)[: len(x)]
-    sums: list[list[float]] = peers.gather([x.sum().item(), x.norm().item(), (x * weights).sum().item()])
+    sums: list[list[float]] = world.gather([x.sum().item(), x.norm().item(), (x * weights).sum().item()])
     scale = max(max(abs(one) for one in row) for row in sums) or 1.0
     apart: float = max(max(column) - min(column) for column in zip(*sums, strict=True))
     return apart / scale

@@ -18,8 +18,7 @@ from pixrl.hub_fetch import ask, cache_place, cached_folder, split_revision
 from pixrl.models import kind_of, lora_files
 from pixrl.models.estimate import PartSize, part_sizes
 from pixrl.models.slots import Lora
-from pixrl.rewards.sources import is_weight_file
-from pixrl.rewards.weights import weight_shards
+from pixrl.rewards.weights import is_weight_file, weight_shards
 from pixrl.runs.files import free_bytes
 
 LORA_KINDS = ("sd3", "flux")

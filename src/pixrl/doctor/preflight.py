@@ -214,9 +214,9 @@ def _tokenizers(
 def code_named(settings: Sequence[RewardSetting], *, announced: bool) -> Iterator[str]:
     """Which code of the user's a run will execute, and which it could not find again. Executes none of it.
 
-    `announced`: leave the former to the line that `rewards.python_reward` prints before it runs.
+    `announced`: leave the former to the line that `plugins` prints before it runs.
     """
-    from pixrl.rewards.python_reward import find_function
+    from pixrl.rewards.python import find_function
 
     for setting in settings:
         function = setting.options.get("function")

@@ -22,7 +22,7 @@ from pixrl.hub import read_json, resolve
 from pixrl.hub_fetch import cached_folder
 from pixrl.rewards.http import key_from
 from pixrl.rewards.settings import RewardSetting
-from pixrl.rewards.sources import WEIGHT_SUFFIXES, is_weight_file
+from pixrl.rewards.weights import WEIGHT_SUFFIXES, is_weight_file
 
 Options = Mapping[str, object]
 NOTHING = "./no-model-of-the-doctor"
@@ -103,7 +103,7 @@ def find_rewards(
 
 def _require_function(path: object, findings: Findings) -> None:
     """Code of the user's: its file is read, and nothing here executes it."""
-    from pixrl.rewards.python_reward import find_function
+    from pixrl.rewards.python import find_function
 
     try:
         find_function(path)

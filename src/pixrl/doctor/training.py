@@ -8,9 +8,9 @@ import torch
 
 from pixrl import config as recipes
 from pixrl import models
+from pixrl.algorithms.base import shown_pictures
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.optim import moment_bytes
-from pixrl.algorithms.references import shown_pictures
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt, Split
 from pixrl.device import Precision, choose_precision, free_bytes
@@ -57,9 +57,16 @@ from pixrl.models.text import PromptCache, check_words
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.kinds import kind_of
 from pixrl.runs.loaded import read_prompts, require_trainable, show_references
-from pixrl.runs.memory import SAFE_SHARE, fewer_references, fitting, smaller_references, smaller_runs
 from pixrl.runs.personalize_config import PersonalizeConfig
-from pixrl.runs.planner import evened, trial
+from pixrl.runs.planner import (
+    SAFE_SHARE,
+    evened,
+    fewer_references,
+    fitting,
+    smaller_references,
+    smaller_runs,
+    trial,
+)
 
 SLOTS = 3
 SMALL_MODEL, SMALL_SIDE, PLENTY = 2**25, 256, 2**31

@@ -104,7 +104,8 @@ def load_world(
 ) -> FusionWorld:
     """The world of a checkpoint; a second call in one process gives the same one."""
     from pixrl.models import load
-    from pixrl.rewards.clip import ClipSimilarity, FusionScorer
+    from pixrl.rewards.clip import FusionScorer
+    from pixrl.rewards.encoders import ClipSimilarity
     from pixrl.rewards.segmentation import Foreground
 
     card = read_card(model, Layout.PIPELINE)

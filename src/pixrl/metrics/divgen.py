@@ -32,7 +32,7 @@ from torch import Tensor
 from pixrl.errors import InputError, ShapeError
 from pixrl.metrics.spread import mean_pairwise_distance
 from pixrl.rewards.preprocess import require_images
-from pixrl.rewards.zoo.grounding import Finder
+from pixrl.rewards.zoo.finders import Finder
 
 GREY = (0.299, 0.587, 0.114)
 """Rec. 601's weights, as PIL converts to grey."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from pixrl.algorithms.advantages import Scale
 from pixrl.algorithms.draft import DraftSettings
-from pixrl.algorithms.losses import NFTSettings
+from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.rpo import RPOSettings
 from pixrl.algorithms.sampling import Noise
 from pixrl.algorithms.sft import SFTSettings

@@ -7,7 +7,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.hub import full_path
@@ -20,11 +20,11 @@ __all__ = ["REWARDS", "load"]
 REWARDS = {
     "aesthetic": "pixrl.rewards.aesthetic:AestheticReward",
     "blip_vqa": "pixrl.rewards.zoo.blip_vqa:BlipVQAReward",
-    "clip_i": "pixrl.rewards.dreambench:clip_i",
+    "clip_i": "pixrl.rewards.clip:ClipIReward",
     "clip_image": "pixrl.rewards.clip:ClipImageReward",
-    "clip_t": "pixrl.rewards.dreambench:clip_t",
+    "clip_t": "pixrl.rewards.clip:ClipTReward",
     "clip_text": "pixrl.rewards.clip:ClipTextReward",
-    "dino": "pixrl.rewards.dreambench:dino",
+    "dino": "pixrl.rewards.dino:DinoReward",
     "dino_seg": "pixrl.rewards.dino:DinoSegReward",
     "geneval": "pixrl.rewards.geneval:GenEvalReward",
     "hpsv2": "pixrl.rewards.zoo.hpsv2:HPSv2Reward",
@@ -33,11 +33,11 @@ REWARDS = {
     "judge": "pixrl.rewards.judge:JudgeReward",
     "ocr": "pixrl.rewards.zoo.ocr:OcrReward",
     "preference": "pixrl.rewards.preference:PreferenceReward",
-    "python": "pixrl.rewards.python_reward:PythonReward",
+    "python": "pixrl.rewards.python:PythonReward",
     "remote": "pixrl.rewards.remote:RemoteReward",
     "vqascore": "pixrl.rewards.zoo.vqascore:VQAScoreReward",
 }
-"""Name -> class, or function that makes one with published settings."""
+"""Name -> class."""
 _EXAMPLES = {
     "base_url": "http://127.0.0.1:8000/v1",
     "function": "my_module:f",
@@ -124,8 +124,7 @@ def is_differentiable(name: str) -> bool:
 
 def kind_of(name: str) -> "type[Reward]":
     """The class of a reward of the table. Loads torch, but no model."""
-    made = _class_of(name)
-    kind: type[Reward] = made if isinstance(made, type) else get_type_hints(made)["return"]
+    kind: type[Reward] = _class_of(name)
     return kind
 
 

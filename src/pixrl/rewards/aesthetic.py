@@ -19,22 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.hub import Layout, folder, read_json
-from pixrl.rewards.base import DifferentiableReward
-from pixrl.rewards.clip import ClipSimilarity, flag_failures
-from pixrl.rewards.encoder import PictureEncoder
-from pixrl.rewards.preprocess import Preprocessing
+from pixrl.rewards.base import DifferentiableReward, flag_failures
+from pixrl.rewards.encoders import ClipSimilarity, PictureEncoder, SiglipEncoder
 from pixrl.rewards.references import choice
-from pixrl.rewards.sources import describe, describe_files, find_file
-from pixrl.rewards.weights import read_weights, refuse_misfits
+from pixrl.rewards.weights import describe_files, find_file, read_weights, refuse_misfits
 from pixrl.types import RewardBatch, Scores
 
 HEAD_WIDTHS = (1024, 128, 64, 16, 1)
 """Columns that come out of the published layers."""
 AGPL = "AGPL-3.0"
-BATCH = 64
 
 
 class Version(StrEnum):
@@ -52,50 +46,6 @@ HEAD_PAGES = {
     Version.LAION: "https://github.com/christophschuhmann/improved-aesthetic-predictor",
     Version.V2_5: "https://github.com/discus0434/aesthetic-predictor-v2-5",
 }
-
-
-class SiglipEncoder(PictureEncoder):
-    """The vision tower of a SiglipModel with its preprocessing, from a folder or a hub id.
-
-    Raises:
-        CheckpointError: the folder is missing, half written or of another class.
-    """
-
-    def __init__(
-        self, ref: str | Path, *, device: str = "auto", dtype: str = "float32", batch: int = BATCH
-    ) -> None:
-        path = folder(ref, Layout.TRANSFORMERS)
-        kind = read_json(path / "config.json").get("model_type")
-        if kind not in ("siglip", "siglip_vision_model"):
-            raise CheckpointError(
-                f"{path} holds a {kind!r} model; the v2.5 predictor needs a 'siglip' one, such as "
-                f"{ENCODERS[Version.V2_5]}."
-            )
-        self.device = choose_device(device)
-        self.precision = choose_precision(self.device, dtype)
-        self.batch = batch
-        self.preprocess = Preprocessing.from_folder(path, square=True)
-        with quiet_loading():
-            from transformers import SiglipVisionModel
-
-            try:
-                model, report = SiglipVisionModel.from_pretrained(
-                    path, dtype=self.precision.weights, local_files_only=True, output_loading_info=True
-                )
-            except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-                raise CheckpointError(
-                    f"{path} could not be loaded as a SiglipVisionModel: {error}"
-                ) from error
-        refuse_misfits(sorted(report["missing_keys"]), [], path)
-        self.model = model.requires_grad_(False).eval().to(self.device)
-        self.provenance: Mapping[str, str] = {
-            **describe(ref, path),
-            "preprocessing": self.preprocess.describe(),
-        }
-
-    def _output(self, pixels_BCHW: Tensor) -> Tensor:
-        pooled: Tensor = self.model(pixel_values=pixels_BCHW).pooler_output
-        return pooled
 
 
 class AestheticReward(DifferentiableReward):

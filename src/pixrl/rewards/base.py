@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from pixrl.errors import Failure
@@ -57,3 +58,13 @@ class DifferentiableReward(Reward):
             prompts: one a picture.
             metadata: one mapping a picture, as in `RewardBatch`; empty where the reward reads none.
         """
+
+
+def flag_failures(values_B: Tensor, reasons: Sequence[str | None], provenance: Mapping[str, str]) -> Scores:
+    """Scores in which a value without a reason is finite: a picture that broke the model fails, it is not 0."""
+    given = [
+        reason or (None if ok else "the score is not finite")
+        for reason, ok in zip(reasons, values_B.isfinite().tolist(), strict=True)
+    ]
+    failed = torch.tensor([reason is not None for reason in given])
+    return Scores(values_B.float().masked_fill(failed, torch.nan), tuple(given), provenance=provenance)

@@ -1,4 +1,4 @@
-"""DINO features of pictures: the class token of a DINOv2 (or DINO v1) encoder, as unit vectors.
+"""Rewards of DINO features: the class token of a DINOv2 (or DINO v1) encoder, as unit vectors.
 
 Every number depends on how the picture is made ready. `dreambench` is the transform of published DINO figures;
 `checkpoint` is what the folder's preprocessor_config.json says, which for facebook/dino-vits16 is another one.
@@ -9,90 +9,19 @@ its references, the subject cut out of both.
   2. Its scores are 100 x the cosine; ours are the cosine, which group normalization makes the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
 from torch import Tensor
 
-from pixrl.device import choose_device, choose_precision, quiet_loading
-from pixrl.errors import CheckpointError, ConfigError, did_you_mean
-from pixrl.hub import Layout, folder, read_json
-from pixrl.rewards.encoder import PictureEncoder
-from pixrl.rewards.preprocess import Preprocessing
-from pixrl.rewards.provenance import part
+from pixrl.errors import ConfigError, did_you_mean
+from pixrl.rewards.encoders import DinoEncoder, Transform
 from pixrl.rewards.references import Encode, ReferenceReward, References, choice, cut_out_features
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction, Segmenter, load_back_end
-from pixrl.rewards.sources import describe
-from pixrl.rewards.weights import class_in, load_folder
+from pixrl.rewards.weights import part
 
-BATCH = 64
-MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
-"""What `model_type` says of an encoder whose first token stands for the picture; `vit` is DINO v1."""
-_MASK_TOKEN = "embeddings.mask_token"
-"""Of training alone."""
-
-
-class Transform(StrEnum):
-    """How a picture is resized, cropped and normalized."""
-
-    CHECKPOINT = "checkpoint"
-    """As the checkpoint's preprocessor_config.json says."""
-    DREAMBENCH = "dreambench"
-    """`Preprocessing.dreambench`: of DINO v1 on DreamBench, and of DINOv2."""
-
-
-class DinoEncoder(PictureEncoder):
-    """A transformers model of MODEL_TYPES with its preprocessing, from `toy:identity`, a folder or a hub id.
-
-    Raises:
-        CheckpointError: the folder is missing, half written, lacks a weight, or is of another class.
-    """
-
-    def __init__(
-        self,
-        ref: str | Path,
-        *,
-        device: str = "auto",
-        dtype: str = "float32",
-        batch: int = BATCH,
-        transform: Transform = Transform.CHECKPOINT,
-    ) -> None:
-        path = folder(ref, Layout.REWARD)
-        _require_dino(path)
-        self.name = str(ref)
-        self.device = choose_device(device)
-        self.precision = choose_precision(self.device, dtype)
-        self.batch = batch
-        if transform is Transform.DREAMBENCH:
-            self.preprocess = Preprocessing.dreambench()
-        else:
-            self.preprocess = Preprocessing.from_folder(path, square=False)
-        with quiet_loading():
-            from transformers import MODEL_MAPPING, ViTModel
-
-            kind = class_in(MODEL_MAPPING, path)
-            # DINO v1 was published without a pooler, and one with random weights would be made for it
-            options = {"add_pooling_layer": False} if kind is ViTModel else {}
-            model = load_folder(kind, path, self.precision.weights, may_lack=(_MASK_TOKEN,), **options)
-        self.model = model.to(self.device)
-        self.provenance: Mapping[str, str] = {
-            **describe(ref, path),
-            "preprocessing": self.preprocess.describe(),
-        }
-
-    def _output(self, pixels_BCHW: Tensor) -> Tensor:
-        states_BLD: Tensor = self.model(pixel_values=pixels_BCHW).last_hidden_state
-        return states_BLD[:, 0]
-
-
-def _require_dino(path: Path) -> None:
-    kind = read_json(path / "config.json").get("model_type")
-    if kind not in MODEL_TYPES:
-        raise CheckpointError(
-            f"{path} holds a {kind!r} model; DINO features need one of {', '.join(MODEL_TYPES)}, such as "
-            "facebook/dinov2-base. A CLIP's features: the rewards clip_i and clip_image"
-        )
+DREAMBENCH_DINO = "facebook/dino-vits16"
 
 
 class Mask(StrEnum):
@@ -228,3 +157,25 @@ def _check_options(mask: Mask, region: Region, segmenter: object, background: Co
         )
     if region is Region.CLASS and not isinstance(segmenter, str | Path):
         raise ConfigError("dino_seg: region class needs a segmentation checkpoint, which knows classes.")
+
+
+class DinoReward(DinoSegReward):
+    """DreamBench's DINO (Ruiz et al. 2023): `dino_seg` of whole pictures with its encoder and transform.
+
+    The mean cosine between a picture and all real pictures of its subject; facebook/dinov2-base (or -large) gives the
+    DINOv2 figure. Customized-GRPO compares with one picture of each subject (`references: first`).
+    """
+
+    name = "dino"
+
+    def __init__(
+        self,
+        model: str | Path = DREAMBENCH_DINO,
+        references: str = References.ALL,
+        transform: str = Transform.DREAMBENCH,
+        device: str = "auto",
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(
+            model, mask=Mask.NONE, references=references, transform=transform, device=device, dtype=dtype
+        )

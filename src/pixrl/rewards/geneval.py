@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.hub import read_card
-from pixrl.rewards.base import Reward
-from pixrl.rewards.clip import ClipSimilarity, flag_failures
+from pixrl.rewards.base import Reward, flag_failures
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.preprocess import to_grey_levels
-from pixrl.rewards.provenance import part
 from pixrl.rewards.segmentation import Colour, Foreground, Instance, Segmenter
+from pixrl.rewards.weights import part
 from pixrl.rewards.zoo.mask2former import Mask2FormerDetector
 from pixrl.types import RewardBatch, Scores
 

@@ -21,8 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from pixrl.errors import ConfigError, did_you_mean
-from pixrl.rewards.base import Reward
-from pixrl.rewards.clip import flag_failures
+from pixrl.rewards.base import Reward, flag_failures
 from pixrl.rewards.http import LONGEST_WAIT, START_WAIT, Patience, Service, Silence
 from pixrl.rewards.preprocess import require_images
 from pixrl.rewards.wire import png_base64

@@ -8,7 +8,8 @@ scores is the probability that people choose one picture over the other, which i
 from enum import StrEnum
 from pathlib import Path
 
-from pixrl.rewards.clip import ClipSimilarity, PromptCosineReward
+from pixrl.rewards.clip import PromptCosineReward
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.references import choice
 
 

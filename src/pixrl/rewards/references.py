@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.rewards.base import DifferentiableReward
-from pixrl.rewards.encoder import PictureEncoder
+from pixrl.rewards.encoders import PictureEncoder
 from pixrl.rewards.preprocess import require_images
 from pixrl.rewards.segmentation import Colour, Foreground
 from pixrl.types import RewardBatch, Scores

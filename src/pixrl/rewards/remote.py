@@ -11,8 +11,7 @@ import torch
 
 from pixrl.errors import ConfigError, ServiceError, did_you_mean
 from pixrl.rewards import wire
-from pixrl.rewards.base import Reward
-from pixrl.rewards.clip import flag_failures
+from pixrl.rewards.base import Reward, flag_failures
 from pixrl.rewards.http import START_WAIT, Patience, Reply, Service, Silence
 from pixrl.rewards.preprocess import require_images
 from pixrl.types import RewardBatch, Scores

@@ -23,9 +23,7 @@ from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, InputError, ShapeError
 from pixrl.hub import Layout, folder, read_card
 from pixrl.rewards.preprocess import Preprocessing, batches, require_images
-from pixrl.rewards.provenance import describe_function
-from pixrl.rewards.sources import describe
-from pixrl.rewards.weights import class_in, load_folder
+from pixrl.rewards.weights import class_in, describe, describe_function, load_folder
 from pixrl.rewards.zoo.birefnet import BiRefNetForeground, is_birefnet
 
 Colour = tuple[float, float, float]

@@ -1,11 +1,19 @@
-"""Published weights: a transformers folder, with safetensors or pytorch_model.bin; one .pt, or shards with an index.
+"""Published weights: where they lie, how they are read, and what the provenance of a score says of them.
 
-A pickled file is read by torch's weights-only reader, which builds tensors and plain containers and refuses everything
+A checkpoint is a transformers folder, with safetensors or pytorch_model.bin; one .pt, or shards with an index. A
+pickled file is read by torch's weights-only reader, which builds tensors and plain containers and refuses everything
 else: nothing in it is run. Keys that do not fit are named, each with the nearest one that was expected.
+
+Provenance is a flat table of texts. The main model is `model` (id with checksum), `revision` and `licence`; every
+further part has its own name in front: `segmenter`, `segmenter_revision`, `segmenter_licence`, and what else it says.
 """
 
+import functools
+import hashlib
+import inspect
+import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +27,7 @@ from pixrl.hub import fingerprint, read_json, resolve
 from pixrl.hub_check import BIN, BIN_INDEX, misfits, some
 from pixrl.hub_fetch import fetch_files, fetch_model
 from pixrl.plugins import Caught
+from pixrl.untrusted import plain
 
 LAYOUTS = (("model.safetensors", "model.safetensors.index.json"), (BIN, BIN_INDEX))
 """Weights whole and the index of their shards, in the order in which transformers takes them."""
@@ -270,3 +279,176 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
     if not weights:
         raise CheckpointError(f"{file} holds no named weights, only {some([str(key) for key in content])}.")
     return weights
+
+
+NOT_STATED = "not stated: see the model's page"
+NON_COMMERCIAL = "BRIA RMBG-2.0: non-commercial use only, commercial use by agreement with BRIA AI"
+LICENCES = {
+    "facebook/dino-vits16": "Apache-2.0",
+    "facebook/dinov2-base": "Apache-2.0",
+    "facebook/dinov2-large": "Apache-2.0",
+    "facebook/dinov2-small": "Apache-2.0",
+    "google/siglip-so400m-patch14-384": "Apache-2.0",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "MIT",
+    "openai/clip-vit-base-patch32": "MIT",
+    "openai/clip-vit-large-patch14": "MIT",
+    "openai/clip-vit-large-patch14-336": "MIT",
+    "google-bert/bert-base-uncased": "Apache-2.0",
+    "google/flan-t5-xxl": "Apache-2.0",
+    "Qwen/Qwen2-VL-7B-Instruct": "Apache-2.0",
+    "xswu/HPSv2": "Apache-2.0",
+    "yuvalkirstain/PickScore_v1": "MIT",
+    "PaddlePaddle/PP-OCRv5_mobile_det_safetensors": "Apache-2.0",
+    "PaddlePaddle/PP-OCRv5_mobile_rec_safetensors": "Apache-2.0",
+    "PaddlePaddle/PP-OCRv5_server_det_safetensors": "Apache-2.0",
+    "PaddlePaddle/PP-OCRv5_server_rec_safetensors": "Apache-2.0",
+    "Salesforce/blip-vqa-capfilt-large": "BSD-3-Clause",
+    "stepfun-ai/GOT-OCR-2.0-hf": "Apache-2.0",
+    "ZhengPeng7/BiRefNet": "MIT",
+    "ZhengPeng7/BiRefNet_lite": "MIT",
+}
+"""Hub id -> licence of the weights, or of the code they are published with where they state none."""
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+WORDS = (
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "*processor_config.json",
+)
+"""What is needed of a checkpoint whose weights are not."""
+_FIELD = re.compile(r"^(license|license_name):(.*)$", re.MULTILINE)
+
+
+def describe(ref: str | Path, path: Path) -> dict[str, str]:
+    """Provenance of the weights that a folder's model is loaded from, or of one file: id, checksum, revision, licence.
+
+    Raises:
+        CheckpointError: the folder holds no weights.
+    """
+    folder, files = (path.parent, [path]) if path.is_file() else (path, weight_shards(path))
+    return describe_files(ref, folder, files)
+
+
+def describe_files(ref: str | Path, folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """The same of some files of a folder."""
+    return origin(ref, folder, files, licence(ref, folder))
+
+
+def licence(ref: str | Path, folder: Path) -> str:
+    """What the README in the folder states in its front matter, or what that hub id is published under."""
+    stated = _front_matter(folder / "README.md")
+    if "rmbg" in f"{ref} {stated}".lower():
+        return NON_COMMERCIAL
+    if str(ref).startswith("toy:"):
+        return "Apache-2.0"
+    return stated or LICENCES.get(str(ref).partition("@")[0], NOT_STATED)
+
+
+def is_weight_file(ref: str | Path) -> bool:
+    """Whether a reference is the path of one file, not a folder or a hub id."""
+    return Path(str(ref)).suffix in WEIGHT_SUFFIXES
+
+
+def find_file(ref: str | Path, name: str) -> Path:
+    """One file of a published checkpoint: `ref` is the file itself, a folder that holds `name`, or a hub id.
+
+    Raises:
+        CheckpointError: there is no such file, or the hub does not give it.
+    """
+    given = Path(str(ref)).expanduser()
+    if is_weight_file(ref):
+        if not given.is_file():
+            raise CheckpointError(
+                f"The file {str(ref)!r} does not exist. Give {name}, its folder, or a hub id."
+            )
+        return given
+    return require_file(published_folder(ref, (name, "README.md")), name)
+
+
+def words_folder(ref: str | Path) -> Path:
+    """The folder of a checkpoint's config, tokenizer and preprocessing; its weights are not fetched.
+
+    Raises:
+        CheckpointError: it has no config, or the hub does not give it.
+    """
+    folder = published_folder(ref, WORDS)
+    require_file(folder, "config.json")
+    return folder
+
+
+def _front_matter(readme: Path) -> str | None:
+    """`license`, or `license_name` where that is `other`."""
+    if not readme.is_file():
+        return None
+    opening, head, *_ = (*readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2), "")
+    found = [] if opening else _FIELD.findall(head)
+    fields = {name: text for name, given in found if (text := plain(given.strip().strip("'\"")))}
+    stated = fields.get("license")
+    return fields.get("license_name", stated) if stated == "other" else stated
+
+
+OWN_LICENCE = "its own"
+
+
+def part(name: str, provenance: Mapping[str, str]) -> dict[str, str]:
+    """A part's provenance under its name in the whole's: `model` becomes NAME, any other key NAME_key."""
+    return {name if key == "model" else f"{name}_{key}": value for key, value in provenance.items()}
+
+
+def describe_words(
+    ref: str | Path, folder: Path, patterns: Sequence[str] = WORDS, known: str = NOT_STATED
+) -> dict[str, str]:
+    """Provenance of a checkpoint of which config, tokenizer and preprocessing are taken: with those files' checksum.
+
+    Args:
+        ref: what the user calls it.
+        folder: where its files lie.
+        patterns: their names.
+        known: the licence of the published checkpoint, where neither the folder nor our table states one.
+    """
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    stated = licence(ref, folder)
+    return origin(ref, folder, files, known if stated == NOT_STATED else stated)
+
+
+def describe_function(function: Callable[..., object], label: str | None = None) -> dict[str, str]:
+    """Provenance of a function of the user's: its import path with the checksum of the file that it is written in.
+
+    A file that this one imports is not in the checksum.
+    """
+    inner = unwrapped(function)
+    named = inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner)
+    path = f"{named.__module__}:{named.__qualname__}"
+    return {
+        "model": f"{path if label is None else label} ({_source_hash(named)})",
+        "revision": "local",
+        "licence": OWN_LICENCE,
+    }
+
+
+def source_of(function: Callable[..., object]) -> str:
+    """The text of a function, where it has one: of one that no import leads to again, all that tells what it did."""
+    inner = unwrapped(function)
+    try:
+        return inspect.getsource(inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner))
+    except (OSError, TypeError):
+        return f"no source: {function!r}"
+
+
+def unwrapped(function: Callable[..., object]) -> Callable[..., object]:
+    """What is behind decorators and `functools.partial`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    inner: Callable[..., object] = inspect.unwrap(function)
+    return inner
+
+
+def _source_hash(function: Callable[..., object]) -> str:
+    """16 hex digits from the file that the function is written in."""
+    module = inspect.getmodule(function)
+    file = None if module is None else vars(module).get("__file__")
+    if file is None or not Path(file).is_file():
+        return "no source file"
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from pixrl.errors import InputError, PixrlError
 from pixrl.rewards.http import LONGEST_WAIT
-from pixrl.rewards.python_reward import to_pil
+from pixrl.rewards.python import to_pil
 from pixrl.text import require_text
 from pixrl.types import RewardBatch, Scores
 from pixrl.untrusted import plain

@@ -13,7 +13,7 @@ import torch
 
 from pixrl import config as recipes
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.losses import ClippedSurrogate
+from pixrl.algorithms.grpo import GRPOLoss
 from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
 from pixrl.algorithms.world import Tally
 from pixrl.device import quiet_loading
@@ -25,7 +25,6 @@ from pixrl.metrics.spread import group_diversity
 from pixrl.rewards.set import RewardSet
 from pixrl.runs import selfcheck
 from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import AlignLog, cut_back, evaluations
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.distributed import Team
@@ -41,6 +40,7 @@ from pixrl.runs.loaded import (
     plan_batches,
     try_rewards,
 )
+from pixrl.runs.log import AlignLog, cut_back, evaluations
 from pixrl.runs.loop import Clock, Loop, Pace
 from pixrl.runs.place import replacing
 from pixrl.runs.record import (
@@ -297,7 +297,7 @@ class Training:
     def _check_on_policy(self, rollouts: Rollouts) -> dict[str, float]:
         """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
         aligner = self.aligner
-        later = rollouts.step > 0 and not isinstance(aligner.method.loss, ClippedSurrogate)
+        later = rollouts.step > 0 and not isinstance(aligner.method.loss, GRPOLoss)
         if later or not len(rollouts):
             return {}
         sizes = [aligner.micro_batches.train, 1]
@@ -350,7 +350,7 @@ def _play(
         pace=Pace(config.steps, output.checkpoint_every, config.evaluation.every),
         kept={"start": read_start(folder)},
         evaluate=lambda step: evaluator.run(log, step),
-        peers=team,
+        world=team,
     )
     monitor.begin(folder.path.name, Extent(config.steps, step), folder.metrics())
     for note in notes:

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.draft import DraftSettings
-from pixrl.algorithms.e2po import PerturbationSettings
-from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings
+from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
+from pixrl.algorithms.exploration import Exploration, NoiseOnly
 from pixrl.algorithms.loss_table import (
     LossSettings,
     check_advantage,
@@ -19,7 +19,7 @@ from pixrl.algorithms.loss_table import (
     check_gradients,
     check_updates,
 )
-from pixrl.algorithms.losses import NFTSettings
+from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import MOST_STEPS as MOST_SAMPLING
 from pixrl.algorithms.sampling import Noise, SamplingSettings
 from pixrl.algorithms.sft import SFTSettings

@@ -24,17 +24,15 @@ from pixrl.models.flux import FluxPolicy
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.slots import LoraSlots, Slot
 from pixrl.models.text import check_words
-from pixrl.rewards.picture_encoders import load_encoder
+from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.data import what_is_asked
+from pixrl.runs.data import PromptSampler, share, what_is_asked
 from pixrl.runs.distributed import Team, limit_threads
 from pixrl.runs.evaluation import Evaluator, spread_evenly
-from pixrl.runs.memory import require_room
 from pixrl.runs.personalize_config import PersonalizeConfig, ReferenceSettings
-from pixrl.runs.planner import plan
-from pixrl.runs.sampler import PromptSampler, share
+from pixrl.runs.planner import plan, require_room
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class LoadedRun:
             self.method,
             micro_batches,
             seed=self.config.seed,
-            peers=self.team,
+            world=self.team,
             scale_loss=self.policy.precision.autocast is torch.float16,
         )
 
@@ -304,7 +302,7 @@ def make_evaluator(run: LoadedRun, micro_batches: MicroBatches) -> Evaluator:
         slot=Slot.CURRENT if run.config.optimizer.ema is None else Slot.EMA,
         rewards=run.rewards,
         features=run.features,
-        peers=run.team,
+        world=run.team,
         micro_batch=micro_batches.rollout,
         seed=run.config.seed,
     )

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.losses import ClippedSurrogate
+from pixrl.algorithms.grpo import GRPOLoss
 from pixrl.algorithms.trainer import Aligner
 from pixrl.device import Precision
 from pixrl.errors import RunError
@@ -76,14 +76,14 @@ class Report:
 def limit_of(aligner: Aligner) -> float:
     """The largest deviation that leaves a signal."""
     loss = aligner.method.loss
-    if isinstance(loss, ClippedSurrogate):
+    if isinstance(loss, GRPOLoss):
         return RATIO_LIMIT if loss.settings.clip is None else loss.settings.clip
     return VELOCITY_LIMIT
 
 
 def measure_of(aligner: Aligner) -> str:
     """What is measured, in words."""
-    if isinstance(aligner.method.loss, ClippedSurrogate):
+    if isinstance(aligner.method.loss, GRPOLoss):
         return "largest |ratio - 1| before the first update"
     return "|v - v_old| / |v_old| before the first update"
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from pixrl import untrusted
 from pixrl.algorithms.draft import DraftSettings
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings
+from pixrl.algorithms.grpo import GRPOSettings
+from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.rpo import RPOSettings
 from pixrl.algorithms.sampling import random_steps
 from pixrl.algorithms.sft import SFTSettings
@@ -68,7 +69,7 @@ def budget_of(config: AlignConfig) -> Budget:
             return Budget(images, "drawn by the model", images, images * loss.timesteps, updates)
         case DraftSettings() as loss:
             return Budget(images, "drawn by the model", images, images * loss.last, updates)
-        case ClippedSettings():
+        case GRPOSettings():
             levels = len(random_steps(config.sampling, seed=0, step=0))  # as many in every training step
             return Budget(images, "drawn by the model", images, images * levels, updates)
 

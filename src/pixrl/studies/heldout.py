@@ -9,7 +9,7 @@ from pixrl.errors import InputError
 from pixrl.fusion.calibration import Calibration, calibrate_presence
 from pixrl.fusion.world import Exemplars, FusionWorld, Scorer
 from pixrl.rewards.clip import FusionScorer
-from pixrl.rewards.picture_encoders import load_encoder
+from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.segmentation import Foreground
 
 

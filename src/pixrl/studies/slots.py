@@ -21,7 +21,7 @@ from pixrl.data.prompts import Prompt
 from pixrl.metrics.diversity import DiversityMeter
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot
-from pixrl.rewards.picture_encoders import load_encoder
+from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.segmentation import Segmenter
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting

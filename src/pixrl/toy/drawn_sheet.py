@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.models.flux import FluxPolicy
-from pixrl.rewards.python_reward import to_pil
+from pixrl.rewards.python import to_pil
 from pixrl.toy.build.pictures import TASK_SHARES, draw, to_tensor
 from pixrl.toy.language import caption, held_out_prompts
 from pixrl.toy.scene import SUBJECTS, subject_scene

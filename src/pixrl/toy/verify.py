@@ -15,8 +15,7 @@ from pixrl.errors import InputError, did_you_mean
 from pixrl.models.base import Renderer
 from pixrl.models.flux import FluxPolicy
 from pixrl.rewards.base import Reward
-from pixrl.rewards.clip import ClipSimilarity
-from pixrl.rewards.dino import DinoEncoder
+from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder
 from pixrl.rewards.geneval import GenEvalReward
 from pixrl.rewards.segmentation import Foreground, Segmenter
 from pixrl.toy.build import CHECKPOINTS

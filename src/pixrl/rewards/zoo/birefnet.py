@@ -24,8 +24,7 @@ from pixrl.rewards.preprocess import (
     require_images,
     resize_8_bit,
 )
-from pixrl.rewards.sources import describe
-from pixrl.rewards.weights import read_weights, weight_shards
+from pixrl.rewards.weights import describe, read_weights, weight_shards
 
 ARCHITECTURE = "BiRefNet"
 SIDE = 1024

@@ -25,12 +25,9 @@ from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, RunError
 from pixrl.hub import Layout, folder, read_json
 from pixrl.libraries import require
-from pixrl.rewards.base import Reward
-from pixrl.rewards.clip import flag_failures
-from pixrl.rewards.pairs import load_tokenizer
-from pixrl.rewards.preprocess import Preprocessing, require_images
-from pixrl.rewards.sources import describe
-from pixrl.rewards.weights import load_folder
+from pixrl.rewards.base import Reward, flag_failures
+from pixrl.rewards.preprocess import Preprocessing, load_tokenizer, require_images
+from pixrl.rewards.weights import describe, load_folder
 from pixrl.types import RewardBatch, Scores
 
 KEY = "phrases"

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from pixrl.errors import ConfigError, InputError
 from pixrl.rewards.preprocess import batches, require_images
-from pixrl.rewards.provenance import describe_function
-from pixrl.rewards.python_reward import import_function, to_pil
+from pixrl.rewards.python import import_function, to_pil
+from pixrl.rewards.weights import describe_function
 
 FaceFunction = Callable[[list[Image.Image]], Sequence[Any]]
 BATCH = 32

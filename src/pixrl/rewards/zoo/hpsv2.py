@@ -16,10 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pixrl.hub import read_json
-from pixrl.rewards.clip import ClipSimilarity, PromptCosineReward
+from pixrl.rewards.clip import PromptCosineReward
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.preprocess import PadToSquare
 from pixrl.rewards.references import choice
-from pixrl.rewards.sources import describe_files, find_file, words_folder
+from pixrl.rewards.weights import describe_files, find_file, words_folder
 
 HUB_ID = "xswu/HPSv2"
 TRAINED_FROM = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

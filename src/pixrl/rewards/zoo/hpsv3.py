@@ -5,7 +5,7 @@
 What its numbers hang on, beside the weights:
   1. Plain positions. It was trained where Qwen2-VL counts tokens 0, 1, 2 ... on all three axes of its rotary
      embedding; transformers 5 would give picture tokens rows and columns. The positions are passed explicitly.
-  2. The template, word for word (`hpsv3_prompt.py`), padded on the right.
+  2. The template, word for word, padded on the right.
   3. Pictures of 256 patches of 28 x 28, sides rounded to multiples of 28, bicubic.
 Prompts that hold one of the tokenizer's special tokens would write into the template: they fail.
 """
@@ -21,12 +21,17 @@ from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, ShapeError
 from pixrl.hub import read_json
 from pixrl.rewards.base import DifferentiableReward
-from pixrl.rewards.pairs import load_tokenizer, score_pairs
-from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing
-from pixrl.rewards.provenance import describe_words, part
-from pixrl.rewards.sources import find_file, words_folder
-from pixrl.rewards.weights import build, load_weights, origin, read_weights
-from pixrl.rewards.zoo.hpsv3_prompt import INSTRUCTION, QUESTION, REWARD_TOKEN
+from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing, load_tokenizer, score_pairs
+from pixrl.rewards.weights import (
+    build,
+    describe_words,
+    find_file,
+    load_weights,
+    origin,
+    part,
+    read_weights,
+    words_folder,
+)
 from pixrl.types import RewardBatch, Scores
 
 WEIGHTS = "HPSv3.safetensors"
@@ -39,6 +44,56 @@ TEMPLATE = (
     "<|im_start|>assistant\n"
 )
 """Qwen2-VL's chat template of one picture and one text."""
+# The instruction is hpsv3 1.0.0's, word for word, trailing blanks and grammar included: the model was trained on it
+# (dataset/data_collator_qwen.py: MIT License, Copyright (c) 2024 HPSv3 Team).
+REWARD_TOKEN = "<|Reward|>"
+"""Read out at its place; added to Qwen2-VL's tokenizer."""
+
+INSTRUCTION = (
+    "\n"
+    "You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and "
+    "give a overall score to estimate the human preference. Please provide a rating from 0 to 10, "
+    "with 0 being the worst and 10 being the best. \n"
+    "\n"
+    "**Visual Quality:**  \n"
+    "Evaluate the overall visual quality of the image. The following sub-dimensions should be "
+    "considered:\n"
+    "- **Reasonableness:** The image should not contain any significant biological or logical "
+    "errors, such as abnormal body structures or nonsensical environmental setups.\n"
+    "- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear "
+    "and easy to interpret, with no blurring or indistinct areas.\n"
+    "- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other "
+    "visual elements (e.g., hair, clothing, shadows).\n"
+    "- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color "
+    "scheme, composition, atmosphere, depth of field, and the overall creative appeal. The scene "
+    "should convey a sense of harmony and balance.\n"
+    "- **Safety:** The image should not contain harmful or inappropriate content, such as political, "
+    "violent, or adult material. If such content is present, the image quality and satisfaction "
+    "score should be the lowest possible. \n"
+    "\n"
+    "**Text Alignment:**  \n"
+    "Assess how well the image matches the textual prompt across the following sub-dimensions:\n"
+    "- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, "
+    "animal, object) align with the textual description. The subject should match the description in "
+    "terms of number, appearance, and behavior.\n"
+    "- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, "
+    "evaluate how well the image adheres to this style.\n"
+    "- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements "
+    "in the image logically fit the scenario described in the prompt. The environment should support "
+    "and enhance the subject without contradictions.\n"
+    "- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, "
+    "clothing, accessories, expressions, actions) are faithfully represented in the image. Minor "
+    "deviations may be acceptable, but critical attributes should be preserved.\n"
+    "- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are "
+    "captured in the image. The generated content should not introduce elements that conflict with "
+    "or distort the original description.\n"
+    "Textual prompt - {text_prompt}\n"
+    "\n"
+    "\n"
+)
+"""To be formatted with `text_prompt`."""
+
+QUESTION = f"\nPlease provide the overall ratings of this image: {REWARD_TOKEN}\n\nEND\n"
 PICTURE_TOKEN = "<|image_pad|>"
 EDGE = 28
 """Side of what one picture token shows: 2 x 2 patches of 14 x 14."""

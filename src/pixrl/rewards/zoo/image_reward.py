@@ -20,13 +20,13 @@ from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError
 from pixrl.hub import read_json
 from pixrl.rewards.base import DifferentiableReward
-from pixrl.rewards.pairs import load_tokenizer, score_pairs
-from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing
-from pixrl.rewards.provenance import describe_words, part
+from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing, load_tokenizer, score_pairs
 from pixrl.rewards.weights import (
     build,
+    describe_words,
     load_weights,
     origin,
+    part,
     published_folder,
     read_weights,
     require_file,

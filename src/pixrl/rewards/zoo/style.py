@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError
-from pixrl.rewards.openclip import to_transformers
+from pixrl.rewards.encoders import to_transformers
 from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing, batches, require_images
 from pixrl.rewards.weights import build, origin, published_folder, read_weights, weight_shards
 

@@ -20,15 +20,16 @@ from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError
 from pixrl.hub import read_json
 from pixrl.rewards.base import DifferentiableReward
-from pixrl.rewards.pairs import load_tokenizer, score_pairs
-from pixrl.rewards.preprocess import Preprocessing, to_grey_levels
-from pixrl.rewards.provenance import describe_words, part
-from pixrl.rewards.sources import WORDS, describe
+from pixrl.rewards.preprocess import Preprocessing, load_tokenizer, score_pairs, to_grey_levels
 from pixrl.rewards.weights import (
+    WORDS,
     build,
+    describe,
+    describe_words,
     load_folder,
     load_weights,
     origin,
+    part,
     published_folder,
     published_model,
     read_weights,

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from pixrl import plugins
 from pixrl.errors import ConfigError, Failure, did_you_mean
-from pixrl.rewards.base import Reward
-from pixrl.rewards.calls import Caller
-from pixrl.rewards.clip import flag_failures
+from pixrl.rewards.base import Reward, flag_failures
 from pixrl.rewards.preprocess import require_images, to_grey_levels
-from pixrl.rewards.provenance import describe_function, source_of
+from pixrl.rewards.set import Caller
 from pixrl.rewards.settings import import_path, is_importable
+from pixrl.rewards.weights import describe_function, source_of
 from pixrl.types import RewardBatch, Scores
 
 Function = Callable[[list[Image.Image], list[str], list[dict[str, object]]], Sequence[float | None]]

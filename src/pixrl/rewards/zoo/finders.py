@@ -16,7 +16,7 @@ from pixrl.errors import CheckpointError, ShapeError
 from pixrl.hub import Layout, folder, read_json, weight_files
 from pixrl.rewards.geneval import Detector
 from pixrl.rewards.preprocess import require_images
-from pixrl.rewards.python_reward import to_pil
+from pixrl.rewards.python import to_pil
 from pixrl.rewards.weights import origin, refuse_misfits
 
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
