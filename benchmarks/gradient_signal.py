@@ -19,7 +19,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from pixrl import align_api
+from pixrl import api
 from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.nft import NFTSettings
@@ -35,13 +35,13 @@ LEVELS = 10
 
 def workshop(recipe: str, prompts: int, changed: Sequence[str]) -> LoadedRun:
     """The recipe with all of ten noise levels trained, and no pull towards other policies."""
-    config = align_api.load(recipe, changed)
+    config = api.load(recipe, changed)
     changes = [*changed, f"prompts.per_step={prompts}", f"sampling.steps={LEVELS}", "loss.kl=0"]
     if isinstance(config.loss, NFTSettings):
         changes += [f"loss.timesteps={LEVELS}", "loss.levels=null"]
     if isinstance(config.loss, GRPOSettings):
         changes += ["loss.clip=null", "optimizer.updates=1"]
-    return load_run(align_api.load(recipe, changes))
+    return load_run(api.load(recipe, changes))
 
 
 def batch_gradients(shop: LoadedRun, aligner: Aligner, step: int, shuffled: bool) -> dict[int, Tensor]:

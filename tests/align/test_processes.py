@@ -23,8 +23,8 @@ import yaml
 from torch import Tensor
 
 from pixrl import cli
-from pixrl.runs.align_log import sample_scores, samples_of
 from pixrl.runs.folder import METRICS, RunFolder
+from pixrl.runs.log import sample_scores, samples_of
 from pixrl.runs.record import START
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 from tests.tolerance import GRADIENT, PICTURE, agree_after_adam, rounding

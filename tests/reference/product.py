@@ -13,7 +13,7 @@ from pixrl.algorithms.base import SHOWN, Group, Rollouts
 from pixrl.algorithms.sft import TARGET
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
 from pixrl.algorithms.world import Alone, World
-from pixrl.runs.sampler import share
+from pixrl.runs.data import share
 from pixrl.types import Scores
 from tests.reference import world
 from tests.reference.world import Scene, TinyPolicy

@@ -20,7 +20,7 @@ from pixrl.hub_check import read_header, read_json
 from pixrl.models.licences import NOT_STATED, generator_licence
 from pixrl.rewards import weights as sources
 from pixrl.runs.environment import describe
-from pixrl.runs.jsonl import JsonLines
+from pixrl.runs.folder import JsonLines
 from pixrl.untrusted import MOST_DEPTH, Secret, code, fenced, markdown, parse_json, plain
 
 LETTERS = "abcdefghij"

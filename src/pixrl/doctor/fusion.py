@@ -18,10 +18,10 @@ from pixrl.doctor.needs import (
 from pixrl.doctor.preflight import require_out, require_own_world, require_texts
 from pixrl.doctor.training import (
     contradiction,
+    empty_renderer,
     find_place,
     is_small,
     on_device,
-    paper_renderer,
     parameters_of,
 )
 from pixrl.errors import CheckpointError, PixrlError
@@ -46,7 +46,7 @@ def examine_fusion(
     force: bool = False,
     about_to_run: bool = False,
 ) -> Diagnosis:
-    """What a fusion needs, on paper, and what stands against it: the same for `pixrl doctor` and for the run.
+    """What a fusion needs, estimated, and what stands against it: the same for `pixrl doctor` and for the run.
 
     Args:
         config: the recipe.
@@ -71,7 +71,7 @@ def examine_fusion(
         require_tokenizers(checkpoint, findings)
         parts = find_parts(checkpoint, precision, findings)
         try:
-            made = paper_renderer(config.model, checkpoint, precision, device, config.memory, findings)
+            made = empty_renderer(config.model, checkpoint, precision, device, config.memory, findings)
             assert isinstance(made, SDXLRenderer | FlowPipelinePolicy)
             _check_prompts(made, checkpoint, config.concepts if concepts is None else concepts, findings)
             judges = {"clip": config.clip, "segmenter": config.segmenter}

@@ -24,7 +24,6 @@ from pixrl.metrics.spread import group_diversity
 from pixrl.rewards.set import RewardSet
 from pixrl.runs import selfcheck
 from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import AlignLog, cut_back, evaluations
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.distributed import Team
@@ -40,6 +39,7 @@ from pixrl.runs.loaded import (
     plan_batches,
     try_rewards,
 )
+from pixrl.runs.log import AlignLog, cut_back, evaluations
 from pixrl.runs.loop import Clock, Loop, Pace
 from pixrl.runs.place import replacing
 from pixrl.runs.record import (

@@ -16,8 +16,8 @@ from pixrl.metrics.spread import Features, group_diversity
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
 from pixrl.rewards.set import Failures, RewardSet
-from pixrl.runs.align_log import AlignLog
-from pixrl.runs.sampler import share
+from pixrl.runs.data import share
+from pixrl.runs.log import AlignLog
 from pixrl.types import RewardBatch, Scores
 
 _EPOCH = -5

@@ -27,7 +27,7 @@ from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow, RunFolder, png_bytes
 from pixrl.runs.fuse_config import FuseConfig
-from pixrl.runs.fuse_log import FuseLog, cut_coefficients
+from pixrl.runs.log import FuseLog, cut_coefficients
 from pixrl.runs.loop import Loop, Pace
 from pixrl.runs.place import replacing, require_free
 

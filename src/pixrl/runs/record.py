@@ -16,12 +16,12 @@ from pixrl.models.base import on_square
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs import checkpoint
 from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import evaluations
 from pixrl.runs.data import data_checksums
 from pixrl.runs.evaluation import gallery
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder, png_bytes
 from pixrl.runs.loaded import LoadedRun
+from pixrl.runs.log import evaluations
 
 START = "start.json"
 GALLERY = "samples/gallery.json"
