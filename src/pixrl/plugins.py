@@ -14,9 +14,10 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -70,7 +71,7 @@ class Registry:
         """
         self.require(name)
         if is_path(name):
-            return import_path(name)
+            return _found(name, self.checksum(name))
         if name in self.entries:
             module, _, attribute = self.entries[name].partition(":")
             return vars(importlib.import_module(module))[attribute]
@@ -134,7 +135,8 @@ class PartOf:
     def model(self, base: type[ModelT], kind: str) -> type[ModelT]:
         """The settings model of a part. ConfigError where what `kind` names has none."""
         found = self.table.find(kind)
-        model = vars(found).get("Settings") if isinstance(found, type) else None
+        classes = found.__mro__ if isinstance(found, type) else ()
+        model = next((vars(one)["Settings"] for one in classes if "Settings" in vars(one)), None)
         if not (isinstance(model, type) and issubclass(model, base)):
             raise ConfigError(
                 f"{kind!r} is no {self.table.what}: it must be a class with a class Settings that is derived from "
@@ -178,6 +180,35 @@ class Caught(AbstractContextManager["Caught"]):
             return False
         self.failure = Failure(describe(error), error if isinstance(error, ServiceError) else None)
         return True
+
+
+@cache
+def _found(path: str, checksum: str | None) -> Any:
+    """`import_path`, said and done once a process for the same path and content."""
+    return import_path(path)
+
+
+def full_path(name: str) -> str:
+    """The same name with the whole path of a file of yours, so that a run finds it from any folder."""
+    place, _, attribute = name.rpartition(":")
+    return f"{Path(place).absolute()}:{attribute}" if place.endswith(".py") else name
+
+
+def checksums(parts: Iterable[tuple[Registry, str]]) -> dict[str, str]:
+    """Name -> SHA-256 of the file that holds it, of those that are in files of yours; for a run's record."""
+    found = {name: table.checksum(name) for table, name in parts}
+    return {name: checksum for name, checksum in found.items() if checksum is not None}
+
+
+def changed_files(before: Mapping[str, str]) -> list[str]:
+    """Which files are others than when their `checksums` were taken, each in a line."""
+    changed = []
+    for name, checksum in before.items():
+        file = Path(name.rpartition(":")[0])
+        now = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        if now != checksum:
+            changed.append(f"{name}: {checksum[:12]}, now {'gone' if now is None else now[:12]}")
+    return changed
 
 
 def is_path(name: str) -> bool:

@@ -48,7 +48,7 @@ def test_the_product_equals_the_plain_loop(name: str) -> None:
     expected, coefficients, log = plain_run(sampler, features_ND, options)
 
     kind = SAMPLERS.find(sampler)
-    product = kind(FusionTask(features_ND, SEED, BATCH * STEPS, BATCH), kind.settings_type(**options))
+    product = kind(FusionTask(features_ND, SEED, BATCH * STEPS, BATCH), kind.Settings(**options))
     before = product.tensors()
     before = {key: before[key].clone() for key in expected}
     for step in range(STEPS):

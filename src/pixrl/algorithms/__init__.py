@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from pixrl.plugins import Registry
 
 if TYPE_CHECKING:
+    from pixrl.algorithms.advantages import Advantage, BaseAdvantageSettings
+    from pixrl.algorithms.exploration import Exploration, ExplorationSettings
     from pixrl.algorithms.loss import Loss, LossSettings
     from pixrl.rewards.base import DifferentiableReward
 
@@ -23,6 +25,21 @@ LOSSES = Registry(
     },
 )
 """What an update can minimize, for `loss.kind`; each has its `Settings`."""
+
+EXPLORATIONS = Registry(
+    "exploration",
+    "pixrl.explorations",
+    {
+        "noise": "pixrl.algorithms.exploration:NoiseOnly",
+        "perturbed": "pixrl.algorithms.e2po:PerturbedEmbeddings",
+    },
+)
+"""Where a group's samples can differ, for `exploration.kind`; each has its `Settings`."""
+
+ADVANTAGES = Registry(
+    "advantage", "pixrl.advantages", {"group": "pixrl.algorithms.advantages:GroupAdvantage"}
+)
+"""What can be made of scores, for `advantage.kind`; each has its `Settings`."""
 
 SAMPLERS = Registry(
     "sampler",
@@ -45,4 +62,16 @@ SAMPLERS = Registry(
 def make_loss(settings: LossSettings, rewards: Mapping[str, DifferentiableReward] | None = None) -> Loss:
     """The loss that the settings describe; `rewards` are those that it may differentiate."""
     made: Loss = LOSSES.find(settings.kind).make(settings, rewards or {})
+    return made
+
+
+def make_exploration(settings: ExplorationSettings) -> Exploration:
+    """The exploration that the settings describe."""
+    made: Exploration = EXPLORATIONS.find(settings.kind).make(settings)
+    return made
+
+
+def make_advantage(settings: BaseAdvantageSettings) -> Advantage:
+    """What makes advantages of scores, as the settings describe it."""
+    made: Advantage = ADVANTAGES.find(settings.kind)(settings)
     return made

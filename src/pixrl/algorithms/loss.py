@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, advantages
+from pixrl.algorithms import make_advantage
+from pixrl.algorithms.advantages import BaseAdvantageSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples, Use, fresh_noise, roll_out
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.sampling import SamplingSettings, StepPlan
@@ -63,7 +64,7 @@ class LossSettings(Settings):
     def check_sampling(self, sampling: SamplingSettings) -> None:
         """ValueError where the loss cannot learn from rollouts that are sampled so."""
 
-    def check_advantage(self, advantage: AdvantageSettings) -> None:
+    def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
         """ValueError for settings of advantages that the loss would not read."""
 
     def check_updates(self, updates: int) -> None:
@@ -85,7 +86,7 @@ class LossSettings(Settings):
         given = [f"{name} {value}" for name, value in self.model_dump(exclude={"kind"}, mode="json").items()]
         return ", ".join([self.kind, *given])
 
-    def describe_advantage(self, advantage: AdvantageSettings) -> str:
+    def describe_advantage(self, advantage: BaseAdvantageSettings) -> str:
         """What becomes of the advantages, in a line."""
         return advantage.describe()
 
@@ -154,11 +155,11 @@ class Loss(ABC):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: AdvantageSettings,
+        settings: BaseAdvantageSettings,
         steps: int,
     ) -> "Advantages":
         """What is learned of the scores of all processes' samples [P, S], reward by reward."""
-        table = advantages(rewards, weights, settings, steps)
+        table = make_advantage(settings)(rewards, weights, steps)
         return Advantages(table, figures={"advantage_mean": table.nanmean().item()})
 
     @abstractmethod

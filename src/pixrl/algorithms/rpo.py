@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import FLAT, AdvantageSettings, normalized
+from pixrl.algorithms.advantages import FLAT, AdvantageSettings, BaseAdvantageSettings, normalized
 from pixrl.algorithms.base import Drawn, Group, Rollouts, Samples, roll_out
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import (
@@ -69,7 +69,12 @@ class RPOSettings(LossSettings):
     def check_sampling(self, sampling: SamplingSettings) -> None:
         require_levels(self.timesteps, sampling)
 
-    def check_advantage(self, advantage: AdvantageSettings) -> None:
+    def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
+        if not isinstance(advantage, AdvantageSettings):
+            raise ValueError(
+                f"advantage.kind: {advantage.kind} has no effect with loss: rpo, which ranks by the harmonic mean: "
+                "remove it"
+            )
         given, usual = advantage.__dict__, AdvantageSettings().__dict__
         for name in ("synergy", "time", "clamp", "skip_flat"):
             if given[name] != usual[name]:
@@ -90,8 +95,8 @@ class RPOSettings(LossSettings):
             f"{self.beta:g}, similarity loss {self.similarity:g}, {self.timesteps} noise levels a pair"
         )
 
-    def describe_advantage(self, advantage: AdvantageSettings) -> str:
-        return f"{advantage.describe_scale()}, only to rank a group's samples"
+    def describe_advantage(self, advantage: BaseAdvantageSettings) -> str:
+        return f"{advantage.normalization.describe_scale()}, only to rank a group's samples"
 
     def describe_pictures(self, *, shows_references: bool) -> str:
         candidates = self._candidates(shows_references)
@@ -125,11 +130,11 @@ class RPOLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: AdvantageSettings,
+        settings: BaseAdvantageSettings,
         steps: int,
     ) -> Advantages:
         """1 for the winner of each group, nan for the others; none in a group without a difference."""
-        score_PS = harmonic_scores(rewards, weights, settings)
+        score_PS = harmonic_scores(rewards, weights, settings.normalization)
         winner_P = score_PS.nan_to_num(-torch.inf).argmax(dim=1)
         loser_P = score_PS.nan_to_num(torch.inf).argmin(dim=1)
         places = torch.arange(len(score_PS))

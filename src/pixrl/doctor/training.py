@@ -364,7 +364,7 @@ def _is_in_doubt(config: AlignConfig, parts: Mapping[str, PartSize], device: tor
 
 def group_size(config: AlignConfig) -> int:
     """Samples of a prompt."""
-    return config.exploration.noises * config.exploration.make().variants
+    return config.exploration.noises * config.exploration.per_noise
 
 
 def on_device(parts: dict[str, PartSize], plan: MemoryPlan, *, text_dropped: bool = False) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from pixrl.algorithms.sampling import Noise
 from pixrl.algorithms.trainer import OptimizerSettings
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.align_config import AlignConfig, PerturbedExploration
+from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.personalize_config import PersonalizeConfig
 
 TRAINED, MEASURED, HELD_OUT = "trained on", "only measured", "never trained on"
@@ -37,7 +37,7 @@ def training_pictures(config: AlignConfig) -> str:
 
 def variants_of(config: AlignConfig) -> int:
     """K: semantic variants of a prompt; 1 with noise alone."""
-    return config.exploration.variants if isinstance(config.exploration, PerturbedExploration) else 1
+    return config.exploration.per_noise
 
 
 def group_size(config: AlignConfig) -> int:
@@ -58,7 +58,7 @@ def updates_of(config: AlignConfig) -> int:
 def method_parts(config: AlignConfig) -> list[tuple[str, str]]:
     """The four parts whose combination is the method."""
     return [
-        ("exploration", _exploration(config)),
+        ("exploration", config.exploration.describe()),
         ("sampling", _sampling(config)),
         ("advantage", config.loss.describe_advantage(config.advantage)),
         ("loss", config.loss.describe(shows_references=isinstance(config, PersonalizeConfig))),
@@ -135,18 +135,6 @@ def commands(run: Path, finished: bool, kind: str) -> str:
     lines.append(shlex.join(["pixrl", kind, recipe, "--out", str(run.with_name(f"{run.name}-again"))]))
     lines.append(shlex.join(["pixrl", "selfcheck", recipe]) + "    # is it on-policy here?")
     return "\n".join(lines)
-
-
-def _exploration(config: AlignConfig) -> str:
-    e = config.exploration
-    if not isinstance(e, PerturbedExploration):
-        return f"noise alone, {e.noises} samples a prompt"
-    until = "to the end" if e.schedule.value == "static" else f"down to t = {1 - e.perturbation_range:g}"
-    anchor = "with the prompt itself" if e.anchored else "without the prompt itself"
-    return (
-        f"{e.noises} noises × {e.variants} semantic variants {anchor}, {until}, on {e.encoders.value}, "
-        f"weight {e.weight:g} on {e.weighted}"
-    )
 
 
 def _sampling(config: AlignConfig) -> str:

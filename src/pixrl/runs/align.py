@@ -44,6 +44,7 @@ from pixrl.runs.loop import Clock, Loop, Pace
 from pixrl.runs.place import replacing
 from pixrl.runs.record import (
     START,
+    changed_code,
     changed_data,
     changed_evaluation,
     changed_rewards,
@@ -146,16 +147,17 @@ def go_on(
     Args:
         path: the run's folder.
         overrides: settings to change from here on, `a.b=c`.
-        accept_changes: go on though recipe.yaml was edited, or a reward's weights, prompts or reference pictures are
-            others, after the run began.
+        accept_changes: go on though recipe.yaml was edited, or a reward's weights, prompts, reference pictures or code
+            of yours are others, after the run began.
 
     Raises:
         CheckpointError: one of these changed (it says what differs), or the model is another one.
         InputError: fewer steps are wanted than are done.
     """
     folder = RunFolder.open(path, allow_changed=True)
-    edited = read_config(folder)
     began = start_if_any(folder)
+    code = changed_code(folder, began, accept_changes)  # before any of it runs
+    edited = read_config(folder)
     if began:
         require_unchanged(folder, began["recipe"], edited, accept_changes)
     else:
@@ -164,6 +166,7 @@ def go_on(
     config = with_full_paths(config, edited)
     run = load_run(config)
     evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
+    changes += [f"changed: {one}" for one in code]
     step, images, saved = find_place(folder)
     _require_steps(path, step, config.steps)
     finished = step == config.steps and not changes and _is_evaluated(folder.path, step)

@@ -7,7 +7,7 @@ import torch
 
 from pixrl import models
 from pixrl import rewards as rewards_table
-from pixrl.algorithms import make_loss
+from pixrl.algorithms import make_exploration, make_loss
 from pixrl.algorithms.base import Group
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, prepare
@@ -114,13 +114,13 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None) -> LoadedRun
         policy.compile(config.machine.compile)
     rewards = load_rewards(config, team.device) if rewards is None else rewards
     method = Method(
-        exploration=config.exploration.make(),
+        exploration=make_exploration(config.exploration),
         sampling=config.sampling,
         advantage=config.advantage,
         loss=make_loss(config.loss, rewards.differentiable()),
         optimizer=config.optimizer.of_run(config.steps),
         noises=config.exploration.noises,
-        shared_start=config.exploration.shared_start,
+        shared_start=config.exploration.starts_at_one_noise,
     )
     features = _features(config.output.features, team.device)
     sampler = PromptSampler(prompts, per_step=config.prompts.per_step, seed=config.seed)
