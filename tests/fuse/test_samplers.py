@@ -25,7 +25,7 @@ def task(concepts=2, columns=20, seed=0, budget=64, batch=8):
 
 
 def sampler_of(name, the_task, **options):
-    return algorithms.load(algorithms.FUSION_SAMPLERS[name])(the_task, resolve_options(name, options))
+    return algorithms.SAMPLERS.find(name)(the_task, resolve_options(name, options))
 
 
 def told(rewards_B):
@@ -38,7 +38,7 @@ def scores(count, concepts, step):
 
 
 def test_the_table_and_the_names_agree():
-    assert {str(name) for name in SamplerName} == set(algorithms.FUSION_SAMPLERS)
+    assert {str(name) for name in SamplerName} == set(algorithms.SAMPLERS.entries)
 
 
 @pytest.mark.parametrize("name", list(SamplerName))

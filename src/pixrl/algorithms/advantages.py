@@ -55,6 +55,16 @@ class AdvantageSettings(Settings):
             raise ValueError("eps has no effect with scale: none: remove it")
         return self
 
+    def describe_scale(self) -> str:
+        """Whose deviation divides, for the report."""
+        return "not divided" if self.scale is Scale.NONE else f"divided by the {self.scale.value} deviation"
+
+    def describe(self) -> str:
+        """All of it in a line, for the report."""
+        parts = [part.describe() for part in (self.synergy, self.time) if part is not None]
+        limit = "" if self.clamp is None else f", at most ±{self.clamp:g}"
+        return ", ".join([self.describe_scale(), *parts]) + limit
+
     def check_rewards(self, weights: Mapping[str, float]) -> None:
         """ValueError where synergy or time weights cannot work with these trained rewards (name -> weight)."""
         if self.synergy is not None:

@@ -10,7 +10,6 @@ import torch
 from pixrl import config as recipes
 from pixrl import models
 from pixrl.algorithms.base import shown_pictures
-from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.optim import moment_bytes
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt, Split
@@ -213,7 +212,7 @@ class Estimate:
             return
         with torch.device("meta"):
             policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
-        self._condition, self._is_drafted = condition, isinstance(config.loss, DraftSettings)
+        self._condition, self._decodes = condition, config.loss.through_decoder
         self.drawing, self.training = self.costs(self.references)
         with imagined(*modules):
             one_pass = operations_of(trial(policy, condition, decode=False))
@@ -227,7 +226,7 @@ class Estimate:
         condition = replace(self._condition, references=self._condition.references[:references])
         with imagined(*modules):
             drawing = cost_of(trial(policy, condition), modules)
-            return drawing, cost_of(trial(policy, condition, train=True, decode=self._is_drafted), modules)
+            return drawing, cost_of(trial(policy, condition, train=True, decode=self._decodes), modules)
 
 
 def empty_renderer(

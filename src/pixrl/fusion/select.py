@@ -150,7 +150,7 @@ def one_a_noise_first(ranked: Sequence[int], seeds: Sequence[int]) -> list[int]:
 
 def shortlist(similarities_BN: Tensor, config: FuseConfig) -> Tensor:
     """Which pictures the sampler's method passes on, bool [B]."""
-    sampler_type: Any = algorithms.load(algorithms.FUSION_SAMPLERS[config.sampler])
+    sampler_type: Any = algorithms.SAMPLERS.find(config.sampler)
     listed_B: Tensor = sampler_type.shortlist(
         resolve_options(config.sampler, config.options), similarities_BN
     )

@@ -48,7 +48,7 @@ class FusionScores:
 
 def make_sampler(config: FuseConfig, session: FusionSession) -> Sampler[Any]:
     """The sampler that the recipe names, before its first picture."""
-    sampler_type = algorithms.load(algorithms.FUSION_SAMPLERS[config.sampler])
+    sampler_type = algorithms.SAMPLERS.find(config.sampler)
     sampler = sampler_type(session.task(), resolve_options(config.sampler, config.options))
     assert isinstance(sampler, Sampler)
     return sampler

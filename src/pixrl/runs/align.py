@@ -13,7 +13,6 @@ import torch
 
 from pixrl import config as recipes
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.grpo import GRPOLoss
 from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
 from pixrl.algorithms.world import Tally
 from pixrl.device import quiet_loading
@@ -244,7 +243,9 @@ def check(config: AlignConfig) -> selfcheck.Report:
     scores = score(run.rewards, rollouts.samples, rollouts.images_BCHW, run.team)
     aligner.update(rollouts, scores, run.rewards.weights(0))
     agreement = aligner.gradient_disagreement()
-    return selfcheck.Report(selfcheck.measure_of(aligner), tuple(found), agreement, run.team.size, notes)
+    return selfcheck.Report(
+        aligner.method.loss.on_policy_measure, tuple(found), agreement, run.team.size, notes
+    )
 
 
 @dataclass
@@ -297,12 +298,12 @@ class Training:
     def _check_on_policy(self, rollouts: Rollouts) -> dict[str, float]:
         """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
         aligner = self.aligner
-        later = rollouts.step > 0 and not isinstance(aligner.method.loss, GRPOLoss)
+        later = rollouts.step > 0 and not aligner.method.loss.is_always_on_policy
         if later or not len(rollouts):
             return {}
         sizes = [aligner.micro_batches.train, 1]
         found = selfcheck.deviations(aligner, rollouts, selfcheck.possible_dtypes(aligner.policy), sizes)
-        warning = selfcheck.require_on_policy(found[0], selfcheck.measure_of(aligner))
+        warning = selfcheck.require_on_policy(found[0], aligner.method.loss.on_policy_measure)
         if warning is not None:
             self.say(warning)
         return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}

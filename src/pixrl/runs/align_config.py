@@ -8,25 +8,19 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from pixrl.algorithms import LOSSES
 from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly
-from pixrl.algorithms.loss_table import (
-    LossSettings,
-    check_advantage,
-    check_fit,
-    check_gradients,
-    check_updates,
-)
+from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import MOST_STEPS as MOST_SAMPLING
 from pixrl.algorithms.sampling import Noise, SamplingSettings
-from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.trainer import OptimizerSettings
 from pixrl.config import MOST, Count, Seed, Settings, Side, refuse_infinite
 from pixrl.data.prompts import Split
 from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.plugins import PartOf
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
 
 Group = Annotated[int, Field(ge=1, le=4096)]
@@ -169,7 +163,7 @@ class AlignConfig(Settings):
     )
     sampling: SamplingSettings = SamplingSettings()
     advantage: AdvantageSettings = AdvantageSettings()
-    loss: Annotated[LossSettings, Field(discriminator="kind")] = NFTSettings()
+    loss: Annotated[LossSettings, PartOf(LOSSES)] = NFTSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lora: LoraSettings = LoraSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -180,21 +174,21 @@ class AlignConfig(Settings):
     def _parts_fit(self) -> "AlignConfig":
         refuse_infinite(self)
         check_rewards(self.rewards, self.stages)
-        check_fit(self.loss, self.sampling)
-        check_advantage(self.loss, self.advantage)
-        check_updates(self.loss, self.optimizer.updates)
-        check_gradients(self.loss, self.rewards)
+        self.loss.check_sampling(self.sampling)
+        self.loss.check_advantage(self.advantage)
+        self.loss.check_updates(self.optimizer.updates)
+        self.loss.check_rewards(self.rewards)
         for step in (0, *(stage.until for stage in self.stages if stage.until is not None)):
             self.advantage.check_rewards(weights_at(self.rewards, self.stages, step))
         group = self.exploration.noises
         if isinstance(self.exploration, PerturbedExploration):
-            if isinstance(self.loss, SFTSettings):
+            if self.loss.needs_targets:
                 raise ValueError(
-                    "exploration: perturbed has no effect with loss: sft, which draws nothing: set "
+                    f"exploration: perturbed has no effect with loss: {self.loss.kind}, which draws nothing: set "
                     "exploration.kind to noise"
                 )
             group *= self.exploration.variants
-        if group == 1 and not isinstance(self.loss, DraftSettings):
+        if group == 1 and self.loss.compares_samples:
             raise ValueError(
                 "exploration makes groups of one sample, which have nothing to be compared with: raise "
                 "exploration.noises to 2 or more"

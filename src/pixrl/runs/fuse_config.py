@@ -18,7 +18,7 @@ CHECKPOINTS = ("model", "clip", "segmenter")
 
 
 class SamplerName(StrEnum):
-    """Every sampler of `pixrl.algorithms.FUSION_SAMPLERS`."""
+    """Every sampler of `pixrl.algorithms.SAMPLERS`."""
 
     RMLER = "rmler"
     PPO = "ppo"
@@ -131,7 +131,7 @@ class FuseConfig(Settings):
 
 def settings_type(sampler: str) -> type[Settings]:
     """The settings model of a sampler's options."""
-    found: type[Settings] = algorithms.load(algorithms.FUSION_SAMPLERS[sampler]).settings_type  # type: ignore[attr-defined]
+    found: type[Settings] = algorithms.SAMPLERS.find(sampler).settings_type
     return found
 
 

@@ -7,11 +7,9 @@ import torch
 
 from pixrl import models
 from pixrl import rewards as rewards_table
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.base import Group
-from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import make_loss
-from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, prepare
 from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
@@ -132,15 +130,14 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None) -> LoadedRun
 def read_prompts(config: AlignConfig, split: Split) -> PromptSet:
     """The prompts of training or of the evaluation, with their subjects where the recipe is one of subjects."""
     source, column = config.prompts_of(split)
-    supervised = isinstance(config.loss, SFTSettings)
     if isinstance(config, PersonalizeConfig):
         subjects = load_subjects(source, split=split)
-        if supervised and split is Split.TRAIN:
+        if config.loss.needs_targets and split is Split.TRAIN:
             check_targets(subjects)
         return subject_prompts(subjects, count=config.references.count)
-    if supervised:
+    if config.loss.needs_targets:
         raise ConfigError(
-            "loss: sft learns from target pictures, which only subjects have: pixrl personalize toy/sft"
+            f"loss: {config.loss.kind} learns from target pictures, which only subjects have: pixrl personalize toy/sft"
         )
     return load_prompts(source, split=split, column=column)
 
@@ -269,7 +266,7 @@ def plan_batches(run: LoadedRun) -> tuple[MicroBatches, tuple[str, ...]]:
         trained=-(-rollouts // config.optimizer.updates),
         rollout_batch=config.machine.rollout_batch,
         train_batch=config.machine.train_batch,
-        through_decoder=isinstance(config.loss, DraftSettings),
+        through_decoder=config.loss.through_decoder,
     )
     sizes = team.gather(found.micro_batches)
     common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))
