@@ -1,4 +1,4 @@
-"""What published generators need to train on one picture: estimates from their true shapes, no weights. For docs/models.md.
+"""What published generators need to train on one picture, estimated without weights. For docs/models.md.
 
     python benchmarks/memory_estimate.py
 
@@ -17,7 +17,7 @@ from pixrl.doctor.diagnosis import size
 from pixrl.doctor.training import Estimate
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX
-from pixrl.models import adapter_of, kind_of
+from pixrl.models import adapter_of
 from pixrl.models.estimate import empty_pipeline
 from pixrl.runs.align_config import AlignConfig
 
@@ -104,7 +104,8 @@ def row(name: str, pipeline: str, transformer: dict[str, Any], checkpointing: bo
         path = folder(Path(place), pipeline, transformer)
         machine = {"gradient_checkpointing": checkpointing}
         config = AlignConfig.model_validate({"rewards": REWARDS, "machine": machine})
-        policy = adapter_of(kind_of(path))(
+        adapter: Any = adapter_of(Checkpoint(path))
+        policy = adapter(
             Checkpoint(path), device="cpu", dtype="float32", resolution=512, steps=10,
             pipeline=empty_pipeline(pipeline, path, BF16),
         )  # fmt: skip

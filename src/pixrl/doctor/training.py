@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ from pixrl.doctor.work import lower_bound, measured
 from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
-from pixrl.models.base import Conditioning
+from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.estimate import (
     CONTRADICTIONS,
     Cost,
@@ -55,7 +56,7 @@ from pixrl.models.slots import Lora, fitting_layers, slot_sizes
 from pixrl.models.text import PromptCache, check_words
 from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.kinds import kind_of
-from pixrl.runs.loaded import read_prompts, require_trainable, show_references
+from pixrl.runs.loaded import not_trainable, read_prompts, require_trainable, show_references
 from pixrl.runs.personalize_config import PersonalizeConfig
 from pixrl.runs.planner import (
     SAFE_SHARE,
@@ -238,8 +239,8 @@ def empty_renderer(
     **options: object,
 ) -> object:
     """The adapter of a checkpoint around a pipeline without content; what the plan cannot do here is a problem."""
-    adapter = models.adapter_of(models.kind_of(checkpoint.folder))
-    pipeline = empty_pipeline(_pipeline_class(adapter), checkpoint.folder, precision)
+    adapter: Any = models.adapter_of(checkpoint)
+    pipeline = empty_pipeline(adapter.pipeline_class, checkpoint.folder, precision)
     require_fit(checkpoint, pipeline, findings, t5=options.get("t5") is not False)
     made = adapter(checkpoint, name=model, device="cpu", dtype="float32", pipeline=pipeline, **options)
     try:
@@ -253,10 +254,15 @@ def empty_renderer(
     return made
 
 
-def _pipeline_class(adapter: type) -> str:
-    if issubclass(adapter, FlowPipelinePolicy):
-        return adapter.pipeline_class
-    return "StableDiffusionXLPipeline"
+def can_be_estimated(adapter: type[Renderer], model: str, findings: Findings) -> bool:
+    """Whether its memory can be found out before its weights are loaded; noted where it cannot."""
+    if adapter.pipeline_class is not None:
+        return True
+    findings.note(
+        f"The memory of {model} was not checked: its adapter {adapter.__name__} is made around no class of diffusers, "
+        "so that what it needs is not known before it is loaded."
+    )
+    return False
 
 
 def _estimate(
@@ -278,6 +284,9 @@ def _estimate(
         "t5": config.t5,
     }
     try:
+        adapter = models.adapter_of(checkpoint)
+        if adapter.pipeline_class is None:
+            raise not_trainable(adapter, config.model)
         policy = empty_renderer(
             config.model, checkpoint, precision, device, config.machine, findings, **options
         )

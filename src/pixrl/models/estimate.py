@@ -1,4 +1,4 @@
-"""Sizes of a checkpoint without its weights: of its parts, and of the memory that it computes in, before anything loads.
+"""How large the parts of a checkpoint are and how much memory it computes in, estimated before any weight is loaded.
 
 Sizes come from the headers of safetensors files. Activations come from running the real adapter on tensors that have
 shapes and no content (torch's fake tensors) and counting what is alive at a time.

@@ -15,7 +15,7 @@ import yaml
 
 from pixrl.hub_check import INDEX, read_json
 from pixrl.hub_fetch import is_hub_id, split_revision
-from pixrl.models.licences import NOT_STATED, generator_licence
+from pixrl.models import NOT_STATED, generator_licence
 from pixrl.report import describe as words
 from pixrl.report.align import failures, is_unseen
 from pixrl.report.card_usage import usage

@@ -166,11 +166,16 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
 def require_trainable(renderer: object, name: str) -> FlowPipelinePolicy:
     """The model as one that can be trained. ConfigError when it cannot be."""
     if not isinstance(renderer, FlowPipelinePolicy):
-        raise ConfigError(
-            f"{name} is a {type(renderer).__name__}: it draws pictures but has no velocity and no LoRA slots to train. "
-            "Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
-        )
+        raise not_trainable(type(renderer), name)
     return renderer
+
+
+def not_trainable(adapter: type, name: str) -> ConfigError:
+    """What is said of a model whose adapter only draws."""
+    return ConfigError(
+        f"{name} is a {adapter.__name__}: it draws pictures but has no velocity and no LoRA slots to train. "
+        "Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
+    )
 
 
 def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> FluxPolicy:
