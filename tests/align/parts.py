@@ -15,7 +15,7 @@ from pixrl.algorithms.exploration import Exploration, NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs import checkpoint
@@ -35,14 +35,14 @@ def perturbed(variants: int = 2) -> PerturbedEmbeddings:
 
 CLIPPED = GRPOSettings(clip=0.01)
 NFT = NFTSettings(timesteps=3)
-SDE = SamplingSettings(steps=4, noise="flow_sde")
-ODE = SamplingSettings(steps=4, solver="dpm")
+SDE = RolloutSettings(steps=4, noise="flow_sde")
+ODE = RolloutSettings(steps=4, solver="dpm")
 
 
 def aligner(
     policy: FlowPipelinePolicy,
     loss: LossSettings = CLIPPED,
-    sampling: SamplingSettings = SDE,
+    sampling: RolloutSettings = SDE,
     *,
     exploration: Exploration | None = None,
     advantage: AdvantageSettings | None = None,

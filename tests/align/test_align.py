@@ -17,7 +17,7 @@ from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings, KLForm
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings, OldPolicy
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Aligner, OptimizerSettings
 from pixrl.errors import RunError
 from pixrl.models.sd3 import SD3Policy
@@ -65,7 +65,7 @@ def test_any_combination_of_parts_learns(
     found = aligner(
         policy,
         loss,
-        SamplingSettings(steps=4, noise=noise),
+        RolloutSettings(steps=4, noise=noise),
         exploration=perturbed() if exploring else NoiseOnly(),
         advantage=AdvantageSettings(scale=scale),
         noises=2,
@@ -87,7 +87,7 @@ def test_any_combination_of_parts_learns(
 @pytest.mark.parametrize("exploring", [False, True])
 @pytest.mark.parametrize(("loss", "sampling"), [(CLIPPED, SDE), (NFT, ODE)])
 def test_the_micro_batch_does_not_matter(
-    sd3_folder: object, exploring: bool, loss: LossSettings, sampling: SamplingSettings
+    sd3_folder: object, exploring: bool, loss: LossSettings, sampling: RolloutSettings
 ) -> None:
     results, pictures = [], []
     for micro in ((1, 1), (4, 3), (99, 99)):
@@ -156,7 +156,7 @@ def test_the_update_is_conditioned_on_the_anchor_alone(
 
 @pytest.mark.parametrize(("loss", "sampling"), [(CLIPPED, SDE), (NFT, ODE)])
 def test_samples_come_from_the_right_slot(
-    policy: SD3Policy, loss: LossSettings, sampling: SamplingSettings
+    policy: SD3Policy, loss: LossSettings, sampling: RolloutSettings
 ) -> None:
     assert policy.lora is not None
     found = aligner(policy, loss, sampling)
@@ -184,7 +184,7 @@ def test_failed_samples_are_dropped_and_change_nothing_else(policy: SD3Policy) -
     "values", [[0.5] * 6, [NAN] * 6, [NAN, NAN, NAN, 0.2, 0.4, 0.9], [NAN, NAN, 0.5, 0.5, 0.5, 0.5]]
 )
 def test_groups_without_a_signal_poison_nothing(
-    policy: SD3Policy, loss: LossSettings, sampling: SamplingSettings, values: list[float]
+    policy: SD3Policy, loss: LossSettings, sampling: RolloutSettings, values: list[float]
 ) -> None:
     found = aligner(policy, loss, sampling)
     for step in range(2):
@@ -199,7 +199,7 @@ def test_groups_without_a_signal_poison_nothing(
 
 @pytest.mark.parametrize(("loss", "sampling"), [(CLIPPED, SDE), (NFT, ODE)])
 def test_groups_without_a_signal_can_be_left_out(
-    policy: SD3Policy, loss: LossSettings, sampling: SamplingSettings
+    policy: SD3Policy, loss: LossSettings, sampling: RolloutSettings
 ) -> None:
     """The same gradient's direction as with them, from the other group's terms alone."""
     flat_and_not = scored([0.5, 0.5, 0.5, 0.2, 0.9, math.nan])

@@ -16,7 +16,7 @@ from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.draft import DRaFTLoss, DraftSettings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly
 from pixrl.algorithms.loss import Advantages
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.errors import ConfigError, InputError
 from pixrl.models.sd3 import SD3Policy
@@ -74,7 +74,7 @@ def aligner(
     assert policy.lora is not None
     method = Method(
         exploration or NoiseOnly(),
-        SamplingSettings(steps=STEPS),
+        RolloutSettings(steps=STEPS),
         AdvantageSettings(),
         DRaFTLoss(settings, rewards),
         OptimizerSettings(**{"lr": 1e-3, **optimizer}),

@@ -9,7 +9,7 @@ from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.models.sd3 import SD3Policy
 from tests.align.parts import aligner, groups, perturbed, scored
 
@@ -45,7 +45,7 @@ def test_the_reward_rises(policy: SD3Policy, name: str) -> None:
     found = aligner(
         policy,
         loss,
-        SamplingSettings(steps=5, **sampling),
+        RolloutSettings(steps=5, **sampling),
         exploration=perturbed(2) if exploring else NoiseOnly(),
         micro=(32, 32),
         noises=4 if exploring else 8,

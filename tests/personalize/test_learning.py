@@ -11,7 +11,7 @@ from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.models.flux import FluxPolicy
 from tests.align.parts import aligner, perturbed, scored
 from tests.personalize.test_baselines import WEIGHTS, subject_groups
@@ -33,7 +33,7 @@ def test_the_rewards_rise_in_sum(policy: FluxPolicy, name: str) -> None:
     found = aligner(
         policy,
         loss,
-        SamplingSettings(steps=5, **sampling),
+        RolloutSettings(steps=5, **sampling),
         exploration=perturbed(2) if exploring else NoiseOnly(),
         advantage=SHAPED,
         micro=(32, 32),

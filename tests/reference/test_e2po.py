@@ -10,7 +10,7 @@ from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
 from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.nft import NFTSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import grpo, nft, world
 from tests.reference.agreement import assert_moved, assert_same_figures, assert_same_weights
@@ -66,7 +66,7 @@ def product_run(case: dict[str, Any]) -> Run:
     loss = GRPOSettings(**case["loss"]) if is_clipped else NFTSettings(timesteps=3, kl=0.2)
     method = Method(
         PerturbedEmbeddings(PerturbationSettings(**WIDE | case["explore"])),
-        SamplingSettings(**sampling),
+        RolloutSettings(**sampling),
         AdvantageSettings(**case.get("advantage", {})),
         make_loss(loss),
         OptimizerSettings(**OPTIMIZER),

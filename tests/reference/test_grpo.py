@@ -9,7 +9,7 @@ from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import grpo, world
 from tests.reference.agreement import assert_moved, assert_same_figures, assert_same_weights
@@ -88,7 +88,7 @@ def product_run(case: dict[str, Any]) -> Run:
     first = case.get("first_step", 0)
     method = Method(
         NoiseOnly(),
-        SamplingSettings(**{"steps": 5} | case["sampling"]),
+        RolloutSettings(**{"steps": 5} | case["sampling"]),
         AdvantageSettings(**case.get("advantage", {})),
         make_loss(GRPOSettings(**case["loss"])),
         OptimizerSettings(**OPTIMIZER | case.get("optimizer", {})),

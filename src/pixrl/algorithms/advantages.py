@@ -27,7 +27,7 @@ FLAT = 1e-6
 """Below this standard deviation a group counts as one without a signal."""
 
 
-class Scale(StrEnum):
+class AdvantageScale(StrEnum):
     """Whose standard deviation divides a reward's advantage."""
 
     GROUP = "group"
@@ -68,7 +68,7 @@ class AdvantageSettings(BaseAdvantageSettings):
 
     kind: Literal["group"] = Field("group", exclude=True)
 
-    scale: Scale = Scale.GROUP
+    scale: AdvantageScale = AdvantageScale.GROUP
     clamp: float | None = Field(5.0, gt=0)
     """Largest magnitude; none: no limit."""
     eps: float = Field(1e-4, ge=0)
@@ -82,7 +82,7 @@ class AdvantageSettings(BaseAdvantageSettings):
 
     @model_validator(mode="after")
     def _no_eps_without_scale(self) -> "AdvantageSettings":
-        if self.scale is Scale.NONE and self.eps != 1e-4:
+        if self.scale is AdvantageScale.NONE and self.eps != 1e-4:
             raise ValueError("eps has no effect with scale: none: remove it")
         return self
 
@@ -96,7 +96,11 @@ class AdvantageSettings(BaseAdvantageSettings):
 
     def describe_scale(self) -> str:
         """Whose deviation divides, for the report."""
-        return "not divided" if self.scale is Scale.NONE else f"divided by the {self.scale.value} deviation"
+        return (
+            "not divided"
+            if self.scale is AdvantageScale.NONE
+            else f"divided by the {self.scale.value} deviation"
+        )
 
     def describe(self) -> str:
         parts = [part.describe() for part in (self.synergy, self.time) if part is not None]

@@ -38,7 +38,7 @@ from pixrl.algorithms.advantages import AdvantageSettings, BaseAdvantageSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import Advantages, Loss, LossSettings, Terms
-from pixrl.algorithms.sampling import Noise, ODESolver, SamplingSettings, Solver, StepPlan
+from pixrl.algorithms.sampling import ODESolver, RolloutSettings, Solver, StepNoise, StepPlan
 from pixrl.errors import ConfigError, InputError
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot
@@ -60,10 +60,10 @@ class DraftSettings(LossSettings):
     compares_samples: ClassVar[bool] = False
     through_decoder: ClassVar[bool] = True
 
-    def check_sampling(self, sampling: SamplingSettings) -> None:
+    def check_sampling(self, sampling: RolloutSettings) -> None:
         if self.last > sampling.steps:
             raise ValueError(f"loss.last is {self.last}, but there are only {sampling.steps} sampling steps")
-        if sampling.noise is not Noise.NONE:
+        if sampling.noise is not StepNoise.NONE:
             raise ValueError("loss: draft differentiates steps that are not random: remove sampling.noise")
         if sampling.solver is not Solver.EULER:
             raise ValueError(
@@ -88,7 +88,7 @@ class DraftSettings(LossSettings):
                 f"has none. Set held_out: true on it, or train on one of {', '.join(possible)}"
             )
 
-    def trained_levels(self, sampling: SamplingSettings) -> int:
+    def trained_levels(self, sampling: RolloutSettings) -> int:
         return self.last
 
     def describe(self, *, shows_references: bool) -> str:

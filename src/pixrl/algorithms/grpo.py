@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.loss import Loss, LossSettings, Terms
-from pixrl.algorithms.sampling import Noise, SamplingSettings, random_steps
+from pixrl.algorithms.sampling import RolloutSettings, StepNoise, random_steps
 from pixrl.equations import clipped_surrogate, gaussian_kl
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
@@ -65,8 +65,8 @@ class GRPOSettings(LossSettings):
             raise ValueError("kl_form has no effect with kl: 0; remove it, or give kl a weight")
         return self
 
-    def check_sampling(self, sampling: SamplingSettings) -> None:
-        if sampling.noise is Noise.NONE:
+    def check_sampling(self, sampling: RolloutSettings) -> None:
+        if sampling.noise is StepNoise.NONE:
             raise ValueError(
                 "loss: clipped needs rollouts with a density: set sampling.noise to flow_sde, dance or cps"
             )
@@ -84,7 +84,7 @@ class GRPOSettings(LossSettings):
                 "loss.clip, such as 1e-4"
             )
 
-    def trained_levels(self, sampling: SamplingSettings) -> int:
+    def trained_levels(self, sampling: RolloutSettings) -> int:
         return len(random_steps(sampling, seed=0, step=0))  # as many in every training step
 
     def describe(self, *, shows_references: bool) -> str:

@@ -17,7 +17,7 @@ from pixrl.algorithms import make_advantage
 from pixrl.algorithms.advantages import BaseAdvantageSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples, Use, fresh_noise, roll_out
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.sampling import SamplingSettings, StepPlan
+from pixrl.algorithms.sampling import RolloutSettings, StepPlan
 from pixrl.config import Settings
 from pixrl.equations import interpolate
 from pixrl.models.base import Conditioning, FlowPolicy
@@ -61,7 +61,7 @@ class LossSettings(Settings):
     through_decoder: ClassVar[bool] = False
     """Whether the gradient passes the decoder, which takes memory."""
 
-    def check_sampling(self, sampling: SamplingSettings) -> None:
+    def check_sampling(self, sampling: RolloutSettings) -> None:
         """ValueError where the loss cannot learn from rollouts that are sampled so."""
 
     def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
@@ -73,11 +73,11 @@ class LossSettings(Settings):
     def check_rewards(self, rewards: Sequence[RewardSetting]) -> None:
         """ValueError where the loss cannot learn from these rewards. Loads no model."""
 
-    def trained_levels(self, sampling: SamplingSettings) -> int:
+    def trained_levels(self, sampling: RolloutSettings) -> int:
         """Noise levels that each picture is trained at."""
         return sampling.steps
 
-    def spending(self, images: int, groups: int, sampling: SamplingSettings) -> Spending:
+    def spending(self, images: int, groups: int, sampling: RolloutSettings) -> Spending:
         """What a run of so many pictures in so many groups spends."""
         return Spending("drawn by the model", images, images * self.trained_levels(sampling))
 
@@ -197,7 +197,7 @@ class Loss(ABC):
         return None
 
 
-def require_levels(timesteps: int, sampling: SamplingSettings) -> None:
+def require_levels(timesteps: int, sampling: RolloutSettings) -> None:
     """ValueError where the schedule has fewer noise levels than a loss is trained at."""
     if timesteps > sampling.steps:
         raise ValueError(

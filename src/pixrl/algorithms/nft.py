@@ -35,7 +35,7 @@ from pixrl.algorithms.loss import (
     velocity_deviation,
     velocity_of,
 )
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.equations import nft_loss, old_policy_decay, optimality
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
@@ -99,7 +99,7 @@ class NFTSettings(LossSettings):
             )
         return self
 
-    def check_sampling(self, sampling: SamplingSettings) -> None:
+    def check_sampling(self, sampling: RolloutSettings) -> None:
         require_levels(self.timesteps, sampling)
         if self.levels is not None and self.levels[1] > sampling.steps:
             raise ValueError(
@@ -107,7 +107,7 @@ class NFTSettings(LossSettings):
                 "noise levels"
             )
 
-    def trained_levels(self, sampling: SamplingSettings) -> int:
+    def trained_levels(self, sampling: RolloutSettings) -> int:
         return self.timesteps
 
     def describe(self, *, shows_references: bool) -> str:

@@ -45,7 +45,7 @@ from pixrl.algorithms.loss import (
     require_levels,
     velocity_deviation,
 )
-from pixrl.algorithms.sampling import SamplingSettings, StepPlan
+from pixrl.algorithms.sampling import RolloutSettings, StepPlan
 from pixrl.equations import interpolate
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning, FlowPolicy
@@ -66,7 +66,7 @@ class RPOSettings(LossSettings):
     """Whether candidates are drawn with the reference pictures; the paper's are drawn from the prompt alone."""
     draws_its_own: ClassVar[bool] = False
 
-    def check_sampling(self, sampling: SamplingSettings) -> None:
+    def check_sampling(self, sampling: RolloutSettings) -> None:
         require_levels(self.timesteps, sampling)
 
     def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
@@ -82,10 +82,10 @@ class RPOSettings(LossSettings):
                     f"advantage.{name} has no effect with loss: rpo, which ranks by the harmonic mean: remove it"
                 )
 
-    def trained_levels(self, sampling: SamplingSettings) -> int:
+    def trained_levels(self, sampling: RolloutSettings) -> int:
         return self.timesteps
 
-    def spending(self, images: int, groups: int, sampling: SamplingSettings) -> Spending:
+    def spending(self, images: int, groups: int, sampling: RolloutSettings) -> Spending:
         pictures = groups * (2 if self.similarity == 0 else 3)  # winner, loser, and the reference itself
         return Spending("drawn by the frozen base", images, pictures * self.timesteps)
 

@@ -36,7 +36,7 @@ from pixrl.algorithms.loss import (
     require_levels,
     velocity_deviation,
 )
-from pixrl.algorithms.sampling import Noise, SamplingSettings, StepPlan
+from pixrl.algorithms.sampling import RolloutSettings, StepNoise, StepPlan
 from pixrl.errors import InputError
 from pixrl.models.base import FlowPolicy, ReferencePolicy, on_square
 from pixrl.models.slots import Slot
@@ -55,19 +55,19 @@ class SFTSettings(LossSettings):
     draws_its_own: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = True
 
-    def check_sampling(self, sampling: SamplingSettings) -> None:
+    def check_sampling(self, sampling: RolloutSettings) -> None:
         require_levels(self.timesteps, sampling)
-        if sampling.noise is not Noise.NONE:
+        if sampling.noise is not StepNoise.NONE:
             raise ValueError("sampling.noise has no effect with loss: sft, which draws nothing: remove it")
 
     def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
         if advantage != AdvantageSettings():
             raise ValueError("advantage has no effect with loss: sft, which learns from no score: remove it")
 
-    def trained_levels(self, sampling: SamplingSettings) -> int:
+    def trained_levels(self, sampling: RolloutSettings) -> int:
         return self.timesteps
 
-    def spending(self, images: int, groups: int, sampling: SamplingSettings) -> Spending:
+    def spending(self, images: int, groups: int, sampling: RolloutSettings) -> Spending:
         source = f"{groups} targets, each with {images // groups} noises; none drawn"
         return Spending(source, 0, images * self.timesteps)
 

@@ -35,7 +35,7 @@ from pixrl.algorithms.base import Group, Rollouts, Samples, shown_to
 from pixrl.algorithms.exploration import Exploration, Variants
 from pixrl.algorithms.loss import Advantages, Loss
 from pixrl.algorithms.optim import adamw, adamw_8bit, moments, restore_moments
-from pixrl.algorithms.sampling import SamplingSettings, Schedule, StepPlan
+from pixrl.algorithms.sampling import RolloutSettings, Schedule, StepPlan
 from pixrl.algorithms.world import Alone, Tally, World, disagreement
 from pixrl.config import MOST, Count, Settings
 from pixrl.errors import RunError
@@ -99,7 +99,7 @@ class Method:
     """The parts whose combination is a method."""
 
     exploration: Exploration
-    sampling: SamplingSettings
+    sampling: RolloutSettings
     advantage: BaseAdvantageSettings
     loss: Loss
     optimizer: OptimizerSettings
@@ -191,7 +191,9 @@ class Aligner:
         places = [group.place for group in rollouts.samples.groups]
         advantage_TB = advantages.advantage_TPS[:, places].flatten(1)
         rollouts = _with_advantages(rollouts, advantages)
-        lr = self._set_learning_rate(rollouts.step)
+        lr = self.method.optimizer.rate(rollouts.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         tally, norms, skipped = Tally(), [], 0
         for number in range(self.method.optimizer.updates):
             rows = self._rows(rollouts, advantages.advantage_TPS, number)
@@ -230,12 +232,6 @@ class Aligner:
         weight = len(rollouts.samples.groups)
         tally.add({name: torch.full((weight,), value) for name, value in rollouts.metrics.items()})
         return tally.over(self.world).means()
-
-    def _set_learning_rate(self, step: int) -> float:
-        lr = self.method.optimizer.rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
 
     def _rows(self, rollouts: Rollouts, advantage_TPS: Tensor, number: int) -> list[int]:
         """This process's samples of one optimizer step: shuffled over all processes, failed ones left out.
@@ -285,7 +281,9 @@ class Aligner:
             [_flat_gradient(self.parameters), torch.tensor([float(not_finite)]).to(self.policy.device)]
         )
         flat = self.world.sum(flat)
-        _put_gradient(self.parameters, flat[:-1])
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, flat[:-1].split(sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter).clone()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.method.optimizer.grad_clip)
         good = bool(norm.isfinite()) and flat[-1].item() == 0
@@ -374,11 +372,6 @@ def _flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
     return torch.cat(
         [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
     )
-
-
-def _put_gradient(parameters: Sequence[torch.nn.Parameter], flat: Tensor) -> None:
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

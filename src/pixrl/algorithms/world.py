@@ -44,7 +44,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Statistics:
     """What is known of the values of one name."""
 
     count: int
@@ -54,14 +54,14 @@ class Figure:
     greatest: float
 
     @staticmethod
-    def of(values: Tensor) -> "Figure":
+    def of(values: Tensor) -> "Statistics":
         x = values.detach().double().flatten()
         if not len(x):
-            return Figure(0, 0.0, 0.0, math.inf, -math.inf)
-        return Figure(len(x), x.sum().item(), (x * x).sum().item(), x.min().item(), x.max().item())
+            return Statistics(0, 0.0, 0.0, math.inf, -math.inf)
+        return Statistics(len(x), x.sum().item(), (x * x).sum().item(), x.min().item(), x.max().item())
 
-    def __add__(self, other: "Figure") -> "Figure":
-        return Figure(
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return Statistics(
             self.count + other.count,
             self.total + other.total,
             self.squares + other.squares,
@@ -82,14 +82,14 @@ class Figure:
 class Tally:
     """Figures by name, over micro-batches and then over processes."""
 
-    figures: dict[str, Figure] = field(default_factory=dict)
+    figures: dict[str, Statistics] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Count further values."""
         for name, one in values.items():
-            self.merge({name: Figure.of(one)})
+            self.merge({name: Statistics.of(one)})
 
-    def merge(self, others: Mapping[str, Figure]) -> None:
+    def merge(self, others: Mapping[str, Statistics]) -> None:
         """Count what another tally counted."""
         for name, one in others.items():
             self.figures[name] = self.figures[name] + one if name in self.figures else one

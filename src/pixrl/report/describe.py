@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixrl.algorithms.sampling import Noise
+from pixrl.algorithms.sampling import StepNoise
 from pixrl.algorithms.trainer import OptimizerSettings
 from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.align_config import AlignConfig
@@ -139,7 +139,7 @@ def commands(run: Path, finished: bool, kind: str) -> str:
 
 def _sampling(config: AlignConfig) -> str:
     s = config.sampling
-    if s.noise is Noise.NONE:
+    if s.noise is StepNoise.NONE:
         return f"{s.steps} {s.solver.value} steps, not random"
     where = s.placing.value.replace("_", " ")
     return f"{s.steps} steps, {s.noise.value} with eta {s.scale:g} on {where}, else {s.solver.value}"

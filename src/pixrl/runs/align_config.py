@@ -14,7 +14,7 @@ from pixrl.algorithms.exploration import ExplorationSettings, GroupSize, NoiseEx
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import MOST_STEPS as MOST_SAMPLING
-from pixrl.algorithms.sampling import Noise, SamplingSettings
+from pixrl.algorithms.sampling import RolloutSettings, StepNoise
 from pixrl.algorithms.trainer import OptimizerSettings
 from pixrl.config import MOST, Count, Seed, Settings, Side, refuse_infinite
 from pixrl.data.prompts import Split
@@ -127,7 +127,7 @@ class AlignConfig(Settings):
     """Reward weights by step range; none: the rewards' own weights throughout."""
     scoring: ScoringSettings = ScoringSettings()
     exploration: Annotated[ExplorationSettings, PartOf(EXPLORATIONS)] = NoiseExploration()
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: RolloutSettings = RolloutSettings()
     advantage: Annotated[BaseAdvantageSettings, PartOf(ADVANTAGES, usual="group")] = AdvantageSettings()
     loss: Annotated[LossSettings, PartOf(LOSSES)] = NFTSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -157,7 +157,7 @@ class AlignConfig(Settings):
                 "exploration makes groups of one sample, which have nothing to be compared with: raise "
                 "exploration.noises to 2 or more"
             )
-        if self.exploration.starts_at_one_noise and self.sampling.noise is Noise.NONE:
+        if self.exploration.starts_at_one_noise and self.sampling.noise is StepNoise.NONE:
             raise ValueError(
                 "exploration.shared_start: without random steps all samples of a group would be the same picture: set "
                 "sampling.noise (flow_sde, dance, cps), or leave it out"
