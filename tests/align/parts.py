@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Group
 from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings
-from pixrl.algorithms.loss_table import LossSettings, make_loss
+from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings

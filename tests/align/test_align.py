@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pixrl import models
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings, advantages, group_std, reward_metrics
 from pixrl.algorithms.base import Rollouts, Samples
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings, KLForm
-from pixrl.algorithms.loss_table import LossSettings, check_fit, make_loss
+from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings, OldPolicy
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.trainer import Aligner, OptimizerSettings
@@ -355,10 +356,10 @@ def test_the_first_update_is_never_clipped(sd3_folder: Path) -> None:
 
 def test_losses_need_fitting_rollouts() -> None:
     with pytest.raises(ValueError, match=r"sampling\.noise to flow_sde"):
-        check_fit(CLIPPED, ODE)
+        CLIPPED.check_sampling(ODE)
     with pytest.raises(ValueError, match="9, but 4 sampling steps"):
-        check_fit(NFTSettings(), ODE)
-    check_fit(NFT, ODE)
+        NFTSettings().check_sampling(ODE)
+    NFT.check_sampling(ODE)
     with pytest.raises(ValueError, match="kl_form has no effect"):
         GRPOSettings(kl_form=KLForm.EXACT)
     with pytest.raises(ValueError, match="old_decay has no effect"):

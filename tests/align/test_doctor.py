@@ -30,7 +30,7 @@ from tests.align.parts import recipe
 
 REWARDS = [{"name": "clip_text", "options": {"model": "toy:clip"}}]
 NEAR = 1.1
-"""What was counted on paper and the tensors that torch's operators made may differ by this factor."""
+"""What was estimated and the tensors that torch's operators made may differ by this factor."""
 FULL = {"device": "cpu", "dtype": "float32"}
 
 

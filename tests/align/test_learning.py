@@ -7,7 +7,7 @@ import torch
 
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings
-from pixrl.algorithms.loss_table import LossSettings
+from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.models.sd3 import SD3Policy

@@ -2,12 +2,12 @@
 
 import torch
 
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Group, _differing_rows
 from pixrl.algorithms.customized_grpo import TimeSettings
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss import noise_levels
-from pixrl.algorithms.loss_table import make_loss
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings

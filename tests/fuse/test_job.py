@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pixrl import api
+from pixrl.algorithms import SAMPLERS
 from pixrl.errors import CheckpointError, InputError, RunError, UnknownWordError
 from pixrl.fusion.select import one_a_noise_first
 from pixrl.fusion.world import FusionSession
@@ -17,7 +18,7 @@ from pixrl.runs import checkpoint
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import go_on, select_again, start
-from pixrl.runs.fuse_config import FuseConfig, Pooled, SamplerName
+from pixrl.runs.fuse_config import FuseConfig, Pooled
 from pixrl.runs.log import load_coefficients
 from tests.fuse.world import fake_world
 from tests.tolerance import agree, rounding
@@ -308,7 +309,7 @@ def test_mixing_is_symmetric_in_the_concepts(world):
 
 
 def test_three_concepts_run_with_every_sampler(tmp_path, world):
-    for sampler in SamplerName:
+    for sampler in SAMPLERS.entries:
         run = start(
             config(concepts=("owl", "snail", "frog"), sampler=sampler), tmp_path / sampler, world=world
         )

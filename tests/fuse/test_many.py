@@ -5,10 +5,11 @@ import json
 import pytest
 
 from pixrl import api
+from pixrl.algorithms import SAMPLERS
 from pixrl.errors import ConfigError, InputError, RunError, UnknownWordError
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs import fuse_many
-from pixrl.runs.fuse_config import FuseConfig, SamplerName
+from pixrl.runs.fuse_config import FuseConfig
 from tests.fuse.world import fake_world
 
 SMALL = {"budget": 16, "batch": 8, "exemplars": 1}
@@ -42,12 +43,12 @@ def test_compare_all_runs_every_sampler_once_at_the_same_budget(tmp_path, use):
     world = use(fake_world())
     out = api.run_compare(config(), "all", tmp_path / "c", live=False)
     found = fuse_many.finished_runs(out)
-    assert [run.config.sampler for run in found.runs] == list(SamplerName)
+    assert [run.config.sampler for run in found.runs] == list(SAMPLERS.entries)
     assert all(len(run.rows) == 16 for run in found.runs)
     assert world.renderer.rendered == 9 * 16 + 2  # and the exemplars only once
     page = (out / "report.html").read_text()
-    assert all(f"runs/{name}/report.html" in page for name in SamplerName)
-    assert all((out / "runs" / name / "report.html").is_file() for name in SamplerName)
+    assert all(f"runs/{name}/report.html" in page for name in SAMPLERS.entries)
+    assert all((out / "runs" / name / "report.html").is_file() for name in SAMPLERS.entries)
 
 
 def test_a_compared_run_is_the_run_alone(tmp_path, use):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Group
-from pixrl.algorithms.loss_table import LossSettings
+from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.rpo import RPOLoss, RPOSettings, class_prompt, harmonic_scores
 from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.trainer import Aligner

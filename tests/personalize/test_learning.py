@@ -9,7 +9,7 @@ from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.customized_grpo import SynergySettings, TimeSettings
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings
-from pixrl.algorithms.loss_table import LossSettings
+from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.models.flux import FluxPolicy

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import LossSettings, make_loss
+from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.rpo import RPOSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.sft import SFTSettings

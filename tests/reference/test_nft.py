@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import make_loss
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.algorithms.trainer import Method, OptimizerSettings

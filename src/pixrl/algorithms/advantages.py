@@ -8,9 +8,11 @@ Customized-GRPO's two parts, SARS and TDW (`customized_grpo.py`), are settings o
 loss that learns from advantages. The clamp is on what comes out, not on each reward's own advantage.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from enum import StrEnum
 from itertools import combinations
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -34,8 +36,37 @@ class Scale(StrEnum):
     NONE = "none"
 
 
-class AdvantageSettings(Settings):
+class BaseAdvantageSettings(Settings):
+    """The settings of what makes advantages, and what is known of it before there are scores.
+
+    Advantages of your own have a class `Settings` derived from this one.
+    """
+
+    kind: str
+
+    @property
+    def normalization(self) -> "AdvantageSettings":
+        """How rewards are put on one scale where the log compares them."""
+        return AdvantageSettings()
+
+    @property
+    def leaves_flat_out(self) -> bool:
+        """Whether groups whose samples all have the same advantage cost no update."""
+        return False
+
+    def check_rewards(self, weights: Mapping[str, float]) -> None:
+        """ValueError where these trained rewards (name -> weight) do not fit."""
+
+    def describe(self) -> str:
+        """All of it in a line, for the report."""
+        given = self.model_dump(exclude={"kind"}, mode="json").items()
+        return ", ".join([self.kind, *(f"{name} {value}" for name, value in given)])
+
+
+class AdvantageSettings(BaseAdvantageSettings):
     """How rewards become advantages."""
+
+    kind: Literal["group"] = Field("group", exclude=True)
 
     scale: Scale = Scale.GROUP
     clamp: float | None = Field(5.0, gt=0)
@@ -55,12 +86,59 @@ class AdvantageSettings(Settings):
             raise ValueError("eps has no effect with scale: none: remove it")
         return self
 
+    @property
+    def normalization(self) -> "AdvantageSettings":
+        return self
+
+    @property
+    def leaves_flat_out(self) -> bool:
+        return self.skip_flat
+
+    def describe_scale(self) -> str:
+        """Whose deviation divides, for the report."""
+        return "not divided" if self.scale is Scale.NONE else f"divided by the {self.scale.value} deviation"
+
+    def describe(self) -> str:
+        parts = [part.describe() for part in (self.synergy, self.time) if part is not None]
+        limit = "" if self.clamp is None else f", at most ±{self.clamp:g}"
+        return ", ".join([self.describe_scale(), *parts]) + limit
+
     def check_rewards(self, weights: Mapping[str, float]) -> None:
         """ValueError where synergy or time weights cannot work with these trained rewards (name -> weight)."""
         if self.synergy is not None:
             self.synergy.check_rewards(weights)
         if self.time is not None:
             self.time.check_rewards(weights)
+
+
+class Advantage(ABC):
+    """Makes advantages of a step's scores."""
+
+    Settings: ClassVar[type[BaseAdvantageSettings]]
+    """Its settings; their `kind` is how a recipe names it."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def __call__(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], steps: int) -> Tensor:
+        """Advantages [T, P, S] of all groups at every step of the schedule; nan marks a sample to leave out.
+
+        Args:
+            rewards: name -> rewards [P, S], nan where scoring failed.
+            weights: name -> weight of the trained rewards.
+            steps: T, of the schedule.
+        """
+
+
+class GroupAdvantage(Advantage):
+    """Each reward normalized within its groups, then weighted and added, with SARS and TDW where they are set."""
+
+    Settings = AdvantageSettings
+    settings: AdvantageSettings
+
+    def __call__(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], steps: int) -> Tensor:
+        return advantages(rewards, weights, self.settings, steps)
 
 
 def advantages(
@@ -114,14 +192,14 @@ def normalized(
 
 
 def conflict_metrics(
-    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: BaseAdvantageSettings
 ) -> dict[str, float]:
     """How trained rewards go together, as means over their pairs; nothing for one reward.
 
     `conflict_share`: samples whose two advantages have opposite signs. Independent rewards conflict in half of them,
     so `reward_correlation` stands beside it.
     """
-    parts, failed_PS = normalized(rewards, weights, settings)
+    parts, failed_PS = normalized(rewards, weights, settings.normalization)
     pairs = [(one[~failed_PS], other[~failed_PS]) for one, other in combinations(parts.values(), 2)]
     if not pairs:
         return {}

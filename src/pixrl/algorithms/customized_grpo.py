@@ -53,6 +53,11 @@ class SynergySettings(Settings):
     recenter: bool = False
     """Subtract each group's mean, which the synergy moves away from 0."""
 
+    def describe(self) -> str:
+        """In a few words, for the report."""
+        recentred = ", recentred" if self.recenter else ""
+        return f"synergy {self.kind.value} with alpha {self.alpha:g}{recentred}"
+
     def check_rewards(self, weights: Mapping[str, float]) -> None:
         """ValueError for a single trained reward, which has nothing to agree with."""
         if len(weights) < 2:
@@ -98,6 +103,11 @@ class TimeSettings(Settings):
             torch.arange(float(steps)), steps, self.w_max, self.w_min, self.start, self.end,
             self.steepness * PUBLISHED_STEPS / steps, self.center, self.inverted,
         )  # fmt: skip
+
+    def describe(self) -> str:
+        """In a few words, for the report."""
+        first, last = (self.w_min, self.w_max) if self.inverted else (self.w_max, self.w_min)
+        return f"weight of the prompt from {first:g} to {last:g} over the steps"
 
     def check_rewards(self, weights: Mapping[str, float]) -> None:
         """ValueError where the roles do not fit the trained rewards (name -> weight)."""

@@ -26,29 +26,30 @@ Deviations:
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl import rewards as rewards_table
+from pixrl.algorithms.advantages import AdvantageSettings, BaseAdvantageSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.loss import Advantages, Loss, Terms
-from pixrl.algorithms.sampling import ODESolver, StepPlan
-from pixrl.config import Settings
+from pixrl.algorithms.loss import Advantages, Loss, LossSettings, Terms
+from pixrl.algorithms.sampling import Noise, ODESolver, SamplingSettings, Solver, StepPlan
 from pixrl.errors import ConfigError, InputError
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot
 from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.settings import RewardSetting
 
 LEAST_SPAN = 0.02
 """Noise level that the last steps must begin at."""
 
 
-class DraftSettings(Settings):
+class DraftSettings(LossSettings):
     """Direct reward back-propagation."""
 
     kind: Literal["draft"] = "draft"
@@ -56,6 +57,45 @@ class DraftSettings(Settings):
     """K: sampling steps that the gradient passes, counted from the picture; see deviation 6 for 1."""
     kl: float = Field(0.0, ge=0)
     """Weight of the mean of (v - v_ref)^2 over these steps."""
+    compares_samples: ClassVar[bool] = False
+    through_decoder: ClassVar[bool] = True
+
+    def check_sampling(self, sampling: SamplingSettings) -> None:
+        if self.last > sampling.steps:
+            raise ValueError(f"loss.last is {self.last}, but there are only {sampling.steps} sampling steps")
+        if sampling.noise is not Noise.NONE:
+            raise ValueError("loss: draft differentiates steps that are not random: remove sampling.noise")
+        if sampling.solver is not Solver.EULER:
+            raise ValueError(
+                f"loss: draft takes the last steps again, which {sampling.solver.value} cannot without the steps "
+                "before: set sampling.solver to euler"
+            )
+
+    def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
+        if advantage != AdvantageSettings():
+            raise ValueError(
+                "advantage has no effect with loss: draft, which follows the rewards' own gradient: remove it"
+            )
+
+    def check_rewards(self, rewards: Sequence[RewardSetting]) -> None:
+        """ValueError where a trained reward has no gradient."""
+        trained = [one for one in rewards if not one.held_out]
+        others = [one for one in trained if not rewards_table.is_differentiable(one.reward)]
+        if others:
+            possible = [name for name in rewards_table.REWARDS if rewards_table.is_differentiable(name)]
+            raise ValueError(
+                f"loss: draft needs the gradient of every trained reward, and {others[0].name!r} ({others[0].reward}) "
+                f"has none. Set held_out: true on it, or train on one of {', '.join(possible)}"
+            )
+
+    def trained_levels(self, sampling: SamplingSettings) -> int:
+        return self.last
+
+    def describe(self, *, shows_references: bool) -> str:
+        return f"the rewards' own gradient through the last {self.last} sampling step(s), KL {self.kl:g}"
+
+    def describe_advantage(self, advantage: BaseAdvantageSettings) -> str:
+        return "none: the rewards' gradient is followed"
 
 
 @dataclass(frozen=True)
@@ -77,10 +117,16 @@ class DRaFTLoss(Loss):
     """
 
     sampling_slot = Slot.CURRENT
+    Settings = DraftSettings
+    settings: DraftSettings
 
     def __init__(self, settings: DraftSettings, rewards: Mapping[str, DifferentiableReward]) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self.rewards = rewards
+
+    @classmethod
+    def make(cls, settings: DraftSettings, rewards: Mapping[str, DifferentiableReward]) -> Self:
+        return cls(settings, rewards)
 
     def draw(
         self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
@@ -104,7 +150,7 @@ class DRaFTLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: AdvantageSettings,
+        settings: BaseAdvantageSettings,
         steps: int,
     ) -> Advantages:
         """Every sample that all trained rewards could score counts alike; what they weigh goes on to `terms`."""

@@ -35,14 +35,14 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from pixrl.algorithms.exploration import Exploration, Perturbed, Variants
+from pixrl.algorithms.exploration import Exploration, ExplorationSettings, GroupSize, Perturbed, Variants
 from pixrl.config import MOST, Count, Seed, Settings
 from pixrl.equations import diversity_loss, perturb, perturbation_objective, project_delta
 from pixrl.errors import CheckpointError, InputError, RunError
@@ -138,6 +138,35 @@ class PerturbationSettings(Settings):
     def learning_key(self) -> str:
         """What the perturbations depend on, as text; sampling options are not part of it."""
         return self.model_dump_json(exclude={*_SAMPLING, "prompts_at_once"}) + f"x{self.learned}"
+
+
+class PerturbedExploration(ExplorationSettings, PerturbationSettings):
+    """E2PO: G noises times K semantic variants of each prompt."""
+
+    kind: Literal["perturbed"] = "perturbed"
+    noises: GroupSize = 4
+    """G: noises of each variant."""
+
+    @property
+    def per_noise(self) -> int:
+        return self.variants
+
+    def perturbation(self) -> PerturbationSettings:
+        """The same without G."""
+        names = PerturbationSettings.model_fields
+        return PerturbationSettings(**{name: self.__dict__[name] for name in names})
+
+    def describe(self) -> str:
+        until = (
+            "to the end"
+            if self.schedule is VariantSchedule.STATIC
+            else f"down to t = {1 - self.perturbation_range:g}"
+        )
+        anchor = "with the prompt itself" if self.anchored else "without the prompt itself"
+        return (
+            f"{self.noises} noises × {self.variants} semantic variants {anchor}, {until}, on {self.encoders.value}, "
+            f"weight {self.weight:g} on {self.weighted}"
+        )
 
 
 def chosen_encoders(model: PerturbableText, name: str, choice: Encoders) -> tuple[ClipEncoder, ...]:
@@ -295,14 +324,21 @@ class PerturbedEmbeddings(Exploration):
     FLUX takes pooled CLIP features alone, so there nothing else varies.
     """
 
+    Settings = PerturbedExploration
+    settings: PerturbationSettings
+
     def __init__(
         self, settings: PerturbationSettings | None = None, *, cache_bytes: int = CACHE_BYTES
     ) -> None:
-        self.settings = settings or PerturbationSettings()
+        super().__init__(settings or PerturbationSettings())
         self.variants = self.settings.variants
         self._limit = cache_bytes
         self._learned: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
         self._bytes = 0
+
+    @classmethod
+    def make(cls, settings: PerturbedExploration) -> Self:
+        return cls(settings.perturbation())
 
     def prepare(self, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
         """The variants of some prompts; those that are new are learned first.

@@ -6,13 +6,65 @@ The loop asks `Exploration.prepare` once a batch of prompts for their `Variants`
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+from pydantic import Field
 from torch import Tensor
 
+from pixrl.config import Settings
 from pixrl.equations import variant_weight
 from pixrl.errors import CheckpointError, InputError, ShapeError
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.text import ClipEncoder, ClipFeatures
+
+GroupSize = Annotated[int, Field(ge=1, le=4096)]
+"""Pictures of one prompt."""
+
+
+class ExplorationSettings(Settings):
+    """The settings of an exploration, and what is known of it before a model is there.
+
+    An exploration of your own has a class `Settings` derived from this one.
+    """
+
+    kind: str
+    noises: GroupSize
+    """G: noises of each variant."""
+    varies_conditions: ClassVar[bool] = True
+    """Whether samples differ in what they are conditioned on, for which text encoders compute in every step."""
+
+    @property
+    def per_noise(self) -> int:
+        """K: semantic variants of a prompt."""
+        return 1
+
+    @property
+    def starts_at_one_noise(self) -> bool:
+        """Whether a group's samples differ in their random steps alone."""
+        return False
+
+    def describe(self) -> str:
+        """The exploration in a line, for the report."""
+        return f"{self.kind}, {self.noises} noises × {self.per_noise} variants"
+
+
+class NoiseExploration(ExplorationSettings):
+    """A prompt's samples differ in their noise alone."""
+
+    kind: Literal["noise"] = "noise"
+    noises: GroupSize = 8
+    """G: samples of a prompt."""
+    shared_start: bool = False
+    """All samples of a group begin at one noise and differ in what random steps add, as in DanceGRPO: all that
+    their rewards differ by is due to steps that are trained. Needs `sampling.noise`."""
+    varies_conditions: ClassVar[bool] = False
+
+    @property
+    def starts_at_one_noise(self) -> bool:
+        return self.shared_start
+
+    def describe(self) -> str:
+        return f"noise alone, {self.noises} samples a prompt"
 
 
 @dataclass(frozen=True)
@@ -82,8 +134,18 @@ class Variants:
 class Exploration(ABC):
     """Gives each prompt the conditions that its samples are drawn from."""
 
+    Settings: ClassVar[type[ExplorationSettings]]
+    """Its settings; their `kind` is how a recipe names it."""
     variants: int
     """K; 1 for noise alone."""
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings = settings
+
+    @classmethod
+    def make(cls, settings: Any) -> Self:
+        """The exploration of these settings."""
+        return cls(settings)
 
     @abstractmethod
     def prepare(self, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
@@ -109,6 +171,7 @@ class Exploration(ABC):
 class NoiseOnly(Exploration):
     """Samples of a prompt differ in their noise alone."""
 
+    Settings = NoiseExploration
     variants = 1
 
     def prepare(self, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:

@@ -28,11 +28,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.loss import Loss, Terms
-from pixrl.config import Settings
+from pixrl.algorithms.loss import Loss, LossSettings, Terms
+from pixrl.algorithms.sampling import Noise, SamplingSettings, random_steps
 from pixrl.equations import clipped_surrogate, gaussian_kl
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
+
+RATIO_LIMIT = 0.01
+"""Largest deviation from 1 of a ratio that is not clipped: its rounding scales a gradient by as much."""
 
 
 class KLForm(StrEnum):
@@ -43,7 +46,7 @@ class KLForm(StrEnum):
     EXACT = "exact"
 
 
-class GRPOSettings(Settings):
+class GRPOSettings(LossSettings):
     """GRPO's loss."""
 
     kind: Literal["clipped"] = "clipped"
@@ -62,15 +65,49 @@ class GRPOSettings(Settings):
             raise ValueError("kl_form has no effect with kl: 0; remove it, or give kl a weight")
         return self
 
+    def check_sampling(self, sampling: SamplingSettings) -> None:
+        if sampling.noise is Noise.NONE:
+            raise ValueError(
+                "loss: clipped needs rollouts with a density: set sampling.noise to flow_sde, dance or cps"
+            )
+
+    def check_updates(self, updates: int) -> None:
+        """ValueError for a clip range that would have no effect, or that is missing."""
+        if updates == 1 and self.clip is not None:
+            raise ValueError(
+                "loss.clip has no effect with optimizer.updates: 1, where every ratio is 1: remove it, or set "
+                "optimizer.updates to 2 or more"
+            )
+        if updates > 1 and self.clip is None:
+            raise ValueError(
+                f"loss: clipped with optimizer.updates: {updates} needs the range of ratios that it trusts: set "
+                "loss.clip, such as 1e-4"
+            )
+
+    def trained_levels(self, sampling: SamplingSettings) -> int:
+        return len(random_steps(sampling, seed=0, step=0))  # as many in every training step
+
+    def describe(self, *, shows_references: bool) -> str:
+        ratios = "on-policy ratio, not clipped" if self.clip is None else f"clipped at ±{self.clip:g}"
+        return f"{ratios}, KL {self.kl:g}"
+
 
 class GRPOLoss(Loss):
     """max(-A rho, -A clamp(rho, 1 - clip, 1 + clip)) + kl KL at every random step."""
 
     sampling_slot = Slot.CURRENT
+    Settings = GRPOSettings
+    on_policy_measure = "largest |ratio - 1| before the first update"
+    is_always_on_policy = True
+    settings: GRPOSettings
 
     def __init__(self, settings: GRPOSettings) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self.clip = math.inf if settings.clip is None else settings.clip
+
+    @property
+    def on_policy_limit(self) -> float:
+        return RATIO_LIMIT if self.settings.clip is None else self.settings.clip
 
     def parts(self, rollouts: Rollouts) -> int:
         return len(rollouts.transitions)

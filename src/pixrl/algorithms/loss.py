@@ -8,18 +8,91 @@ of a slot) and what it takes from their scores (`advantages`), where the baselin
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, advantages
+from pixrl.algorithms import make_advantage
+from pixrl.algorithms.advantages import BaseAdvantageSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples, Use, fresh_noise, roll_out
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.sampling import StepPlan
+from pixrl.algorithms.sampling import SamplingSettings, StepPlan
+from pixrl.config import Settings
 from pixrl.equations import interpolate
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot
+from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.settings import RewardSetting
 from pixrl.types import sample_seed
+
+VELOCITY_LIMIT = 0.02
+"""Largest relative difference of the trained velocity from the sampling one that leaves a signal."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a loss makes of the pictures of a run, for comparisons at equal budgets."""
+
+    source: str
+    """Who draws them."""
+    scores: int
+    """Pictures whose scores say what is learned."""
+    gradient_terms: int
+    """Pictures x noise levels through a gradient."""
+
+
+class LossSettings(Settings):
+    """The settings of a loss, and what is known of it before a model is there: what it fits, and its words.
+
+    A loss of your own has a class `Settings` derived from this one.
+    """
+
+    kind: str
+    learns_from_scores: ClassVar[bool] = True
+    """False: rewards are only logged."""
+    draws_its_own: ClassVar[bool] = True
+    """Whether the pictures of training show the model in training; where they do not, their rewards, group std and
+    conflicts say nothing of what is learned."""
+    needs_targets: ClassVar[bool] = False
+    """Whether every prompt of training must come with a picture that shows how it should be."""
+    compares_samples: ClassVar[bool] = True
+    """Whether a group of one sample teaches nothing."""
+    through_decoder: ClassVar[bool] = False
+    """Whether the gradient passes the decoder, which takes memory."""
+
+    def check_sampling(self, sampling: SamplingSettings) -> None:
+        """ValueError where the loss cannot learn from rollouts that are sampled so."""
+
+    def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
+        """ValueError for settings of advantages that the loss would not read."""
+
+    def check_updates(self, updates: int) -> None:
+        """ValueError for settings that do not fit this number of optimizer steps a training step."""
+
+    def check_rewards(self, rewards: Sequence[RewardSetting]) -> None:
+        """ValueError where the loss cannot learn from these rewards. Loads no model."""
+
+    def trained_levels(self, sampling: SamplingSettings) -> int:
+        """Noise levels that each picture is trained at."""
+        return sampling.steps
+
+    def spending(self, images: int, groups: int, sampling: SamplingSettings) -> Spending:
+        """What a run of so many pictures in so many groups spends."""
+        return Spending("drawn by the model", images, images * self.trained_levels(sampling))
+
+    def describe(self, *, shows_references: bool) -> str:
+        """The loss in a line, for the report; `shows_references`: of a run whose model is shown reference pictures."""
+        given = [f"{name} {value}" for name, value in self.model_dump(exclude={"kind"}, mode="json").items()]
+        return ", ".join([self.kind, *given])
+
+    def describe_advantage(self, advantage: BaseAdvantageSettings) -> str:
+        """What becomes of the advantages, in a line."""
+        return advantage.describe()
+
+    def describe_pictures(self, *, shows_references: bool) -> str:
+        """Whose pictures training scored, as a sentence, where the trained model did not draw them; else empty."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +122,27 @@ class Advantages:
 class Loss(ABC):
     """What is minimized over a step's rollouts."""
 
+    Settings: ClassVar[type[LossSettings]]
+    """Its settings; their `kind` is how a recipe names it."""
     sampling_slot: Slot
+    """Whose pictures are learned from."""
+    on_policy_measure: ClassVar[str] = "|v - v_old| / |v_old| before the first update"
+    """What `deviation` measures, in words."""
+    is_always_on_policy: ClassVar[bool] = False
+    """Whether the first update of every step begins on-policy; False: only that of a run, before slots part."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @classmethod
+    def make(cls, settings: Any, rewards: Mapping[str, DifferentiableReward]) -> Self:
+        """The loss of these settings; `rewards`: name -> what it may differentiate."""
+        return cls(settings)
+
+    @property
+    def on_policy_limit(self) -> float:
+        """The largest `deviation` that leaves a signal."""
+        return VELOCITY_LIMIT
 
     def draw(
         self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
@@ -62,11 +155,11 @@ class Loss(ABC):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: AdvantageSettings,
+        settings: BaseAdvantageSettings,
         steps: int,
     ) -> "Advantages":
         """What is learned of the scores of all processes' samples [P, S], reward by reward."""
-        table = advantages(rewards, weights, settings, steps)
+        table = make_advantage(settings)(rewards, weights, steps)
         return Advantages(table, figures={"advantage_mean": table.nanmean().item()})
 
     @abstractmethod
@@ -102,6 +195,14 @@ class Loss(ABC):
     def old_decay(self, step: int) -> float | None:
         """How much of the old policy stays after a step; None where this loss has no old policy."""
         return None
+
+
+def require_levels(timesteps: int, sampling: SamplingSettings) -> None:
+    """ValueError where the schedule has fewer noise levels than a loss is trained at."""
+    if timesteps > sampling.steps:
+        raise ValueError(
+            f"loss.timesteps is {timesteps}, but {sampling.steps} sampling steps have only as many noise levels"
+        )
 
 
 def velocity_deviation(policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], slot: Slot) -> float:

@@ -25,8 +25,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.loss import Loss, Terms, noise_levels, noised, velocity_deviation, velocity_of
-from pixrl.config import Settings
+from pixrl.algorithms.loss import (
+    Loss,
+    LossSettings,
+    Terms,
+    noise_levels,
+    noised,
+    require_levels,
+    velocity_deviation,
+    velocity_of,
+)
+from pixrl.algorithms.sampling import SamplingSettings
 from pixrl.equations import nft_loss, old_policy_decay, optimality
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
@@ -51,7 +60,7 @@ class OldPolicy(StrEnum):
 _KINDS = {OldPolicy.FOLLOW: 0, OldPolicy.SLOW: 1, OldPolicy.LATE: 2}
 
 
-class NFTSettings(Settings):
+class NFTSettings(LossSettings):
     """DiffusionNFT's loss."""
 
     kind: Literal["nft"] = "nft"
@@ -90,14 +99,32 @@ class NFTSettings(Settings):
             )
         return self
 
+    def check_sampling(self, sampling: SamplingSettings) -> None:
+        require_levels(self.timesteps, sampling)
+        if self.levels is not None and self.levels[1] > sampling.steps:
+            raise ValueError(
+                f"loss.levels ends at {self.levels[1]}, but {sampling.steps} sampling steps have only as many "
+                "noise levels"
+            )
+
+    def trained_levels(self, sampling: SamplingSettings) -> int:
+        return self.timesteps
+
+    def describe(self, *, shows_references: bool) -> str:
+        old = self.old_policy.value + ("" if self.old_decay is None else f" {self.old_decay:g}")
+        among = self.levels
+        levels = f"{self.timesteps} noise levels a sample" + (
+            "" if among is None else f" of steps {among[0]} to {among[1] - 1}"
+        )
+        return f"nft, beta {self.beta:g}, KL {self.kl:g}, {levels}, old policy {old}"
+
 
 class NFTLoss(Loss):
     """5 / beta (r L+ + (1 - r) L-) + kl mean((v - v_ref)^2) at shuffled noise levels, fresh noise at each."""
 
     sampling_slot = Slot.OLD
-
-    def __init__(self, settings: NFTSettings) -> None:
-        self.settings = settings
+    Settings = NFTSettings
+    settings: NFTSettings
 
     def parts(self, rollouts: Rollouts) -> int:
         return self.settings.timesteps

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, conflict_metrics, reward_metrics
+from pixrl.algorithms.advantages import BaseAdvantageSettings, conflict_metrics, reward_metrics
 from pixrl.algorithms.base import Group, Rollouts, Samples, shown_to
 from pixrl.algorithms.exploration import Exploration, Variants
 from pixrl.algorithms.loss import Advantages, Loss
@@ -100,7 +100,7 @@ class Method:
 
     exploration: Exploration
     sampling: SamplingSettings
-    advantage: AdvantageSettings
+    advantage: BaseAdvantageSettings
     loss: Loss
     optimizer: OptimizerSettings
     noises: int
@@ -247,7 +247,7 @@ class Aligner:
         drawer = torch.Generator().manual_seed(sample_seed(self.seed, rollouts.step, _PARTS_KEY, 0))
         lot_PS = torch.randperm(failed_PS.numel(), generator=drawer).view(failed_PS.shape)
         chosen_PS = (lot_PS % self.method.optimizer.updates == number) & ~failed_PS
-        if self.method.advantage.skip_flat:
+        if self.method.advantage.leaves_flat_out:
             chosen_PS &= some_TPS.any(dim=0).any(dim=1, keepdim=True)
         mine = chosen_PS[[group.place for group in samples.groups]].view(-1, size).flatten()
         return [int(row) for row in mine.nonzero().flatten()]

@@ -97,7 +97,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "shown": "subjects" if folder.kind == PERSONALIZE else "prompts",
         "slot": "trained" if config.optimizer.ema is None else "averaged",
         "reward_panels": _marked(reward_panels(config, metrics, evaluated)),
-        "panels": _marked(panels(metrics, evaluated, learned=words.learns_from_scores(config))),
+        "panels": _marked(panels(metrics, evaluated, learned=config.loss.learns_from_scores)),
         "group": newest_group(folder.path, config, manifest),
         "group_note": words.training_pictures(config),
         "phases": phases(metrics),

@@ -4,33 +4,24 @@ exploration (noise, perturbed) x sampling (solver, random steps) x advantage (we
 nft, draft; sft and rpo as baselines).
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.draft import DraftSettings
-from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
-from pixrl.algorithms.exploration import Exploration, NoiseOnly
-from pixrl.algorithms.loss_table import (
-    LossSettings,
-    check_advantage,
-    check_fit,
-    check_gradients,
-    check_updates,
-)
+from pixrl.algorithms import ADVANTAGES, EXPLORATIONS, LOSSES
+from pixrl.algorithms.advantages import AdvantageSettings, BaseAdvantageSettings
+from pixrl.algorithms.exploration import ExplorationSettings, GroupSize, NoiseExploration
+from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import MOST_STEPS as MOST_SAMPLING
 from pixrl.algorithms.sampling import Noise, SamplingSettings
-from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.trainer import OptimizerSettings
 from pixrl.config import MOST, Count, Seed, Settings, Side, refuse_infinite
 from pixrl.data.prompts import Split
 from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.plugins import PartOf, checksums
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
 
-Group = Annotated[int, Field(ge=1, le=4096)]
-"""Pictures of one prompt."""
 MOST_RANK, MOST_GUIDANCE = 4096, 1000
 LONGEST_WAIT = 86400.0
 """Seconds."""
@@ -57,35 +48,6 @@ class ScoringSettings(Settings):
     """The run stops when more than this share of a step's pictures has no score."""
 
 
-class NoiseExploration(Settings):
-    """A prompt's samples differ in their noise alone."""
-
-    kind: Literal["noise"] = "noise"
-    noises: Group = 8
-    """G: samples of a prompt."""
-    shared_start: bool = False
-    """All samples of a group begin at one noise and differ in what random steps add, as in DanceGRPO: all that
-    their rewards differ by is due to steps that are trained. Needs `sampling.noise`."""
-
-    def make(self) -> Exploration:
-        """The exploration."""
-        return NoiseOnly()
-
-
-class PerturbedExploration(PerturbationSettings):
-    """E2PO: G noises times K semantic variants of each prompt."""
-
-    kind: Literal["perturbed"] = "perturbed"
-    noises: Group = 4
-    """G: noises of each variant."""
-    shared_start: ClassVar[bool] = False
-
-    def make(self) -> Exploration:
-        """The exploration."""
-        names = PerturbationSettings.model_fields
-        return PerturbedEmbeddings(PerturbationSettings(**{name: self.__dict__[name] for name in names}))
-
-
 class LoraSettings(Settings):
     """The trainable parameters, and what they are trained on top of."""
 
@@ -108,7 +70,7 @@ class EvaluationSettings(Settings):
     """The column or key of the source that holds the prompts; none: prompt, prompts or caption."""
     prompts: Count = 24
     """How many of them, spread evenly."""
-    per_prompt: Group = 1
+    per_prompt: GroupSize = 1
     """Pictures of each."""
     steps: int | None = Field(None, ge=1, le=MOST_SAMPLING)
     """Sampling steps; none: those of training."""
@@ -164,12 +126,10 @@ class AlignConfig(Settings):
     stages: tuple[Stage, ...] = ()
     """Reward weights by step range; none: the rewards' own weights throughout."""
     scoring: ScoringSettings = ScoringSettings()
-    exploration: Annotated[NoiseExploration | PerturbedExploration, Field(discriminator="kind")] = (
-        NoiseExploration()
-    )
+    exploration: Annotated[ExplorationSettings, PartOf(EXPLORATIONS)] = NoiseExploration()
     sampling: SamplingSettings = SamplingSettings()
-    advantage: AdvantageSettings = AdvantageSettings()
-    loss: Annotated[LossSettings, Field(discriminator="kind")] = NFTSettings()
+    advantage: Annotated[BaseAdvantageSettings, PartOf(ADVANTAGES, usual="group")] = AdvantageSettings()
+    loss: Annotated[LossSettings, PartOf(LOSSES)] = NFTSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lora: LoraSettings = LoraSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -180,26 +140,24 @@ class AlignConfig(Settings):
     def _parts_fit(self) -> "AlignConfig":
         refuse_infinite(self)
         check_rewards(self.rewards, self.stages)
-        check_fit(self.loss, self.sampling)
-        check_advantage(self.loss, self.advantage)
-        check_updates(self.loss, self.optimizer.updates)
-        check_gradients(self.loss, self.rewards)
+        self.loss.check_sampling(self.sampling)
+        self.loss.check_advantage(self.advantage)
+        self.loss.check_updates(self.optimizer.updates)
+        self.loss.check_rewards(self.rewards)
         for step in (0, *(stage.until for stage in self.stages if stage.until is not None)):
             self.advantage.check_rewards(weights_at(self.rewards, self.stages, step))
-        group = self.exploration.noises
-        if isinstance(self.exploration, PerturbedExploration):
-            if isinstance(self.loss, SFTSettings):
-                raise ValueError(
-                    "exploration: perturbed has no effect with loss: sft, which draws nothing: set "
-                    "exploration.kind to noise"
-                )
-            group *= self.exploration.variants
-        if group == 1 and not isinstance(self.loss, DraftSettings):
+        if self.exploration.varies_conditions and self.loss.needs_targets:
+            raise ValueError(
+                f"exploration: {self.exploration.kind} has no effect with loss: {self.loss.kind}, which draws nothing: "
+                "set exploration.kind to noise"
+            )
+        group = self.exploration.noises * self.exploration.per_noise
+        if group == 1 and self.loss.compares_samples:
             raise ValueError(
                 "exploration makes groups of one sample, which have nothing to be compared with: raise "
                 "exploration.noises to 2 or more"
             )
-        if self.exploration.shared_start and self.sampling.noise is Noise.NONE:
+        if self.exploration.starts_at_one_noise and self.sampling.noise is Noise.NONE:
             raise ValueError(
                 "exploration.shared_start: without random steps all samples of a group would be the same picture: set "
                 "sampling.noise (flow_sde, dance, cps), or leave it out"
@@ -217,6 +175,17 @@ class AlignConfig(Settings):
         self._memory_fits()
         return self
 
+    @property
+    def code(self) -> dict[str, str]:
+        """Checksums of the files of yours that hold parts of the method, for a resume to compare."""
+        return checksums(
+            [
+                (LOSSES, self.loss.kind),
+                (EXPLORATIONS, self.exploration.kind),
+                (ADVANTAGES, self.advantage.kind),
+            ]
+        )
+
     def prompts_of(self, split: Split) -> tuple[str, str | None]:
         """Source and column of the prompts of training, or of the evaluation."""
         if split is Split.TRAIN or self.evaluation.source is None:
@@ -226,10 +195,10 @@ class AlignConfig(Settings):
     def _memory_fits(self) -> None:
         """ValueError for ways of saving memory that the method cannot bear."""
         machine = self.machine
-        if machine.drop_text_encoders and isinstance(self.exploration, PerturbedExploration):
+        if machine.drop_text_encoders and self.exploration.varies_conditions:
             raise ValueError(
-                "machine.drop_text_encoders: perturbed exploration computes with the text encoders in every step; "
-                "take machine.offload=parts instead"
+                f"machine.drop_text_encoders: {self.exploration.kind} exploration computes with the text encoders in "
+                "every step; take machine.offload=parts instead"
             )
         if machine.offload is Offload.SEQUENTIAL and not machine.gradient_checkpointing:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from pixrl import plugins
 from pixrl import rewards as rewards_table
 from pixrl.algorithms.base import Group
 from pixrl.algorithms.sft import TARGET
@@ -27,6 +28,8 @@ ConfigT = TypeVar("ConfigT", bound=AlignConfig)
 
 _SOURCES = ("model", "prompts.source", "evaluation.source", "output.features", "lora.base")
 """Settings that may name a file or a folder."""
+_PARTS = ("loss", "exploration", "advantage")
+"""Those whose `kind` may name one."""
 
 
 def with_full_paths(config: ConfigT, known: AlignConfig | None = None) -> ConfigT:
@@ -36,6 +39,11 @@ def with_full_paths(config: ConfigT, known: AlignConfig | None = None) -> Config
     """
     values, before = config.model_dump(), {} if known is None else known.model_dump()
     changed = config
+    for name in _PARTS:
+        inner = changed.__dict__[name]
+        if inner != (None if known is None else known.__dict__[name]):
+            update = {"kind": plugins.full_path(inner.kind)}
+            changed = changed.model_copy(update={name: inner.model_copy(update=update)})
     for name in _SOURCES:
         part, _, key = name.rpartition(".")
         own = values.get(part) if part else values

@@ -1,34 +1,36 @@
 """What a fusion run is made from: the `fuse` recipe."""
 
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
-from pixrl import algorithms
+from pixrl import plugins
+from pixrl.algorithms import SAMPLERS
+from pixrl.algorithms.fusion.base import Sampler
 from pixrl.config import MOST, Count, Seed, Settings, refuse_infinite
 from pixrl.data.pairs import check_concepts
-from pixrl.errors import did_you_mean
+from pixrl.errors import ConfigError, did_you_mean
 from pixrl.fusion.noise import Noise, NoisePlan
 from pixrl.hub import full_path
 from pixrl.models.memory_plan import MemoryPlan
+from pixrl.plugins import checksums, is_path
 
 CHECKPOINTS = ("model", "clip", "segmenter")
 """Settings that may name a folder."""
 
 
-class SamplerName(StrEnum):
-    """Every sampler of `pixrl.algorithms.FUSION_SAMPLERS`."""
+def _require_sampler(name: object) -> str:
+    """A name of the table, or the path of a sampler of yours."""
+    if not isinstance(name, str) or not (is_path(name) or name in SAMPLERS.names()):
+        *first, last = map(repr, SAMPLERS.names())
+        raise PydanticKnownError("enum", {"expected": f"{', '.join(first)} or {last}"})
+    return name
 
-    RMLER = "rmler"
-    PPO = "ppo"
-    GRPO = "grpo"
-    RANDOM = "random"
-    MEAN = "mean"
-    BASS = "bass"
-    AGSWAP = "agswap"
-    GOLDEN = "golden"
-    SEARCH = "search"
+
+SamplerName = Annotated[str, BeforeValidator(_require_sampler)]
+"""A sampler: a name of `pixrl.algorithms.SAMPLERS`, `path/to/file.py:Name` or `module:Name`."""
 
 
 class Pooled(StrEnum):
@@ -49,8 +51,8 @@ class FuseConfig(Settings):
     """Two or more different concepts."""
     model: str = "toy:sd3"
     """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
-    sampler: SamplerName = SamplerName.RMLER
-    """How the mixing coefficients are chosen."""
+    sampler: SamplerName = "rmler"
+    """How the mixing coefficients are chosen: a name, or path/to/file.py:Name for a sampler of yours."""
     options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     """The sampler's own settings."""
     budget: Count = 128
@@ -105,10 +107,15 @@ class FuseConfig(Settings):
             )
         return self
 
+    @property
+    def code(self) -> dict[str, str]:
+        """The checksum of the file of yours that holds the sampler, for a resume to compare."""
+        return checksums([(SAMPLERS, self.sampler)])
+
     def with_full_paths(self) -> "FuseConfig":
         """The same, its checkpoints by their whole paths where they are on this disk."""
         found = {name: full_path(ref) for name in CHECKPOINTS if (ref := self.__dict__[name]) is not None}
-        return self.model_copy(update=found)
+        return self.model_copy(update={**found, "sampler": plugins.full_path(self.sampler)})
 
     @property
     def world(self) -> tuple[str, str | None, str | None, str, str, MemoryPlan]:
@@ -129,15 +136,19 @@ class FuseConfig(Settings):
         return NoisePlan(self.noise, self.seed, self.steps)
 
 
-def settings_type(sampler: str) -> type[Settings]:
-    """The settings model of a sampler's options."""
-    found: type[Settings] = algorithms.load(algorithms.FUSION_SAMPLERS[sampler]).settings_type  # type: ignore[attr-defined]
+def sampler_of(name: str) -> type[Sampler[Any]]:
+    """The sampler of a name or path. ConfigError where a path names something else."""
+    found = SAMPLERS.find(name)
+    if not (isinstance(found, type) and issubclass(found, Sampler)):
+        raise ConfigError(
+            f"{name!r} is no sampler: it must be a class that is derived from {Sampler.__module__}.Sampler."
+        )
     return found
 
 
 def resolve_options(sampler: str, options: dict[str, Any]) -> Settings:
     """A sampler's settings, all of them filled; ValueError that names what it knows for an unknown one."""
-    model = settings_type(sampler)
+    model = sampler_of(sampler).Settings
     for name in options:
         if name not in model.model_fields:
             known = ", ".join(model.model_fields)

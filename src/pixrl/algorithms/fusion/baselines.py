@@ -123,7 +123,7 @@ class RewardSearch(Sampler[SearchSettings]):
     logits, in every column.
     """
 
-    settings_type = SearchSettings
+    Settings = SearchSettings
 
     def __init__(self, task: FusionTask, settings: SearchSettings) -> None:
         super().__init__(task, settings)
@@ -206,7 +206,7 @@ class FusionPPOSettings(PolicySettings):
 class FusionPPO(PolicySampler[FusionPPOSettings]):
     """Standard PPO: a critic V(s), generalized advantage estimation along the batch's trajectory, standardized."""
 
-    settings_type = FusionPPOSettings
+    Settings = FusionPPOSettings
 
     def __init__(self, task: FusionTask, settings: FusionPPOSettings) -> None:
         super().__init__(task, settings)
@@ -273,7 +273,7 @@ class FusionGRPOSettings(PolicySettings):
 class FusionGRPO(PolicySampler[FusionGRPOSettings]):
     """One state, s_0, for all; a group is a batch, or the pictures of one noise; KL to the first policy."""
 
-    settings_type = FusionGRPOSettings
+    Settings = FusionGRPOSettings
 
     def __init__(self, task: FusionTask, settings: FusionGRPOSettings) -> None:
         super().__init__(task, settings)
@@ -314,7 +314,7 @@ class BASS(Sampler[BASSSettings]):
     largest difference, and the mean distance.
     """
 
-    settings_type = BASSSettings
+    Settings = BASSSettings
 
     def ask(self, count: int, step: int) -> Proposal:
         generator = self.task.generator(step)

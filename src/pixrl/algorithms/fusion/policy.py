@@ -236,7 +236,7 @@ PolicySettingsT = TypeVar("PolicySettingsT", bound=PolicySettings)
 class PolicySampler(Sampler[PolicySettingsT]):
     """Draws coefficients from a policy and improves it after every batch."""
 
-    settings_type = PolicySettings
+    Settings = PolicySettings
 
     def __init__(self, task: FusionTask, settings: PolicySettingsT) -> None:
         super().__init__(task, settings)

@@ -61,7 +61,7 @@ class RMLerSettings(PolicySettings):
 class RMLer(PolicySampler[RMLerSettings]):
     """Critic-free PPO on the raw or the centred reward."""
 
-    settings_type = RMLerSettings
+    Settings = RMLerSettings
 
     def advantages(self, proposal: Proposal, feedback: Feedback) -> Tensor:
         if self.settings.baseline is Baseline.NONE:
