@@ -80,7 +80,7 @@ def test_it_keeps_the_interfaces_promises(place: Path, capsys: pytest.CaptureFix
     assert type(renderer).__name__ == "Discs"
     assert "Running Python code that the recipe names: " in capsys.readouterr().err
     assert models.load(place / "weights", kind=f"{place / 'discs.py'}:Discs").settings.resolution == 64
-    with pytest.raises(InputError, match="cannot be merged into .*, a Discs"):
+    with pytest.raises(InputError, match=r"cannot be merged into .*, a Discs"):
         models.load(ref(place), lora=place / "lora.safetensors")
 
 
@@ -93,7 +93,7 @@ def test_a_fusion_is_examined_run_and_resumed_with_the_same_file_alone(place: Pa
     assert len(result.scores) == 4
     file = place / "discs.py"
     file.write_text(DISCS.replace("18 - far", "19 - far"))
-    with pytest.raises(CheckpointError, match="has changed since the run .* began"):
+    with pytest.raises(CheckpointError, match=r"has changed since the run .* began"):
         go_on(place / "run")
     file.write_text(DISCS)
     assert len(go_on(place / "run").rows) == 4
