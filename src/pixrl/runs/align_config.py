@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from pixrl.algorithms import ADVANTAGES, EXPLORATIONS, LOSSES
-from pixrl.algorithms.advantages import AdvantageSettings, BaseAdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.exploration import ExplorationSettings, GroupSize, NoiseExploration
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
@@ -128,7 +128,7 @@ class AlignConfig(Settings):
     scoring: ScoringSettings = ScoringSettings()
     exploration: Annotated[ExplorationSettings, PartOf(EXPLORATIONS)] = NoiseExploration()
     sampling: RolloutSettings = RolloutSettings()
-    advantage: Annotated[BaseAdvantageSettings, PartOf(ADVANTAGES, usual="group")] = AdvantageSettings()
+    advantage: Annotated[EstimatorSettings, PartOf(ADVANTAGES, usual="group")] = AdvantageSettings()
     loss: Annotated[LossSettings, PartOf(LOSSES)] = NFTSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lora: LoraSettings = LoraSettings()
