@@ -5,8 +5,8 @@ A method of the first two is the combination of four of its parts:
 exploration (noise, perturbed) x sampling (solver, random steps) x advantage (weights, synergy, time) x loss (clipped,
 nft, draft; sft and rpo as baselines).
 
-Customized-GRPO is noise exploration x random steps x (synergy, time weights) x clipped; every other combination runs. A
-personalize recipe is an align recipe whose prompts come with subjects; a fuse recipe has a sampler in place of a method.
+Customized-GRPO is noise exploration x random steps x (synergy, time weights) x clipped; every other combination runs.
+A personalize recipe is an align recipe whose prompts come with subjects; a fuse recipe has a sampler for a method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -230,11 +230,6 @@ class AlignConfig(Settings):
             )
 
 
-# ~ What a personalize run is made from: an align recipe whose prompts come with subjects.
-# ~
-# ~ Customized-GRPO is noise exploration x random steps x (synergy, time weights) x clipped; every other combination runs.
-
-
 class SubjectSettings(PromptSettings):
     """Which subjects, with which prompts; each pair of them makes one group."""
 
@@ -291,8 +286,6 @@ class PersonalizeConfig(AlignConfig):
                 raise ValueError(f"{part}.column has no effect: subjects have no columns. Leave it out")
         return self
 
-
-# ~ The kinds of runs that the one loop plays, by the `kind` of their recipe.
 
 ALIGN, PERSONALIZE = "align", "personalize"
 KINDS: Mapping[str, type[AlignConfig]] = {ALIGN: AlignConfig, PERSONALIZE: PersonalizeConfig}
