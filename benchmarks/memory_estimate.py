@@ -19,7 +19,7 @@ from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX
 from pixrl.models import adapter_of
 from pixrl.models.estimate import empty_pipeline
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 
 BF16 = Precision(torch.bfloat16, torch.bfloat16)
 REWARDS = [{"name": "clip_text", "options": {"model": "toy:clip"}}]

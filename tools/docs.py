@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 from pixrl import api, cli_demo, config
 from pixrl.data.pairs import parse_pairs
 from pixrl.runs import fuse as fuse_job
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse_config import FuseConfig
 from pixrl.toy.drawn_sheet import generated_sheet, personal_sheet
 from pixrl.toy.sheet import contact_sheet
 

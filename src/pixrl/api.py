@@ -22,13 +22,11 @@ from pixrl.runs import align as align_job
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs import fuse_many
 from pixrl.runs.align import try_out
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import ALIGN, KINDS, PERSONALIZE, AlignConfig, FuseConfig, load_recipe, resolve_options
 from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.distributed import Team
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import FinishedRun
-from pixrl.runs.fuse_config import FuseConfig, resolve_options
-from pixrl.runs.kinds import ALIGN, KINDS, PERSONALIZE, load_recipe
 from pixrl.runs.log import evaluations
 from pixrl.runs.selfcheck import Report
 

@@ -35,7 +35,7 @@ def demo(
 def _fuse(run: Path) -> Path:
     from pixrl import api
     from pixrl.config import load
-    from pixrl.runs.fuse_config import FuseConfig
+    from pixrl.runs.config import FuseConfig
 
     typer.echo(f"Fusing {', '.join(DEMO_PAIRS)}: 128 pictures each.")
     with resumable(run):

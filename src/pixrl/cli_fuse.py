@@ -29,7 +29,7 @@ from pixrl.cli_runs import resumable, say_where
 from pixrl.errors import InputError
 
 if TYPE_CHECKING:
-    from pixrl.runs.fuse_config import FuseConfig
+    from pixrl.runs.config import FuseConfig
 
 commands = typer.Typer()
 
@@ -80,7 +80,7 @@ def fuse(
 
 def _fuse_config(recipe: str | None, values: dict[str, Any], overrides: list[str]) -> "FuseConfig":
     from pixrl import config
-    from pixrl.runs.fuse_config import FuseConfig
+    from pixrl.runs.config import FuseConfig
 
     return config.load(FuseConfig, recipe, overrides, values=values, kind="fuse")
 

@@ -22,7 +22,7 @@ from pixrl.errors import ConfigError, InputError
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.base import DifferentiableReward
 from pixrl.runs import align as align_job
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 from pixrl.types import RewardBatch, Scores
 from tests import tiny
 from tests.align.parts import final, groups, perturbed, recipe, same, scored, weights_of

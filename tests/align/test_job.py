@@ -20,7 +20,7 @@ from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
 from pixrl.report.align import write_align_report
 from pixrl.runs import align as align_job
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.data import PromptSampler
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.loaded import load_run, plan_batches

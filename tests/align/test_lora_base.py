@@ -20,8 +20,7 @@ from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot, added, slot_lora
 from pixrl.report.export import Format, export
 from pixrl.runs import checkpoint
-from pixrl.runs.align_config import LoraSettings
-from pixrl.runs.kinds import load_recipe
+from pixrl.runs.config import LoraSettings, load_recipe
 from pixrl.studies.slots import open_run
 from tests import tiny
 from tests.align.parts import recipe

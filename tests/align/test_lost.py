@@ -13,8 +13,8 @@ from pixrl.errors import CheckpointError
 from pixrl.report.samples import gallery_entries
 from pixrl.runs import align as align_job
 from pixrl.runs import checkpoint
-from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.check import check
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.log import evaluations

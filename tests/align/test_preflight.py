@@ -23,7 +23,7 @@ from pixrl.models.slots import LoraSlots, slot_sizes
 from pixrl.rewards import kind_of
 from pixrl.rewards.python import find_function
 from pixrl.rewards.settings import RewardSetting, import_path, is_importable
-from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.config import FuseConfig
 from tests.align.parts import JUDGE, recipe
 
 GENEVAL = {"name": "geneval", "options": {"segmenter": "toy:segmenter", "clip": "toy:clip"}}

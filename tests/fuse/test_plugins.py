@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from pixrl.errors import CheckpointError, ConfigError
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.fuse import go_on, start
-from pixrl.runs.fuse_config import FuseConfig
 from tests.fuse.world import fake_world
 
 SAMPLER = '''

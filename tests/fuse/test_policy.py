@@ -12,7 +12,7 @@ from pixrl.algorithms.fusion.rmler import RMLer
 from pixrl.errors import ShapeError
 from pixrl.fusion.trainer import FusionTrainer
 from pixrl.fusion.world import FusionSession
-from pixrl.runs.fuse_config import FuseConfig, resolve_options
+from pixrl.runs.config import FuseConfig, resolve_options
 from pixrl.runs.loop import take_step
 from tests.fuse.test_samplers import sampler_of, scores, task, told
 from tests.fuse.world import fake_world

@@ -24,9 +24,8 @@ from pixrl.algorithms.trainer import prepare
 from pixrl.errors import CheckpointError, ConfigError, InputError
 from pixrl.models.flux import FluxPolicy, Preset
 from pixrl.runs import align as align_job
+from pixrl.runs.config import PersonalizeConfig, load_recipe
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.kinds import load_recipe
-from pixrl.runs.personalize_config import PersonalizeConfig
 from pixrl.runs.planner import kept_bytes, require_room
 from pixrl.studies.align_config import AlignStudyConfig
 from pixrl.studies.slots import open_run

@@ -18,8 +18,7 @@ from pixrl.algorithms.loss import noise_levels
 from pixrl.equations import group_advantages, prompt_weight, shape_advantage, synergy
 from pixrl.errors import ConfigError
 from pixrl.models.sd3 import SD3Policy
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.kinds import load_recipe
+from pixrl.runs.config import AlignConfig, load_recipe
 from pixrl.types import Scores
 from tests import tiny
 from tests.align.parts import CLIPPED, NFT, ODE, SDE, aligner, groups, scored, weights_of

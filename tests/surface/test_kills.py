@@ -18,11 +18,9 @@ from pixrl import api
 from pixrl.runs import align as align_job
 from pixrl.runs import checkpoint
 from pixrl.runs import fuse as fuse_job
-from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.check import check
+from pixrl.runs.config import AlignConfig, FuseConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse_config import FuseConfig
-from pixrl.runs.personalize_config import PersonalizeConfig
 from tests import kills, tiny
 from tests.align.parts import recipe as align_recipe
 from tests.align.parts import same

@@ -13,8 +13,8 @@ from pixrl.errors import CheckpointError
 from pixrl.runs import checkpoint
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs.check import check
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import EVALUATIONS, MANIFEST, METRICS, JsonLines, RunFolder
-from pixrl.runs.fuse_config import FuseConfig
 from pixrl.studies import runner as study_runner
 from tests.fuse.world import fake_world
 

@@ -16,8 +16,8 @@ from pixrl.runs import files
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs import place as run_place
 from pixrl.runs.check import check
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse_config import FuseConfig
 from pixrl.runs.place import MARKER, REPLACED
 from tests import kills
 from tests.fuse.world import fake_world

@@ -33,7 +33,7 @@ from pixrl.models.estimate import CONTRADICTIONS, Cost, PartSize, cost_of, imagi
 from pixrl.models.pipeline import FlowPipelinePolicy, micro_batch_for
 from pixrl.models.sdxl import SDXLRenderer
 from pixrl.models.text import PromptCache, check_words
-from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.planner import trial
 
 

@@ -54,10 +54,8 @@ from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import TEXT_PARTS, set_decoding
 from pixrl.models.slots import Lora, fitting_layers, slot_sizes
 from pixrl.models.text import PromptCache, check_words
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.kinds import kind_of
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, kind_of
 from pixrl.runs.loaded import not_trainable, read_prompts, require_trainable, show_references
-from pixrl.runs.personalize_config import PersonalizeConfig
 from pixrl.runs.planner import (
     SAFE_SHARE,
     evened,

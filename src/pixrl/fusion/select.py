@@ -14,8 +14,8 @@ from torch import Tensor
 from pixrl.equations import is_candidate, select, shortfall
 from pixrl.equations.fusion import BALANCE, PRESENCE
 from pixrl.hub import Presence
+from pixrl.runs.config import FuseConfig, resolve_options, sampler_of
 from pixrl.runs.folder import ManifestRow
-from pixrl.runs.fuse_config import FuseConfig, resolve_options, sampler_of
 
 SCORE = "S/"
 """Prefix of a concept's similarity among a manifest row's scores."""

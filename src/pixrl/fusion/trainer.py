@@ -15,7 +15,7 @@ from pixrl.algorithms.fusion.base import Feedback, Proposal, Sampler
 from pixrl.errors import RunError
 from pixrl.fusion.world import FusionSession
 from pixrl.rewards.set import Failures
-from pixrl.runs.fuse_config import FuseConfig, resolve_options, sampler_of
+from pixrl.runs.config import FuseConfig, resolve_options, sampler_of
 from pixrl.runs.loop import Clock
 
 

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from pixrl.hub import TOY_PREFIX, split_adapter, split_single_file
 from pixrl.hub_fetch import is_hub_id
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.personalize_config import PersonalizeConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.untrusted import fenced
 
 FOLDER, PICTURES, PROMPT = "FOLDER", "PICTURES", "PROMPT"

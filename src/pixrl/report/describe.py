@@ -8,8 +8,7 @@ from typing import Any
 from pixrl.algorithms.sampling import StepNoise
 from pixrl.algorithms.trainer import OptimizerSettings
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.personalize_config import PersonalizeConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 
 TRAINED, MEASURED, HELD_OUT = "trained on", "only measured", "never trained on"
 """What a run makes of a reward; `MEASURED` where it learns from no score at all."""

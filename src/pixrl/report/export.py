@@ -38,10 +38,9 @@ from pixrl.models.slots import DOWN, UP, Lora, Slot, added, digest, slot_lora
 from pixrl.report.card_usage import in_unos_code
 from pixrl.report.model_card import Facts, pipeline_name, shown_pairs, write_card
 from pixrl.runs import checkpoint
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import KINDS, AlignConfig, read_config
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.kinds import KINDS, read_config
 from pixrl.runs.record import start_if_any
 from pixrl.untrusted import encodable
 

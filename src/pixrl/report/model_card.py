@@ -22,9 +22,8 @@ from pixrl.report.card_usage import usage
 from pixrl.report.changes import Change, changes_of, warnings
 from pixrl.report.samples import before_and_after, class_word, gallery_entries, in_words, subjects_in_words
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.personalize_config import PersonalizeConfig
 from pixrl.runs.record import base_and_last, read_rewards, start_if_any
 from pixrl.untrusted import code, encodable, fenced, markdown
 

@@ -23,13 +23,12 @@ from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.metrics.spread import group_diversity
 from pixrl.rewards.set import RewardSet
 from pixrl.runs import selfcheck
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.distributed import Team
 from pixrl.runs.evaluation import score
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.kinds import kind_of, read_config
 from pixrl.runs.loaded import (
     LoadedRun,
     check_references,

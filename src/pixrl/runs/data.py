@@ -19,7 +19,7 @@ from pixrl.algorithms.sft import TARGET
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.hub import full_path
 from pixrl.rewards.references import KEY
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 from pixrl.types import sample_seed
 
 SUBJECT = "subject"

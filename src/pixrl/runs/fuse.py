@@ -24,10 +24,10 @@ from pixrl.fusion.world import FusionSession, FusionWorld, load_world
 from pixrl.hub import Presence
 from pixrl.plugins import changed_files
 from pixrl.runs import checkpoint
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow, RunFolder, png_bytes
-from pixrl.runs.fuse_config import FuseConfig
 from pixrl.runs.log import FuseLog, cut_coefficients
 from pixrl.runs.loop import Loop, Pace
 from pixrl.runs.place import replacing, require_free

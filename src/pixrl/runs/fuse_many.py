@@ -17,11 +17,11 @@ from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did
 from pixrl.fusion.world import FusionWorld
 from pixrl.plugins import is_path
 from pixrl.runs import fuse as fuse_job
+from pixrl.runs.config import FuseConfig, SamplerName, sampler_of
 from pixrl.runs.display import Monitor
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import FinishedRun
-from pixrl.runs.fuse_config import FuseConfig, SamplerName, sampler_of
 from pixrl.runs.place import CHILDREN, has_saved, is_run, replacing, require_free
 
 COMPARE = "fuse-compare"

@@ -25,11 +25,10 @@ from pixrl.models.text import check_words
 from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, ReferenceSettings
 from pixrl.runs.data import PromptSampler, share, what_is_asked
 from pixrl.runs.distributed import Team, limit_threads
 from pixrl.runs.evaluation import Evaluator, spread_evenly
-from pixrl.runs.personalize_config import PersonalizeConfig, ReferenceSettings
 from pixrl.runs.planner import plan, require_room
 
 

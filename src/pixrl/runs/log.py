@@ -24,9 +24,9 @@ from pixrl.errors import CheckpointError
 from pixrl.fusion.select import SCORE
 from pixrl.fusion.trainer import FusionRollouts, FusionScores
 from pixrl.runs import checkpoint
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.files import fsync_folder, remove, write_all_atomic, write_atomic
 from pixrl.runs.folder import EVALUATIONS, JsonLines, ManifestRow, RunFolder, png_bytes
-from pixrl.runs.fuse_config import FuseConfig
 from pixrl.types import Scores
 
 SCORES = "scores.json"

@@ -19,7 +19,7 @@ from pixrl.models.base import Conditioning
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.memory_plan import Offload
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pixrl.models.base import on_square
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.plugins import changed_files
 from pixrl.runs import checkpoint
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.data import data_checksums
 from pixrl.runs.evaluation import gallery
 from pixrl.runs.files import write_atomic

@@ -12,11 +12,9 @@ from pixrl.config import Settings
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.rewards.settings import RewardSetting, check_rewards
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, load_recipe
 from pixrl.runs.evaluation import spread_evenly
 from pixrl.runs.fuse import slug
-from pixrl.runs.kinds import load_recipe
-from pixrl.runs.personalize_config import PersonalizeConfig
 from pixrl.studies.budget import check_budgets
 from pixrl.studies.runner import check_differences
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pixrl import untrusted
 from pixrl.errors import ConfigError
 from pixrl.report.describe import images_of, updates_of
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 
 COLUMNS = ("pictures", "they are", "scores learned from", "gradient terms", "updates")
 
