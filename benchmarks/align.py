@@ -32,7 +32,7 @@ from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.trainer import Aligner, MicroBatches
 from pixrl.algorithms.world import Alone
 from pixrl.models.text import PromptCache
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.evaluation import score
 from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
 from pixrl.types import Scores

@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from pixrl import models
-from pixrl.algorithms.e2po import PerturbationSettings
-from pixrl.algorithms.exploration import NoiseOnly, PerturbedEmbeddings, Variants
+from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
+from pixrl.algorithms.exploration import NoiseOnly, Variants
 from pixrl.errors import InputError
 from pixrl.models.pipeline import FlowPipelinePolicy, chunks
 from pixrl.rewards.encoders import ClipSimilarity

@@ -27,7 +27,7 @@ from torch import Tensor
 from pixrl.fusion.world import FusionWorld, Similarities, load_world
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.runs import fuse as fuse_job
-from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.config import FuseConfig
 
 CONCEPTS = ("owl", "snail")
 

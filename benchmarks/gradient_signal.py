@@ -19,9 +19,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from pixrl import align_api
+from pixrl import api
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings
+from pixrl.algorithms.grpo import GRPOSettings
+from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.trainer import Aligner
 from pixrl.algorithms.world import Alone
 from pixrl.models.pipeline import chunks
@@ -34,13 +35,13 @@ LEVELS = 10
 
 def workshop(recipe: str, prompts: int, changed: Sequence[str]) -> LoadedRun:
     """The recipe with all of ten noise levels trained, and no pull towards other policies."""
-    config = align_api.load(recipe, changed)
+    config = api.load(recipe, changed)
     changes = [*changed, f"prompts.per_step={prompts}", f"sampling.steps={LEVELS}", "loss.kl=0"]
     if isinstance(config.loss, NFTSettings):
         changes += [f"loss.timesteps={LEVELS}", "loss.levels=null"]
-    if isinstance(config.loss, ClippedSettings):
+    if isinstance(config.loss, GRPOSettings):
         changes += ["loss.clip=null", "optimizer.updates=1"]
-    return load_run(align_api.load(recipe, changes))
+    return load_run(api.load(recipe, changes))
 
 
 def batch_gradients(shop: LoadedRun, aligner: Aligner, step: int, shuffled: bool) -> dict[int, Tensor]:
@@ -55,8 +56,9 @@ def batch_gradients(shop: LoadedRun, aligner: Aligner, step: int, shuffled: bool
             for name, rows in rewards.items()
         }
     loss, method = aligner.method.loss, aligner.method
-    judged = loss.judge(rewards, shop.rewards.weights(step), method.advantage, rollouts.schedule.steps)
-    advantage_TB = judged.advantage_TPS.flatten(1)
+    weights = shop.rewards.weights(step)
+    advantages = loss.advantages(rewards, weights, method.advantage, rollouts.schedule.steps)
+    advantage_TB = advantages.advantage_TPS.flatten(1)
     found: dict[int, Tensor] = {}
     for level, part, rows in _terms(aligner, rollouts):
         advantage_B = advantage_TB[level, list(rows)]

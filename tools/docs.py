@@ -6,11 +6,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from pixrl import cli_demo, config, fuse_api
+from pixrl import api, cli_demo, config
 from pixrl.data.pairs import parse_pairs
 from pixrl.runs import fuse as fuse_job
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse_config import FuseConfig
 from pixrl.toy.drawn_sheet import generated_sheet, personal_sheet
 from pixrl.toy.sheet import contact_sheet
 
@@ -32,7 +32,7 @@ def main() -> None:
 
 def demo_sheet(out: Path) -> Image.Image:
     """The pairs of `pixrl demo`: a row each, the parents and then the best children."""
-    fuse_api.run_pairs(config.load(FuseConfig), cli_demo.DEMO_PAIRS, out)
+    api.run_pairs(config.load(FuseConfig), cli_demo.DEMO_PAIRS, out)
     runs = [RunFolder.open(path) for path in sorted((out / "runs").iterdir())]
     pairs = parse_pairs(cli_demo.DEMO_PAIRS).pairs
     rows = [_row(run, concepts) for run, concepts in zip(runs, pairs, strict=True)]

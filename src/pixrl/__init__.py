@@ -14,8 +14,7 @@ from pixrl.errors import PixrlError
 
 if TYPE_CHECKING:
     from pixrl import equations, models, rewards
-    from pixrl.align_api import AlignResult, align, personalize
-    from pixrl.fuse_api import FusionResult, fuse
+    from pixrl.api import AlignResult, FusionResult, align, fuse, personalize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,11 +31,11 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AlignResult": "pixrl.align_api",
-    "FusionResult": "pixrl.fuse_api",
-    "align": "pixrl.align_api",
-    "fuse": "pixrl.fuse_api",
-    "personalize": "pixrl.align_api",
+    "AlignResult": "pixrl.api",
+    "FusionResult": "pixrl.api",
+    "align": "pixrl.api",
+    "fuse": "pixrl.api",
+    "personalize": "pixrl.api",
 }
 _SUBPACKAGES = {"equations", "models", "rewards"}
 

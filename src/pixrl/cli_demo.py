@@ -33,37 +33,37 @@ def demo(
 
 
 def _fuse(run: Path) -> Path:
-    from pixrl import fuse_api
+    from pixrl import api
     from pixrl.config import load
-    from pixrl.runs.fuse_config import FuseConfig
+    from pixrl.runs.config import FuseConfig
 
     typer.echo(f"Fusing {', '.join(DEMO_PAIRS)}: 128 pictures each.")
     with resumable(run):
         return (
-            fuse_api.run_pairs(load(FuseConfig, None, values={"model": "toy:sd3"}), DEMO_PAIRS, run)
+            api.run_pairs(load(FuseConfig, None, values={"model": "toy:sd3"}), DEMO_PAIRS, run)
             / "report.html"
         )
 
 
 def _align(run: Path) -> Path:
-    from pixrl import align_api
+    from pixrl import api
 
-    config = align_api.load(ALIGN_RECIPE, kind="align")
+    config = api.load(ALIGN_RECIPE, kind="align")
     typer.echo(
         f"\nAligning {config.model} with GenEval's rules: {config.steps} steps, same prompts before and after."
     )
     with resumable(run):
-        return align_api.run_align(config, run).report
+        return api.run_align(config, run).report
 
 
 def _personalize(run: Path, folder: Path) -> Path:
-    from pixrl import align_api
+    from pixrl import api
 
     word = write_subject(folder)
-    config, _ = align_api.load_personalize(PERSONALIZE_RECIPE, subject=folder)
+    config, _ = api.load_personalize(PERSONALIZE_RECIPE, subject=folder)
     typer.echo(f"\nKeeping one {word} ({folder}) in new places: {config.steps} steps.")
     with resumable(run):
-        return align_api.run_align(config, run).report
+        return api.run_align(config, run).report
 
 
 def write_subject(folder: Path) -> str:

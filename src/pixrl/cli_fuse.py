@@ -29,7 +29,7 @@ from pixrl.cli_runs import resumable, say_where
 from pixrl.errors import InputError
 
 if TYPE_CHECKING:
-    from pixrl.runs.fuse_config import FuseConfig
+    from pixrl.runs.config import FuseConfig
 
 commands = typer.Typer()
 
@@ -80,7 +80,7 @@ def fuse(
 
 def _fuse_config(recipe: str | None, values: dict[str, Any], overrides: list[str]) -> "FuseConfig":
     from pixrl import config
-    from pixrl.runs.fuse_config import FuseConfig
+    from pixrl.runs.config import FuseConfig
 
     return config.load(FuseConfig, recipe, overrides, values=values, kind="fuse")
 
@@ -88,21 +88,21 @@ def _fuse_config(recipe: str | None, values: dict[str, Any], overrides: list[str
 def _start_fusion(
     config: "FuseConfig", pairs: Path | None, compare: str | None, out: Path | None, force: bool
 ) -> None:
-    from pixrl import fuse_api
+    from pixrl import api
 
     if pairs is not None:
-        out = out or fuse_api.default_out(config, pairs=pairs)
+        out = out or api.default_fuse_out(config, pairs=pairs)
         with resumable(out):
-            fuse_api.run_pairs(config, pairs, out, force=force)
+            api.run_pairs(config, pairs, out, force=force)
     elif compare is not None:
         names = "all" if compare == "all" else [name.strip() for name in compare.split(",")]
-        out = out or fuse_api.default_out(config, compare=True)
+        out = out or api.default_fuse_out(config, compare=True)
         with resumable(out):
-            fuse_api.run_compare(config, names, out, force=force)
+            api.run_compare(config, names, out, force=force)
     else:
-        out = out or fuse_api.default_out(config)
+        out = out or api.default_fuse_out(config)
         with resumable(out):
-            result = fuse_api.run_fuse(config, out, force=force)
+            result = api.run_fuse(config, out, force=force)
             typer.echo(result.selection.summary(out))
     say_where(out)
 
@@ -110,7 +110,7 @@ def _start_fusion(
 @commands.command()
 def select(run: Run, keep: Keep = None, presence: Presence = None, balance: Balance = None) -> None:
     """Select from a finished run again, with other thresholds; generates nothing."""
-    from pixrl import fuse_api
+    from pixrl import api
 
-    typer.echo(fuse_api.select_run(run, keep=keep, presence=presence, balance=balance).summary(run))
+    typer.echo(api.select_run(run, keep=keep, presence=presence, balance=balance).summary(run))
     say_where(run)

@@ -30,10 +30,10 @@ def doctor(
     as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
 ) -> None:
     """What a fuse, align or personalize recipe needs, and whether it can run here; exit code 1 when not."""
-    from pixrl import doctor_api
+    from pixrl import api
 
     count = processes or int(os.environ.get("WORLD_SIZE", "1"))
-    found = doctor_api.examine(
+    found = api.examine(
         recipe,
         set_ or [],
         subject=subject,

@@ -21,9 +21,7 @@ from pixrl.cli_options import (
     option,
 )
 from pixrl.cli_runs import leads, resumable, say_where
-from pixrl.errors import InputError
 
-LOOP_KINDS = ("align", "personalize")
 commands = typer.Typer()
 
 
@@ -38,13 +36,13 @@ def align(
     device: Device = None,
 ) -> None:
     """Align a flow model with rewards: [bold]pixrl align toy/e2po[/bold]."""
-    from pixrl import align_api
+    from pixrl import api
 
     settings = {"machine.device": device}
-    config = align_api.load(recipe, set_ or [], steps=steps, seed=seed, settings=settings, kind="align")
-    out = out or align_api.default_out(recipe, config)
+    config = api.load(recipe, set_ or [], steps=steps, seed=seed, settings=settings, kind="align")
+    out = out or api.default_out(recipe, config)
     with resumable(out):
-        done = align_api.run_align(config, out, force=force)
+        done = api.run_align(config, out, force=force)
     say_where(done.run)
 
 
@@ -60,15 +58,15 @@ def personalize(
     device: Device = None,
 ) -> None:
     """Keep a subject's identity while following the prompt: [bold]pixrl personalize --subject FOLDER[/bold]."""
-    from pixrl import align_api
+    from pixrl import api
 
     settings = {"machine.device": device}
-    config, name = align_api.load_personalize(
+    config, name = api.load_personalize(
         recipe, set_ or [], subject=subject, steps=steps, seed=seed, settings=settings
     )
-    out = out or align_api.default_out(name, config)
+    out = out or api.default_out(name, config)
     with resumable(out):
-        done = align_api.run_align(config, out, force=force)
+        done = api.run_align(config, out, force=force)
     say_where(done.run)
 
 
@@ -81,9 +79,9 @@ def selfcheck(
     as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
 ) -> None:
     """Is the first update of a recipe on-policy, by dtype and batch size? Exit code 1 when it is not."""
-    from pixrl import align_api
+    from pixrl import api
 
-    report = align_api.selfcheck(align_api.load_either(recipe, set_ or [], subject=subject, seed=seed))
+    report = api.selfcheck(api.load_either(recipe, set_ or [], subject=subject, seed=seed))
     if leads():
         typer.echo(json.dumps(report.to_json(), indent=1) if as_json else "\n".join(report.lines()))
     if not report.passed:
@@ -100,20 +98,13 @@ def resume(
     ] = False,
 ) -> None:
     """Go on with a run that was interrupted; it ends as one that never was."""
+    from pixrl import api
     from pixrl.runs.folder import RunFolder
 
     with resumable(run):
-        kind = RunFolder.open(run, repair=repair, allow_changed=True).kind
-        if kind in LOOP_KINDS:
-            from pixrl import align_api
-
-            align_api.resume(run, set_ or [], accept_changes=accept_changes)
-        else:
-            if set_ or accept_changes:
-                raise InputError(f"{run} is a run of kind {kind!r}, whose settings are fixed once it began.")
-            from pixrl import fuse_api
-
-            fuse_api.resume(run)
+        if repair:
+            RunFolder.open(run, repair=True, allow_changed=True)
+        api.resume(run, set_ or [], accept_changes=accept_changes)
         say_where(run)
 
 
@@ -135,13 +126,6 @@ def check(
 @commands.command()
 def report(run: Run) -> None:
     """Write a run's report again; of an alignment also before it is finished."""
-    from pixrl.runs.folder import RunFolder
+    from pixrl import api
 
-    if RunFolder.open(run).kind in LOOP_KINDS:
-        from pixrl.report.align import write_align_report
-
-        typer.echo(f"Report: {write_align_report(run)}")
-        return
-    from pixrl import fuse_api
-
-    typer.echo(f"Report: {fuse_api.write_report(run)}")
+    typer.echo(f"Report: {api.write_report(run)}")

@@ -383,8 +383,14 @@ def _explain_one(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         *parents, key = detail["loc"]
-        allowed = _fields_at(model_cls, parents)
+        allowed = fields_at(model_cls, parents)
         return f"Unknown setting {path}.{did_you_mean(str(key), allowed)} Allowed here: {', '.join(allowed)}."
+    if detail["type"] == "unknown_setting":
+        listed = detail["ctx"]["allowed"]
+        meant = did_you_mean(str(detail["loc"][-1]), listed.split(", "))
+        return f"Unknown setting {path}.{meant} Allowed here: {listed}."
+    if detail["type"] == "kind_missing":
+        return f"{path}.kind is missing: give {detail['msg']}."
     if detail["type"] == "missing":
         return f"{path} is missing."
     if detail["type"] == "union_tag_not_found":
@@ -397,7 +403,7 @@ def _explain_one(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
     return f"{path}: {detail['msg']}; given {detail['input']!r}.{did_you_mean(str(detail['input']), choices)}"
 
 
-def _fields_at(model_cls: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
+def fields_at(model_cls: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
     """The settings allowed at a place of the tree."""
     return sorted({name for model in _models_at(model_cls, loc) for name in model.model_fields})
 

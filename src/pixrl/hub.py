@@ -7,12 +7,14 @@ A checkpoint reference is one of
     owner/name, owner/name@revision   a hub id; a branch, tag or commit pins it
     FILE.safetensors                  a whole pipeline in one file, described by the folder of the same name beside it,
     FILE.safetensors@CONFIG           or by CONFIG: a folder or a hub id, which also holds what the file lacks
+    path/to/file.py:Name@REFERENCE    any of these, loaded by an adapter of yours; or module:Name@REFERENCE
 
 All end as a local folder, which `check_folder` (hub_check.py) refuses when it is half written, before anything heavy
 is imported; hub_fetch.py downloads. This module imports neither torch nor the model libraries.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,7 @@ __all__ = [
     "read_card",
     "read_json",
     "resolve",
+    "split_adapter",
     "split_single_file",
     "weight_files",
 ]
@@ -62,6 +65,7 @@ TOY_NAMES = ("clip", "vae", "segmenter", "identity", "preference", "sd3", "flux"
 TOY_GENERATORS = ("sd3", "flux")
 CARD_FILE = "pixrl.json"
 SINGLE_FILE = ".safetensors"
+_ADAPTER = re.compile(r"((?:[^@]+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*)@(.+)")
 _BESIDE_WEIGHTS = (
     "*config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", CARD_FILE,
     "README.md",
@@ -110,6 +114,8 @@ class Checkpoint:
     """Its configs and, but for what `file` holds, its weights."""
     file: Path | None = None
     """The one file that holds the weights, in the layout of the model's authors."""
+    adapter: str | None = None
+    """The class that the reference names to load it; None: the one that loads pipelines of its class."""
 
 
 def resolve(ref: str | Path, layout: Layout | None = None) -> Path | str:
@@ -121,7 +127,7 @@ def resolve(ref: str | Path, layout: Layout | None = None) -> Path | str:
         CheckpointError: the toy checkpoint or the folder does not exist.
         InputError: the reference is none of the kinds.
     """
-    text = str(ref)
+    text = split_adapter(ref)[1]
     toys = TOY_GENERATORS if layout is Layout.PIPELINE else TOY_NAMES
     if text.startswith(TOY_PREFIX):
         return _toy_folder(text.removeprefix(TOY_PREFIX), toys)
@@ -168,9 +174,11 @@ def locate(ref: str | Path, *, t5: bool = True) -> Checkpoint:
         CheckpointError: it is missing, half written, or cannot be fetched.
         InputError: the reference is none of the kinds.
     """
-    split = split_single_file(ref)
+    adapter, place = split_adapter(ref)
+    split = split_single_file(place)
     if split is None:
-        return Checkpoint(folder(ref, Layout.PIPELINE, without=() if t5 else T5_COMPONENTS))
+        whole = folder(place, Layout.PIPELINE, without=() if t5 else T5_COMPONENTS)
+        return Checkpoint(whole, adapter=adapter)
     file, config = split
     if not file.is_file():
         raise CheckpointError(f"The checkpoint file {str(file)!r} does not exist (looked in {Path.cwd()}).")
@@ -178,12 +186,28 @@ def locate(ref: str | Path, *, t5: bool = True) -> Checkpoint:
     found = resolve(_config_of(file) if config is None else config, Layout.PIPELINE)
     path = fetch_files(found, CONFIG_FILES) if isinstance(found, str) else found
     read_json(path / hub_check.INDEX)
-    return Checkpoint(path, file)
+    return Checkpoint(path, file, adapter)
+
+
+def split_adapter(ref: str | Path) -> tuple[str | None, str]:
+    """The adapter, where one is named, and the checkpoint of `path/to/file.py:Name@REFERENCE`.
+
+    Raises:
+        InputError: a file of Python is named, and no checkpoint.
+    """
+    text = str(ref)
+    if found := _ADAPTER.fullmatch(text):
+        return found[1], found[2]
+    if ".py:" in text and not Path(text).exists():
+        raise InputError(
+            f"{text!r} names an adapter, and no checkpoint that it loads. Give path/to/file.py:Name@FOLDER."
+        )
+    return None, text
 
 
 def split_single_file(ref: str | Path) -> tuple[Path, str | None] | None:
     """The file and the CONFIG of `FILE.safetensors@CONFIG`; None for every other kind of reference."""
-    text = str(ref)
+    text = split_adapter(ref)[1]
     name, at, config = text.partition(f"{SINGLE_FILE}@")
     if at:
         return Path(f"{name}{SINGLE_FILE}").expanduser(), config
@@ -197,6 +221,9 @@ def full_path(ref: str) -> str:
     """
     if not ref or ref.startswith(TOY_PREFIX):
         return ref
+    if found := _ADAPTER.fullmatch(ref):
+        file, _, name = found[1].rpartition(":")
+        return f"{full_path(file) if file.endswith('.py') else file}:{name}@{full_path(found[2])}"
     name, at, config = ref.partition(f"{SINGLE_FILE}@")
     if at:
         return f"{full_path(name + SINGLE_FILE)}@{full_path(config)}"
@@ -254,11 +281,14 @@ def fingerprint(path: Path, files: Iterable[Path] | None = None) -> str:
 
 
 def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
-    """16 hex digits from all weights of a pipeline, its single file among them."""
+    """16 hex digits from all weights of a pipeline, its single file and an adapter's file of Python among them."""
     own = fingerprint(checkpoint.folder)
-    if checkpoint.file is None:
+    code = Path((checkpoint.adapter or "").rpartition(":")[0])
+    files = [checkpoint.file, code if code.suffix == ".py" else None]
+    others = [_content_hash(file) for file in files if file is not None]
+    if not others:
         return own
-    return hashlib.sha256(f"{own} {_content_hash(checkpoint.file)}".encode()).hexdigest()[:16]
+    return hashlib.sha256(" ".join((own, *others)).encode()).hexdigest()[:16]
 
 
 def _content_hash(file: Path) -> str:

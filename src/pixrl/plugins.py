@@ -10,21 +10,24 @@ A recipe names a part in one of three ways, and all three are found here:
 The last two execute code that the recipe names: a line on stderr says so before it runs (SECURITY.md).
 """
 
-import functools
 import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
+
+from pixrl.config import ModelT, fields_at
 from pixrl.errors import ConfigError, Failure, InputError, ServiceError, describe, did_you_mean
-from pixrl.hub import full_path
 from pixrl.text import require_path
 from pixrl.untrusted import plain
 
@@ -68,7 +71,7 @@ class Registry:
         """
         self.require(name)
         if is_path(name):
-            return import_path(name)
+            return _found(name, self.checksum(name))
         if name in self.entries:
             module, _, attribute = self.entries[name].partition(":")
             return vars(importlib.import_module(module))[attribute]
@@ -84,6 +87,80 @@ class Registry:
         return (
             hashlib.sha256(_existing(Path(place)).read_bytes()).hexdigest() if place.endswith(".py") else None
         )
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """The type of a setting whose `kind` says which part of a table it is: `Annotated[LossSettings, PartOf(LOSSES)]`.
+
+    The part is a class whose attribute `Settings`, a model of the annotated type, checks the rest: pixrl's own by its
+    name, an installed package's, or one in a file of yours (`pixrl.plugins`).
+
+    Args:
+        table: the parts.
+        usual: the part that is meant where no `kind` is given; None: it must be.
+    """
+
+    table: Registry
+    usual: str | None = None
+
+    def __get_pydantic_core_schema__(
+        self, annotated: type[BaseModel], handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(lambda given: self.settings(annotated, given))
+
+    def settings(self, base: type[ModelT], given: Any) -> ModelT:
+        """The settings that a table of a recipe describes."""
+        if isinstance(given, base):
+            return given
+        if not isinstance(given, Mapping):
+            raise PydanticKnownError("model_attributes_type")
+        names = self.table.names()
+        kind = given.get("kind", self.usual)
+        if kind is None:
+            raise PydanticCustomError("kind_missing", "{names}", {"names": " or ".join(names)})
+        kind = str(kind)
+        if not is_path(kind) and kind not in names:
+            tags = {"discriminator": "'kind'", "tag": kind, "expected_tags": ", ".join(map(repr, names))}
+            raise PydanticKnownError("union_tag_invalid", tags)
+        model = self.model(base, kind)
+        if kind == self.usual and "kind" not in model.model_fields:
+            given = {key: value for key, value in given.items() if key != "kind"}
+        try:
+            return model.model_validate(given)
+        except ValidationError as error:
+            named = () if is_path(kind) or kind == self.usual else (kind,)
+            raise _with_allowed(model, error, named) from None
+
+    def model(self, base: type[ModelT], kind: str) -> type[ModelT]:
+        """The settings model of a part. ConfigError where what `kind` names has none."""
+        found = self.table.find(kind)
+        classes = found.__mro__ if isinstance(found, type) else ()
+        model = next((vars(one)["Settings"] for one in classes if "Settings" in vars(one)), None)
+        if not (isinstance(model, type) and issubclass(model, base)):
+            raise ConfigError(
+                f"{kind!r} is no {self.table.what}: it must be a class with a class Settings that is derived from "
+                f"{base.__module__}.{base.__name__}."
+            )
+        return model
+
+
+def _with_allowed(model: type[BaseModel], error: ValidationError, below: tuple[str, ...]) -> ValidationError:
+    """The same mistakes, at places below another, and for each unknown setting what is allowed in its place."""
+    lines = []
+    for detail in error.errors(include_url=False):
+        kind: str | PydanticCustomError = detail["type"]
+        if kind == "extra_forbidden":
+            allowed = ", ".join(fields_at(model, detail["loc"][:-1]))
+            kind = PydanticCustomError("unknown_setting", "unknown", {"allowed": allowed})
+        elif kind == "unknown_setting":
+            kind = PydanticCustomError("unknown_setting", "unknown", detail["ctx"])
+        lines.append(
+            InitErrorDetails(
+                type=kind, loc=(*below, *detail["loc"]), input=detail["input"], ctx=detail.get("ctx", {})
+            )
+        )
+    return ValidationError.from_exception_data(error.title, lines)
 
 
 class Caught(AbstractContextManager["Caught"]):
@@ -105,15 +182,38 @@ class Caught(AbstractContextManager["Caught"]):
         return True
 
 
+@cache
+def _found(path: str, checksum: str | None) -> Any:
+    """`import_path`, said and done once a process for the same path and content."""
+    return import_path(path)
+
+
+def full_path(name: str) -> str:
+    """The same name with the whole path of a file of yours, so that a run finds it from any folder."""
+    place, _, attribute = name.rpartition(":")
+    return f"{Path(place).absolute()}:{attribute}" if place.endswith(".py") else name
+
+
+def checksums(parts: Iterable[tuple[Registry, str]]) -> dict[str, str]:
+    """Name -> SHA-256 of the file that holds it, of those that are in files of yours; for a run's record."""
+    found = {name: table.checksum(name) for table, name in parts}
+    return {name: checksum for name, checksum in found.items() if checksum is not None}
+
+
+def changed_files(before: Mapping[str, str]) -> list[str]:
+    """Which files are others than when their `checksums` were taken, each in a line."""
+    changed = []
+    for name, checksum in before.items():
+        file = Path(name.rpartition(":")[0])
+        now = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        if now != checksum:
+            changed.append(f"{name}: {checksum[:12]}, now {'gone' if now is None else now[:12]}")
+    return changed
+
+
 def is_path(name: str) -> bool:
     """Whether a name says where its code lies, `file.py:Name` or `module:Name`, rather than being in a table."""
     return ":" in name
-
-
-def full_name(name: str) -> str:
-    """A name whose file is given by its whole path, as a run that is resumed elsewhere needs it; others as they are."""
-    place, colon, attribute = name.rpartition(":")
-    return f"{full_path(place)}:{attribute}" if colon and place.endswith(".py") else name
 
 
 def import_path(path: str, *, example: str = EXAMPLE) -> Any:
@@ -125,19 +225,14 @@ def import_path(path: str, *, example: str = EXAMPLE) -> Any:
     place, _, name = path.rpartition(":")
     if not place or not name:
         raise ConfigError(f"{path!r} is no import path. Type {example}.")
-    _announce(path)
+    # before anything of it runs, and wherever it is asked for: see SECURITY.md
+    print(f"Running Python code that the recipe names: {plain(path)}", file=sys.stderr, flush=True)
     module = _import_file(Path(place), example) if place.endswith(".py") else _import_module(place, example)
     if name not in vars(module):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         listed = ", ".join(names) or "no function"
         raise ConfigError(f"{place} has no {name!r}.{did_you_mean(name, names)} It has {listed}.")
     return vars(module)[name]
-
-
-@functools.cache
-def _announce(path: str) -> None:
-    """Says once which code the recipe names, before anything of it runs: see SECURITY.md."""
-    print(f"Running Python code that the recipe names: {plain(path)}", file=sys.stderr, flush=True)
 
 
 def _installed(group: str) -> dict[str, EntryPoint]:

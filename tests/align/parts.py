@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Group
-from pixrl.algorithms.e2po import PerturbationSettings
-from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings
-from pixrl.algorithms.loss_table import LossSettings, make_loss
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
+from pixrl.algorithms.exploration import Exploration, NoiseOnly
+from pixrl.algorithms.grpo import GRPOSettings
+from pixrl.algorithms.loss import LossSettings
+from pixrl.algorithms.nft import NFTSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs import checkpoint
@@ -31,16 +33,16 @@ def perturbed(variants: int = 2) -> PerturbedEmbeddings:
     return PerturbedEmbeddings(PerturbationSettings(variants=variants, steps=3))
 
 
-CLIPPED = ClippedSettings(clip=0.01)
+CLIPPED = GRPOSettings(clip=0.01)
 NFT = NFTSettings(timesteps=3)
-SDE = SamplingSettings(steps=4, noise="flow_sde")
-ODE = SamplingSettings(steps=4, solver="dpm")
+SDE = RolloutSettings(steps=4, noise="flow_sde")
+ODE = RolloutSettings(steps=4, solver="dpm")
 
 
 def aligner(
     policy: FlowPipelinePolicy,
     loss: LossSettings = CLIPPED,
-    sampling: SamplingSettings = SDE,
+    sampling: RolloutSettings = SDE,
     *,
     exploration: Exploration | None = None,
     advantage: AdvantageSettings | None = None,

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import EVALUATIONS
-from pixrl.runs.folder import ManifestRow, RunFolder, png_bytes
-from pixrl.runs.jsonl import JsonLines
+from pixrl.runs.config import AlignConfig
+from pixrl.runs.folder import JsonLines, ManifestRow, RunFolder, png_bytes
+from pixrl.runs.log import EVALUATIONS
 from pixrl.runs.record import GALLERY, START
 
 Draw = Callable[[str, int], Tensor]

@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.advantages import (
-    AdvantageSettings,
-    SynergySettings,
-    TimeSettings,
-    advantages,
-    conflict_metrics,
-    reward_metrics,
-)
+from pixrl.algorithms.advantages import AdvantageSettings, advantages, conflict_metrics, reward_metrics
+from pixrl.algorithms.customized_grpo import SynergySettings, TimeSettings
 from tests.tolerance import agree
 
 NAN = math.nan

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from pixrl import models
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings, advantages, group_std, reward_metrics
 from pixrl.algorithms.base import Rollouts, Samples
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import LossSettings, check_fit, make_loss
-from pixrl.algorithms.losses import ClippedSettings, KLForm, NFTSettings, OldPolicy
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.grpo import GRPOSettings, KLForm
+from pixrl.algorithms.loss import LossSettings
+from pixrl.algorithms.nft import NFTSettings, OldPolicy
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Aligner, OptimizerSettings
 from pixrl.errors import RunError
 from pixrl.models.sd3 import SD3Policy
@@ -63,7 +65,7 @@ def test_any_combination_of_parts_learns(
     found = aligner(
         policy,
         loss,
-        SamplingSettings(steps=4, noise=noise),
+        RolloutSettings(steps=4, noise=noise),
         exploration=perturbed() if exploring else NoiseOnly(),
         advantage=AdvantageSettings(scale=scale),
         noises=2,
@@ -85,7 +87,7 @@ def test_any_combination_of_parts_learns(
 @pytest.mark.parametrize("exploring", [False, True])
 @pytest.mark.parametrize(("loss", "sampling"), [(CLIPPED, SDE), (NFT, ODE)])
 def test_the_micro_batch_does_not_matter(
-    sd3_folder: object, exploring: bool, loss: LossSettings, sampling: SamplingSettings
+    sd3_folder: object, exploring: bool, loss: LossSettings, sampling: RolloutSettings
 ) -> None:
     results, pictures = [], []
     for micro in ((1, 1), (4, 3), (99, 99)):
@@ -154,7 +156,7 @@ def test_the_update_is_conditioned_on_the_anchor_alone(
 
 @pytest.mark.parametrize(("loss", "sampling"), [(CLIPPED, SDE), (NFT, ODE)])
 def test_samples_come_from_the_right_slot(
-    policy: SD3Policy, loss: LossSettings, sampling: SamplingSettings
+    policy: SD3Policy, loss: LossSettings, sampling: RolloutSettings
 ) -> None:
     assert policy.lora is not None
     found = aligner(policy, loss, sampling)
@@ -182,7 +184,7 @@ def test_failed_samples_are_dropped_and_change_nothing_else(policy: SD3Policy) -
     "values", [[0.5] * 6, [NAN] * 6, [NAN, NAN, NAN, 0.2, 0.4, 0.9], [NAN, NAN, 0.5, 0.5, 0.5, 0.5]]
 )
 def test_groups_without_a_signal_poison_nothing(
-    policy: SD3Policy, loss: LossSettings, sampling: SamplingSettings, values: list[float]
+    policy: SD3Policy, loss: LossSettings, sampling: RolloutSettings, values: list[float]
 ) -> None:
     found = aligner(policy, loss, sampling)
     for step in range(2):
@@ -197,7 +199,7 @@ def test_groups_without_a_signal_poison_nothing(
 
 @pytest.mark.parametrize(("loss", "sampling"), [(CLIPPED, SDE), (NFT, ODE)])
 def test_groups_without_a_signal_can_be_left_out(
-    policy: SD3Policy, loss: LossSettings, sampling: SamplingSettings
+    policy: SD3Policy, loss: LossSettings, sampling: RolloutSettings
 ) -> None:
     """The same gradient's direction as with them, from the other group's terms alone."""
     flat_and_not = scored([0.5, 0.5, 0.5, 0.2, 0.9, math.nan])
@@ -285,7 +287,7 @@ def test_a_rate_that_falls_over_all_of_a_run_takes_the_runs_steps() -> None:
 def test_permuted_transitions_give_the_same_gradient(policy: SD3Policy) -> None:
     from dataclasses import replace
 
-    found = aligner(policy, ClippedSettings(clip=0.01, kl=0.04))
+    found = aligner(policy, GRPOSettings(clip=0.01, kl=0.04))
     rollouts = found.collect(groups(2), 0)
     gradients = []
     for order in ((0, 1, 2), (2, 0, 1)):
@@ -342,7 +344,7 @@ def test_the_first_update_is_never_clipped(sd3_folder: Path) -> None:
             assert isinstance(policy, SD3Policy)
             policy.attach_lora(rank=4, alpha=8)
             start = weights_of(policy)
-            found = aligner(policy, ClippedSettings(clip=clip), updates=updates)
+            found = aligner(policy, GRPOSettings(clip=clip), updates=updates)
             for step in range(2):
                 rollouts = found.collect(groups(2), step)
                 found.update(rollouts, scored([0.1, 0.9, 0.4, 0.2, 0.3, 0.8]), WEIGHTS)
@@ -354,12 +356,12 @@ def test_the_first_update_is_never_clipped(sd3_folder: Path) -> None:
 
 def test_losses_need_fitting_rollouts() -> None:
     with pytest.raises(ValueError, match=r"sampling\.noise to flow_sde"):
-        check_fit(CLIPPED, ODE)
+        CLIPPED.check_sampling(ODE)
     with pytest.raises(ValueError, match="9, but 4 sampling steps"):
-        check_fit(NFTSettings(), ODE)
-    check_fit(NFT, ODE)
+        NFTSettings().check_sampling(ODE)
+    NFT.check_sampling(ODE)
     with pytest.raises(ValueError, match="kl_form has no effect"):
-        ClippedSettings(kl_form=KLForm.EXACT)
+        GRPOSettings(kl_form=KLForm.EXACT)
     with pytest.raises(ValueError, match="old_decay has no effect"):
         NFTSettings(old_decay=0.3)
     with pytest.raises(ValueError, match="needs old_decay"):
@@ -373,7 +375,7 @@ def test_the_two_forms_of_the_kl_differ_by_dt(policy: SD3Policy) -> None:
                 parameter.normal_(0, 0.1)
     found = {}
     for form in KLForm:
-        one = aligner(policy, ClippedSettings(clip=0.1, kl=1, kl_form=form))
+        one = aligner(policy, GRPOSettings(clip=0.1, kl=1, kl_form=form))
         rollouts = one.collect(groups(1), 0)
         terms = one.method.loss.terms(policy, rollouts, [0, 1], torch.zeros(2), 1, False)
         found[form] = terms.figures["kl"]

@@ -14,9 +14,9 @@ from pixrl.report.align import gallery_pairs, newest_group, phases, write_align_
 from pixrl.report.align_panels import Panel, panels, reward_panels, smooth, window_of
 from pixrl.report.changes import Change, changes_of, warnings
 from pixrl.report.describe import facts
-from pixrl.runs.align_log import SCORES, samples_of
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.log import SCORES, samples_of
 from tests.align.synthetic import PROMPTS, run_folder, settings
 
 

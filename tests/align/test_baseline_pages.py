@@ -6,9 +6,8 @@ from pixrl.report.align import align_view, write_align_report
 from pixrl.report.changes import changes_of
 from pixrl.report.describe import method_parts
 from pixrl.report.model_card import Facts, write_card
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.personalize_config import PersonalizeConfig
 from tests.align.synthetic import run_folder, settings
 
 NOISE = {"kind": "noise", "noises": 12}

@@ -13,7 +13,7 @@ from pixrl import config, models
 from pixrl.errors import ConfigError
 from pixrl.models.pipeline import VARIANTS, compile_blocks
 from pixrl.models.sd3 import SD3Policy
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.loaded import load_run
 from tests import tiny
 from tests.align.parts import CLIPPED, aligner, groups, recipe, scored, weights_of

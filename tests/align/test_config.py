@@ -7,7 +7,7 @@ import pytest
 
 from pixrl import config
 from pixrl.errors import ConfigError, InputError
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.record import differences
 
 METHODS = ["flow-grpo", "flow-grpo-fast", "dance-grpo", "mix-grpo", "diffusion-nft", "e2po", "e2po-grpo"]

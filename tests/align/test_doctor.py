@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 import pixrl
-from pixrl import cli, doctor_api, models
+from pixrl import api, cli, models
 from pixrl.algorithms.optim import adamw
 from pixrl.device import Precision
 from pixrl.doctor import needs as doctor_needs
@@ -30,7 +30,7 @@ from tests.align.parts import recipe
 
 REWARDS = [{"name": "clip_text", "options": {"model": "toy:clip"}}]
 NEAR = 1.1
-"""What was counted on paper and the tensors that torch's operators made may differ by this factor."""
+"""What was estimated and the tensors that torch's operators made may differ by this factor."""
 FULL = {"device": "cpu", "dtype": "float32"}
 
 
@@ -49,7 +49,7 @@ def load(ref: str | Path, dtype: str = "float32") -> FlowPipelinePolicy:
 
 
 def test_weights_lora_and_optimizer_are_exact() -> None:
-    found = doctor_api.examine(toy(lora={"rank": 6, "alpha": 6}))
+    found = api.examine(toy(lora={"rank": 6, "alpha": 6}))
     policy = load("toy:sd3")
     for name, part in found.parts.items():
         tensors = policy.pipeline.components[name].state_dict().values()
@@ -92,12 +92,12 @@ def allocated(act: Callable[[], object]) -> int:
 def test_activations_are_near_what_the_allocator_gives_out(dtype: str, checkpointing: bool) -> None:
     """They are what operators make. Kernels, which differ by processor, may hold copies of what they work on."""
     machine = {"device": "cpu", "dtype": dtype, "gradient_checkpointing": checkpointing}
-    found = doctor_api.examine(toy(machine=machine, lora={"rank": 6, "alpha": 6}))
+    found = api.examine(toy(machine=machine, lora={"rank": 6, "alpha": 6}))
     policy = load("toy:sd3", dtype)
     policy.attach_lora(rank=6, alpha=6)
     if checkpointing:
         policy.checkpoint_gradients()
-        plain = doctor_api.examine(toy(machine=machine | {"gradient_checkpointing": False}))
+        plain = api.examine(toy(machine=machine | {"gradient_checkpointing": False}))
         assert found.training.each < 0.3 * plain.training.each  # type: ignore[union-attr]
         assert found.needed < plain.needed  # type: ignore[operator]
     condition = policy.encode(["a photo of an owl"])
@@ -125,24 +125,24 @@ def test_nothing_is_loaded(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(loading, "load_pipeline", refuse)
     monkeypatch.setattr("safetensors.torch.load_file", refuse)
     monkeypatch.setattr("torch.nn.Module.load_state_dict", refuse)
-    assert doctor_api.examine(toy(model=str(sd3_folder))).can_run
+    assert api.examine(toy(model=str(sd3_folder))).can_run
 
 
 def test_the_batches_are_those_of_the_run(sd3_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
     made = recipe(sd3_folder, prompt_file, steps=1)
-    found = doctor_api.examine(made)
+    found = api.examine(made)
     run = pixrl.align(made, out=tmp_path / "run").run
     planned = json.loads((run / "start.json").read_text())["micro_batches"]
     assert found.batches is not None
     assert planned == {"rollout": found.batches.rollout, "train": found.batches.train}
-    two = doctor_api.examine(made, processes=2)
+    two = api.examine(made, processes=2)
     assert two.batches is not None
     assert two.batches.rollout == 3
     assert two.place.processes == 2
 
 
 def test_pictures_and_epochs(prompt_file: Path, sd3_folder: Path) -> None:
-    work = doctor_api.examine(recipe(sd3_folder, prompt_file, steps=7)).work
+    work = api.examine(recipe(sd3_folder, prompt_file, steps=7)).work
     assert (work.prompts, work.images_per_step, work.steps_per_epoch, work.images_per_epoch) == (5, 6, 3, 15)
     assert work.images_in_all == 42
     assert work.is_lower_bound
@@ -155,12 +155,12 @@ def test_time_as_an_earlier_run_measured_it(
     monkeypatch.chdir(tmp_path)
     made = recipe(sd3_folder, prompt_file, steps=3)
     rows = pixrl.align(made, out=tmp_path / "runs/before").metrics
-    work = doctor_api.examine(made | {"steps": 50}).work
+    work = api.examine(made | {"steps": 50}).work
     spent = [sum(x for name, x in row.items() if name.startswith("seconds/")) for row in rows[1:]]
     assert work.seconds_per_step == pytest.approx(sum(spent) / 2)
     assert work.known_from == "measured in runs/before"
     assert not work.is_lower_bound
-    other = doctor_api.examine(made | {"lora": {"rank": 5, "alpha": 8}}).work
+    other = api.examine(made | {"lora": {"rank": 5, "alpha": 8}}).work
     assert other.is_lower_bound
 
 
@@ -204,7 +204,7 @@ def test_what_lies_on_the_device_by_plan() -> None:
     ],
 )
 def test_what_is_missing(changes: dict[str, Any], need: Need, message: str, sd3_folder: Path) -> None:
-    found = doctor_api.examine(toy(**{"model": str(sd3_folder)} | changes))
+    found = api.examine(toy(**{"model": str(sd3_folder)} | changes))
     assert not found.can_run
     assert message in needs(found)[need]
     assert any(line.startswith(f"MISSING     {need.value}: ") for line in found.lines())
@@ -216,7 +216,7 @@ def test_a_package_memory_and_disk_that_are_missing(
     monkeypatch.setattr(doctor_needs, "find_spec", lambda name: None)
     monkeypatch.setattr(doctor, "free_bytes", lambda device: 10_000)
     monkeypatch.setattr(doctor_needs, "free_bytes", lambda path: 1000)
-    found = needs(doctor_api.examine(toy(model=str(sd3_folder), optimizer={"eight_bit": True})))
+    found = needs(api.examine(toy(model=str(sd3_folder), optimizer={"eight_bit": True})))
     assert "pip install 'pixrl[eightbit]'" in found[Need.PACKAGE]
     assert "9.8 KiB are free" in found[Need.MEMORY]
     assert "machine.gradient_checkpointing=true" in found[Need.MEMORY]
@@ -228,12 +228,12 @@ def test_a_download_that_is_gated_or_too_large(monkeypatch: pytest.MonkeyPatch) 
         raise CheckpointError(f"{ref} is gated, and no token is set")
 
     monkeypatch.setattr(doctor_needs, "ask", gated)
-    assert "no token" in needs(doctor_api.examine(toy(model="owner/name")))[Need.TOKEN]
+    assert "no token" in needs(api.examine(toy(model="owner/name")))[Need.TOKEN]
     monkeypatch.setattr(doctor_needs, "ask", lambda ref: Remote(10**18))
-    found = doctor_api.examine(toy(model="owner/name"))
+    found = api.examine(toy(model="owner/name"))
     assert "of weights" in needs(found)[Need.DISK]
     monkeypatch.setattr(doctor_needs, "ask", lambda ref: Remote(1))
-    found = doctor_api.examine(toy(model="owner/name"))
+    found = api.examine(toy(model="owner/name"))
     assert found.can_run
     assert found.needed is None
     assert "will be downloaded" in found.notes[0]
@@ -248,31 +248,31 @@ def test_other_kinds_of_recipes(tmp_path: Path) -> None:
         "segmenter": "toy:segmenter",
         "device": "cpu",
     }
-    found = doctor_api.examine(fuse)
+    found = api.examine(fuse)
     assert found.can_run
     assert set(found.parts) == {"unet", "vae", "text_encoder", "text_encoder_2"}
     assert found.trained is None
     assert found.rewards.keys() == {"toy:clip", "toy:segmenter"}
-    assert "unicorn" in needs(doctor_api.examine("toy/fuse", ["concepts=[owl, unicorn]"]))[Need.SETTING]
+    assert "unicorn" in needs(api.examine("toy/fuse", ["concepts=[owl, unicorn]"]))[Need.SETTING]
     flux = tiny.flux(tmp_path / "flux")
     one = {"kind": "personalize", "model": str(flux), "rewards": REWARDS, "machine": FULL}
-    found = doctor_api.examine(one)
+    found = api.examine(one)
     assert found.can_run
-    more = doctor_api.examine(one | {"references": {"count": 2}})
+    more = api.examine(one | {"references": {"count": 2}})
     assert more.training is not None
     assert found.training is not None
     assert more.training.each > found.training.each
-    wrong = doctor_api.examine(toy(kind="personalize") | {"references": {"lora": "uno.safetensors"}})
+    wrong = api.examine(toy(kind="personalize") | {"references": {"lora": "uno.safetensors"}})
     assert "takes no reference pictures" in needs(wrong)[Need.SETTING]
     assert "hf download bytedance-research/UNO" in needs(wrong)[Need.WEIGHTS]
     with pytest.raises(ConfigError, match="not for one run"):
-        doctor_api.examine("toy/fuse-study")
+        api.examine("toy/fuse-study")
 
 
 def shows(count: int | None, side: int | None = None, **machine: Any) -> Diagnosis:
     """What is found of toy:flux with so many references."""
     references = {"count": count, "side": side}
-    return doctor_api.examine(
+    return api.examine(
         {"kind": "personalize", "rewards": REWARDS, "references": references, "machine": FULL | machine}
     )
 

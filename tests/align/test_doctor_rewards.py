@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixrl import doctor_api
+from pixrl import api
 from pixrl.data.prompts import Prompt
 from pixrl.doctor import needs as doctor_needs
 from pixrl.doctor.diagnosis import Findings, Need
@@ -164,7 +164,7 @@ def test_what_a_reward_lacks(
 
 def test_published_flow_grpo_without_its_detector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_needs, "ask", lambda ref: Remote(1))
-    found = needs(doctor_api.examine("paper/flow-grpo", ["machine.device=cpu"]))
+    found = needs(api.examine("paper/flow-grpo", ["machine.device=cpu"]))
     assert "mask2former_swin-s-p4-w7-224" in found[Need.WEIGHTS]
     assert "curl -O" in found[Need.WEIGHTS]
 
@@ -184,7 +184,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert str(doctor_needs.existing_device("cuda:0")) == "cuda:0"
-    found = doctor_api.examine(toy(machine={"device": "cuda:9", "dtype": "float32"}))
+    found = api.examine(toy(machine={"device": "cuda:9", "dtype": "float32"}))
     assert "there are 1 GPUs here" in needs(found)[Need.DEVICE]
     found = judged("clip_text", model="toy:clip", device="cuda:9")
     assert "The reward 'clip_text'" in said(found)[Need.DEVICE]

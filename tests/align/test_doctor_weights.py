@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pixrl import doctor_api
+from pixrl import api
 from pixrl.device import Precision
 from pixrl.doctor import needs as doctor_needs
 from pixrl.doctor import work as doctor_work
@@ -42,19 +42,19 @@ def lines(found: Diagnosis) -> str:
 
 
 def test_every_family_fits_itself(whole: Path, tmp_path: Path) -> None:
-    assert doctor_api.examine(toy(model=str(whole))).can_run
+    assert api.examine(toy(model=str(whole))).can_run
     file = published.sd3(whole, tmp_path / "one.safetensors")
-    assert doctor_api.examine(toy(model=f"{file}@{whole}")).can_run
+    assert api.examine(toy(model=f"{file}@{whole}")).can_run
     flux = tiny.flux(tmp_path / "flux")
-    assert doctor_api.examine(toy(model=str(flux))).can_run
+    assert api.examine(toy(model=str(flux))).can_run
     file = published.flux(flux, tmp_path / "two.safetensors")
-    assert doctor_api.examine(toy(model=f"{file}@{flux}")).can_run
+    assert api.examine(toy(model=f"{file}@{flux}")).can_run
     sdxl = tiny.sdxl(tmp_path / "sdxl")
     file = published.sdxl(sdxl, tmp_path / "three.safetensors")
     for model in (str(sdxl), f"{file}@{sdxl}"):
-        assert doctor_api.examine(FUSE | {"model": model}).can_run
+        assert api.examine(FUSE | {"model": model}).can_run
     half = tiny.sd3(tmp_path / "half", card=tiny.SD3_CARD, half=True)
-    assert doctor_api.examine(toy(model=str(half))).can_run
+    assert api.examine(toy(model=str(half))).can_run
 
 
 def other_blocks(model: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_generator_that_does_not_hold_together(
 ) -> None:
     model = copied(whole, tmp_path)
     change(model)
-    found = doctor_api.examine(toy(model=str(model)))
+    found = api.examine(toy(model=str(model)))
     assert not found.can_run
     said = [problem.message for problem in found.problems if problem.need is Need.WEIGHTS]
     assert any(message in one for one in said), said
@@ -121,14 +121,14 @@ def test_a_generator_that_does_not_hold_together(
 
 def test_a_single_file_of_another_model(whole: Path, tmp_path: Path) -> None:
     flux = published.flux(tiny.flux(tmp_path / "flux"), tmp_path / "flux.safetensors")
-    found = doctor_api.examine(toy(model=f"{flux}@{whole}"))
+    found = api.examine(toy(model=f"{flux}@{whole}"))
     assert not found.can_run
     assert f"The weights of {flux} do not fit a SD3Transformer2DModel (transformer)" in lines(found)
     assert f"{flux}@FOLDER" in needs(found)[Need.WEIGHTS]
     longer = copied(whole, tmp_path)
     set_config(longer / "transformer", num_layers=3)
     file = published.sd3(whole, tmp_path / "sd3.safetensors")
-    found = doctor_api.examine(toy(model=f"{file}@{longer}"))
+    found = api.examine(toy(model=f"{file}@{longer}"))
     assert "joint_blocks." in lines(found)
     assert not found.can_run
 
@@ -142,14 +142,14 @@ def test_fusions_are_examined_alike(tmp_path: Path) -> None:
         "segmenter": "toy:segmenter",
     }
     set_config(sdxl / "unet", cross_attention_dim=24)
-    found = doctor_api.examine(fuse | {"device": "cpu"})
+    found = api.examine(fuse | {"device": "cpu"})
     assert not found.can_run
     assert "both CLIPs give" in lines(found)
 
 
 def test_memory_is_not_checked_before_the_configs_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_needs, "ask", lambda ref: Remote(5 * 2**30))
-    found = doctor_api.examine(toy(model="owner/name@v2"))
+    found = api.examine(toy(model="owner/name@v2"))
     assert found.can_run
     assert not found.memory_checked
     assert found.to_json()["memory_checked"] is False

@@ -13,16 +13,16 @@ import pixrl
 from pixrl import config
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.draft import DirectReward, DraftSettings
+from pixrl.algorithms.draft import DRaFTLoss, DraftSettings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly
-from pixrl.algorithms.losses import Judgement
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.loss import Advantages
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.errors import ConfigError, InputError
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.base import DifferentiableReward
 from pixrl.runs import align as align_job
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 from pixrl.types import RewardBatch, Scores
 from tests import tiny
 from tests.align.parts import final, groups, perturbed, recipe, same, scored, weights_of
@@ -74,9 +74,9 @@ def aligner(
     assert policy.lora is not None
     method = Method(
         exploration or NoiseOnly(),
-        SamplingSettings(steps=STEPS),
+        RolloutSettings(steps=STEPS),
         AdvantageSettings(),
-        DirectReward(settings, rewards),
+        DRaFTLoss(settings, rewards),
         OptimizerSettings(**{"lr": 1e-3, **optimizer}),
         noises,
     )
@@ -175,14 +175,14 @@ def test_a_picture_without_a_score_teaches_nothing(policy: SD3Policy) -> None:
 
 
 def test_failed_scores_leave_and_weights_go_on() -> None:
-    loss = DirectReward(DraftSettings(), {"red": Red(), "bright": Bright()})
+    loss = DRaFTLoss(DraftSettings(), {"red": Red(), "bright": Bright()})
     scores = {"red": torch.tensor([[1.0, torch.nan]]), "bright": torch.tensor([[torch.nan, 3.0]])}
-    judged: Judgement = loss.judge(scores, {"red": 2.0}, AdvantageSettings(), 3)
+    judged: Advantages = loss.advantages(scores, {"red": 2.0}, AdvantageSettings(), 3)
     assert judged.advantage_TPS.shape == (3, 1, 2)
     assert judged.advantage_TPS[0, 0].isnan().tolist() == [False, True]
     assert judged.weights == {"red": 2.0}
     with pytest.raises(ConfigError, match="'geneval' has none; of this run's rewards, red, bright have one"):
-        loss.judge({"geneval": scores["red"]}, {"geneval": 1.0}, AdvantageSettings(), 3)
+        loss.advantages({"geneval": scores["red"]}, {"geneval": 1.0}, AdvantageSettings(), 3)
 
 
 @pytest.mark.parametrize("exploring", [False, True])

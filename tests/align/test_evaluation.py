@@ -88,7 +88,7 @@ def test_a_finished_run_is_opened_with_its_trained_slots(
     tmp_path: Path, sd3_folder: Path, prompt_file: Path
 ) -> None:
     from pixrl.runs import align as align_job
-    from pixrl.runs.align_config import AlignConfig
+    from pixrl.runs.config import AlignConfig
     from tests.align.parts import final, recipe
 
     config = AlignConfig.model_validate(recipe(sd3_folder, prompt_file, steps=1))

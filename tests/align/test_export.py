@@ -23,9 +23,8 @@ from pixrl.report.changes import Change
 from pixrl.report.export import Format, export, parse_format
 from pixrl.report.model_card import Facts, artefacts, shown_pairs, write_card
 from pixrl.runs import checkpoint
+from pixrl.runs.config import FuseConfig, read_config
 from pixrl.runs.folder import ManifestRow, RunFolder
-from pixrl.runs.fuse_config import FuseConfig
-from pixrl.runs.kinds import read_config
 from tests import published, tiny
 from tests.align.parts import recipe
 from tests.tolerance import PICTURE, agree

@@ -15,17 +15,17 @@ import yaml
 from typer.testing import CliRunner
 
 import pixrl
-from pixrl import align_api, cli, cli_runs
+from pixrl import api, cli, cli_runs
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
 from pixrl.report.align import write_align_report
 from pixrl.runs import align as align_job
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import evaluations, sample_scores, samples_of
+from pixrl.runs.config import AlignConfig
+from pixrl.runs.data import PromptSampler
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.loaded import load_run, plan_batches
+from pixrl.runs.log import evaluations, sample_scores, samples_of
 from pixrl.runs.record import START, comparable_evaluations
-from pixrl.runs.sampler import PromptSampler
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 from tests.align.test_processes import assert_trained_alike
 
@@ -325,7 +325,7 @@ def test_the_command_line(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -
 
 
 def test_settings_by_dotted_name(sd3_folder: Path, prompt_file: Path) -> None:
-    config = align_api.load(recipe(sd3_folder, prompt_file), settings={"optimizer.lr": 0.5}, steps=9)
+    config = api.load(recipe(sd3_folder, prompt_file), settings={"optimizer.lr": 0.5}, steps=9)
     assert (config.optimizer.lr, config.steps) == (0.5, 9)
 
 
@@ -339,9 +339,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, sd3_folder: Path
 def test_a_loss_that_is_never_finite_stops_the_run(
     tmp_path: Path, sd3_folder: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pixrl.algorithms import losses
+    from pixrl.algorithms import nft
 
-    monkeypatch.setattr(losses, "NFT_SCALE", torch.nan)
+    monkeypatch.setattr(nft, "NFT_SCALE", torch.nan)
     settings = recipe(sd3_folder, prompt_file, optimizer={"max_skipped": 1, "lr": 1e-3})
     with pytest.raises(RunError, match="no finite loss and gradient"):
         pixrl.align(settings, out=tmp_path / "run")

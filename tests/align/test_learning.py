@@ -6,33 +6,34 @@ import pytest
 import torch
 
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import LossSettings
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.grpo import GRPOSettings
+from pixrl.algorithms.loss import LossSettings
+from pixrl.algorithms.nft import NFTSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.models.sd3 import SD3Policy
 from tests.align.parts import aligner, groups, perturbed, scored
 
 NFT = NFTSettings(timesteps=3, certain=1.5, old_policy="constant", old_decay=0.3)
 METHODS: dict[str, tuple[LossSettings, dict[str, Any], bool]] = {
-    "flow-grpo": (ClippedSettings(clip=1e-2, kl=0.01), {"noise": "flow_sde"}, False),
+    "flow-grpo": (GRPOSettings(clip=1e-2, kl=0.01), {"noise": "flow_sde"}, False),
     "flow-grpo-fast": (
-        ClippedSettings(clip=1e-2),
+        GRPOSettings(clip=1e-2),
         {"noise": "cps", "where": "random_window", "window": 2},
         False,
     ),
     "dance-grpo": (
-        ClippedSettings(clip=1e-2),
+        GRPOSettings(clip=1e-2),
         {"noise": "dance", "where": "fraction", "fraction": 0.6},
         False,
     ),
     "mix-grpo": (
-        ClippedSettings(clip=1e-2),
+        GRPOSettings(clip=1e-2),
         {"noise": "flow_sde", "where": "sliding_window", "window": 2, "every": 5},
         False,
     ),
     "diffusion-nft": (NFT, {"solver": "dpm"}, False),
     "e2po": (NFT, {"solver": "dpm"}, True),
-    "e2po-grpo": (ClippedSettings(clip=1e-2), {"noise": "flow_sde"}, True),
+    "e2po-grpo": (GRPOSettings(clip=1e-2), {"noise": "flow_sde"}, True),
 }
 
 
@@ -44,7 +45,7 @@ def test_the_reward_rises(policy: SD3Policy, name: str) -> None:
     found = aligner(
         policy,
         loss,
-        SamplingSettings(steps=5, **sampling),
+        RolloutSettings(steps=5, **sampling),
         exploration=perturbed(2) if exploring else NoiseOnly(),
         micro=(32, 32),
         noises=4 if exploring else 8,

@@ -2,12 +2,14 @@
 
 import torch
 
-from pixrl.algorithms.advantages import AdvantageSettings, TimeSettings
+from pixrl.algorithms import make_loss
+from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Group, _differing_rows
+from pixrl.algorithms.customized_grpo import TimeSettings
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import make_loss
-from pixrl.algorithms.losses import NFTSettings, noise_levels
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.loss import noise_levels
+from pixrl.algorithms.nft import NFTSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.models.base import Conditioning
 from tests.reference.world import PROMPTS, TinyPolicy
@@ -19,7 +21,7 @@ def test_with_chosen_levels_the_time_weights_are_those_of_the_levels_trained_at(
     loss = make_loss(NFTSettings(timesteps=2, levels=(3, 7)))
     method = Method(
         NoiseOnly(),
-        SamplingSettings(steps=8),
+        RolloutSettings(steps=8),
         AdvantageSettings(time=time),
         loss,
         OptimizerSettings(),

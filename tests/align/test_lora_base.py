@@ -13,15 +13,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import pixrl
-from pixrl import align_api, cli, doctor_api, models
+from pixrl import api, cli, models
 from pixrl.errors import CheckpointError, ConfigError
 from pixrl.models.lora_files import read_lora
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot, added, slot_lora
 from pixrl.report.export import Format, export
 from pixrl.runs import checkpoint
-from pixrl.runs.align_config import LoraSettings
-from pixrl.runs.kinds import load_recipe
+from pixrl.runs.config import LoraSettings, load_recipe
 from pixrl.studies.slots import open_run
 from tests import tiny
 from tests.align.parts import recipe
@@ -87,7 +86,7 @@ def test_a_published_adapter_is_evaluated(
 ) -> None:
     """The evaluation before the first step is of the adapter: other scores than those of the bare model."""
     plain = pixrl.align(recipe(sd3_folder, prompt_file, steps=1), out=run.parent / "plain")
-    first = align_api.AlignResult(run).evaluations[0]
+    first = api.AlignResult(run).evaluations[0]
     assert first["step"] == plain.evaluations[0]["step"] == 0
     assert first["python/mean"] != plain.evaluations[0]["python/mean"]
 
@@ -167,7 +166,7 @@ def test_another_adapter_below_is_noticed(run: Path, adapter: Path, sd3_folder: 
     with pytest.raises(CheckpointError, match=r"is not the LoRA that .* was trained on top of"):
         export(copied, out=tmp_path / "again")
     with pytest.raises(CheckpointError, match="is another model"):
-        align_api.resume(copied, ["steps=2"], live=False)
+        api.resume(copied, ["steps=2"], live=False)
 
 
 def test_resumed_it_goes_on_from_the_same_base(
@@ -176,7 +175,7 @@ def test_resumed_it_goes_on_from_the_same_base(
     made = on_top(adapter, sd3_folder, prompt_file, evaluation={"prompts": 1})
     whole = pixrl.align(made | {"steps": 2}, out=tmp_path / "whole").run
     half = pixrl.align(made, out=tmp_path / "half").run
-    align_api.resume(half, ["steps=2"], live=False)
+    api.resume(half, ["steps=2"], live=False)
     ends = [checkpoint.latest(one) for one in (whole, half)]
     assert ends[0] is not None and ends[1] is not None
     one, two = (checkpoint.load(end)[0] for end in ends if end is not None)
@@ -186,7 +185,7 @@ def test_resumed_it_goes_on_from_the_same_base(
 def test_the_doctor_says_what_will_be_merged(
     adapter: Path, sd3_folder: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
-    found = doctor_api.examine(on_top(adapter, sd3_folder, prompt_file))
+    found = api.examine(on_top(adapter, sd3_folder, prompt_file))
     assert found.can_run, found.problems
     said = f"lora.base {adapter}: {MODULES} LoRA modules of rank 32 and strength 2, by adapter_config.json; merged"
     assert any(note.startswith(said) for note in found.notes)
@@ -199,7 +198,7 @@ def test_the_doctor_says_what_will_be_merged(
         ),
         (tmp_path / "no.safetensors", "There is no LoRA file or folder"),
     ):
-        wrong = doctor_api.examine(on_top(file, other, prompt_file))
+        wrong = api.examine(on_top(file, other, prompt_file))
         assert not wrong.can_run
         assert [message in one.message for one in wrong.problems] == [True]
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from pixrl import align_api
+from pixrl import api
 from pixrl.config import find_recipe
 from pixrl.errors import CheckpointError
 from pixrl.report.samples import gallery_entries
 from pixrl.runs import align as align_job
 from pixrl.runs import checkpoint
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import evaluations
 from pixrl.runs.check import check
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.log import evaluations
 from pixrl.runs.loop import Loop, Step
 from pixrl.runs.record import GALLERY, START
 from tests.align.parts import JUDGE, final, recipe, same
@@ -119,7 +119,7 @@ def test_a_run_of_relative_sources_is_resumed_from_another_folder(
     }
     stop_after(1, monkeypatch, AlignConfig.model_validate(relative), Path("run"))
     monkeypatch.chdir(other)
-    align_api.resume(home / "run", live=False)
+    api.resume(home / "run", live=False)
     found = RunFolder.open(home / "run").recipe()
     assert found["model"] == str(home / "model")
     assert found["prompts"]["source"] == str(home / "prompts.txt")

@@ -14,7 +14,7 @@ import yaml
 
 from pixrl import config
 from pixrl.rewards import checked_options
-from pixrl.runs.kinds import load_recipe
+from pixrl.runs.config import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes/paper"
 TABLE: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("paper_recipes.yaml").read_text())

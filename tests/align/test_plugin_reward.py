@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pixrl
-from pixrl import doctor_api, rewards
+from pixrl import api, rewards
 from pixrl.conformance import check_reward
 from pixrl.doctor.diagnosis import Need
 from pixrl.errors import CheckpointError, ConfigError
@@ -67,19 +67,19 @@ def named(file: Path, name: str = "Bright", **options: object) -> dict[str, obje
 
 def test_the_doctor_asks_its_class(file: Path, sd3_folder: Path, prompt_file: Path) -> None:
     given = recipe(sd3_folder, prompt_file, rewards=[named(file)])
-    assert not doctor_api.examine(given).problems
+    assert not api.examine(given).problems
     wrong = recipe(sd3_folder, prompt_file, rewards=[named(file, gian=2)])
-    assert "Did you mean 'gain'?" in needs(doctor_api.examine(wrong))[Need.SETTING]
+    assert "Did you mean 'gain'?" in needs(api.examine(wrong))[Need.SETTING]
     lacking = given | {"prompts": {"source": str(file.with_name("dark.txt"))}}
     file.with_name("dark.txt").write_text("a dark owl\n")
-    assert "the prompt is dark" in needs(doctor_api.examine(lacking))[Need.DATA]
+    assert "the prompt is dark" in needs(api.examine(lacking))[Need.DATA]
 
 
 def test_a_parameter_that_allows_a_path_names_a_model(
     file: Path, sd3_folder: Path, prompt_file: Path
 ) -> None:
     loaded = named(file, "Loaded", model="toy:clip", weights=str(file.with_name("no.pt")))
-    found = needs(doctor_api.examine(recipe(sd3_folder, prompt_file, rewards=[loaded])))
+    found = needs(api.examine(recipe(sd3_folder, prompt_file, rewards=[loaded])))
     assert "option weights: There is no file" in found[Need.WEIGHTS]
     assert "option model" not in found[Need.WEIGHTS]
 

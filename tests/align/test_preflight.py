@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 import pixrl
-from pixrl import align_api, doctor_api, fuse_api
+from pixrl import api
 from pixrl.config import load
 from pixrl.data.prompts import Prompt
 from pixrl.doctor import preflight
@@ -23,7 +23,7 @@ from pixrl.models.slots import LoraSlots, slot_sizes
 from pixrl.rewards import kind_of
 from pixrl.rewards.python import find_function
 from pixrl.rewards.settings import RewardSetting, import_path, is_importable
-from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.config import FuseConfig
 from tests.align.parts import JUDGE, recipe
 
 GENEVAL = {"name": "geneval", "options": {"segmenter": "toy:segmenter", "clip": "toy:clip"}}
@@ -67,7 +67,7 @@ def test_doctor_and_run_refuse_alike(
     changes: dict[str, Any], said: str, sd3_folder: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
     made = recipe(sd3_folder, prompt_file, **changes)
-    found = doctor_api.examine(made)
+    found = api.examine(made)
     assert not found.can_run
     assert said in found.problems[0].message
     with pytest.raises(PixrlError) as refused:
@@ -75,7 +75,7 @@ def test_doctor_and_run_refuse_alike(
     for problem in found.problems:
         assert problem.message in str(refused.value)
     with pytest.raises(PixrlError) as checked:
-        align_api.selfcheck(align_api.load(made))
+        api.selfcheck(api.load(made))
     assert str(checked.value) == str(refused.value)
     assert type(refused.value).__name__ == found.problems[0].error
     assert not (tmp_path / "run").exists()
@@ -84,12 +84,12 @@ def test_doctor_and_run_refuse_alike(
 @pytest.mark.usefixtures("nothing_loads")
 def test_fusions_too(tmp_path: Path) -> None:
     config = load(FuseConfig, {"concepts": ["owl", "dragon"], "segmenter": "toy:nosuch"})
-    found = doctor_api.examine({"kind": "fuse", "concepts": ["owl", "dragon"], "segmenter": "toy:nosuch"})
+    found = api.examine({"kind": "fuse", "concepts": ["owl", "dragon"], "segmenter": "toy:nosuch"})
     messages = [problem.message for problem in found.problems]
     assert "does not know the word 'dragon'" in messages[0]
     assert "no toy checkpoint 'nosuch'" in messages[1]
     with pytest.raises(PixrlError) as refused:
-        fuse_api.run_fuse(config, tmp_path / "run")
+        api.run_fuse(config, tmp_path / "run")
     assert all(message in str(refused.value) for message in messages)
     assert not (tmp_path / "run").exists()
 
@@ -99,7 +99,7 @@ def test_a_folder_that_is_no_run_is_refused_by_both(
 ) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     made = recipe(sd3_folder, prompt_file)
-    found = doctor_api.examine(made, out=tmp_path, force=True)
+    found = api.examine(made, out=tmp_path, force=True)
     assert [problem.need for problem in found.problems] == [Need.PLACE]
     with pytest.raises(PixrlError, match="is no run of pixrl"):
         pixrl.align(made, out=tmp_path, force=True)
@@ -128,11 +128,11 @@ def test_code_that_a_recipe_names_is_read_and_not_executed(
     )
     made = recipe(sd3_folder, prompt_file, rewards=[{"name": "python", "options": {"function": f"{file}:f"}}])
     for score in (False, True):
-        found = doctor_api.examine(made, score=score)
+        found = api.examine(made, score=score)
         assert found.can_run
         assert any("which the command that trains executes" in note for note in found.notes)
     assert not (tmp_path / "executed").exists()
-    align_api.selfcheck(align_api.load(made))
+    api.selfcheck(api.load(made))
     assert (tmp_path / "executed").exists()
 
 
@@ -191,7 +191,7 @@ def test_a_function_as_a_reward(sd3_folder: Path, prompt_file: Path, tmp_path: P
     recorded = json.loads((run / "start.json").read_text())["rewards"]["bright"]
     assert recorded["model"].startswith(f"{__name__}:bright (")
     assert "source" not in recorded
-    align_api.resume(run, live=False)  # finds it again by that path
+    api.resume(run, live=False)  # finds it again by that path
 
 
 def test_the_source_of_a_function_that_nothing_finds_again(
@@ -224,7 +224,7 @@ def test_what_raises_on_a_synthetic_batch_never_becomes_a_run(
 
 def test_prompts_that_are_cut_are_noted(sd3_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"a red owl\n{'a red owl and ' * 30}a cat\n")
-    found = doctor_api.examine(recipe(sd3_folder, tmp_path / "list.txt"))
+    found = api.examine(recipe(sd3_folder, tmp_path / "list.txt"))
     assert found.can_run
     cut = [note for note in found.notes if "it never sees their end" in note]
     assert len(cut) == 1
@@ -263,17 +263,17 @@ def test_a_judge_of_the_toy_world_is_none_of_a_published_model(
 ) -> None:
     toy = {"name": "clip_text", "options": {"model": "toy:clip"}}
     made = recipe(sd3_folder, prompt_file, rewards=[toy], output={"features": "toy:clip"})
-    assert doctor_api.examine(made).can_run
+    assert api.examine(made).can_run
     monkeypatch.setattr(preflight, "TOY_LARGEST", 1)  # as if the tiny model were a large one
     monkeypatch.setattr(preflight, "TOY_SIDE", 16)
-    found = doctor_api.examine(made)
+    found = api.examine(made)
     assert [problem.message.split(" is ")[0] for problem in found.problems] == [
         "rewards.clip_text.options.model",
         "output.features",
     ]
     with pytest.raises(PixrlError, match="its scores would mean nothing"):
         pixrl.align(made, out=tmp_path / "run")
-    assert doctor_api.examine(made | {"model": "toy:sd3"}).can_run
+    assert api.examine(made | {"model": "toy:sd3"}).can_run
 
 
 def test_the_slots_sizes_are_known_before_they_are_there() -> None:

@@ -1,4 +1,4 @@
-"""Real processes: two gloo peers under `torchrun` or `accelerate launch` end as one; a killed run as one never killed.
+"""Real processes: two gloo ones under `torchrun` or `accelerate launch` end as one; a killed run as one never killed.
 
 Where no GPU is, `accelerate launch` starts the processes that it is told of with --multi_gpu, and one without.
 """
@@ -23,8 +23,8 @@ import yaml
 from torch import Tensor
 
 from pixrl import cli
-from pixrl.runs.align_log import sample_scores, samples_of
 from pixrl.runs.folder import METRICS, RunFolder
+from pixrl.runs.log import sample_scores, samples_of
 from pixrl.runs.record import START
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 from tests.tolerance import GRADIENT, PICTURE, agree_after_adam, rounding

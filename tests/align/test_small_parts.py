@@ -21,11 +21,11 @@ from pixrl.models.placement import Part, Placement
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.set import Failures, RewardSet
 from pixrl.rewards.settings import RewardSetting
+from pixrl.runs.data import PromptSampler, share
 from pixrl.runs.display import Extent, LiveView, PlainLines
 from pixrl.runs.evaluation import score
 from pixrl.runs.loaded import placed
 from pixrl.runs.planner import evened, largest, plan
-from pixrl.runs.sampler import PromptSampler, share
 from tests.align.parts import JUDGE, groups
 from tests.tolerance import rounding
 

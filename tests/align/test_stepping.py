@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pixrl.algorithms.sampling import (
-    Noise,
     ODESolver,
-    SamplingSettings,
+    RolloutSettings,
     Schedule,
     Solver,
+    StepNoise,
     StepPlan,
     Where,
     random_steps,
@@ -79,21 +79,21 @@ def test_history_is_forgotten_after_a_random_step() -> None:
     ],
 )
 def test_fixed_placements(settings: dict[str, object], expected: list[int]) -> None:
-    assert random_steps(SamplingSettings(noise="flow_sde", **settings), seed=0, step=0) == expected
+    assert random_steps(RolloutSettings(noise="flow_sde", **settings), seed=0, step=0) == expected
 
 
 def test_the_sliding_window_moves_and_comes_round() -> None:
-    settings = SamplingSettings(noise="dance", where="sliding_window", window=4, every=25)
+    settings = RolloutSettings(noise="dance", where="sliding_window", window=4, every=25)
     firsts = [random_steps(settings, seed=0, step=step)[0] for step in range(0, 200, 25)]
     assert firsts == [0, 1, 2, 3, 4, 5, 0, 1]
     assert random_steps(settings, seed=3, step=24) == [0, 1, 2, 3]
 
 
 def test_random_placements() -> None:
-    window = SamplingSettings(noise="cps", where="random_window", window=3)
+    window = RolloutSettings(noise="cps", where="random_window", window=3)
     drawn = [random_steps(window, seed=0, step=step) for step in range(40)]
     assert {tuple(one) for one in drawn} == {(0, 1, 2), (1, 2, 3), (2, 3, 4)}
-    share = SamplingSettings(noise="dance", where="fraction", fraction=0.6)
+    share = RolloutSettings(noise="dance", where="fraction", fraction=0.6)
     drawn = [random_steps(share, seed=0, step=step) for step in range(40)]
     assert all(len(one) == 5 and one == sorted(set(one)) and one[-1] < 9 for one in drawn)
     assert len({tuple(one) for one in drawn}) > 20
@@ -107,7 +107,7 @@ def test_the_last_step_is_never_random(where: Where) -> None:
         Where.RANDOM_WINDOW: {"window": 5},
         Where.SLIDING_WINDOW: {"window": 9, "every": 1},
     }
-    settings = SamplingSettings(noise="flow_sde", where=where, **more.get(where, {}))
+    settings = RolloutSettings(noise="flow_sde", where=where, **more.get(where, {}))
     assert all(9 not in random_steps(settings, seed=0, step=step) for step in range(30))
 
 
@@ -128,16 +128,16 @@ def test_the_last_step_is_never_random(where: Where) -> None:
 )
 def test_bad_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        SamplingSettings(**settings)
+        RolloutSettings(**settings)
 
 
 def test_published_etas() -> None:
-    found = {noise: SamplingSettings(noise=noise).scale for noise in Noise}
-    assert found == {Noise.NONE: 0, Noise.FLOW_SDE: 0.7, Noise.DANCE: 0.3, Noise.CPS: 0.8}
+    found = {noise: RolloutSettings(noise=noise).scale for noise in StepNoise}
+    assert found == {StepNoise.NONE: 0, StepNoise.FLOW_SDE: 0.7, StepNoise.DANCE: 0.3, StepNoise.CPS: 0.8}
 
 
 def test_the_schedule_is_the_models(policy: SD3Policy, sd3_folder: Path) -> None:
-    plan = StepPlan.make(policy, SamplingSettings(steps=6), seed=0, step=0)
+    plan = StepPlan.make(policy, RolloutSettings(steps=6), seed=0, step=0)
     assert torch.equal(torch.tensor(plan.schedule.sigmas), policy.schedule(6))
     with pytest.raises(InputError, match=r"sampling\.noise"):
         plan.random_step(torch.zeros(1, 1), torch.zeros(1, 1), 0, noise=torch.zeros(1, 1))

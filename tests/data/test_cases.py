@@ -24,9 +24,8 @@ from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.report.samples import class_word
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.data import checksum
-from pixrl.runs.personalize_config import PersonalizeConfig
 
 CASES = Path(__file__).parent / "cases"
 REWARD = {"rewards": [{"name": "geneval"}]}

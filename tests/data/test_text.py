@@ -15,7 +15,7 @@ from pixrl.data.prompts import load_prompts
 from pixrl.data.subjects import load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.hub import resolve
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 from pixrl.text import (
     comparable,
     decode,

@@ -14,8 +14,8 @@ from tests.tolerance import MODEL, agree
 from torch import Tensor
 
 from pixrl import models
-from pixrl.algorithms.e2po import PerturbationSettings
-from pixrl.algorithms.exploration import Exploration, NoiseOnly, PerturbedEmbeddings, Variants
+from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
+from pixrl.algorithms.exploration import Exploration, NoiseOnly, Variants
 from pixrl.equations import variant_weight
 from pixrl.errors import CheckpointError, InputError, ShapeError
 from pixrl.models.base import Conditioning, FlowPolicy, SamplingSettings

@@ -13,11 +13,11 @@ from pixrl import config
 from pixrl.algorithms.e2po import (
     Encoders,
     PerturbationSettings,
+    PerturbedEmbeddings,
     chosen_encoders,
     learn,
     perturbed_embeddings,
 )
-from pixrl.algorithms.exploration import PerturbedEmbeddings
 from pixrl.equations import anchor_loss, diversity_loss, perturbation_objective
 from pixrl.errors import ConfigError, InputError, RunError
 from pixrl.models.flux import FluxPolicy

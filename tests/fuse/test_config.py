@@ -3,8 +3,9 @@
 import pytest
 
 from pixrl import config as recipes
+from pixrl.algorithms import SAMPLERS
 from pixrl.errors import ConfigError
-from pixrl.runs.fuse_config import FuseConfig, SamplerName
+from pixrl.runs.config import FuseConfig
 
 PAIR = {"concepts": ["owl", "snail"]}
 
@@ -35,7 +36,7 @@ def test_an_option_of_another_sampler_is_refused():
         recipes.load(FuseConfig, PAIR, ["sampler=random", "options.lr=1"])
 
 
-@pytest.mark.parametrize("sampler", list(SamplerName))
+@pytest.mark.parametrize("sampler", list(SAMPLERS.entries))
 def test_a_resolved_recipe_holds_every_option_and_reads_back_equal(sampler):
     config = recipes.load(FuseConfig, PAIR, [f"sampler={sampler}"])
     text = recipes.dump(config)

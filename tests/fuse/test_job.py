@@ -9,16 +9,17 @@ import signal
 import pytest
 import torch
 
-from pixrl import fuse_api
+from pixrl import api
+from pixrl.algorithms import SAMPLERS
 from pixrl.errors import CheckpointError, InputError, RunError, UnknownWordError
 from pixrl.fusion.select import one_a_noise_first
 from pixrl.fusion.world import FusionSession
 from pixrl.runs import checkpoint
 from pixrl.runs import fuse as fuse_job
+from pixrl.runs.config import FuseConfig, Pooled
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import go_on, select_again, start
-from pixrl.runs.fuse_config import FuseConfig, Pooled, SamplerName
-from pixrl.runs.fuse_log import load_coefficients
+from pixrl.runs.log import load_coefficients
 from tests.fuse.world import fake_world
 from tests.tolerance import agree, rounding
 
@@ -105,7 +106,7 @@ def test_killed_while_rendering_and_resumed_is_the_unbroken_run(tmp_path, sample
 @pytest.mark.parametrize("step", [1, 2, 4])
 @pytest.mark.parametrize(
     "place",
-    ["pixrl.runs.folder.RunFolder.save_images", "pixrl.runs.fuse_log.save_coefficients",
+    ["pixrl.runs.folder.RunFolder.save_images", "pixrl.runs.log.save_coefficients",
      "pixrl.runs.folder.RunFolder.append_manifest", "pixrl.runs.folder.RunFolder.log",
      "pixrl.runs.checkpoint.save", "pixrl.runs.checkpoint.keep_last"],
 )  # fmt: skip
@@ -308,7 +309,7 @@ def test_mixing_is_symmetric_in_the_concepts(world):
 
 
 def test_three_concepts_run_with_every_sampler(tmp_path, world):
-    for sampler in SamplerName:
+    for sampler in SAMPLERS.entries:
         run = start(
             config(concepts=("owl", "snail", "frog"), sampler=sampler), tmp_path / sampler, world=world
         )
@@ -317,7 +318,7 @@ def test_three_concepts_run_with_every_sampler(tmp_path, world):
 
 def test_python_returns_images_scores_and_the_folder(tmp_path, world, monkeypatch):
     monkeypatch.setattr(fuse_job, "load_world", lambda *given: world)
-    result = fuse_api.fuse(["owl", "snail"], budget=16, batch=8, exemplars=1, out=tmp_path / "run")
+    result = api.fuse(["owl", "snail"], budget=16, batch=8, exemplars=1, out=tmp_path / "run")
     assert len(result.images) == len(result.scores) == 16
     assert result.images[0].size == (8, 8)
     assert len(result.images[2:5]) == 3
@@ -326,20 +327,23 @@ def test_python_returns_images_scores_and_the_folder(tmp_path, world, monkeypatc
     assert all(math.isfinite(score["reward"]) for score in result.scores)
     assert set(result.selected) <= set(range(16))
     with pytest.raises(InputError, match="concepts is a list"):
-        fuse_api.fuse("owl")
+        api.fuse("owl")
 
 
 def test_python_without_a_folder_makes_a_new_one_each_time(tmp_path, world, monkeypatch):
     monkeypatch.setattr(fuse_job, "load_world", lambda *given: world)
     monkeypatch.chdir(tmp_path)
-    runs = [fuse_api.fuse(["owl", "snail"], budget=8, batch=8, exemplars=1).run.name for _ in range(2)]
+    runs = [api.fuse(["owl", "snail"], budget=8, batch=8, exemplars=1).run.name for _ in range(2)]
     assert runs == ["owl+snail-rmler-0", "owl+snail-rmler-0-2"]
 
 
 def test_resume_of_another_kind_of_run_is_refused(tmp_path):
     RunFolder.create(tmp_path / "run", kind="align", recipe=config())
     with pytest.raises(RunError, match="'align'"):
-        fuse_api.resume(tmp_path / "run")
+        fuse_job.go_on(tmp_path / "run")
+    RunFolder.create(tmp_path / "study", kind="fuse-study", recipe=config())
+    with pytest.raises(RunError, match="'fuse-study', not a folder of fusions"):
+        api.resume(tmp_path / "study")
 
 
 def test_leaving_the_writer_waits_for_the_disk_and_reports_a_full_one(tmp_path, world, monkeypatch):
@@ -356,7 +360,7 @@ def test_a_damaged_selection_says_how_to_choose_anew(tmp_path, world):
     run = start(config(), tmp_path / "run", world=world)
     (run.folder.path / "selection.json").write_text(json.dumps({"keep": 1}))
     with pytest.raises(CheckpointError, match="pixrl select"):
-        fuse_api.write_report(run.folder.path)
+        api.write_report(run.folder.path)
     (run.folder.path / "selection.json").unlink()
     with pytest.raises(RunError, match="pixrl resume"):
-        fuse_api.write_report(run.folder.path)
+        api.write_report(run.folder.path)

@@ -5,8 +5,8 @@ import torch
 
 from pixrl.algorithms.fusion.base import Feedback
 from pixrl.fusion.noise import Noise, NoisePlan
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.fuse import go_on, start
-from pixrl.runs.fuse_config import FuseConfig
 from tests.fuse.test_job import same_run
 from tests.fuse.test_samplers import sampler_of, task
 from tests.fuse.world import fake_world

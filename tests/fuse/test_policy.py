@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixrl.algorithms.fusion.base import Feedback, FusionTask
-from pixrl.algorithms.fusion.policy import CompactPolicy, PaperPolicy
-from pixrl.algorithms.fusion.policy_baselines import PPO
+from pixrl.algorithms.fusion.baselines import FusionPPO
+from pixrl.algorithms.fusion.policy import CompactPolicy, PublishedPolicy
 from pixrl.algorithms.fusion.rmler import RMLer
 from pixrl.errors import ShapeError
 from pixrl.fusion.trainer import FusionTrainer
 from pixrl.fusion.world import FusionSession
-from pixrl.runs.fuse_config import FuseConfig, resolve_options
+from pixrl.runs.config import FuseConfig, resolve_options
 from pixrl.runs.loop import take_step
 from tests.fuse.test_samplers import sampler_of, scores, task, told
 from tests.fuse.world import fake_world
@@ -34,7 +34,7 @@ def test_compact_actions_of_any_size_stay_on_the_simplex(concepts, columns, scal
 
 
 def test_the_paper_policy_is_as_published_and_leaves_the_unit_interval():
-    policy = PaperPolicy(task(2, 200), hidden=32, seed=0)
+    policy = PublishedPolicy(task(2, 200), hidden=32, seed=0)
     states_BD = torch.zeros(64, 200)
     mean_BX, log_std_BX = policy.gaussian(states_BD)
     assert agree(mean_BX, torch.full_like(mean_BX, 0.5), 32)
@@ -115,14 +115,14 @@ def test_the_raw_reward_is_the_papers_advantage():
 def test_gae_with_gamma_zero_is_reward_minus_value_and_with_one_the_rest_of_the_trajectory():
     rewards_B = torch.tensor([1.0, 2.0, 4.0])
     bandit = sampler_of("ppo", task(), gamma=0.0)
-    assert isinstance(bandit, PPO)
+    assert isinstance(bandit, FusionPPO)
     proposal = bandit.ask(3, 0)
     advantages_B, returns_B = bandit.estimate(proposal, rewards_B)
     values_B = bandit.value(proposal.trace["states_BD"]).detach()
     assert agree(advantages_B, rewards_B - values_B, 64)
     assert agree(returns_B, rewards_B, 64)
     whole = sampler_of("ppo", task(), gamma=1.0, lam=1.0)
-    assert isinstance(whole, PPO)
+    assert isinstance(whole, FusionPPO)
     last = whole.value(proposal.trace["next_D"][None]).detach()[0]
     assert agree(whole.estimate(proposal, rewards_B)[1], torch.tensor([7.0, 6.0, 4.0]) + last, 64)
 

@@ -17,9 +17,9 @@ from pixrl.report.fuse import write_fuse_report
 from pixrl.report.page import inline
 from pixrl.report.reproduce import command_line
 from pixrl.runs import fuse as fuse_job
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.display import Extent, LiveView, PlainLines, for_terminal, sparkline
 from pixrl.runs.fuse import select_again, start
-from pixrl.runs.fuse_config import FuseConfig
 from tests.fuse.world import fake_world
 from tests.tolerance import rounding
 

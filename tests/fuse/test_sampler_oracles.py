@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from pixrl.algorithms.fusion.base import Feedback
-from pixrl.algorithms.fusion.samplers import GoldenSection
-from pixrl.algorithms.fusion.swap_samplers import BASS, AGSwap, BASSSettings
+from pixrl.algorithms.fusion.baselines import BASS, AGSwap, BASSSettings, GoldenSection
 from tests.fuse.test_samplers import sampler_of, task, told
 from tests.tolerance import agree
 

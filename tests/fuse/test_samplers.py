@@ -6,12 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixrl import algorithms
-from pixrl.algorithms.fusion.base import Feedback, FusionTask
-from pixrl.algorithms.fusion.samplers import GoldenSection, uniform_simplex
-from pixrl.algorithms.fusion.swap_samplers import BASS, BASSSettings
+from pixrl.algorithms.fusion.base import Feedback, FusionTask, Sampler
+from pixrl.algorithms.fusion.baselines import BASS, BASSSettings, GoldenSection, uniform_simplex
 from pixrl.fusion.trainer import FusionTrainer
 from pixrl.fusion.world import FusionSession
-from pixrl.runs.fuse_config import FuseConfig, SamplerName, resolve_options
+from pixrl.runs.config import FuseConfig, resolve_options
 from pixrl.runs.loop import take_step
 from tests.fuse.world import fake_world
 from tests.tolerance import agree
@@ -26,7 +25,10 @@ def task(concepts=2, columns=20, seed=0, budget=64, batch=8):
 
 
 def sampler_of(name, the_task, **options):
-    return algorithms.load(algorithms.FUSION_SAMPLERS[name])(the_task, resolve_options(name, options))
+    return algorithms.SAMPLERS.find(name)(the_task, resolve_options(name, options))
+
+
+SAMPLERS = tuple(algorithms.SAMPLERS.entries)
 
 
 def told(rewards_B):
@@ -39,10 +41,11 @@ def scores(count, concepts, step):
 
 
 def test_the_table_and_the_names_agree():
-    assert {str(name) for name in SamplerName} == set(algorithms.FUSION_SAMPLERS)
+    assert all(issubclass(algorithms.SAMPLERS.find(name), Sampler) for name in SAMPLERS)
+    assert [FuseConfig(sampler=name).sampler for name in SAMPLERS] == [*SAMPLERS]
 
 
-@pytest.mark.parametrize("name", list(SamplerName))
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("concepts", [2, 3])
 def test_coefficients_lie_on_the_simplex_in_every_column(name, concepts):
     sampler = sampler_of(name, task(concepts))
@@ -56,7 +59,7 @@ def test_coefficients_lie_on_the_simplex_in_every_column(name, concepts):
         sampler.tell(proposal, scores(8, concepts, step))
 
 
-@pytest.mark.parametrize("name", list(SamplerName))
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize(("budget", "batch"), [(32, 16), (40, 16), (16, 16)])
 def test_every_sampler_makes_exactly_its_budget(name, budget, batch):
     world = fake_world()
@@ -68,7 +71,7 @@ def test_every_sampler_makes_exactly_its_budget(name, budget, batch):
     assert sum(made) == budget == world.renderer.rendered - before
 
 
-@pytest.mark.parametrize("name", list(SamplerName))
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_the_same_seed_gives_the_same_coefficients_and_another_seed_others(name):
     def run(seed):
         sampler = sampler_of(name, task(seed=seed))
@@ -86,7 +89,7 @@ def test_the_same_seed_gives_the_same_coefficients_and_another_seed_others(name)
         assert not torch.equal(run(3), run(4))
 
 
-@pytest.mark.parametrize("name", list(SamplerName))
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("concepts", [2, 3])
 def test_a_restored_sampler_goes_on_exactly(name, concepts):
     whole = sampler_of(name, task(concepts))
@@ -102,7 +105,7 @@ def test_a_restored_sampler_goes_on_exactly(name, concepts):
         assert whole.tell(expected, scores(8, concepts, step)) == fresh.tell(found, scores(8, concepts, step))
 
 
-@pytest.mark.parametrize("name", list(SamplerName))
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_failed_pictures_are_left_out_and_nothing_becomes_nan(name):
     sampler = sampler_of(name, task())
     for step, failed in enumerate([[0, 3], [], list(range(8)), [7]]):

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tests.fuzz.budget import ANY_BYTES, ANYTHING, fuzz, soup, unless_refused
 
 from pixrl import config
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.config import AlignConfig, FuseConfig
 
 REWARDS: dict[str, Any] = {"rewards": [{"name": "geneval"}]}
 NAMES = (

@@ -13,9 +13,8 @@ from tests.tolerance import MODEL, agree
 from torch import Tensor
 
 from pixrl import models
-from pixrl.algorithms.base import Group
+from pixrl.algorithms.base import Group, shown_to
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.references import shown_to
 from pixrl.models.base import on_square
 from pixrl.models.flux import FluxPolicy, Preset, pack_latents, position_ids
 

@@ -20,7 +20,7 @@ from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.models.placement import stream_weights, unstream_weights
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLRenderer
-from pixrl.runs.align_config import AlignConfig, MachineSettings
+from pixrl.runs.config import AlignConfig, MachineSettings
 
 OWL, SNAIL = "a photo of an owl", "a photo of a snail"
 CPU = torch.device("cpu")

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, TimeSettings
+from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.losses import noised
-from pixrl.algorithms.rpo import PreferencePairs, RPOSettings, harmonic_scores
-from pixrl.algorithms.sft import FlowMatching
+from pixrl.algorithms.customized_grpo import TimeSettings
+from pixrl.algorithms.loss import noised
+from pixrl.algorithms.rpo import RPOLoss, RPOSettings, harmonic_scores
+from pixrl.algorithms.sft import SFTLoss
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.slots import Slot
 from tests.personalize.test_baselines import RPO, SFT, WEIGHTS, make, picture, subject_groups, two
@@ -56,7 +57,7 @@ def test_sft_is_flow_matching(policy: FluxPolicy) -> None:
     t = t_B.view(-1, 1, 1, 1)
     assert agree(x_t, (1 - t) * x0 + t * noise, 8)
     loss = found.method.loss
-    assert isinstance(loss, FlowMatching)
+    assert isinstance(loss, SFTLoss)
     with torch.no_grad():
         terms = loss.terms(policy, rollouts, ROWS, torch.ones(2), 0, False)
         expected = squared(policy.velocity(x_t, t_B, rollouts.conditioning(ROWS)), noise - x0)
@@ -70,7 +71,7 @@ def test_rpo_is_dpo_on_regression_errors_plus_the_weighted_similarity_loss(
     found = make(policy, RPO)
     rollouts = judged(found.collect(subject_groups(), 0))
     moved(policy)
-    loss = PreferencePairs(RPOSettings(timesteps=2, beta=50, similarity=similarity))
+    loss = RPOLoss(RPOSettings(timesteps=2, beta=50, similarity=similarity))
     _, t_B, won, noise = noised(policy, rollouts, ROWS, 0)
     lost = rollouts.x0_B[list(LOSERS)]
     t = t_B.view(-1, 1, 1, 1)
@@ -117,14 +118,14 @@ def test_the_similarity_loss_is_of_the_first_reference(policy: FluxPolicy) -> No
 def test_each_winners_rival_is_of_its_own_group(policy: FluxPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     found = make(policy, RPO)
     seen: dict[int, int] = {}
-    original = PreferencePairs.terms
+    original = RPOLoss.terms
 
-    def spying(self: PreferencePairs, policy: FluxPolicy, rollouts: Rollouts, rows, *more):  # type: ignore[no-untyped-def]
+    def spying(self: RPOLoss, policy: FluxPolicy, rollouts: Rollouts, rows, *more):  # type: ignore[no-untyped-def]
         assert rollouts.rival_B is not None
         seen.update({row: int(rollouts.rival_B[row]) for row in rows})
         return original(self, policy, rollouts, rows, *more)
 
-    monkeypatch.setattr(PreferencePairs, "terms", spying)
+    monkeypatch.setattr(RPOLoss, "terms", spying)
     scores = two(8)
     found.update(found.collect(subject_groups(), 0), scores, WEIGHTS)
     rewards = {name: one.values_B.view(2, 4) for name, one in scores.items()}
@@ -155,7 +156,7 @@ def test_the_harmonic_mean_is_weighted_and_a_failed_sample_is_in_no_pair() -> No
         expected = 4 / (weights["identity"] / identity + weights["prompt"] / prompt)
         assert agree(found[:3], expected, 64)
         assert (found[2] > found[0]) == (weights["identity"] > weights["prompt"])
-    table = PreferencePairs(RPO).judge(rewards, {"identity": 3.0, "prompt": 1.0}, settings, 1).advantage_TPS
+    table = RPOLoss(RPO).advantages(rewards, {"identity": 3.0, "prompt": 1.0}, settings, 1).advantage_TPS
     assert table[0, 0, 3].isnan()
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.base import Group
-from pixrl.algorithms.loss_table import LossSettings
-from pixrl.algorithms.rpo import PreferencePairs, RPOSettings, class_prompt, harmonic_scores
+from pixrl.algorithms.loss import LossSettings
+from pixrl.algorithms.rpo import RPOLoss, RPOSettings, class_prompt, harmonic_scores
 from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.trainer import Aligner
 from pixrl.errors import InputError
@@ -136,11 +136,11 @@ def test_the_harmonic_mean_wants_both() -> None:
 
 
 def test_pairs_are_best_and_worst_of_a_group() -> None:
-    loss = PreferencePairs(RPO)
+    loss = RPOLoss(RPO)
     good = torch.tensor(
         [[0.0, 3.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0], [math.nan, 2.0, 5.0, 9.0], [math.nan] * 4]
     )
-    judged = loss.judge({"identity": good, "prompt": good}, WEIGHTS, AdvantageSettings(), 3)
+    judged = loss.advantages({"identity": good, "prompt": good}, WEIGHTS, AdvantageSettings(), 3)
     table, rival = judged.advantage_TPS, judged.rival_PS
     assert table.shape == (3, 4, 4) and rival is not None
     winners = [[place for place, value in enumerate(row) if value == 1.0] for row in table[0].tolist()]

@@ -9,14 +9,14 @@ import typer
 from PIL import Image
 
 import pixrl
-from pixrl import align_api
+from pixrl import api
 from pixrl.cli_runs import resumable
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError
 from pixrl.runs import align as align_job
-from pixrl.runs.align_log import evaluations
 from pixrl.runs.data import checksum
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.log import evaluations
 from tests.personalize.conftest import make_subject
 from tests.personalize.test_job import recipe
 
@@ -102,7 +102,7 @@ def test_an_evaluation_that_a_finished_run_lacks_is_made(
 
 
 def test_another_evaluation_source_may_be_set_beside_the_subject(tmp_path: Path) -> None:
-    config, _ = align_api.load_personalize(
+    config, _ = api.load_personalize(
         None, [f"evaluation.source={tmp_path / 'others'}"], subject=tmp_path / "mine"
     )
     assert config.prompts.source == str(tmp_path / "mine")

@@ -19,9 +19,9 @@ from pixrl.data.subject_prompts import _Store, subject_prompts
 from pixrl.data.subjects import Subject, SubjectSet, check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.rewards.references import of_subject
+from pixrl.runs.config import PersonalizeConfig
+from pixrl.runs.data import PromptSampler
 from pixrl.runs.loaded import LoadedRun, check_references
-from pixrl.runs.personalize_config import PersonalizeConfig
-from pixrl.runs.sampler import PromptSampler
 from pixrl.toy.language import parse
 from pixrl.types import RewardBatch
 from tests import tiny_dino

@@ -17,17 +17,16 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import pixrl
-from pixrl import align_api, cli, models
+from pixrl import api, cli, models
 from pixrl.algorithms.base import Group
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.trainer import prepare
 from pixrl.errors import CheckpointError, ConfigError, InputError
 from pixrl.models.flux import FluxPolicy, Preset
 from pixrl.runs import align as align_job
+from pixrl.runs.config import PersonalizeConfig, load_recipe
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.kinds import load_recipe
-from pixrl.runs.memory import kept_bytes, require_room
-from pixrl.runs.personalize_config import PersonalizeConfig
+from pixrl.runs.planner import kept_bytes, require_room
 from pixrl.studies.align_config import AlignStudyConfig
 from pixrl.studies.slots import open_run
 from tests import tiny, tiny_dino
@@ -504,7 +503,7 @@ def test_the_card_and_the_recipe_place_references(tmp_path: Path, flux_folder: P
         "lora": str(tmp_path / "lora.safetensors"),
     }
     config = load_recipe(recipe(flux_folder, subjects, references=settings), kind="personalize")
-    done = align_api.run_align(config, tmp_path / "run", live=False)
+    done = api.run_align(config, tmp_path / "run", live=False)
     shop = open_run(done.run)
     assert isinstance(shop.policy, FluxPolicy)
     assert (shop.policy.preset, shop.policy.reference_side, len(shop.policy.merged)) == ("kontext", 16, 1)

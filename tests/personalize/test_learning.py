@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 
-from pixrl.algorithms.advantages import AdvantageSettings, SynergySettings, TimeSettings
+from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.customized_grpo import SynergySettings, TimeSettings
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import LossSettings
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.grpo import GRPOSettings
+from pixrl.algorithms.loss import LossSettings
+from pixrl.algorithms.nft import NFTSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.models.flux import FluxPolicy
 from tests.align.parts import aligner, perturbed, scored
 from tests.personalize.test_baselines import WEIGHTS, subject_groups
@@ -17,7 +19,7 @@ from tests.personalize.test_baselines import WEIGHTS, subject_groups
 SHAPED = AdvantageSettings(synergy=SynergySettings(), time=TimeSettings(identity=("identity",)))
 NFT = NFTSettings(timesteps=3, certain=1.5, old_policy="constant", old_decay=0.3)
 METHODS: dict[str, tuple[LossSettings, dict[str, Any], bool]] = {
-    "customized-grpo": (ClippedSettings(clip=1e-2), {"noise": "flow_sde"}, False),
+    "customized-grpo": (GRPOSettings(clip=1e-2), {"noise": "flow_sde"}, False),
     "customized-nft": (NFT, {"solver": "dpm"}, False),
     "e2po-sars": (NFT, {"solver": "dpm"}, True),
 }
@@ -31,7 +33,7 @@ def test_the_rewards_rise_in_sum(policy: FluxPolicy, name: str) -> None:
     found = aligner(
         policy,
         loss,
-        SamplingSettings(steps=5, **sampling),
+        RolloutSettings(steps=5, **sampling),
         exploration=perturbed(2) if exploring else NoiseOnly(),
         advantage=SHAPED,
         micro=(32, 32),

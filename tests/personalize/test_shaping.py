@@ -10,20 +10,15 @@ import torch
 from torch import Tensor
 
 from pixrl import models
-from pixrl.algorithms.advantages import (
-    AdvantageSettings,
-    SynergySettings,
-    TimeSettings,
-    advantages,
-    conflict_metrics,
-)
+from pixrl.algorithms.advantages import AdvantageSettings, advantages, conflict_metrics
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.losses import ClippedSurrogate, noise_levels
+from pixrl.algorithms.customized_grpo import SynergySettings, TimeSettings
+from pixrl.algorithms.grpo import GRPOLoss
+from pixrl.algorithms.loss import noise_levels
 from pixrl.equations import group_advantages, prompt_weight, shape_advantage, synergy
 from pixrl.errors import ConfigError
 from pixrl.models.sd3 import SD3Policy
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.kinds import load_recipe
+from pixrl.runs.config import AlignConfig, load_recipe
 from pixrl.types import Scores
 from tests import tiny
 from tests.align.parts import CLIPPED, NFT, ODE, SDE, aligner, groups, scored, weights_of
@@ -151,7 +146,7 @@ def test_synergy_moves_the_mean_of_a_group() -> None:
     means = {}
     for recenter in (False, True):
         settings = AdvantageSettings(synergy=SynergySettings(recenter=recenter), clamp=None)
-        judged = ClippedSurrogate(CLIPPED).judge(rewards, WEIGHTS, settings, 2)
+        judged = GRPOLoss(CLIPPED).advantages(rewards, WEIGHTS, settings, 2)
         means[recenter] = judged.figures["advantage_mean"]
     assert means[False] == pytest.approx(-0.11, abs=0.03)
     assert means[True] == pytest.approx(0, abs=rounding(torch.float32, 24, scale=10))

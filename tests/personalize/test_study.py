@@ -19,7 +19,7 @@ from pixrl.errors import ConfigError, RunError
 from pixrl.metrics.diversity import DiversityMeter
 from pixrl.metrics.spread import pixel_features
 from pixrl.runs import align as align_job
-from pixrl.runs.kinds import load_recipe
+from pixrl.runs.config import load_recipe
 from pixrl.runs.loaded import load_run
 from pixrl.studies import align as align_study
 from pixrl.studies.budget import budget_of

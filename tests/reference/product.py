@@ -1,4 +1,4 @@
-"""The product's own training of the tiny world: one process, two threads that are each other's peers, or real ones."""
+"""The product's own training of the tiny world: one process, two threads that are each other's world, or real ones."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.base import Group, Rollouts
-from pixrl.algorithms.references import SHOWN
+from pixrl.algorithms.base import SHOWN, Group, Rollouts
 from pixrl.algorithms.sft import TARGET
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
-from pixrl.algorithms.world import Alone, Peers
-from pixrl.runs.sampler import share
+from pixrl.algorithms.world import Alone, World
+from pixrl.runs.data import share
 from pixrl.types import Scores
 from tests.reference import world
 from tests.reference.world import Scene, TinyPolicy
@@ -53,23 +52,23 @@ def group_of(scene: Scene) -> Group:
     return Group(scene.place, scene.epoch, scene.index, scene.prompt, metadata)
 
 
-def begin(run: Run, peers: Peers | None = None) -> tuple[TinyPolicy, Aligner]:
+def begin(run: Run, processes: World | None = None) -> tuple[TinyPolicy, Aligner]:
     """A fresh model and its trainer."""
     policy = TinyPolicy()
     scale = run.scale_loss
     return policy, Aligner(
-        policy, policy.lora, run.method, MICRO, seed=run.seed, peers=peers, scale_loss=scale
+        policy, policy.lora, run.method, MICRO, seed=run.seed, world=processes, scale_loss=scale
     )
 
 
-def train(run: Run, peers: Peers | None = None) -> Outcome:
+def train(run: Run, processes: World | None = None) -> Outcome:
     """All steps of this process's share of the prompts."""
-    peers = peers or Alone()
-    policy, aligner = begin(run, peers)
+    processes = processes or Alone()
+    policy, aligner = begin(run, processes)
     log, rollouts = [], []
     for step in run.steps:
         groups = [group_of(scene) for scene in world.scenes(step, run.references)]
-        mine = share(len(groups), peers.rank, peers.size)
+        mine = share(len(groups), processes.rank, processes.size)
         rollouts.append(aligner.collect(groups[mine], step))
         given = {name: _scores(world.scores(name, step, run.method.group_size)[mine]) for name in run.rewards}
         log.append(aligner.update(rollouts[-1], given, run.trained(step)))
@@ -82,7 +81,7 @@ def _scores(values_PS: Tensor) -> Scores:
 
 
 class Threads:
-    """Peers that are threads of this process: each leaves its value, waits, and reads all."""
+    """A world of threads of this process: each leaves its value, waits, and reads all."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
@@ -112,7 +111,7 @@ class ThreadPeer:
 
 
 def train_in_two(run: Callable[[], Run]) -> list[Outcome]:
-    """The outcome of each of two peers; `run` is called in each, since methods keep what they learned."""
+    """The outcome of each of two processes; `run` is called in each, since methods keep what they learned."""
     threads = Threads(2)
 
     def play(rank: int) -> Outcome:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import LossSettings, make_loss
+from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.rpo import RPOSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import baselines, world
@@ -35,7 +36,7 @@ def run_of(
 ) -> Run:
     method = Method(
         NoiseOnly(),
-        SamplingSettings(**sampling),
+        RolloutSettings(**sampling),
         AdvantageSettings(scale=scale),
         make_loss(loss, rewards),
         OptimizerSettings(**OPTIMIZER),

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.e2po import PerturbationSettings
-from pixrl.algorithms.exploration import PerturbedEmbeddings
-from pixrl.algorithms.loss_table import make_loss
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
+from pixrl.algorithms.grpo import GRPOSettings
+from pixrl.algorithms.nft import NFTSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import grpo, nft, world
 from tests.reference.agreement import assert_moved, assert_same_figures, assert_same_weights
@@ -63,10 +63,10 @@ def weights(step: int) -> dict[str, float]:
 def product_run(case: dict[str, Any]) -> Run:
     sampling = {"steps": 5} | case.get("sampling", {})
     is_clipped = "noise" in sampling
-    loss = ClippedSettings(**case["loss"]) if is_clipped else NFTSettings(timesteps=3, kl=0.2)
+    loss = GRPOSettings(**case["loss"]) if is_clipped else NFTSettings(timesteps=3, kl=0.2)
     method = Method(
         PerturbedEmbeddings(PerturbationSettings(**WIDE | case["explore"])),
-        SamplingSettings(**sampling),
+        RolloutSettings(**sampling),
         AdvantageSettings(**case.get("advantage", {})),
         make_loss(loss),
         OptimizerSettings(**OPTIMIZER),

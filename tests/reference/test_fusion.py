@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from pixrl.algorithms import FUSION_SAMPLERS, load
+from pixrl.algorithms import SAMPLERS
 from pixrl.algorithms.fusion.base import Feedback, FusionTask
 from tests.reference import fusion, world
 from tests.reference.agreement import FIGURES, WEIGHTS
@@ -47,8 +47,8 @@ def test_the_product_equals_the_plain_loop(name: str) -> None:
     features_ND = world.normal(f"concepts {name}", concepts, COLUMNS)
     expected, coefficients, log = plain_run(sampler, features_ND, options)
 
-    kind = load(FUSION_SAMPLERS[sampler])
-    product = kind(FusionTask(features_ND, SEED, BATCH * STEPS, BATCH), kind.settings_type(**options))
+    kind = SAMPLERS.find(sampler)
+    product = kind(FusionTask(features_ND, SEED, BATCH * STEPS, BATCH), kind.Settings(**options))
     before = product.tensors()
     before = {key: before[key].clone() for key in expected}
     for step in range(STEPS):

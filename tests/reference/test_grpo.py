@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import make_loss
-from pixrl.algorithms.losses import ClippedSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.grpo import GRPOSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import grpo, world
 from tests.reference.agreement import assert_moved, assert_same_figures, assert_same_weights
@@ -88,9 +88,9 @@ def product_run(case: dict[str, Any]) -> Run:
     first = case.get("first_step", 0)
     method = Method(
         NoiseOnly(),
-        SamplingSettings(**{"steps": 5} | case["sampling"]),
+        RolloutSettings(**{"steps": 5} | case["sampling"]),
         AdvantageSettings(**case.get("advantage", {})),
-        make_loss(ClippedSettings(**case["loss"])),
+        make_loss(GRPOSettings(**case["loss"])),
         OptimizerSettings(**OPTIMIZER | case.get("optimizer", {})),
         noises=4,
         shared_start=case.get("shared_start", False),

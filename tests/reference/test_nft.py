@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import make_loss
-from pixrl.algorithms.losses import NFTSettings
-from pixrl.algorithms.sampling import SamplingSettings
+from pixrl.algorithms.nft import NFTSettings
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Method, OptimizerSettings
 from tests.reference import nft, world
 from tests.reference.agreement import assert_moved, assert_same_figures, assert_same_weights
@@ -54,7 +54,7 @@ def product_run(case: dict[str, Any]) -> Run:
     first = case.get("first_step", 0)
     method = Method(
         NoiseOnly(),
-        SamplingSettings(steps=case.get("steps", 5), solver=case.get("solver", "euler")),
+        RolloutSettings(steps=case.get("steps", 5), solver=case.get("solver", "euler")),
         AdvantageSettings(**case.get("advantage", {})),
         make_loss(NFTSettings(**{"timesteps": 3, **case.get("loss", {})})),
         OptimizerSettings(**OPTIMIZER | case.get("optimizer", {})),

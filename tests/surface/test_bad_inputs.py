@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pixrl
-from pixrl import cli, doctor_api
+from pixrl import api, cli
 from pixrl.errors import PixrlError
 
 TABLE = Path(__file__).with_name("bad_inputs.tsv")
@@ -106,7 +106,7 @@ def told_by_command(line: str) -> tuple[int, str]:
 
 
 def told_by_call(call: str) -> tuple[int, str]:
-    names: dict[str, Any] = {"pixrl": pixrl, "examine": doctor_api.examine}
+    names: dict[str, Any] = {"pixrl": pixrl, "examine": api.examine}
     with pytest.raises(PixrlError) as caught:
         eval(call, names)
     return caught.value.exit_code, " ".join(str(caught.value).split())

@@ -10,7 +10,7 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
-from pixrl import align_api, cli, cli_demo, fuse_api
+from pixrl import api, cli, cli_demo
 from pixrl.config import find_recipe
 from pixrl.errors import RunError
 from pixrl.runs import fuse as fuse_job
@@ -112,13 +112,13 @@ def test_demo_takes_a_free_folder_each_time(pixrl: Pixrl, monkeypatch: pytest.Mo
 
 def test_personalize_without_a_recipe_takes_the_one_that_its_help_names(pixrl: Pixrl) -> None:
     told = " ".join(pixrl("personalize", "--help").output.replace("│", " ").split())
-    for subject, usual in ((None, align_api.PERSONALIZE_RECIPE), ("owl", align_api.SUBJECT_RECIPE)):
+    for subject, usual in ((None, api.PERSONALIZE_RECIPE), ("owl", api.SUBJECT_RECIPE)):
         assert usual in told
-        config, _ = align_api.load_personalize(None, subject=subject)
+        config, _ = api.load_personalize(None, subject=subject)
         assert (
             config.loss.kind == "nft"
         )  # the clipped loss walks at random here: docs/personalize.md, Evidence
-        assert align_api.load_personalize(usual, subject=subject)[0] == config
+        assert api.load_personalize(usual, subject=subject)[0] == config
 
 
 def test_ctrl_c_says_how_to_go_on_and_resume_ends_as_if_unbroken(
@@ -217,7 +217,7 @@ def test_a_run_that_fails_exits_1_without_a_traceback(pixrl: Pixrl, monkeypatch:
     def fail(*given: object, **more: object) -> None:
         raise RunError("The disk is full.")
 
-    monkeypatch.setattr(fuse_api, "run_fuse", fail)
+    monkeypatch.setattr(api, "run_fuse", fail)
     done = pixrl("fuse", "owl", "snail")
     assert (done.exit_code, done.stderr) == (1, "Error: The disk is full.\n")
 

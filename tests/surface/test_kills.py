@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from pixrl import align_api, fuse_api
+from pixrl import api
 from pixrl.runs import align as align_job
 from pixrl.runs import checkpoint
 from pixrl.runs import fuse as fuse_job
-from pixrl.runs.align_config import AlignConfig
 from pixrl.runs.check import check
+from pixrl.runs.config import AlignConfig, FuseConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse_config import FuseConfig
-from pixrl.runs.personalize_config import PersonalizeConfig
 from tests import kills, tiny
 from tests.align.parts import recipe as align_recipe
 from tests.align.parts import same
@@ -61,9 +59,9 @@ def play(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(fuse_job, "load_world", lambda *given: fake_world())
         config = FuseConfig(concepts=("owl", "snail"), budget=8, batch=4, exemplars=1)
         return Play(
-            lambda run: fuse_api.run_fuse(config, run, live=False),
-            lambda run: fuse_api.resume(run, live=False),
-            lambda run: fuse_api.run_fuse(config, run, live=False, force=True),
+            lambda run: api.run_fuse(config, run, live=False),
+            lambda run: api.resume(run, live=False),
+            lambda run: api.run_fuse(config, run, live=False, force=True),
         )
     settings = _align(tmp_path) if request.param == "align" else _personalize(tmp_path)
     # the model is loaded once: each child has a copy of its own; the checks before the first update write nothing
@@ -71,9 +69,9 @@ def play(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(align_job, "load_run", lambda config, *rest: shop)
     monkeypatch.setattr(align_job.Training, "_check_on_policy", lambda *given: {})
     return Play(
-        lambda run: align_api.run_align(settings, run, live=False),
-        lambda run: align_api.resume(run, live=False),
-        lambda run: align_api.run_align(settings, run, live=False, force=True),
+        lambda run: api.run_align(settings, run, live=False),
+        lambda run: api.resume(run, live=False),
+        lambda run: api.run_align(settings, run, live=False, force=True),
     )
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     {"runs", "fusion", "doctor"},
     {"report", "serve"},
     {"studies"},
-    {"align_api", "doctor_api", "fuse_api", "studio", "__init__", "__main__"}
+    {"api", "studio", "__init__", "__main__"}
     | {
         "cli",
         "cli_options",

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pixrl import cli, fuse_api
+from pixrl import api, cli
 from pixrl.errors import CheckpointError
 from pixrl.runs import checkpoint
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs.check import check
-from pixrl.runs.folder import EVALUATIONS, MANIFEST, METRICS, RunFolder
-from pixrl.runs.fuse_config import FuseConfig
-from pixrl.runs.jsonl import JsonLines
+from pixrl.runs.config import FuseConfig
+from pixrl.runs.folder import EVALUATIONS, MANIFEST, METRICS, JsonLines, RunFolder
 from pixrl.studies import runner as study_runner
 from tests.fuse.world import fake_world
 
@@ -129,7 +128,7 @@ def test_resume_goes_on_from_what_check_mends_or_leaves_to_it(run: Path, whole: 
     """world.json beside good checkpoints is written again from the copy in the newest one."""
     HARM[name][0](run)
     check(run, repair=True)
-    fuse_api.resume(run, live=False)
+    api.resume(run, live=False)
     assert check(run).findings == ()
     for file in ("world.json", MANIFEST, "selection.json"):
         assert (run / file).read_bytes() == (whole / file).read_bytes()
@@ -153,7 +152,7 @@ def test_the_command(run: Path) -> None:
 
 
 def test_the_runs_of_a_folder_of_fusions_are_looked_at_too(tmp_path: Path) -> None:
-    place = fuse_api.run_pairs(CONFIG.model_copy(update={"concepts": ()}), ["owl & snail"], tmp_path / "all")
+    place = api.run_pairs(CONFIG.model_copy(update={"concepts": ()}), ["owl & snail"], tmp_path / "all")
     assert check(place).findings == ()
     child = next((place / "runs").iterdir())
     HARM["leftover"][0](child)
@@ -162,8 +161,8 @@ def test_the_runs_of_a_folder_of_fusions_are_looked_at_too(tmp_path: Path) -> No
     (place / "failures.json").write_text("{")
     assert [one.file for one in check(place).findings] == ["failures.json"]
     with pytest.raises(CheckpointError, match=r"failures\.json is damaged.*pixrl resume"):
-        fuse_api.write_report(place)
-    fuse_api.resume(place, live=False)
+        api.write_report(place)
+    api.resume(place, live=False)
     assert check(place).findings == ()
 
 
@@ -190,7 +189,7 @@ def test_checkpoints_behind_the_place_are_set_aside_not_kept_in_the_way(run: Pat
     """A manifest that was cut back has no pictures for the newest checkpoints: the next ones must not be deleted."""
     damage_line(MANIFEST, 5)(run)
     RunFolder.open(run, repair=True)
-    fuse_api.resume(run, live=False)
+    api.resume(run, live=False)
     assert [f.name for f in checkpoint.all_folders(run)] == ["step-000002", "step-000003"]
     assert (run / "checkpoints/step-000003.set-aside").is_dir()
     assert check(run).findings == ()

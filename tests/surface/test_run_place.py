@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pixrl import cli, fuse_api
+from pixrl import api, cli
 from pixrl.errors import RunError
 from pixrl.runs import files
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs import place as run_place
 from pixrl.runs.check import check
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse_config import FuseConfig
 from pixrl.runs.place import MARKER, REPLACED
 from tests import kills
 from tests.fuse.world import fake_world
@@ -34,7 +34,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A finished run."""
-    fuse_api.run_fuse(CONFIG, tmp_path / "run", live=False)
+    api.run_fuse(CONFIG, tmp_path / "run", live=False)
     return tmp_path / "run"
 
 
@@ -109,7 +109,7 @@ def test_a_second_replacement_before_the_first_step_keeps_the_oldest(run: Path) 
     assert "waits in .replaced" in " ".join(check(run).notes)
     RunFolder.create(run, kind="fuse", recipe=CONFIG.model_copy(update={"seed": 2}), force=True)
     assert kills.content(run / REPLACED) == before
-    fuse_api.resume(run, live=False)
+    api.resume(run, live=False)
     assert RunFolder.open(run).recipe()["seed"] == 2 and not (run / REPLACED).exists()
 
 
@@ -127,10 +127,10 @@ def test_a_link_as_out(tmp_path: Path, run: Path, target: str) -> None:
     (tmp_path / "there").mkdir()
     link = tmp_path / "link"
     link.symlink_to(tmp_path / target)
-    fuse_api.run_fuse(CONFIG, link, live=False, force=target == "run")
+    api.run_fuse(CONFIG, link, live=False, force=target == "run")
     assert link.is_symlink()
     assert RunFolder.open(link).kind == "fuse" and (tmp_path / target / "report.html").is_file()
-    fuse_api.resume(link, live=False)
+    api.resume(link, live=False)
     assert check(link).findings == ()
     assert {entry.name for entry in tmp_path.iterdir()} == {"run", "there", "link"} | {target}
 
@@ -169,7 +169,7 @@ def limited(kind: int, bound: int) -> Callable[[Path], None]:
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (bound, hard))
         with pytest.raises(RunError) as caught:
-            fuse_api.run_fuse(CONFIG.model_copy(update={"budget": 800, "seed": 5}), run, live=False)
+            api.run_fuse(CONFIG.model_copy(update={"budget": 800, "seed": 5}), run, live=False)
         resource.setrlimit(kind, (hard, hard))
         (run.parent / "said").write_text(str(caught.value))
 
@@ -215,7 +215,7 @@ def test_what_runs_out_ends_in_one_sentence_and_loses_nothing(
         )  # fmt: skip
     printed = " ".join(done.output.split())
     assert done.exit_code == 1 and said in printed and "pixrl resume" in printed, printed
-    fuse_api.resume(tmp_path / "run", live=False)
+    api.resume(tmp_path / "run", live=False)
     assert len(RunFolder.open(tmp_path / "run").manifest()) == 8
 
 
@@ -232,6 +232,6 @@ def test_no_file_handles_while_a_step_is_written(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "open", refuse)
         with pytest.raises(RunError, match=r"000005\.png .*ulimit -n.*Nothing saved before it is lost"):
-            fuse_api.run_fuse(CONFIG, tmp_path / "run", live=False)
-    fuse_api.resume(tmp_path / "run", live=False)
+            api.run_fuse(CONFIG, tmp_path / "run", live=False)
+    api.resume(tmp_path / "run", live=False)
     assert len(RunFolder.open(tmp_path / "run").manifest()) == 8

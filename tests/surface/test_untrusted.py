@@ -17,10 +17,10 @@ from pixrl.config import MOST_YAML
 from pixrl.data.prompts import load_prompts
 from pixrl.errors import CheckpointError, ConfigError, InputError
 from pixrl.hub_check import read_header, read_json
-from pixrl.models.licences import NOT_STATED, generator_licence
+from pixrl.models import NOT_STATED, generator_licence
 from pixrl.rewards import weights as sources
 from pixrl.runs.environment import describe
-from pixrl.runs.jsonl import JsonLines
+from pixrl.runs.folder import JsonLines
 from pixrl.untrusted import MOST_DEPTH, Secret, code, fenced, markdown, parse_json, plain
 
 LETTERS = "abcdefghij"

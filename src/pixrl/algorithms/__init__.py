@@ -1,24 +1,77 @@
 """The methods, one file each. Names are resolved through these tables; nothing is registered by importing."""
 
-from importlib import import_module
+from __future__ import annotations
 
-FUSION_SAMPLERS = {
-    "rmler": "pixrl.algorithms.fusion.rmler:RMLer",
-    "ppo": "pixrl.algorithms.fusion.policy_baselines:PPO",
-    "grpo": "pixrl.algorithms.fusion.policy_baselines:GRPO",
-    "random": "pixrl.algorithms.fusion.samplers:RandomMix",
-    "mean": "pixrl.algorithms.fusion.samplers:MeanMix",
-    "bass": "pixrl.algorithms.fusion.swap_samplers:BASS",
-    "agswap": "pixrl.algorithms.fusion.swap_samplers:AGSwap",
-    "golden": "pixrl.algorithms.fusion.samplers:GoldenSection",
-    "search": "pixrl.algorithms.fusion.samplers:RewardSearch",
-}
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pixrl.plugins import Registry
+
+if TYPE_CHECKING:
+    from pixrl.algorithms.advantages import AdvantageEstimator, EstimatorSettings
+    from pixrl.algorithms.exploration import Exploration, ExplorationSettings
+    from pixrl.algorithms.loss import Loss, LossSettings
+    from pixrl.rewards.base import DifferentiableReward
+
+LOSSES = Registry(
+    "loss",
+    "pixrl.losses",
+    {
+        "clipped": "pixrl.algorithms.grpo:GRPOLoss",
+        "nft": "pixrl.algorithms.nft:NFTLoss",
+        "sft": "pixrl.algorithms.sft:SFTLoss",
+        "rpo": "pixrl.algorithms.rpo:RPOLoss",
+        "draft": "pixrl.algorithms.draft:DRaFTLoss",
+    },
+)
+"""What an update can minimize, for `loss.kind`; each has its `Settings`."""
+
+EXPLORATIONS = Registry(
+    "exploration",
+    "pixrl.explorations",
+    {
+        "noise": "pixrl.algorithms.exploration:NoiseOnly",
+        "perturbed": "pixrl.algorithms.e2po:PerturbedEmbeddings",
+    },
+)
+"""Where a group's samples can differ, for `exploration.kind`; each has its `Settings`."""
+
+ADVANTAGES = Registry(
+    "advantage", "pixrl.advantages", {"group": "pixrl.algorithms.advantages:GroupAdvantage"}
+)
+"""What can be made of scores, for `advantage.kind`; each has its `Settings`."""
+
+SAMPLERS = Registry(
+    "sampler",
+    "pixrl.samplers",
+    {
+        "rmler": "pixrl.algorithms.fusion.rmler:RMLer",
+        "ppo": "pixrl.algorithms.fusion.baselines:FusionPPO",
+        "grpo": "pixrl.algorithms.fusion.baselines:FusionGRPO",
+        "random": "pixrl.algorithms.fusion.baselines:RandomMix",
+        "mean": "pixrl.algorithms.fusion.baselines:MeanMix",
+        "bass": "pixrl.algorithms.fusion.baselines:BASS",
+        "agswap": "pixrl.algorithms.fusion.baselines:AGSwap",
+        "golden": "pixrl.algorithms.fusion.baselines:GoldenSection",
+        "search": "pixrl.algorithms.fusion.baselines:RewardSearch",
+    },
+)
 """Every way to propose mixing coefficients, for `pixrl fuse --sampler`."""
 
 
-def load(reference: str) -> type:
-    """The class that a table's entry `module:Class` names."""
-    module, _, name = reference.partition(":")
-    found = vars(import_module(module))[name]
-    assert isinstance(found, type)
-    return found
+def make_loss(settings: LossSettings, rewards: Mapping[str, DifferentiableReward] | None = None) -> Loss:
+    """The loss that the settings describe; `rewards` are those that it may differentiate."""
+    made: Loss = LOSSES.find(settings.kind).make(settings, rewards or {})
+    return made
+
+
+def make_exploration(settings: ExplorationSettings) -> Exploration:
+    """The exploration that the settings describe."""
+    made: Exploration = EXPLORATIONS.find(settings.kind).make(settings)
+    return made
+
+
+def make_advantage(settings: EstimatorSettings) -> AdvantageEstimator:
+    """What makes advantages of scores, as the settings describe it."""
+    made: AdvantageEstimator = ADVANTAGES.find(settings.kind)(settings)
+    return made

@@ -4,44 +4,30 @@ Rewards stay apart until here: each is normalized within its groups first, then 
 reward with large numbers does not drown the others. A sample that failed in any trained reward is left out of every
 statistic, and its advantage is nan here: the update drops it.
 
-Customized-GRPO's two parts, each of which works alone and with every loss:
-
-| paper                              | here                                                            |
-|------------------------------------|-----------------------------------------------------------------|
-| SARS, S and alpha (Eqs. 10, 11)    | `SynergySettings`, added once a sample                          |
-| TDW, w_id(t), w_prompt(t) (Eq. 12) | `TimeSettings`, looked up by the true step, 0 the noisiest      |
-| naive linear, w_id : w_prompt      | neither; the rewards' own weights                               |
-
-Deviations:
-
-1. More than two rewards: the synergy is the mean over all pairs of rewards of Eq. 11's signed term, each pair with its
-   own sign rule. Two rewards are one pair, so that is Eq. 11 itself. Several subjects in a picture are several identity
-   rewards, which must then agree with each other and with the prompt.
-2. With time weights a reward's own weight is its share among those of its role (identity, or prompt), so that the two
-   roles' weights add up to 1 at every step, as in the paper.
-3. The clamp is on what comes out, not on each reward's own advantage.
-4. Eq. 11 takes away alpha S where both advantages are bad. With min, max and harmonic S is negative there, so by the
-   letter a sample that is bad in both gains; with tanh it never does. That is kept: it is what the paper ablates.
+Customized-GRPO's two parts, SARS and TDW (`customized_grpo.py`), are settings of it: each works alone, and with every
+loss that learns from advantages. The clamp is on what comes out, not on each reward's own advantage.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from enum import StrEnum
 from itertools import combinations
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from pixrl.algorithms.customized_grpo import SynergySettings, TimeSettings, pairwise_synergy
 from pixrl.config import Settings
-from pixrl.equations import group_advantages, prompt_weight, shape_advantage
-from pixrl.equations.shaping import PUBLISHED_STEPS
+from pixrl.equations import group_advantages
 from pixrl.errors import RunError
 
 FLAT = 1e-6
 """Below this standard deviation a group counts as one without a signal."""
 
 
-class Scale(StrEnum):
+class AdvantageScale(StrEnum):
     """Whose standard deviation divides a reward's advantage."""
 
     GROUP = "group"
@@ -50,68 +36,39 @@ class Scale(StrEnum):
     NONE = "none"
 
 
-class SynergyKind(StrEnum):
-    """How far two advantages agree (`equations.synergy`)."""
+class EstimatorSettings(Settings):
+    """The settings of what makes advantages, and what is known of it before there are scores.
 
-    TANH = "tanh"
-    """The paper's."""
-    MIN = "min"
-    MAX = "max"
-    HARMONIC = "harmonic"
+    An estimator of your own has a class `Settings` derived from this one.
+    """
 
+    kind: str
 
-class SynergySettings(Settings):
-    """SARS: rewards that agree count more, rewards that conflict count against a sample."""
+    @property
+    def normalization(self) -> "AdvantageSettings":
+        """How rewards are put on one scale where the log compares them."""
+        return AdvantageSettings()
 
-    kind: SynergyKind = SynergyKind.TANH
-    alpha: float = Field(0.5, gt=0)
-    """Strength."""
-    recenter: bool = False
-    """Subtract each group's mean, which the synergy moves away from 0."""
+    @property
+    def leaves_flat_out(self) -> bool:
+        """Whether groups whose samples all have the same advantage cost no update."""
+        return False
 
+    def check_rewards(self, weights: Mapping[str, float]) -> None:
+        """ValueError where these trained rewards (name -> weight) do not fit."""
 
-class TimeSettings(Settings):
-    """TDW: rewards of the prompt count more in early steps, rewards of the identity in late ones."""
-
-    identity: tuple[str, ...] = Field(min_length=1)
-    """Rewards that judge the identity; the others judge the prompt."""
-    w_max: float = Field(0.7, ge=0, le=1)
-    """The prompt's weight at first; the identity's is 1 minus it."""
-    w_min: float = Field(0.3, ge=0, le=1)
-    """And in the end."""
-    start: float = Field(6.0, ge=0)
-    """First step of the transition; this and the next three are given for 25 steps and scale with their number."""
-    end: float = Field(22.0, ge=0)
-    """First step of the last phase."""
-    steepness: float = Field(0.8, gt=0)
-    """Of the transition, a step."""
-    center: float = Field(14.0, ge=0)
-    """Midpoint of the transition."""
-    inverted: bool = False
-    """The other way round: the paper's ablation."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> "TimeSettings":
-        if self.w_min > self.w_max:
-            raise ValueError(
-                f"w_min {self.w_min:g} is above w_max {self.w_max:g}; swap them, or set inverted: true"
-            )
-        if self.start > self.end:
-            raise ValueError(f"the transition starts at {self.start:g} and ends before, at {self.end:g}")
-        return self
-
-    def prompt_weights(self, steps: int) -> Tensor:
-        """Weight of the prompt's rewards at each of `steps` steps [T]."""
-        return prompt_weight(
-            torch.arange(float(steps)), steps, self.w_max, self.w_min, self.start, self.end,
-            self.steepness * PUBLISHED_STEPS / steps, self.center, self.inverted,
-        )  # fmt: skip
+    def describe(self) -> str:
+        """All of it in a line, for the report."""
+        given = self.model_dump(exclude={"kind"}, mode="json").items()
+        return ", ".join([self.kind, *(f"{name} {value}" for name, value in given)])
 
 
-class AdvantageSettings(Settings):
+class AdvantageSettings(EstimatorSettings):
     """How rewards become advantages."""
 
-    scale: Scale = Scale.GROUP
+    kind: Literal["group"] = Field("group", exclude=True)
+
+    scale: AdvantageScale = AdvantageScale.GROUP
     clamp: float | None = Field(5.0, gt=0)
     """Largest magnitude; none: no limit."""
     eps: float = Field(1e-4, ge=0)
@@ -125,37 +82,67 @@ class AdvantageSettings(Settings):
 
     @model_validator(mode="after")
     def _no_eps_without_scale(self) -> "AdvantageSettings":
-        if self.scale is Scale.NONE and self.eps != 1e-4:
+        if self.scale is AdvantageScale.NONE and self.eps != 1e-4:
             raise ValueError("eps has no effect with scale: none: remove it")
         return self
 
+    @property
+    def normalization(self) -> "AdvantageSettings":
+        return self
+
+    @property
+    def leaves_flat_out(self) -> bool:
+        return self.skip_flat
+
+    def describe_scale(self) -> str:
+        """Whose deviation divides, for the report."""
+        return (
+            "not divided"
+            if self.scale is AdvantageScale.NONE
+            else f"divided by the {self.scale.value} deviation"
+        )
+
+    def describe(self) -> str:
+        parts = [part.describe() for part in (self.synergy, self.time) if part is not None]
+        limit = "" if self.clamp is None else f", at most ±{self.clamp:g}"
+        return ", ".join([self.describe_scale(), *parts]) + limit
+
     def check_rewards(self, weights: Mapping[str, float]) -> None:
         """ValueError where synergy or time weights cannot work with these trained rewards (name -> weight)."""
-        if self.synergy is not None and len(weights) < 2:
-            raise ValueError(
-                f"advantage.synergy needs two trained rewards or more, and only {', '.join(weights)} is trained: "
-                "take held_out off another, or set advantage.synergy to null"
-            )
-        if self.time is None:
-            return
-        unknown = [name for name in self.time.identity if name not in weights]
-        if unknown:
-            raise ValueError(
-                f"advantage.time.identity names {unknown[0]!r}, which is not trained on; trained are "
-                f"{', '.join(weights)}"
-            )
-        roles = [set(self.time.identity), set(weights) - set(self.time.identity)]
-        if not roles[1]:
-            raise ValueError(
-                "advantage.time.identity names every trained reward, so that none is left to judge the prompt"
-            )
-        for role in roles:
-            (first, *others) = sorted(role)
-            if not others and weights[first] != 1.0:
-                raise ValueError(
-                    f"the weight of {first!r} would have no effect: with advantage.time it is alone in its role, "
-                    "whose weight the step decides. Take it out, or set advantage.time to null"
-                )
+        if self.synergy is not None:
+            self.synergy.check_rewards(weights)
+        if self.time is not None:
+            self.time.check_rewards(weights)
+
+
+class AdvantageEstimator(ABC):
+    """Makes advantages of a step's scores."""
+
+    Settings: ClassVar[type[EstimatorSettings]]
+    """Its settings; their `kind` is how a recipe names it."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def __call__(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], steps: int) -> Tensor:
+        """Advantages [T, P, S] of all groups at every step of the schedule; nan marks a sample to leave out.
+
+        Args:
+            rewards: name -> rewards [P, S], nan where scoring failed.
+            weights: name -> weight of the trained rewards.
+            steps: T, of the schedule.
+        """
+
+
+class GroupAdvantage(AdvantageEstimator):
+    """Each reward normalized within its groups, then weighted and added, with SARS and TDW where they are set."""
+
+    Settings = AdvantageSettings
+    settings: AdvantageSettings
+
+    def __call__(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], steps: int) -> Tensor:
+        return advantages(rewards, weights, self.settings, steps)
 
 
 def advantages(
@@ -177,12 +164,15 @@ def advantages(
     Source: Customized-GRPO Eqs. 8, 10 to 12.
     """
     parts, failed_PS = normalized(rewards, weights, settings)
-    weights_T = _weights_by_step(weights, settings, steps)
+    if settings.time is None:
+        weights_T = {name: torch.full((steps,), weight) for name, weight in weights.items()}
+    else:
+        weights_T = settings.time.weights_by_step(weights, steps)
     total_TPS = torch.zeros(steps, *failed_PS.shape)
     for name, part_PS in parts.items():
         total_TPS += weights_T[name][:, None, None] * part_PS
     if settings.synergy is not None:
-        total_TPS += settings.synergy.alpha * _pairwise_synergy(parts, settings.synergy.kind)
+        total_TPS += settings.synergy.alpha * pairwise_synergy(parts, settings.synergy.kind)
         if settings.synergy.recenter:
             known_TPS = total_TPS.masked_fill(failed_PS, torch.nan)
             total_TPS = total_TPS - known_TPS.nanmean(dim=2, keepdim=True)
@@ -205,42 +195,15 @@ def normalized(
     }, failed_PS
 
 
-def _weights_by_step(
-    weights: Mapping[str, float], settings: AdvantageSettings, steps: int
-) -> dict[str, Tensor]:
-    """Each trained reward's weight at every step [T]."""
-    if settings.time is None:
-        return {name: torch.full((steps,), weight) for name, weight in weights.items()}
-    prompt_T = settings.time.prompt_weights(steps)
-    identity = settings.time.identity
-    whole = {
-        role: sum(weight for name, weight in weights.items() if (name in identity) is role)
-        for role in (True, False)
-    }
-    return {
-        name: weight / whole[name in identity] * (1 - prompt_T if name in identity else prompt_T)
-        for name, weight in weights.items()
-    }
-
-
-def _pairwise_synergy(parts: Mapping[str, Tensor], kind: SynergyKind) -> Tensor:
-    """The mean over all pairs of rewards of S, or of -S where both advantages are bad, [P, S]."""
-    terms = [
-        shape_advantage(one, other, 0.0, 0.0, 1.0, kind.value)
-        for one, other in combinations(parts.values(), 2)
-    ]
-    return torch.stack(terms).mean(dim=0)
-
-
 def conflict_metrics(
-    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: EstimatorSettings
 ) -> dict[str, float]:
     """How trained rewards go together, as means over their pairs; nothing for one reward.
 
     `conflict_share`: samples whose two advantages have opposite signs. Independent rewards conflict in half of them,
     so `reward_correlation` stands beside it.
     """
-    parts, failed_PS = normalized(rewards, weights, settings)
+    parts, failed_PS = normalized(rewards, weights, settings.normalization)
     pairs = [(one[~failed_PS], other[~failed_PS]) for one, other in combinations(parts.values(), 2)]
     if not pairs:
         return {}

@@ -4,10 +4,13 @@ A group is one prompt's samples: G noises times K semantic variants, noise g wit
 randomness is keyed per sample (`pixrl.types.sample_seed`), so that the same samples come out for any micro-batch and
 any number of processes: the first noise by (run seed, epoch, prompt, g), shared by a group's variants as E2PO's
 exploration set wants it (Eq. 8), everything later by the sample's own place as well.
+
+Reference pictures that a group's metadata names become part of every condition of it (`shown_to`): rollouts and updates
+alike are conditioned on them, since they belong to the anchor c_0 that all conditions start from.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
@@ -15,9 +18,13 @@ from torch import Tensor
 
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.sampling import ODESolver, Schedule, StepPlan
-from pixrl.models.base import Conditioning, FlowPolicy
+from pixrl.errors import InputError
+from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy, on_square
 from pixrl.models.pipeline import chunks
 from pixrl.types import sample_seed
+
+SHOWN = "shown"
+"""metadata[SHOWN]: the pictures [3, H, W], of any sizes, that the model is shown. Rewards look at "reference"."""
 
 
 class Use(IntEnum):
@@ -234,3 +241,34 @@ def _differing_rows(one: Conditioning, other: Conditioning) -> list[int]:
     if one.pooled_BE is not None and other.pooled_BE is not None:
         differs_B |= (one.pooled_BE != other.pooled_BE).flatten(1).any(dim=1)
     return [int(row) for row in differs_B.nonzero().flatten()]
+
+
+def shown_to(policy: FlowPolicy, variants: Variants, groups: Sequence[Group]) -> Variants:
+    """The same variants with each group's reference pictures, one row of `anchor` a group.
+
+    Raises:
+        InputError: the model takes no references, or the groups have different numbers of them.
+    """
+    pictures = [shown_pictures(group.metadata) for group in groups]
+    counts = sorted({len(own) for own in pictures})
+    if counts == [0]:
+        return variants
+    if not isinstance(policy, ReferencePolicy):
+        raise InputError(
+            f"{policy.name} ({type(policy).__name__}) takes no reference pictures. Give a FLUX model, such as toy:flux."
+        )
+    if len(counts) > 1:
+        raise InputError(
+            f"Prompts of one step have {counts[0]} and {counts[-1]} reference pictures; give all the same number: "
+            f"--set references.count={max(1, counts[0])}"
+        )
+    side = policy.reference_side
+    by_place = [torch.stack([on_square(one, side) for one in same]) for same in zip(*pictures, strict=True)]
+    return replace(variants, anchor=policy.with_references(variants.anchor, by_place))
+
+
+def shown_pictures(metadata: Mapping[str, object]) -> tuple[Tensor, ...]:
+    """The pictures that the model is shown with a prompt."""
+    given = metadata.get(SHOWN, ())
+    assert isinstance(given, tuple | list)
+    return tuple(given)

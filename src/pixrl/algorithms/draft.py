@@ -26,29 +26,30 @@ Deviations:
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl import rewards as rewards_table
+from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.losses import Judgement, Loss, Terms
-from pixrl.algorithms.sampling import ODESolver, StepPlan
-from pixrl.config import Settings
+from pixrl.algorithms.loss import Advantages, Loss, LossSettings, Terms
+from pixrl.algorithms.sampling import ODESolver, RolloutSettings, Solver, StepNoise, StepPlan
 from pixrl.errors import ConfigError, InputError
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot
 from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.settings import RewardSetting
 
 LEAST_SPAN = 0.02
 """Noise level that the last steps must begin at."""
 
 
-class DraftSettings(Settings):
+class DraftSettings(LossSettings):
     """Direct reward back-propagation."""
 
     kind: Literal["draft"] = "draft"
@@ -56,6 +57,45 @@ class DraftSettings(Settings):
     """K: sampling steps that the gradient passes, counted from the picture; see deviation 6 for 1."""
     kl: float = Field(0.0, ge=0)
     """Weight of the mean of (v - v_ref)^2 over these steps."""
+    compares_samples: ClassVar[bool] = False
+    through_decoder: ClassVar[bool] = True
+
+    def check_sampling(self, sampling: RolloutSettings) -> None:
+        if self.last > sampling.steps:
+            raise ValueError(f"loss.last is {self.last}, but there are only {sampling.steps} sampling steps")
+        if sampling.noise is not StepNoise.NONE:
+            raise ValueError("loss: draft differentiates steps that are not random: remove sampling.noise")
+        if sampling.solver is not Solver.EULER:
+            raise ValueError(
+                f"loss: draft takes the last steps again, which {sampling.solver.value} cannot without the steps "
+                "before: set sampling.solver to euler"
+            )
+
+    def check_advantage(self, advantage: EstimatorSettings) -> None:
+        if advantage != AdvantageSettings():
+            raise ValueError(
+                "advantage has no effect with loss: draft, which follows the rewards' own gradient: remove it"
+            )
+
+    def check_rewards(self, rewards: Sequence[RewardSetting]) -> None:
+        """ValueError where a trained reward has no gradient."""
+        trained = [one for one in rewards if not one.held_out]
+        others = [one for one in trained if not rewards_table.is_differentiable(one.reward)]
+        if others:
+            possible = [name for name in rewards_table.REWARDS if rewards_table.is_differentiable(name)]
+            raise ValueError(
+                f"loss: draft needs the gradient of every trained reward, and {others[0].name!r} ({others[0].reward}) "
+                f"has none. Set held_out: true on it, or train on one of {', '.join(possible)}"
+            )
+
+    def trained_levels(self, sampling: RolloutSettings) -> int:
+        return self.last
+
+    def describe(self, *, shows_references: bool) -> str:
+        return f"the rewards' own gradient through the last {self.last} sampling step(s), KL {self.kl:g}"
+
+    def describe_advantage(self, advantage: EstimatorSettings) -> str:
+        return "none: the rewards' gradient is followed"
 
 
 @dataclass(frozen=True)
@@ -68,7 +108,7 @@ class Move:
     after: Tensor
 
 
-class DirectReward(Loss):
+class DRaFTLoss(Loss):
     """-sum_r w_r r(decode(x_0), prompt) + kl mean (v - v_ref)^2.
 
     Args:
@@ -77,10 +117,16 @@ class DirectReward(Loss):
     """
 
     sampling_slot = Slot.CURRENT
+    Settings = DraftSettings
+    settings: DraftSettings
 
     def __init__(self, settings: DraftSettings, rewards: Mapping[str, DifferentiableReward]) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self.rewards = rewards
+
+    @classmethod
+    def make(cls, settings: DraftSettings, rewards: Mapping[str, DifferentiableReward]) -> Self:
+        return cls(settings, rewards)
 
     def draw(
         self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
@@ -100,18 +146,18 @@ class DirectReward(Loss):
         kept = replace(plan, kept=frozenset({start}))
         return super().draw(policy, variants, samples, kept, micro_batch)
 
-    def judge(
+    def advantages(
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: AdvantageSettings,
+        settings: EstimatorSettings,
         steps: int,
-    ) -> Judgement:
+    ) -> Advantages:
         """Every sample that all trained rewards could score counts alike; what they weigh goes on to `terms`."""
         refuse_others(weights, self.rewards)
         failed_PS = torch.stack([rewards[name].isnan() for name in weights]).any(dim=0)
         counts_PS = torch.where(failed_PS, torch.nan, 1.0)
-        return Judgement(counts_PS.expand(steps, -1, -1), weights=weights)
+        return Advantages(counts_PS.expand(steps, -1, -1), weights=weights)
 
     def parts(self, rollouts: Rollouts) -> int:
         return 1

@@ -1,9 +1,15 @@
-"""E2PO's perturbation learning: a prompt's variants, spread from each other at a set distance from the prompt.
+"""E2PO: a prompt's samples differ in their noise and in the prompt's embedding.
 
-E2PO: Embedding-perturbed Exploration Preference Optimization, section 4.2 and Table 3.
+E2PO: Embedding-perturbed Exploration Preference Optimization, section 4 and Table 3. A prompt's variants are learned
+(section 4.2): spread from each other, at a set distance from the prompt. Pictures are drawn from them while it is noisy
+(section 4.3); every loss then learns from the group, conditioned on the prompt itself.
 
 | paper                               | here                                                              |
 |-------------------------------------|-------------------------------------------------------------------|
+| exploration set, Eq. 8              | every noise with every variant 0 .. `variants` - 1                |
+| c_0                                 | `Variants.anchor`, which the update is conditioned on             |
+| c_k(t), lambda(t), Eq. 13           | `Variants.at`, `equations.variant_weight`                         |
+| reference anchor kept in the set    | variant 0 is c_0 (`anchored`)                                     |
 | delta_k ~ N(0, sigma_init^2), Eq. 9 | `_Texts.delta_KPLD`, zero but for the content tokens; `sigma_init` |
 | perturbed input, Eq. 10             | `equations.perturb`                                               |
 | h_k, h_0                            | `_globals`: pooled (projected) features of the perturbed encoders |
@@ -11,7 +17,7 @@ E2PO: Embedding-perturbed Exploration Preference Optimization, section 4.2 and T
 | 300 steps, AdamW                    | `steps`, `lr`                                                     |
 | max norm clip 0.05                  | `max_norm`, `norm`, after every step and at the start             |
 
-Decisions where the paper's text is silent:
+Deviations, all of them decisions where the paper's text is silent:
 
 1. h is "the global semantic embedding": CLIP's pooled output at the end token, with its projection where the pipeline
    uses it. Both encoders perturbed: their pooled features one after the other, as SD3 itself concatenates them.
@@ -24,25 +30,35 @@ Decisions where the paper's text is silent:
 """
 
 import hashlib
+import logging
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
+from pixrl.algorithms.exploration import Exploration, ExplorationSettings, GroupSize, Perturbed, Variants
 from pixrl.config import MOST, Count, Seed, Settings
-from pixrl.equations import perturb, perturbation_objective, project_delta
-from pixrl.errors import InputError, RunError
-from pixrl.models.text import ClipEncoder, ClipText, PerturbableText
+from pixrl.equations import diversity_loss, perturb, perturbation_objective, project_delta
+from pixrl.errors import CheckpointError, InputError, RunError
+from pixrl.models.base import FlowPolicy
+from pixrl.models.text import ClipEncoder, ClipFeatures, ClipText, PerturbableText
+
+CACHE_BYTES = 2**28
+"""Perturbations kept, in bytes. One that was dropped is learned again, to the same values."""
+
+_log = logging.getLogger("pixrl")
 
 _SAMPLING = ("variants", "perturbation_range", "schedule", "anchored")
 """Settings that the perturbations themselves do not depend on."""
 
 
-class Schedule(StrEnum):
+class VariantSchedule(StrEnum):
     """When variants steer the sampler."""
 
     NOISE_AWARE = "noise_aware"
@@ -70,7 +86,7 @@ class PerturbationSettings(Settings):
     """K, the anchor among them: 6, 4 and 3 in the paper's settings."""
     perturbation_range: float = Field(0.4, gt=0, le=1)
     """tau: variants steer while t > 1 - tau."""
-    schedule: Schedule = Schedule.NOISE_AWARE
+    schedule: VariantSchedule = VariantSchedule.NOISE_AWARE
     """static: variants steer to the end (the paper's ablation)."""
     anchored: bool = True
     """False: variant 0 is perturbed too (the paper's ablation without the reference anchor)."""
@@ -106,7 +122,7 @@ class PerturbationSettings(Settings):
                 "variants: 1 with the anchor leaves nothing perturbed; give 2 or more, or explore with noise alone"
             )
         cases = (
-            (self.schedule is Schedule.STATIC, "schedule: static", ("perturbation_range",)),
+            (self.schedule is VariantSchedule.STATIC, "schedule: static", ("perturbation_range",)),
             (self.steps == 0, "steps: 0", ("lr", "weight", "weighted")),
             (self.learned == 1, "a single perturbation, which has no pairs,", ("weight", "weighted")),
         )
@@ -122,6 +138,35 @@ class PerturbationSettings(Settings):
     def learning_key(self) -> str:
         """What the perturbations depend on, as text; sampling options are not part of it."""
         return self.model_dump_json(exclude={*_SAMPLING, "prompts_at_once"}) + f"x{self.learned}"
+
+
+class PerturbedExploration(ExplorationSettings, PerturbationSettings):
+    """E2PO: G noises times K semantic variants of each prompt."""
+
+    kind: Literal["perturbed"] = "perturbed"
+    noises: GroupSize = 4
+    """G: noises of each variant."""
+
+    @property
+    def per_noise(self) -> int:
+        return self.variants
+
+    def perturbation(self) -> PerturbationSettings:
+        """The same without G."""
+        names = PerturbationSettings.model_fields
+        return PerturbationSettings(**{name: self.__dict__[name] for name in names})
+
+    def describe(self) -> str:
+        until = (
+            "to the end"
+            if self.schedule is VariantSchedule.STATIC
+            else f"down to t = {1 - self.perturbation_range:g}"
+        )
+        anchor = "with the prompt itself" if self.anchored else "without the prompt itself"
+        return (
+            f"{self.noises} noises × {self.variants} semantic variants {anchor}, {until}, on {self.encoders.value}, "
+            f"weight {self.weight:g} on {self.weighted}"
+        )
 
 
 def chosen_encoders(model: PerturbableText, name: str, choice: Encoders) -> tuple[ClipEncoder, ...]:
@@ -270,3 +315,186 @@ def _everywhere(text: ClipText, delta_KND: Tensor) -> Tensor:
     everywhere = delta_KND.new_zeros(len(delta_KND), length, columns)
     everywhere[:, text.content_L] = delta_KND
     return everywhere
+
+
+class PerturbedEmbeddings(Exploration):
+    """E2PO's variants: learned once a prompt, kept, and written over the CLIP encoders' part of the condition.
+
+    On SD3 token and pooled features vary; T5's part and, with `encoders: clip_l`, CLIP-G's stay those of the prompt.
+    FLUX takes pooled CLIP features alone, so there nothing else varies.
+    """
+
+    Settings = PerturbedExploration
+    settings: PerturbationSettings
+
+    def __init__(
+        self, settings: PerturbationSettings | None = None, *, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        super().__init__(settings or PerturbationSettings())
+        self.variants = self.settings.variants
+        self._limit = cache_bytes
+        self._learned: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
+        self._bytes = 0
+
+    @classmethod
+    def make(cls, settings: PerturbedExploration) -> Self:
+        return cls(settings.perturbation())
+
+    def prepare(self, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
+        """The variants of some prompts; those that are new are learned first.
+
+        Raises:
+            InputError: the model has no CLIP text encoders (or not both, where both are wanted), or a prompt has no
+                content token.
+            RunError: learning gave nan.
+        """
+        if not isinstance(policy, PerturbableText):
+            raise InputError(
+                f"{policy.name} ({type(policy).__name__}) has no CLIP text encoders whose embeddings could be "
+                "perturbed. Explore with noise alone, or give an SD3 or FLUX model."
+            )
+        encoders = chosen_encoders(policy, policy.name, self.settings.encoders)
+        anchor = policy.encode(prompts)
+        texts = {prompt: tuple(one.read(prompt) for one in encoders) for prompt in dict.fromkeys(prompts)}
+        keys = {prompt: _key(self.settings.learning_key(), prompt, texts[prompt]) for prompt in texts}
+        deltas, new = self._find(encoders, keys)
+        found = {prompt: _encode(encoders, texts[prompt], deltas[prompt]) for prompt in texts}
+        perturbed = tuple(
+            Perturbed(
+                encoder,
+                ClipFeatures.cat([found[prompt].features[place] for prompt in prompts]),
+                self.settings.learned,
+            )
+            for place, encoder in enumerate(encoders)
+        )
+        self._warn({prompt: found[prompt] for prompt in new})
+        static = self.settings.schedule is VariantSchedule.STATIC
+        return Variants(
+            anchor=anchor,
+            variants=self.variants,
+            perturbed=perturbed,
+            perturbation_range=None if static else self.settings.perturbation_range,
+            metrics=self._metrics(list(found.values())) | {"learned_prompts": float(len(new))},
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{key}/{encoder}": delta_KND.contiguous()
+            for key, deltas in self._learned.items()
+            for encoder, delta_KND in deltas.items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up perturbations; those learned with other settings are kept apart by their key and never used."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, delta_KND in state.items():
+            key, _, encoder = name.partition("/")
+            if not encoder or delta_KND.ndim != 3 or delta_KND.dtype is not torch.float32:
+                raise CheckpointError(
+                    f"{name!r} ({delta_KND.dtype} {list(delta_KND.shape)}) is not a learned perturbation. "
+                    "Resume from a checkpoint of a run with this exploration."
+                )
+            found.setdefault(key, {})[encoder] = delta_KND.cpu()
+        self._learned, self._bytes = OrderedDict(), 0
+        for key, deltas in found.items():
+            self._keep(key, deltas)
+
+    def _find(
+        self, encoders: Sequence[ClipEncoder], keys: Mapping[str, str]
+    ) -> tuple[dict[str, Mapping[str, Tensor]], list[str]]:
+        """The perturbations of each prompt (prompt -> key), kept or learned now, and which were learned now."""
+        found = {prompt: self._learned[key] for prompt, key in keys.items() if key in self._learned}
+        for prompt in found:
+            self._learned.move_to_end(keys[prompt])
+        new = [prompt for prompt in keys if prompt not in found]
+        for start in range(0, len(new), self.settings.prompts_at_once):
+            batch = new[start : start + self.settings.prompts_at_once]
+            for prompt, deltas in zip(batch, learn(encoders, batch, self.settings), strict=True):
+                found[prompt] = deltas
+                self._keep(keys[prompt], deltas)
+        return found, new
+
+    def _keep(self, key: str, deltas: Mapping[str, Tensor]) -> None:
+        self._learned[key] = deltas
+        self._bytes += _size(deltas)
+        while self._bytes > self._limit and len(self._learned) > 1:
+            self._bytes -= _size(self._learned.popitem(last=False)[1])
+
+    def _outside(self, one: "_PromptVariants") -> Tensor:
+        """Which variants' similarity to the anchor is out of the band, bool [K]."""
+        slack = 1e-3
+        return (one.anchor_cosine_K - self.settings.target).abs() > self.settings.margin + slack
+
+    def _warn(self, new: Mapping[str, "_PromptVariants"]) -> None:
+        """Says once a batch how many newly learned prompts missed the band."""
+        missed = {prompt: one for prompt, one in new.items() if bool(self._outside(one).any())}
+        if not missed:
+            return
+        prompt, first = next(iter(missed.items()))
+        s = self.settings
+        _log.warning(
+            "%d of %d newly learned prompts have variants whose cosine similarity to the prompt is outside "
+            "%g ± %g; %r: %s. Too high: raise exploration.max_norm (%g, %s), lr (%g) or steps (%d); too low: lower "
+            "max_norm or weight, or set weighted: anchor.",
+            len(missed), len(new), s.target, s.margin, prompt,
+            [round(value, 3) for value in first.anchor_cosine_K.tolist()],
+            s.max_norm, s.norm.value, s.lr, s.steps,
+        )  # fmt: skip
+
+    def _metrics(self, found: Sequence["_PromptVariants"]) -> dict[str, float]:
+        """Means over the prompts' variants."""
+        anchor_PK = torch.stack([one.anchor_cosine_K for one in found])
+        outside_PK = torch.stack([self._outside(one) for one in found])
+        metrics = {
+            "anchor_cosine": anchor_PK.mean().item(),
+            "anchor_cosine_min": anchor_PK.min().item(),
+            "in_band_share": 1 - outside_PK.float().mean().item(),
+            "delta_norm_share": sum(one.norm_share for one in found) / len(found),
+        }
+        pairs = [one.pairwise_cosine for one in found if one.pairwise_cosine is not None]
+        if pairs:
+            metrics["pairwise_cosine"] = sum(pairs) / len(pairs)
+        return metrics
+
+
+@dataclass(frozen=True)
+class _PromptVariants:
+    """One prompt's encoded variants and what was reached."""
+
+    features: tuple[ClipFeatures, ...]
+    anchor_cosine_K: Tensor
+    pairwise_cosine: float | None
+    norm_share: float
+
+
+@torch.no_grad()
+def _encode(
+    encoders: Sequence[ClipEncoder], texts: Sequence[ClipText], deltas: Mapping[str, Tensor]
+) -> _PromptVariants:
+    """One prompt's variants through the encoders, all in one batch."""
+    features, anchors, shares = [], [], []
+    for encoder, text in zip(encoders, texts, strict=True):
+        delta_KND = deltas[encoder.name].to(text.embeddings_LD.device)
+        embeddings_KLD = perturbed_embeddings(text, delta_KND)
+        features.append(encoder.features(text.ids_L.expand(len(delta_KND), -1), embeddings_KLD))
+        anchors.append(encoder.pooled(text.ids_L[None], text.embeddings_LD[None]))
+        shares.append(delta_KND.norm(dim=2) / text.embeddings_LD[text.content_L].norm(dim=1))
+    h_KD = torch.cat([one.pooled_KE.float() for one in features], dim=1)
+    return _PromptVariants(
+        tuple(features),
+        cosine_similarity(h_KD, torch.cat(anchors, dim=1), dim=1).cpu(),
+        diversity_loss(h_KD).item() if len(h_KD) > 1 else None,
+        torch.cat([share.flatten() for share in shares]).mean().item(),
+    )
+
+
+def _key(settings: str, prompt: str, texts: Sequence[ClipText]) -> str:
+    """Names a prompt's perturbations: settings, text, and the embeddings that are perturbed (so: which model)."""
+    total = hashlib.blake2b(f"{settings}\n{prompt}\n".encode(), digest_size=16)
+    for text in texts:
+        total.update(text.embeddings_LD[text.content_L].cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _size(deltas: Mapping[str, Tensor]) -> int:
+    return sum(delta.nbytes for delta in deltas.values())

@@ -24,26 +24,35 @@ Deviations:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import FLAT, AdvantageSettings, normalized
+from pixrl.algorithms.advantages import FLAT, AdvantageSettings, EstimatorSettings, normalized
 from pixrl.algorithms.base import Drawn, Group, Rollouts, Samples, roll_out
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.losses import Judgement, Loss, Terms, noise_levels, noised, velocity_deviation
-from pixrl.algorithms.sampling import StepPlan
-from pixrl.config import Settings
+from pixrl.algorithms.loss import (
+    Advantages,
+    Loss,
+    LossSettings,
+    Spending,
+    Terms,
+    noise_levels,
+    noised,
+    require_levels,
+    velocity_deviation,
+)
+from pixrl.algorithms.sampling import RolloutSettings, StepPlan
 from pixrl.equations import interpolate
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot
 
 
-class RPOSettings(Settings):
+class RPOSettings(LossSettings):
     """Preference pairs from the frozen base."""
 
     kind: Literal["rpo"] = "rpo"
@@ -55,15 +64,55 @@ class RPOSettings(Settings):
     """Noise levels of the schedule that each pair is trained at, drawn without putting back."""
     shown: bool = False
     """Whether candidates are drawn with the reference pictures; the paper's are drawn from the prompt alone."""
+    draws_its_own: ClassVar[bool] = False
+
+    def check_sampling(self, sampling: RolloutSettings) -> None:
+        require_levels(self.timesteps, sampling)
+
+    def check_advantage(self, advantage: EstimatorSettings) -> None:
+        if not isinstance(advantage, AdvantageSettings):
+            raise ValueError(
+                f"advantage.kind: {advantage.kind} has no effect with loss: rpo, which ranks by the harmonic mean: "
+                "remove it"
+            )
+        given, usual = advantage.__dict__, AdvantageSettings().__dict__
+        for name in ("synergy", "time", "clamp", "skip_flat"):
+            if given[name] != usual[name]:
+                raise ValueError(
+                    f"advantage.{name} has no effect with loss: rpo, which ranks by the harmonic mean: remove it"
+                )
+
+    def trained_levels(self, sampling: RolloutSettings) -> int:
+        return self.timesteps
+
+    def spending(self, images: int, groups: int, sampling: RolloutSettings) -> Spending:
+        pictures = groups * (2 if self.similarity == 0 else 3)  # winner, loser, and the reference itself
+        return Spending("drawn by the frozen base", images, pictures * self.timesteps)
+
+    def describe(self, *, shows_references: bool) -> str:
+        return (
+            f"rpo: best against worst of a group of {self._candidates(shows_references)}, by the harmonic mean, beta "
+            f"{self.beta:g}, similarity loss {self.similarity:g}, {self.timesteps} noise levels a pair"
+        )
+
+    def describe_advantage(self, advantage: EstimatorSettings) -> str:
+        return f"{advantage.normalization.describe_scale()}, only to rank a group's samples"
+
+    def describe_pictures(self, *, shows_references: bool) -> str:
+        candidates = self._candidates(shows_references)
+        return f"The pictures of training prompts are {candidates}: they do not improve with training."
+
+    def _candidates(self, shows_references: bool) -> str:
+        how = f", with{'' if self.shown else 'out'} references" if shows_references else ""
+        return f"candidates drawn by the frozen base{how}"
 
 
-class PreferencePairs(Loss):
+class RPOLoss(Loss):
     """DPO on the best and the worst of a group by the harmonic mean of rewards, plus the similarity loss."""
 
     sampling_slot = Slot.REFERENCE
-
-    def __init__(self, settings: RPOSettings) -> None:
-        self.settings = settings
+    Settings = RPOSettings
+    settings: RPOSettings
 
     def draw(
         self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
@@ -77,15 +126,15 @@ class PreferencePairs(Loss):
         with policy.slot(self.sampling_slot):
             return roll_out(policy, shown, samples, plan, micro_batch)
 
-    def judge(
+    def advantages(
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: AdvantageSettings,
+        settings: EstimatorSettings,
         steps: int,
-    ) -> Judgement:
+    ) -> Advantages:
         """1 for the winner of each group, nan for the others; none in a group without a difference."""
-        score_PS = harmonic_scores(rewards, weights, settings)
+        score_PS = harmonic_scores(rewards, weights, settings.normalization)
         winner_P = score_PS.nan_to_num(-torch.inf).argmax(dim=1)
         loser_P = score_PS.nan_to_num(torch.inf).argmin(dim=1)
         places = torch.arange(len(score_PS))
@@ -94,7 +143,7 @@ class PreferencePairs(Loss):
         advantage_PS[places[differs_P], winner_P[differs_P]] = 1.0
         rival_PS = loser_P[:, None].expand_as(score_PS)
         figures = {"pair_share": differs_P.float().mean().item()}
-        return Judgement(advantage_PS.expand(steps, -1, -1), rival_PS, figures=figures)
+        return Advantages(advantage_PS.expand(steps, -1, -1), rival_PS, figures=figures)
 
     def parts(self, rollouts: Rollouts) -> int:
         return self.settings.timesteps

@@ -45,7 +45,7 @@ class Solver(StrEnum):
     """DPM-Solver++ 2M: second order, from this step's and the last step's prediction of the data."""
 
 
-class Noise(StrEnum):
+class StepNoise(StrEnum):
     """What makes a step random."""
 
     NONE = "none"
@@ -66,26 +66,26 @@ class Where(StrEnum):
     """Neighbouring steps that move one on every `every` training steps (MixGRPO)."""
 
 
-ETA = {Noise.FLOW_SDE: 0.7, Noise.DANCE: 0.3, Noise.CPS: 0.8}
+ETA = {StepNoise.FLOW_SDE: 0.7, StepNoise.DANCE: 0.3, StepNoise.CPS: 0.8}
 """Published noise scales."""
-_STEPS: dict[Noise, Callable[..., SDEStep]] = {
-    Noise.FLOW_SDE: flow_sde_step,
-    Noise.DANCE: dance_step,
-    Noise.CPS: cps_step,
+_STEPS: dict[StepNoise, Callable[..., SDEStep]] = {
+    StepNoise.FLOW_SDE: flow_sde_step,
+    StepNoise.DANCE: dance_step,
+    StepNoise.CPS: cps_step,
 }
 
 MOST_STEPS = 1000
 """From noise to picture."""
 
 
-class SamplingSettings(Settings):
+class RolloutSettings(Settings):
     """How training pictures are drawn. The same schedule is trained on."""
 
     steps: int = Field(10, ge=1, le=MOST_STEPS)
     """Steps from noise to picture."""
     solver: Solver = Solver.EULER
     """Of the steps that are not random."""
-    noise: Noise = Noise.NONE
+    noise: StepNoise = StepNoise.NONE
     """What makes steps random; none: an ODE, for losses that need no density."""
     eta: float | None = Field(None, gt=0, le=2)
     """Noise scale; none: the published one (flow_sde 0.7, dance 0.3, cps 0.8). At most 1 for cps."""
@@ -99,8 +99,8 @@ class SamplingSettings(Settings):
     """Training steps after which the sliding window moves on."""
 
     @model_validator(mode="after")
-    def _nothing_without_effect(self) -> "SamplingSettings":
-        if self.noise is Noise.NONE:
+    def _nothing_without_effect(self) -> "RolloutSettings":
+        if self.noise is StepNoise.NONE:
             for name in ("eta", "where", "fraction", "window", "every"):
                 _refuse(self.__dict__[name] is not None, f"{name} has no effect without noise: remove it")
             return self
@@ -109,7 +109,8 @@ class SamplingSettings(Settings):
             f"noise {self.noise.value} needs at least 2 steps, for the last one is never random",
         )
         _refuse(
-            self.noise is Noise.CPS and (self.eta or 0) > 1, f"eta of cps must be in (0, 1], got {self.eta}"
+            self.noise is StepNoise.CPS and (self.eta or 0) > 1,
+            f"eta of cps must be in (0, 1], got {self.eta}",
         )
         needs = {
             Where.FRACTION: {"fraction"},
@@ -167,7 +168,7 @@ class StepPlan:
 
     schedule: Schedule
     solver: Solver = Solver.EULER
-    noise: Noise = Noise.NONE
+    noise: StepNoise = StepNoise.NONE
     eta: float = 0.0
     stochastic: frozenset[int] = frozenset()
     """Numbers of the random steps, 0 the noisiest."""
@@ -175,7 +176,7 @@ class StepPlan:
     """Numbers of further steps whose latents a loss wants to begin again from."""
 
     @staticmethod
-    def make(policy: FlowPolicy, settings: SamplingSettings, *, seed: int, step: int) -> "StepPlan":
+    def make(policy: FlowPolicy, settings: RolloutSettings, *, seed: int, step: int) -> "StepPlan":
         """The plan of a training step: a function of (settings, seed, step) alone."""
         schedule = Schedule.of(policy, settings.steps)
         places = random_steps(settings, seed=seed, step=step)
@@ -191,7 +192,7 @@ class StepPlan:
         next_x: Tensor | None = None,
     ) -> SDEStep:
         """Step `number` of x [B, ...] with its density: drawn with `noise`, or `next_x` scored again."""
-        if self.noise is Noise.NONE:
+        if self.noise is StepNoise.NONE:
             raise InputError("These rollouts are deterministic and have no density: set sampling.noise.")
         sigmas = self.schedule.sigmas
         here, there = (x.new_full((len(x),), sigmas[at], dtype=torch.float32) for at in (number, number + 1))
@@ -203,9 +204,9 @@ class StepPlan:
         return self.schedule.sigmas[number + 1] - self.schedule.sigmas[number]
 
 
-def random_steps(settings: SamplingSettings, *, seed: int, step: int) -> list[int]:
+def random_steps(settings: RolloutSettings, *, seed: int, step: int) -> list[int]:
     """Which steps of a rollout are random in a training step, in order."""
-    if settings.noise is Noise.NONE:
+    if settings.noise is StepNoise.NONE:
         return []
     trained = settings.steps - 1
     drawer = torch.Generator().manual_seed(sample_seed(seed, step, _STEPS_KEY, 0))

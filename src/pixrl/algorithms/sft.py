@@ -16,18 +16,27 @@ Deviations:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.losses import Judgement, Loss, Terms, noise_levels, noised, velocity_deviation
-from pixrl.algorithms.sampling import StepPlan
-from pixrl.config import Settings
+from pixrl.algorithms.loss import (
+    Advantages,
+    Loss,
+    LossSettings,
+    Spending,
+    Terms,
+    noise_levels,
+    noised,
+    require_levels,
+    velocity_deviation,
+)
+from pixrl.algorithms.sampling import RolloutSettings, StepNoise, StepPlan
 from pixrl.errors import InputError
 from pixrl.models.base import FlowPolicy, ReferencePolicy, on_square
 from pixrl.models.slots import Slot
@@ -36,21 +45,48 @@ TARGET = "target"
 """metadata[TARGET]: the picture [3, H, W] that a prompt with its references should give."""
 
 
-class SFTSettings(Settings):
+class SFTSettings(LossSettings):
     """Supervised flow matching."""
 
     kind: Literal["sft"] = "sft"
     timesteps: int = Field(9, ge=1, le=1000)
     """Noise levels of the schedule that each sample is trained at, drawn without putting back."""
+    learns_from_scores: ClassVar[bool] = False
+    draws_its_own: ClassVar[bool] = False
+    needs_targets: ClassVar[bool] = True
+
+    def check_sampling(self, sampling: RolloutSettings) -> None:
+        require_levels(self.timesteps, sampling)
+        if sampling.noise is not StepNoise.NONE:
+            raise ValueError("sampling.noise has no effect with loss: sft, which draws nothing: remove it")
+
+    def check_advantage(self, advantage: EstimatorSettings) -> None:
+        if advantage != AdvantageSettings():
+            raise ValueError("advantage has no effect with loss: sft, which learns from no score: remove it")
+
+    def trained_levels(self, sampling: RolloutSettings) -> int:
+        return self.timesteps
+
+    def spending(self, images: int, groups: int, sampling: RolloutSettings) -> Spending:
+        source = f"{groups} targets, each with {images // groups} noises; none drawn"
+        return Spending(source, 0, images * self.timesteps)
+
+    def describe(self, *, shows_references: bool) -> str:
+        return f"supervised flow matching on target pictures, {self.timesteps} noise levels a sample"
+
+    def describe_advantage(self, advantage: EstimatorSettings) -> str:
+        return "none: no score is learned from"
+
+    def describe_pictures(self, *, shows_references: bool) -> str:
+        return "The pictures of training prompts are the targets, which nobody drew."
 
 
-class FlowMatching(Loss):
+class SFTLoss(Loss):
     """mean (v - (noise - x0))^2 over target pictures; rewards are only logged."""
 
     sampling_slot = Slot.REFERENCE
-
-    def __init__(self, settings: SFTSettings) -> None:
-        self.settings = settings
+    Settings = SFTSettings
+    settings: SFTSettings
 
     @torch.no_grad()
     def draw(
@@ -72,16 +108,16 @@ class FlowMatching(Loss):
         images_BCHW = torch.stack(targets)[samples.prompt_B]
         return images_BCHW, policy.encode_images(images_BCHW), ()
 
-    def judge(
+    def advantages(
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: AdvantageSettings,
+        settings: EstimatorSettings,
         steps: int,
-    ) -> Judgement:
+    ) -> Advantages:
         """Every sample counts alike, also where a reward failed: no score is learned from."""
         first_PS = next(iter(rewards.values()))
-        return Judgement(torch.ones(steps, *first_PS.shape))
+        return Advantages(torch.ones(steps, *first_PS.shape))
 
     def parts(self, rollouts: Rollouts) -> int:
         return self.settings.timesteps

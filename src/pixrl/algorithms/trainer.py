@@ -3,19 +3,20 @@
 A method is a combination of parts, none of which knows the others:
 
     exploration x stochastic step x advantage x loss
-    (exploration.py)  (stepping.py)   (advantages.py)  (losses.py)
+    (exploration.py)  (sampling.py)   (advantages.py)  (loss.py)
 
-Flow-GRPO is noise only x flow_sde x group or global x clipped; DiffusionNFT is noise only x none x group x nft; E2PO is
-perturbed embeddings with DiffusionNFT's rest. E2PO's algorithm box, with a prompt's G K samples as one group:
+Flow-GRPO is noise only x flow_sde x group or global x clipped (grpo.py); DiffusionNFT is noise only x none x group x
+nft (nft.py); E2PO is perturbed embeddings (e2po.py) with DiffusionNFT's rest. E2PO's algorithm box, with a prompt's G K
+samples as one group:
 
     1. learn K - 1 perturbed conditions per prompt, keep c_0                      Exploration.prepare
     2. draw x ~ pi_old(. | c_k(t)) for every noise g and condition k              collect
-    3. r(x), A(x, t) within the group                                             Loss.judge
+    3. r(x), A(x, t) within the group                                             Loss.advantages
     4. descend the loss, conditioned on c_0 alone                                 update
     5. old <- d old + (1 - d) current                                             finish
 
-Customized-GRPO (pixrl personalize) is Flow-GRPO with reference pictures in every condition (references.py) and its two
-shapings of the advantage (advantages.py); SFT, RPO and DRaFT are other losses (sft.py, rpo.py, draft.py).
+Customized-GRPO (pixrl personalize) is Flow-GRPO with reference pictures in every condition and its two shapings of the
+advantage (customized_grpo.py); SFT, RPO and DRaFT are other losses (sft.py, rpo.py, draft.py).
 
 Processes share a step's groups; gradients are summed over them and divided by the number of terms of all, so the
 update does not depend on how many there are, nor on the micro-batch.
@@ -29,14 +30,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, conflict_metrics, reward_metrics
-from pixrl.algorithms.base import Group, Rollouts, Samples
+from pixrl.algorithms.advantages import EstimatorSettings, conflict_metrics, reward_metrics
+from pixrl.algorithms.base import Group, Rollouts, Samples, shown_to
 from pixrl.algorithms.exploration import Exploration, Variants
-from pixrl.algorithms.losses import Judgement, Loss
+from pixrl.algorithms.loss import Advantages, Loss
 from pixrl.algorithms.optim import adamw, adamw_8bit, moments, restore_moments
-from pixrl.algorithms.references import shown_to
-from pixrl.algorithms.sampling import SamplingSettings, Schedule, StepPlan
-from pixrl.algorithms.world import Alone, Peers, Tally, disagreement
+from pixrl.algorithms.sampling import RolloutSettings, Schedule, StepPlan
+from pixrl.algorithms.world import Alone, Tally, World, disagreement
 from pixrl.config import MOST, Count, Settings
 from pixrl.errors import RunError
 from pixrl.models.base import FlowPolicy
@@ -99,8 +99,8 @@ class Method:
     """The parts whose combination is a method."""
 
     exploration: Exploration
-    sampling: SamplingSettings
-    advantage: AdvantageSettings
+    sampling: RolloutSettings
+    advantage: EstimatorSettings
     loss: Loss
     optimizer: OptimizerSettings
     noises: int
@@ -133,7 +133,7 @@ class Aligner:
         micro_batches: MicroBatches,
         *,
         seed: int,
-        peers: Peers | None = None,
+        world: World | None = None,
         scale_loss: bool = False,
     ) -> None:
         """`scale_loss`: against underflow of float16 gradients."""
@@ -142,7 +142,7 @@ class Aligner:
         self.method = method
         self.micro_batches = micro_batches
         self.seed = seed
-        self.peers: Peers = peers or Alone()
+        self.world: World = world or Alone()
         s = method.optimizer
         self.parameters = slots.parameters()
         make = adamw_8bit if s.eight_bit else adamw
@@ -184,15 +184,19 @@ class Aligner:
         self._require_one_schedule(rollouts)
         rewards = {name: self._whole(rollouts, one.values_B) for name, one in scores.items()}
         metrics = reward_metrics(rewards, weights) | self._exploration_metrics(rollouts)
-        judged = self.method.loss.judge(rewards, weights, self.method.advantage, rollouts.schedule.steps)
-        metrics |= {**conflict_metrics(rewards, weights, self.method.advantage), **judged.figures}
+        advantages = self.method.loss.advantages(
+            rewards, weights, self.method.advantage, rollouts.schedule.steps
+        )
+        metrics |= {**conflict_metrics(rewards, weights, self.method.advantage), **advantages.figures}
         places = [group.place for group in rollouts.samples.groups]
-        advantage_TB = judged.advantage_TPS[:, places].flatten(1)
-        rollouts = _as_judged(rollouts, judged)
-        lr = self._set_learning_rate(rollouts.step)
+        advantage_TB = advantages.advantage_TPS[:, places].flatten(1)
+        rollouts = _with_advantages(rollouts, advantages)
+        lr = self.method.optimizer.rate(rollouts.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         tally, norms, skipped = Tally(), [], 0
         for number in range(self.method.optimizer.updates):
-            rows = self._rows(rollouts, judged.advantage_TPS, number)
+            rows = self._rows(rollouts, advantages.advantage_TPS, number)
             norm = self._descend(rollouts, rows, advantage_TB, tally, with_kl=number == 0)
             skipped += norm is None
             norms += [] if norm is None else [norm]
@@ -200,11 +204,11 @@ class Aligner:
         figures = {"lr": lr, "skipped_updates": float(skipped)}
         if norms:
             figures["grad_norm"] = sum(norms) / len(norms)
-        return metrics | _update_metrics(tally.over(self.peers)) | figures
+        return metrics | _update_metrics(tally.over(self.world)) | figures
 
     def gradient_disagreement(self) -> float:
         """How far the processes' last gradients are apart; 0 when they agree."""
-        return disagreement(self.peers, _flat_gradient(self.parameters))
+        return disagreement(self.world, _flat_gradient(self.parameters))
 
     def _require_one_schedule(self, rollouts: Rollouts) -> None:
         own = Schedule.of(self.policy, self.method.sampling.steps)
@@ -218,22 +222,16 @@ class Aligner:
     def _whole(self, rollouts: Rollouts, values_B: Tensor) -> Tensor:
         """A figure of every process's samples, [P, S]; a process adds its own rows to zeros."""
         samples = rollouts.samples
-        groups = int(self.peers.sum(torch.tensor(float(len(samples.groups)))).item())
+        groups = int(self.world.sum(torch.tensor(float(len(samples.groups)))).item())
         own_PS = torch.zeros(groups, samples.per_group)
         own_PS[[group.place for group in samples.groups]] = values_B.to(own_PS).view(-1, samples.per_group)
-        return self.peers.sum(own_PS)
+        return self.world.sum(own_PS)
 
     def _exploration_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         tally = Tally()
         weight = len(rollouts.samples.groups)
         tally.add({name: torch.full((weight,), value) for name, value in rollouts.metrics.items()})
-        return tally.over(self.peers).means()
-
-    def _set_learning_rate(self, step: int) -> float:
-        lr = self.method.optimizer.rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+        return tally.over(self.world).means()
 
     def _rows(self, rollouts: Rollouts, advantage_TPS: Tensor, number: int) -> list[int]:
         """This process's samples of one optimizer step: shuffled over all processes, failed ones left out.
@@ -245,7 +243,7 @@ class Aligner:
         drawer = torch.Generator().manual_seed(sample_seed(self.seed, rollouts.step, _PARTS_KEY, 0))
         lot_PS = torch.randperm(failed_PS.numel(), generator=drawer).view(failed_PS.shape)
         chosen_PS = (lot_PS % self.method.optimizer.updates == number) & ~failed_PS
-        if self.method.advantage.skip_flat:
+        if self.method.advantage.leaves_flat_out:
             chosen_PS &= some_TPS.any(dim=0).any(dim=1, keepdim=True)
         mine = chosen_PS[[group.place for group in samples.groups]].view(-1, size).flatten()
         return [int(row) for row in mine.nonzero().flatten()]
@@ -259,7 +257,7 @@ class Aligner:
         """
         loss = self.method.loss
         parts = loss.parts(rollouts)
-        count = self.peers.sum(torch.tensor(float(len(rows) * parts))).item()
+        count = self.world.sum(torch.tensor(float(len(rows) * parts))).item()
         if count == 0:
             return 0.0
         self.optimizer.zero_grad()
@@ -282,8 +280,10 @@ class Aligner:
         flat = torch.cat(
             [_flat_gradient(self.parameters), torch.tensor([float(not_finite)]).to(self.policy.device)]
         )
-        flat = self.peers.sum(flat)
-        _put_gradient(self.parameters, flat[:-1])
+        flat = self.world.sum(flat)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, flat[:-1].split(sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter).clone()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.method.optimizer.grad_clip)
         good = bool(norm.isfinite()) and flat[-1].item() == 0
@@ -343,13 +343,13 @@ def prepare(exploration: Exploration, policy: FlowPolicy, groups: Sequence[Group
     return Variants(policy.encode([""])[:0], exploration.variants)
 
 
-def _as_judged(rollouts: Rollouts, judged: Judgement) -> Rollouts:
+def _with_advantages(rollouts: Rollouts, advantages: Advantages) -> Rollouts:
     """With what a loss wants to know besides advantages: rewards' weights; places in groups as rows of this process."""
-    rollouts = replace(rollouts, weights=judged.weights)
-    if judged.rival_PS is None:
+    rollouts = replace(rollouts, weights=advantages.weights)
+    if advantages.rival_PS is None:
         return rollouts
     samples = rollouts.samples
-    own_PS = judged.rival_PS[[group.place for group in samples.groups]]
+    own_PS = advantages.rival_PS[[group.place for group in samples.groups]]
     first_P = torch.arange(len(samples.groups)) * samples.per_group
     return replace(rollouts, rival_B=(own_PS + first_P[:, None]).flatten())
 
@@ -372,11 +372,6 @@ def _flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
     return torch.cat(
         [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
     )
-
-
-def _put_gradient(parameters: Sequence[torch.nn.Parameter], flat: Tensor) -> None:
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

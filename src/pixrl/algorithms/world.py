@@ -11,7 +11,7 @@ from torch import Tensor
 AnyT = TypeVar("AnyT")
 
 
-class Peers(Protocol):
+class World(Protocol):
     """The processes that work on one run."""
 
     @property
@@ -44,7 +44,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Statistics:
     """What is known of the values of one name."""
 
     count: int
@@ -54,14 +54,14 @@ class Figure:
     greatest: float
 
     @staticmethod
-    def of(values: Tensor) -> "Figure":
+    def of(values: Tensor) -> "Statistics":
         x = values.detach().double().flatten()
         if not len(x):
-            return Figure(0, 0.0, 0.0, math.inf, -math.inf)
-        return Figure(len(x), x.sum().item(), (x * x).sum().item(), x.min().item(), x.max().item())
+            return Statistics(0, 0.0, 0.0, math.inf, -math.inf)
+        return Statistics(len(x), x.sum().item(), (x * x).sum().item(), x.min().item(), x.max().item())
 
-    def __add__(self, other: "Figure") -> "Figure":
-        return Figure(
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return Statistics(
             self.count + other.count,
             self.total + other.total,
             self.squares + other.squares,
@@ -82,22 +82,22 @@ class Figure:
 class Tally:
     """Figures by name, over micro-batches and then over processes."""
 
-    figures: dict[str, Figure] = field(default_factory=dict)
+    figures: dict[str, Statistics] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Count further values."""
         for name, one in values.items():
-            self.merge({name: Figure.of(one)})
+            self.merge({name: Statistics.of(one)})
 
-    def merge(self, others: Mapping[str, Figure]) -> None:
+    def merge(self, others: Mapping[str, Statistics]) -> None:
         """Count what another tally counted."""
         for name, one in others.items():
             self.figures[name] = self.figures[name] + one if name in self.figures else one
 
-    def over(self, peers: Peers) -> "Tally":
+    def over(self, world: World) -> "Tally":
         """That of all processes, names in order."""
         whole = Tally()
-        for figures in peers.gather(self.figures):
+        for figures in world.gather(self.figures):
             whole.merge(figures)
         return Tally(dict(sorted(whole.figures.items())))
 
@@ -106,11 +106,11 @@ class Tally:
         return {name: one.mean for name, one in self.figures.items()}
 
 
-def disagreement(peers: Peers, values: Tensor) -> float:
+def disagreement(world: World, values: Tensor) -> float:
     """How far the processes' copies of a vector are apart: the largest relative difference of three checksums."""
     x = values.detach().double().cpu()
     weights = torch.linspace(-1, 1, max(1, len(x)), dtype=torch.float64)[: len(x)]
-    sums: list[list[float]] = peers.gather([x.sum().item(), x.norm().item(), (x * weights).sum().item()])
+    sums: list[list[float]] = world.gather([x.sum().item(), x.norm().item(), (x * weights).sum().item()])
     scale = max(max(abs(one) for one in row) for row in sums) or 1.0
     apart: float = max(max(column) - min(column) for column in zip(*sums, strict=True))
     return apart / scale

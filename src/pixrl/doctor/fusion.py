@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from pixrl.device import DType
 from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Need, Work, size
 from pixrl.doctor.needs import (
     find_parts,
@@ -17,23 +16,24 @@ from pixrl.doctor.needs import (
 )
 from pixrl.doctor.preflight import require_out, require_own_world, require_texts
 from pixrl.doctor.training import (
+    can_be_estimated,
     contradiction,
+    empty_renderer,
     find_place,
     is_small,
     on_device,
-    paper_renderer,
     parameters_of,
 )
 from pixrl.errors import CheckpointError, PixrlError
 from pixrl.fusion.world import PUBLISHED_CLIP, PUBLISHED_SEGMENTER
 from pixrl.hub import Checkpoint, read_card
-from pixrl.models import kind_of
+from pixrl.models import adapter_of
 from pixrl.models.base import Renderer
 from pixrl.models.estimate import CONTRADICTIONS, Cost, PartSize, cost_of, imagined
 from pixrl.models.pipeline import FlowPipelinePolicy, micro_batch_for
 from pixrl.models.sdxl import SDXLRenderer
 from pixrl.models.text import PromptCache, check_words
-from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.planner import trial
 
 
@@ -46,7 +46,7 @@ def examine_fusion(
     force: bool = False,
     about_to_run: bool = False,
 ) -> Diagnosis:
-    """What a fusion needs, on paper, and what stands against it: the same for `pixrl doctor` and for the run.
+    """What a fusion needs, estimated, and what stands against it: the same for `pixrl doctor` and for the run.
 
     Args:
         config: the recipe.
@@ -59,10 +59,9 @@ def examine_fusion(
     findings = Findings()
     require_out(out, force, findings)
     checkpoint = find_pipeline(config.model, findings, fetch=about_to_run)
-    is_sdxl = checkpoint is not None and kind_of(checkpoint.folder) == "sdxl"
-    usual = DType.FLOAT16 if is_sdxl else DType.BFLOAT16
+    adapter = None if checkpoint is None else adapter_of(checkpoint)
     device, place, precision = find_place(
-        config.device, config.dtype, processes, findings, on_gpu=usual.value
+        config.device, config.dtype, processes, findings, on_gpu=(adapter or Renderer).gpu_dtype
     )
     parts: dict[str, PartSize] = {}
     cost: Cost | None = None
@@ -70,8 +69,9 @@ def examine_fusion(
     if checkpoint is not None:
         require_tokenizers(checkpoint, findings)
         parts = find_parts(checkpoint, precision, findings)
+    if checkpoint is not None and adapter is not None and can_be_estimated(adapter, config.model, findings):
         try:
-            made = paper_renderer(config.model, checkpoint, precision, device, config.memory, findings)
+            made = empty_renderer(config.model, checkpoint, precision, device, config.memory, findings)
             assert isinstance(made, SDXLRenderer | FlowPipelinePolicy)
             _check_prompts(made, checkpoint, config.concepts if concepts is None else concepts, findings)
             judges = {"clip": config.clip, "segmenter": config.segmenter}

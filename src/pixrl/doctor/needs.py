@@ -12,17 +12,15 @@ from pixrl.algorithms.optim import EIGHT_BIT_EXTRA, EIGHT_BIT_PACKAGE
 from pixrl.device import Precision, choose_device
 from pixrl.doctor.diagnosis import Findings, Need, size
 from pixrl.errors import CheckpointError, InputError, PixrlError
-from pixrl.hub import Checkpoint, Layout, locate, resolve, split_single_file
+from pixrl.hub import Checkpoint, Layout, locate, resolve, split_adapter, split_single_file
 from pixrl.hub_check import check_folder, read_header
 from pixrl.hub_fetch import ask, cache_place, cached_folder, split_revision
-from pixrl.models import kind_of, lora_files
+from pixrl.models import adapter_of, lora_files
 from pixrl.models.estimate import PartSize, part_sizes
 from pixrl.models.slots import Lora
 from pixrl.rewards.weights import is_weight_file, weight_shards
 from pixrl.runs.files import free_bytes
 
-LORA_KINDS = ("sd3", "flux")
-"""Kinds of models that a LoRA is read for."""
 _ZIP = b"PK\x03\x04"
 """How a file of torch.save begins; the list of what it holds stands at its end."""
 
@@ -32,19 +30,20 @@ def find_pipeline(ref: str, findings: Findings, *, fetch: bool = False, t5: bool
     try:
         if fetch:
             return locate(ref, t5=t5)
-        config = split_single_file(ref)
-        remote = ref if config is None else config[1]
+        adapter, place = split_adapter(ref)
+        config = split_single_file(place)
+        remote = place if config is None else config[1]
         is_remote = remote is not None and isinstance(resolve(remote), str)
         if not is_remote:
             return locate(ref)
         if config is None:
-            found = _cached(ref, findings)
+            found = _cached(place, findings)
             if found is not None:
                 check_folder(found, Layout.PIPELINE)
-            return None if found is None else Checkpoint(found)
+            return None if found is None else Checkpoint(found, adapter=adapter)
         found = _cached(str(remote), findings)
         read_header(config[0])
-        return None if found is None else Checkpoint(found, config[0])
+        return None if found is None else Checkpoint(found, config[0], adapter)
     except PixrlError as error:
         findings.miss(Need.WEIGHTS, error)
         return None
@@ -182,12 +181,12 @@ def find_lora(place: str | None, checkpoint: Checkpoint | None, findings: Findin
     """The LoRA that is merged before training, which is noted; None where there is none, or it cannot be read."""
     if place is None:
         return None
-    kind = None if checkpoint is None else kind_of(checkpoint.folder)
+    layout = None if checkpoint is None else adapter_of(checkpoint).lora_layout
     try:
-        if kind not in LORA_KINDS:
+        if layout is None:
             lora_files.find_lora(Path(place))
             return None
-        found = lora_files.open_lora(Path(place), kind)
+        found = lora_files.open_lora(Path(place), layout)
     except CheckpointError as error:
         findings.miss(Need.WEIGHTS, error)
         return None

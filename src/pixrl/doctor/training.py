@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pixrl import config as recipes
 from pixrl import models
-from pixrl.algorithms.draft import DraftSettings
+from pixrl.algorithms.base import shown_pictures
 from pixrl.algorithms.optim import moment_bytes
-from pixrl.algorithms.references import shown_pictures
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt, Split
 from pixrl.device import Precision, choose_precision, free_bytes
@@ -39,27 +39,32 @@ from pixrl.doctor.work import lower_bound, measured
 from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
-from pixrl.models.base import Conditioning
+from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.estimate import (
     CONTRADICTIONS,
     Cost,
     PartSize,
     cost_of,
+    empty_pipeline,
     imagined,
     operations_of,
-    paper_pipeline,
 )
 from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import TEXT_PARTS, set_decoding
 from pixrl.models.slots import Lora, fitting_layers, slot_sizes
 from pixrl.models.text import PromptCache, check_words
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.kinds import kind_of
-from pixrl.runs.loaded import read_prompts, require_trainable, show_references
-from pixrl.runs.memory import SAFE_SHARE, fewer_references, fitting, smaller_references, smaller_runs
-from pixrl.runs.personalize_config import PersonalizeConfig
-from pixrl.runs.planner import evened, trial
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, kind_of
+from pixrl.runs.loaded import not_trainable, read_prompts, require_trainable, show_references
+from pixrl.runs.planner import (
+    SAFE_SHARE,
+    evened,
+    fewer_references,
+    fitting,
+    smaller_references,
+    smaller_runs,
+    trial,
+)
 
 SLOTS = 3
 SMALL_MODEL, SMALL_SIDE, PLENTY = 2**25, 256, 2**31
@@ -75,7 +80,7 @@ def examine(
     force: bool = False,
     about_to_run: bool = False,
 ) -> Diagnosis:
-    """What a recipe needs, on paper, and what stands against its run: the same for `pixrl doctor` and for the run.
+    """What a recipe needs, estimated, and what stands against its run: the same for `pixrl doctor` and for the run.
 
     Args:
         config: the recipe.
@@ -102,12 +107,12 @@ def examine(
     checkpoint = find_pipeline(config.model, findings, fetch=about_to_run, t5=config.t5)
     lora = find_lora(config.lora.base, checkpoint, findings)
     parts: dict[str, PartSize] = {}
-    paper: Paper | None = None
+    estimate: Estimate | None = None
     if checkpoint is not None:
         require_tokenizers(checkpoint, findings)
         parts = find_parts(checkpoint, precision, findings, t5=config.t5)
         texts = [prompt.text for prompt in prompts + shown]
-        paper = _on_paper(
+        estimate = _estimate(
             config,
             checkpoint,
             precision,
@@ -118,11 +123,11 @@ def examine(
             findings,
             weighed=not about_to_run or (not findings.problems and _is_in_doubt(config, parts, device)),
         )
-    if paper is not None:
-        require_own_world(paper.policy, parameters_of(parts), _judges(config), findings)
-    weighed = paper if paper is not None and paper.weighed else None
+    if estimate is not None:
+        require_own_world(estimate.policy, parameters_of(parts), _judges(config), findings)
+    weighed = estimate if estimate is not None and estimate.weighed else None
     batches, needed = _fit(config, device, place, parts, rewards, weighed, findings)
-    disk = None if paper is None else _disk(config, paper)
+    disk = None if estimate is None else _disk(config, estimate)
     if disk is not None:
         require_disk(disk, findings)
     return Diagnosis(
@@ -131,8 +136,8 @@ def examine(
         place=place,
         parts=parts,
         rewards=rewards,
-        trained=None if paper is None else paper.trained,
-        side=None if paper is None else paper.side,
+        trained=None if estimate is None else estimate.trained,
+        side=None if estimate is None else estimate.side,
         drawing=None if weighed is None else weighed.drawing,
         training=None if weighed is None else weighed.training,
         batches=batches,
@@ -168,7 +173,7 @@ def find_place(
     return chosen, Place(str(chosen), processes, *names, free_bytes(chosen)), precision
 
 
-class Paper:
+class Estimate:
     """A policy without content, and what it takes to draw and to train one picture."""
 
     def __init__(
@@ -205,7 +210,7 @@ class Paper:
             return
         with torch.device("meta"):
             policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
-        self._condition, self._is_drafted = condition, isinstance(config.loss, DraftSettings)
+        self._condition, self._decodes = condition, config.loss.through_decoder
         self.drawing, self.training = self.costs(self.references)
         with imagined(*modules):
             one_pass = operations_of(trial(policy, condition, decode=False))
@@ -219,10 +224,10 @@ class Paper:
         condition = replace(self._condition, references=self._condition.references[:references])
         with imagined(*modules):
             drawing = cost_of(trial(policy, condition), modules)
-            return drawing, cost_of(trial(policy, condition, train=True, decode=self._is_drafted), modules)
+            return drawing, cost_of(trial(policy, condition, train=True, decode=self._decodes), modules)
 
 
-def paper_renderer(
+def empty_renderer(
     model: str,
     checkpoint: Checkpoint,
     precision: Precision,
@@ -232,8 +237,8 @@ def paper_renderer(
     **options: object,
 ) -> object:
     """The adapter of a checkpoint around a pipeline without content; what the plan cannot do here is a problem."""
-    adapter = models.adapter_of(models.kind_of(checkpoint.folder))
-    pipeline = paper_pipeline(_pipeline_class(adapter), checkpoint.folder, precision)
+    adapter: Any = models.adapter_of(checkpoint)
+    pipeline = empty_pipeline(adapter.pipeline_class, checkpoint.folder, precision)
     require_fit(checkpoint, pipeline, findings, t5=options.get("t5") is not False)
     made = adapter(checkpoint, name=model, device="cpu", dtype="float32", pipeline=pipeline, **options)
     try:
@@ -247,13 +252,18 @@ def paper_renderer(
     return made
 
 
-def _pipeline_class(adapter: type) -> str:
-    if issubclass(adapter, FlowPipelinePolicy):
-        return adapter.pipeline_class
-    return "StableDiffusionXLPipeline"
+def can_be_estimated(adapter: type[Renderer], model: str, findings: Findings) -> bool:
+    """Whether its memory can be found out before its weights are loaded; noted where it cannot."""
+    if adapter.pipeline_class is not None:
+        return True
+    findings.note(
+        f"The memory of {model} was not checked: its adapter {adapter.__name__} is made around no class of diffusers, "
+        "so that what it needs is not known before it is loaded."
+    )
+    return False
 
 
-def _on_paper(
+def _estimate(
     config: AlignConfig,
     checkpoint: Checkpoint,
     precision: Precision,
@@ -264,7 +274,7 @@ def _on_paper(
     findings: Findings,
     *,
     weighed: bool,
-) -> Paper | None:
+) -> Estimate | None:
     options = {
         "steps": config.sampling.steps,
         "guidance": config.guidance,
@@ -272,7 +282,10 @@ def _on_paper(
         "t5": config.t5,
     }
     try:
-        policy = paper_renderer(
+        adapter = models.adapter_of(checkpoint)
+        if adapter.pipeline_class is None:
+            raise not_trainable(adapter, config.model)
+        policy = empty_renderer(
             config.model, checkpoint, precision, device, config.machine, findings, **options
         )
         policy = require_trainable(policy, config.model)
@@ -280,7 +293,7 @@ def _on_paper(
         if lora is not None:
             fitting_layers(policy.transformer, lora, str(config.lora.base))
         require_texts(policy, checkpoint, texts, findings, t5=config.t5)
-        return Paper(policy, _condition(policy, config, prompts), config, precision, weighed=weighed)
+        return Estimate(policy, _condition(policy, config, prompts), config, precision, weighed=weighed)
     except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets of a kind that it does not know
         findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
     except CONTRADICTIONS as error:
@@ -358,7 +371,7 @@ def _is_in_doubt(config: AlignConfig, parts: Mapping[str, PartSize], device: tor
 
 def group_size(config: AlignConfig) -> int:
     """Samples of a prompt."""
-    return config.exploration.noises * config.exploration.make().variants
+    return config.exploration.noises * config.exploration.per_noise
 
 
 def on_device(parts: dict[str, PartSize], plan: MemoryPlan, *, text_dropped: bool = False) -> int:
@@ -378,13 +391,13 @@ def _fit(
     place: Place,
     parts: dict[str, PartSize],
     rewards: dict[str, int],
-    paper: Paper | None,
+    estimate: Estimate | None,
     findings: Findings,
 ) -> tuple[Batches | None, int | None]:
     """Micro-batches, and the bytes of a process at its peak with them."""
-    if paper is None:
+    if estimate is None:
         return None, None
-    machine, trained = config.machine, paper.trained
+    machine, trained = config.machine, estimate.trained
     weights = on_device(parts, machine, text_dropped=machine.drop_text_encoders)
     resident = weights + total(rewards) + trained.lora + 2 * trained.gradients + trained.optimizer
     free = place.free // (place.processes if device.type == "cpu" else 1)
@@ -393,17 +406,17 @@ def _fit(
     counts = (drawn, -(-drawn // config.optimizer.updates))
     chosen, reasons = [], []
     for name, count, cost, given in (
-        ("rollout", counts[0], paper.drawing, machine.rollout_batch),
-        ("training", counts[1], paper.training, machine.train_batch),
+        ("rollout", counts[0], estimate.drawing, machine.rollout_batch),
+        ("training", counts[1], estimate.training, machine.train_batch),
     ):
-        most, why = _most(device, cost, free - resident, paper.cpu_batch, given)
+        most, why = _most(device, cost, free - resident, estimate.cpu_batch, given)
         chosen.append(evened(count, most))
         reasons.append(
             f"{name}: {-(-count // chosen[-1])} x {chosen[-1]} for {count} pictures; at most {most} ({why})"
         )
-    peak = resident + _higher(paper.drawing, paper.training, chosen)
+    peak = resident + _higher(estimate.drawing, estimate.training, chosen)
     if peak > free:
-        ways = ", ".join((*_fewer(paper, chosen, free - resident), *smaller_runs(config)))
+        ways = ", ".join((*_fewer(estimate, chosen, free - resident), *smaller_runs(config)))
         said = f"{size(peak)} are needed and {size(free)} are free. Save memory with {ways}."
         findings.miss(Need.MEMORY, said)
     host = total({name: part.bytes for name, part in parts.items()}) * place.processes
@@ -429,24 +442,24 @@ def _higher(drawing: Cost, training: Cost, batches: Sequence[int]) -> int:
     return max(drawing.bytes(batches[0]), training.bytes(batches[1]))
 
 
-def _fewer(paper: Paper, batches: Sequence[int], room: int) -> list[str]:
+def _fewer(estimate: Estimate, batches: Sequence[int], room: int) -> list[str]:
     """How to show the model less, with the number of references that fits."""
-    ways = list(smaller_references(paper.policy)) if paper.references else []
-    if paper.references > 1:
-        one = _higher(*paper.costs(1), batches)
-        each = -(-(_higher(paper.drawing, paper.training, batches) - one) // (paper.references - 1))
-        ways.insert(0, fewer_references(fitting(one, max(1, each), room), paper.references))
+    ways = list(smaller_references(estimate.policy)) if estimate.references else []
+    if estimate.references > 1:
+        one = _higher(*estimate.costs(1), batches)
+        each = -(-(_higher(estimate.drawing, estimate.training, batches) - one) // (estimate.references - 1))
+        ways.insert(0, fewer_references(fitting(one, max(1, each), room), estimate.references))
     return ways
 
 
-def _disk(config: AlignConfig, paper: Paper) -> int:
+def _disk(config: AlignConfig, estimate: Estimate) -> int:
     """Bytes that the run's folder may take: checkpoints, and pictures that PNG cannot make smaller."""
     output, evaluation = config.output, config.evaluation
-    checkpoints = (output.keep_checkpoints + 1) * (paper.trained.lora + paper.trained.optimizer)
+    checkpoints = (output.keep_checkpoints + 1) * (estimate.trained.lora + estimate.trained.optimizer)
     kept = -(-config.steps // output.images_every) * config.prompts.per_step * group_size(config)
     times = 2 if evaluation.every is None else 2 + config.steps // evaluation.every
     shown = times * evaluation.prompts * evaluation.per_prompt
-    return checkpoints + (kept + shown) * 3 * paper.side**2
+    return checkpoints + (kept + shown) * 3 * estimate.side**2
 
 
 def _work(
@@ -454,7 +467,7 @@ def _work(
     device: torch.device,
     precision: Precision,
     prompts: Sequence[Prompt],
-    paper: Paper | None,
+    estimate: Estimate | None,
     processes: int,
     *,
     timed: bool,
@@ -464,8 +477,8 @@ def _work(
     steps = None if count is None else -(-count // config.prompts.per_step)
     seconds, known_from = measured(config, Path("runs")) if timed else (None, None)
     is_bound = seconds is None
-    if seconds is None and paper is not None and timed:
-        seconds, known_from = lower_bound(paper.operations * -(-images // processes), device, precision)
+    if seconds is None and estimate is not None and timed:
+        seconds, known_from = lower_bound(estimate.operations * -(-images // processes), device, precision)
     return Work(
         prompts=count,
         images_per_step=images,

@@ -23,7 +23,7 @@ from pixrl.hub_check import (
     refuse_misfits,
     remedy,
 )
-from pixrl.models.estimate import DENOISERS, VAE, paper_text
+from pixrl.models.estimate import DENOISERS, VAE, empty_text_encoder
 from pixrl.models.loading import PREFIXES, family, misfit_of_file, misfit_of_folder, part_class
 
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -64,7 +64,7 @@ def require_fit(checkpoint: Checkpoint, pipeline: Any, findings: Findings, *, t5
 def _text(folder: Path, name: str) -> nn.Module:
     entry: Any = read_json(folder / INDEX)[name]
     library, kind = entry
-    return paper_text(part_class(library, kind, folder), folder / name)
+    return empty_text_encoder(part_class(library, kind, folder), folder / name)
 
 
 def _in_file(name: str, file: Path) -> bool:

@@ -12,10 +12,9 @@ import torch
 from pixrl.device import Precision
 from pixrl.doctor.diagnosis import run_name
 from pixrl.errors import PixrlError
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import KINDS, AlignConfig, kind_of
 from pixrl.runs.environment import describe
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.kinds import KINDS, kind_of
 from pixrl.runs.place import ENVIRONMENT, RECIPE
 
 _SAME = ("model", "guidance", "resolution", "exploration", "sampling", "loss", "lora", "machine", "rewards")

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixrl import algorithms
 from pixrl.equations import is_candidate, select, shortfall
 from pixrl.equations.fusion import BALANCE, PRESENCE
 from pixrl.hub import Presence
+from pixrl.runs.config import FuseConfig, resolve_options, sampler_of
 from pixrl.runs.folder import ManifestRow
-from pixrl.runs.fuse_config import FuseConfig, resolve_options
 
 SCORE = "S/"
 """Prefix of a concept's similarity among a manifest row's scores."""
@@ -150,11 +149,8 @@ def one_a_noise_first(ranked: Sequence[int], seeds: Sequence[int]) -> list[int]:
 
 def shortlist(similarities_BN: Tensor, config: FuseConfig) -> Tensor:
     """Which pictures the sampler's method passes on, bool [B]."""
-    sampler_type: Any = algorithms.load(algorithms.FUSION_SAMPLERS[config.sampler])
-    listed_B: Tensor = sampler_type.shortlist(
-        resolve_options(config.sampler, config.options), similarities_BN
-    )
-    return listed_B
+    options = resolve_options(config.sampler, config.options)
+    return sampler_of(config.sampler).shortlist(options, similarities_BN)
 
 
 def similarities_of(rows: Sequence[ManifestRow], concepts: Sequence[str]) -> Tensor:

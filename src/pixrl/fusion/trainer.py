@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pixrl import algorithms
 from pixrl.algorithms.fusion.base import Feedback, Proposal, Sampler
 from pixrl.errors import RunError
 from pixrl.fusion.world import FusionSession
 from pixrl.rewards.set import Failures
-from pixrl.runs.fuse_config import FuseConfig, resolve_options
+from pixrl.runs.config import FuseConfig, resolve_options, sampler_of
 from pixrl.runs.loop import Clock
 
 
@@ -48,10 +47,8 @@ class FusionScores:
 
 def make_sampler(config: FuseConfig, session: FusionSession) -> Sampler[Any]:
     """The sampler that the recipe names, before its first picture."""
-    sampler_type = algorithms.load(algorithms.FUSION_SAMPLERS[config.sampler])
-    sampler = sampler_type(session.task(), resolve_options(config.sampler, config.options))
-    assert isinstance(sampler, Sampler)
-    return sampler
+    options = resolve_options(config.sampler, config.options)
+    return sampler_of(config.sampler)(session.task(), options)
 
 
 class FusionTrainer:

@@ -14,7 +14,7 @@ from pixrl.errors import RunError, ShapeError
 from pixrl.hub import Card, Layout, read_card
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.runs.fuse_config import FuseConfig, Pooled
+from pixrl.runs.config import FuseConfig, Pooled
 from pixrl.types import sample_seed
 
 EXEMPLAR_SEED = 42

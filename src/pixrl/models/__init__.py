@@ -1,21 +1,24 @@
 """Image generators behind two interfaces: `Renderer` draws, `FlowPolicy` can also be trained.
 
-`load("toy:sd3")`, `load("/my/folder")`, `load("stabilityai/sdxl-turbo@main")` and `load("model.safetensors")` go the
-same way. Importing this package imports no torch.
+`load("toy:sd3")`, `load("/my/folder")`, `load("stabilityai/sdxl-turbo@main")`, `load("model.safetensors")` and
+`load("my_adapter.py:Mine@/my/folder")` go the same way. Importing this package imports no torch.
 """
 
-import importlib
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixrl.errors import CheckpointError, InputError, did_you_mean
-from pixrl.hub import Card, locate, read_card, read_json, resolve
+from pixrl.config import parse_yaml
+from pixrl.errors import CheckpointError, ConfigError
+from pixrl.hub import TOY_PREFIX, Card, Checkpoint, locate, read_card, read_json, resolve, split_adapter
+from pixrl.hub_fetch import split_revision
+from pixrl.plugins import Registry
 
 if TYPE_CHECKING:
     from pixrl.models.base import Renderer
     from pixrl.models.memory_plan import MemoryPlan
 
-__all__ = ["PIPELINES", "RENDERERS", "Card", "load", "read_card", "resolve"]
+__all__ = ["REGISTRY", "RENDERERS", "Card", "load", "read_card", "resolve"]
 
 RENDERERS = {
     "sd3": "pixrl.models.sd3:SD3Policy",
@@ -23,14 +26,11 @@ RENDERERS = {
     "flux": "pixrl.models.flux:FluxPolicy",
 }
 """Kind -> adapter."""
-
-PIPELINES = {
-    "StableDiffusion3Pipeline": "sd3",
-    "StableDiffusionXLPipeline": "sdxl",
-    "FluxPipeline": "flux",
-    "FluxKontextPipeline": "flux",
-}
-"""`_class_name` of a checkpoint's model_index.json -> kind."""
+REGISTRY = Registry("kind", "pixrl.models", RENDERERS)
+"""All adapters: the table, installed packages' entry points, and classes in files of yours."""
+NOT_STATED = "not stated: see the model's page"
+TOY = "Apache-2.0 (part of pixrl)"
+"""Licences of generators where none is known, and of the toy world's."""
 
 
 def load(
@@ -50,7 +50,8 @@ def load(
 
     Args:
         ref: the checkpoint, as `pixrl.hub` describes.
-        kind: a name of `RENDERERS`; found from the checkpoint's model_index.json when None.
+        kind: an adapter: a name of `REGISTRY`, or one of your own as `path/to/file.py:Name`; None: the one that `ref`
+            names, else the one that loads pipelines of the class in the checkpoint's model_index.json.
         device: "auto" (a GPU when there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32", "bfloat16" or "float16" (GPU only).
         steps, guidance, resolution: in place of what the checkpoint's card or the adapter's default says.
@@ -60,14 +61,14 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint, or the LoRA, is missing, half written or of an unknown kind.
+        ConfigError: an adapter of your own cannot be imported, or is none.
         InputError: an argument is wrong.
     """
-    if kind is not None and kind not in RENDERERS:
-        raise InputError(
-            f"Unknown kind {kind!r}.{did_you_mean(kind, RENDERERS)} There are {', '.join(RENDERERS)}."
-        )
+    if kind is not None:
+        REGISTRY.require(kind)
     checkpoint = locate(ref, t5=t5)
-    renderer: Renderer = adapter_of(kind or kind_of(checkpoint.folder))(
+    adapter: Any = adapter_of(checkpoint, kind)
+    renderer: Renderer = adapter(
         checkpoint,
         name=str(ref),
         device=device,
@@ -79,34 +80,68 @@ def load(
         plan=plan,
     )
     if lora is not None:
-        _merge(renderer, Path(lora))
+        renderer.merge_lora(Path(lora))
     return renderer
 
 
-def _merge(renderer: "Renderer", lora: Path) -> None:
-    from pixrl.models.pipeline import FlowPipelinePolicy
+def adapter_of(checkpoint: Checkpoint, kind: str | None = None) -> "type[Renderer]":
+    """The class that loads a checkpoint: that of `kind`, else the one it names, else the one for its pipeline's class.
 
-    if not isinstance(renderer, FlowPipelinePolicy):
-        raise InputError(
-            f"The LoRA {lora} cannot be merged into {renderer.name}, a {type(renderer).__name__}: pixrl reads those of "
-            "SD3 and FLUX. Leave it out."
-        )
-    renderer.merge_lora(lora)
+    Raises:
+        CheckpointError: no adapter loads pipelines of its class.
+        ConfigError: an adapter of yours cannot be imported, or is none.
+        InputError: there is no such kind.
+    """
+    named = kind or checkpoint.adapter
+    if named is not None:
+        return _find(named)
+    class_name = str(read_json(checkpoint.folder / "model_index.json").get("_class_name"))
+    known: list[str] = []
+    for name in REGISTRY.names():
+        adapter = _find(name)
+        if class_name in adapter.pipelines:
+            return adapter
+        known += adapter.pipelines
+    raise CheckpointError(
+        f"{checkpoint.folder} is a {class_name}, which pixrl has no adapter for. It loads {', '.join(known)}. Where "
+        "the parts are those of one of them, write its name as _class_name into a copy's model_index.json and give "
+        f"the copy's folder; in Python, models.load(..., kind=...) takes {', '.join(REGISTRY.names())}. An adapter of "
+        "your own is given as path/to/file.py:Name@FOLDER."
+    )
 
 
-def adapter_of(kind: str) -> Any:
-    """The adapter class of a kind."""
-    module, _, name = RENDERERS[kind].partition(":")
-    return importlib.import_module(module).__dict__[name]
+def _find(name: str) -> "type[Renderer]":
+    from pixrl.models.base import Renderer
+
+    found: Any = REGISTRY.find(name)
+    if not (isinstance(found, type) and issubclass(found, Renderer)):
+        raise ConfigError(f"{name} is {found!r}, which is no class that extends pixrl.models.base.Renderer.")
+    if inspect.isabstract(found):
+        raise ConfigError(f"The adapter {name} lacks {', '.join(sorted(found.__abstractmethods__))}.")
+    return found
 
 
-def kind_of(path: Path) -> str:
-    """The kind of a pipeline's folder. CheckpointError where there is no adapter for it."""
-    class_name = str(read_json(path / "model_index.json").get("_class_name"))
-    if class_name not in PIPELINES:
-        raise CheckpointError(
-            f"{path} is a {class_name}, which pixrl has no adapter for. It loads {', '.join(PIPELINES)}. Where the "
-            f"parts are those of one of them, write its name as _class_name into a copy's model_index.json and give "
-            f"the copy's folder; in Python, models.load(..., kind=...) takes {', '.join(RENDERERS)}."
-        )
-    return PIPELINES[class_name]
+def generator_licence(ref: str) -> str:
+    """What is known about the licence of a generator's weights: its README's, the published one, or that none is."""
+    if ref.startswith(TOY_PREFIX):
+        return TOY
+    adapter, place = split_adapter(ref)
+    stated = _front_matter(Path(place) / "README.md")
+    adapters = map(_find, REGISTRY.names() if adapter is None else (adapter,))
+    published = {repo: licence for one in adapters for repo, licence in one.licences.items()}
+    return stated or published.get(split_revision(place)[0], NOT_STATED)
+
+
+def _front_matter(readme: Path) -> str | None:
+    """`license_name` or `license` of a README's front matter."""
+    if not readme.is_file():
+        return None
+    parts = readme.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        fields = parse_yaml(parts[1], str(readme))
+    except ConfigError:
+        return None
+    found = fields.get("license_name") or fields.get("license") if isinstance(fields, dict) else None
+    return None if found is None else str(found)

@@ -4,15 +4,18 @@ A `ReferencePolicy` is also shown reference pictures, which `on_square` lays out
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixrl.errors import ShapeError
+from pixrl.device import DType
+from pixrl.errors import InputError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,23 @@ class SamplingSettings:
 
 
 class Renderer(ABC):
-    """A frozen generator: all that concept fusion needs. Prompt embeddings are computed once and cached."""
+    """A frozen generator: all that concept fusion needs. Prompt embeddings are computed once and cached.
 
+    `models.load` makes one by `Adapter(checkpoint, name=, device=, dtype=, steps=, guidance=, resolution=, t5=, plan=)`
+    and passes on what it was given. An adapter of another package is found by the entry points `pixrl.models`, one in a
+    file of yours by `path/to/file.py:Name@FOLDER`.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """The `_class_name`s of the pipelines that it loads, as a checkpoint's model_index.json has them."""
+    pipeline_class: ClassVar[str | None] = None
+    """The class of diffusers around which it is made; None: its memory cannot be estimated before it loads."""
+    gpu_dtype: ClassVar[DType] = DType.BFLOAT16
+    """What dtype "auto" is on a GPU."""
+    lora_layout: ClassVar[str | None] = None
+    """Whose names LoRA files for it go by: sd3 or flux; None: none can be merged."""
+    licences: ClassVar[Mapping[str, str]] = {}
+    """Hub id -> the licence of published weights, as known when this was written; the model's page decides."""
     name: str
     device: torch.device
     settings: SamplingSettings
@@ -117,7 +135,21 @@ class Renderer(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A short hash of the weights, for manifests."""
+        """A short hash of the weights, for manifests: `pixrl.hub.checkpoint_fingerprint` gives one.
+
+        A run is not resumed with another one. An adapter's own file of Python is part of that of its checkpoint.
+        """
+
+    def merge_lora(self, place: Path) -> None:
+        """Adds a LoRA to the frozen weights.
+
+        Raises:
+            InputError: LoRA files for such a model are not read.
+        """
+        raise InputError(
+            f"The LoRA {place} cannot be merged into {self.name}, a {type(self).__name__}: pixrl reads those of "
+            "SD3 and FLUX. Leave it out."
+        )
 
 
 class FlowPolicy(Renderer):

@@ -1,4 +1,4 @@
-"""A checkpoint on paper: how large its parts are and how much memory it computes in, before any weight is loaded.
+"""How large the parts of a checkpoint are and how much memory it computes in, estimated before any weight is loaded.
 
 Sizes come from the headers of safetensors files. Activations come from running the real adapter on tensors that have
 shapes and no content (torch's fake tensors) and counting what is alive at a time.
@@ -107,7 +107,7 @@ def _size(tensors: Mapping[str, TensorHeader], dtype: torch.dtype, kind: str) ->
     return PartSize(parameters, total)
 
 
-def paper_pipeline(class_name: str, folder: Path, precision: Precision) -> Any:
+def empty_pipeline(class_name: str, folder: Path, precision: Precision) -> Any:
     """A pipeline whose denoiser and VAE have shapes and no content, and which has no text encoders.
 
     Raises:
@@ -143,7 +143,7 @@ def _without_content(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     return made.to(dtype).requires_grad_(False).eval()
 
 
-def paper_text(kind: Any, folder: Path) -> nn.Module:
+def empty_text_encoder(kind: Any, folder: Path) -> nn.Module:
     """A text encoder of transformers that has shapes and no content.
 
     Raises:

@@ -7,13 +7,13 @@ transformer attends to them as to any other token; position ids tell them apart.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from hashlib import blake2b
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -163,8 +163,15 @@ class LatentCache:
 class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
     """A FluxPipeline folder; any number of reference pictures. `preset` says how their tokens are placed."""
 
-    kind = "flux"
+    pipelines = ("FluxPipeline", KONTEXT_PIPELINE)
     pipeline_class = "FluxPipeline"
+    lora_layout = "flux"
+    licences: ClassVar[Mapping[str, str]] = {
+        "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] Non-Commercial License",
+        "black-forest-labs/FLUX.1-Kontext-dev": "FLUX.1 [dev] Non-Commercial License",
+        "black-forest-labs/FLUX.1-schnell": "Apache-2.0",
+        "bytedance-research/UNO": "CC BY-NC 4.0",
+    }
     defaults = SamplingSettings(steps=25, guidance=4.0, resolution=512)
     lora_targets = KNOWN_TARGETS
 

@@ -185,8 +185,6 @@ class Merged:
 class FlowPipelinePolicy(FlowPolicy):
     """A flow pipeline folder, sampled by Euler steps on the pipeline's own schedule."""
 
-    kind: ClassVar[str]
-    """As `models.RENDERERS` has it."""
     pipeline_class: ClassVar[str]
     defaults: ClassVar[SamplingSettings]
     lora_targets: ClassVar[tuple[str, ...]]
@@ -214,7 +212,7 @@ class FlowPipelinePolicy(FlowPolicy):
         self.checkpoint = checkpoint
         self.card = read_card(checkpoint.folder)
         self.device = choose_device(device)
-        self.precision = choose_precision(self.device, dtype)
+        self.precision = choose_precision(self.device, dtype, on_gpu=self.gpu_dtype)
         self._check_options(guidance, t5)
         defaults = self._published(checkpoint.folder)
         self.settings = make_settings(self.card, defaults, steps, guidance, resolution)
@@ -372,10 +370,13 @@ class FlowPipelinePolicy(FlowPolicy):
         Raises:
             RunError: slots are attached already.
             CheckpointError: it is missing, damaged, more than plain LoRA, or does not fit this transformer.
+            InputError: nobody knows whose names files for this model go by.
         """
         if self.lora is not None:
             raise RunError("Merge a LoRA before attach_lora: slots are trained on top of the merged weights.")
-        found = open_lora(place, self.kind)
+        if self.lora_layout is None:
+            return super().merge_lora(place)
+        found = open_lora(place, self.lora_layout)
         with self.placement.changing_layers():
             merge(self.transformer, found.lora, str(place))
         self.merged = (*self.merged, Merged(digest(found.lora), f"{place}: {found.said}"))

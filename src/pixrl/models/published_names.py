@@ -233,7 +233,7 @@ _CHANGES: Mapping[str, Callable[[str, Mapping[str, Any]], str | None]] = {
 
 def place_of(module: str, kind: str) -> tuple[str, _Rows]:
     match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", module)
-    if match is not None and match[1] in _BLOCKS[kind]:
+    if match is not None and match[1] in _BLOCKS.get(kind, {}):
         published, places = _BLOCKS[kind][match[1]]
         if match[3] in places:
             place = places[match[3]]
@@ -261,7 +261,7 @@ def from_published(theirs: str, pair: tuple[Tensor, Tensor], kind: str) -> dict[
 
 def _parts_of(theirs: str, kind: str) -> list[tuple[str, _Rows]]:
     """Our modules that a published one holds, its name written with underscores."""
-    for ours, (published, places) in _BLOCKS[kind].items():
+    for ours, (published, places) in _BLOCKS.get(kind, {}).items():
         match = re.fullmatch(rf"{published}_(\d+)_(.+)", theirs)
         if match is not None:
             return [

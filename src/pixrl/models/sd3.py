@@ -5,7 +5,8 @@ With a guidance scale above 1 `velocity` is the guided one, u + scale * (c - u) 
 and in training alike.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,8 +26,15 @@ CLIP_LENGTH = 77
 class SD3Policy(FlowPipelinePolicy, PerturbableText):
     """A StableDiffusion3Pipeline folder, with or without its T5 encoder."""
 
-    kind = "sd3"
+    pipelines = ("StableDiffusion3Pipeline",)
     pipeline_class = "StableDiffusion3Pipeline"
+    lora_layout = "sd3"
+    licences: ClassVar[Mapping[str, str]] = {
+        "stabilityai/stable-diffusion-3-medium-diffusers": "Stability AI Community License",
+        "stabilityai/stable-diffusion-3.5-medium": "Stability AI Community License",
+        "stabilityai/stable-diffusion-3.5-large": "Stability AI Community License",
+        "stabilityai/stable-diffusion-3.5-large-turbo": "Stability AI Community License",
+    }
     defaults = SamplingSettings(steps=28, guidance=7.0, resolution=512)
     lora_targets = KNOWN_TARGETS
 

@@ -6,10 +6,10 @@ fused batch at a time; only the latents and the ancestral noise are seeded per p
 every step has a second pass with the pipeline's own negative prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ BASE = SamplingSettings(steps=50, guidance=5.0, resolution=1024)
 class SDXLRenderer(Renderer):
     """A StableDiffusionXLPipeline folder."""
 
+    pipelines = ("StableDiffusionXLPipeline",)
+    pipeline_class = "StableDiffusionXLPipeline"
+    gpu_dtype = DType.FLOAT16
+    licences: ClassVar[Mapping[str, str]] = {
+        "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
+        "stabilityai/sdxl-turbo": "Stability AI Non-Commercial Research Community License",
+    }
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -66,10 +74,10 @@ class SDXLRenderer(Renderer):
         self.checkpoint = checkpoint
         self.card = read_card(checkpoint.folder)
         self.device = choose_device(device)
-        self.precision = choose_precision(self.device, dtype, on_gpu=DType.FLOAT16)
+        self.precision = choose_precision(self.device, dtype, on_gpu=self.gpu_dtype)
         self.settings = make_settings(self.card, published(checkpoint.folder), steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
-        self.pipeline = pipeline or load_pipeline("StableDiffusionXLPipeline", checkpoint, self.precision)
+        self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision)
         self.pipeline.unet.to(memory_format=memory_format(self.device))
         self.vae = self.pipeline.vae.to(memory_format=memory_format(self.device))
         plan = plan or MemoryPlan()

@@ -15,10 +15,9 @@ from pixrl.report.align_panels import Panel, panels, reward_panels
 from pixrl.report.changes import changes_of, warnings
 from pixrl.report.page import THUMBNAIL, Picture, inline, render
 from pixrl.report.samples import before_and_after, subjects_in_words
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import ALIGN, PERSONALIZE, AlignConfig, read_config, require_kind
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow, RunFolder
-from pixrl.runs.kinds import ALIGN, PERSONALIZE, read_config, require_kind
 from pixrl.runs.record import comparable_evaluations, start_if_any
 
 SHOWN = 32
@@ -97,7 +96,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "shown": "subjects" if folder.kind == PERSONALIZE else "prompts",
         "slot": "trained" if config.optimizer.ema is None else "averaged",
         "reward_panels": _marked(reward_panels(config, metrics, evaluated)),
-        "panels": _marked(panels(metrics, evaluated, learned=words.learns_from_scores(config))),
+        "panels": _marked(panels(metrics, evaluated, learned=config.loss.learns_from_scores)),
         "group": newest_group(folder.path, config, manifest),
         "group_note": words.training_pictures(config),
         "phases": phases(metrics),

@@ -8,7 +8,7 @@ from typing import Any
 from pixrl.report.charts import Curve, lines_chart
 from pixrl.report.describe import MEASURED, role_of, training_pictures
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 
 WINDOW = 9
 """Steps of the running mean that is drawn over noisy figures, in runs that are long enough."""

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from pixrl.hub import TOY_PREFIX, split_single_file
+from pixrl.hub import TOY_PREFIX, split_adapter, split_single_file
 from pixrl.hub_fetch import is_hub_id
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.personalize_config import PersonalizeConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.untrusted import fenced
 
 FOLDER, PICTURES, PROMPT = "FOLDER", "PICTURES", "PROMPT"
@@ -61,7 +60,8 @@ def _sampler_note(config: AlignConfig) -> str:
 
 def _needs_pixrl(config: AlignConfig) -> bool:
     """diffusers cannot load the base alone."""
-    return config.model.startswith(TOY_PREFIX) or split_single_file(config.model) is not None
+    adapter, place = split_adapter(config.model)
+    return bool(adapter) or place.startswith(TOY_PREFIX) or split_single_file(place) is not None
 
 
 def in_unos_code(file: str, rank: int) -> str:

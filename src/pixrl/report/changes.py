@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from pixrl.metrics.intervals import Interval, bootstrap
 from pixrl.report import describe as words
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import sample_scores
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.log import sample_scores
 from pixrl.runs.record import base_and_last
 
 FALL = 0.005

@@ -5,16 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixrl.algorithms.advantages import Scale
-from pixrl.algorithms.draft import DraftSettings
-from pixrl.algorithms.losses import NFTSettings
-from pixrl.algorithms.rpo import RPOSettings
-from pixrl.algorithms.sampling import Noise
-from pixrl.algorithms.sft import SFTSettings
+from pixrl.algorithms.sampling import StepNoise
 from pixrl.algorithms.trainer import OptimizerSettings
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.align_config import AlignConfig, PerturbedExploration
-from pixrl.runs.personalize_config import PersonalizeConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 
 TRAINED, MEASURED, HELD_OUT = "trained on", "only measured", "never trained on"
 """What a run makes of a reward; `MEASURED` where it learns from no score at all."""
@@ -22,19 +16,14 @@ TRAINED, MEASURED, HELD_OUT = "trained on", "only measured", "never trained on"
 
 def role_of(config: AlignConfig, setting: RewardSetting) -> str:
     """What the run makes of a reward."""
-    if not learns_from_scores(config):
+    if not config.loss.learns_from_scores:
         return MEASURED
     return HELD_OUT if setting.held_out else TRAINED
 
 
-def learns_from_scores(config: AlignConfig) -> bool:
-    """False of supervised flow matching."""
-    return not isinstance(config.loss, SFTSettings)
-
-
 def learned_by(config: AlignConfig) -> str:
     """What the LoRA was trained by, for a sentence."""
-    if not learns_from_scores(config):
+    if not config.loss.learns_from_scores:
         return "supervised flow matching on target pictures (no score was learned from)"
     names = " and ".join(setting.name for setting in config.rewards if not setting.held_out)
     return f"reinforcement learning on {names}"
@@ -42,25 +31,12 @@ def learned_by(config: AlignConfig) -> str:
 
 def training_pictures(config: AlignConfig) -> str:
     """Whose pictures training scored, as a sentence, where the trained model did not draw them; else empty."""
-    match config.loss:
-        case SFTSettings():
-            return "The pictures of training prompts are the targets, which nobody drew."
-        case RPOSettings() as loss:
-            drawn = _candidates(config, loss)
-            return f"The pictures of training prompts are {drawn}: they do not improve with training."
-        case _:
-            return ""
-
-
-def _candidates(config: AlignConfig, loss: RPOSettings) -> str:
-    if not isinstance(config, PersonalizeConfig):
-        return "candidates drawn by the frozen base"
-    return f"candidates drawn by the frozen base, with{'' if loss.shown else 'out'} references"
+    return config.loss.describe_pictures(shows_references=isinstance(config, PersonalizeConfig))
 
 
 def variants_of(config: AlignConfig) -> int:
     """K: semantic variants of a prompt; 1 with noise alone."""
-    return config.exploration.variants if isinstance(config.exploration, PerturbedExploration) else 1
+    return config.exploration.per_noise
 
 
 def group_size(config: AlignConfig) -> int:
@@ -81,10 +57,10 @@ def updates_of(config: AlignConfig) -> int:
 def method_parts(config: AlignConfig) -> list[tuple[str, str]]:
     """The four parts whose combination is the method."""
     return [
-        ("exploration", _exploration(config)),
+        ("exploration", config.exploration.describe()),
         ("sampling", _sampling(config)),
-        ("advantage", _advantage(config)),
-        ("loss", _loss(config)),
+        ("advantage", config.loss.describe_advantage(config.advantage)),
+        ("loss", config.loss.describe(shows_references=isinstance(config, PersonalizeConfig))),
     ]
 
 
@@ -160,63 +136,9 @@ def commands(run: Path, finished: bool, kind: str) -> str:
     return "\n".join(lines)
 
 
-def _exploration(config: AlignConfig) -> str:
-    e = config.exploration
-    if not isinstance(e, PerturbedExploration):
-        return f"noise alone, {e.noises} samples a prompt"
-    until = "to the end" if e.schedule.value == "static" else f"down to t = {1 - e.perturbation_range:g}"
-    anchor = "with the prompt itself" if e.anchored else "without the prompt itself"
-    return (
-        f"{e.noises} noises × {e.variants} semantic variants {anchor}, {until}, on {e.encoders.value}, "
-        f"weight {e.weight:g} on {e.weighted}"
-    )
-
-
 def _sampling(config: AlignConfig) -> str:
     s = config.sampling
-    if s.noise is Noise.NONE:
+    if s.noise is StepNoise.NONE:
         return f"{s.steps} {s.solver.value} steps, not random"
     where = s.placing.value.replace("_", " ")
     return f"{s.steps} steps, {s.noise.value} with eta {s.scale:g} on {where}, else {s.solver.value}"
-
-
-def _advantage(config: AlignConfig) -> str:
-    a = config.advantage
-    scale = "not divided" if a.scale is Scale.NONE else f"divided by the {a.scale.value} deviation"
-    if isinstance(config.loss, DraftSettings):
-        return "none: the rewards' gradient is followed"
-    if isinstance(config.loss, SFTSettings):
-        return "none: no score is learned from"
-    if isinstance(config.loss, RPOSettings):
-        return f"{scale}, only to rank a group's samples"
-    parts = [scale]
-    if a.synergy is not None:
-        recentred = ", recentred" if a.synergy.recenter else ""
-        parts.append(f"synergy {a.synergy.kind.value} with alpha {a.synergy.alpha:g}{recentred}")
-    if a.time is not None:
-        bounds = (a.time.w_min, a.time.w_max) if a.time.inverted else (a.time.w_max, a.time.w_min)
-        parts.append(f"weight of the prompt from {bounds[0]:g} to {bounds[1]:g} over the steps")
-    return ", ".join(parts) + ("" if a.clamp is None else f", at most ±{a.clamp:g}")
-
-
-def _loss(config: AlignConfig) -> str:
-    match config.loss:
-        case NFTSettings() as loss:
-            old = loss.old_policy.value + ("" if loss.old_decay is None else f" {loss.old_decay:g}")
-            levels = f"{loss.timesteps} noise levels a sample" + (
-                "" if loss.levels is None else f" of steps {loss.levels[0]} to {loss.levels[1] - 1}"
-            )
-            return f"nft, beta {loss.beta:g}, KL {loss.kl:g}, {levels}, old policy {old}"
-        case SFTSettings() as loss:
-            return f"supervised flow matching on target pictures, {loss.timesteps} noise levels a sample"
-        case RPOSettings() as loss:
-            drawn = _candidates(config, loss)
-            return (
-                f"rpo: best against worst of a group of {drawn}, by the harmonic mean, beta {loss.beta:g}, similarity "
-                f"loss {loss.similarity:g}, {loss.timesteps} noise levels a pair"
-            )
-        case DraftSettings() as loss:
-            return f"the rewards' own gradient through the last {loss.last} sampling step(s), KL {loss.kl:g}"
-        case loss:
-            ratios = "on-policy ratio, not clipped" if loss.clip is None else f"clipped at ±{loss.clip:g}"
-            return f"{ratios}, KL {loss.kl:g}"

@@ -38,10 +38,9 @@ from pixrl.models.slots import DOWN, UP, Lora, Slot, added, digest, slot_lora
 from pixrl.report.card_usage import in_unos_code
 from pixrl.report.model_card import Facts, pipeline_name, shown_pairs, write_card
 from pixrl.runs import checkpoint
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import KINDS, AlignConfig, read_config
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.kinds import KINDS, read_config
 from pixrl.runs.record import start_if_any
 from pixrl.untrusted import encodable
 
@@ -112,9 +111,11 @@ def export(
     if saved is None:
         raise RunError(f"{folder.path} has no checkpoint yet. Type: pixrl resume {folder.path}")
     tensors, _ = checkpoint.load(saved)
-    base = locate(config.model).folder
-    lora = of_one_rank(_lora(folder, config, tensors, chosen, models.kind_of(base)))
-    named = _named(lora, layout, base)
+    found = locate(config.model)
+    base, adapter = found.folder, models.adapter_of(found)
+    family = adapter.lora_layout or adapter.__name__
+    lora = of_one_rank(_lora(folder, config, tensors, chosen, family))
+    named = _named(lora, layout, base, family)
     facts = Facts(
         file=FILES[layout],
         slot=chosen.value,
@@ -134,7 +135,7 @@ def export(
     if layout is Format.DIFFUSERS:
         metadata |= adapter_metadata(lora)
     file = write_lora(place / FILES[layout], named, metadata)
-    _read_back(file, lora, named, layout, base)
+    _read_back(file, lora, named, layout, base, family)
     notes = _notes(layout, named, by)
     return Exported(file, _describe(folder, config, facts, place, notes), chosen, facts.step)
 
@@ -145,13 +146,15 @@ def _reader(layout: Format) -> str:
     return f"pixrl, by the module names of {installed}" if layout is Format.COMFYUI else installed
 
 
-def _read_back(file: Path, lora: Lora, named: Mapping[str, Tensor], layout: Format, base: Path) -> None:
+def _read_back(
+    file: Path, lora: Lora, named: Mapping[str, Tensor], layout: Format, base: Path, family: str
+) -> None:
     """Makes sure that a reader of this layout finds the change of every module, and removes the file where not."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     if layout is Format.COMFYUI:
         for name in (key.removesuffix(".alpha") for key in named if key.endswith(".alpha")):
             pair = named[f"{name}.lora_down.weight"], named[f"{name}.lora_up.weight"]
-            found |= from_published(name.removeprefix(COMFY_PREFIX), pair, models.kind_of(base))
+            found |= from_published(name.removeprefix(COMFY_PREFIX), pair, family)
     else:
         reader = getattr(diffusers, pipeline_name(base))
         state = reader.lora_state_dict(str(file.parent), weight_name=file.name, use_safetensors=True)
@@ -179,16 +182,15 @@ def _require_own_card(place: Path, layout: Format) -> None:
             )
 
 
-def _named(lora: Lora, layout: Format, base: Path) -> dict[str, Tensor]:
+def _named(lora: Lora, layout: Format, base: Path, family: str) -> dict[str, Tensor]:
     """The LoRA's tensors under the names of a layout; `base` is the pipeline's folder."""
-    model = models.kind_of(base)
     if layout is Format.COMFYUI:
-        return to_comfyui(lora, model)
+        return to_comfyui(lora, family)
     if layout is Format.DIFFUSERS:
         return to_diffusers(lora)
-    if model != "flux":
+    if family != "flux":
         raise ConfigError(
-            f"UNO's layout is one of FLUX, and this is a LoRA of {model}. Type: --format diffusers"
+            f"UNO's layout is one of FLUX, and this is a LoRA of {family}. Type: --format diffusers"
         )
     return to_uno(lora, _blocks(base))
 

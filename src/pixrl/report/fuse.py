@@ -17,7 +17,7 @@ from pixrl.runs import fuse as fuse_job
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow
 from pixrl.runs.fuse import FinishedRun
-from pixrl.runs.fuse_log import COEFFICIENTS
+from pixrl.runs.log import COEFFICIENTS
 
 
 @dataclass(frozen=True)

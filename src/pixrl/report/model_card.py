@@ -15,16 +15,15 @@ import yaml
 
 from pixrl.hub_check import INDEX, read_json
 from pixrl.hub_fetch import is_hub_id, split_revision
-from pixrl.models.licences import NOT_STATED, generator_licence
+from pixrl.models import NOT_STATED, generator_licence
 from pixrl.report import describe as words
 from pixrl.report.align import failures, is_unseen
 from pixrl.report.card_usage import usage
 from pixrl.report.changes import Change, changes_of, warnings
 from pixrl.report.samples import before_and_after, class_word, gallery_entries, in_words, subjects_in_words
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.personalize_config import PersonalizeConfig
 from pixrl.runs.record import base_and_last, read_rewards, start_if_any
 from pixrl.untrusted import code, encodable, fenced, markdown
 
@@ -108,7 +107,7 @@ def _front_matter(config: AlignConfig) -> str:
         fields["base_model"] = base
     licence = encodable(generator_licence(config.model))
     fields |= {"license": "other", "license_name": licence} if licence != NOT_STATED else {}
-    method = ["reinforcement-learning"] if words.learns_from_scores(config) else []
+    method = ["reinforcement-learning"] if config.loss.learns_from_scores else []
     fields["tags"] = ["lora", "diffusers", "pixrl", *method]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()}\n---"
 

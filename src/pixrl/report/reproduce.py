@@ -8,8 +8,8 @@ import yaml
 
 from pixrl.config import Settings
 from pixrl.runs import fuse as fuse_job
+from pixrl.runs.config import FuseConfig, resolve_options
 from pixrl.runs.fuse import FinishedRun
-from pixrl.runs.fuse_config import FuseConfig, resolve_options
 from pixrl.runs.fuse_many import COMPARE, FinishedRuns
 
 _FLAGS = ("model", "sampler", "budget", "exemplars", "seed", "alpha", "keep", "presence", "balance", "device")

@@ -6,9 +6,9 @@ from typing import Any
 
 from pixrl.data.subjects import CLASS_FILE
 from pixrl.errors import CheckpointError, InputError
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import samples_of
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.log import samples_of
 from pixrl.runs.record import GALLERY, base_and_last, gallery_on_disk
 from pixrl.text import read_text, shown_name
 

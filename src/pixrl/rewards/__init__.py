@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.hub import full_path
-from pixrl.plugins import Registry, full_name
+from pixrl.plugins import Registry
 
 if TYPE_CHECKING:
     from pixrl.rewards.base import Reward
@@ -110,8 +110,11 @@ def with_full_paths(name: str, options: Mapping[str, object]) -> dict[str, objec
     found = dict(options)
     for key, value in options.items():
         if isinstance(value, str):
-            full = full_name(value)
-            found[key] = full_path(value) if full == value and key in places else full
+            file, colon, function = value.rpartition(":")
+            if colon and file.endswith(".py"):
+                found[key] = f"{full_path(file)}:{function}"
+            elif key in places:
+                found[key] = full_path(value)
     return found
 
 

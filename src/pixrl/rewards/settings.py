@@ -12,7 +12,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from pixrl import rewards
 from pixrl.config import Settings
 from pixrl.errors import ConfigError, InputError, did_you_mean
-from pixrl.plugins import full_name, is_path
+from pixrl.plugins import full_path, is_path
 from pixrl.text import require_text
 
 
@@ -73,7 +73,7 @@ class RewardSetting(Settings):
 
     def with_full_paths(self) -> "RewardSetting":
         """The same with files and folders by their whole paths. Loads torch, but no model."""
-        kind = None if self.kind is None else full_name(self.kind)
+        kind = None if self.kind is None else full_path(self.kind)
         options = rewards.with_full_paths(self.reward, self.options)
         return self.model_copy(update={"kind": kind, "options": options})
 

@@ -13,7 +13,6 @@ import torch
 
 from pixrl import config as recipes
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.losses import ClippedSurrogate
 from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
 from pixrl.algorithms.world import Tally
 from pixrl.device import quiet_loading
@@ -25,14 +24,12 @@ from pixrl.metrics.spread import group_diversity
 from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet
 from pixrl.runs import selfcheck
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import AlignLog, cut_back, evaluations
+from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.distributed import Team
 from pixrl.runs.evaluation import score
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.kinds import kind_of, read_config
 from pixrl.runs.loaded import (
     LoadedRun,
     check_references,
@@ -42,10 +39,12 @@ from pixrl.runs.loaded import (
     plan_batches,
     try_rewards,
 )
+from pixrl.runs.log import AlignLog, cut_back, evaluations
 from pixrl.runs.loop import Clock, Loop, Pace
 from pixrl.runs.place import replacing
 from pixrl.runs.record import (
     START,
+    changed_code,
     changed_data,
     changed_evaluation,
     changed_rewards,
@@ -148,16 +147,17 @@ def go_on(
     Args:
         path: the run's folder.
         overrides: settings to change from here on, `a.b=c`.
-        accept_changes: go on though recipe.yaml was edited, or a reward's weights, prompts or reference pictures are
-            others, after the run began.
+        accept_changes: go on though recipe.yaml was edited, or a reward's weights, prompts, reference pictures or code
+            of yours are others, after the run began.
 
     Raises:
         CheckpointError: one of these changed (it says what differs), or the model is another one.
         InputError: fewer steps are wanted than are done.
     """
     folder = RunFolder.open(path, allow_changed=True)
-    edited = read_config(folder)
     began = start_if_any(folder)
+    code = changed_code(folder, began, accept_changes)  # before any of it runs
+    edited = read_config(folder)
     if began:
         require_unchanged(folder, began["recipe"], edited, accept_changes)
     else:
@@ -166,6 +166,7 @@ def go_on(
     config = with_full_paths(config, edited)
     run = load_run(config)
     evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
+    changes += [f"changed: {one}" for one in code]
     step, images, saved = find_place(folder)
     _require_steps(path, step, config.steps)
     finished = step == config.steps and not changes and _is_evaluated(folder.path, step)
@@ -245,7 +246,9 @@ def check(config: AlignConfig) -> selfcheck.Report:
     scores = score(run.rewards, rollouts.samples, rollouts.images_BCHW, run.team)
     aligner.update(rollouts, scores, run.rewards.weights(0))
     agreement = aligner.gradient_disagreement()
-    return selfcheck.Report(selfcheck.measure_of(aligner), tuple(found), agreement, run.team.size, notes)
+    return selfcheck.Report(
+        aligner.method.loss.on_policy_measure, tuple(found), agreement, run.team.size, notes
+    )
 
 
 @dataclass
@@ -298,12 +301,12 @@ class Training:
     def _check_on_policy(self, rollouts: Rollouts) -> dict[str, float]:
         """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
         aligner = self.aligner
-        later = rollouts.step > 0 and not isinstance(aligner.method.loss, ClippedSurrogate)
+        later = rollouts.step > 0 and not aligner.method.loss.is_always_on_policy
         if later or not len(rollouts):
             return {}
         sizes = [aligner.micro_batches.train, 1]
         found = selfcheck.deviations(aligner, rollouts, selfcheck.possible_dtypes(aligner.policy), sizes)
-        warning = selfcheck.require_on_policy(found[0], selfcheck.measure_of(aligner))
+        warning = selfcheck.require_on_policy(found[0], aligner.method.loss.on_policy_measure)
         if warning is not None:
             self.say(warning)
         return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
@@ -351,7 +354,7 @@ def _play(
         pace=Pace(config.steps, output.checkpoint_every, config.evaluation.every),
         kept={"start": read_start(folder)},
         evaluate=lambda step: evaluator.run(log, step),
-        peers=team,
+        world=team,
     )
     monitor.begin(folder.path.name, Extent(config.steps, step), folder.metrics())
     for note in notes:

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from pixrl.errors import CheckpointError, PixrlError
 from pixrl.runs import checkpoint
 from pixrl.runs import place as run_place
-from pixrl.runs.align_log import SCORES, evaluated_places, step_of_place
+from pixrl.runs.config import KINDS
 from pixrl.runs.files import remove, write_atomic
-from pixrl.runs.folder import RunFolder
+from pixrl.runs.folder import JsonLines, RunFolder
 from pixrl.runs.fuse import (
     EXEMPLARS,
     FEATURES,
@@ -30,10 +30,8 @@ from pixrl.runs.fuse import (
     slug,
     world_on_disk,
 )
-from pixrl.runs.fuse_log import coefficients_file
 from pixrl.runs.fuse_many import COMPARE, FAILURES, PAIRS, read_failures
-from pixrl.runs.jsonl import JsonLines
-from pixrl.runs.kinds import KINDS
+from pixrl.runs.log import SCORES, coefficients_file, evaluated_places, step_of_place
 from pixrl.runs.place import CHILDREN, REPLACED
 from pixrl.runs.record import START, gallery_on_disk, start_in_checkpoint, start_on_disk
 

@@ -1,17 +1,25 @@
-"""Where what a run learns from and is evaluated on lies, and checksums of it: prompts, words, reference pictures."""
+"""What a run learns from and is evaluated on: where it lies, checksums of it, and which prompts a step draws.
+
+A group is never cut: each process gets whole ones. The order of prompts is a function of (seed, step) alone, so a
+resumed run needs nothing but its step.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from pixrl import plugins
+from pixrl.algorithms.base import Group
 from pixrl.algorithms.sft import TARGET
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.hub import full_path
 from pixrl.rewards.references import KEY
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
+from pixrl.types import sample_seed
 
 SUBJECT = "subject"
 ConfigT = TypeVar("ConfigT", bound=AlignConfig)
@@ -19,6 +27,8 @@ ConfigT = TypeVar("ConfigT", bound=AlignConfig)
 
 _SOURCES = ("model", "prompts.source", "evaluation.source", "output.features", "lora.base")
 """Settings that may name a file or a folder."""
+_PARTS = ("loss", "exploration", "advantage")
+"""Those whose `kind` may name one."""
 
 
 def with_full_paths(config: ConfigT, known: AlignConfig | None = None) -> ConfigT:
@@ -28,6 +38,11 @@ def with_full_paths(config: ConfigT, known: AlignConfig | None = None) -> Config
     """
     values, before = config.model_dump(), {} if known is None else known.model_dump()
     changed = config
+    for name in _PARTS:
+        inner = changed.__dict__[name]
+        if inner != (None if known is None else known.__dict__[name]):
+            update = {"kind": plugins.full_path(inner.kind)}
+            changed = changed.model_copy(update={name: inner.model_copy(update=update)})
     for name in _SOURCES:
         part, _, key = name.rpartition(".")
         own = values.get(part) if part else values
@@ -101,3 +116,38 @@ def _add(total: _Hash, value: Any) -> None:
             _add(total, part)
     else:
         total.update(repr(value).encode())
+
+
+_ORDER_KEY = -4
+"""Prompt index of the draws of the order; prompts use 0 and up."""
+
+
+class PromptSampler:
+    """Goes through a set again and again, each time in another order; a step takes the next `per_step`."""
+
+    def __init__(self, prompts: PromptSet, *, per_step: int, seed: int) -> None:
+        self.prompts = prompts
+        self.per_step = per_step
+        self.seed = seed
+        self._order = lru_cache(maxsize=4)(self._shuffled)
+
+    def groups(self, step: int) -> list[Group]:
+        """All groups of a training step. One prompt occurs once in an epoch, so its pass and number name a group."""
+        first = step * self.per_step
+        return [self._group(place, first + place) for place in range(self.per_step)]
+
+    def _group(self, place: int, position: int) -> Group:
+        epoch, turn = divmod(position, len(self.prompts))
+        index = self._order(epoch)[turn]
+        prompt = self.prompts[index]
+        return Group(place, epoch, index, prompt.text, prompt.metadata)
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        drawer = torch.Generator().manual_seed(sample_seed(self.seed, epoch, _ORDER_KEY, 0))
+        order: list[int] = torch.randperm(len(self.prompts), generator=drawer).tolist()
+        return order
+
+
+def share(count: int, rank: int, size: int) -> slice:
+    """The part of `count` things that process `rank` of `size` takes: neighbours, as even as can be."""
+    return slice(count * rank // size, count * (rank + 1) // size)

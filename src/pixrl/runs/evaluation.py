@@ -10,14 +10,14 @@ from pixrl.algorithms.base import Group, Samples, roll_out
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.sampling import Schedule, Solver, StepPlan
 from pixrl.algorithms.trainer import prepare
-from pixrl.algorithms.world import Peers
+from pixrl.algorithms.world import World
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.metrics.spread import Features, group_diversity
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
 from pixrl.rewards.set import Failures, RewardSet
-from pixrl.runs.align_log import AlignLog
-from pixrl.runs.sampler import share
+from pixrl.runs.data import share
+from pixrl.runs.log import AlignLog
 from pixrl.types import RewardBatch, Scores
 
 _EPOCH = -5
@@ -36,13 +36,13 @@ class Evaluator:
     slot: Slot
     rewards: RewardSet
     features: Features
-    peers: Peers
+    world: World
     micro_batch: int
     seed: int
 
     def run(self, log: AlignLog, step: int) -> dict[str, float]:
         """Scores by reward (NAME/mean), the share that failed and the diversity of a prompt's pictures."""
-        mine = share(len(self.prompts), self.peers.rank, self.peers.size)
+        mine = share(len(self.prompts), self.world.rank, self.world.size)
         numbers = range(len(self.prompts))[mine]
         groups = [Group(n, _EPOCH, n, self.prompts[n].text, self.prompts[n].metadata) for n in numbers]
         samples = Samples.of(groups, self.per_prompt, 1, self.seed)
@@ -52,7 +52,7 @@ class Evaluator:
             images, _, _ = roll_out(self.policy, variants, samples, plan, self.micro_batch)
         first = mine.start * self.per_prompt
         log.samples(step, range(first, first + len(samples)), images)
-        scores = score(self.rewards, samples, images, self.peers)
+        scores = score(self.rewards, samples, images, self.world)
         log.sample_scores(step, scores)
         figures = self._figures(scores)
         if self.per_prompt > 1:
@@ -69,13 +69,13 @@ class Evaluator:
 
     def _mean(self, values_B: Tensor) -> float:
         known = values_B[~values_B.isnan()].double()
-        total = self.peers.sum(
+        total = self.world.sum(
             torch.stack([known.sum(), torch.tensor(float(len(known)), dtype=torch.float64)])
         )
         return (total[0] / total[1]).item()
 
 
-def score(rewards: RewardSet, samples: Samples, images_BCHW: Tensor, peers: Peers) -> Mapping[str, Scores]:
+def score(rewards: RewardSet, samples: Samples, images_BCHW: Tensor, world: World) -> Mapping[str, Scores]:
     """Every reward's scores of this process's samples; none of none. All processes call it together.
 
     Raises:
@@ -85,7 +85,7 @@ def score(rewards: RewardSet, samples: Samples, images_BCHW: Tensor, peers: Peer
         scores = rewards.score_some(RewardBatch(images_BCHW, samples.prompts, samples.metadata))
     else:
         scores = {name: Scores(torch.zeros(0), ()) for name in rewards.names}
-    rewards.require_enough(peers.gather({name: Failures.of(one) for name, one in scores.items()}))
+    rewards.require_enough(world.gather({name: Failures.of(one) for name, one in scores.items()}))
     return scores
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pixrl import config as recipes
@@ -22,12 +22,13 @@ from pixrl.fusion.select import Selection, choose, choose_thresholds, similariti
 from pixrl.fusion.trainer import FailureWatch, FusionTrainer
 from pixrl.fusion.world import FusionSession, FusionWorld, load_world
 from pixrl.hub import Presence
+from pixrl.plugins import changed_files
 from pixrl.runs import checkpoint
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow, RunFolder, png_bytes
-from pixrl.runs.fuse_config import FuseConfig
-from pixrl.runs.fuse_log import FuseLog, cut_coefficients
+from pixrl.runs.log import FuseLog, cut_coefficients
 from pixrl.runs.loop import Loop, Pace
 from pixrl.runs.place import replacing, require_free
 
@@ -62,6 +63,8 @@ class WorldRecord(BaseModel):
     segmenter: str
     scorer: dict[str, str] = {}
     """Provenance of the scores; empty in runs of before it was recorded."""
+    code: dict[str, str] = Field({}, exclude_if=lambda code: not code)
+    """Checksum of the file that holds a sampler of yours, by its name."""
     presence: Presence | None
     prompts: dict[str, str]
     exemplar_seeds: tuple[int, ...]
@@ -122,6 +125,7 @@ def go_on(path: Path, *, monitor: Monitor | None = None, world: FusionWorld | No
 
     A finished run is chosen from anew.
     """
+    _require_same_code(path)
     folder, config = open_run(path)
     world = world or world_of(config)
     place = find_place(folder)
@@ -198,7 +202,7 @@ def _run(
     trainer = FusionTrainer(session, config)
     if place is not START:
         trainer.restore(place.tensors, place.state)
-    record = _record(world, session)
+    record = _record(world, session, config)
     _write_world(folder, record, session, place)
     loop = Loop(
         algorithm=trainer,
@@ -263,13 +267,26 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text.casefold()).strip("._") or "_"
 
 
-def _record(world: FusionWorld, session: FusionSession) -> WorldRecord:
+def _require_same_code(path: Path) -> None:
+    """CheckpointError where the file of a run's sampler was changed. Runs nothing of it."""
+    began = world_on_disk(RunFolder.open(path))
+    changes = [] if began is None else changed_files(began.code)
+    if changes:
+        raise CheckpointError(
+            f"The sampler of {path} has changed since the run began:\n  "
+            + "\n  ".join(changes)
+            + "\nPut the file back, or start a new run."
+        )
+
+
+def _record(world: FusionWorld, session: FusionSession, config: FuseConfig) -> WorldRecord:
     return WorldRecord(
         model=world.renderer.name,
         fingerprint=world.renderer.fingerprint(),
         clip=world.clip,
         segmenter=world.segmenter,
         scorer=dict(world.scorer.provenance),
+        code=config.code,
         presence=world.card.presence,
         prompts={e.concept: e.prompt for e in session.exemplars},
         exemplar_seeds=session.exemplars[0].seeds,

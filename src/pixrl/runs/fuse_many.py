@@ -10,16 +10,18 @@ from typing import Any
 from pydantic import Field
 
 from pixrl import config as recipes
+from pixrl.algorithms import SAMPLERS
 from pixrl.config import Settings
 from pixrl.data.pairs import PairList, check_concepts
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
 from pixrl.fusion.world import FusionWorld
+from pixrl.plugins import is_path
 from pixrl.runs import fuse as fuse_job
+from pixrl.runs.config import FuseConfig, SamplerName, sampler_of
 from pixrl.runs.display import Monitor
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import FinishedRun
-from pixrl.runs.fuse_config import FuseConfig, SamplerName, settings_type
 from pixrl.runs.place import CHILDREN, has_saved, is_run, replacing, require_free
 
 COMPARE = "fuse-compare"
@@ -47,7 +49,7 @@ class ManyConfig(Settings):
         for number, concepts in enumerate(self.concepts, 1):
             for sampler in self.samplers:
                 pair = fuse_job.slug("+".join(concepts))
-                name = str(sampler) if len(self.concepts) == 1 else f"{number:0{width}d}-{pair}"
+                name = fuse_job.slug(sampler) if len(self.concepts) == 1 else f"{number:0{width}d}-{pair}"
                 values = {
                     **self.fuse,
                     "concepts": concepts,
@@ -57,7 +59,7 @@ class ManyConfig(Settings):
                 yield name, recipes.load(FuseConfig, values)
 
     def _options_of(self, sampler: str) -> dict[str, Any]:
-        known = settings_type(sampler).model_fields
+        known = sampler_of(sampler).Settings.model_fields
         return {name: value for name, value in self.options.items() if name in known}
 
 
@@ -74,12 +76,12 @@ class FinishedRuns:
 def compare_config(base: FuseConfig, samplers: Sequence[str] | str, given: dict[str, Any]) -> ManyConfig:
     """The same concepts with several samplers; `given` are options for those that know them."""
     check_concepts(base.concepts)
-    names = list(SamplerName) if samplers == ALL else [_sampler(name) for name in samplers]
+    names = [*SAMPLERS.entries] if samplers == ALL else [_require_sampler(name) for name in samplers]
     if len(names) < 2:
         raise InputError("--compare needs two or more samplers: 'all', or for example rmler,random")
     if len(set(names)) < len(names):
         raise InputError(f"--compare names a sampler twice: {', '.join(names)}.")
-    known = {option for name in names for option in settings_type(name).model_fields}
+    known = {option for name in names for option in sampler_of(name).Settings.model_fields}
     for option in given:
         if option not in known:
             raise ConfigError(
@@ -186,12 +188,13 @@ def _run_all(
     return result
 
 
-def _sampler(name: str) -> SamplerName:
-    if name not in list(SamplerName):
+def _require_sampler(name: str) -> str:
+    names = SAMPLERS.names()
+    if not is_path(name) and name not in names:
         raise InputError(
-            f"There is no sampler {name!r}.{did_you_mean(name, SamplerName)} There are {', '.join(SamplerName)}."
+            f"There is no sampler {name!r}.{did_you_mean(name, names)} There are {', '.join(names)}."
         )
-    return SamplerName(name)
+    return name
 
 
 def _shared(base: FuseConfig) -> dict[str, Any]:

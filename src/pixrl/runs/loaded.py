@@ -7,11 +7,9 @@ import torch
 
 from pixrl import models
 from pixrl import rewards as rewards_table
+from pixrl.algorithms import make_exploration, make_loss
 from pixrl.algorithms.base import Group
-from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.loss_table import make_loss
-from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, prepare
 from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
@@ -27,14 +25,11 @@ from pixrl.models.text import check_words
 from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.data import what_is_asked
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, ReferenceSettings
+from pixrl.runs.data import PromptSampler, share, what_is_asked
 from pixrl.runs.distributed import Team, limit_threads
 from pixrl.runs.evaluation import Evaluator, spread_evenly
-from pixrl.runs.memory import require_room
-from pixrl.runs.personalize_config import PersonalizeConfig, ReferenceSettings
-from pixrl.runs.planner import plan
-from pixrl.runs.sampler import PromptSampler, share
+from pixrl.runs.planner import plan, require_room
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class LoadedRun:
             self.method,
             micro_batches,
             seed=self.config.seed,
-            peers=self.team,
+            world=self.team,
             scale_loss=self.policy.precision.autocast is torch.float16,
         )
 
@@ -118,13 +113,13 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None) -> LoadedRun
         policy.compile(config.machine.compile)
     rewards = load_rewards(config, team.device) if rewards is None else rewards
     method = Method(
-        exploration=config.exploration.make(),
+        exploration=make_exploration(config.exploration),
         sampling=config.sampling,
         advantage=config.advantage,
         loss=make_loss(config.loss, rewards.differentiable()),
         optimizer=config.optimizer.of_run(config.steps),
         noises=config.exploration.noises,
-        shared_start=config.exploration.shared_start,
+        shared_start=config.exploration.starts_at_one_noise,
     )
     features = _features(config.output.features, team.device)
     sampler = PromptSampler(prompts, per_step=config.prompts.per_step, seed=config.seed)
@@ -134,15 +129,14 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None) -> LoadedRun
 def read_prompts(config: AlignConfig, split: Split) -> PromptSet:
     """The prompts of training or of the evaluation, with their subjects where the recipe is one of subjects."""
     source, column = config.prompts_of(split)
-    supervised = isinstance(config.loss, SFTSettings)
     if isinstance(config, PersonalizeConfig):
         subjects = load_subjects(source, split=split)
-        if supervised and split is Split.TRAIN:
+        if config.loss.needs_targets and split is Split.TRAIN:
             check_targets(subjects)
         return subject_prompts(subjects, count=config.references.count)
-    if supervised:
+    if config.loss.needs_targets:
         raise ConfigError(
-            "loss: sft learns from target pictures, which only subjects have: pixrl personalize toy/sft"
+            f"loss: {config.loss.kind} learns from target pictures, which only subjects have: pixrl personalize toy/sft"
         )
     return load_prompts(source, split=split, column=column)
 
@@ -171,11 +165,16 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
 def require_trainable(renderer: object, name: str) -> FlowPipelinePolicy:
     """The model as one that can be trained. ConfigError when it cannot be."""
     if not isinstance(renderer, FlowPipelinePolicy):
-        raise ConfigError(
-            f"{name} is a {type(renderer).__name__}: it draws pictures but has no velocity and no LoRA slots to train. "
-            "Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
-        )
+        raise not_trainable(type(renderer), name)
     return renderer
+
+
+def not_trainable(adapter: type, name: str) -> ConfigError:
+    """What is said of a model whose adapter only draws."""
+    return ConfigError(
+        f"{name} is a {adapter.__name__}: it draws pictures but has no velocity and no LoRA slots to train. "
+        "Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
+    )
 
 
 def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> FluxPolicy:
@@ -266,7 +265,7 @@ def plan_batches(run: LoadedRun) -> tuple[MicroBatches, tuple[str, ...]]:
         trained=-(-rollouts // config.optimizer.updates),
         rollout_batch=config.machine.rollout_batch,
         train_batch=config.machine.train_batch,
-        through_decoder=isinstance(config.loss, DraftSettings),
+        through_decoder=config.loss.through_decoder,
     )
     sizes = team.gather(found.micro_batches)
     common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))
@@ -304,7 +303,7 @@ def make_evaluator(run: LoadedRun, micro_batches: MicroBatches) -> Evaluator:
         slot=Slot.CURRENT if run.config.optimizer.ema is None else Slot.EMA,
         rewards=run.rewards,
         features=run.features,
-        peers=run.team,
+        world=run.team,
         micro_batch=micro_batches.rollout,
         seed=run.config.seed,
     )

@@ -4,22 +4,27 @@ It knows no method. An algorithm draws pictures, has them scored and learns from
 jobs is the algorithm and the record that keeps its steps.
 """
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.world import Alone, Peers
+from pixrl.algorithms.world import Alone, World
 from pixrl.errors import ServiceError
 from pixrl.runs.display import Monitor
 from pixrl.runs.files import resource_guard
-from pixrl.runs.interrupts import StopAfterStep
 
+STOPPING = (
+    "Stopping after this step, which is then saved. Ctrl-C again stops at once, at the last checkpoint."
+)
 R = TypeVar("R")
 """Rollouts: the pictures of a step, and how they came about."""
 S = TypeVar("S")
@@ -133,7 +138,7 @@ class Loop(Generic[R, S]):
     """Figures of what was learnt, before training step ...; None: nothing is held out."""
     watch: Callable[[S], None] | None = None
     """Looks at a step's scores after the step is saved: a RunError where the run had better stop."""
-    peers: Peers = field(default_factory=Alone)
+    world: World = field(default_factory=Alone)
 
     def run(self, folder: Path, start: int, images: int) -> None:
         """Steps `start` to the last; at Ctrl-C the step in hand is ended and saved, at a second one it is lost.
@@ -172,7 +177,7 @@ class Loop(Generic[R, S]):
                 taken = self._train(step)
                 done = step + 1
                 images += self.algorithm.images(step)
-                stops = any(self.peers.gather(stop.asked))  # all alike, or some would wait for the others
+                stops = any(self.world.gather(stop.asked))  # all alike, or some would wait for the others
                 if stops or done % self.pace.save_every == 0 or done == self.pace.steps:
                     state = {"images": images, **self.algorithm.state(), **self.kept}
                     self.record.save(done, self.algorithm.tensors(), state)
@@ -199,3 +204,36 @@ class Loop(Generic[R, S]):
     def _evaluate(self, step: int) -> None:
         if self.evaluate is not None:
             self.monitor.evaluation(step, self.evaluate(step))
+
+
+class StopAfterStep:
+    """Notes the first Ctrl-C within; the next one interrupts as usual.
+
+    Where Ctrl-C is not Python's own (another thread, a program with a handler of its own) nothing is changed.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.asked = False
+        self._say = say
+        self._holds = False
+
+    def __enter__(self) -> "StopAfterStep":
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+            self._holds = True
+        return self
+
+    def __exit__(self, *of_error: object) -> None:
+        self._let_go()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._let_go()
+        # from a thread of its own: the main one may be in the middle of printing
+        threading.Thread(target=self._say, args=(STOPPING,), daemon=True).start()
+
+    def _let_go(self) -> None:
+        if self._holds:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._holds = False

@@ -8,20 +8,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from pixrl.algorithms.references import shown_pictures
+from pixrl.algorithms.base import shown_pictures
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt
 from pixrl.errors import CheckpointError
 from pixrl.models.base import on_square
 from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.plugins import changed_files
 from pixrl.runs import checkpoint
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import evaluations
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.data import data_checksums
 from pixrl.runs.evaluation import gallery
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder, png_bytes
 from pixrl.runs.loaded import LoadedRun
+from pixrl.runs.log import evaluations
 
 START = "start.json"
 GALLERY = "samples/gallery.json"
@@ -46,6 +47,7 @@ def write_start(
     settings = run.config.evaluation
     prompts = run.evaluated()
     shown = gallery(prompts, settings.per_prompt, run.config.seed)
+    code = run.config.code
     record = {
         "recipe": run.config.model_dump(mode="json"),
         "model": run.policy.name,
@@ -53,6 +55,7 @@ def write_start(
         "merged": [one.digest for one in run.policy.merged],
         "rewards": run.rewards.provenance(),
         "data": data_checksums(run.prompts.prompts, run.held_out),
+        **({"code": code} if code else {}),
         "micro_batches": {"rollout": micro_batches.rollout, "train": micro_batches.train},
         "notes": list(notes),
         "trained_on": run.trained_on(),
@@ -82,7 +85,7 @@ def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict
 
 
 def read_start(folder: RunFolder) -> dict[str, Any]:
-    """What a run began with: recipe, model, fingerprint, merged, rewards, data, micro_batches, notes, trained_on,
+    """What a run began with: recipe, model, fingerprint, merged, rewards, data, code, micro_batches, notes, trained_on,
     evaluated_from, gallery. Where the file is missing or damaged, what the newest checkpoint keeps of it.
 
     `merged` are digests of the LoRAs below the trained one, `rewards` is each reward's provenance, `data` a checksum
@@ -188,6 +191,22 @@ def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: Flow
             f"is another model ({policy.backbone_fingerprint}). Its LoRA weights mean nothing there: "
             "put the model back, or start a new run."
         )
+
+
+def changed_code(folder: RunFolder, began: Mapping[str, Any], accepted: bool) -> list[str]:
+    """Which files that hold parts of the method are others than when the run began. Runs nothing of them.
+
+    Raises:
+        CheckpointError: one is, and that is not accepted.
+    """
+    changes = changed_files(began.get("code", {}))
+    if changes and not accepted:
+        listed = "\n  ".join(changes)
+        raise CheckpointError(
+            f"Code that {folder.path} was begun with has changed, so it would go on as another method:\n  {listed}\n"
+            "Put it back; or go on with the changes: add --accept-changes"
+        )
+    return changes
 
 
 def changed_rewards(folder: RunFolder, began: Mapping[str, Any], run: LoadedRun, accepted: bool) -> list[str]:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 import torch
 
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.losses import ClippedSurrogate
 from pixrl.algorithms.trainer import Aligner
 from pixrl.device import Precision
 from pixrl.errors import RunError
@@ -21,10 +20,6 @@ ROWS = 8
 """Pictures that are looked at."""
 BROKEN = 0.05
 """A deviation that no rounding explains: weights, schedule or conditioning of sampling and training differ."""
-VELOCITY_LIMIT = 0.02
-"""Of a relative difference."""
-RATIO_LIMIT = 0.01
-"""Of a ratio that is not clipped: its rounding scales a gradient by as much."""
 AGREEMENT = 1e-6
 
 
@@ -73,26 +68,11 @@ class Report:
         return [*self.notes, head, *rows, agree, "passed" if self.passed else "FAILED"]
 
 
-def limit_of(aligner: Aligner) -> float:
-    """The largest deviation that leaves a signal."""
-    loss = aligner.method.loss
-    if isinstance(loss, ClippedSurrogate):
-        return RATIO_LIMIT if loss.settings.clip is None else loss.settings.clip
-    return VELOCITY_LIMIT
-
-
-def measure_of(aligner: Aligner) -> str:
-    """What is measured, in words."""
-    if isinstance(aligner.method.loss, ClippedSurrogate):
-        return "largest |ratio - 1| before the first update"
-    return "|v - v_old| / |v_old| before the first update"
-
-
 def deviations(
     aligner: Aligner, rollouts: Rollouts, dtypes: Sequence[str], sizes: Sequence[int]
 ) -> list[Deviation]:
     """Scores some rollouts again at each dtype and batch size, the first of both first."""
-    policy, loss, limit = aligner.policy, aligner.method.loss, limit_of(aligner)
+    policy, loss, limit = aligner.policy, aligner.method.loss, aligner.method.loss.on_policy_limit
     rows = range(min(ROWS, len(rollouts)))
     found = []
     for dtype in dtypes:

@@ -21,13 +21,12 @@ from pixrl.models.slots import Slot
 from pixrl.report.align import write_align_report
 from pixrl.report.describe import group_size, images_of, updates_of
 from pixrl.runs import align as align_job
-from pixrl.runs.align_config import AlignConfig
-from pixrl.runs.align_log import evaluations
+from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import slug
-from pixrl.runs.kinds import kind_of, read_config
 from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
+from pixrl.runs.log import evaluations
 from pixrl.runs.place import is_run
 from pixrl.studies.align_config import BASE, AlignStudyConfig, RunStudyConfig, Task
 from pixrl.studies.align_figures import write_figures

@@ -12,11 +12,9 @@ from pixrl.config import Settings
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.rewards.settings import RewardSetting, check_rewards
-from pixrl.runs.align_config import AlignConfig, PerturbedExploration
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, load_recipe
 from pixrl.runs.evaluation import spread_evenly
 from pixrl.runs.fuse import slug
-from pixrl.runs.kinds import load_recipe
-from pixrl.runs.personalize_config import PersonalizeConfig
 from pixrl.studies.budget import check_budgets
 from pixrl.studies.runner import check_differences
 
@@ -190,7 +188,7 @@ class RunStudyConfig(Settings):
 
     def _check_projection(self, name: str) -> None:
         self._variant(name)
-        if not isinstance(self.recipe((name, self.seeds[0])).exploration, PerturbedExploration):
+        if not self.recipe((name, self.seeds[0])).exploration.varies_conditions:
             raise ConfigError(
                 f"projection.variant is {name!r}, which explores by noise alone: there would be nothing to compare. "
                 "Name one with exploration: perturbed."

@@ -8,7 +8,7 @@ from typing import Any
 
 from pixrl.metrics.intervals import student
 from pixrl.report.describe import images_of, updates_of
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.files import write_atomic
 from pixrl.studies.align_config import RunStudyConfig
 from pixrl.studies.budget import budget_of, budget_table

@@ -17,14 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pixrl import untrusted
-from pixrl.algorithms.draft import DraftSettings
-from pixrl.algorithms.losses import ClippedSettings, NFTSettings
-from pixrl.algorithms.rpo import RPOSettings
-from pixrl.algorithms.sampling import random_steps
-from pixrl.algorithms.sft import SFTSettings
 from pixrl.errors import ConfigError
-from pixrl.report.describe import group_size, images_of, updates_of
-from pixrl.runs.align_config import AlignConfig
+from pixrl.report.describe import images_of, updates_of
+from pixrl.runs.config import AlignConfig
 
 COLUMNS = ("pictures", "they are", "scores learned from", "gradient terms", "updates")
 
@@ -57,20 +52,8 @@ class Budget:
 def budget_of(config: AlignConfig) -> Budget:
     """What a recipe's run spends."""
     images, updates, groups = images_of(config), updates_of(config), config.steps * config.prompts.per_step
-    match config.loss:
-        case SFTSettings() as loss:
-            source = f"{groups} targets, each with {group_size(config)} noises; none drawn"
-            return Budget(images, source, 0, images * loss.timesteps, updates)
-        case RPOSettings() as loss:
-            pictures = groups * (2 if loss.similarity == 0 else 3)  # winner, loser, and the reference itself
-            return Budget(images, "drawn by the frozen base", images, pictures * loss.timesteps, updates)
-        case NFTSettings() as loss:
-            return Budget(images, "drawn by the model", images, images * loss.timesteps, updates)
-        case DraftSettings() as loss:
-            return Budget(images, "drawn by the model", images, images * loss.last, updates)
-        case ClippedSettings():
-            levels = len(random_steps(config.sampling, seed=0, step=0))  # as many in every training step
-            return Budget(images, "drawn by the model", images, images * levels, updates)
+    spent = config.loss.spending(images, groups, config.sampling)
+    return Budget(images, spent.source, spent.scores, spent.gradient_terms, updates)
 
 
 def draws_its_own(config: AlignConfig) -> bool:
@@ -79,7 +62,7 @@ def draws_its_own(config: AlignConfig) -> bool:
     Those of sft are targets, those of rpo the frozen base's: their rewards, group std and conflicts say nothing of what
     is learned.
     """
-    return not isinstance(config.loss, SFTSettings | RPOSettings)
+    return config.loss.draws_its_own
 
 
 def check_budgets(configs: Mapping[str, AlignConfig]) -> None:

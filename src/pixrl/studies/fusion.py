@@ -25,7 +25,7 @@ from pixrl.fusion.select import choose, choose_thresholds
 from pixrl.fusion.trainer import FusionRollouts, FusionScores, FusionTrainer
 from pixrl.fusion.world import FusionSession, FusionWorld, load_world
 from pixrl.metrics.fusion import figures
-from pixrl.runs.fuse_config import FuseConfig
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.loop import Step, take_step
 from pixrl.studies.fusion_table import write_tables
 from pixrl.studies.heldout import HeldOut, load_heldout

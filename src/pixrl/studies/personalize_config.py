@@ -8,9 +8,8 @@ from pixrl.config import Settings
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.report.charts import COLOURS
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.fuse import slug
-from pixrl.runs.personalize_config import PersonalizeConfig
 from pixrl.studies.align_config import BASE, Measuring, RunStudyConfig
 
 KIND = "personalize-study"

@@ -17,7 +17,7 @@ from pixrl.errors import ConfigError, PixrlError, did_you_mean
 from pixrl.runs.check import RECORDS
 from pixrl.runs.environment import describe
 from pixrl.runs.files import sha256, write_atomic
-from pixrl.runs.jsonl import JsonLines
+from pixrl.runs.folder import JsonLines
 
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
 Record = dict[str, Any]

@@ -25,9 +25,8 @@ from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.segmentation import Segmenter
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.align_config import AlignConfig
+from pixrl.runs.config import AlignConfig, read_config
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.kinds import read_config
 from pixrl.runs.loaded import LoadedRun, load_run
 from pixrl.runs.record import find_place, read_start, require_same_model
 from pixrl.types import RewardBatch, Scores

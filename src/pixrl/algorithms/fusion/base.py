@@ -100,7 +100,7 @@ class Feedback:
 class Sampler(ABC, Generic[SettingsT]):
     """Proposes coefficients and learns, or not, from what they scored."""
 
-    settings_type: ClassVar[type[Settings]] = NoSettings
+    Settings: ClassVar[type[Settings]] = NoSettings
     """Its own settings, the `options` of a fuse recipe."""
 
     def __init__(self, task: FusionTask, settings: SettingsT) -> None:

@@ -15,7 +15,7 @@ improves the policy.
 | k_t(theta), L^PPO, Eq. 4      | `equations.clipped_surrogate`, in `PolicySampler.improve`        |
 | xi = 0.2                      | `clip`                                                           |
 | T = 128, updates every 16     | `budget`, `batch`                                                |
-| pi_theta                      | `policy`: `CompactPolicy`, or the published `PaperPolicy`        |
+| pi_theta                      | `policy`: `CompactPolicy`, or the published `PublishedPolicy`        |
 
 Deviations:
 
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms.fusion.base import Feedback, Proposal
-from pixrl.algorithms.fusion.policy_gradient import PolicySampler, PolicySettings
+from pixrl.algorithms.fusion.policy import PolicySampler, PolicySettings
 from pixrl.equations import group_advantages, leave_one_out
 
 
@@ -61,7 +61,7 @@ class RMLerSettings(PolicySettings):
 class RMLer(PolicySampler[RMLerSettings]):
     """Critic-free PPO on the raw or the centred reward."""
 
-    settings_type = RMLerSettings
+    Settings = RMLerSettings
 
     def advantages(self, proposal: Proposal, feedback: Feedback) -> Tensor:
         if self.settings.baseline is Baseline.NONE:

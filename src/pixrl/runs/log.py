@@ -1,25 +1,32 @@
-"""What an align run writes: metrics, manifest and pictures, evaluations, TensorBoard events.
+"""What runs write as they go, which can be cut back to a checkpoint's step: a resumed run's logs are an unbroken one's.
 
-Every process writes its own pictures (they share a disk); the leading one writes the logs. All of it can be cut back to
-a checkpoint's step, so that a resumed run's logs are those of an unbroken one.
+An alignment's steps are written as they come; every process writes its own pictures (they share a disk), the leading
+one the logs. A fusion's are written by a thread of their own, in order, while the next step renders.
+
+In both, a step is pictures, manifest lines and metrics, and a checkpoint comes last: a run that is killed anywhere goes
+on from the newest whole checkpoint, drops what lies behind it and makes it anew, identically.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.world import Peers
+from pixrl.algorithms.world import World
 from pixrl.errors import CheckpointError
+from pixrl.fusion.select import SCORE
+from pixrl.fusion.trainer import FusionRollouts, FusionScores
 from pixrl.runs import checkpoint
+from pixrl.runs.config import FuseConfig
 from pixrl.runs.files import fsync_folder, remove, write_all_atomic, write_atomic
-from pixrl.runs.folder import EVALUATIONS, ManifestRow, RunFolder, png_bytes
-from pixrl.runs.jsonl import JsonLines
+from pixrl.runs.folder import EVALUATIONS, JsonLines, ManifestRow, RunFolder, png_bytes
 from pixrl.types import Scores
 
 SCORES = "scores.json"
@@ -32,20 +39,20 @@ class AlignLog:
     """The logs of one run; every process has one, and calls it alike."""
 
     def __init__(
-        self, folder: RunFolder, peers: Peers, *, images_every: int, keep: int, from_step: int, images: int
+        self, folder: RunFolder, world: World, *, images_every: int, keep: int, from_step: int, images: int
     ) -> None:
         """Goes on from step `from_step` with `images` rows in the manifest; what lay behind is cut off (`cut_back`).
 
         `keep`: how many checkpoints are kept.
         """
         self.folder = folder
-        self.peers = peers
+        self.world = world
         self.images_every = images_every
         self.keep = keep
         self.images = images
         self._evaluations = JsonLines(folder.path / EVALUATIONS, folder.path)
         self._board: SummaryWriter | None = None
-        if peers.rank == 0:
+        if world.rank == 0:
             place = str(folder.path / TENSORBOARD)
             self._board = SummaryWriter(place, purge_step=from_step)
 
@@ -56,28 +63,28 @@ class AlignLog:
         files: Sequence[str | None] = [None] * len(indices)
         if keep and indices:
             files = self.folder.save_images(indices, rollouts.images_BCHW)
-        rows = [row for part in self.peers.gather(_rows(rollouts, scores, indices, files)) for row in part]
+        rows = [row for part in self.world.gather(_rows(rollouts, scores, indices, files)) for row in part]
         self.images += len(rows)
-        if self.peers.rank == 0:
+        if self.world.rank == 0:
             self.folder.append_manifest(sorted(rows, key=lambda row: row.index))
             self.folder.log(rollouts.step, metrics)
             self._to_board(metrics, rollouts.step)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """A checkpoint; nobody runs ahead of it."""
-        if self.peers.rank == 0:
+        if self.world.rank == 0:
             path = self.folder.path
             checkpoint.save(checkpoint.step_folder(path, step), tensors, state)
             self.folder.step_is_saved()
             checkpoint.keep_last(path, self.keep)
-        self.peers.gather(None)
+        self.world.gather(None)
 
     def wait(self) -> None:
         """Everything is written as soon as it is handed over."""
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """One evaluation, made before training step `step`."""
-        if self.peers.rank == 0:
+        if self.world.rank == 0:
             finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
             self._evaluations.append([{"step": step, **finite}])
             self._to_board({f"evaluation/{name}": x for name, x in figures.items()}, step)
@@ -97,8 +104,8 @@ class AlignLog:
             name: [x if math.isfinite(x) else None for x in one.values_B.tolist()]
             for name, one in scores.items()
         }
-        parts = self.peers.gather(own)
-        if self.peers.rank == 0:
+        parts = self.world.gather(own)
+        if self.world.rank == 0:
             whole = {name: [x for part in parts for x in part[name]] for name in own}
             write_atomic(samples_of(self.folder, step) / SCORES, json.dumps(whole).encode())
 
@@ -195,3 +202,119 @@ def sample_scores(folder: RunFolder, step: int) -> dict[str, list[float | None]]
 def evaluations(path: Path) -> list[dict[str, Any]]:
     """All evaluations of a run folder, in order: `step` and figures by name, None where there is none."""
     return JsonLines(Path(path) / EVALUATIONS, Path(path)).read()
+
+
+COEFFICIENTS = "rollouts/coefficients"
+
+
+class FuseLog:
+    """The record of one fusion. At most one step is waiting to be written while the next one renders."""
+
+    def __init__(self, folder: RunFolder, config: FuseConfig) -> None:
+        self.folder = folder
+        self.config = config
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pixrl-writer")
+        self._pending: list[Future[None]] = []
+        self._is_broken = False
+        (folder.path / COEFFICIENTS).mkdir(parents=True, exist_ok=True)
+
+    def step(self, rollouts: FusionRollouts, scores: FusionScores, metrics: Mapping[str, float]) -> None:
+        """Hands a step over. Raises what went wrong with the one before (a full disk, say)."""
+        self.wait()
+        self._hand_over(self._write, rollouts, scores, dict(metrics))
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Hands a checkpoint over, as it is now."""
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self._hand_over(self._save, step, copies, dict(state))
+
+    def wait(self) -> None:
+        """Until everything handed over is on the disk."""
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def close(self) -> None:
+        """What was handed over is still written, unless something before it failed."""
+        self._thread.shutdown(wait=True)
+
+    def _hand_over(self, write: Callable[..., None], *given: object) -> None:
+        self._pending.append(self._thread.submit(self._in_order, write, *given))
+
+    def _in_order(self, write: Callable[..., None], *given: object) -> None:
+        """Nothing is written behind what could not be: a checkpoint says that all of its step is there."""
+        if self._is_broken:
+            return
+        self._is_broken = True
+        write(*given)
+        self._is_broken = False
+
+    def _write(self, rollouts: FusionRollouts, scores: FusionScores, metrics: Mapping[str, float]) -> None:
+        indices = range(rollouts.first_index, rollouts.first_index + len(rollouts))
+        files = self.folder.save_images(indices, rollouts.images_BCHW)
+        save_coefficients(self.folder, rollouts.step, rollouts.proposal.coefficients_BND)
+        self.folder.append_manifest(manifest_rows(rollouts, scores, self.config, files))
+        self.folder.log(rollouts.step, metrics)
+
+    def _save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        checkpoint.save(checkpoint.step_folder(self.folder.path, step), tensors, state)
+        self.folder.step_is_saved()
+        checkpoint.keep_last(self.folder.path, 2)
+
+
+def save_coefficients(folder: RunFolder, step: int, coefficients_BND: Tensor) -> None:
+    """The coefficients of a step: with the seeds in the manifest they give its pictures back."""
+    content = safetensors.torch.save({"coefficients_BND": coefficients_BND.detach().cpu().contiguous()})
+    write_atomic(coefficients_file(folder, step), content)
+
+
+def coefficients_file(folder: RunFolder, step: int) -> Path:
+    """Where they lie."""
+    return folder.path / COEFFICIENTS / f"step-{step:06d}.safetensors"
+
+
+def cut_coefficients(folder: RunFolder, step: int) -> None:
+    """Drops those of `step` and later, which are drawn anew."""
+    for file in (folder.path / COEFFICIENTS).glob("step-[0-9]*.safetensors"):
+        if int(file.stem.removeprefix("step-")) >= step:
+            file.unlink()
+
+
+def load_coefficients(folder: RunFolder, step: int) -> Tensor:
+    """The inverse of `save_coefficients`."""
+    content = coefficients_file(folder, step).read_bytes()
+    return safetensors.torch.load(content)["coefficients_BND"]
+
+
+def manifest_rows(
+    rollouts: FusionRollouts, scores: FusionScores, config: FuseConfig, files: list[str]
+) -> list[ManifestRow]:
+    """One row a picture."""
+    rows = []
+    for i, file in enumerate(files):
+        similarities = scores.feedback.similarities_BN[i].tolist()
+        figures = {f"{SCORE}{concept}": s for concept, s in zip(config.concepts, similarities, strict=True)}
+        figures["reward"] = float(scores.feedback.rewards_B[i])
+        scored = not math.isnan(figures["reward"])
+        figures["balance"] = max(similarities) - min(similarities) if scored else math.nan
+        rows.append(
+            ManifestRow(
+                index=rollouts.first_index + i,
+                step=rollouts.step,
+                concepts=config.concepts,
+                seed=rollouts.seeds[i],
+                scores=figures,
+                failed=scores.reasons[i],
+                file=file,
+                extra={"coefficients": summarize(rollouts.proposal.coefficients_BND[i], config.concepts)},
+            )
+        )
+    return rows
+
+
+def summarize(coefficients_ND: Tensor, concepts: tuple[str, ...]) -> dict[str, Any]:
+    """Each concept's mean share over the columns, and how much the columns differ."""
+    means = coefficients_ND.mean(dim=1).tolist()
+    shares = {concept: round(mean, 4) for concept, mean in zip(concepts, means, strict=True)}
+    spread = float(coefficients_ND.std(dim=1, correction=0).mean())
+    outside = float(((coefficients_ND < 0) | (coefficients_ND > 1)).float().mean())
+    return {"share": shares, "spread": round(spread, 4), "outside": round(outside, 4)}

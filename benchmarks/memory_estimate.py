@@ -1,6 +1,6 @@
-"""What published generators need to train on one picture, on paper: their true shapes, no weights. For docs/models.md.
+"""What published generators need to train on one picture, estimated without weights. For docs/models.md.
 
-    python benchmarks/memory_on_paper.py
+    python benchmarks/memory_estimate.py
 
 The shapes below are written from memory and from diffusers' defaults; the figures are those of `pixrl doctor`.
 """
@@ -14,12 +14,12 @@ import torch
 
 from pixrl.device import Precision
 from pixrl.doctor.diagnosis import size
-from pixrl.doctor.training import Paper
+from pixrl.doctor.training import Estimate
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX
-from pixrl.models import adapter_of, kind_of
-from pixrl.models.estimate import paper_pipeline
-from pixrl.runs.align_config import AlignConfig
+from pixrl.models import adapter_of
+from pixrl.models.estimate import empty_pipeline
+from pixrl.runs.config import AlignConfig
 
 BF16 = Precision(torch.bfloat16, torch.bfloat16)
 REWARDS = [{"name": "clip_text", "options": {"model": "toy:clip"}}]
@@ -104,23 +104,24 @@ def row(name: str, pipeline: str, transformer: dict[str, Any], checkpointing: bo
         path = folder(Path(place), pipeline, transformer)
         machine = {"gradient_checkpointing": checkpointing}
         config = AlignConfig.model_validate({"rewards": REWARDS, "machine": machine})
-        policy = adapter_of(kind_of(path))(
+        adapter: Any = adapter_of(Checkpoint(path))
+        policy = adapter(
             Checkpoint(path), device="cpu", dtype="float32", resolution=512, steps=10,
-            pipeline=paper_pipeline(pipeline, path, BF16),
+            pipeline=empty_pipeline(pipeline, path, BF16),
         )  # fmt: skip
         policy.settings = type(policy.settings)(10, 1.0, 512)
         count = sum(parameter.numel() for parameter in policy.transformer.parameters())
-        paper = Paper(policy, policy.blank(), config, BF16)
-    trained = paper.trained
+        estimate = Estimate(policy, policy.blank(), config, BF16)
+    trained = estimate.trained
     cells = (
         name,
         f"{count / 1e9:.2f} B",
         size(2 * count),
         size(trained.lora + 2 * trained.gradients + trained.optimizer),
         "yes" if checkpointing else "no",
-        size(paper.training.first),
-        size(paper.training.each),
-        size(paper.drawing.first),
+        size(estimate.training.first),
+        size(estimate.training.each),
+        size(estimate.drawing.first),
     )
     return f"| {' | '.join(cells)} |"
 

@@ -1,0 +1,259 @@
+"""What all losses share: which pictures are learned from, what their scores say, and a term for each sample and part.
+
+A loss is cut into `parts` (random steps, or noise levels), each of which can be evaluated for any rows of a step's
+rollouts, so that memory never decides what is learned. It also says which pictures it learns from (`draw`: the samples
+of a slot) and what it takes from their scores (`advantages`), where the baselines `sft.py` and `rpo.py` differ.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pixrl.algorithms import make_advantage
+from pixrl.algorithms.advantages import EstimatorSettings
+from pixrl.algorithms.base import Drawn, Rollouts, Samples, Use, fresh_noise, roll_out
+from pixrl.algorithms.exploration import Variants
+from pixrl.algorithms.sampling import RolloutSettings, StepPlan
+from pixrl.config import Settings
+from pixrl.equations import interpolate
+from pixrl.models.base import Conditioning, FlowPolicy
+from pixrl.models.slots import Slot
+from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.settings import RewardSetting
+from pixrl.types import sample_seed
+
+VELOCITY_LIMIT = 0.02
+"""Largest relative difference of the trained velocity from the sampling one that leaves a signal."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a loss makes of the pictures of a run, for comparisons at equal budgets."""
+
+    source: str
+    """Who draws them."""
+    scores: int
+    """Pictures whose scores say what is learned."""
+    gradient_terms: int
+    """Pictures x noise levels through a gradient."""
+
+
+class LossSettings(Settings):
+    """The settings of a loss, and what is known of it before a model is there: what it fits, and its words.
+
+    A loss of your own has a class `Settings` derived from this one.
+    """
+
+    kind: str
+    learns_from_scores: ClassVar[bool] = True
+    """False: rewards are only logged."""
+    draws_its_own: ClassVar[bool] = True
+    """Whether the pictures of training show the model in training; where they do not, their rewards, group std and
+    conflicts say nothing of what is learned."""
+    needs_targets: ClassVar[bool] = False
+    """Whether every prompt of training must come with a picture that shows how it should be."""
+    compares_samples: ClassVar[bool] = True
+    """Whether a group of one sample teaches nothing."""
+    through_decoder: ClassVar[bool] = False
+    """Whether the gradient passes the decoder, which takes memory."""
+
+    def check_sampling(self, sampling: RolloutSettings) -> None:
+        """ValueError where the loss cannot learn from rollouts that are sampled so."""
+
+    def check_advantage(self, advantage: EstimatorSettings) -> None:
+        """ValueError for settings of advantages that the loss would not read."""
+
+    def check_updates(self, updates: int) -> None:
+        """ValueError for settings that do not fit this number of optimizer steps a training step."""
+
+    def check_rewards(self, rewards: Sequence[RewardSetting]) -> None:
+        """ValueError where the loss cannot learn from these rewards. Loads no model."""
+
+    def trained_levels(self, sampling: RolloutSettings) -> int:
+        """Noise levels that each picture is trained at."""
+        return sampling.steps
+
+    def spending(self, images: int, groups: int, sampling: RolloutSettings) -> Spending:
+        """What a run of so many pictures in so many groups spends."""
+        return Spending("drawn by the model", images, images * self.trained_levels(sampling))
+
+    def describe(self, *, shows_references: bool) -> str:
+        """The loss in a line, for the report; `shows_references`: of a run whose model is shown reference pictures."""
+        given = [f"{name} {value}" for name, value in self.model_dump(exclude={"kind"}, mode="json").items()]
+        return ", ".join([self.kind, *given])
+
+    def describe_advantage(self, advantage: EstimatorSettings) -> str:
+        """What becomes of the advantages, in a line."""
+        return advantage.describe()
+
+    def describe_pictures(self, *, shows_references: bool) -> str:
+        """Whose pictures training scored, as a sentence, where the trained model did not draw them; else empty."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A loss of some rows at one part, and figures of the same rows for the log."""
+
+    loss_B: Tensor
+    """To minimize, [B]."""
+    figures: Mapping[str, Tensor]
+    """Name -> [B], without gradients."""
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What the scores of a step's samples say to a loss."""
+
+    advantage_TPS: Tensor
+    """At every step of the schedule; nan leaves a sample out."""
+    rival_PS: Tensor | None = None
+    """Place in its group of the sample that each one was preferred to, for losses of pairs."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """What each reward counts, for losses that differentiate the rewards themselves."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """For the log."""
+
+
+class Loss(ABC):
+    """What is minimized over a step's rollouts."""
+
+    Settings: ClassVar[type[LossSettings]]
+    """Its settings; their `kind` is how a recipe names it."""
+    sampling_slot: Slot
+    """Whose pictures are learned from."""
+    on_policy_measure: ClassVar[str] = "|v - v_old| / |v_old| before the first update"
+    """What `deviation` measures, in words."""
+    is_always_on_policy: ClassVar[bool] = False
+    """Whether the first update of every step begins on-policy; False: only that of a run, before slots part."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @classmethod
+    def make(cls, settings: Any, rewards: Mapping[str, DifferentiableReward]) -> Self:
+        """The loss of these settings; `rewards`: name -> what it may differentiate."""
+        return cls(settings)
+
+    @property
+    def on_policy_limit(self) -> float:
+        """The largest `deviation` that leaves a signal."""
+        return VELOCITY_LIMIT
+
+    def draw(
+        self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
+    ) -> Drawn:
+        """The pictures that a training step learns from: those of `sampling_slot`."""
+        with policy.slot(self.sampling_slot):
+            return roll_out(policy, variants, samples, plan, micro_batch)
+
+    def advantages(
+        self,
+        rewards: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        settings: EstimatorSettings,
+        steps: int,
+    ) -> "Advantages":
+        """What is learned of the scores of all processes' samples [P, S], reward by reward."""
+        table = make_advantage(settings)(rewards, weights, steps)
+        return Advantages(table, figures={"advantage_mean": table.nanmean().item()})
+
+    @abstractmethod
+    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
+        """The true step, 0 the noisiest, that each of some rows is trained at in a part."""
+
+    @abstractmethod
+    def parts(self, rollouts: Rollouts) -> int:
+        """How many terms each sample has."""
+
+    @abstractmethod
+    def terms(
+        self,
+        policy: FlowPolicy,
+        rollouts: Rollouts,
+        rows: Sequence[int],
+        advantage_B: Tensor,
+        part: int,
+        with_kl: bool,
+    ) -> Terms:
+        """The loss of some rows [B], with gradients to the slot `current`, which is active.
+
+        With `with_kl` the figures hold `kl`, the distance to the reference.
+        """
+
+    @abstractmethod
+    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
+        """How far the first update is from on-policy on some rows: 0 but for rounding.
+
+        Computed as the update does, with gradients, since that may take other kernels than sampling did.
+        """
+
+    def old_decay(self, step: int) -> float | None:
+        """How much of the old policy stays after a step; None where this loss has no old policy."""
+        return None
+
+
+def require_levels(timesteps: int, sampling: RolloutSettings) -> None:
+    """ValueError where the schedule has fewer noise levels than a loss is trained at."""
+    if timesteps > sampling.steps:
+        raise ValueError(
+            f"loss.timesteps is {timesteps}, but {sampling.steps} sampling steps have only as many noise levels"
+        )
+
+
+def velocity_deviation(policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], slot: Slot) -> float:
+    """How far the trained velocity is from a slot's on some rows: the norm of their difference over the slot's norm.
+
+    Not the largest difference: with kernels that differ between training and sampling (torch.compile in bfloat16) some
+    element of thousands is always far off.
+    """
+    x_t, t_B, _, _ = noised(policy, rollouts, rows, 0)
+    condition = rollouts.conditioning(rows)
+    with policy.quick_backward():
+        current = policy.velocity(x_t, t_B, condition).detach()
+        other = velocity_of(slot, policy, x_t, t_B, condition)
+    return float((current - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny))
+
+
+@torch.no_grad()
+def velocity_of(slot: Slot, policy: FlowPolicy, x_t: Tensor, t_B: Tensor, condition: Conditioning) -> Tensor:
+    """The velocity of another slot than the trained one, without a graph."""
+    with policy.slot(slot):
+        return policy.velocity(x_t, t_B, condition)
+
+
+def noise_levels(
+    rollouts: Rollouts, rows: Sequence[int], part: int, among: tuple[int, int] | None = None
+) -> list[int]:
+    """The step whose noise level each of some rows has in a part: an order of its own for each sample.
+
+    Out of all steps, or `among` some: the first and the one after the last.
+    """
+    first, end = among or (0, rollouts.schedule.steps)
+    return [first + _shuffled(rollouts.samples.streams[row], end - first)[part] for row in rows]
+
+
+def noised(
+    policy: FlowPolicy,
+    rollouts: Rollouts,
+    rows: Sequence[int],
+    part: int,
+    among: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_t, t [B], x0 and the noise of some rows: noise levels in an order, and fresh noises, of each sample's own."""
+    index = list(rows)
+    x0 = rollouts.x0_B[index]
+    levels = rollouts.schedule.sigmas
+    t_B = x0.new_tensor([levels[step] for step in noise_levels(rollouts, rows, part, among)])
+    noise = fresh_noise(policy, [rollouts.samples.streams[row] for row in index], Use.FRESH, part)
+    return interpolate(x0, noise, t_B), t_B, x0, noise
+
+
+def _shuffled(stream: int, count: int) -> list[int]:
+    drawer = torch.Generator().manual_seed(sample_seed(stream, Use.ORDER, 0, 0))
+    order: list[int] = torch.randperm(count, generator=drawer).tolist()
+    return order

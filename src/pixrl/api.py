@@ -1,0 +1,473 @@
+"""What a person calls: `pixrl.fuse`, `pixrl.align`, `pixrl.personalize`; and what the command line calls."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from PIL import Image
+
+from pixrl import config as recipes
+from pixrl.data.pairs import check_concepts, parse_pairs, read_pairs
+from pixrl.device import quiet_loading
+from pixrl.doctor.diagnosis import Diagnosis
+from pixrl.doctor.fusion import examine_fusion
+from pixrl.doctor.training import examine as examine_training
+from pixrl.errors import ConfigError, InputError
+from pixrl.fusion.select import Selection
+from pixrl.report.align import write_align_report
+from pixrl.report.fuse import write_fuse_report
+from pixrl.report.fuse_many import write_many_report
+from pixrl.runs import align as align_job
+from pixrl.runs import fuse as fuse_job
+from pixrl.runs import fuse_many
+from pixrl.runs.align import try_out
+from pixrl.runs.config import ALIGN, KINDS, PERSONALIZE, AlignConfig, FuseConfig, load_recipe, resolve_options
+from pixrl.runs.display import Monitor, Silent, for_terminal
+from pixrl.runs.distributed import Team
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.fuse import FinishedRun
+from pixrl.runs.log import evaluations
+from pixrl.runs.selfcheck import Report
+
+RUNS = Path("runs")
+PERSONALIZE_RECIPE = "toy/customized-nft"
+"""What `pixrl personalize` does where no recipe is given."""
+SUBJECT_RECIPE = "toy/subject"
+"""The same where a subject is."""
+
+
+@dataclass(frozen=True)
+class AlignResult:
+    """A finished alignment."""
+
+    run: Path
+    """The run's folder."""
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """One line a training step."""
+        return RunFolder.open(self.run).metrics()
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Scores of held-out prompts, before training first and after it last."""
+        return evaluations(self.run)
+
+    @property
+    def report(self) -> Path:
+        return self.run / "report.html"
+
+
+def align(
+    recipe: str | Path | Mapping[str, Any],
+    steps: int | None = None,
+    seed: int | None = None,
+    out: Path | str | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    force: bool = False,
+    live: bool = False,
+) -> AlignResult:
+    """Align a flow model with rewards.
+
+    Args:
+        recipe: a YAML file, a name under recipes/ such as `toy/e2po`, or the settings themselves.
+        steps: training steps, in place of the recipe's.
+        seed: of everything random, in place of the recipe's.
+        out: the run's folder; none: a new one under runs/.
+        settings: further ones by dotted name, `{"optimizer.lr": 1e-4}`.
+        force: replace a run that is there already.
+        live: show progress on standard error.
+
+    Raises:
+        InputError: the recipe, or something that it names, is wrong.
+        RunError: the folder is taken, or the run had to stop.
+    """
+    config = load(recipe, steps=steps, seed=seed, settings=settings, kind=ALIGN)
+    place = default_out(recipe, config) if out is None else Path(out)
+    return run_align(config, place, force=force, live=live)
+
+
+def personalize(
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    out: Path | str | None = None,
+    *,
+    subject: Path | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    force: bool = False,
+    live: bool = False,
+) -> AlignResult:
+    """Train a model to keep a subject's identity while it follows the prompt.
+
+    Args:
+        recipe: a YAML file, a name under recipes/, or the settings themselves; none: `toy/customized-nft`, and
+            `toy/subject` where a subject is given.
+        steps: training steps, in place of the recipe's.
+        seed: of everything random, in place of the recipe's.
+        out: the run's folder; none: a new one under runs/.
+        subject: a subject's folder (pictures, class.txt, prompts.txt) in place of the recipe's subjects, for training
+            and evaluation.
+        settings: further ones by dotted name, `{"advantage.synergy.alpha": 0.8}`.
+        force: replace a run that is there already.
+        live: show progress on standard error.
+
+    Raises:
+        InputError: the recipe, or something that it names, is wrong.
+        RunError: the folder is taken, or the run had to stop.
+    """
+    config, name = load_personalize(recipe, subject=subject, steps=steps, seed=seed, settings=settings)
+    place = default_out(name, config) if out is None else Path(out)
+    return run_align(config, place, force=force, live=live)
+
+
+def load_personalize(
+    recipe: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    *,
+    subject: Path | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[AlignConfig, str | Path | Mapping[str, Any]]:
+    """The settings of a personalization, and what to name its folder after."""
+    chosen = {text.partition("=")[0].strip() for text in overrides}
+    sources = () if subject is None else ("prompts.source", "evaluation.source")
+    own = {name: str(subject) for name in sources if name not in chosen}
+    usual = PERSONALIZE_RECIPE if subject is None else SUBJECT_RECIPE
+    source = usual if recipe is None else recipe
+    config = load(
+        source, overrides, steps=steps, seed=seed, settings={**own, **(settings or {})}, kind=PERSONALIZE
+    )
+    return config, source if subject is None else Path(subject).resolve().name
+
+
+def load(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    kind: str | None = None,
+) -> AlignConfig:
+    """The settings of a recipe with what was given besides; `kind`: the job to do, none: the recipe's own."""
+    given = {"steps": steps, "seed": seed, **(settings or {})}
+    values = {name: value for name, value in given.items() if value is not None}
+    return load_recipe(recipe, overrides, values=values, kind=kind)
+
+
+def load_either(
+    recipe: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    *,
+    subject: Path | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+) -> AlignConfig:
+    """The settings that `pixrl align RECIPE` or `pixrl personalize --subject SUBJECT` would train with.
+
+    Raises:
+        ConfigError: neither a recipe nor a subject, or the recipe is wrong.
+    """
+    if subject is not None:
+        return load_personalize(recipe, overrides, subject=subject, steps=steps, seed=seed)[0]
+    if recipe is None:
+        raise ConfigError("Neither a recipe nor a subject was given. Type toy/e2po, or --subject FOLDER.")
+    return load(recipe, overrides, steps=steps, seed=seed)
+
+
+def run_align(config: AlignConfig, out: Path, *, force: bool = False, live: bool = True) -> AlignResult:
+    """One alignment from the start, with its report."""
+    return _finish(align_job.start(config, out, force=force, monitor=_monitor(live)))
+
+
+def resume(
+    run: Path, overrides: Sequence[str] = (), *, accept_changes: bool = False, live: bool = True
+) -> "AlignResult | FusionResult | Path":
+    """Goes on with an interrupted run of any kind, or chooses again in a finished fusion.
+
+    Args:
+        run: the run's folder.
+        overrides: settings to change from here on, `a.b=c`; an alignment's or personalization's alone.
+        accept_changes: go on though recipe.yaml, weights, prompts or pictures have changed.
+        live: show progress.
+
+    Returns:
+        The run's result; of a folder of fusions, its path.
+
+    Raises:
+        InputError: settings are given for a fusion, whose settings are fixed once it began.
+        CheckpointError: something changed that the run began with.
+    """
+    kind = RunFolder.open(run, allow_changed=True).kind
+    if kind in KINDS:
+        done = align_job.go_on(
+            run, overrides=overrides, accept_changes=accept_changes, monitor=_monitor(live)
+        )
+        return _finish(done)
+    if overrides or accept_changes:
+        raise InputError(f"{run} is a run of kind {kind!r}, whose settings are fixed once it began.")
+    if kind == fuse_job.KIND:
+        return _finish_fusion(fuse_job.go_on(run, monitor=_monitor(live)))
+    return write_many_report(fuse_many.go_on_many(run, monitor=lambda: _monitor(live))).parent
+
+
+def selfcheck(config: AlignConfig) -> Report:
+    """Whether a run of this recipe can be trusted, before it starts."""
+    return align_job.check(config)
+
+
+def default_out(recipe: str | Path | Mapping[str, Any], config: AlignConfig) -> Path:
+    """A folder under runs/ that does not exist yet."""
+    name = "align" if isinstance(recipe, Mapping) else Path(recipe).with_suffix("").name
+    return _free(f"{name}-{config.seed}")
+
+
+def _finish(run: Path) -> AlignResult:
+    if Team("cpu").leads:
+        write_align_report(run)
+    return AlignResult(run)
+
+
+def _free(name: str) -> Path:
+    """`name` under runs/, with a number behind where it is taken."""
+    number, place = 1, RUNS / name
+    while place.exists():
+        number += 1
+        place = RUNS / f"{name}-{number}"
+    return place
+
+
+def _monitor(live: bool) -> Monitor:
+    return for_terminal() if live else Silent()
+
+
+class Pictures(Sequence[Image.Image]):
+    """A run's pictures, read from its folder when asked for."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, place: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> "Pictures": ...
+
+    def __getitem__(self, place: int | slice) -> "Image.Image | Pictures":
+        if isinstance(place, slice):
+            return Pictures(self.files[place])
+        with Image.open(self.files[place]) as picture:
+            return picture.convert("RGB")
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return (self[place] for place in range(len(self)))
+
+
+@dataclass(frozen=True)
+class FusionResult:
+    """A finished fusion."""
+
+    images: Pictures
+    """Every picture, in the order they were made; PIL images."""
+    scores: tuple[Mapping[str, float | None], ...]
+    """Of every picture: `S/CONCEPT`, `reward` and `balance`; None where scoring failed."""
+    selected: tuple[int, ...]
+    """Indices of the selected pictures, best first; empty when none qualifies."""
+    run: Path
+    """The run's folder."""
+    selection: Selection = field(repr=False)
+    """Thresholds, number of candidates, and how far the nearest fell short."""
+
+    @property
+    def report(self) -> Path:
+        return self.run / "report.html"
+
+
+def fuse(
+    concepts: Sequence[str],
+    budget: int = 128,
+    seed: int = 0,
+    sampler: str = "rmler",
+    model: str = "toy:sd3",
+    out: Path | str | None = None,
+    *,
+    force: bool = False,
+    live: bool = False,
+    **settings: Any,
+) -> FusionResult:
+    """Fuse two or more concepts into one new object.
+
+    Args:
+        concepts: two or more different ones.
+        budget: pictures in all.
+        seed: of everything random.
+        sampler: rmler, ppo, grpo, random, mean, bass, agswap, golden or search.
+        model: toy:NAME, a folder in diffusers' layout, or a hub id.
+        out: the run's folder; None makes a new one under runs/.
+        force: replace a run that is there already.
+        live: show progress.
+        settings: any other setting of `FuseConfig`, such as alpha=3 or options={"lr": 0.1}.
+    """
+    if isinstance(concepts, str):
+        raise InputError(
+            f"concepts is a list of names, got the one string {concepts!r}: fuse([{concepts!r}, ...])"
+        )
+    if not isinstance(concepts, Iterable):
+        raise InputError(f'concepts is a list of names, got {concepts!r}: fuse(["owl", "snail"])')
+    given = {"concepts": tuple(concepts), "budget": budget, "seed": seed, "sampler": sampler, "model": model}
+    config = recipes.load(FuseConfig, {**given, **settings})
+    return run_fuse(config, None if out is None else Path(out), force=force, live=live)
+
+
+def run_fuse(
+    config: FuseConfig, out: Path | None = None, *, force: bool = False, live: bool = True
+) -> FusionResult:
+    """One fusion from the start, with its report."""
+    check_concepts(config.concepts)
+    run = fuse_job.start(config, out or default_fuse_out(config), force=force, monitor=_monitor(live))
+    return _finish_fusion(run)
+
+
+def run_compare(
+    config: FuseConfig,
+    samplers: Sequence[str] | str,
+    out: Path | None = None,
+    *,
+    force: bool = False,
+    live: bool = True,
+) -> Path:
+    """The same concepts with several samplers, or "all"; the folder. Options go to the samplers that know them."""
+    usual = resolve_options(config.sampler, {}).model_dump(mode="json")
+    given = {name: value for name, value in config.options.items() if value != usual.get(name)}
+    many = fuse_many.compare_config(config, samplers, given)
+    place = out or default_fuse_out(config, compare=True)
+    runs = fuse_many.start_many(many, fuse_many.COMPARE, place, force=force, monitor=lambda: _monitor(live))
+    write_many_report(runs)
+    return runs.folder.path
+
+
+def run_pairs(
+    config: FuseConfig,
+    pairs: Path | Sequence[str],
+    out: Path | None = None,
+    *,
+    force: bool = False,
+    live: bool = True,
+) -> Path:
+    """Every line of a file, or of a list of `a & b`, as a fusion of its own; the folder."""
+    if config.concepts:
+        raise InputError("The concepts come from the list of pairs: leave them out of the recipe.")
+    found = read_pairs(pairs) if isinstance(pairs, Path) else parse_pairs(pairs)
+    many = fuse_many.pairs_config(config, found)
+    place = out or default_fuse_out(config, pairs=pairs if isinstance(pairs, Path) else None)
+    runs = fuse_many.start_many(many, fuse_many.PAIRS, place, force=force, monitor=lambda: _monitor(live))
+    write_many_report(runs)
+    return runs.folder.path
+
+
+def select_run(
+    run: Path, *, keep: int | None = None, presence: float | None = None, balance: float | None = None
+) -> Selection:
+    """Chooses again from a run's pictures and rewrites its report; makes no pictures."""
+    chosen = fuse_job.select_again(run, keep=keep, presence=presence, balance=balance)
+    write_fuse_report(chosen)
+    return chosen.selection
+
+
+def write_report(run: Path) -> Path:
+    """Writes the report of a run again: of a finished fusion, of a folder of them, or of an alignment so far."""
+    kind = RunFolder.open(run).kind
+    if kind in KINDS:
+        return write_align_report(run)
+    if kind == fuse_job.KIND:
+        return write_fuse_report(fuse_job.open_finished(run))
+    return write_many_report(fuse_many.finished_runs(run))
+
+
+def default_fuse_out(config: FuseConfig, *, pairs: Path | None = None, compare: bool = False) -> Path:
+    """A folder for a fusion under runs/ that does not exist yet."""
+    name = fuse_job.slug("+".join(config.concepts)) if pairs is None else fuse_job.slug(pairs.stem)
+    return _free(f"{name}-{'compare' if compare else config.sampler}-{config.seed}")
+
+
+def _finish_fusion(run: FinishedRun) -> FusionResult:
+    write_fuse_report(run)
+    path = run.folder.path
+    return FusionResult(
+        images=Pictures([path / row.file for row in run.rows if row.file is not None]),
+        scores=tuple(row.scores for row in run.rows),
+        selected=run.selection.indices,
+        run=path,
+        selection=run.selection,
+    )
+
+
+def examine(
+    recipe: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    *,
+    subject: Path | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    processes: int = 1,
+    out: Path | str | None = None,
+    force: bool = False,
+    score: bool = False,
+) -> Diagnosis:
+    """What a recipe needs and what is missing here: what a run of it would be refused for.
+
+    Args:
+        recipe: a YAML file, a name under recipes/, or the settings themselves, with `kind`: align where it has none.
+            None: `toy/subject`, which needs a subject.
+        overrides: further settings, `a.b=c`.
+        subject: a subject's folder in place of the recipe's subjects.
+        steps: training steps, in place of the recipe's.
+        seed: of everything random, in place of the recipe's.
+        processes: how many would share the work.
+        out: the run's folder, to be checked too.
+        force: whether a run that is there would be replaced.
+        score: also load the rewards and let them score a synthetic batch, as a run does; code of the user's never.
+
+    Raises:
+        ConfigError: the recipe is wrong, is not that of a single run, or there is neither a recipe nor a subject.
+    """
+    with quiet_loading():
+        place = None if out is None else Path(out)
+        settings = _settings(recipe, overrides, subject, steps, seed)
+        if isinstance(settings, FuseConfig):
+            if score:
+                raise ConfigError("A fusion has no rewards to try out: leave --score out.")
+            return examine_fusion(settings, processes=processes, out=place, force=force)
+        found = examine_training(settings, processes=processes, out=place, force=force)
+        return try_out(settings, found) if score and found.can_run else found
+
+
+def _settings(
+    recipe: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str],
+    subject: Path | str | None,
+    steps: int | None,
+    seed: int | None,
+) -> AlignConfig | FuseConfig:
+    """What the recipe's own command would run."""
+    if recipe is None or subject is not None:
+        return load_either(recipe, overrides, subject=subject, steps=steps, seed=seed)
+    kind = recipes.kind_of(recipe) or ALIGN
+    if kind == fuse_job.KIND:
+        if steps is not None:
+            raise ConfigError("A fusion has no training steps: leave --steps out, and set budget=N.")
+        values = {} if seed is None else {"seed": seed}
+        return recipes.load(FuseConfig, recipe, overrides, values=values, kind=fuse_job.KIND)
+    if kind not in KINDS:
+        raise ConfigError(
+            f"{recipe} is a recipe for {kind!r}, not for one run. doctor takes those of "
+            f"{fuse_job.KIND}, {', '.join(KINDS)}."
+        )
+    return load(recipe, overrides, steps=steps, seed=seed)
