@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import pixrl
+from pixrl import api
 from pixrl import config as recipes
 from pixrl.algorithms import make_loss
 from pixrl.errors import CheckpointError, ConfigError
@@ -62,7 +63,7 @@ def helper():
 PARTS = """
 from typing import ClassVar
 
-from pixrl.algorithms.advantages import Advantage, BaseAdvantageSettings
+from pixrl.algorithms.advantages import AdvantageEstimator, EstimatorSettings
 from pixrl.algorithms.exploration import Exploration, ExplorationSettings, Variants
 
 
@@ -77,8 +78,8 @@ class Plain(Exploration):
         return Variants(policy.encode(prompts), metrics={"prompts_encoded": float(len(prompts))})
 
 
-class Ranks(Advantage):
-    class Settings(BaseAdvantageSettings):
+class Ranks(AdvantageEstimator):
+    class Settings(EstimatorSettings):
         best: float = 1.0
 
     def __call__(self, rewards, weights, steps):
@@ -125,6 +126,14 @@ def test_a_run_with_parts_of_ones_own(own: Path, sd3_folder: Path, prompt_file: 
     assert {Path(name.partition(":")[0]).name for name in began} == {"my_loss.py", "my_parts.py"}
     align_job.go_on(run, overrides=["steps=2"])
     assert len(RunFolder.open(run).metrics()) == 2
+
+
+def test_doctor_and_selfcheck_know_them(own: Path, sd3_folder: Path, prompt_file: Path) -> None:
+    given = recipe(sd3_folder, prompt_file, **settings())
+    found = api.examine(given)
+    assert found.can_run and found.work.images_per_step == 2 * 3
+    report = api.selfcheck(recipes.load(AlignConfig, given))
+    assert report.passed and report.measure.startswith("|v - v_old|")
 
 
 def test_a_changed_file_is_refused_at_resume(own: Path, sd3_folder: Path, prompt_file: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pixrl.plugins import Registry
 
 if TYPE_CHECKING:
-    from pixrl.algorithms.advantages import Advantage, BaseAdvantageSettings
+    from pixrl.algorithms.advantages import AdvantageEstimator, EstimatorSettings
     from pixrl.algorithms.exploration import Exploration, ExplorationSettings
     from pixrl.algorithms.loss import Loss, LossSettings
     from pixrl.rewards.base import DifferentiableReward
@@ -71,7 +71,7 @@ def make_exploration(settings: ExplorationSettings) -> Exploration:
     return made
 
 
-def make_advantage(settings: BaseAdvantageSettings) -> Advantage:
+def make_advantage(settings: EstimatorSettings) -> AdvantageEstimator:
     """What makes advantages of scores, as the settings describe it."""
-    made: Advantage = ADVANTAGES.find(settings.kind)(settings)
+    made: AdvantageEstimator = ADVANTAGES.find(settings.kind)(settings)
     return made

@@ -36,10 +36,10 @@ class AdvantageScale(StrEnum):
     NONE = "none"
 
 
-class BaseAdvantageSettings(Settings):
+class EstimatorSettings(Settings):
     """The settings of what makes advantages, and what is known of it before there are scores.
 
-    Advantages of your own have a class `Settings` derived from this one.
+    An estimator of your own has a class `Settings` derived from this one.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class BaseAdvantageSettings(Settings):
         return ", ".join([self.kind, *(f"{name} {value}" for name, value in given)])
 
 
-class AdvantageSettings(BaseAdvantageSettings):
+class AdvantageSettings(EstimatorSettings):
     """How rewards become advantages."""
 
     kind: Literal["group"] = Field("group", exclude=True)
@@ -115,10 +115,10 @@ class AdvantageSettings(BaseAdvantageSettings):
             self.time.check_rewards(weights)
 
 
-class Advantage(ABC):
+class AdvantageEstimator(ABC):
     """Makes advantages of a step's scores."""
 
-    Settings: ClassVar[type[BaseAdvantageSettings]]
+    Settings: ClassVar[type[EstimatorSettings]]
     """Its settings; their `kind` is how a recipe names it."""
 
     def __init__(self, settings: Any) -> None:
@@ -135,7 +135,7 @@ class Advantage(ABC):
         """
 
 
-class GroupAdvantage(Advantage):
+class GroupAdvantage(AdvantageEstimator):
     """Each reward normalized within its groups, then weighted and added, with SARS and TDW where they are set."""
 
     Settings = AdvantageSettings
@@ -196,7 +196,7 @@ def normalized(
 
 
 def conflict_metrics(
-    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: BaseAdvantageSettings
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: EstimatorSettings
 ) -> dict[str, float]:
     """How trained rewards go together, as means over their pairs; nothing for one reward.
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pixrl import rewards as rewards_table
-from pixrl.algorithms.advantages import AdvantageSettings, BaseAdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import Advantages, Loss, LossSettings, Terms
@@ -71,7 +71,7 @@ class DraftSettings(LossSettings):
                 "before: set sampling.solver to euler"
             )
 
-    def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
+    def check_advantage(self, advantage: EstimatorSettings) -> None:
         if advantage != AdvantageSettings():
             raise ValueError(
                 "advantage has no effect with loss: draft, which follows the rewards' own gradient: remove it"
@@ -94,7 +94,7 @@ class DraftSettings(LossSettings):
     def describe(self, *, shows_references: bool) -> str:
         return f"the rewards' own gradient through the last {self.last} sampling step(s), KL {self.kl:g}"
 
-    def describe_advantage(self, advantage: BaseAdvantageSettings) -> str:
+    def describe_advantage(self, advantage: EstimatorSettings) -> str:
         return "none: the rewards' gradient is followed"
 
 
@@ -150,7 +150,7 @@ class DRaFTLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: BaseAdvantageSettings,
+        settings: EstimatorSettings,
         steps: int,
     ) -> Advantages:
         """Every sample that all trained rewards could score counts alike; what they weigh goes on to `terms`."""

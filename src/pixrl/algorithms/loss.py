@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms import make_advantage
-from pixrl.algorithms.advantages import BaseAdvantageSettings
+from pixrl.algorithms.advantages import EstimatorSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples, Use, fresh_noise, roll_out
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.sampling import RolloutSettings, StepPlan
@@ -64,7 +64,7 @@ class LossSettings(Settings):
     def check_sampling(self, sampling: RolloutSettings) -> None:
         """ValueError where the loss cannot learn from rollouts that are sampled so."""
 
-    def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
+    def check_advantage(self, advantage: EstimatorSettings) -> None:
         """ValueError for settings of advantages that the loss would not read."""
 
     def check_updates(self, updates: int) -> None:
@@ -86,7 +86,7 @@ class LossSettings(Settings):
         given = [f"{name} {value}" for name, value in self.model_dump(exclude={"kind"}, mode="json").items()]
         return ", ".join([self.kind, *given])
 
-    def describe_advantage(self, advantage: BaseAdvantageSettings) -> str:
+    def describe_advantage(self, advantage: EstimatorSettings) -> str:
         """What becomes of the advantages, in a line."""
         return advantage.describe()
 
@@ -155,7 +155,7 @@ class Loss(ABC):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: BaseAdvantageSettings,
+        settings: EstimatorSettings,
         steps: int,
     ) -> "Advantages":
         """What is learned of the scores of all processes' samples [P, S], reward by reward."""

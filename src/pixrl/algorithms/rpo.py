@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import FLAT, AdvantageSettings, BaseAdvantageSettings, normalized
+from pixrl.algorithms.advantages import FLAT, AdvantageSettings, EstimatorSettings, normalized
 from pixrl.algorithms.base import Drawn, Group, Rollouts, Samples, roll_out
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import (
@@ -69,7 +69,7 @@ class RPOSettings(LossSettings):
     def check_sampling(self, sampling: RolloutSettings) -> None:
         require_levels(self.timesteps, sampling)
 
-    def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
+    def check_advantage(self, advantage: EstimatorSettings) -> None:
         if not isinstance(advantage, AdvantageSettings):
             raise ValueError(
                 f"advantage.kind: {advantage.kind} has no effect with loss: rpo, which ranks by the harmonic mean: "
@@ -95,7 +95,7 @@ class RPOSettings(LossSettings):
             f"{self.beta:g}, similarity loss {self.similarity:g}, {self.timesteps} noise levels a pair"
         )
 
-    def describe_advantage(self, advantage: BaseAdvantageSettings) -> str:
+    def describe_advantage(self, advantage: EstimatorSettings) -> str:
         return f"{advantage.normalization.describe_scale()}, only to rank a group's samples"
 
     def describe_pictures(self, *, shows_references: bool) -> str:
@@ -130,7 +130,7 @@ class RPOLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: BaseAdvantageSettings,
+        settings: EstimatorSettings,
         steps: int,
     ) -> Advantages:
         """1 for the winner of each group, nan for the others; none in a group without a difference."""

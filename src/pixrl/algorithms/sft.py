@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, BaseAdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import (
@@ -60,7 +60,7 @@ class SFTSettings(LossSettings):
         if sampling.noise is not StepNoise.NONE:
             raise ValueError("sampling.noise has no effect with loss: sft, which draws nothing: remove it")
 
-    def check_advantage(self, advantage: BaseAdvantageSettings) -> None:
+    def check_advantage(self, advantage: EstimatorSettings) -> None:
         if advantage != AdvantageSettings():
             raise ValueError("advantage has no effect with loss: sft, which learns from no score: remove it")
 
@@ -74,7 +74,7 @@ class SFTSettings(LossSettings):
     def describe(self, *, shows_references: bool) -> str:
         return f"supervised flow matching on target pictures, {self.timesteps} noise levels a sample"
 
-    def describe_advantage(self, advantage: BaseAdvantageSettings) -> str:
+    def describe_advantage(self, advantage: EstimatorSettings) -> str:
         return "none: no score is learned from"
 
     def describe_pictures(self, *, shows_references: bool) -> str:
@@ -112,7 +112,7 @@ class SFTLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: BaseAdvantageSettings,
+        settings: EstimatorSettings,
         steps: int,
     ) -> Advantages:
         """Every sample counts alike, also where a reward failed: no score is learned from."""

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import BaseAdvantageSettings, conflict_metrics, reward_metrics
+from pixrl.algorithms.advantages import EstimatorSettings, conflict_metrics, reward_metrics
 from pixrl.algorithms.base import Group, Rollouts, Samples, shown_to
 from pixrl.algorithms.exploration import Exploration, Variants
 from pixrl.algorithms.loss import Advantages, Loss
@@ -100,7 +100,7 @@ class Method:
 
     exploration: Exploration
     sampling: RolloutSettings
-    advantage: BaseAdvantageSettings
+    advantage: EstimatorSettings
     loss: Loss
     optimizer: OptimizerSettings
     noises: int

@@ -20,7 +20,7 @@ from pydantic_core import PydanticKnownError
 from pixrl import config as recipes
 from pixrl import plugins
 from pixrl.algorithms import ADVANTAGES, EXPLORATIONS, LOSSES, SAMPLERS
-from pixrl.algorithms.advantages import AdvantageSettings, BaseAdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.exploration import ExplorationSettings, GroupSize, NoiseExploration
 from pixrl.algorithms.fusion.base import Sampler
 from pixrl.algorithms.loss import LossSettings
@@ -146,7 +146,7 @@ class AlignConfig(Settings):
     scoring: ScoringSettings = ScoringSettings()
     exploration: Annotated[ExplorationSettings, PartOf(EXPLORATIONS)] = NoiseExploration()
     sampling: RolloutSettings = RolloutSettings()
-    advantage: Annotated[BaseAdvantageSettings, PartOf(ADVANTAGES, usual="group")] = AdvantageSettings()
+    advantage: Annotated[EstimatorSettings, PartOf(ADVANTAGES, usual="group")] = AdvantageSettings()
     loss: Annotated[LossSettings, PartOf(LOSSES)] = NFTSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lora: LoraSettings = LoraSettings()
