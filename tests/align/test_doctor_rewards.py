@@ -1,5 +1,6 @@
 """Rewards that cannot score here: the doctor finds what `pixrl align` would stumble over."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,15 @@ import torch
 from pixrl import api
 from pixrl.data.prompts import Prompt
 from pixrl.doctor import needs as doctor_needs
-from pixrl.doctor import rewards as doctor_rewards
 from pixrl.doctor.diagnosis import Findings, Need
-from pixrl.doctor.rewards import READS, find_rewards
+from pixrl.doctor.rewards import find_rewards
 from pixrl.errors import CheckpointError, PixrlError
 from pixrl.hub_fetch import Remote
 from pixrl.rewards import REWARDS as TABLE
-from pixrl.rewards import load
+from pixrl.rewards import checked_options, kind_of, load
+from pixrl.rewards.base import path_options
 from pixrl.rewards.settings import RewardSetting
+from pixrl.rewards.zoo import blip_vqa
 from tests import encoder_rewards, language_rewards, tiny
 from tests.align.test_doctor import needs, toy
 from tests.conformance.test_table import REWARDS, SERVED, options_of
@@ -47,8 +49,13 @@ def clip(folder: Path) -> Path:
     return tiny.clip(folder / "clip")
 
 
-def test_every_reward_of_the_table_says_what_it_reads() -> None:
-    assert READS.keys() == TABLE.keys()
+@pytest.mark.parametrize("name", TABLE)
+def test_every_reward_of_the_table_says_what_it_reads(name: str) -> None:
+    kind = kind_of(name)
+    needed = {key: one for key, one in inspect.signature(kind).parameters.items() if one.default is one.empty}
+    assert needed.keys() <= kind.examples.keys()
+    reads = kind.reads(checked_options(name, kind.examples))
+    assert set(path_options(kind)) == {option for option in reads if option != "function"}
 
 
 @pytest.mark.parametrize("name", REWARDS)
@@ -147,7 +154,7 @@ def test_what_a_reward_lacks(
     for package in ("spacy", "sentencepiece"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(doctor_needs, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor_rewards, "find_spec", lambda name: None)
+    monkeypatch.setattr(blip_vqa, "find_spec", lambda name: None)
     given = options(tmp_path)
     assert message in said(judged(name, **given))[need]
     if name != "blip_vqa":  # it asks for spaCy when it scores
@@ -163,7 +170,7 @@ def test_published_flow_grpo_without_its_detector(monkeypatch: pytest.MonkeyPatc
 
 
 def test_phrases_in_the_metadata_need_no_parser(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_rewards, "find_spec", lambda name: None)
+    monkeypatch.setattr(blip_vqa, "find_spec", lambda name: None)
     setting = RewardSetting(name="blip_vqa", options={"model": "./nowhere"})
     findings = Findings()
     with_phrases = Prompt("a red owl", {"phrases": ["a red owl"]})

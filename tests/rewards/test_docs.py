@@ -10,15 +10,35 @@ import torch
 import yaml
 
 from pixrl.rewards import REWARDS, is_differentiable
+from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder, SiglipEncoder
 from pixrl.rewards.set import RewardSet, RewardSetting, Stage
 from pixrl.rewards.settings import check_rewards
-from pixrl.rewards.weights import LICENCES
+from pixrl.rewards.zoo import hpsv3, image_reward, vqascore
+from pixrl.rewards.zoo.birefnet import BiRefNetForeground
+from pixrl.rewards.zoo.blip_vqa import BlipVQAReward
+from pixrl.rewards.zoo.hpsv2 import HPSv2Reward
+from pixrl.rewards.zoo.ocr import GotReader, PaddleReader
 from pixrl.types import RewardBatch
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 HERE = Path(__file__).parent
 ELSEWHERE = {"judge", "remote", "python"}
 """Their models are not pixrl's to name."""
+LOADERS = (
+    ClipSimilarity,
+    DinoEncoder,
+    SiglipEncoder,
+    BiRefNetForeground,
+    BlipVQAReward,
+    HPSv2Reward,
+    PaddleReader,
+    GotReader,
+)
+LICENCES = {hub_id: licence for loader in LOADERS for hub_id, licence in loader.licences.items()} | {
+    "google-bert/bert-base-uncased": image_reward.LICENCE,
+    "google/flan-t5-xxl": vqascore.LICENCE,
+    "Qwen/Qwen2-VL-7B-Instruct": hpsv3.WORDS_LICENCE,
+}
 HUB_ID = re.compile(r"`([A-Za-z][\w-]+/[\w.-]+)`")
 MEMORY = re.compile(r"([\d.]+) ([MG]): ([\d.]+) / ([\d.]+)")
 

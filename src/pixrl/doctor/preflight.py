@@ -26,7 +26,7 @@ from pixrl.models.estimate import CONTRADICTIONS
 from pixrl.models.loading import part_class
 from pixrl.rewards.references import references_of
 from pixrl.rewards.set import RewardSet
-from pixrl.rewards.settings import RewardSetting, is_importable
+from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.place import require_free
 from pixrl.types import RewardBatch
 
@@ -37,8 +37,6 @@ REHEARSED = 4
 """Pictures of the synthetic batch."""
 SHOWN = 60
 """Characters of a prompt that a message quotes."""
-CODE = "python"
-"""The reward that is code of the user's."""
 
 
 def require(found: Diagnosis | Findings) -> tuple[str, ...]:
@@ -211,30 +209,16 @@ def _tokenizers(
     return found
 
 
-def code_named(settings: Sequence[RewardSetting], *, announced: bool) -> Iterator[str]:
-    """Which code of the user's a run will execute, and which it could not find again. Executes none of it.
+def reward_notes(settings: Sequence[RewardSetting], *, announced: bool) -> Iterator[str]:
+    """What the rewards say of themselves, such as which code of the user's a run will execute. Executes none of it.
 
-    `announced`: leave the former to the line that `plugins` prints before it runs.
+    `announced`: leave out what a line says that `plugins` prints before it runs.
     """
-    from pixrl.rewards.python import find_function
-
     for setting in settings:
-        function = setting.options.get("function")
-        if setting.reward != CODE:
-            continue
-        if not callable(function):
-            if announced:
-                continue
-            with contextlib.suppress(PixrlError):  # `find_rewards` says what is wrong with it
-                yield (
-                    f"The reward {setting.name!r} is Python code, which the command that trains executes: "
-                    f"{find_function(function)}"
-                )
-        elif not is_importable(function):
-            yield (
-                f"The reward {setting.name!r} is a function that no import leads to again: its source is kept, but "
-                "pixrl resume cannot go on with the run. Define it at the top of a module for that."
-            )
+        with contextlib.suppress(ImportError, PixrlError):  # `find_rewards` says what is wrong
+            options = rewards_table.checked_options(setting.reward, setting.options)
+            for note in rewards_table.kind_of(setting.reward).notes(options, announced=announced):
+                yield f"The reward {setting.name!r} {note}"
 
 
 def rehearse(rewards: RewardSet, prompts: Sequence[Prompt], side: int, findings: Findings) -> None:

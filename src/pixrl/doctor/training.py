@@ -27,13 +27,13 @@ from pixrl.doctor.needs import (
     total,
 )
 from pixrl.doctor.preflight import (
-    code_named,
     require_metadata,
     require_out,
     require_own_world,
     require_texts,
+    reward_notes,
 )
-from pixrl.doctor.rewards import READS, find_rewards
+from pixrl.doctor.rewards import find_rewards, named_models
 from pixrl.doctor.weights import require_fit
 from pixrl.doctor.work import lower_bound, measured
 from pixrl.errors import CheckpointError, InputError, PixrlError
@@ -98,7 +98,7 @@ def examine(
     rewards = find_rewards(config.rewards, prompts + shown, findings)
     sets = {"prompts.source": prompts, "evaluation.source": shown}
     require_metadata(config.rewards, sets, config.scoring.max_failed_share, findings)
-    findings.notes.extend(code_named(config.rewards, announced=about_to_run))
+    findings.notes.extend(reward_notes(config.rewards, announced=about_to_run))
     if config.output.features is not None:
         taken = model_bytes(config.output.features, findings)
         rewards |= {} if taken is None else {config.output.features: taken}
@@ -347,8 +347,8 @@ def _require_recipe(config: AlignConfig, findings: Findings) -> None:
 def _judges(config: AlignConfig) -> Iterator[tuple[str, object]]:
     """Setting -> the checkpoint that it names, of all that looks at pictures."""
     for setting in config.rewards:
-        for option in READS.get(setting.reward, ()):
-            yield f"rewards.{setting.name}.options.{option}", setting.options.get(option)
+        for option, ref in named_models(setting).items():
+            yield f"rewards.{setting.name}.options.{option}", ref
     yield "output.features", config.output.features
 
 

@@ -3,19 +3,18 @@
 Importing this package imports no torch.
 """
 
-import importlib
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from pixrl.errors import ConfigError, InputError, did_you_mean
+from pixrl.errors import ConfigError, did_you_mean
 from pixrl.hub import full_path
+from pixrl.plugins import Registry
 
 if TYPE_CHECKING:
     from pixrl.rewards.base import Reward
 
-__all__ = ["REWARDS", "load"]
+__all__ = ["REGISTRY", "REWARDS", "load"]
 
 REWARDS = {
     "aesthetic": "pixrl.rewards.aesthetic:AestheticReward",
@@ -38,18 +37,18 @@ REWARDS = {
     "vqascore": "pixrl.rewards.zoo.vqascore:VQAScoreReward",
 }
 """Name -> class."""
-_EXAMPLES = {
-    "base_url": "http://127.0.0.1:8000/v1",
-    "function": "my_module:f",
-    "head": "sac+logos+ava1-l14-linearMSE.pth",
-    "reward": "geneval",
-    "url": "http://127.0.0.1:8765",
-}
-"""Of options that a reward cannot do without."""
+
+
+REGISTRY = Registry("reward", "pixrl.rewards", REWARDS)
+"""All that a recipe can name: the table, installed packages' entry points, and classes in files of yours."""
 
 
 def load(name: str, **options: object) -> "Reward":
     """A reward by name; the options are its class's parameters.
+
+    Args:
+        name: of the table, or of one of your own: see `pixrl.plugins`.
+        options: of its class.
 
     Raises:
         InputError: there is no reward of that name.
@@ -57,8 +56,19 @@ def load(name: str, **options: object) -> "Reward":
         CheckpointError: a model it needs is missing or half written.
     """
     checked_options(name, options)
-    reward: Reward = _class_of(name)(**options)
+    make: Any = kind_of(name)
+    reward: Reward = make(**options)
+    if name not in REWARDS:
+        _say_whose_code(reward, name)
     return reward
+
+
+def _say_whose_code(reward: "Reward", name: str) -> None:
+    """Puts the checksum of a plug-in's file into its provenance, so that a resume refuses a changed one."""
+    from pixrl.rewards.weights import describe_function
+
+    code = describe_function(type(reward), name)
+    reward.provenance = {**reward.provenance, "code": code["model"]} if reward.provenance else code
 
 
 def checked_options(name: str, options: Mapping[str, object]) -> dict[str, object]:
@@ -68,12 +78,8 @@ def checked_options(name: str, options: Mapping[str, object]) -> dict[str, objec
         InputError: there is no reward of that name.
         ConfigError: the reward has no such option, or one that it needs is missing.
     """
-    if name not in REWARDS:
-        raise InputError(
-            f"Unknown reward {name!r}.{did_you_mean(name, REWARDS)} There are {', '.join(REWARDS)}."
-        )
-    make = _class_of(name)
-    parameters = inspect.signature(make).parameters
+    kind = kind_of(name)
+    parameters = inspect.signature(kind).parameters
     for option in options:
         if option not in parameters:
             raise ConfigError(
@@ -84,50 +90,51 @@ def checked_options(name: str, options: Mapping[str, object]) -> dict[str, objec
         key for key, p in parameters.items() if p.default is inspect.Parameter.empty and key not in options
     ]
     if missing:
-        example = _EXAMPLES.get(missing[0], "toy:clip")
-        raise ConfigError(
-            f"The reward {name!r} needs the option {missing[0]!r}, for example {missing[0]}: {example}"
+        example = (
+            f", for example {missing[0]}: {kind.examples[missing[0]]}" if missing[0] in kind.examples else "."
         )
+        raise ConfigError(f"The reward {name!r} needs the option {missing[0]!r}{example}")
     return {key: p.default for key, p in parameters.items() if key not in options} | dict(options)
 
 
 def takes(name: str, option: str) -> bool:
-    """Whether a reward of the table has such an option."""
-    return option in inspect.signature(_class_of(name)).parameters
+    """Whether a reward has such an option."""
+    return option in inspect.signature(kind_of(name)).parameters
 
 
 def with_full_paths(name: str, options: Mapping[str, object]) -> dict[str, object]:
     """A reward's options, those that name files or folders of this disk by their whole paths. Loads torch, no model."""
-    parameters = inspect.signature(_class_of(name)).parameters
-    return {
-        key: _full(value, Path in get_args(parameters[key].annotation))
-        if isinstance(value, str) and key in parameters
-        else value
-        for key, value in options.items()
-    }
+    from pixrl.rewards.base import path_options
 
-
-def _full(value: str, is_reference: bool) -> str:
-    """`value` may also be a function of a file, `path/to/file.py:f`."""
-    file, colon, function = value.rpartition(":")
-    if colon and file.endswith(".py"):
-        return f"{full_path(file)}:{function}"
-    return full_path(value) if is_reference else value
+    places = path_options(kind_of(name))
+    found = dict(options)
+    for key, value in options.items():
+        if isinstance(value, str):
+            file, colon, function = value.rpartition(":")
+            if colon and file.endswith(".py"):
+                found[key] = f"{full_path(file)}:{function}"
+            elif key in places:
+                found[key] = full_path(value)
+    return found
 
 
 def is_differentiable(name: str) -> bool:
-    """Whether a reward of the table has a gradient by the picture. Loads torch, but no model."""
+    """Whether a reward has a gradient by the picture. Loads torch, but no model."""
     from pixrl.rewards.base import DifferentiableReward
 
     return issubclass(kind_of(name), DifferentiableReward)
 
 
 def kind_of(name: str) -> "type[Reward]":
-    """The class of a reward of the table. Loads torch, but no model."""
-    kind: type[Reward] = _class_of(name)
+    """The class of a reward. Loads torch, but no model.
+
+    Raises:
+        InputError: there is no reward of that name.
+        ConfigError: one of your own cannot be imported, or is no `Reward`.
+    """
+    from pixrl.rewards.base import Reward
+
+    kind = REGISTRY.find(name)
+    if not (isinstance(kind, type) and issubclass(kind, Reward)):
+        raise ConfigError(f"{name} is {kind!r}, which is no class that extends pixrl.rewards.base.Reward.")
     return kind
-
-
-def _class_of(name: str) -> Any:
-    module, _, class_name = REWARDS[name].partition(":")
-    return importlib.import_module(module).__dict__[class_name]

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.rewards.base import DifferentiableReward, flag_failures
+from pixrl.rewards.base import DifferentiableReward, Form, Options, Read, flag_failures
 from pixrl.rewards.encoders import ClipSimilarity, PictureEncoder, SiglipEncoder
 from pixrl.rewards.references import choice
 from pixrl.rewards.weights import describe_files, find_file, read_weights, refuse_misfits
@@ -63,6 +64,7 @@ class AestheticReward(DifferentiableReward):
     """
 
     name = "aesthetic"
+    examples: ClassVar[Mapping[str, object]] = {"head": HEADS[Version.LAION]}
 
     def __init__(
         self,
@@ -89,6 +91,11 @@ class AestheticReward(DifferentiableReward):
             "head_revision": head_source["revision"],
             "head_licence": HEAD_LICENCES[chosen],
         }
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        version = choice(cls.name, "version", str(options["version"]), Version)
+        return {"head": Read(Form.FILES, (HEADS[version],)), "model": Read(usual=ENCODERS[version])}
 
     def score(self, batch: RewardBatch) -> Scores:
         features_BE = self.encoder.image_features(batch.images_BCHW).to(self.encoder.device)

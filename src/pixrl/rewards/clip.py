@@ -7,12 +7,13 @@ multiplied in float32.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pixrl.errors import InputError, ShapeError
-from pixrl.rewards.base import DifferentiableReward, flag_failures
+from pixrl.rewards.base import DifferentiableReward, Options, Read, flag_failures
 from pixrl.rewards.encoders import ClipSimilarity, PictureEncoder
 from pixrl.rewards.references import Encode, ReferenceReward, References, choice, cut_out_features
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction
@@ -21,6 +22,7 @@ from pixrl.types import RewardBatch, Scores
 
 DREAMBENCH_CLIP = "openai/clip-vit-base-patch32"
 """Of DreamBench's published figures and of Customized-GRPO's."""
+A_CLIP = Read(kinds=("clip",))
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,17 @@ class ClipTextReward(PromptCosineReward):
     """
 
     name = "clip_text"
+    examples: ClassVar[Mapping[str, object]] = {"model": "toy:clip"}
 
     def __init__(
         self, model: str | Path, clamp: bool = False, device: str = "auto", dtype: str = "float32"
     ) -> None:
         clip = ClipSimilarity(model, device=device, dtype=dtype)
         super().__init__(clip, clamp=clamp, provenance={"below_0": "counts as 0" if clamp else "kept"})
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        return {"model": A_CLIP}
 
 
 class ClipImageReward(ReferenceReward):
@@ -158,6 +165,7 @@ class ClipImageReward(ReferenceReward):
     """
 
     name = "clip_image"
+    examples: ClassVar[Mapping[str, object]] = {"model": "toy:clip"}
 
     def __init__(
         self,
@@ -179,6 +187,10 @@ class ClipImageReward(ReferenceReward):
             "background": str(tuple(background)) if cut_out else "kept",
             "references": self.references.value,
         }
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        return {"model": A_CLIP, "segmenter": Read()}
 
     def _features(
         self, images_BCHW: Tensor, kinds: Sequence[object], encode: Encode, *, of_reference: bool
@@ -206,6 +218,10 @@ class ClipIReward(ClipImageReward):
         dtype: str = "float32",
     ) -> None:
         super().__init__(model, references=references, device=device, dtype=dtype)
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        return {"model": A_CLIP}
 
 
 class ClipTReward(ClipTextReward):

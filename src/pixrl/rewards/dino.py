@@ -9,13 +9,15 @@ its references, the subject cut out of both.
   2. Its scores are 100 x the cosine; ours are the cosine, which group normalization makes the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
 from pixrl.errors import ConfigError, did_you_mean
+from pixrl.rewards.base import Options, Read
 from pixrl.rewards.encoders import DinoEncoder, Transform
 from pixrl.rewards.references import Encode, ReferenceReward, References, choice, cut_out_features
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction, Segmenter, load_back_end
@@ -68,6 +70,7 @@ class DinoSegReward(ReferenceReward):
     """
 
     name = "dino_seg"
+    examples: ClassVar[Mapping[str, object]] = {"model": "toy:identity"}
 
     def __init__(
         self,
@@ -115,6 +118,10 @@ class DinoSegReward(ReferenceReward):
                 "region": self.region.value,
                 "background": str(tuple(self.background)),
             }
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        return {"model": Read(), "segmenter": Read()}
 
     def _features(
         self, images_BCHW: Tensor, kinds: Sequence[object], encode: Encode, *, of_reference: bool
@@ -179,3 +186,7 @@ class DinoReward(DinoSegReward):
         super().__init__(
             model, mask=Mask.NONE, references=references, transform=transform, device=device, dtype=dtype
         )
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        return {"model": Read()}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,8 @@ class PictureEncoder(ABC):
     batch: int
     preprocess: InputPreprocessing
     provenance: Mapping[str, str]
+    licences: ClassVar[Mapping[str, str]] = {}
+    """Hub id -> licence of published weights, where they state none."""
 
     @abstractmethod
     def _output(self, pixels_BCHW: Tensor) -> Tensor:
@@ -89,6 +91,14 @@ class ClipSimilarity(PictureEncoder):
         clean: what each text goes through before the tokenizer.
     """
 
+    licences: ClassVar[Mapping[str, str]] = {
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "MIT",
+        "openai/clip-vit-base-patch32": "MIT",
+        "openai/clip-vit-large-patch14": "MIT",
+        "openai/clip-vit-large-patch14-336": "MIT",
+        "yuvalkirstain/PickScore_v1": "MIT",
+    }
+
     def __init__(
         self,
         ref: str | Path,
@@ -109,7 +119,7 @@ class ClipSimilarity(PictureEncoder):
         self.tokenizer = loaded.tokenizer
         self.provenance: Mapping[str, str] = loaded.provenance
         if processor is not None:
-            words = describe_words(processor, words_folder(processor))
+            words = describe_words(processor, words_folder(processor), licences=self.licences)
             self.provenance = {**loaded.provenance, **part("processor", words)}
         self.model = loaded.model.requires_grad_(False).eval().to(self.device)
         self.logit_scale = float(self.model.logit_scale.detach().float().exp())
@@ -164,6 +174,13 @@ class DinoEncoder(PictureEncoder):
         CheckpointError: the folder is missing, half written, lacks a weight, or is of another class.
     """
 
+    licences: ClassVar[Mapping[str, str]] = {
+        "facebook/dino-vits16": "Apache-2.0",
+        "facebook/dinov2-base": "Apache-2.0",
+        "facebook/dinov2-large": "Apache-2.0",
+        "facebook/dinov2-small": "Apache-2.0",
+    }
+
     def __init__(
         self,
         ref: str | Path,
@@ -192,7 +209,7 @@ class DinoEncoder(PictureEncoder):
             model = load_folder(kind, path, self.precision.weights, may_lack=(_MASK_TOKEN,), **options)
         self.model = model.to(self.device)
         self.provenance: Mapping[str, str] = {
-            **describe(ref, path),
+            **describe(ref, path, self.licences),
             "preprocessing": self.preprocess.describe(),
         }
 
@@ -217,6 +234,10 @@ class SiglipEncoder(PictureEncoder):
         CheckpointError: the folder is missing, half written or of another class.
     """
 
+    licences: ClassVar[Mapping[str, str]] = {
+        "google/siglip-so400m-patch14-384": "Apache-2.0",
+    }
+
     def __init__(
         self, ref: str | Path, *, device: str = "auto", dtype: str = "float32", batch: int = BATCH
     ) -> None:
@@ -237,7 +258,7 @@ class SiglipEncoder(PictureEncoder):
             model = load_folder(SiglipVisionModel, path, self.precision.weights)
         self.model = model.to(self.device)
         self.provenance: Mapping[str, str] = {
-            **describe(ref, path),
+            **describe(ref, path, self.licences),
             "preprocessing": self.preprocess.describe(),
         }
 
@@ -298,7 +319,10 @@ def load_clip(
             tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
         except LOADING_ERRORS as error:
             raise CheckpointError(f"The tokenizer in {words} could not be loaded: {error}") from error
-    provenance = {**describe(ref, path), "preprocessing": preprocess.describe()}
+    provenance = {
+        **describe(ref, path, ClipSimilarity.licences),
+        "preprocessing": preprocess.describe(),
+    }
     if processor is not None:
         provenance["processor"] = str(processor)
     return LoadedClip(model, tokenizer, preprocess, provenance)

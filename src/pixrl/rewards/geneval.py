@@ -9,19 +9,20 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.hub import read_card
-from pixrl.rewards.base import Reward, flag_failures
+from pixrl.rewards.base import Options, Read, Reward, flag_failures
 from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.preprocess import to_grey_levels
 from pixrl.rewards.segmentation import Colour, Foreground, Instance, Segmenter
 from pixrl.rewards.weights import part
 from pixrl.rewards.zoo.mask2former import Mask2FormerDetector
+from pixrl.rewards.zoo.openmmlab import URL
 from pixrl.types import RewardBatch, Scores
 
 Detection = Mapping[str, Any]
@@ -299,6 +300,7 @@ class GenEvalReward(Reward):
     """
 
     name = "geneval"
+    examples: ClassVar[Mapping[str, object]] = {"clip": "toy:clip"}
 
     def __init__(
         self,
@@ -333,6 +335,15 @@ class GenEvalReward(Reward):
         except InputError as error:
             return str(error)
         return None
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        detector = Read(
+            kinds=("mask2former",),
+            alone=str(options["detector"]).lower().endswith(".pth"),
+            advice=f"GenEval's own: curl -O {URL}",
+        )
+        return {"segmenter": Read(), "detector": detector, "clip": Read(kinds=("clip",))}
 
     def detect(self, images_BCHW: Tensor, metadata: Sequence[Metadata]) -> list[Detections]:
         """Each picture's detections; colours are named only for classes whose colour the entry asks for."""

@@ -14,14 +14,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from pixrl.errors import ConfigError, did_you_mean
-from pixrl.rewards.base import Reward, flag_failures
+from pixrl.rewards.base import Options, Reward, flag_failures
 from pixrl.rewards.http import LONGEST_WAIT, START_WAIT, Patience, Service, Silence
 from pixrl.rewards.preprocess import require_images
 from pixrl.rewards.wire import png_base64
@@ -112,6 +112,11 @@ class JudgeReward(Reward):
 
     name = "judge"
     keeps_time = True
+    examples: ClassVar[Mapping[str, object]] = {
+        "base_url": "http://127.0.0.1:8000/v1",
+        "model": "Qwen/Qwen2.5-VL-7B-Instruct",
+    }
+    key_option = "key_env"
 
     def __init__(
         self,
@@ -149,6 +154,10 @@ class JudgeReward(Reward):
         }
         waiting = self._patience(min(patience, START_WAIT), threading.Event())
         waiting.ask(self.service, lambda: self.service.ask("/models", None, time_limit))
+
+    @classmethod
+    def examine(cls, options: Options) -> None:
+        super().examine({**options, "patience": 0.0, "tries": 1})
 
     def score(self, batch: RewardBatch) -> Scores:
         require_images(batch.images_BCHW)

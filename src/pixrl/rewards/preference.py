@@ -5,9 +5,12 @@ scores is the probability that people choose one picture over the other, which i
 `yuvalkirstain/PickScore_v1` takes its tokenizer and preprocessing from `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
+from typing import ClassVar
 
+from pixrl.rewards.base import Form, Options, Read
 from pixrl.rewards.clip import PromptCosineReward
 from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.references import choice
@@ -38,6 +41,7 @@ class PreferenceReward(PromptCosineReward):
     """
 
     name = "preference"
+    examples: ClassVar[Mapping[str, object]] = {"model": "toy:preference"}
 
     def __init__(
         self,
@@ -51,3 +55,8 @@ class PreferenceReward(PromptCosineReward):
         clip = ClipSimilarity(model, device=device, dtype=dtype, processor=processor)
         factor = {Scale.RAW: clip.logit_scale, Scale.DIV26: clip.logit_scale / 26, Scale.COSINE: 1.0}[chosen]
         super().__init__(clip, factor=factor, provenance={"scale": f"{chosen} (cosine x {factor:.6g})"})
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        whole = Read(kinds=("clip",), alone=options.get("processor") is not None)
+        return {"model": whole, "processor": Read(Form.WORDS)}

@@ -4,10 +4,11 @@ import ast
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 from numbers import Real
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pixrl import plugins
 from pixrl.errors import ConfigError, Failure, did_you_mean
-from pixrl.rewards.base import Reward, flag_failures
+from pixrl.rewards.base import Options, Reward, flag_failures
 from pixrl.rewards.preprocess import require_images, to_grey_levels
 from pixrl.rewards.set import Caller
 from pixrl.rewards.settings import import_path, is_importable
@@ -44,6 +45,8 @@ class PythonReward(Reward):
     """
 
     name = "python"
+    runs_functions = True
+    examples: ClassVar[Mapping[str, object]] = {"function": "my_module:f"}
 
     def __init__(self, function: str | Function, time_limit: float | None = None) -> None:
         if not isinstance(function, str) and not callable(function):
@@ -57,6 +60,26 @@ class PythonReward(Reward):
         is_kept = isinstance(function, str) or is_importable(function)
         source = {} if is_kept else {"source": source_of(self.function)}
         self.provenance: Mapping[str, str] = {**about, **source, "preprocessing": "8-bit; PIL"}
+
+    @classmethod
+    def examine(cls, options: Options) -> None:
+        """Code of the user's is read, and none of it is executed."""
+        if callable(options["function"]):
+            super().examine(options)
+        else:
+            find_function(options["function"])
+
+    @classmethod
+    def notes(cls, options: Options, *, announced: bool) -> Iterator[str]:
+        function = options["function"]
+        if not callable(function):
+            if not announced:
+                yield f"is Python code, which the command that trains executes: {find_function(function)}"
+        elif not is_importable(function):
+            yield (
+                "is a function that no import leads to again: its source is kept, but pixrl resume cannot go on with "
+                "the run. Define it at the top of a module for that."
+            )
 
     def score(self, batch: RewardBatch) -> Scores:
         require_images(batch.images_BCHW)

@@ -6,12 +6,13 @@ It must then be the same one: a server that comes back with other weights ends t
 
 import threading
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
 from pixrl.errors import ConfigError, ServiceError, did_you_mean
 from pixrl.rewards import wire
-from pixrl.rewards.base import Reward, flag_failures
+from pixrl.rewards.base import Options, Reward, flag_failures
 from pixrl.rewards.http import START_WAIT, Patience, Reply, Service, Silence
 from pixrl.rewards.preprocess import require_images
 from pixrl.types import RewardBatch, Scores
@@ -43,6 +44,8 @@ class RemoteReward(Reward):
 
     name = "remote"
     keeps_time = True
+    examples: ClassVar[Mapping[str, object]] = {"url": "http://127.0.0.1:8765", "reward": "geneval"}
+    key_option = "token_env"
 
     def __init__(
         self,
@@ -70,6 +73,10 @@ class RemoteReward(Reward):
         served = _find(description, reward, self.service.url)
         self._began: Mapping[str, str] | None = None if served.problem else served.provenance
         self.provenance: Mapping[str, str] = self._with_way(served.provenance)
+
+    @classmethod
+    def examine(cls, options: Options) -> None:
+        super().examine({**options, "patience": 0.0})
 
     def score(self, batch: RewardBatch) -> Scores:
         require_images(batch.images_BCHW)

@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
+from pixrl import rewards
 from pixrl.config import Settings
-from pixrl.errors import ConfigError, did_you_mean
-from pixrl.rewards import REWARDS
+from pixrl.errors import ConfigError, InputError, did_you_mean
+from pixrl.plugins import full_path, is_path
 from pixrl.text import require_text
 
 
@@ -40,7 +41,7 @@ class RewardSetting(Settings):
     name: str = Field(min_length=1)
     """What logs and weights call it; also which reward it is, unless `kind` says so."""
     kind: str | None = None
-    """Which reward of the table, where the name is another one (two CLIPs, say)."""
+    """Which reward, where the name is another one (two CLIPs, say), or a class of yours: `path/to/file.py:Name`."""
     weight: float = 1.0
     """Its share in the advantage, after its own normalization. Stages replace it."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -50,12 +51,15 @@ class RewardSetting(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_function(cls, given: Any) -> Any:
-        """A function in place of a reward, in Python: `rewards=[f]`."""
-        if not callable(given):
-            return given
-        name = name_of(given).rpartition(".")[2]
-        return {"name": name.strip("<>"), "kind": "python", "options": {"function": given}}
+    def _named(cls, given: Any) -> Any:
+        """A function in place of a reward, in Python (`rewards=[f]`); a class of yours is called by its own name."""
+        if callable(given):
+            name = name_of(given).rpartition(".")[2]
+            return {"name": name.strip("<>"), "kind": "python", "options": {"function": given}}
+        path = given.get("name") if isinstance(given, Mapping) else None
+        if isinstance(path, str) and is_path(path) and given.get("kind") is None:
+            return {**given, "name": path.rpartition(":")[2], "kind": path}
+        return given
 
     @field_serializer("options", when_used="json")
     def _with_paths(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -64,8 +68,14 @@ class RewardSetting(Settings):
 
     @property
     def reward(self) -> str:
-        """The reward's name in the table."""
+        """Which reward it is: a name of the table, or the path of a class of yours."""
         return self.name if self.kind is None else self.kind
+
+    def with_full_paths(self) -> "RewardSetting":
+        """The same with files and folders by their whole paths. Loads torch, but no model."""
+        kind = None if self.kind is None else full_path(self.kind)
+        options = rewards.with_full_paths(self.reward, self.options)
+        return self.model_copy(update={"kind": kind, "options": options})
 
     @field_validator("name")
     @classmethod
@@ -140,11 +150,10 @@ def weights_at(settings: Sequence[RewardSetting], stages: Sequence[Stage], step:
 
 def _check_setting(setting: RewardSetting, before: set[str], *, staged: bool) -> None:
     name = setting.name
-    if setting.reward not in REWARDS:
-        raise ConfigError(
-            f"Unknown reward {setting.reward!r}.{did_you_mean(setting.reward, REWARDS)} "
-            f"There are {', '.join(REWARDS)}."
-        )
+    try:
+        rewards.REGISTRY.require(setting.reward)
+    except InputError as error:
+        raise ConfigError(str(error)) from None
     if name in before:
         raise ConfigError(
             f"Two rewards are called {name!r}. Give one another name and say which it is: "

@@ -282,32 +282,9 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
 
 
 NOT_STATED = "not stated: see the model's page"
+Licences = Mapping[str, str]
+NONE_KNOWN: Licences = {}
 NON_COMMERCIAL = "BRIA RMBG-2.0: non-commercial use only, commercial use by agreement with BRIA AI"
-LICENCES = {
-    "facebook/dino-vits16": "Apache-2.0",
-    "facebook/dinov2-base": "Apache-2.0",
-    "facebook/dinov2-large": "Apache-2.0",
-    "facebook/dinov2-small": "Apache-2.0",
-    "google/siglip-so400m-patch14-384": "Apache-2.0",
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "MIT",
-    "openai/clip-vit-base-patch32": "MIT",
-    "openai/clip-vit-large-patch14": "MIT",
-    "openai/clip-vit-large-patch14-336": "MIT",
-    "google-bert/bert-base-uncased": "Apache-2.0",
-    "google/flan-t5-xxl": "Apache-2.0",
-    "Qwen/Qwen2-VL-7B-Instruct": "Apache-2.0",
-    "xswu/HPSv2": "Apache-2.0",
-    "yuvalkirstain/PickScore_v1": "MIT",
-    "PaddlePaddle/PP-OCRv5_mobile_det_safetensors": "Apache-2.0",
-    "PaddlePaddle/PP-OCRv5_mobile_rec_safetensors": "Apache-2.0",
-    "PaddlePaddle/PP-OCRv5_server_det_safetensors": "Apache-2.0",
-    "PaddlePaddle/PP-OCRv5_server_rec_safetensors": "Apache-2.0",
-    "Salesforce/blip-vqa-capfilt-large": "BSD-3-Clause",
-    "stepfun-ai/GOT-OCR-2.0-hf": "Apache-2.0",
-    "ZhengPeng7/BiRefNet": "MIT",
-    "ZhengPeng7/BiRefNet_lite": "MIT",
-}
-"""Hub id -> licence of the weights, or of the code they are published with where they state none."""
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 WORDS = (
     "config.json",
@@ -321,29 +298,40 @@ WORDS = (
 _FIELD = re.compile(r"^(license|license_name):(.*)$", re.MULTILINE)
 
 
-def describe(ref: str | Path, path: Path) -> dict[str, str]:
+def describe(ref: str | Path, path: Path, licences: Licences = NONE_KNOWN) -> dict[str, str]:
     """Provenance of the weights that a folder's model is loaded from, or of one file: id, checksum, revision, licence.
+
+    `licences`: see `licence`.
 
     Raises:
         CheckpointError: the folder holds no weights.
     """
     folder, files = (path.parent, [path]) if path.is_file() else (path, weight_shards(path))
-    return describe_files(ref, folder, files)
+    return describe_files(ref, folder, files, licences)
 
 
-def describe_files(ref: str | Path, folder: Path, files: Iterable[Path]) -> dict[str, str]:
+def describe_files(
+    ref: str | Path, folder: Path, files: Iterable[Path], licences: Licences = NONE_KNOWN
+) -> dict[str, str]:
     """The same of some files of a folder."""
-    return origin(ref, folder, files, licence(ref, folder))
+    return origin(ref, folder, files, licence(ref, folder, licences))
 
 
-def licence(ref: str | Path, folder: Path) -> str:
-    """What the README in the folder states in its front matter, or what that hub id is published under."""
+def licence(ref: str | Path, folder: Path, licences: Licences = NONE_KNOWN, known: str = NOT_STATED) -> str:
+    """The licence of weights: what the README in their folder states in its front matter, or what is known of them.
+
+    Args:
+        ref: what the user calls them.
+        folder: where they lie.
+        licences: hub id -> licence of published weights.
+        known: the licence where neither says.
+    """
     stated = _front_matter(folder / "README.md")
     if "rmbg" in f"{ref} {stated}".lower():
         return NON_COMMERCIAL
     if str(ref).startswith("toy:"):
         return "Apache-2.0"
-    return stated or LICENCES.get(str(ref).partition("@")[0], NOT_STATED)
+    return stated or licences.get(str(ref).partition("@")[0], known)
 
 
 def is_weight_file(ref: str | Path) -> bool:
@@ -398,7 +386,11 @@ def part(name: str, provenance: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe_words(
-    ref: str | Path, folder: Path, patterns: Sequence[str] = WORDS, known: str = NOT_STATED
+    ref: str | Path,
+    folder: Path,
+    patterns: Sequence[str] = WORDS,
+    known: str = NOT_STATED,
+    licences: Licences = NONE_KNOWN,
 ) -> dict[str, str]:
     """Provenance of a checkpoint of which config, tokenizer and preprocessing are taken: with those files' checksum.
 
@@ -406,11 +398,11 @@ def describe_words(
         ref: what the user calls it.
         folder: where its files lie.
         patterns: their names.
-        known: the licence of the published checkpoint, where neither the folder nor our table states one.
+        known: the licence of the published checkpoint, where neither the folder nor `licences` states one.
+        licences: hub id -> licence of published weights.
     """
     files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    stated = licence(ref, folder)
-    return origin(ref, folder, files, known if stated == NOT_STATED else stated)
+    return origin(ref, folder, files, licence(ref, folder, licences, known))
 
 
 def describe_function(function: Callable[..., object], label: str | None = None) -> dict[str, str]:

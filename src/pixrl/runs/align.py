@@ -17,10 +17,11 @@ from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
 from pixrl.algorithms.world import Tally
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Diagnosis, Findings, Need
-from pixrl.doctor.preflight import CODE, require
+from pixrl.doctor.preflight import require
 from pixrl.doctor.training import examine
 from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.metrics.spread import group_diversity
+from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet
 from pixrl.runs import selfcheck
 from pixrl.runs.config import AlignConfig, kind_of, read_config
@@ -125,7 +126,7 @@ def try_out(config: AlignConfig, found: Diagnosis) -> Diagnosis:
     tried = [
         one.model_copy(update={"held_out": False, "weight": 1.0})
         for one in config.rewards
-        if one.reward != CODE
+        if not kind_of_reward(one.reward).runs_functions
     ]
     try:
         if tried:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pixrl import plugins
-from pixrl import rewards as rewards_table
 from pixrl.algorithms.base import Group
 from pixrl.algorithms.sft import TARGET
 from pixrl.data.prompts import Prompt, PromptSet
@@ -55,11 +54,7 @@ def with_full_paths(config: ConfigT, known: AlignConfig | None = None) -> Config
         changed = changed.model_copy(update={part or key: inner})
     if known is not None and known.rewards == config.rewards:
         return changed
-    rewards = [
-        one.model_copy(update={"options": rewards_table.with_full_paths(one.reward, one.options)})
-        for one in config.rewards
-    ]
-    return changed.model_copy(update={"rewards": tuple(rewards)})
+    return changed.model_copy(update={"rewards": tuple(one.with_full_paths() for one in config.rewards)})
 
 
 class _Hash(Protocol):

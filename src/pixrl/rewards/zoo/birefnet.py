@@ -9,6 +9,7 @@ the published code has them, and is scaled back bicubically.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ class BiRefNetForeground:
         CheckpointError: the folder is missing, half written, or holds other weights.
     """
 
+    licences: ClassVar[Mapping[str, str]] = {
+        "ZhengPeng7/BiRefNet": "MIT",
+        "ZhengPeng7/BiRefNet_lite": "MIT",
+    }
+
     def __init__(
         self, ref: str | Path, *, device: str = "auto", dtype: str = "float32", batch: int = BATCH
     ) -> None:
@@ -66,7 +72,7 @@ class BiRefNetForeground:
             model = load(read_weights(weight_shards(path)), path)
         self.model = model.to(self.device, self.precision.weights)
         self.provenance: Mapping[str, str] = {
-            **describe(ref, path),
+            **describe(ref, path, self.licences),
             "preprocessing": self.preprocess.describe(),
         }
 

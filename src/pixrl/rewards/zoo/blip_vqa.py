@@ -15,8 +15,9 @@ question (`encoder_attention_mask` ends in BlipTextAttention), so padding would 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, RunError
 from pixrl.hub import Layout, folder, read_json
 from pixrl.libraries import require
-from pixrl.rewards.base import Reward, flag_failures
+from pixrl.rewards.base import Options, Read, Reward, flag_failures
 from pixrl.rewards.preprocess import Preprocessing, load_tokenizer, require_images
 from pixrl.rewards.weights import describe, load_folder
 from pixrl.types import RewardBatch, Scores
@@ -81,6 +82,8 @@ class BlipVQAReward(Reward):
     """
 
     name = "blip_vqa"
+    examples: ClassVar[Mapping[str, object]] = {"model": "Salesforce/blip-vqa-capfilt-large"}
+    licences: ClassVar[Mapping[str, str]] = {"Salesforce/blip-vqa-capfilt-large": "BSD-3-Clause"}
 
     def __init__(self, model: str | Path, device: str = "auto", dtype: str = "float32") -> None:
         path = folder(model, Layout.TRANSFORMERS)
@@ -102,10 +105,26 @@ class BlipVQAReward(Reward):
         self.model = loaded.to(self.device)
         self._phrases: NounPhrases | None = None
         self.provenance: Mapping[str, str] = {
-            **describe(model, path),
+            **describe(model, path, self.licences),
             "preprocessing": self.preprocess.describe(),
             "phrases": f"metadata[{KEY!r}], else spaCy {SPACY_MODEL}; at most {MOST_PHRASES}",
         }
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        return {"model": Read(kinds=("blip",))}
+
+    @classmethod
+    def lacks_package(cls, metadata: Sequence[Mapping[str, object]]) -> str | None:
+        if all(one.get(KEY) is not None for one in metadata):
+            return None
+        finds = "finds the phrases of prompts whose metadata lists none with"
+        model = f"python -m spacy download {SPACY_MODEL}"
+        if find_spec("spacy") is None:
+            return f"{finds} spacy. Type: pip install 'pixrl[compbench]' && {model}"
+        if find_spec(SPACY_MODEL) is None and not Path(SPACY_MODEL).is_dir():
+            return f"{finds} spaCy's {SPACY_MODEL}. Type: {model}"
+        return None
 
     @torch.inference_mode()
     def score(self, batch: RewardBatch) -> Scores:

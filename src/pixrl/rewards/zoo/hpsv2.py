@@ -10,12 +10,15 @@ fills the square, where CLIP's own preprocessing would crop.
 """
 
 import html
+from collections.abc import Mapping
 from enum import StrEnum
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from pixrl.hub import read_json
+from pixrl.rewards.base import Form, Options, Read
 from pixrl.rewards.clip import PromptCosineReward
 from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.preprocess import PadToSquare
@@ -53,6 +56,7 @@ class HPSv2Reward(PromptCosineReward):
     """
 
     name = "hpsv2"
+    licences: ClassVar[Mapping[str, str]] = {HUB_ID: "Apache-2.0"}
 
     def __init__(
         self,
@@ -77,12 +81,17 @@ class HPSv2Reward(PromptCosineReward):
         super().__init__(
             clip,
             provenance={
-                **describe_files(f"{model}", file.parent, [file]),
+                **describe_files(f"{model}", file.parent, [file], self.licences),
                 "file": file.name,
                 "version": self.version.value,
                 "text_cleaning": "ftfy, html, lower case" if find_spec("ftfy") else "html, lower case",
             },
         )
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        version = choice(cls.name, "version", str(options["version"]), Version)
+        return {"model": Read(Form.FILES, (FILES[version],)), "processor": Read(Form.WORDS)}
 
 
 def clean_text(text: str) -> str:

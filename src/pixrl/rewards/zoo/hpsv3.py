@@ -12,7 +12,7 @@ Prompts that hold one of the tokenizer's special tokens would write into the tem
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, ShapeError
 from pixrl.hub import read_json
-from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.base import DifferentiableReward, Form, Options, Read
 from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing, load_tokenizer, score_pairs
 from pixrl.rewards.weights import (
     build,
@@ -119,6 +119,7 @@ class HPSv3Reward(DifferentiableReward):
     """
 
     name = "hpsv3"
+    examples: ClassVar[Mapping[str, object]] = {"model": "MizzenAI/HPSv3"}
 
     def __init__(
         self,
@@ -146,6 +147,13 @@ class HPSv3Reward(DifferentiableReward):
                 "mean and std"
             ),
             "positions": "plain, one a token",
+        }
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        return {
+            "model": Read(Form.FILES, (WEIGHTS,)),
+            "processor": Read(Form.WORDS, beside=True, advice="Type: processor: Qwen/Qwen2-VL-7B-Instruct"),
         }
 
     def _build_trunk(self, weights: Mapping[str, Tensor], words: Path, file: Path) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError
 from pixrl.hub import read_json
-from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.base import DifferentiableReward, Form, Options, Read
 from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing, load_tokenizer, score_pairs
 from pixrl.rewards.weights import (
     build,
@@ -73,6 +73,7 @@ class ImageReward(DifferentiableReward):
     """
 
     name = "image_reward"
+    examples: ClassVar[Mapping[str, object]] = {"model": "THUDM/ImageReward"}
 
     def __init__(
         self,
@@ -98,6 +99,14 @@ class ImageReward(DifferentiableReward):
             **part("tokenizer", describe_words(tokenizer or model, words, VOCABULARY_FILES, LICENCE)),
             "preprocessing": self.preprocess.describe(),
             "scale": f"(head - {MEAN:.6g}) / {STD:.6g}",
+        }
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        advice = "Type: tokenizer: google-bert/bert-base-uncased"
+        return {
+            "model": Read(Form.FILES, (WEIGHTS, CONFIG)),
+            "tokenizer": Read(Form.WORDS, (VOCABULARY,), beside=True, advice=advice),
         }
 
     @torch.inference_mode()

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from pixrl.device import Precision, choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, ConfigError
 from pixrl.hub import Layout, folder, read_json
-from pixrl.rewards.base import Reward
+from pixrl.rewards.base import Options, Read, Reward
 from pixrl.rewards.preprocess import score_pairs, to_grey_levels
 from pixrl.rewards.weights import describe, load_folder, part
 from pixrl.types import RewardBatch, Scores
@@ -74,6 +74,7 @@ class OcrReward(Reward):
     """
 
     name = "ocr"
+    examples: ClassVar[Mapping[str, object]] = {"model": "stepfun-ai/GOT-OCR-2.0-hf"}
 
     def __init__(
         self,
@@ -88,6 +89,10 @@ class OcrReward(Reward):
     @classmethod
     def lacks(cls, prompt: str, metadata: Mapping[str, object], options: Mapping[str, object]) -> str | None:
         return None if quoted(prompt) else "the prompt has no text in double quotes"
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        return {"model": Read(), "detector": Read()}
 
     @torch.inference_mode()
     def score(self, batch: RewardBatch) -> Scores:
@@ -216,6 +221,13 @@ class PaddleInput:
 class PaddleReader:
     """A PP-OCR detector and recognizer (v5 or v6, mobile or server)."""
 
+    licences: ClassVar[Mapping[str, str]] = {
+        "PaddlePaddle/PP-OCRv5_mobile_det_safetensors": "Apache-2.0",
+        "PaddlePaddle/PP-OCRv5_mobile_rec_safetensors": "Apache-2.0",
+        "PaddlePaddle/PP-OCRv5_server_det_safetensors": "Apache-2.0",
+        "PaddlePaddle/PP-OCRv5_server_rec_safetensors": "Apache-2.0",
+    }
+
     def __init__(
         self,
         model: str | Path,
@@ -240,8 +252,8 @@ class PaddleReader:
                 f"{path}: character_list of preprocessor_config.json has {letters} letters, the model {outputs}."
             )
         self.provenance: Mapping[str, str] = {
-            **describe(model, path),
-            **part("detector", describe(detector, detector_path)),
+            **describe(model, path, self.licences),
+            **part("detector", describe(detector, detector_path, self.licences)),
             "preprocessing": f"lines above {BOX_THRESHOLD:g}, {HEIGHT} rows high; 8-bit",
         }
 
@@ -299,6 +311,10 @@ class PaddleReader:
 class GotReader:
     """GOT-OCR2: a language model that writes down what it sees, whole pictures at once, greedily."""
 
+    licences: ClassVar[Mapping[str, str]] = {
+        "stepfun-ai/GOT-OCR-2.0-hf": "Apache-2.0",
+    }
+
     def __init__(self, model: str | Path, path: Path, device: torch.device, precision: Precision) -> None:
         self.device, self.precision = device, precision
         with quiet_loading():
@@ -318,7 +334,7 @@ class GotReader:
         side = loaded.config.vision_config.image_size // patch
         self._tokens = (side // 4) ** 2
         self.provenance: Mapping[str, str] = {
-            **describe(model, path),
+            **describe(model, path, self.licences),
             "preprocessing": f"GOT-OCR2's own, whole picture; at most {GOT_LENGTH} tokens, greedy",
         }
 

@@ -10,7 +10,7 @@ and CLIP vision models are needed; the shards are read tensor by tensor and noth
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError
 from pixrl.hub import read_json
-from pixrl.rewards.base import DifferentiableReward
+from pixrl.rewards.base import DifferentiableReward, Form, Options, Read
+from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.preprocess import Preprocessing, load_tokenizer, score_pairs, to_grey_levels
 from pixrl.rewards.weights import (
     WORDS,
@@ -72,6 +73,7 @@ class VQAScoreReward(DifferentiableReward):
     """
 
     name = "vqascore"
+    examples: ClassVar[Mapping[str, object]] = {"model": "zhiqiulin/clip-flant5-xl"}
 
     def __init__(
         self,
@@ -103,10 +105,24 @@ class VQAScoreReward(DifferentiableReward):
             **origin(model, folder, shards, LICENCE),
             **part("tokenizer", describe_words(tokenizer or model, words, TOKENIZER, LICENCE)),
             **part(
-                "vision", describe_words(tower, tower_folder) if own_tower else describe(tower, tower_folder)
+                "vision",
+                describe_words(tower, tower_folder, licences=ClipSimilarity.licences)
+                if own_tower
+                else describe(tower, tower_folder, ClipSimilarity.licences),
             ),
             "preprocessing": f"8-bit; mean colour to a square; {self.preprocess.describe()}",
             "question": AFTER.strip(),
+        }
+
+    @classmethod
+    def reads(cls, options: Options) -> Mapping[str, Read]:
+        config = Path(str(options["model"])).expanduser() / "config.json"
+        tower = read_json(config).get("mm_vision_tower") if config.is_file() else None
+        advice = "Type: tokenizer: google/flan-t5-xxl"
+        return {
+            "model": Read(),
+            "tokenizer": Read(Form.WORDS, TOKENIZER_FILES, beside=True, advice=advice),
+            "vision": Read(Form.WORDS, usual=tower),
         }
 
     def _build_text(self, config: Mapping[str, object], weights: Mapping[str, Tensor], folder: Path) -> Any:
