@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import pixrl
 from pixrl import models, rewards
 from pixrl.conformance import check_renderer, check_reward
+from pixrl.types import RewardBatch
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, flags=re.DOTALL))
@@ -55,7 +57,9 @@ def test_loss_exploration_advantages_and_reward_train_together(own: Path) -> Non
 
 
 def test_the_reward(own: Path) -> None:
-    check_reward(rewards.load("my_reward.py:Colourful", most=0.5))
+    images_BCHW = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batch = RewardBatch(images_BCHW, ["a photo of one owl"] * 4)
+    check_reward(rewards.load("my_reward.py:Colourful", most=0.5), batch)
 
 
 def test_the_model(own: Path) -> None:
