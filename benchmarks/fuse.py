@@ -24,7 +24,7 @@ import torch
 from sdxl_shaped import Sizes, build
 from torch import Tensor
 
-from pixrl.fusion.world import FusionWorld, Similarities, load_world
+from pixrl.fusion.world import FusionWorld, Scored, load_world
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs.config import FuseConfig
@@ -77,8 +77,8 @@ class TimedScorer:
         found: Tensor = self.clock.run("reward", self.inner.exemplar_features, images_MCHW)
         return found
 
-    def similarities(self, images_BCHW: Tensor, exemplars: Sequence[Tensor]) -> Similarities:
-        found: Similarities = self.clock.run("reward", self.inner.similarities, images_BCHW, exemplars)
+    def similarities(self, images_BCHW: Tensor, exemplars: Sequence[Tensor]) -> Scored:
+        found: Scored = self.clock.run("reward", self.inner.similarities, images_BCHW, exemplars)
         return found
 
 

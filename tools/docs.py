@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from pixrl import api, cli_demo, config
+from pixrl import api, config
+from pixrl.cli import demo
 from pixrl.data.pairs import parse_pairs
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs.config import FuseConfig
@@ -32,9 +33,9 @@ def main() -> None:
 
 def demo_sheet(out: Path) -> Image.Image:
     """The pairs of `pixrl demo`: a row each, the parents and then the best children."""
-    api.run_pairs(config.load(FuseConfig), cli_demo.DEMO_PAIRS, out)
+    api.run_pairs(config.load(FuseConfig), demo.DEMO_PAIRS, out)
     runs = [RunFolder.open(path) for path in sorted((out / "runs").iterdir())]
-    pairs = parse_pairs(cli_demo.DEMO_PAIRS).pairs
+    pairs = parse_pairs(demo.DEMO_PAIRS).pairs
     rows = [_row(run, concepts) for run, concepts in zip(runs, pairs, strict=True)]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for k, row in enumerate(rows):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pixrl.errors import InputError, ShapeError
 from pixrl.metrics.diversity import (
     SAME_WITHIN,
+    Arrangement,
     DiversityMeter,
-    Layout,
     distinct_layouts,
     layout_distance,
     prompt_distances,
@@ -27,7 +27,9 @@ objects = st.lists(
 
 
 def layout(*things):
-    return Layout(tuple(kind for kind, _, _ in things), torch.tensor([xy for _, *xy in things]).view(-1, 2))
+    return Arrangement(
+        tuple(kind for kind, _, _ in things), torch.tensor([xy for _, *xy in things]).view(-1, 2)
+    )
 
 
 def unit(*rows):

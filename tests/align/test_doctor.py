@@ -277,6 +277,23 @@ def shows(count: int | None, side: int | None = None, **machine: Any) -> Diagnos
     )
 
 
+@pytest.fixture
+def weighed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a picture costs is found out once for each number and size of references, not for each size of memory."""
+    weigh, known = doctor.Estimate.costs, dict[tuple[object, ...], Any]()
+
+    def costs(self: doctor.Estimate, references: int) -> Any:
+        shapes = [tuple(one.shape) for one in self._condition.references[:references]]
+        key = (*shapes, self.policy.transformer.is_gradient_checkpointing)
+        if key not in known:
+            known[key] = weigh(self, references)
+        return known[key]
+
+    monkeypatch.setattr(doctor.Estimate, "costs", costs)
+    monkeypatch.setattr(doctor, "operations_of", lambda program: 0)
+
+
+@pytest.mark.usefixtures("weighed_once")
 def test_how_many_references_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number that the doctor gives is one with which it finds that the run fits; one more does not."""
     needed = {count: shows(count).needed or 0 for count in (1, 2, 3, 4)}

@@ -15,7 +15,8 @@ import yaml
 from typer.testing import CliRunner
 
 import pixrl
-from pixrl import api, cli, cli_runs
+from pixrl import api, cli
+from pixrl.cli import options
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
 from pixrl.report.align import write_align_report
@@ -126,7 +127,7 @@ def test_a_step_is_ended_and_saved_at_ctrl_c_and_lost_at_a_second_one(
 ) -> None:
     from pixrl.runs.loop import Loop, Step
 
-    monkeypatch.setattr(cli_runs, "leads", lambda: True)
+    monkeypatch.setattr(options, "leads", lambda: True)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     file, run = tmp_path / "mine.yaml", tmp_path / "cut"
     settings = recipe(sd3_folder, prompt_file, output={"checkpoint_every": 3})

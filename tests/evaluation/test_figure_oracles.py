@@ -11,7 +11,7 @@ from tests.tolerance import PICTURE, agree
 
 from pixrl.algorithms.sampling import Solver
 from pixrl.data.prompts import Prompt
-from pixrl.metrics.diversity import Layout
+from pixrl.metrics.diversity import Arrangement
 from pixrl.metrics.fusion import figures
 from pixrl.metrics.intervals import Interval, bootstrap, by_unit, paired, student
 from pixrl.metrics.spread import mean_pairwise_distance
@@ -34,7 +34,7 @@ def test_distance_is_over_pairs_of_different_pictures() -> None:
 
 def test_a_layout_is_the_middle_of_each_box_in_shares_of_width_and_height() -> None:
     boxes = [Instance("owl", (10.0, 0.0, 30.0, 20.0), 1.0, torch.zeros(1))]
-    assert Layout.of(boxes, rows=40, columns=80).centres_N2.tolist() == [[0.25, 0.25]]
+    assert Arrangement.of(boxes, rows=40, columns=80).centres_N2.tolist() == [[0.25, 0.25]]
 
 
 def test_scores_are_read_prompt_by_prompt_and_failed_ones_left_out() -> None:

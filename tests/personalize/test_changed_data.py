@@ -10,7 +10,7 @@ from PIL import Image
 
 import pixrl
 from pixrl import api
-from pixrl.cli_runs import resumable
+from pixrl.cli.options import resumable
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError
 from pixrl.runs import align as align_job

@@ -10,7 +10,8 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
-from pixrl import api, cli, cli_demo
+from pixrl import api, cli
+from pixrl.cli import demo
 from pixrl.config import find_recipe
 from pixrl.errors import RunError
 from pixrl.runs import fuse as fuse_job
@@ -91,16 +92,16 @@ def test_select_and_report_generate_nothing(pixrl: Pixrl) -> None:
 
 
 def test_demo_takes_a_free_folder_each_time(pixrl: Pixrl, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = yaml.safe_load(find_recipe(cli_demo.ALIGN_RECIPE).read_text())
+    settings = yaml.safe_load(find_recipe(demo.ALIGN_RECIPE).read_text())
     settings |= {"steps": 1, "prompts": {"per_step": 2}, "exploration": {"kind": "noise", "noises": 2}}
     settings["evaluation"] = {"prompts": 2}
     Path("small.yaml").write_text(yaml.safe_dump(settings))
-    kept = yaml.safe_load(find_recipe(cli_demo.PERSONALIZE_RECIPE).read_text())
+    kept = yaml.safe_load(find_recipe(demo.PERSONALIZE_RECIPE).read_text())
     kept |= {name: settings[name] for name in ("steps", "prompts", "exploration", "evaluation")}
     Path("kept.yaml").write_text(yaml.safe_dump(kept))
-    monkeypatch.setattr(cli_demo, "DEMO_PAIRS", ("owl & snail",))
-    monkeypatch.setattr(cli_demo, "ALIGN_RECIPE", "small.yaml")
-    monkeypatch.setattr(cli_demo, "PERSONALIZE_RECIPE", "kept.yaml")
+    monkeypatch.setattr(demo, "DEMO_PAIRS", ("owl & snail",))
+    monkeypatch.setattr(demo, "ALIGN_RECIPE", "small.yaml")
+    monkeypatch.setattr(demo, "PERSONALIZE_RECIPE", "kept.yaml")
     Path("pixrl-demo").mkdir()
     done = pixrl("demo")
     assert done.exit_code == 0, done.output
@@ -279,7 +280,7 @@ def test_the_demo_uses_words_of_the_toy_world() -> None:
     from pixrl.data.pairs import parse_pairs
     from pixrl.toy.vocabulary import KINDS
 
-    words = {concept for pair in parse_pairs(cli_demo.DEMO_PAIRS).pairs for concept in pair}
+    words = {concept for pair in parse_pairs(demo.DEMO_PAIRS).pairs for concept in pair}
     assert words <= set(KINDS)
 
 

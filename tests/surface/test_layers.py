@@ -30,18 +30,7 @@ LAYERS = [
     {"runs", "fusion", "doctor"},
     {"report", "serve"},
     {"studies"},
-    {"api", "studio", "__init__", "__main__"}
-    | {
-        "cli",
-        "cli_options",
-        "cli_runs",
-        "cli_demo",
-        "cli_fuse",
-        "cli_train",
-        "cli_models",
-        "cli_serve",
-        "cli_toy",
-    },
+    {"api", "studio", "__init__", "__main__"} | {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SHARED = (0, 5, len(LAYERS) - 1)
@@ -53,7 +42,7 @@ TOY_MAY_IMPORT_MODULES = (
     "pixrl.runs.files",
     "pixrl.fusion.world",
 )
-MAY_IMPORT_TOY = {"toy", "cli_toy"}
+MAY_IMPORT_TOY = {"toy", "cli"}
 TORCH_FREE = [
     "errors",
     "text",
@@ -66,7 +55,7 @@ TORCH_FREE = [
     "__init__",
     "__main__",
 ]
-TORCH_FREE += sorted(path.stem for path in PACKAGE.glob("cli*.py"))
+TORCH_FREE += sorted(f"cli/{path.stem}" for path in PACKAGE.glob("cli/*.py"))
 LIBRARIES_OF_EQUATIONS = {"torch", "pixrl"}
 
 

@@ -63,7 +63,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Place:
+class Hardware:
     """Where the run would compute."""
 
     device: str
@@ -125,7 +125,7 @@ class Diagnosis:
 
     kind: str
     model: str
-    place: Place
+    place: Hardware
     parts: Mapping[str, PartSize]
     rewards: Mapping[str, int]
     """Model of a reward -> bytes on the disk, which it will take about in memory."""

@@ -14,7 +14,7 @@ from pixrl.algorithms.optim import moment_bytes
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt, Split
 from pixrl.device import Precision, choose_precision, free_bytes
-from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Need, Place, Trained, Work, size
+from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Hardware, Need, Trained, Work, size
 from pixrl.doctor.needs import (
     existing_device,
     find_lora,
@@ -151,7 +151,7 @@ def examine(
 
 def find_place(
     device: str, dtype: str, processes: int, findings: Findings, *, on_gpu: str = "auto"
-) -> tuple[torch.device, Place, Precision]:
+) -> tuple[torch.device, Hardware, Precision]:
     """Where the run would compute; what it asks for and is not there is a problem, and estimates go on without."""
     asked = dtype
     try:
@@ -170,7 +170,7 @@ def find_place(
             precision = choose_precision(torch.device("cuda"), dtype)
     computing = precision.autocast or precision.weights
     names = (str(precision.weights).removeprefix("torch."), str(computing).removeprefix("torch."))
-    return chosen, Place(str(chosen), processes, *names, free_bytes(chosen)), precision
+    return chosen, Hardware(str(chosen), processes, *names, free_bytes(chosen)), precision
 
 
 class Estimate:
@@ -388,7 +388,7 @@ def on_device(parts: dict[str, PartSize], plan: MemoryPlan, *, text_dropped: boo
 def _fit(
     config: AlignConfig,
     device: torch.device,
-    place: Place,
+    place: Hardware,
     parts: dict[str, PartSize],
     rewards: dict[str, int],
     estimate: Estimate | None,

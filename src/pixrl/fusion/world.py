@@ -23,7 +23,7 @@ PUBLISHED_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PUBLISHED_SEGMENTER = "ZhengPeng7/BiRefNet"
 
 
-class Similarities(Protocol):
+class Scored(Protocol):
     """Similarity of B pictures to N concepts, nan with a reason where scoring failed."""
 
     @property
@@ -41,7 +41,7 @@ class Scorer(Protocol):
 
     def exemplar_features(self, images_MCHW: Tensor) -> Tensor: ...
 
-    def similarities(self, images_BCHW: Tensor, exemplars: Sequence[Tensor]) -> Similarities: ...
+    def similarities(self, images_BCHW: Tensor, exemplars: Sequence[Tensor]) -> Scored: ...
 
 
 @dataclass(frozen=True)

@@ -38,19 +38,19 @@ _APART = 10.0
 
 
 @dataclass(frozen=True)
-class Layout:
+class Arrangement:
     """The objects of one picture: classes [N], and their centres [N, 2] as (x, y) in [0, 1]."""
 
     kinds: tuple[str, ...]
     centres_N2: Tensor
 
     @staticmethod
-    def of(instances: Sequence[Instance], rows: int, columns: int) -> "Layout":
+    def of(instances: Sequence[Instance], rows: int, columns: int) -> "Arrangement":
         """Of a picture of rows x columns pixels."""
         places = [
             ((x0 + x1) / 2 / columns, (y0 + y1) / 2 / rows) for x0, y0, x1, y1 in (i.box for i in instances)
         ]
-        return Layout(tuple(i.kind for i in instances), torch.tensor(places).view(-1, 2))
+        return Arrangement(tuple(i.kind for i in instances), torch.tensor(places).view(-1, 2))
 
 
 def prompt_distances(features_BE: Tensor, prompt_B: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def prompt_distances(features_BE: Tensor, prompt_B: Tensor) -> Tensor:
     )
 
 
-def layout_distance(one: Layout, other: Layout) -> float:
+def layout_distance(one: Arrangement, other: Arrangement) -> float:
     """How far the objects of one picture must move to stand as in the other, in sides of the picture.
 
     The largest displacement under the matching within classes whose squared displacements sum to the least; inf where
@@ -95,7 +95,7 @@ def layout_distance(one: Layout, other: Layout) -> float:
     return furthest
 
 
-def distinct_layouts(layouts: Sequence[Layout], within: float = SAME_WITHIN) -> int:
+def distinct_layouts(layouts: Sequence[Arrangement], within: float = SAME_WITHIN) -> int:
     """How many clusters some pictures' layouts form; 0 of none.
 
     Complete linkage: two layouts of one cluster are at most `within` apart.
@@ -114,7 +114,7 @@ def distinct_layouts(layouts: Sequence[Layout], within: float = SAME_WITHIN) -> 
     return int(fcluster(tree, within, criterion="distance").max())
 
 
-def prompt_layouts(layouts: Sequence[Layout], prompt_B: Tensor, within: float = SAME_WITHIN) -> Tensor:
+def prompt_layouts(layouts: Sequence[Arrangement], prompt_B: Tensor, within: float = SAME_WITHIN) -> Tensor:
     """Number of distinct layouts of each prompt's pictures, float [P] in the order of the prompts' numbers.
 
     Raises:
@@ -162,16 +162,16 @@ class DiversityMeter:
         return Diversity(distance_P, prompt_layouts(layouts, prompt_B))
 
 
-def layouts_of(detector: Detector, images_BCHW: Tensor) -> list[Layout]:
+def layouts_of(detector: Detector, images_BCHW: Tensor) -> list[Arrangement]:
     """The layout of each picture [B, 3, H, W]."""
     rows, columns = images_BCHW.shape[-2:]
-    return [Layout.of(instances, rows, columns) for instances in detector.instances(images_BCHW)]
+    return [Arrangement.of(instances, rows, columns) for instances in detector.instances(images_BCHW)]
 
 
-def _of_kind(layout: Layout, kind: str) -> Tensor:
+def _of_kind(layout: Arrangement, kind: str) -> Tensor:
     return layout.centres_N2[[place for place, own in enumerate(layout.kinds) if own == kind]].double()
 
 
-def _grouped(layouts: Sequence[Layout], prompt_B: Tensor) -> Iterator[list[Layout]]:
+def _grouped(layouts: Sequence[Arrangement], prompt_B: Tensor) -> Iterator[list[Arrangement]]:
     for number in prompt_B.unique(sorted=True):
         yield [layouts[row] for row in (prompt_B == number).nonzero().flatten().tolist()]

@@ -73,7 +73,7 @@ class WorldRecord(BaseModel):
 
 
 @dataclass(frozen=True)
-class Place:
+class ResumePoint:
     """How far a run has come."""
 
     step: int
@@ -82,7 +82,7 @@ class Place:
     state: Mapping[str, Any]
 
 
-START = Place(0, 0, {}, {})
+START = ResumePoint(0, 0, {}, {})
 
 
 def start(
@@ -169,7 +169,7 @@ def open_run(path: Path) -> tuple[RunFolder, FuseConfig]:
     return folder, recipes.load(FuseConfig, folder.recipe(), kind=KIND)
 
 
-def find_place(folder: RunFolder) -> Place:
+def find_place(folder: RunFolder) -> ResumePoint:
     """The newest whole checkpoint whose pictures are all in the manifest; the start where there is none."""
     rows = len(folder.manifest())
     found = checkpoint.latest(folder.path)
@@ -177,7 +177,7 @@ def find_place(folder: RunFolder) -> Place:
         tensors, state = checkpoint.load(found)
         step = checkpoint.step_of(found)
         if state["images"] <= rows:
-            return Place(step, state["images"], tensors, state)
+            return ResumePoint(step, state["images"], tensors, state)
         found = checkpoint.latest(folder.path, at_most=step - 1)
     return START
 
@@ -196,7 +196,7 @@ def read_selection(folder: RunFolder) -> Selection:
 
 
 def _run(
-    folder: RunFolder, config: FuseConfig, world: FusionWorld, place: Place, monitor: Monitor
+    folder: RunFolder, config: FuseConfig, world: FusionWorld, place: ResumePoint, monitor: Monitor
 ) -> FinishedRun:
     session = FusionSession(world, config)
     trainer = FusionTrainer(session, config)
@@ -306,7 +306,7 @@ def _require_same_scorer(folder: RunFolder, before: Mapping[str, str], now: Mapp
         )
 
 
-def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession, place: Place) -> None:
+def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession, place: ResumePoint) -> None:
     """What the children are compared with, and by what. A resumed run must find what it began with.
 
     Where world.json is lost, its copy in the checkpoint says that.

@@ -23,7 +23,7 @@ from pixrl.runs.config import AlignConfig
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """The chosen sizes, in words too."""
 
     micro_batches: MicroBatches
@@ -47,7 +47,7 @@ def plan(
     rollout_batch: int | None = None,
     train_batch: int | None = None,
     through_decoder: bool = False,
-) -> Plan:
+) -> BatchPlan:
     """Sizes for a process that draws `rollouts` pictures a step and takes optimizer steps of about `trained` pictures.
 
     `rollout_batch`, `train_batch`: what the recipe asks for. `through_decoder`: the gradient passes the decoder too.
@@ -60,7 +60,7 @@ def plan(
         _say("rollout", rollouts, sizes[0], drawing),
         _say("training", trained, sizes[1], training),
     )
-    return Plan(MicroBatches(*sizes), reasons)
+    return BatchPlan(MicroBatches(*sizes), reasons)
 
 
 def evened(count: int, most: int) -> int:

@@ -1,6 +1,6 @@
 """The command line: reads arguments, loads settings, calls one function. torch is loaded only when a job starts.
 
-The commands are in cli_*.py; each group is one line below.
+The commands are in demo.py, train.py and tools.py; each group is one line below.
 """
 
 import errno
@@ -12,7 +12,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from pixrl import __version__, cli_demo, cli_fuse, cli_models, cli_serve, cli_toy, cli_train
+from pixrl import __version__
+from pixrl.cli import demo, tools, train
 from pixrl.errors import PixrlError
 
 
@@ -46,12 +47,10 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(cli_demo.commands)
-app.add_typer(cli_fuse.commands)
-app.add_typer(cli_train.commands)
-app.add_typer(cli_models.commands)
-app.add_typer(cli_serve.commands)
-app.add_typer(cli_toy.commands, name="toy")
+app.add_typer(demo.commands)
+app.add_typer(train.commands)
+app.add_typer(tools.commands)
+app.add_typer(tools.toy, name="toy")
 
 
 def _show_version(wanted: bool) -> None:

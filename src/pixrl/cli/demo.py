@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pixrl.cli_options import option
-from pixrl.cli_runs import resumable
+from pixrl.cli.options import option, resumable
 
 DEMO_PAIRS = ("owl & snail", "turtle & mushroom", "penguin & pineapple")
 ALIGN_RECIPE = "toy/demo-align"

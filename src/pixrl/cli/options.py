@@ -1,5 +1,11 @@
-"""The arguments and options of the commands. Defaults are shown as text: the settings' models hold the true ones."""
+"""What the commands share: arguments and options, and words about a run that was interrupted or is finished.
 
+Defaults are shown as text: the settings' models hold the true ones.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,3 +93,56 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show
 Repair = Annotated[
     bool, option("First drop what lies behind the last good line of a damaged log.", flag="--repair")
 ]
+
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def resumable(run: Path) -> Iterator[None]:
+    """Ctrl-C within: the user learns what is saved and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if leads():
+            typer.echo(f"\nInterrupted. {str(stopped) or _state_of(run)}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _state_of(run: Path) -> str:
+    """What of a run that was broken off is on the disk, and how to go on."""
+    if not (run / "recipe.yaml").is_file():
+        return "Nothing was started."
+    return f"{_saved(run)} To go on, type: pixrl resume {run}"
+
+
+def _saved(run: Path) -> str:
+    """In words, by the newest whole checkpoint and the steps that are logged."""
+    from pixrl.runs import checkpoint
+    from pixrl.runs.folder import METRICS
+    from pixrl.runs.place import CHILDREN
+
+    if (run / CHILDREN).is_dir():
+        return "Finished fusions are kept; the one in hand goes on from its last whole step."
+    newest = checkpoint.latest(run)
+    step = 0 if newest is None else checkpoint.step_of(newest)
+    log = run / METRICS
+    later = log.read_bytes().count(b"\n") - step if log.is_file() else 0
+    saved = f"Saved up to step {step}" if step else "No step is saved yet"
+    again = (
+        f"the steps logged since ({later}) are drawn again"
+        if later > 0
+        else "what was begun since is drawn again"
+    )
+    return f"{saved}; {again}."
+
+
+def say_where(run: Path) -> None:
+    report = run / "report.html"
+    if leads():
+        typer.echo(f"Report: {report}" if report.is_file() else f"Run: {run}")
+
+
+def leads() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"

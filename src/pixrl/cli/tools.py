@@ -1,0 +1,220 @@
+"""Commands around runs: doctor, export, serve-rewards; and toy build, toy verify."""
+
+import json
+import logging
+import math
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pixrl.cli.options import (
+    HOW,
+    INTERRUPTED,
+    WHERE,
+    CheckedRecipe,
+    Force,
+    Out,
+    Run,
+    Seed,
+    Set,
+    Steps,
+    SubjectFolder,
+    option,
+)
+from pixrl.errors import InputError
+from pixrl.libraries import check_torchvision
+
+if TYPE_CHECKING:
+    from pixrl.toy.verify import Gate
+
+
+commands = typer.Typer()
+
+
+@commands.command()
+def doctor(
+    recipe: CheckedRecipe = None,
+    subject: SubjectFolder = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    set_: Set = None,
+    processes: Annotated[
+        int | None, option("How many would share the work.", default="as a launcher started, else 1", min=1)
+    ] = None,
+    out: Out = None,
+    force: Force = False,
+    score: Annotated[
+        bool, option("Also load the rewards and score a synthetic batch, as a run does.", flag="--score")
+    ] = False,
+    as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
+) -> None:
+    """What a fuse, align or personalize recipe needs, and whether it can run here; exit code 1 when not."""
+    from pixrl import api
+
+    count = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    found = api.examine(
+        recipe,
+        set_ or [],
+        subject=subject,
+        steps=steps,
+        seed=seed,
+        processes=count,
+        out=out,
+        force=force,
+        score=score,
+    )
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(found.lines()))
+    if not found.can_run:
+        raise typer.Exit(1)
+
+
+@commands.command()
+def export(
+    run: Run,
+    layout: Annotated[
+        str, option("Key names: diffusers, comfyui or uno.", default="diffusers", flag="--format")
+    ] = "diffusers",
+    slot: Annotated[
+        str | None, option("current or ema.", default="ema, where the run has averaged weights")
+    ] = None,
+    out: Annotated[Path | None, option("The folder.", default="export/FORMAT in the run's")] = None,
+) -> None:
+    """Write a run's LoRA for diffusers, ComfyUI or UNO, with a model card."""
+    from pixrl.models.slots import parse_slot
+    from pixrl.report import export as exporting
+
+    done = exporting.export(
+        run,
+        out=out,
+        layout=exporting.parse_format(layout),
+        slot=None if slot is None else parse_slot(slot),
+    )
+    typer.echo(f"LoRA ({done.slot.value}, step {done.step}): {done.file}")
+    typer.echo(f"Card: {done.card}")
+
+
+TOKEN_ENV = "PIXRL_REWARD_TOKEN"
+
+
+@commands.command("serve-rewards")
+def serve_rewards(
+    rewards: Annotated[
+        str,
+        typer.Argument(
+            metavar="REWARDS",
+            help="A YAML file with the table `rewards`, or a name under recipes/: toy/serve-rewards.",
+            show_default=False,
+        ),
+    ],
+    host: Annotated[str | None, option("Address to listen at.", WHERE, "127.0.0.1")] = None,
+    port: Annotated[int | None, option("0 takes any that is free.", WHERE, "8765")] = None,
+    token_env: Annotated[
+        str, option("Environment variable with the token that clients show.", HOW, TOKEN_ENV)
+    ] = TOKEN_ENV,
+    set_: Set = None,
+) -> None:
+    """Serve rewards of this environment to runs in another one, as their reward [bold]remote[/bold]."""
+    from pixrl import config
+    from pixrl.serve.server import RewardServer, ServeSettings, is_open_to_others
+
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    settings = config.load(ServeSettings, rewards, set_ or [], values=given, kind="serve-rewards")
+    open_to_others = is_open_to_others(settings)
+    token, made_up = _token(token_env, open_to_others)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    server = RewardServer(settings, token)
+    server.open()
+    for one in server.served:
+        typer.echo(f"{one.name}: {one.provenance['model']}, licence: {one.licence}")
+    if made_up:
+        typer.echo(f"Token, made up for this time: export {token_env}={token}")
+    if open_to_others:
+        typer.echo("Other machines can reach it, and nothing is encrypted: use a network that you trust.")
+    typer.echo(f"Serving rewards at {server.url}; Ctrl-C stops it.")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. Runs that use it wait for it to come back.")
+    finally:
+        server.server_close()
+
+
+def _token(variable: str, open_to_others: bool) -> tuple[str, bool]:
+    """The token, and whether it was made up here.
+
+    Raises:
+        InputError: other machines would reach the server, and no token is set.
+    """
+    given = os.environ.get(variable, "")
+    if given:
+        return given, False
+    if open_to_others:
+        raise InputError(
+            f"A server that other machines reach needs a token of yours, and {variable} is not set. Type: "
+            f"export {variable}=$(python -c 'import secrets; print(secrets.token_urlsafe(32))')"
+        )
+    return secrets.token_urlsafe(32), True
+
+
+toy = typer.Typer(help="The embedded toy world: build and verify its checkpoints.", no_args_is_help=True)
+
+
+@toy.command("build")
+def toy_build(
+    stage: Annotated[
+        list[str] | None, option("Only this stage; repeat for more.", default="all of them")
+    ] = None,
+    resume: Annotated[bool, option("Go on with a build that was killed.", flag="--resume")] = False,
+    out: Annotated[Path | None, option("Where the checkpoints go.", default="into the package")] = None,
+    device: Annotated[str, option("cpu, cuda or mps.", default="cpu")] = "cpu",
+) -> None:
+    """Train the toy world's checkpoints from nothing: hours on two cores, minutes on a GPU."""
+    check_torchvision()
+    from pixrl.toy.build import build
+
+    try:
+        folder = build(stage or [], resume=resume, out=out, device=device)
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. To go on, add --resume to the same command.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(f"Checkpoints: {folder}")
+
+
+@toy.command("verify")
+def toy_verify(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CHECKPOINT", help="Only these: clip sd3 ...; without one, all.", show_default=False
+        ),
+    ] = None,
+    quick: Annotated[bool, option("Take a quarter of the samples.", flag="--quick")] = False,
+    as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
+) -> None:
+    """Measure the shipped checkpoints on held-out scenes against their gates; exit code 1 when one fails."""
+    check_torchvision()
+    from pixrl.toy.verify import verify
+
+    gates = verify(names or [], quick=quick)
+    passed = all(gate.passed for gate in gates)
+    typer.echo(_gates_as_json(gates, passed) if as_json else "\n".join(map(_gate_line, gates)))
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _gates_as_json(gates: "Sequence[Gate]", passed: bool) -> str:
+    rows = [{**asdict(gate), "passed": gate.passed} for gate in gates]
+    finite = [{key: x if x not in (math.inf, -math.inf) else None for key, x in row.items()} for row in rows]
+    return json.dumps({"passed": passed, "gates": finite}, indent=1)
+
+
+def _gate_line(gate: "Gate") -> str:
+    limits = (
+        f"{gate.at_least:g} or more" if math.isinf(gate.at_most) else f"{gate.at_least:g} to {gate.at_most:g}"
+    )
+    return f"{'ok  ' if gate.passed else 'FAIL'}  {gate.checkpoint:<11}{gate.figure:<48}{gate.value:>9.3f}  ({limits})"

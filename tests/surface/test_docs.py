@@ -1,0 +1,37 @@
+"""The pages lead where they say: links and paths exist, the tour has ten stops, nothing cites what a reader lacks."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+HISTORY = ROOT / "docs" / "log.md"
+"""Tells of files as they were called then."""
+PATHS = re.compile(r"`((?:src/pixrl|tests|tools|benchmarks|examples|recipes|docs)/[\w/.-]+)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    if page != HISTORY:
+        named = [path for path in PATHS.findall(text) if "NAME" not in path]
+        missing += [path for path in named if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_a_stop_of_the_tour_is_a_file() -> None:
+    text = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    stops = re.findall(r"^(\d+)\. \*\*[^*]+\*\* `([\w/.]+)`", text, flags=re.MULTILINE)
+    assert [number for number, _ in stops] == [str(number) for number in range(1, 11)]
+    places = [file if file.startswith(("src/", "examples/")) else f"src/pixrl/{file}" for _, file in stops]
+    assert [place for place in places if not (ROOT / place).is_file()] == []
+    assert len(set(places)) == 10
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY], ids=lambda page: page.name)
+def test_nothing_cites_what_a_reader_does_not_have(page: Path) -> None:
+    assert "../shared" not in page.read_text(encoding="utf-8")
