@@ -17,7 +17,7 @@ from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import InputError, RunError
 from pixrl.metrics.spread import group_diversity, mean_pairwise_distance, pixel_features
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.placement import Part, Placement
+from pixrl.models.placement import PipelinePart, Placement
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.set import Failures, RewardSet
 from pixrl.rewards.settings import RewardSetting
@@ -189,15 +189,15 @@ def test_offloading_on_a_cpu_has_no_effect_and_says_so(policy: SD3Policy) -> Non
 
 
 def test_parts_are_fetched_and_sent_away_again(policy: SD3Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    moves: list[tuple[Part, str]] = []
+    moves: list[tuple[PipelinePart, str]] = []
     placement = policy.placement
     monkeypatch.setattr(placement, "_move", lambda part, device: moves.append((part, device.type)))
     monkeypatch.setattr(placement, "device", torch.device("meta"))
     placement._present.clear()
-    with policy.present(Part.VAE):
-        assert moves == [(Part.VAE, "meta")]
-    assert moves == [(Part.VAE, "meta"), (Part.VAE, "cpu")]
-    placement._present.add(Part.TEXT)
+    with policy.present(PipelinePart.VAE):
+        assert moves == [(PipelinePart.VAE, "meta")]
+    assert moves == [(PipelinePart.VAE, "meta"), (PipelinePart.VAE, "cpu")]
+    placement._present.add(PipelinePart.TEXT)
     with policy.text_present():
         assert len(moves) == 2
 

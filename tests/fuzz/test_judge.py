@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.fuzz.budget import ANY_BYTES, ANYTHING, fuzz, soup
 
-from pixrl.rewards.judge import Scale, _said
+from pixrl.rewards.judge import RatingScale, _said
 
-SCALE = Scale(1.0, 10.0)
+SCALE = RatingScale(1.0, 10.0)
 SOUP = soup(
     "<think>",
     "</think>",

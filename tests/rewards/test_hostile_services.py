@@ -28,7 +28,7 @@ from tests.rewards.test_remote import PAIR, call, description, message, scored
 from pixrl.errors import ConfigError, ServiceError
 from pixrl.rewards import http, judge, wire
 from pixrl.rewards.http import Reply, Service, Silence, seconds_of
-from pixrl.rewards.judge import JudgeReward, Scale
+from pixrl.rewards.judge import JudgeReward, RatingScale
 from pixrl.rewards.remote import RemoteReward
 from pixrl.serve.server import STRANGERS, RewardServer
 from pixrl.types import RewardBatch
@@ -566,7 +566,7 @@ def test_thoughts_are_left_out_as_ever() -> None:
 )
 def test_a_judges_text_is_read_in_one_pass(text: str) -> None:
     """Millions of signs: in quadratic time (53 s for 16,000 thoughts) this would take hours."""
-    Scale(1, 10).read(text)
+    RatingScale(1, 10).read(text)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pixrl import rewards
 from pixrl.conformance import check_reward
 from pixrl.errors import ConfigError, ServiceError
 from pixrl.rewards import http
-from pixrl.rewards.judge import JudgeReward, Scale
+from pixrl.rewards.judge import JudgeReward, RatingScale
 from pixrl.rewards.set import RewardSet, RewardSetting
 from pixrl.types import RewardBatch, Scores
 
@@ -110,7 +110,7 @@ def test_it_keeps_the_promises_of_a_reward(batch: RewardBatch) -> None:
     ],
 )
 def test_scores_that_are_read(text: str, value: float) -> None:
-    assert Scale(1, 10).read(text) == (value, None)
+    assert RatingScale(1, 10).read(text) == (value, None)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_scores_that_are_read(text: str, value: float) -> None:
     ],
 )
 def test_scores_that_are_none(text: str, reason: str) -> None:
-    value, why = Scale(1, 10).read(text)
+    value, why = RatingScale(1, 10).read(text)
     assert math.isnan(value)
     assert why is not None and reason in why
 

@@ -1,5 +1,6 @@
 """Public names are pinned: adding one is a decision, taking one away breaks somebody."""
 
+import ast
 import inspect
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pixrl
 from pixrl import equations
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "pixrl"
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL", "scipy", "tensorboard"}
 
 PIXRL = [
@@ -123,3 +125,12 @@ def test_help_loads_no_torch(code: str) -> None:
 
 def test_settings_load_no_torch() -> None:
     assert "torch" not in loaded_after("import pixrl.config, pixrl.hub, pixrl.data.pairs, pixrl.algorithms")
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path.relative_to(PACKAGE).as_posix())
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from pixrl.toy.build import CHECKPOINTS
 from pixrl.toy.build.pictures import Bytes, draw, to_tensor
 from pixrl.toy.judge import QUICK, SceneJudge, reconstruct
-from pixrl.toy.scene import SUBJECTS, Scene, Subject, resembles_held_out
+from pixrl.toy.scene import SUBJECTS, Scene, ToySubject, resembles_held_out
 from pixrl.toy.verify import SEED, asking, other_accessory, other_background
 
 TINY = replace(QUICK, drawings=60, decoded=10, steps=6, batch=16)
@@ -109,4 +109,4 @@ def test_lessons_never_show_a_subject_like_the_held_out(
     SceneJudge.fit(vae, 5, replace(TINY, drawings=200, steps=1))
     things = [scene.objects[0] for scene in shown]
     assert len(things) == 200
-    assert not any(resembles_held_out(Subject(thing.kind, thing.palette)) for thing in things)
+    assert not any(resembles_held_out(ToySubject(thing.kind, thing.palette)) for thing in things)

@@ -23,7 +23,7 @@ from pixrl.hub import Checkpoint, read_json
 from pixrl.hub_check import INDEX
 from pixrl.models.base import Conditioning, ReferencePolicy, SamplingSettings
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.models.placement import Part
+from pixrl.models.placement import PipelinePart
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
 
@@ -266,7 +266,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
 
     @torch.no_grad()
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
-        with self.present(Part.VAE):
+        with self.present(PipelinePart.VAE):
             return torch.cat([self._latents.get(image, self._encode_image) for image in images_BCHW.split(1)])
 
     def _encode_image(self, image_BCHW: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from pixrl.models.base import Conditioning, FlowPolicy, SamplingSettings
 from pixrl.models.loading import load_pipeline
 from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.placement import Part, Placement, set_decoding, without_gradients
+from pixrl.models.placement import PipelinePart, Placement, set_decoding, without_gradients
 from pixrl.models.slots import LoraSlots, Slot, digest, merge, parse_slot
 from pixrl.models.text import PromptCache, check_words
 
@@ -268,7 +268,7 @@ class FlowPipelinePolicy(FlowPolicy):
             return self._cache.rows(prompts)
 
     def _encode_row(self, prompt: str) -> Conditioning:
-        with self.present(Part.TEXT):
+        with self.present(PipelinePart.TEXT):
             return self._encode_one(prompt)
 
     def checkpoint_gradients(self) -> None:
@@ -288,19 +288,19 @@ class FlowPipelinePolicy(FlowPolicy):
             UnknownWordError: a prompt has a word outside the vocabulary.
         """
         check_words(prompts, self.vocabulary, self.name)
-        with torch.no_grad(), self.present(Part.TEXT):
+        with torch.no_grad(), self.present(PipelinePart.TEXT):
             self._cache.keep(["", *prompts])
         self.placement.drop_text()
 
-    def present(self, part: Part) -> AbstractContextManager[None]:
+    def present(self, part: PipelinePart) -> AbstractContextManager[None]:
         """Within it the text encoders, or the VAE, are on the device."""
         return self.placement.present(part)
 
     def text_present(self) -> AbstractContextManager[None]:
-        return self.present(Part.TEXT)
+        return self.present(PipelinePart.TEXT)
 
     def decoder_present(self) -> AbstractContextManager[None]:
-        return self.present(Part.VAE)
+        return self.present(PipelinePart.VAE)
 
     def schedule(self, steps: int) -> Tensor:
         return self._sigmas(steps).to(device="cpu", dtype=torch.float32).clone()
@@ -361,7 +361,7 @@ class FlowPipelinePolicy(FlowPolicy):
         return x
 
     def decode(self, latents: Tensor) -> Tensor:
-        with self.present(Part.VAE), self.precision.context(self.device):
+        with self.present(PipelinePart.VAE), self.precision.context(self.device):
             return decode_latents(self.vae, latents.to(self.device))
 
     def merge_lora(self, place: Path) -> None:

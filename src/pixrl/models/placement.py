@@ -16,7 +16,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _LORA = "lora_"
 
 
-class Part(StrEnum):
+class PipelinePart(StrEnum):
     """What need not be on the device all the time."""
 
     TEXT = "text"
@@ -48,7 +48,7 @@ class Placement:
         self.denoiser = denoiser
         self.device = device
         self.offload = plan.offload
-        self._present: set[Part] = set(Part) if placed else set()
+        self._present: set[PipelinePart] = set(PipelinePart) if placed else set()
         if placed:
             return
         if plan.offload is Offload.SEQUENTIAL:
@@ -56,11 +56,11 @@ class Placement:
             return
         denoiser.to(device)
         if plan.offload is Offload.NONE:
-            for part in Part:
+            for part in PipelinePart:
                 self._move(part, device)
 
     @contextmanager
-    def present(self, part: Part) -> Iterator[None]:
+    def present(self, part: PipelinePart) -> Iterator[None]:
         """Within it the text encoders, or the VAE, are on the device."""
         if part in self._present:
             yield
@@ -87,8 +87,8 @@ class Placement:
             **{name: None for name in TEXT_PARTS if self.pipeline.components.get(name) is not None}
         )
 
-    def _move(self, part: Part, device: torch.device) -> None:
-        for name in ("vae",) if part is Part.VAE else TEXT_PARTS:
+    def _move(self, part: PipelinePart, device: torch.device) -> None:
+        for name in ("vae",) if part is PipelinePart.VAE else TEXT_PARTS:
             module = self.pipeline.components.get(name)
             if module is not None:
                 module.to(device)

@@ -21,7 +21,7 @@ from pixrl.runs.log import COEFFICIENTS
 
 
 @dataclass(frozen=True)
-class Part:
+class ParentShare:
     """One parent's part in a child."""
 
     concept: str
@@ -39,7 +39,7 @@ class Child:
     step: int
     seed: int
     image: Picture
-    parts: tuple[Part, ...]
+    parts: tuple[ParentShare, ...]
     reward: float
     balance: float
     candidate: bool
@@ -141,7 +141,7 @@ def child_of(run: FinishedRun, row: ManifestRow, side: int) -> Child:
         seed=row.seed,
         image=inline(run.folder.path / row.file, side),
         parts=tuple(
-            Part(concept, value, share, 100 * bar / whole)
+            ParentShare(concept, value, share, 100 * bar / whole)
             for concept, value, share, bar in zip(run.config.concepts, values, shares, bars, strict=True)
         ),
         reward=_number(row.scores.get("reward")),

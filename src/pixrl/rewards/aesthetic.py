@@ -32,20 +32,26 @@ HEAD_WIDTHS = (1024, 128, 64, 16, 1)
 AGPL = "AGPL-3.0"
 
 
-class Version(StrEnum):
+class AestheticVersion(StrEnum):
     """Which predictor; see above."""
 
     LAION = "laion-v2"
     V2_5 = "v2.5"
 
 
-ENCODERS = {Version.LAION: "openai/clip-vit-large-patch14", Version.V2_5: "google/siglip-so400m-patch14-384"}
-HEADS = {Version.LAION: "sac+logos+ava1-l14-linearMSE.pth", Version.V2_5: "aesthetic_predictor_v2_5.pth"}
-HEAD_NAMES = {Version.LAION: "layers", Version.V2_5: "scoring_head"}
-HEAD_LICENCES = {Version.LAION: "Apache-2.0", Version.V2_5: AGPL}
+ENCODERS = {
+    AestheticVersion.LAION: "openai/clip-vit-large-patch14",
+    AestheticVersion.V2_5: "google/siglip-so400m-patch14-384",
+}
+HEADS = {
+    AestheticVersion.LAION: "sac+logos+ava1-l14-linearMSE.pth",
+    AestheticVersion.V2_5: "aesthetic_predictor_v2_5.pth",
+}
+HEAD_NAMES = {AestheticVersion.LAION: "layers", AestheticVersion.V2_5: "scoring_head"}
+HEAD_LICENCES = {AestheticVersion.LAION: "Apache-2.0", AestheticVersion.V2_5: AGPL}
 HEAD_PAGES = {
-    Version.LAION: "https://github.com/christophschuhmann/improved-aesthetic-predictor",
-    Version.V2_5: "https://github.com/discus0434/aesthetic-predictor-v2-5",
+    AestheticVersion.LAION: "https://github.com/christophschuhmann/improved-aesthetic-predictor",
+    AestheticVersion.V2_5: "https://github.com/discus0434/aesthetic-predictor-v2-5",
 }
 
 
@@ -64,21 +70,21 @@ class AestheticReward(DifferentiableReward):
     """
 
     name = "aesthetic"
-    examples: ClassVar[Mapping[str, object]] = {"head": HEADS[Version.LAION]}
+    examples: ClassVar[Mapping[str, object]] = {"head": HEADS[AestheticVersion.LAION]}
 
     def __init__(
         self,
         head: str | Path,
-        version: str = Version.LAION,
+        version: str = AestheticVersion.LAION,
         model: str | Path | None = None,
         accept_licence: str | None = None,
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
-        chosen = choice(self.name, "version", version, Version)
+        chosen = choice(self.name, "version", version, AestheticVersion)
         _check_licence(chosen, accept_licence)
         ref = ENCODERS[chosen] if model is None else model
-        make = ClipSimilarity if chosen is Version.LAION else SiglipEncoder
+        make = ClipSimilarity if chosen is AestheticVersion.LAION else SiglipEncoder
         self.encoder: PictureEncoder = make(ref, device=device, dtype=dtype)
         file = find_file(head, HEADS[chosen])
         self.head = read_head(file, HEAD_NAMES[chosen]).to(self.encoder.device)
@@ -94,7 +100,7 @@ class AestheticReward(DifferentiableReward):
 
     @classmethod
     def reads(cls, options: Options) -> Mapping[str, Read]:
-        version = choice(cls.name, "version", str(options["version"]), Version)
+        version = choice(cls.name, "version", str(options["version"]), AestheticVersion)
         return {"head": Read(Form.FILES, (HEADS[version],)), "model": Read(usual=ENCODERS[version])}
 
     def score(self, batch: RewardBatch) -> Scores:
@@ -145,13 +151,14 @@ def _require_width(file: Path, head: nn.Sequential, encoder: PictureEncoder) -> 
         )
 
 
-def _check_licence(version: Version, accepted: str | None) -> None:
-    if version is Version.V2_5 and accepted != AGPL:
+def _check_licence(version: AestheticVersion, accepted: str | None) -> None:
+    if version is AestheticVersion.V2_5 and accepted != AGPL:
         raise ConfigError(
             f"aesthetic: the head of v2.5 is published under {AGPL} ({HEAD_PAGES[version]}), whose terms reach "
-            f"services that use it. If they suit you, say so: accept_licence: {AGPL}. If not: version: {Version.LAION}"
+            f"services that use it. If they suit you, say so: accept_licence: {AGPL}. If not: version: "
+            f"{AestheticVersion.LAION}"
         )
-    if version is not Version.V2_5 and accepted is not None:
+    if version is not AestheticVersion.V2_5 and accepted is not None:
         raise ConfigError(
             f"aesthetic: {version} asks for no licence, so accept_licence has no effect. Take it out."
         )

@@ -48,7 +48,7 @@ _SECRET = re.compile(r"(.*[_-])?(api_?key|apikey|key|token|secret|password|autho
 
 
 @dataclass(frozen=True)
-class Scale:
+class RatingScale:
     """The numbers that a judge may give, both ends included."""
 
     low: float
@@ -258,13 +258,13 @@ def _check_template(template: str) -> None:
         )
 
 
-def _scale(given: Sequence[float]) -> Scale:
+def _scale(given: Sequence[float]) -> RatingScale:
     numbers = [x for x in given if isinstance(x, int | float) and math.isfinite(x)]
     if len(numbers) != 2 or len(given) != 2 or not numbers[0] < numbers[1]:
         raise ConfigError(
             f"judge: scale is the least and the greatest number, as in [1, 10]; got {list(given)!r}."
         )
-    return Scale(float(numbers[0]), float(numbers[1]))
+    return RatingScale(float(numbers[0]), float(numbers[1]))
 
 
 def _further_fields(given: Mapping[str, object]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.references import choice
 
 
-class Scale(StrEnum):
+class ScoreScale(StrEnum):
     """What the cosine is multiplied by. Group normalization removes the scale; logs and weights of sums keep it."""
 
     RAW = "raw"
@@ -32,7 +32,7 @@ class PreferenceReward(PromptCosineReward):
 
     Args:
         model: `toy:preference`, a folder or a hub id of a CLIPModel.
-        scale: see `Scale`.
+        scale: see `ScoreScale`.
         processor: the checkpoint of the tokenizer and preprocessing, where they are not the model's own.
 
     Raises:
@@ -46,14 +46,18 @@ class PreferenceReward(PromptCosineReward):
     def __init__(
         self,
         model: str | Path,
-        scale: str = Scale.RAW,
+        scale: str = ScoreScale.RAW,
         processor: str | Path | None = None,
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
-        chosen = choice(self.name, "scale", scale, Scale)
+        chosen = choice(self.name, "scale", scale, ScoreScale)
         clip = ClipSimilarity(model, device=device, dtype=dtype, processor=processor)
-        factor = {Scale.RAW: clip.logit_scale, Scale.DIV26: clip.logit_scale / 26, Scale.COSINE: 1.0}[chosen]
+        factor = {
+            ScoreScale.RAW: clip.logit_scale,
+            ScoreScale.DIV26: clip.logit_scale / 26,
+            ScoreScale.COSINE: 1.0,
+        }[chosen]
         super().__init__(clip, factor=factor, provenance={"scale": f"{chosen} (cosine x {factor:.6g})"})
 
     @classmethod

@@ -33,7 +33,7 @@ ADDED_SHARE = 0.8
 
 
 @dataclass(frozen=True)
-class Lessons:
+class JudgeLessons:
     """How much the judge learns from: drawings, how many of them decoded, and steps of a batch each."""
 
     drawings: int = 4000
@@ -43,8 +43,8 @@ class Lessons:
     lr: float = 4e-3
 
 
-FULL = Lessons()
-QUICK = Lessons(drawings=3000, decoded=400, steps=400, batch=32)
+FULL = JudgeLessons()
+QUICK = JudgeLessons(drawings=3000, decoded=400, steps=400, batch=32)
 
 
 class SceneJudge:
@@ -54,7 +54,7 @@ class SceneJudge:
         self.network = network
 
     @classmethod
-    def fit(cls, vae: AutoencoderKL, seed: int = 0, lessons: Lessons = FULL) -> "SceneJudge":
+    def fit(cls, vae: AutoencoderKL, seed: int = 0, lessons: JudgeLessons = FULL) -> "SceneJudge":
         """A judge that has learned from drawings of training subjects; the seed fixes everything about it."""
         noise = torch.Generator().manual_seed(seed)
         scenes = [_lesson(seed, index) for index in range(lessons.drawings)]
@@ -123,7 +123,7 @@ def _train(
     images: Tensor,
     backgrounds: Tensor,
     worn: Tensor,
-    lessons: Lessons,
+    lessons: JudgeLessons,
     noise: torch.Generator,
 ) -> None:
     """AdamW with one rise and fall of its rate; accessories weigh more, since they are the harder part."""

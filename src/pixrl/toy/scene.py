@@ -83,7 +83,7 @@ class Scene:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class ToySubject:
     """An individual: a kind with its own palette, pattern and perhaps an accessory that it always has."""
 
     kind: str
@@ -256,10 +256,10 @@ def _pick(rng: np.random.Generator, names: Sequence[str]) -> str:
     return names[int(rng.integers(len(names)))]
 
 
-def random_subject(rng: np.random.Generator) -> Subject:
+def random_subject(rng: np.random.Generator) -> ToySubject:
     """An individual of a random kind."""
     accessory = _pick(rng, ACCESSORIES) if rng.random() < 0.3 else None
-    return Subject(_pick(rng, KINDS), _random_palette(rng), _pick(rng, PATTERNS), accessory)
+    return ToySubject(_pick(rng, KINDS), _random_palette(rng), _pick(rng, PATTERNS), accessory)
 
 
 def _random_palette(rng: np.random.Generator) -> Palette:
@@ -276,7 +276,7 @@ def _random_colour(rng: np.random.Generator) -> RGB:
     return red, green, blue
 
 
-def subject_scene(subject: Subject, rng: np.random.Generator, *, added_accessory: float = 0.3) -> Scene:
+def subject_scene(subject: ToySubject, rng: np.random.Generator, *, added_accessory: float = 0.3) -> Scene:
     """The subject in a new place, size and background, perhaps wearing something that captions mention."""
     thing = SceneObject(subject.kind, subject.palette, pattern=subject.pattern, own=subject.accessory)
     if rng.random() < added_accessory:
@@ -286,19 +286,19 @@ def subject_scene(subject: Subject, rng: np.random.Generator, *, added_accessory
 
 
 @cache
-def _held_out_subjects() -> tuple[Subject, ...]:
+def _held_out_subjects() -> tuple[ToySubject, ...]:
     rng = np.random.default_rng(SUBJECT_SEED)
     kinds = [KINDS[k % len(KINDS)] for k in range(30)]
     return tuple(replace(random_subject(rng), kind=kind) for kind in kinds)
 
 
-SUBJECTS: tuple[Subject, ...] = _held_out_subjects()
+SUBJECTS: tuple[ToySubject, ...] = _held_out_subjects()
 """Thirty individuals that no training picture shows: every kind once, the first six twice."""
 
 SUBJECT_DISTANCE = 70.0
 
 
-def resembles_held_out(subject: Subject) -> bool:
+def resembles_held_out(subject: ToySubject) -> bool:
     """Whether the subject could pass for one of SUBJECTS: the same kind in nearly the same main colour."""
     return any(
         subject.kind == other.kind

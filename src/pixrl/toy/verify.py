@@ -23,7 +23,7 @@ from pixrl.toy.build.pictures import TASK_SHARES, draw, held_out_scene, to_tenso
 from pixrl.toy.build.preference import spoil
 from pixrl.toy.judge import FULL, QUICK, SceneJudge, reconstruct
 from pixrl.toy.language import caption, held_out_prompts, parse
-from pixrl.toy.scene import SUBJECTS, Scene, Subject, Task, random_subject, subject_scene
+from pixrl.toy.scene import SUBJECTS, Scene, Task, ToySubject, random_subject, subject_scene
 from pixrl.toy.vocabulary import ACCESSORIES, BACKGROUNDS
 from pixrl.types import RewardBatch, sample_seed
 
@@ -168,7 +168,7 @@ def auc(positive: Tensor, negative: Tensor) -> float:
     return float((gap > 0).float().mean() + 0.5 * (gap == 0).float().mean())
 
 
-def _relative(kind: str, rng: np.random.Generator) -> Subject:
+def _relative(kind: str, rng: np.random.Generator) -> ToySubject:
     """Another subject of the kind."""
     return replace(random_subject(rng), kind=kind)
 
@@ -244,7 +244,7 @@ def _share(holds: Tensor) -> float:
     return float(holds.double().mean())
 
 
-def asking(subject: Subject, rng: np.random.Generator) -> Scene:
+def asking(subject: ToySubject, rng: np.random.Generator) -> Scene:
     """A scene of the subject whose prompt names the background and an accessory that the subject does not own."""
     while True:
         scene = subject_scene(subject, rng, added_accessory=1.0)

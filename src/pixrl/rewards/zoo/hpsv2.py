@@ -29,7 +29,7 @@ HUB_ID = "xswu/HPSv2"
 TRAINED_FROM = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-class Version(StrEnum):
+class HPSVersion(StrEnum):
     """Which of the two sets of weights."""
 
     V2 = "v2.0"
@@ -38,7 +38,7 @@ class Version(StrEnum):
     """E²PO's, DanceGRPO's and D²-Align's: about 0.20 to 0.33."""
 
 
-FILES = {Version.V2: "HPS_v2_compressed.pt", Version.V2_1: "HPS_v2.1_compressed.pt"}
+FILES = {HPSVersion.V2: "HPS_v2_compressed.pt", HPSVersion.V2_1: "HPS_v2.1_compressed.pt"}
 
 
 class HPSv2Reward(PromptCosineReward):
@@ -46,7 +46,7 @@ class HPSv2Reward(PromptCosineReward):
 
     Args:
         model: a hub id, a folder that holds the version's file, or such a file.
-        version: see `Version`. A file given by its path is taken as that version's.
+        version: see `HPSVersion`. A file given by its path is taken as that version's.
         processor: whose config and tokenizer fit the weights.
         antialias: false repeats figures made with torchvision up to 0.16, which resized float tensors without it.
 
@@ -61,13 +61,13 @@ class HPSv2Reward(PromptCosineReward):
     def __init__(
         self,
         model: str | Path = HUB_ID,
-        version: str = Version.V2_1,
+        version: str = HPSVersion.V2_1,
         processor: str | Path = TRAINED_FROM,
         antialias: bool = True,
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
-        self.version = choice(self.name, "version", version, Version)
+        self.version = choice(self.name, "version", version, HPSVersion)
         file = find_file(model, FILES[self.version])
         side = _picture_side(words_folder(processor))
         clip = ClipSimilarity(
@@ -90,7 +90,7 @@ class HPSv2Reward(PromptCosineReward):
 
     @classmethod
     def reads(cls, options: Options) -> Mapping[str, Read]:
-        version = choice(cls.name, "version", str(options["version"]), Version)
+        version = choice(cls.name, "version", str(options["version"]), HPSVersion)
         return {"model": Read(Form.FILES, (FILES[version],)), "processor": Read(Form.WORDS)}
 
 

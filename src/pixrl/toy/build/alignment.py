@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from pixrl.toy.build.clip import WIDTH, normalize
-from pixrl.toy.build.pictures import SIDE, Pictures
+from pixrl.toy.build.pictures import SIDE, DrawnPictures
 from pixrl.toy.build.workshop import Workshop
 from pixrl.toy.vocabulary import KINDS
 
@@ -22,7 +22,7 @@ FEATURE_WEIGHT = 0.5
 KIND_WEIGHT = 0.25
 
 
-def clip_patches(shop: Workshop, data: Pictures, name: str) -> Tensor:
+def clip_patches(shop: Workshop, data: DrawnPictures, name: str) -> Tensor:
     """What `clip`'s last layer sees of every patch of every picture, half precision: [N, 64, 128]."""
     model = CLIPVisionModelWithProjection.from_pretrained(shop.out / "clip", dtype=torch.float32).eval()
     model = model.to(shop.device)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from pixrl.hub import CARD_FILE
-from pixrl.toy.build.pictures import SIDE, Pictures, pictures, without_background
+from pixrl.toy.build.pictures import SIDE, DrawnPictures, pictures, without_background
 from pixrl.toy.build.processes import leads
 from pixrl.toy.build.tokenizers import clip_tokenizer
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
@@ -92,7 +92,7 @@ def image_processor() -> CLIPImageProcessor:
     )
 
 
-def training_batch(data: Pictures, draw: Draw, batch: int) -> Batch:
+def training_batch(data: DrawnPictures, draw: Draw, batch: int) -> Batch:
     """Pictures with captions, some of the lone objects cut out."""
     rows = draw.rows(len(data), batch)
     images = data.tensor(rows)

@@ -24,7 +24,7 @@ from pixrl.hub import CARD_FILE
 from pixrl.models.flux import pack_latents, position_ids
 from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
 from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH, second_text_tower
-from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
+from pixrl.toy.build.pictures import SIDE, VIEWS, DrawnPictures, pictures
 from pixrl.toy.build.sd3 import SAMPLING_STEPS, IntArray, encode_texts, logit_normal
 from pixrl.toy.build.text import PLAN as T5_PLAN
 from pixrl.toy.build.text import t5_features, train_t5
@@ -126,14 +126,14 @@ def pooled_features(pipeline: FluxPipeline, captions: list[str]) -> Tensor:
     return torch.cat(out)
 
 
-def reference_latents(vae: AutoencoderKL, data: Pictures, shop: Workshop) -> Tensor:
+def reference_latents(vae: AutoencoderKL, data: DrawnPictures, shop: Workshop) -> Tensor:
     """Latents of the subjects cut out on white: what a reference shows."""
     ink = np.asarray(data.labels)[..., None] > 0
-    cut = Pictures(data.what, data.seed, np.where(ink, data.images, np.uint8(255)), data.labels)
+    cut = DrawnPictures(data.what, data.seed, np.where(ink, data.images, np.uint8(255)), data.labels)
     return encode_all(vae, cut, shop, "cutouts")
 
 
-def start_from_sd3(shop: Workshop, transformer: FluxTransformer2DModel, lessons: "Lessons") -> None:
+def start_from_sd3(shop: Workshop, transformer: FluxTransformer2DModel, lessons: "FluxLessons") -> None:
     """Take over what `sd3` knows; word i of a caption is T5's token i and CLIP's token i + 1."""
     sd3 = StableDiffusion3Pipeline.from_pretrained(
         shop.out / "sd3", torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
@@ -183,7 +183,7 @@ def _stored(shop: Workshop) -> FluxPipeline:
 
 def _first_round(shop: Workshop) -> tuple[FluxPipeline, float]:
     pipeline = new_pipeline(shop).to(shop.device)
-    lessons = Lessons.of(shop, pipeline)
+    lessons = FluxLessons.of(shop, pipeline)
     start_from_sd3(shop, pipeline.transformer, lessons)
     transformer = pipeline.transformer
     run = shop.compiled(transformer, PLAN)
@@ -202,7 +202,7 @@ def _first_round(shop: Workshop) -> tuple[FluxPipeline, float]:
 
 
 def _later_round(shop: Workshop, pipeline: FluxPipeline, name: str, plan: Plan, number: int) -> float:
-    lessons = Lessons.of(shop, pipeline.to(shop.device))
+    lessons = FluxLessons.of(shop, pipeline.to(shop.device))
     run = shop.compiled(pipeline.transformer, plan)
 
     def loss(draw: Draw) -> Tensor:
@@ -214,11 +214,11 @@ def _later_round(shop: Workshop, pipeline: FluxPipeline, name: str, plan: Plan, 
 
 
 @dataclass(frozen=True)
-class Lessons:
+class FluxLessons:
     """Pictures of subjects as latents, their cut-outs, and what the text encoders say of their captions."""
 
     device: torch.device
-    data: Pictures
+    data: DrawnPictures
     latents: Tensor
     cutouts: Tensor
     captions: list[str]
@@ -229,7 +229,7 @@ class Lessons:
     """Which caption a picture has."""
 
     @classmethod
-    def of(cls, shop: Workshop, pipeline: FluxPipeline) -> "Lessons":
+    def of(cls, shop: Workshop, pipeline: FluxPipeline) -> "FluxLessons":
         data = pictures(shop.work, "subjects", SUBJECT_PICTURES, shop.seed)
         latents = encode_all(pipeline.vae, data, shop, "subjects")
         cutouts = reference_latents(pipeline.vae, data, shop)

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from pixrl.toy.build.clip import soften
-from pixrl.toy.build.pictures import SIDE, VIEWS, Pictures, pictures
+from pixrl.toy.build.pictures import SIDE, VIEWS, DrawnPictures, pictures
 from pixrl.toy.build.vae import SUBJECT_PICTURES
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 
@@ -29,14 +29,14 @@ def normalize(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def subjects_by_kind(data: Pictures) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+def subjects_by_kind(data: DrawnPictures) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
     """For every kind the training subjects of that kind."""
     kinds = [data.scene(s * VIEWS).objects[0].kind for s in range(len(data) // VIEWS)]
     return [np.flatnonzero(np.array(kinds) == kind) for kind in sorted(set(kinds))]
 
 
 def training_batch(
-    data: Pictures, groups: list[np.ndarray[tuple[int], np.dtype[np.int64]]], draw: Draw
+    data: DrawnPictures, groups: list[np.ndarray[tuple[int], np.dtype[np.int64]]], draw: Draw
 ) -> tuple[Tensor, Tensor]:
     """Two views each of a few subjects of a few kinds, so that most negatives share the kind: (pictures, subject)."""
     per_kind = PLAN.batch // 2 // KINDS_A_BATCH

@@ -15,8 +15,8 @@ from pixrl.toy.build.processes import leads, wait_for_all
 from pixrl.toy.language import canonical, is_held_out
 from pixrl.toy.scene import (
     Scene,
-    Subject,
     Task,
+    ToySubject,
     random_scene,
     random_subject,
     render_with_masks,
@@ -62,7 +62,7 @@ def _unheld_scene(rng: np.random.Generator, shares: dict[Task, float]) -> Scene:
             return scene
 
 
-def training_subject(seed: int, index: int) -> Subject:
+def training_subject(seed: int, index: int) -> ToySubject:
     """The index-th training subject: never one that resembles the thirty held out."""
     rng = np.random.default_rng((seed, 2, index))
     while True:
@@ -111,7 +111,7 @@ def _draw_block(what: str, seed: int, rows: range) -> tuple[Bytes, Bytes]:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class DrawnPictures:
     """A set of drawn pictures with their label maps; scenes and captions are made again from the seed."""
 
     what: str
@@ -151,7 +151,7 @@ def without_background(scene: Scene) -> Scene:
     return replace(scene, mentions_background=False)
 
 
-def pictures(work: Path, what: str, count: int, seed: int) -> Pictures:
+def pictures(work: Path, what: str, count: int, seed: int) -> DrawnPictures:
     """Draw `count` pictures of a set in SCENE_OF, or read them where an earlier run left them."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / f"{what}-{seed}-{count}.npz.d"
@@ -164,6 +164,6 @@ def pictures(work: Path, what: str, count: int, seed: int) -> Pictures:
         np.save(path / "labels.tmp.npy", np.concatenate([b[1] for b in drawn]))
         (path / "labels.tmp.npy").replace(path / "labels.npy")
     wait_for_all()
-    return Pictures(
+    return DrawnPictures(
         what, seed, np.load(path / "images.npy", mmap_mode="r"), np.load(path / "labels.npy", mmap_mode="r")
     )

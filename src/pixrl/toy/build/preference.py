@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from pixrl.toy.build.clip import SCENES, image_processor, normalize, soften, tokens
-from pixrl.toy.build.pictures import Pictures, pictures
+from pixrl.toy.build.pictures import DrawnPictures, pictures
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 from pixrl.toy.language import caption
 
@@ -54,7 +54,7 @@ def _gridded(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def preference_pairs(
-    data: Pictures, rows: "np.ndarray[tuple[int], np.dtype[np.int64]]", draw: Draw
+    data: DrawnPictures, rows: "np.ndarray[tuple[int], np.dtype[np.int64]]", draw: Draw
 ) -> tuple[Tensor, Tensor, list[str]]:
     """(better pictures, worse pictures, prompts): the worse one is spoiled, or shows another scene."""
     better = data.tensor(rows)

@@ -23,7 +23,7 @@ from pixrl.equations import interpolate
 from pixrl.hub import CARD_FILE
 from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
 from pixrl.toy.build.clip import SCENES, SECOND_WIDTH, WIDTH, second_text_tower
-from pixrl.toy.build.pictures import SIDE, Pictures, pictures
+from pixrl.toy.build.pictures import SIDE, DrawnPictures, pictures
 from pixrl.toy.build.processes import leads
 from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
@@ -116,7 +116,7 @@ def encode_texts(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> dic
     return {"tokens": torch.cat(tokens), "pooled": torch.cat(pooled)}
 
 
-def captions_of(data: Pictures, seed: int) -> list[str]:
+def captions_of(data: DrawnPictures, seed: int) -> list[str]:
     """CAPTIONS_EACH captions of every picture, one round after the other."""
     rng = np.random.default_rng((seed, 4))
     return [caption(data.scene(row), rng) for _ in range(CAPTIONS_EACH) for row in range(len(data))]
@@ -148,7 +148,7 @@ def _broad_round(shop: Workshop, pipeline: StableDiffusion3Pipeline) -> float:
         )
         pipeline.transformer.load_state_dict(stored.state_dict())
         return done
-    lessons = Lessons.of(shop, pipeline, pictures(shop.work, "scenes", SCENES, shop.seed), "scenes")
+    lessons = SD3Lessons.of(shop, pipeline, pictures(shop.work, "scenes", SCENES, shop.seed), "scenes")
     transformer = pipeline.transformer
     patches = clip_patches(shop, lessons.data, "scenes")
     aligned = Aligned(transformer, transformer.transformer_blocks[ALIGNED_BLOCK], transformer.inner_dim)
@@ -173,7 +173,7 @@ def _guided_round(shop: Workshop, pipeline: StableDiffusion3Pipeline) -> float:
 
     Guidance distillation (Meng et al. 2023), as in FLUX.1-dev; for GUIDED_TASKS alone.
     """
-    lessons = Lessons.of(shop, pipeline, pictures(shop.work, "guided", GUIDED_SCENES, shop.seed), "guided")
+    lessons = SD3Lessons.of(shop, pipeline, pictures(shop.work, "guided", GUIDED_SCENES, shop.seed), "guided")
     tasks = np.array([lessons.data.scene(row).task for row in range(len(lessons.data))])
     guidance = torch.from_numpy(np.where(np.isin(tasks, GUIDED_TASKS), GUIDANCE, 1.0)).float()
     teacher = shop.compiled(copy.deepcopy(pipeline.transformer).requires_grad_(False), GUIDED_PLAN)
@@ -213,11 +213,11 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Lessons:
+class SD3Lessons:
     """Pictures with their latents and encoded captions."""
 
     shop: Workshop
-    data: Pictures
+    data: DrawnPictures
     latents: Tensor
     texts: dict[str, Tensor]
     """Every caption once, the empty one last."""
@@ -225,7 +225,9 @@ class Lessons:
     """Which caption row + round x pictures has."""
 
     @classmethod
-    def of(cls, shop: Workshop, pipeline: StableDiffusion3Pipeline, data: Pictures, name: str) -> "Lessons":
+    def of(
+        cls, shop: Workshop, pipeline: StableDiffusion3Pipeline, data: DrawnPictures, name: str
+    ) -> "SD3Lessons":
         latents = encode_all(pipeline.vae, data, shop, name)
         unique, index = np.unique(captions_of(data, shop.seed), return_inverse=True)
         texts = shop.cached(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from pixrl.toy.build.pictures import SIDE, Pictures, pictures
+from pixrl.toy.build.pictures import SIDE, DrawnPictures, pictures
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 
 PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=100, weight_decay=0.0, ema=0.998)
@@ -28,12 +28,12 @@ def new_vae() -> AutoencoderKL:
     )  # fmt: skip
 
 
-def encode_all(vae: AutoencoderKL, data: Pictures, shop: Workshop, name: str) -> Tensor:
+def encode_all(vae: AutoencoderKL, data: DrawnPictures, shop: Workshop, name: str) -> Tensor:
     """The scaled latent means of every picture, half precision: [N, 8, 16, 16]."""
     return shop.cached(name, vae.encoder, lambda: {"latents": _encode_all(vae, data, shop)})["latents"]
 
 
-def _encode_all(vae: AutoencoderKL, data: Pictures, shop: Workshop) -> Tensor:
+def _encode_all(vae: AutoencoderKL, data: DrawnPictures, shop: Workshop) -> Tensor:
     out = []
     with torch.inference_mode(), shop.autocast():
         for start in range(0, len(data), 256):
