@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms.world import Alone, World
-from pixrl.errors import ServiceError
+from pixrl.errors import RunError, ServiceError
 from pixrl.runs.display import Monitor
 from pixrl.runs.files import resource_guard
 
@@ -197,7 +197,7 @@ class Loop(Generic[R, S]):
     def _check(self, watch: Callable[[S], None], scores: S) -> None:
         try:
             watch(scores)
-        except BaseException:
+        except RunError:
             self.record.wait()  # what is done is saved
             raise
 
