@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/studies").glob("*.md"))]
+PAGES = [page for folder in (".", "docs", "docs/studies") for page in sorted((ROOT / folder).glob("*.md"))]
 HISTORY = ROOT / "docs" / "log.md"
 """Tells of files as they were called then."""
 PATHS = re.compile(r"`((?:src/pixrl|tests|tools|benchmarks|examples|recipes|docs)/[\w/.-]+)`")
