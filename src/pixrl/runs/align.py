@@ -14,7 +14,7 @@ import torch
 from pixrl import config as recipes
 from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
-from pixrl.algorithms.world import Tally
+from pixrl.algorithms.world import Tally, Team
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Diagnosis, Findings, Need
 from pixrl.doctor.preflight import require
@@ -27,7 +27,6 @@ from pixrl.runs import selfcheck
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.display import Extent, Monitor, Silent
-from pixrl.runs.distributed import Team
 from pixrl.runs.evaluation import score
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.loaded import (
