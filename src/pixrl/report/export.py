@@ -103,8 +103,8 @@ def export(
     """
     folder = _open(run)
     place = folder.path / "export" / layout.value if out is None else out
-    for other, file in FILES.items():
-        if other is not layout and (place / file).exists():
+    for other, name in FILES.items():
+        if other is not layout and (place / name).exists():
             raise InputError(
                 f"{place} holds an export of format {other}, whose card would be overwritten. Give another --out, or "
                 "leave it out: each format then has a folder of its own in the run's."
