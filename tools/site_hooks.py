@@ -1,8 +1,8 @@
 """What mkdocs does beside reading docs/: the README is the home page, and links lead to pages wherever files lie.
 
 The Markdown of the repository is written for two readers, who browse the repository or the site. Links in it are paths
-of files; here they become paths of pages, and a link that shows a file's name shows the page's title. A link to a file
-that has no page stops the build.
+of files; here they become paths of pages, and a link that shows a file's name shows the page's title. The name of a
+page's file in code becomes a link. A link to a file that has no page stops the build.
 """
 
 import posixpath
@@ -29,6 +29,8 @@ SOURCES = {page: file for file, page in OUTSIDE.items()}
 HIDDEN = {"index.md": ["navigation", "toc"], "tour.md": ["navigation"], "equations.md": ["navigation"]}
 """Pages that are alone under their tab need no list of pages beside them."""
 LINK = re.compile(r"\[([^][]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+NAMED = re.compile(r"(?<![\[`])(`((?:docs|examples)/[\w/.-]+(?:\.md|_loop\.py))`)(?![\]`])")
+"""A file with a page, named as code."""
 INTERVAL = re.compile(r"(?<=\d )\[[-−]?[\d.]+, [-−]?[\d.]+\]")
 CELL = re.compile(rf"(<td[^>]*>(?:<strong>)?[-−]?[\d.]+ )({INTERVAL.pattern})(?=(?:</strong>)?</td>)")
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
@@ -53,7 +55,10 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         page.meta["hide"] = ["toc"]  # their tables are wide
         markdown = _evidence(markdown, ROOT / source)
     parts = FENCE.split(markdown)  # what stands between fences has an odd place
-    parts[::2] = [LINK.sub(lambda link: _rewritten(link, source, place), part) for part in parts[::2]]
+    up = "../" * source.count("/")
+    for k in range(0, len(parts), 2):
+        linked = NAMED.sub(rf"[\1]({up}\2)", parts[k])
+        parts[k] = LINK.sub(lambda link: _rewritten(link, source, place), linked)
     return "".join(parts)
 
 
@@ -78,7 +83,11 @@ def _rewritten(link: re.Match[str], source: str, place: str) -> str:
         raise PluginError(
             f"{source} links to {target}, which has no page: name it as code, or add it to {__file__}"
         )
-    if words.endswith(".md") and file.endswith(words) and not goal.startswith("docs/evidence/"):
+    if (
+        words.endswith((".md", ".md`"))
+        and file.endswith(words.strip("`"))
+        and not goal.startswith("docs/evidence/")
+    ):
         words = _title(ROOT / file)
     goal = goal.removeprefix("docs/")
     return f"[{words}]({posixpath.relpath(goal, posixpath.dirname(place) or '.')}{anchor})"
