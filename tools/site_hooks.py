@@ -50,9 +50,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Links between files become links between pages."""
     place = page.file.src_uri
     source = SOURCES.get(place, f"docs/{place}")
-    page.meta["hide"] = HIDDEN.get(place, [])
+    wide = place.startswith(("evidence/", "examples/"))  # tables and lines of code
+    page.meta["hide"] = ["toc"] if wide else HIDDEN.get(place, [])
     if place.startswith("evidence/"):
-        page.meta["hide"] = ["toc"]  # their tables are wide
         markdown = _evidence(markdown, ROOT / source)
     parts = FENCE.split(markdown)  # what stands between fences has an odd place
     up = "../" * source.count("/")
