@@ -17,8 +17,7 @@ from pixrl.doctor.training import examine as examine_training
 from pixrl.errors import ConfigError, InputError
 from pixrl.fusion.select import Selection
 from pixrl.report.align import write_align_report
-from pixrl.report.fuse import write_fuse_report
-from pixrl.report.fuse_many import write_many_report
+from pixrl.report.fuse import write_fuse_report, write_many_report
 from pixrl.runs import align as align_job
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs import fuse_many

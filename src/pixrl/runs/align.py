@@ -20,7 +20,7 @@ from pixrl.doctor.diagnosis import Diagnosis, Findings, Need
 from pixrl.doctor.preflight import require
 from pixrl.doctor.training import examine
 from pixrl.errors import CheckpointError, InputError, PixrlError
-from pixrl.metrics.spread import group_diversity
+from pixrl.metrics.diversity import group_diversity
 from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet
 from pixrl.runs import selfcheck

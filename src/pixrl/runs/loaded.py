@@ -18,7 +18,7 @@ from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.doctor.diagnosis import Findings
 from pixrl.doctor.preflight import rehearse
 from pixrl.errors import ConfigError, InputError
-from pixrl.metrics.spread import Features, pixel_features
+from pixrl.metrics.diversity import Features, pixel_features
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.slots import LoraSlots, Slot
