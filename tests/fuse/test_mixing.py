@@ -19,6 +19,7 @@ from pixrl.algorithms.fusion.mixing import (
     Steps,
     StepsSettings,
     bands,
+    shares,
     turns,
 )
 from pixrl.errors import CheckpointError, ConfigError, InputError
@@ -99,10 +100,10 @@ def test_a_larger_share_never_weighs_less(settings: dict[str, object]) -> None:
 
 def test_steps_come_in_order_and_the_border_step_is_shared() -> None:
     mixing = Steps(StepsSettings(), SOURCES[:2], steps=4, pooled=Pooled.WEIGHT)
-    weights = weights_of(mixing.mix(torch.tensor([[[0.5], [0.5]], [[0.375], [0.625]]])))
+    weights = weights_of(mixing.mix(torch.tensor([[[0.5], [0.5]], [[0.4], [0.6]]])))
     assert [w[0].tolist() for w in weights] == [[1, 0], [1, 0], [0, 1], [0, 1]]
     first = torch.stack(weights)[:, 1, 0]
-    assert first[0] == 1 and 0 < first[1] < 1 and first[2:].tolist() == [0, 0]
+    assert agree(first, torch.tensor([1, 0.5, 0, 0]), 16)  # 0.4 (1 + 1/4) - 1/8 is the middle of the second step
 
 
 def test_turns_are_taken_as_often_as_the_shares_say() -> None:
@@ -156,6 +157,7 @@ def test_masks_begin_at_their_step() -> None:
 
 def test_coefficients_outside_the_simplex_still_make_masks() -> None:
     """The published policy's are unbounded."""
+    assert torch.equal(shares(torch.tensor([[[1.7], [-0.7]]])), torch.tensor([[1.0, 0.0]]))
     mixed = made({"kind": "spatial"}, SOURCES[:2]).mix(torch.tensor([[[1.7], [-0.7]]]))
     assert bool((mixed.weights_S[-1][:, 0] == 1).all())
 
