@@ -103,7 +103,8 @@ def test_steps_come_in_order_and_the_border_step_is_shared() -> None:
     weights = weights_of(mixing.mix(torch.tensor([[[0.5], [0.5]], [[0.4], [0.6]]])))
     assert [w[0].tolist() for w in weights] == [[1, 0], [1, 0], [0, 1], [0, 1]]
     first = torch.stack(weights)[:, 1, 0]
-    assert agree(first, torch.tensor([1, 0.5, 0, 0]), 16)  # 0.4 (1 + 1/4) - 1/8 is the middle of the second step
+    # 0.4 (1 + 1/4) - 1/8 is the middle of the second step
+    assert agree(first, torch.tensor([1, 0.5, 0, 0]), 16)
 
 
 def test_turns_are_taken_as_often_as_the_shares_say() -> None:
