@@ -305,7 +305,8 @@ class Spatial(Mixing[SpatialSettings]):
             # ranks, so that equal steps are equal areas
             places_HW = (squares_HW.flatten().argsort(stable=True).argsort().view(side, side) + 0.5) / side**2
         masks_BNP = bands(shares(coefficients_BND), places_HW.flatten(), self.settings.soft or SOFT)
-        return masks_BNP.unflatten(2, (side, side))
+        masks_BNHW: Tensor = masks_BNP.unflatten(2, (side, side))
+        return masks_BNHW
 
 
 def shares(coefficients_BND: Tensor) -> Tensor:
