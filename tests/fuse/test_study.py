@@ -20,7 +20,7 @@ RECIPE = {
     "pairs": ["owl & snail", "frog & car"],
     "seeds": [0, 1],
     "variants": {"rmler": {}, "random": {"sampler": "random"}},
-    "fuse": {"budget": 16, "batch": 8, "exemplars": 1},
+    "fuse": {"budget": 16, "batch": 8, "pool": 0, "exemplars": 1},
     "differences": [["rmler", "random"]],
 }
 
