@@ -40,7 +40,7 @@ REWARDS = {
 
 
 REGISTRY = Registry("reward", "pixrl.rewards", REWARDS)
-"""Every reward that a recipe can name: `REWARDS`, entry points of installed packages, and classes in the user's files."""
+"""Every reward that a recipe can name: `REWARDS`, entry points of installed packages, and the user's own classes."""
 
 
 def load(name: str, **options: object) -> "Reward":
