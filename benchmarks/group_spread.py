@@ -12,7 +12,7 @@ from typing import Any
 from pixrl import config as recipes
 from pixrl.algorithms.advantages import reward_metrics
 from pixrl.algorithms.world import Alone
-from pixrl.metrics.spread import group_diversity
+from pixrl.metrics.diversity import group_diversity
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.evaluation import score
 from pixrl.runs.loaded import load_run, plan_batches

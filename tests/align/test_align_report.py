@@ -10,9 +10,20 @@ import pytest
 from pixrl.errors import CheckpointError, RunError
 from pixrl.metrics.intervals import Interval
 from pixrl.report import charts
-from pixrl.report.align import gallery_pairs, newest_group, phases, write_align_report
-from pixrl.report.align_panels import Panel, panels, reward_panels, smooth, window_of
-from pixrl.report.changes import Change, changes_of, warnings
+from pixrl.report.align import (
+    Change,
+    Panel,
+    changes_of,
+    gallery_pairs,
+    newest_group,
+    panels,
+    phases,
+    reward_panels,
+    smooth,
+    warnings,
+    window_of,
+    write_align_report,
+)
 from pixrl.report.describe import facts
 from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import RunFolder

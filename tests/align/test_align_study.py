@@ -11,9 +11,8 @@ import torch
 
 from pixrl import config as recipes
 from pixrl.errors import ConfigError, ShapeError
-from pixrl.metrics.diversity import DiversityMeter
+from pixrl.metrics.diversity import DiversityMeter, pixel_features
 from pixrl.metrics.intervals import student
-from pixrl.metrics.spread import pixel_features
 from pixrl.runs import align as align_job
 from pixrl.studies import align as align_study
 from pixrl.studies.align import main, training_figures, training_record

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from pixrl.report.align import align_view, write_align_report
-from pixrl.report.changes import changes_of
+from pixrl.report.align import align_view, changes_of, write_align_report
 from pixrl.report.describe import method_parts
 from pixrl.report.model_card import Facts, write_card
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
@@ -27,7 +26,7 @@ def test_sft_learns_from_no_score_and_no_page_says_so(tmp_path: Path) -> None:
     assert '<div class="soft small">Trained on' not in page and '<div class="soft small">Never' not in page
     assert "Only measured: no score is learned from." in page
     assert "the targets, which nobody drew" in page and "learning signal" not in page
-    titles = [panel["title"] for panel in align_view(folder)["panels"]]
+    titles = [panel.title for panel in align_view(folder)["panels"]]
     assert "Gradient norm" in titles and "Groups without a signal" not in titles
     card = write_card(folder, config, FACTS, [])
     assert "supervised flow matching on target pictures (no score was learned from)" in card

@@ -8,8 +8,7 @@ import torch
 
 from pixrl.algorithms.sampling import Solver
 from pixrl.data.prompts import Prompt
-from pixrl.metrics.diversity import DiversityMeter
-from pixrl.metrics.spread import pixel_features
+from pixrl.metrics.diversity import DiversityMeter, pixel_features
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
 from pixrl.rewards.set import RewardSet

@@ -19,7 +19,7 @@ from pixrl import cli, hub, models
 from pixrl.errors import ConfigError, InputError, RunError
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
-from pixrl.report.changes import Change
+from pixrl.report.align import Change
 from pixrl.report.export import Format, export, parse_format
 from pixrl.report.model_card import Facts, artefacts, shown_pairs, write_card
 from pixrl.runs import checkpoint

@@ -10,7 +10,7 @@ import pytest
 from pixrl import api
 from pixrl.config import find_recipe
 from pixrl.errors import CheckpointError
-from pixrl.report.samples import gallery_entries
+from pixrl.report.describe import gallery_entries
 from pixrl.runs import align as align_job
 from pixrl.runs import checkpoint
 from pixrl.runs.check import check

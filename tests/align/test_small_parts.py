@@ -15,7 +15,7 @@ from pixrl.algorithms.base import Samples
 from pixrl.algorithms.world import Alone, Tally, disagreement
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import InputError, RunError
-from pixrl.metrics.spread import group_diversity, mean_pairwise_distance, pixel_features
+from pixrl.metrics.diversity import group_diversity, mean_pairwise_distance, pixel_features
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.placement import PipelinePart, Placement
 from pixrl.models.sd3 import SD3Policy

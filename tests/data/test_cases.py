@@ -23,7 +23,7 @@ from pixrl.data.prompts import Prompt, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import load_subjects
 from pixrl.errors import ConfigError, InputError
-from pixrl.report.samples import class_word
+from pixrl.report.describe import class_word
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.data import checksum
 

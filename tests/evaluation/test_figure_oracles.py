@@ -11,12 +11,11 @@ from tests.tolerance import PICTURE, agree
 
 from pixrl.algorithms.sampling import Solver
 from pixrl.data.prompts import Prompt
-from pixrl.metrics.diversity import Arrangement
+from pixrl.metrics.diversity import Arrangement, mean_pairwise_distance
 from pixrl.metrics.fusion import figures
 from pixrl.metrics.intervals import Interval, bootstrap, by_unit, paired, student
-from pixrl.metrics.spread import mean_pairwise_distance
 from pixrl.models.slots import Slot
-from pixrl.report.changes import Change, _by_prompt
+from pixrl.report.align import Change, _by_prompt
 from pixrl.rewards.segmentation import Instance
 from pixrl.studies.projection import shift
 from pixrl.studies.slots import EPOCH, Drawing, draw, evaluated_slot, reward_figures

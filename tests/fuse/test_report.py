@@ -13,9 +13,8 @@ from rich.console import Console
 
 from pixrl.metrics.fusion import figures
 from pixrl.report import charts
-from pixrl.report.fuse import write_fuse_report
+from pixrl.report.fuse import command_line, write_fuse_report
 from pixrl.report.page import inline
-from pixrl.report.reproduce import command_line
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs.config import FuseConfig
 from pixrl.runs.display import Extent, LiveView, PlainLines, for_terminal, sparkline

@@ -9,7 +9,7 @@ import torch
 
 from pixrl import config as recipes
 from pixrl.errors import ConfigError, InputError
-from pixrl.fusion.calibration import BALANCE_SHARE, calibrate_presence
+from pixrl.fusion.world import BALANCE_SHARE, calibrate_presence
 from pixrl.metrics.intervals import bootstrap, by_unit, paired
 from pixrl.studies import fusion as study_module
 from pixrl.studies.fusion import StudyConfig, main, run_study

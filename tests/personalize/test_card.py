@@ -14,8 +14,8 @@ from pixrl import models
 from pixrl.data.pictures import read_picture, to_tensors
 from pixrl.models.flux import FluxPolicy, Preset
 from pixrl.models.lora_files import read_lora
-from pixrl.report.card_usage import in_unos_code
 from pixrl.report.export import Format, export
+from pixrl.report.model_card import in_unos_code
 from pixrl.runs import checkpoint
 from tests.personalize.test_job import recipe
 from tests.tolerance import PICTURE, agree

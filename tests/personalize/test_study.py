@@ -16,8 +16,7 @@ from pixrl.algorithms.trainer import prepare
 from pixrl.data.pictures import to_tensors
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, RunError
-from pixrl.metrics.diversity import DiversityMeter
-from pixrl.metrics.spread import pixel_features
+from pixrl.metrics.diversity import DiversityMeter, pixel_features
 from pixrl.runs import align as align_job
 from pixrl.runs.config import load_recipe
 from pixrl.runs.loaded import load_run

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pixrl.runs.distributed import Team
+from pixrl.algorithms.world import Team
 from tests.reference import test_baselines, test_e2po, test_grpo, test_nft
 from tests.reference.agreement import assert_same_weights
 from tests.reference.product import Outcome, train

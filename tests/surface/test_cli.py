@@ -116,9 +116,7 @@ def test_personalize_without_a_recipe_takes_the_one_that_its_help_names(pixrl: P
     for subject, usual in ((None, api.PERSONALIZE_RECIPE), ("owl", api.SUBJECT_RECIPE)):
         assert usual in told
         config, _ = api.load_personalize(None, subject=subject)
-        assert (
-            config.loss.kind == "nft"
-        )  # the clipped loss walks at random here: docs/personalize.md, Evidence
+        assert config.loss.kind == "nft"  # the clipped loss walks at random here: docs/studies/personalize.md
         assert api.load_personalize(usual, subject=subject)[0] == config
 
 

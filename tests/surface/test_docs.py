@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for folder in (".", "docs", "docs/studies") for page in sorted((ROOT / folder).glob("*.md"))]
 HISTORY = ROOT / "docs" / "log.md"
 """Tells of files as they were called then."""
 PATHS = re.compile(r"`((?:src/pixrl|tests|tools|benchmarks|examples|recipes|docs)/[\w/.-]+)`")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def _name(page: Path) -> str:
+    return f"studies/{page.name}" if page.parent.name == "studies" else page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_and_paths_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
@@ -32,6 +36,22 @@ def test_a_stop_of_the_tour_is_a_file() -> None:
     assert len(set(places)) == 10
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY], ids=_name)
 def test_nothing_cites_what_a_reader_does_not_have(page: Path) -> None:
     assert "../shared" not in page.read_text(encoding="utf-8")
+
+
+def test_the_reference_names_what_exists() -> None:
+    """Pages of docs/api ask for modules and their members; the whole site is built by test_site.py."""
+    missing = []
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            path = ROOT / "src" / name.replace(".", "/")
+            module = path.with_suffix(".py").is_file() or path.is_dir()
+            inside = path.parent.with_suffix(".py")
+            if not module and not (
+                inside.is_file()
+                and re.search(rf"^(?:def|class) {path.name}\b", inside.read_text("utf-8"), re.M)
+            ):
+                missing.append(name)
+    assert missing == []

@@ -37,7 +37,7 @@ SHARED = (0, 5, len(LAYERS) - 1)
 """Layers whose parts import each other: the foundation; a run, what it refuses by and what it fuses with; the top."""
 TOY_MAY_IMPORT = LAYERS[0] | LAYERS[1] | LAYERS[2]
 TOY_MAY_IMPORT_MODULES = (
-    "pixrl.fusion.calibration",  # the build calibrates the generator it made
+    "pixrl.fusion.world",  # the build calibrates the generator it made
     "pixrl.runs.checkpoint",
     "pixrl.runs.files",
     "pixrl.fusion.world",

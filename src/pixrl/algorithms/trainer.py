@@ -15,8 +15,8 @@ samples as one group:
     4. descend the loss, conditioned on c_0 alone                                 update
     5. old <- d old + (1 - d) current                                             finish
 
-Customized-GRPO (pixrl personalize) is Flow-GRPO with reference pictures in every condition and its two shapings of the
-advantage (customized_grpo.py); SFT, RPO and DRaFT are other losses (sft.py, rpo.py, draft.py).
+Customized-GRPO is Flow-GRPO with reference pictures in every condition and its two shapings of the advantage, SARS and
+TDW (customized_grpo.py); SFT, RPO and DRaFT are other losses (sft.py, rpo.py, draft.py).
 
 Processes share a step's groups; gradients are summed over them and divided by the number of terms of all, so the
 update does not depend on how many there are, nor on the micro-batch.

@@ -1,4 +1,8 @@
-"""The processes that share a training step, and sums and figures over all of them."""
+"""The processes that share a training step: joining them, and sums and statistics over all of them.
+
+Several are started by `torchrun` or `accelerate launch` and talk by gloo on CPUs and NCCL on GPUs; one process needs no
+launcher. On a machine without a GPU, `accelerate launch` starts several only with `--multi_gpu`.
+"""
 
 import math
 from collections.abc import Mapping
@@ -6,32 +10,36 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
+
+from pixrl.device import choose_device
 
 AnyT = TypeVar("AnyT")
 
 
 class World(Protocol):
-    """The processes that work on one run."""
+    """The processes that work on one run: what `Team` and `Alone` offer."""
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """This process's number, from 0."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of processes."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, on each of them."""
+        """Return the sum of `values` over all processes, to each of them."""
 
     def gather(self, value: AnyT) -> list[AnyT]:
-        """Every process's value, in order of rank, on each of them."""
+        """Return every process's value in order of rank, to each of them."""
 
 
 @dataclass(frozen=True)
 class Alone:
-    """One process."""
+    """A world of one process."""
 
     rank: int = 0
     size: int = 1
@@ -45,7 +53,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known of the values of one name."""
+    """Count, sum, sum of squares and range of the values of one figure; two of them add up."""
 
     count: int
     total: float
@@ -55,6 +63,7 @@ class Statistics:
 
     @staticmethod
     def of(values: Tensor) -> "Statistics":
+        """Return the statistics of a tensor of any shape, which may be empty."""
         x = values.detach().double().flatten()
         if not len(x):
             return Statistics(0, 0.0, 0.0, math.inf, -math.inf)
@@ -71,46 +80,104 @@ class Statistics:
 
     @property
     def mean(self) -> float:
+        """The mean; nan where nothing was counted."""
         return self.total / self.count if self.count else math.nan
 
     @property
     def std(self) -> float:
+        """The population standard deviation; nan where nothing was counted."""
         return math.sqrt(max(0.0, self.squares / self.count - self.mean**2)) if self.count else math.nan
 
 
 @dataclass
 class Tally:
-    """Figures by name, over micro-batches and then over processes."""
+    """Statistics by name, gathered over micro-batches and then over processes."""
 
     figures: dict[str, Statistics] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count further values."""
+        """Count further values of each name."""
         for name, one in values.items():
             self.merge({name: Statistics.of(one)})
 
     def merge(self, others: Mapping[str, Statistics]) -> None:
-        """Count what another tally counted."""
+        """Add the statistics of another tally."""
         for name, one in others.items():
             self.figures[name] = self.figures[name] + one if name in self.figures else one
 
     def over(self, world: World) -> "Tally":
-        """That of all processes, names in order."""
+        """Return the tally of all processes, sorted by name."""
         whole = Tally()
         for figures in world.gather(self.figures):
             whole.merge(figures)
         return Tally(dict(sorted(whole.figures.items())))
 
     def means(self) -> dict[str, float]:
-        """Name -> mean."""
+        """Return the mean of each name."""
         return {name: one.mean for name, one in self.figures.items()}
 
 
 def disagreement(world: World, values: Tensor) -> float:
-    """How far the processes' copies of a vector are apart: the largest relative difference of three checksums."""
+    """Return how far the processes' copies of a vector are apart.
+
+    That is the largest relative difference of three checksums: sum, norm and a weighted sum that sees swapped values.
+    """
     x = values.detach().double().cpu()
     weights = torch.linspace(-1, 1, max(1, len(x)), dtype=torch.float64)[: len(x)]
     sums: list[list[float]] = world.gather([x.sum().item(), x.norm().item(), (x * weights).sum().item()])
     scale = max(max(abs(one) for one in row) for row in sums) or 1.0
     apart: float = max(max(column) - min(column) for column in zip(*sums, strict=True))
     return apart / scale
+
+
+class Team:
+    """The world that a launcher started, or this process alone where none did."""
+
+    def __init__(self, device: str = "auto") -> None:
+        """Join the process group, if there is one.
+
+        Args:
+            device: used as given by a single process; of several GPUs each process takes its own.
+
+        Raises:
+            InputError: the device does not exist.
+        """
+        asked = choose_device(device)
+        self._state = PartialState(cpu=asked.type == "cpu")
+        alone = self._state.num_processes == 1
+        self.device = str(asked) if alone or asked.type == "cpu" else str(self._state.device)
+
+    @property
+    def rank(self) -> int:
+        return int(self._state.process_index)
+
+    @property
+    def size(self) -> int:
+        return int(self._state.num_processes)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process (rank 0) writes logs and checkpoints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.size == 1:
+            return values
+        total: Tensor = reduce(values.to(self._state.device), "sum")
+        return total.to(values.device)
+
+    def gather(self, value: AnyT) -> list[AnyT]:
+        if self.size == 1:
+            return [value]
+        values: list[AnyT] = gather_object([value])
+        return values
+
+    def wait(self) -> None:
+        """Block until every process has called this."""
+        self._state.wait_for_everyone()
+
+
+def limit_threads(size: int) -> None:
+    """Divide torch's threads among `size` CPU processes, which would otherwise each take every core."""
+    if size > 1 and not torch.cuda.is_available():
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))

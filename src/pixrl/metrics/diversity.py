@@ -15,26 +15,59 @@ them beside the rewards.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from pixrl.errors import InputError, ShapeError
-from pixrl.metrics.spread import Features, mean_pairwise_distance
 from pixrl.rewards.geneval import Detector
 from pixrl.rewards.segmentation import Instance
 
+PIXELS = 16
+"""Side of the small pictures that `pixel_features` compares."""
+Features = Callable[[Tensor], Tensor]
+"""Pictures [B, 3, H, W] to unit vectors [B, E]."""
 SAME_WITHIN = 0.2
 """Layouts whose objects are displaced by no more than this share of the picture's side count as one."""
 _APART = 10.0
 """What an infinite distance is to the clustering; no displacement within a picture exceeds sqrt(2)."""
+
+
+def pixel_features(images_BCHW: Tensor) -> Tensor:
+    """Unit vectors [B, 768] of the pictures at 16 x 16 pixels, grey taken as zero."""
+    small = F.adaptive_avg_pool2d(images_BCHW.float(), PIXELS) - 0.5
+    return F.normalize(small.flatten(1), dim=1)
+
+
+def mean_pairwise_distance(features_PSE: Tensor) -> Tensor:
+    """1 - cosine, averaged over all pairs of a group [P]; nan for groups of one.
+
+    Args:
+        features_PSE: unit vectors of P groups of S pictures.
+    """
+    count = features_PSE.shape[1]
+    total_P = features_PSE.sum(dim=1).square().sum(dim=-1)  # sum over all pairs, each picture with itself too
+    cosine_P = (total_P - features_PSE.square().sum(dim=(1, 2))) / (count * (count - 1) or torch.nan)
+    return 1 - cosine_P
+
+
+def group_diversity(images_BCHW: Tensor, per_group: int, features: Features = pixel_features) -> Tensor:
+    """Mean pairwise distance of each group's pictures [P]; groups follow each other, `per_group` pictures each.
+
+    Pictures that are not finite count as grey.
+    """
+    if not len(images_BCHW):
+        return torch.zeros(0)
+    features_BE = features(images_BCHW.nan_to_num(0.5).clamp(0, 1))
+    return mean_pairwise_distance(features_BE.view(-1, per_group, features_BE.shape[1]))
 
 
 @dataclass(frozen=True)

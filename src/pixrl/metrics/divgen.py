@@ -30,7 +30,7 @@ from scipy.special import gammaln
 from torch import Tensor
 
 from pixrl.errors import InputError, ShapeError
-from pixrl.metrics.spread import mean_pairwise_distance
+from pixrl.metrics.diversity import mean_pairwise_distance
 from pixrl.rewards.preprocess import require_images
 from pixrl.rewards.zoo.finders import Finder
 

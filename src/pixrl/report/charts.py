@@ -7,16 +7,18 @@ from html import escape
 from pathlib import Path
 
 WIDTH, HEIGHT = 520, 300
+"""Size of a chart in SVG units."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 30, 40
+"""Margins around the plotted area."""
 HEAD = 42
-"""Above a chart that is a file of its own, for its title and note."""
+"""Height above a chart that is a file of its own, for its title and note."""
 COLOURS = 9
-"""k0 to k8 for lines and f0 to f8 for dots, in the style sheet."""
+"""Number of colours in the style sheet: classes k0 to k8 for lines and f0 to f8 for dots."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values to pixels; `low` < `high`."""
+    """A linear map of values from `low` to `high` onto pixels from `start` to `end`; `low` < `high`."""
 
     low: float
     high: float
@@ -24,11 +26,12 @@ class Axis:
     end: float
 
     def __call__(self, value: float) -> float:
+        """Return the pixel of a value."""
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 2)
 
     def ticks(self) -> list[float]:
-        """Four to seven round numbers within the range."""
+        """Return four to seven round numbers within the range."""
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
         step *= next(m for m in (1, 2, 2.5, 5, 10) if (self.high - self.low) / (step * m) <= 6)
         first = math.ceil(self.low / step - 1e-9)
@@ -42,7 +45,7 @@ class Point:
     x: float
     y: float
     progress: float
-    """0 for the first picture of a run, 1 for the last."""
+    """Place of the picture in its run: 0 for the first, 1 for the last."""
     marked: bool
     label: str
 
@@ -55,7 +58,7 @@ class Curve:
     values: Sequence[tuple[float, float]]
     css: str
     band: Sequence[tuple[float, float, float]] = ()
-    """x, low and high of a shaded region around it."""
+    """The shaded region around the line, as (x, low, high)."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Cloud:
     label: str
     points: Sequence[tuple[float, float]]
     colour: int
-    """Number of its colour, 0 to 8, as in the style sheet."""
+    """Number of the colour in the style sheet, 0 to 8."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,18 @@ class Mark:
     """A mean in two dimensions with its intervals; bounds that are not known are nan."""
 
     label: str
-    """Of the legend."""
+    """Name of the mark, which shows where the pointer rests on it."""
     x: tuple[float, float, float]
-    """Mean, low and high."""
+    """Mean, low and high end of the interval."""
     y: tuple[float, float, float]
     colour: int
-    """Number of its colour, 0 to 8, as in the style sheet."""
+    """Number of the colour in the style sheet, 0 to 8."""
     caption: str = ""
-    """Beside the mark itself."""
+    """Text beside the mark."""
 
 
 def axis(values: Sequence[float], start: float, end: float, pad: float = 0.06) -> Axis:
-    """An axis around the values that are finite."""
+    """Return an axis around the finite values, with a margin of the share `pad` at both ends."""
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)
     margin = (high - low) * pad or max(abs(high), 1.0) * pad
@@ -92,7 +95,7 @@ def axis(values: Sequence[float], start: float, end: float, pad: float = 0.06) -
 
 
 def reward_chart(rewards: Sequence[float], batch: int) -> str:
-    """Every picture's reward as a dot, each batch's mean as a line, and the best so far."""
+    """Plot every picture's reward as a dot, the mean of each batch as a line, and the best so far."""
     y = axis(rewards, HEIGHT - BOTTOM, TOP)
     x = Axis(0, max(len(rewards), 2), LEFT, WIDTH - RIGHT)
     known = [(i + 0.5, r) for i, r in enumerate(rewards) if math.isfinite(r)]
@@ -116,26 +119,32 @@ def reward_chart(rewards: Sequence[float], batch: int) -> str:
 def lines_chart(
     curves: Sequence[Curve], x_label: str, y_label: str, *, legend: bool = False, floor: float = -math.inf
 ) -> str:
-    """Several lines over the same axes, with their bands.
+    """Plot several lines over the same axes, with their bands.
 
     Args:
         curves: what to draw.
-        x_label, y_label: of the axes.
+        x_label, y_label: names of the axes.
         legend: name the lines below the axis (room for about three).
-        floor: the margin below the lowest value ends here.
+        floor: value at which the margin below the lowest point ends at the latest.
     """
     points = [point for curve in curves for point in curve.values]
     edges = [edge for curve in curves for _, *pair in curve.band for edge in pair]
     x = axis([p[0] for p in points], LEFT, WIDTH - RIGHT, 0.02)
     y = axis([p[1] for p in points] + edges, HEIGHT - BOTTOM, TOP)
     y = replace(y, low=max(y.low, floor))
-    body = "".join(_band(curve, x, y) for curve in curves) + "".join(_line(curve, x, y) for curve in curves)
+    bands = []
+    for curve in curves:
+        if known := [row for row in curve.band if all(math.isfinite(value) for value in row)]:
+            there = [f"{x(at)},{y(high)}" for at, _, high in known]
+            back = [f"{x(at)},{y(low)}" for at, low, _ in reversed(known)]
+            bands.append(f'<polygon class="band {curve.css}" points="{" ".join(there + back)}"/>')
+    body = "".join([*bands, *(_line(curve, x, y) for curve in curves)])
     named = _legend([(curve.css, curve.label) for curve in curves]) if legend else ""
     return _frame(body, x, y, x_label, y_label, named)
 
 
 def clouds_chart(clouds: Sequence[Cloud], x_label: str, y_label: str) -> str:
-    """Points of several kinds over the same axes."""
+    """Plot points of several kinds over the same axes."""
     points = [point for cloud in clouds for point in cloud.points]
     x = axis([p[0] for p in points], LEFT, WIDTH - RIGHT)
     y = axis([p[1] for p in points], HEIGHT - BOTTOM, TOP)
@@ -148,7 +157,7 @@ def clouds_chart(clouds: Sequence[Cloud], x_label: str, y_label: str) -> str:
 
 
 def marks_chart(marks: Sequence[Mark], x_label: str, y_label: str, *, joined: bool = False) -> str:
-    """Means with their intervals as crosses; `joined`: those of one colour are connected in their order."""
+    """Plot means with their intervals as crosses; `joined`: those of one colour are connected in their order."""
     x = axis([value for mark in marks for value in mark.x], LEFT, WIDTH - RIGHT)
     y = axis([value for mark in marks for value in mark.y], HEIGHT - BOTTOM, TOP)
     paths = [
@@ -163,7 +172,9 @@ def marks_chart(marks: Sequence[Mark], x_label: str, y_label: str, *, joined: bo
 def standalone(
     charts: str | Sequence[str], title: str, legend: Sequence[tuple[str, str]], note: str = ""
 ) -> str:
-    """One chart, or several side by side, as a file: title and note above, legend (css class, label) below.
+    """Return one chart, or several side by side, as a file of its own.
+
+    Title and note stand above it, the legend of (css class, label) below.
 
     The ground is white whatever the reader's colours are.
     """
@@ -198,7 +209,7 @@ def standalone(
 def scatter_chart(
     points: Sequence[Point], x_label: str, y_label: str, region: Sequence[tuple[float, float]]
 ) -> str:
-    """Points, light for early and strong for late ones, over the shaded region of the candidates.
+    """Plot points, light for early and strong for late ones, over the shaded region of the candidates.
 
     `region` is a polygon in data units, cut to the frame; the axes show all points and the polygon's first corner.
     """
@@ -208,12 +219,18 @@ def scatter_chart(
     inner = f'width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"'
     clip = f'<clipPath id="frame"><rect x="{LEFT}" y="{TOP}" {inner}/></clipPath>'
     shade = f'{clip}<polygon class="region" clip-path="url(#frame)" points="{corners}"/>'
-    order = sorted(points, key=lambda p: p.marked)
-    return _frame(shade + "".join(_mark(p, x, y) for p in order), x, y, x_label, y_label, "")
+    dots = []
+    for point in sorted(points, key=lambda p: p.marked):
+        css, radius = ("chosen", 5.5) if point.marked else ("early", 3.2)
+        opacity = 1.0 if point.marked else round(0.25 + 0.6 * point.progress, 2)
+        place = f'cx="{x(point.x)}" cy="{y(point.y)}" r="{radius}"'
+        title = f"<title>{escape(point.label)}</title>"
+        dots.append(f'<circle class="{css}" {place} opacity="{opacity}">{title}</circle>')
+    return _frame(shade + "".join(dots), x, y, x_label, y_label, "")
 
 
 def sparkline(values: Sequence[float], width: int = 160, height: int = 36) -> str:
-    """A line without axes, for tables."""
+    """Plot a line without axes, for tables."""
     y = axis(values, height - 3, 3, 0.02)
     x = Axis(0, max(len(values) - 1, 1), 3, width - 3)
     path = " ".join(f"{x(i)},{y(v)}" for i, v in enumerate(values) if math.isfinite(v))
@@ -221,16 +238,8 @@ def sparkline(values: Sequence[float], width: int = 160, height: int = 36) -> st
     return f'<svg class="spark" {size}><polyline points="{path}"/></svg>'
 
 
-def _mark(point: Point, x: Axis, y: Axis) -> str:
-    css, radius = ("chosen", 5.5) if point.marked else ("early", 3.2)
-    opacity = 1.0 if point.marked else round(0.25 + 0.6 * point.progress, 2)
-    title = f"<title>{escape(point.label)}</title>"
-    place = f'cx="{x(point.x)}" cy="{y(point.y)}" r="{radius}"'
-    return f'<circle class="{css}" {place} opacity="{opacity}">{title}</circle>'
-
-
 def _cross(mark: Mark, x: Axis, y: Axis) -> str:
-    """A dot at the mean, a bar along each axis whose interval is known, and the caption beside it."""
+    """Draw a dot at the mean, a bar along each axis whose interval is known, and the caption beside it."""
     (mx, left, right), (my, low, high) = mark.x, mark.y
     ends = [(left, my, right, my), (mx, low, mx, high)]
     thin = 'stroke-width="1.3" opacity=".65"'
@@ -253,15 +262,6 @@ def _line(curve: Curve, x: Axis, y: Axis) -> str:
     )
 
 
-def _band(curve: Curve, x: Axis, y: Axis) -> str:
-    known = [row for row in curve.band if all(math.isfinite(value) for value in row)]
-    if not known:
-        return ""
-    there = [f"{x(at)},{y(high)}" for at, _, high in known]
-    back = [f"{x(at)},{y(low)}" for at, low, _ in reversed(known)]
-    return f'<polygon class="band {curve.css}" points="{" ".join(there + back)}"/>'
-
-
 def _legend(entries: Sequence[tuple[str, str]]) -> str:
     parts, place = [], LEFT + 6.0
     for css, label in entries:
@@ -271,7 +271,7 @@ def _legend(entries: Sequence[tuple[str, str]]) -> str:
 
 
 def _legend_entry(css: str, label: str, x: float, y: float) -> str:
-    """A mark and its name; classes of dots are `dot` and `spot`, all others are lines."""
+    """Draw a mark and its name; classes of dots are `dot` and `spot`, all others are lines."""
     kind, *_ = css.split()
     mark = (
         f'<circle class="{css}" cx="{x + 8}" cy="{y}" r="2.8"/>'
@@ -302,7 +302,7 @@ def _frame(body: str, x: Axis, y: Axis, x_label: str, y_label: str, legend: str)
 
 
 def _tick(value: float) -> str:
-    """A tick's number; very small ones in the short scientific form that the margin has room for, 2.5e-4."""
+    """Return a tick's number; very small ones in the short scientific form that the margin has room for, 2.5e-4."""
     if not 0 < abs(value) < 1e-3:
         return f"{value:g}"
     mantissa, _, exponent = f"{value:.2e}".partition("e")

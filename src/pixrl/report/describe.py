@@ -1,28 +1,34 @@
-"""An align recipe in words, for reports: the method, its sizes, how to make it again."""
+"""An align run in words, for reports: its method, sizes, subjects, evaluation pictures, and how to make it again."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pixrl.algorithms.sampling import StepNoise
 from pixrl.algorithms.trainer import OptimizerSettings
+from pixrl.data.subjects import CLASS_FILE
+from pixrl.errors import CheckpointError, InputError
 from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.log import samples_of
+from pixrl.runs.record import GALLERY, base_and_last, gallery_on_disk
+from pixrl.text import read_text, shown_name
 
 TRAINED, MEASURED, HELD_OUT = "trained on", "only measured", "never trained on"
-"""What a run makes of a reward; `MEASURED` where it learns from no score at all."""
+"""The roles of a reward in a run; `MEASURED` where it learns from no score at all."""
 
 
 def role_of(config: AlignConfig, setting: RewardSetting) -> str:
-    """What the run makes of a reward."""
+    """Return the role of a reward in the run."""
     if not config.loss.learns_from_scores:
         return MEASURED
     return HELD_OUT if setting.held_out else TRAINED
 
 
 def learned_by(config: AlignConfig) -> str:
-    """What the LoRA was trained by, for a sentence."""
+    """Return what the LoRA was trained by, as part of a sentence."""
     if not config.loss.learns_from_scores:
         return "supervised flow matching on target pictures (no score was learned from)"
     names = " and ".join(setting.name for setting in config.rewards if not setting.held_out)
@@ -30,32 +36,27 @@ def learned_by(config: AlignConfig) -> str:
 
 
 def training_pictures(config: AlignConfig) -> str:
-    """Whose pictures training scored, as a sentence, where the trained model did not draw them; else empty."""
+    """Say whose pictures training scored, where the trained model did not draw them; else return an empty text."""
     return config.loss.describe_pictures(shows_references=isinstance(config, PersonalizeConfig))
 
 
-def variants_of(config: AlignConfig) -> int:
-    """K: semantic variants of a prompt; 1 with noise alone."""
-    return config.exploration.per_noise
-
-
 def group_size(config: AlignConfig) -> int:
-    """G times K."""
-    return config.exploration.noises * variants_of(config)
+    """Return the number of samples of a prompt: G noises times K variants."""
+    return config.exploration.noises * config.exploration.per_noise
 
 
 def images_of(config: AlignConfig) -> int:
-    """Pictures drawn for training in the whole run."""
+    """Return the number of pictures drawn for training in the whole run."""
     return config.steps * config.prompts.per_step * group_size(config)
 
 
 def updates_of(config: AlignConfig) -> int:
-    """Optimizer steps of the whole run."""
+    """Return the number of optimizer steps of the whole run."""
     return config.steps * config.optimizer.updates
 
 
 def method_parts(config: AlignConfig) -> list[tuple[str, str]]:
-    """The four parts whose combination is the method."""
+    """Return name and description of the four parts whose combination is the method."""
     return [
         ("exploration", config.exploration.describe()),
         ("sampling", _sampling(config)),
@@ -65,8 +66,10 @@ def method_parts(config: AlignConfig) -> list[tuple[str, str]]:
 
 
 def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Sizes and settings of a run, for the page; `start` is start.json."""
+    """Return sizes and settings of a run as (name, value) rows; `start` is the content of start.json."""
     s = config.optimizer
+    notes = [str(note) for note in start.get("notes", ())]
+    below = "" if config.lora.base is None else f", on top of {config.lora.base}"
     return [
         ("model", f"{config.model} ({start.get('fingerprint', 'not started')})"),
         ("prompts", f"{config.prompts.source}, {config.prompts.per_step} a step"),
@@ -75,31 +78,22 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
         ("updates", f"{s.updates} a step, {updates_of(config)} in all"),
         ("optimizer", f"AdamW, lr {_rate(s)}, gradient norm at most {s.grad_clip:g}"),
         ("averaged weights", "none" if s.ema is None else f"decay {s.ema:g}"),
-        ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}{_on_top_of(config)}"),
+        ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}{below}"),
         ("seed", str(config.seed)),
-        *_plan(start),
+        *([("plan", "; ".join(notes))] if notes else []),
     ]
 
 
-def _plan(start: Mapping[str, Any]) -> list[tuple[str, str]]:
-    notes = [str(note) for note in start.get("notes", ())]
-    return [("plan", "; ".join(notes))] if notes else []
-
-
 def _rate(s: OptimizerSettings) -> str:
-    """The learning rate and how it changes."""
+    """Return the learning rate and how it changes over the run."""
     rises = f", rising over {s.warmup} steps" if s.warmup else ""
     over = "the run" if s.decay_steps == "all" else f"{s.decay_steps} steps"
     falls = "" if s.decay_steps is None else f", falling to 0 over {over}"
     return f"{s.lr:g}{rises}{falls}"
 
 
-def _on_top_of(config: AlignConfig) -> str:
-    return "" if config.lora.base is None else f", on top of {config.lora.base}"
-
-
 def _references(config: AlignConfig) -> list[tuple[str, str]]:
-    """How subjects are shown; nothing for a run without."""
+    """Say how subjects are shown to the model; nothing for a run without subjects."""
     if not isinstance(config, PersonalizeConfig):
         return []
     r = config.references
@@ -112,7 +106,7 @@ def _references(config: AlignConfig) -> list[tuple[str, str]]:
 
 
 def machine_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What environment.json says, for the page."""
+    """Return what environment.json says as (name, value) rows."""
     machine, versions = environment["machine"], environment["versions"]
     gpus = ", ".join(machine["gpus"])
     cores = f"{machine['cpu']}, {machine['cores']} core(s)"
@@ -127,7 +121,7 @@ def machine_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def commands(run: Path, finished: bool, kind: str) -> str:
-    """How to make the run again, or to its end; with whole paths, since nothing says where a reader stands."""
+    """Return the commands that finish the run or make it again, with whole paths: a reader may stand anywhere."""
     run = run.absolute()
     recipe = str(run / "recipe.yaml")
     lines = [] if finished else [shlex.join(["pixrl", "resume", str(run)]) + "    # to its end"]
@@ -142,3 +136,60 @@ def _sampling(config: AlignConfig) -> str:
         return f"{s.steps} {s.solver.value} steps, not random"
     where = s.placing.value.replace("_", " ")
     return f"{s.steps} steps, {s.noise.value} with eta {s.scale:g} on {where}, else {s.solver.value}"
+
+
+NAMED = 3
+"""A heading names up to so many subjects; of more it gives the number."""
+
+
+def gallery_entries(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return one entry a picture of an evaluation: number, prompt, seed; subject and reference where it has them.
+
+    Raises:
+        CheckpointError: the file that lists them is damaged.
+    """
+    if not (folder.path / GALLERY).is_file():  # it stopped before its first step
+        return []
+    entries = gallery_on_disk(folder)
+    if entries is None:
+        raise CheckpointError(
+            f"{folder.path / GALLERY} is damaged. Type: pixrl resume {folder.path}, which writes it again."
+        )
+    return entries
+
+
+def before_and_after(folder: RunFolder) -> Iterator[tuple[dict[str, Any], Path, Path]]:
+    """Yield each entry of the gallery with its pictures at the first and the last evaluation, where both are there."""
+    folders = [samples_of(folder, row["step"]) for row in base_and_last(folder)]
+    for entry in gallery_entries(folder) if folders else []:
+        first, last = folders
+        name = f"{entry['number']:04d}.png"
+        if (first / name).is_file() and (last / name).is_file():
+            yield entry, first / name, last / name
+
+
+def subjects_in_words(folder: RunFolder, config: AlignConfig) -> str:
+    """Return the subjects that were trained on so far, such as `my_mug (mug)`; empty for a run without subjects."""
+    names = sorted({str(row.extra["subject"]) for row in folder.manifest() if "subject" in row.extra})
+    if len(names) > NAMED:
+        return f"{len(names)} subjects"
+    return ", ".join(in_words(name, class_word(config.prompts.source, name)) for name in names)
+
+
+def in_words(subject: str, word: str | None) -> str:
+    """Return a subject's name and, where it differs, what prompts call it."""
+    return subject if word in (None, subject) else f"{subject} ({word})"
+
+
+def class_word(source: str, subject: str) -> str | None:
+    """Return what prompts call a subject of a source; None where that is no folder, or is not there any more."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    # a subject is called what its folder is shown as, which need not be how the folder's name is written
+    own = (one / CLASS_FILE for one in folder.iterdir() if shown_name(one.name) == subject)
+    file = next((one for one in (*own, folder / CLASS_FILE) if one.is_file()), None)
+    try:
+        return None if file is None else " ".join(read_text(file).split())
+    except InputError:
+        return None

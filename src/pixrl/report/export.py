@@ -35,8 +35,7 @@ from pixrl.models.lora_export import (
 from pixrl.models.lora_files import read_lora
 from pixrl.models.published_names import from_published
 from pixrl.models.slots import DOWN, UP, Lora, Slot, added, digest, slot_lora
-from pixrl.report.card_usage import in_unos_code
-from pixrl.report.model_card import Facts, pipeline_name, shown_pairs, write_card
+from pixrl.report.model_card import Facts, in_unos_code, pipeline_name, shown_pairs, write_card
 from pixrl.runs import checkpoint
 from pixrl.runs.config import KINDS, AlignConfig, read_config
 from pixrl.runs.files import write_atomic
@@ -51,16 +50,16 @@ _ROUNDING = 1e-5
 
 
 class Format(StrEnum):
-    """Key layouts of LoRA files."""
+    """The layouts of LoRA files: how their tensors are named."""
 
     DIFFUSERS = "diffusers"
     COMFYUI = "comfyui"
     UNO = "uno"
-    """Of FLUX, as UNO's `dit_lora.safetensors` is published."""
+    """The names of UNO's published `dit_lora.safetensors`, for FLUX alone."""
 
 
 def parse_format(name: str) -> Format:
-    """The layout of that name. InputError where there is none."""
+    """Return the layout of a name; raise InputError where there is none."""
     if name not in list(Format):
         raise InputError(
             f"Unknown format {name!r}.{did_you_mean(name, list(Format))} Use {', '.join(Format)}."
@@ -77,7 +76,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The files of an export, and the weights that they hold."""
 
     file: Path
     card: Path
@@ -88,7 +87,7 @@ class Exported:
 def export(
     run: Path, *, out: Path | None = None, layout: Format = Format.DIFFUSERS, slot: Slot | None = None
 ) -> Exported:
-    """Writes a run's LoRA, model card and pictures.
+    """Write a run's LoRA, model card and pictures.
 
     Args:
         run: an align or personalize run, finished or not.
@@ -104,7 +103,12 @@ def export(
     """
     folder = _open(run)
     place = folder.path / "export" / layout.value if out is None else out
-    _require_own_card(place, layout)
+    for other, name in FILES.items():
+        if other is not layout and (place / name).exists():
+            raise InputError(
+                f"{place} holds an export of format {other}, whose card would be overwritten. Give another --out, or "
+                "leave it out: each format then has a folder of its own in the run's."
+            )
     config = read_config(folder)
     chosen = _slot(config, slot)
     saved = checkpoint.latest(folder.path)
@@ -141,7 +145,7 @@ def export(
 
 
 def _reader(layout: Format) -> str:
-    """Who reads an export back."""
+    """Return the program that reads an export back, with its version."""
     installed = f"diffusers {diffusers.__version__}"
     return f"pixrl, by the module names of {installed}" if layout is Format.COMFYUI else installed
 
@@ -149,7 +153,7 @@ def _reader(layout: Format) -> str:
 def _read_back(
     file: Path, lora: Lora, named: Mapping[str, Tensor], layout: Format, base: Path, family: str
 ) -> None:
-    """Makes sure that a reader of this layout finds the change of every module, and removes the file where not."""
+    """Make sure that a reader of this layout finds the change of every module; else remove the file and refuse it."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     if layout is Format.COMFYUI:
         for name in (key.removesuffix(".alpha") for key in named if key.endswith(".alpha")):
@@ -161,11 +165,9 @@ def _read_back(
         modules = [key.removesuffix(DOWN) for key in state if key.endswith(DOWN)]
         found = {name.removeprefix(PREFIX): (state[name + DOWN], state[name + UP]) for name in modules}
     for module, (down, up) in lora.items():
-        change, again = (
-            up @ down,
-            found[module][1] @ found[module][0] if module in found else torch.tensor(torch.inf),
-        )
-        if not torch.linalg.vector_norm(change - again) <= _ROUNDING * torch.linalg.vector_norm(change):
+        change = up @ down
+        read = found[module][1] @ found[module][0] if module in found else torch.tensor(torch.inf)
+        if not torch.linalg.vector_norm(change - read) <= _ROUNDING * torch.linalg.vector_norm(change):
             file.unlink()
             raise CheckpointError(
                 f"{_reader(layout)} reads {module} of {file} as another change than was written, so it was removed. "
@@ -173,17 +175,8 @@ def _read_back(
             )
 
 
-def _require_own_card(place: Path, layout: Format) -> None:
-    for other, file in FILES.items():
-        if other is not layout and (place / file).exists():
-            raise InputError(
-                f"{place} holds an export of format {other}, whose card would be overwritten. Give another --out, or "
-                "leave it out: each format then has a folder of its own in the run's."
-            )
-
-
 def _named(lora: Lora, layout: Format, base: Path, family: str) -> dict[str, Tensor]:
-    """The LoRA's tensors under the names of a layout; `base` is the pipeline's folder."""
+    """Return the LoRA's tensors under the names of a layout; `base` is the pipeline's folder."""
     if layout is Format.COMFYUI:
         return to_comfyui(lora, family)
     if layout is Format.DIFFUSERS:
@@ -192,17 +185,13 @@ def _named(lora: Lora, layout: Format, base: Path, family: str) -> dict[str, Ten
         raise ConfigError(
             f"UNO's layout is one of FLUX, and this is a LoRA of {family}. Type: --format diffusers"
         )
-    return to_uno(lora, _blocks(base))
-
-
-def _blocks(base: Path) -> Blocks:
     config: Mapping[str, Any] = read_json(base / "transformer" / "config.json")
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    return Blocks(config["num_layers"], config["num_single_layers"], width)
+    return to_uno(lora, Blocks(config["num_layers"], config["num_single_layers"], width))
 
 
 def _notes(layout: Format, named: Mapping[str, Tensor], reader: str) -> str:
-    """What the card of a layout says at its end."""
+    """Return the section of the card about the file itself."""
     ranks = {
         len(x) for name, x in named.items() if name.endswith((DOWN, ".down.weight", ".lora_down.weight"))
     }
@@ -220,7 +209,7 @@ def _notes(layout: Format, named: Mapping[str, Tensor], reader: str) -> str:
 
 
 def _open(run: Path) -> RunFolder:
-    """A run that has a LoRA. RunError for any other."""
+    """Open a run that trains a LoRA; raise RunError for any other."""
     start = "pixrl align RECIPE --out DIR, or pixrl personalize RECIPE --out DIR"
     if not run.is_dir():
         raise RunError(f"There is no run folder {run}. To make a run that can be exported, type: {start}")
@@ -233,7 +222,7 @@ def _open(run: Path) -> RunFolder:
 
 
 def _left_out(config: AlignConfig, base: Path) -> tuple[str, ...]:
-    """Parts that diffusers must be told to do without: SD3's T5, where the run or a local folder had none."""
+    """Return the parts that diffusers must be told to do without: SD3's T5, where the run or its model had none."""
     optional = OPTIONAL_PARTS.get(pipeline_name(base), ())
     present = components(base) if Path(config.model).is_dir() else optional
     return tuple(name for name in optional if not config.t5 or name not in present)
@@ -253,7 +242,7 @@ def _slot(config: AlignConfig, asked: Slot | None) -> Slot:
 def _lora(
     folder: RunFolder, config: AlignConfig, tensors: Mapping[str, Tensor], slot: Slot, kind: str
 ) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """What the run trained, with the LoRA below it."""
+    """Return the LoRA that the run trained, added to the one that was merged below it."""
     state = {name.removeprefix(_SLOTS): x for name, x in tensors.items() if name.startswith(_SLOTS)}
     trained = slot_lora(state, slot.value, config.lora.alpha / config.lora.rank)
     if not trained:
@@ -269,7 +258,7 @@ def _lora(
 
 
 def _describe(folder: RunFolder, config: AlignConfig, facts: Facts, place: Path, notes: str) -> Path:
-    """Writes the card, `notes` at its end, and its pictures; the card's path."""
+    """Write the card, with `notes` at its end, and its pictures; return the card's path."""
     pairs = shown_pairs(folder)
     for pair in pairs:
         for source, name in pair.files:

@@ -1,39 +1,52 @@
-"""The report of a fusion: one HTML page that needs nothing but itself."""
+"""The report of a fusion, one HTML page that needs nothing but itself, and the index page of a folder of fusions.
 
+Each page ends with how to make the run again: its command line, the same in Python, the facts of machine and models.
+"""
+
+import json
 import math
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from markupsafe import Markup
 
+from pixrl.config import Settings
 from pixrl.fusion.select import SCORE, similarities_of
 from pixrl.metrics.fusion import FusionFigures, figures
 from pixrl.report import charts
 from pixrl.report.page import FULL, THUMBNAIL, Picture, inline, render
-from pixrl.report.reproduce import command_line, python_lines, run_facts
 from pixrl.runs import fuse as fuse_job
+from pixrl.runs.config import FuseConfig, resolve_options
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow
 from pixrl.runs.fuse import FinishedRun
+from pixrl.runs.fuse_many import COMPARE, FinishedRuns
 from pixrl.runs.log import COEFFICIENTS
+
+SHOWN = 8
+"""Pictures of a fusion on the index page."""
+_FLAGS = ("model", "sampler", "budget", "exemplars", "seed", "alpha", "keep", "presence", "balance", "device")
+"""Settings of `pixrl fuse` that are options of the command; the others are given by --set."""
 
 
 @dataclass(frozen=True)
 class ParentShare:
-    """One parent's part in a child."""
+    """The part of one concept in a picture."""
 
     concept: str
     similarity: float
     percent: float
     bar: float
-    """Width of its bar: the share cut to [0, 100] and made to sum to 100."""
+    """Width of its bar: the shares cut at 0 and scaled to sum to 100."""
 
 
 @dataclass(frozen=True)
 class Child:
-    """One picture of the run, as the page shows it."""
+    """One picture of the run with its scores and coefficients, as the page shows it."""
 
     index: int
     step: int
@@ -49,12 +62,13 @@ class Child:
 
     @property
     def total(self) -> float:
+        """The sum of the similarities to all concepts."""
         return sum(part.similarity for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A concept alone."""
+    """One concept of the fusion, drawn alone."""
 
     concept: str
     place: int
@@ -66,13 +80,13 @@ class Parent:
 
 
 def write_fuse_report(run: FinishedRun) -> Path:
-    """Writes report.html into the run's folder."""
+    """Write report.html into the run's folder; return its path."""
     write_atomic(run.folder.report_path, render("fuse.html.j2", fuse_view(run)).encode())
     return run.folder.report_path
 
 
 def fuse_view(run: FinishedRun) -> dict[str, Any]:
-    """Everything the page shows."""
+    """Return everything that the page's template shows."""
     config, selection = run.config, run.selection
     children = [child_of(run, row, THUMBNAIL) for row in run.rows]
     scored = [child for child in children if child.failed is None]
@@ -97,7 +111,10 @@ def fuse_view(run: FinishedRun) -> dict[str, Any]:
         "left": parents[:middle],
         "right": parents[middle:],
         "chosen": [children[index] for index in selection.indices],
-        "children": sorted(scored, key=_rank),
+        "children": sorted(
+            scored,
+            key=lambda child: (not child.candidate, -child.total if child.candidate else -child.reward),
+        ),
         "failures": failures,
         "reasons": Counter(child.failed for child in failures).most_common(),
         "lineage": [children[index] for index in shown],
@@ -119,14 +136,14 @@ def fuse_view(run: FinishedRun) -> dict[str, Any]:
 
 
 def run_figures(run: FinishedRun) -> FusionFigures:
-    """The figures of a finished run at its own thresholds."""
+    """Return the figures of a finished run at its own thresholds."""
     similarities_BN = similarities_of(run.rows, run.config.concepts)
     limits = run.selection.thresholds
     return figures(similarities_BN, run.config.alpha, limits.presence, limits.balance, run.selection.indices)
 
 
 def child_of(run: FinishedRun, row: ManifestRow, side: int) -> Child:
-    """A manifest row as the page shows it."""
+    """Return a manifest row as the page shows it; its picture is scaled down to `side` pixels."""
     limits = run.selection.thresholds
     values = [_number(row.scores.get(f"{SCORE}{concept}")) for concept in run.config.concepts]
     summary = row.extra.get("coefficients", {"share": {}, "spread": math.nan})
@@ -169,10 +186,6 @@ def _parent(run: FinishedRun, place: int, best: Child | None) -> Parent:
     )
 
 
-def _rank(child: Child) -> tuple[bool, float]:
-    return (not child.candidate, -child.total if child.candidate else -child.reward)
-
-
 def _short(run: FinishedRun) -> str:
     near = run.selection.nearest[0]
     misses = [
@@ -186,7 +199,7 @@ def _short(run: FinishedRun) -> str:
 
 
 def _scatter(run: FinishedRun, children: list[Child]) -> dict[str, Any]:
-    """S1 against S2 for two concepts; the least similarity against the imbalance for more."""
+    """Plot S1 against S2 for two concepts; the least similarity against the imbalance for more."""
     concepts, limits = run.config.concepts, run.selection.thresholds
     chosen = set(run.selection.indices)
     last = max(len(children) - 1, 1)
@@ -218,3 +231,131 @@ def _scatter(run: FinishedRun, children: list[Child]) -> dict[str, Any]:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def write_many_report(runs: FinishedRuns) -> Path:
+    """Write report.html of the folder and of every finished run in it; return the folder's."""
+    for run in runs.runs:
+        write_fuse_report(run)
+    write_atomic(runs.folder.report_path, render("many.html.j2", many_view(runs)).encode())
+    return runs.folder.report_path
+
+
+def many_view(runs: FinishedRuns) -> dict[str, Any]:
+    """Return everything that the index page's template shows."""
+    compared = runs.folder.kind == COMPARE
+    rows = [_row(runs, run) for run in runs.runs]
+    if compared:
+        rows.sort(key=lambda row: -row["figures"].reward)
+    budget = runs.config.fuse.get("budget")
+    model = runs.config.fuse.get("model")
+    curves = [charts.Curve(row["name"], row["means"], f"k{i % 9}") for i, row in enumerate(rows)]
+    what = f"{len(rows)} samplers" if compared else f"{len(rows)} fusions by {runs.config.samplers[0]}"
+    return {
+        "heading": "Samplers side by side" if compared else f"{len(rows)} fusions",
+        "concepts": runs.config.concepts[0] if compared else None,
+        "subtitle": f"{what} on {model}, {budget} pictures each, seed {runs.config.fuse.get('seed')}; "
+        f"the same exemplars and the same selection for all.",
+        "curves": Markup(charts.lines_chart(curves, "pictures", "mean reward"))
+        if compared and rows
+        else None,
+        "rows": rows,
+        "failures": list(runs.failures.items()),
+        "notes": runs.config.notes,
+        "command": many_command(runs),
+        "date": "",
+    }
+
+
+def _row(runs: FinishedRuns, run: FinishedRun) -> dict[str, Any]:
+    selection = run.selection
+    shown = list(selection.indices) or [near.index for near in selection.nearest]
+    children = [child_of(run, run.rows[index], THUMBNAIL) for index in shown[:SHOWN]]
+    batches: dict[int, list[float]] = {}
+    for entry in run.rows:
+        if (reward := entry.scores.get("reward")) is not None:
+            batches.setdefault(entry.step, []).append(reward)
+    means = [((step + 1) * run.config.batch, math.fsum(b) / len(b)) for step, b in sorted(batches.items())]
+    parents = []
+    for concept in run.config.concepts:
+        files = fuse_job.exemplar_files(run.folder, concept)
+        parents += [{"concept": concept, "image": inline(file, THUMBNAIL)} for file in files[:1]]
+    return {
+        "name": str(run.config.sampler),
+        "concepts": run.config.concepts,
+        "image": children[0].image if children else None,
+        "qualified": bool(selection.indices),
+        "figures": run_figures(run),
+        "means": means,
+        "spark": Markup(charts.sparkline([mean for _, mean in means])),
+        "link": f"{run.folder.path.relative_to(runs.folder.path).as_posix()}/report.html",
+        "parents": parents,
+        "children": children,
+    }
+
+
+def command_line(run: FinishedRun) -> str:
+    """Return the `pixrl fuse` command of a run, with the settings that differ from the defaults."""
+    return shlex.join(["pixrl", "fuse", *run.config.concepts, *_arguments(run.config)])
+
+
+def many_command(runs: FinishedRuns) -> str:
+    """Return the `pixrl fuse` command of a folder of fusions."""
+    config = runs.config
+    base = FuseConfig.model_validate({**config.fuse, "sampler": config.samplers[0]})
+    usual = resolve_options(base.sampler, {}).model_dump(mode="json")
+    given = {n: v for n, v in config.options.items() if v != usual.get(n)}
+    extra = [f"--set=options.{name}={_yaml(value)}" for name, value in given.items()]
+    if runs.folder.kind == COMPARE:
+        arguments = [a for a in _arguments(base) if not a.startswith("--sampler")]
+        compared = ["--compare", ",".join(config.samplers)]
+        return shlex.join(["pixrl", "fuse", *config.concepts[0], *compared, *arguments, *extra])
+    return shlex.join(["pixrl", "fuse", "--pairs", "FILE", *_arguments(base), *extra])
+
+
+def python_lines(run: FinishedRun) -> str:
+    """Return the Python that makes the run again."""
+    config = run.config
+    given = dict(_changed(config, FuseConfig(sampler=config.sampler)))
+    given.pop("sampler", None)
+    parts = [repr(list(config.concepts)), f"budget={config.budget}", f"seed={config.seed}"]
+    parts += [f"sampler={str(config.sampler)!r}", f"model={config.model!r}"]
+    parts += [f"{k}={v!r}" for k, v in given.items() if k not in ("budget", "seed", "model", "concepts")]
+    return f"import pixrl\nresult = pixrl.fuse({', '.join(parts)})"
+
+
+def run_facts(run: FinishedRun) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return the content of environment.json, and (name, value) rows of facts for the page."""
+    world = fuse_job.read_world(run.folder)
+    path = run.folder.path / "environment.json"
+    environment: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    facts = [
+        ("generator", f"{world.model} ({world.fingerprint})"),
+        ("similarity", world.clip),
+        ("foreground", f"{world.segmenter}, on white"),
+        ("pooled features", str(run.config.pooled)),
+        ("noise", str(run.config.noise)),
+    ]
+    options = {k: v for k, v in run.config.options.items() if v is not None}
+    if options:
+        facts.append((f"{run.config.sampler} options", ", ".join(f"{k} {v}" for k, v in options.items())))
+    return environment, [(key, value) for key, value in facts if value]
+
+
+def _arguments(config: FuseConfig) -> list[str]:
+    changed = _changed(config, FuseConfig())
+    flags = [f"--{name}={changed[name]}" for name in _FLAGS if name in changed]
+    sets = [(k, v) for k, v in changed.items() if k not in (*_FLAGS, "options", "concepts")]
+    defaults: Settings = resolve_options(config.sampler, {})
+    usual = defaults.model_dump(mode="json")
+    sets += [(f"options.{k}", v) for k, v in config.options.items() if v != usual.get(k)]
+    return flags + [f"--set={name}={_yaml(value)}" for name, value in sets]
+
+
+def _changed(config: FuseConfig, usual: FuseConfig) -> dict[str, Any]:
+    before = usual.model_dump(mode="json")
+    return {name: value for name, value in config.model_dump(mode="json").items() if value != before[name]}
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()

@@ -1,6 +1,7 @@
 """The model card of an exported LoRA: what it is, how it was made, what it gained and lost, how to use it.
 
 Names, prompts, reasons and whatever else comes from outside stands in it as mere text (`markdown`) or as code (`code`).
+The code that it shows for loading the LoRA (`usage`) runs as it stands, once FOLDER is filled in.
 """
 
 import json
@@ -13,15 +14,12 @@ from urllib.parse import quote
 
 import yaml
 
+from pixrl.hub import TOY_PREFIX, split_adapter, split_single_file
 from pixrl.hub_check import INDEX, read_json
 from pixrl.hub_fetch import is_hub_id, split_revision
 from pixrl.models import NOT_STATED, generator_licence
-from pixrl.report import describe as words
-from pixrl.report.align import failures, is_unseen
-from pixrl.report.card_usage import usage
-from pixrl.report.changes import Change, changes_of, warnings
-from pixrl.report.samples import before_and_after, class_word, gallery_entries, in_words, subjects_in_words
-from pixrl.rewards.settings import RewardSetting
+from pixrl.report import describe
+from pixrl.report.align import Change, changes_of, failures, is_unseen, warnings
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.record import base_and_last, read_rewards, start_if_any
@@ -29,44 +27,52 @@ from pixrl.untrusted import code, encodable, fenced, markdown
 
 LICENCE = "licence"
 SHOWN = 6
-"""Pairs of pictures."""
+"""Pairs of pictures on a card."""
+FOLDER, PICTURES, PROMPT = "FOLDER", "PICTURES", "PROMPT"
+"""Words in the shown code that the reader replaces."""
+COMFYUI, UNO = "comfyui", "uno"
+UNO_RANK = 512
+"""Rank of UNO's published file, which its app sets."""
+PICTURE = "picture.png"
+_DRAWING = ("from pixrl.studies.slots import sample", "from pixrl.runs.folder import png_bytes")
+_IMAGES = "of seed 0: [1, 3, rows, columns] in [0, 1]"
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One pair of a card: files of the run before and after, and their names in the export."""
+    """One pair of a card: for each picture its file in the run and its name in the export."""
 
     prompt: str
     before: tuple[Path, str]
     after: tuple[Path, str]
     reference: tuple[Path, str] | None = None
-    """What the model was shown."""
+    """The reference picture that the model was shown."""
     subject: str | None = None
 
     @property
     def files(self) -> list[tuple[Path, str]]:
-        """All of them."""
+        """All files of the pair, with their names in the export."""
         return [one for one in (self.reference, self.before, self.after) if one is not None]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the card says that the run's folder does not."""
+    """The facts of an export that the run's folder does not hold."""
 
     file: str
     slot: str
     step: int
     layout: str
     pipeline: str
-    """diffusers' class."""
+    """diffusers' class of the base model."""
     without: tuple[str, ...] = ()
     """Parts that the base model is loaded without."""
 
 
 def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
-    """Held-out prompts by the base and by the last evaluated weights, from the same noise; spread evenly."""
+    """Return `count` pairs, spread evenly over the evaluation: base and last evaluated weights, from the same noise."""
     found = []
-    for entry, before, after in before_and_after(folder):
+    for entry, before, after in describe.before_and_after(folder):
         names = [f"images/{entry['number']:04d}-{when}.png" for when in ("before", "after")]
         pair = Shown(entry["prompt"], (before, names[0]), (after, names[1]))
         found.append(replace(pair, reference=_reference(folder, entry), subject=entry.get("subject")))
@@ -75,7 +81,7 @@ def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
 
 
 def _reference(folder: RunFolder, entry: Mapping[str, Any]) -> tuple[Path, str] | None:
-    """The picture of its subject; pairs of one subject and prompt share it."""
+    """Return the picture of the entry's subject; pairs of one subject and prompt share it."""
     if "reference" not in entry:
         return None
     file = folder.path / entry["reference"]
@@ -83,12 +89,18 @@ def _reference(folder: RunFolder, entry: Mapping[str, Any]) -> tuple[Path, str] 
 
 
 def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequence[Shown]) -> str:
-    """The card as markdown, with the front matter that model hubs read."""
+    """Return the card as markdown, with the front matter that model hubs read."""
     evaluated = base_and_last(folder)
     changes = changes_of(folder, config)
+    what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
+    subjects = describe.subjects_in_words(folder, config)
+    of_whom = f"It was trained to draw {markdown(subjects)}. " if subjects else ""
+    by = markdown(describe.learned_by(config))
     sections = [
         _front_matter(config),
-        _title(folder, config, facts),
+        f"# {markdown(folder.path.name)}\n\n{of_whom}"
+        f"A LoRA of rank {config.lora.rank} on {code(config.model)}, trained by {by} with "
+        f"`pixrl {folder.kind}`: the {what} weights after {facts.step} of {config.steps} steps.",
         _pictures(config, pairs),
         _changes(folder, config, changes, evaluated),
         artefacts(folder, changes),
@@ -112,18 +124,6 @@ def _front_matter(config: AlignConfig) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()}\n---"
 
 
-def _title(folder: RunFolder, config: AlignConfig, facts: Facts) -> str:
-    what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
-    subjects = subjects_in_words(folder, config)
-    of_whom = f"It was trained to draw {markdown(subjects)}. " if subjects else ""
-    by = markdown(words.learned_by(config))
-    return (
-        f"# {markdown(folder.path.name)}\n\n{of_whom}"
-        f"A LoRA of rank {config.lora.rank} on {code(config.model)}, trained by {by} with "
-        f"`pixrl {folder.kind}`: the {what} weights after {facts.step} of {config.steps} steps."
-    )
-
-
 def _pictures(config: AlignConfig, pairs: Sequence[Shown]) -> str:
     if not pairs:
         return ""
@@ -137,8 +137,10 @@ def _pictures(config: AlignConfig, pairs: Sequence[Shown]) -> str:
 def _row(config: AlignConfig, pair: Shown, with_subject: bool) -> str:
     subject = ""
     if pair.reference is not None and pair.subject is not None:
-        word = class_word(config.evaluation.source or config.prompts.source, pair.subject)
-        subject = f"![reference]({_address(pair.reference[1])}) {markdown(in_words(pair.subject, word))}"
+        word = describe.class_word(config.evaluation.source or config.prompts.source, pair.subject)
+        subject = (
+            f"![reference]({_address(pair.reference[1])}) {markdown(describe.in_words(pair.subject, word))}"
+        )
     pictures = [
         f"![{when}]({_address(file)})" for when, (_, file) in (("before", pair.before), ("after", pair.after))
     ]
@@ -146,7 +148,7 @@ def _row(config: AlignConfig, pair: Shown, with_subject: bool) -> str:
 
 
 def _address(file: str) -> str:
-    """A file beside the card as a link takes it: the name of a picture may hold blanks, brackets or bars."""
+    """Return a file beside the card as a link takes it: the name of a picture may hold blanks, brackets or bars."""
     return quote(file.encode(errors="surrogateescape"))
 
 
@@ -163,9 +165,14 @@ def _changes(
         f"| {markdown(c.name)} | {c.role} | {_number(c.before)} | {_number(c.after)} | {c.gain_text()} |"
         for c in changes
     ]
+    certainty = (
+        "In brackets 95 % over prompts. One seed: another one may end elsewhere."
+        if any(change.interval for change in changes)
+        else "One seed: no interval."
+    )
     head = (
         f"Means over {_evaluated(folder, config)}, from the same noise before and after "
-        f"({evaluated[0]['step']} and {evaluated[-1]['step']} updates). {_certainty(changes)}"
+        f"({evaluated[0]['step']} and {evaluated[-1]['step']} updates). {certainty}"
     )
     return "\n".join(
         [
@@ -180,15 +187,9 @@ def _changes(
     )
 
 
-def _certainty(changes: Sequence[Change]) -> str:
-    if any(change.interval for change in changes):
-        return "In brackets 95 % over prompts. One seed: another one may end elsewhere."
-    return "One seed: no interval."
-
-
 def _evaluated(folder: RunFolder, config: AlignConfig) -> str:
-    """What was drawn before and after, and whether training saw it."""
-    start, pictures = start_if_any(folder), len(gallery_entries(folder))
+    """Say what was drawn before and after training, and whether training saw it."""
+    start, pictures = start_if_any(folder), len(describe.gallery_entries(folder))
     prompts = pictures // config.evaluation.per_prompt
     counted = f"{pictures} pictures of {prompts} prompts" if pictures else "pictures"
     seen = start.get("trained_on")
@@ -202,7 +203,7 @@ def _evaluated(folder: RunFolder, config: AlignConfig) -> str:
 
 
 def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
-    """What got worse, whatever the reason, and what was not looked at."""
+    """Return the section on what got worse, whatever the reason, and on what was not looked at."""
     manifest = folder.manifest()
     signs = warnings(changes)
     found = [f"- {markdown(text)}" for text in signs]
@@ -230,33 +231,25 @@ def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
 def _method(folder: RunFolder, config: AlignConfig) -> str:
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     rewards = [
-        f"- {code(s.name)} ({s.reward}), {_counts(config, s)}: {markdown(_options(s))}"
+        f"- {code(s.name)} ({s.reward}), "
+        f"{f'weight {s.weight:g}' if describe.role_of(config, s) == describe.TRAINED else describe.MEASURED}: "
+        f"{markdown(', '.join(f'{name} {value}' for name, value in s.options.items()) or 'no options')}"
         for s in config.rewards
     ]
     facts = [
         f"- {name}: {markdown(text)}"
-        for name, text in (*words.method_parts(config), *words.facts(config, start_if_any(folder)))
+        for name, text in (*describe.method_parts(config), *describe.facts(config, start_if_any(folder)))
     ]
-    machine = [f"- {name}: {markdown(text)}" for name, text in words.machine_facts(environment)]
-    return "\n".join(["## Method", "", *facts, "", "## Rewards", "", *rewards, "", "## Data", "", *_data(config),
-                      "", "## Machine", "", *machine])  # fmt: skip
-
-
-def _data(config: AlignConfig) -> Iterator[str]:
-    yield f"- training prompts: {code(config.prompts.source)}"
-    yield f"- evaluation prompts: {code(config.evaluation.source or config.prompts.source)}"
+    data = [
+        f"- training prompts: {code(config.prompts.source)}",
+        f"- evaluation prompts: {code(config.evaluation.source or config.prompts.source)}",
+    ]
     if isinstance(config, PersonalizeConfig):
         shown = "of them only what is shown above is part of this folder"
-        yield f"- reference pictures: those of the subjects named there; {shown}"
-
-
-def _counts(config: AlignConfig, setting: RewardSetting) -> str:
-    trained = words.role_of(config, setting) == words.TRAINED
-    return f"weight {setting.weight:g}" if trained else words.MEASURED
-
-
-def _options(setting: RewardSetting) -> str:
-    return ", ".join(f"{name} {value}" for name, value in setting.options.items()) or "no options"
+        data.append(f"- reference pictures: those of the subjects named there; {shown}")
+    machine = [f"- {name}: {markdown(text)}" for name, text in describe.machine_facts(environment)]
+    return "\n".join(["## Method", "", *facts, "", "## Rewards", "", *rewards, "", "## Data", "", *data,
+                      "", "## Machine", "", *machine])  # fmt: skip
 
 
 def _licences(folder: RunFolder, config: AlignConfig) -> str:
@@ -265,26 +258,21 @@ def _licences(folder: RunFolder, config: AlignConfig) -> str:
     ]
     if config.lora.base is not None:
         lora = config.lora.base
-        rows.append((lora, "LoRA that is part of this one", _lora_licence(lora)))
+        # a file lies in the folder that says its licence, or in one of OWNER/NAME/FILE
+        folders = lora if Path(lora).is_dir() else "/".join(Path(lora).parts[-3:-1])
+        known = Path(lora).is_dir() or len(Path(lora).parts) > 2
+        licence = generator_licence(folders) if known else NOT_STATED
+        rows.append((lora, "LoRA that is part of this one", licence))
     for name, provenance in read_rewards(folder).items():
-        rows += [(model, f"of the reward {name}", licence) for model, licence in _licensed(provenance)]
+        for key, licence in provenance.items():
+            # each part of a reward has its own: `model` with `licence`, `segmenter` with `segmenter_licence`
+            if key == LICENCE or key.endswith(f"_{LICENCE}"):
+                part = provenance[key.removesuffix(LICENCE).rstrip("_") or "model"]
+                rows.append((part, f"of the reward {name}", licence))
     lines = [
         _line([code(what, in_table=True), markdown(role), markdown(licence)]) for what, role, licence in rows
     ]
     return "\n".join(["## Licences", "", "| what | role | licence |", "|---|---|---|", *dict.fromkeys(lines)])
-
-
-def _licensed(provenance: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Each part of a reward and its licence: `model` with `licence`, `segmenter` with `segmenter_licence`."""
-    for key, licence in provenance.items():
-        if key == LICENCE or key.endswith(f"_{LICENCE}"):
-            yield provenance[key.removesuffix(LICENCE).rstrip("_") or "model"], licence
-
-
-def _lora_licence(file: str) -> str:
-    if Path(file).is_dir():
-        return generator_licence(file)
-    return generator_licence("/".join(Path(file).parts[-3:-1])) if len(Path(file).parts) > 2 else NOT_STATED
 
 
 def _number(value: float) -> str:
@@ -292,5 +280,161 @@ def _number(value: float) -> str:
 
 
 def pipeline_name(model: Path) -> str:
-    """diffusers' class of a pipeline's folder."""
+    """Return the name of diffusers' class of a pipeline's folder."""
     return str(read_json(model / INDEX).get("_class_name"))
+
+
+def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without: Sequence[str] = ()) -> str:
+    """Return the section that says how to load the LoRA, as markdown.
+
+    Args:
+        config: the run's recipe.
+        file: the LoRA's name.
+        layout: diffusers, comfyui or uno.
+        pipeline: diffusers' class of the base model.
+        without: parts that the base model is loaded without.
+    """
+    parts = ["## Use"]
+    if layout == COMFYUI:
+        parts.append(
+            f"Put `{file}` into `ComfyUI/models/loras` and load it with the node *Load LoRA* (model alone)."
+        )
+    elif layout == UNO:
+        parts.append(
+            f"`{file}` has the keys of the file that UNO is published as. pixrl takes it as the base of a run: "
+            f"`lora.base: {FOLDER}/{file}`. UNO's own code needs a change for it: the last section."
+        )
+        return "\n\n".join(parts)
+    else:
+        note = (
+            " diffusers draws with its own sampler, from noise of its own: the pictures are not those of the run, "
+            f"which were drawn with pixrl's {config.sampling.solver.value}."
+        )
+        parts += [
+            f"{FOLDER} is where this file lies, {PROMPT} what to draw.{'' if _needs_pixrl(config) else note}",
+            _code(_loaded(config, file, pipeline, without)),
+        ]
+    if isinstance(config, PersonalizeConfig):
+        parts += _references(config, file, layout, pipeline)
+    return "\n\n".join(parts)
+
+
+def _needs_pixrl(config: AlignConfig) -> bool:
+    """Return whether the base is a model that diffusers alone cannot load."""
+    adapter, place = split_adapter(config.model)
+    return bool(adapter) or place.startswith(TOY_PREFIX) or split_single_file(place) is not None
+
+
+def in_unos_code(file: str, rank: int) -> str:
+    """Return a section on what must be set in UNO's code, as markdown: `rank` is that of every module of the file."""
+    of_app = "the rank that its `app.py` sets" if rank == UNO_RANK else f"where its `app.py` sets {UNO_RANK}"
+    return (
+        f"## UNO's own code\n\nEvery LoRA layer of `{file}` has rank {rank}, {of_app}. UNO's code builds its layers of "
+        f"one rank before it reads the file, and a file of another rank does not load: set `lora_rank={rank}` in "
+        "`UNOPipeline(...)`. Its loader takes the published file from the hub first: in `load_flow_model_only_lora` "
+        f"(`uno/flux/util.py`) set `hf_download=False`, and the environment variable `LORA={FOLDER}/{file}`. Layers "
+        "that were not trained are in the file as zeros, so that no key of the published layout is missing. It was "
+        "not run with UNO's code."
+    )
+
+
+def _references(config: PersonalizeConfig, file: str, layout: str, pipeline: str) -> list[str]:
+    """Say how the reference pictures are shown to a model with these weights."""
+    who = "ComfyUI draws" if layout == COMFYUI else f"A plain {pipeline} draws"
+    what = f"{who} with these weights, but shows the model no reference pictures, which it was trained to look at."
+    if layout == COMFYUI:
+        return [
+            f"{what} pixrl shows them; the code is in the card of the layout diffusers, which "
+            "`pixrl export RUN --format diffusers` writes to `RUN/export/diffusers/README.md`."
+        ]
+    return [
+        f"{what} pixrl shows them as in training ({PICTURES} is a folder with pictures of the subject):",
+        _code(_shown(config, file)),
+    ]
+
+
+def _code(lines: Iterator[str]) -> str:
+    return fenced("\n".join(lines), "python")
+
+
+def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str]) -> Iterator[str]:
+    """Yield code for diffusers' pipeline with the LoRA, or pixrl's model where diffusers alone cannot load the base."""
+    ref = config.model
+    lora = f"load_lora_weights({_text(FOLDER)}, weight_name={_text(file)})"
+    if _needs_pixrl(config):
+        yield "from pathlib import Path"
+        yield ""
+        yield "from pixrl import models"
+        yield from _DRAWING
+        yield ""
+        yield f"model = models.load({_text(ref)}{_load_options(config)})"
+        yield f"model.pipeline.{lora}"
+        yield from _drawn(config, "model", f"model.encode([{_text(PROMPT)}])")
+        return
+    base, _, revision = ref.partition("@") if is_hub_id(ref) else (ref, "", "")
+    pinned = f", revision={_text(revision)}" if revision else ""
+    absent = "".join(f", {name}=None" for name in without)
+    yield f"from diffusers import {pipeline}"
+    yield ""
+    yield f"pipeline = {pipeline}.from_pretrained({_text(base)}{pinned}{absent})"
+    yield f"pipeline.{lora}"
+    side = config.resolution
+    sampling = {"num_inference_steps": _steps(config), "guidance_scale": config.guidance}
+    yield f"image = pipeline({_text(PROMPT)}{_keywords(sampling | {'height': side, 'width': side})}).images[0]"
+    yield f"image.save({_text(PICTURE)})"
+
+
+def _drawn(config: AlignConfig, policy: str, conditioning: str) -> Iterator[str]:
+    """Yield code that draws a picture with the run's solver and saves it."""
+    yield f"images = sample({policy}, {conditioning}, [0], solver={_text(config.sampling.solver.value)})  # {_IMAGES}"
+    yield f"Path({_text(PICTURE)}).write_bytes(png_bytes(images[0]))"
+
+
+def _keywords(chosen: Mapping[str, object]) -> str:
+    return "".join(f", {name}={value}" for name, value in chosen.items() if value is not None)
+
+
+def _steps(config: AlignConfig) -> int:
+    return config.evaluation.steps or config.sampling.steps
+
+
+def _load_options(config: AlignConfig) -> str:
+    """Return the keywords of `models.load` with which the run's evaluation draws."""
+    chosen = {"steps": _steps(config), "guidance": config.guidance, "resolution": config.resolution}
+    return _keywords(chosen | ({} if config.t5 else {"t5": False}))
+
+
+def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:
+    """Yield code that draws one picture of a subject as the run's evaluation draws."""
+    references = config.references
+    placed = {
+        "preset": None if references.preset is None else f"Preset.{references.preset.name}",
+        "shift": None if references.shift is None else f"Shift.{references.shift.name}",
+        "side": references.side,
+    }
+    given = ", ".join(f"{name}={value}" for name, value in placed.items() if value is not None)
+    cut = "" if references.count is None else f"[:{references.count}]"
+    yield "from pathlib import Path"
+    yield ""
+    yield "from pixrl import models"
+    yield "from pixrl.data.pictures import read_pictures, to_tensors"
+    yield _DRAWING[0]
+    if named := [name for name in ("Preset", "Shift") if f"={name}." in given]:
+        yield f"from pixrl.models.flux import {', '.join(named)}"
+    yield "from pixrl.models.base import on_square"
+    yield _DRAWING[1]
+    yield ""
+    yield f"policy = models.load({_text(config.model)}{_load_options(config)})"
+    if given:
+        yield f"policy.place({given})"
+    yield f"policy.merge_lora(Path({_text(FOLDER)}) / {_text(file)})"
+    yield f"pictures = to_tensors(read_pictures(Path({_text(PICTURES)})){cut})"
+    yield "references = [on_square(picture, policy.reference_side)[None] for picture in pictures]"
+    yield f"conditioning = policy.with_references(policy.encode([{_text(PROMPT)}]), references)"
+    yield from _drawn(config, "policy", "conditioning")
+
+
+def _text(value: str) -> str:
+    """Return a text as a Python literal in double quotes, on one line."""
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in quoted) + '"'

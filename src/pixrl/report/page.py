@@ -1,4 +1,4 @@
-"""What all pages share: pictures inside them, and the templates they are made from."""
+"""The parts that all pages share: pictures inside them, and the templates that they are made from."""
 
 import base64
 import io
@@ -17,18 +17,19 @@ from pixrl.untrusted import encodable
 SMALL = 128
 """Pictures up to this side are enlarged in blocks, not smoothed, and embedded as they are."""
 THUMBNAIL, FULL = 256, 768
+"""Longest side in pixels of a picture among others, and of one that stands alone."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture inside the page."""
+    """A picture inside the page, as a data URI; `pixel`: it is enlarged in blocks."""
 
     uri: str
     pixel: bool
 
 
 def inline(path: Path, side: int) -> Picture:
-    """A picture as a data URI: small ones as they are, large ones scaled down to `side`."""
+    """Return a picture as a data URI: small ones as they are, large ones scaled down to `side` pixels."""
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as picture:
         if max(picture.size) <= SMALL:
@@ -41,7 +42,7 @@ def inline(path: Path, side: int) -> Picture:
 
 
 def render(template: str, view: dict[str, Any]) -> str:
-    """A page from its template; what UTF-8 cannot write, such as a folder's name in another code, is spelled out."""
+    """Fill in a template; what UTF-8 cannot write, such as a folder's name in another encoding, is spelled out."""
     return encodable(_templates().get_template(template).render(version=installed_version(), **view))
 
 
@@ -59,7 +60,7 @@ def _templates() -> Environment:
 
 
 def installed_version() -> str:
-    """The version of the installed pixrl; "(not installed)" where it runs from a folder."""
+    """Return the version of the installed pixrl; "(not installed)" where it runs from a folder."""
     try:
         return version("pixrl")
     except PackageNotFoundError:

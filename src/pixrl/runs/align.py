@@ -14,20 +14,19 @@ import torch
 from pixrl import config as recipes
 from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
-from pixrl.algorithms.world import Tally
+from pixrl.algorithms.world import Tally, Team
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Diagnosis, Findings, Need
 from pixrl.doctor.preflight import require
 from pixrl.doctor.training import examine
 from pixrl.errors import CheckpointError, InputError, PixrlError
-from pixrl.metrics.spread import group_diversity
+from pixrl.metrics.diversity import group_diversity
 from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet
 from pixrl.runs import selfcheck
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.display import Extent, Monitor, Silent
-from pixrl.runs.distributed import Team
 from pixrl.runs.evaluation import score
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.loaded import (

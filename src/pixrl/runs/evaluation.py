@@ -12,7 +12,7 @@ from pixrl.algorithms.sampling import Schedule, Solver, StepPlan
 from pixrl.algorithms.trainer import prepare
 from pixrl.algorithms.world import World
 from pixrl.data.prompts import Prompt, PromptSet
-from pixrl.metrics.spread import Features, group_diversity
+from pixrl.metrics.diversity import Features, group_diversity
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
 from pixrl.rewards.set import Failures, RewardSet

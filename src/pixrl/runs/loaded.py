@@ -11,13 +11,14 @@ from pixrl.algorithms import make_exploration, make_loss
 from pixrl.algorithms.base import Group
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, prepare
+from pixrl.algorithms.world import Team, limit_threads
 from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.doctor.diagnosis import Findings
 from pixrl.doctor.preflight import rehearse
 from pixrl.errors import ConfigError, InputError
-from pixrl.metrics.spread import Features, pixel_features
+from pixrl.metrics.diversity import Features, pixel_features
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.slots import LoraSlots, Slot
@@ -27,7 +28,6 @@ from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, ReferenceSettings
 from pixrl.runs.data import PromptSampler, share, what_is_asked
-from pixrl.runs.distributed import Team, limit_threads
 from pixrl.runs.evaluation import Evaluator, spread_evenly
 from pixrl.runs.planner import plan, require_room
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixrl.report.align_panels import WINDOW, smooth
+from pixrl.report.align import WINDOW, smooth
 from pixrl.report.charts import COLOURS, Curve, lines_chart, standalone
 from pixrl.runs.files import write_atomic
 from pixrl.studies.align_config import RunStudyConfig

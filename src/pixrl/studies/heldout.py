@@ -6,8 +6,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from pixrl.errors import InputError
-from pixrl.fusion.calibration import Calibration, calibrate_presence
-from pixrl.fusion.world import Exemplars, FusionWorld, Scorer
+from pixrl.fusion.world import Calibration, Exemplars, FusionWorld, Scorer, calibrate_presence
 from pixrl.rewards.clip import FusionScorer
 from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.segmentation import Foreground

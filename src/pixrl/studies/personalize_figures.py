@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixrl.report.align_panels import WINDOW
+from pixrl.report.align import WINDOW
 from pixrl.report.charts import COLOURS, Curve, Mark, lines_chart, marks_chart, standalone
 from pixrl.runs.files import write_atomic
 from pixrl.runs.fuse import slug

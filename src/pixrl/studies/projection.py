@@ -19,8 +19,7 @@ from pixrl.algorithms.sampling import Schedule, StepPlan
 from pixrl.algorithms.trainer import prepare
 from pixrl.data.prompts import Prompt
 from pixrl.errors import ShapeError
-from pixrl.metrics.diversity import DiversityMeter, distinct_layouts, layouts_of
-from pixrl.metrics.spread import mean_pairwise_distance
+from pixrl.metrics.diversity import DiversityMeter, distinct_layouts, layouts_of, mean_pairwise_distance
 from pixrl.models.slots import Slot
 from pixrl.report.charts import Cloud, clouds_chart, standalone
 from pixrl.runs.evaluation import spread_evenly

@@ -256,8 +256,7 @@ class SD3Lessons:
 
 def calibrate(shop: Workshop) -> None:
     """Store the thresholds of `pixrl fuse` with the generator: they come from its own pictures of every kind."""
-    from pixrl.fusion.calibration import calibrate_presence
-    from pixrl.fusion.world import load_world
+    from pixrl.fusion.world import calibrate_presence, load_world
 
     world = load_world(*(str(shop.out / name) for name in ("sd3", "clip", "segmenter")))
     card = shop.out / "sd3" / CARD_FILE

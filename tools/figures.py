@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the pictures of the docs again, from what the package does now. Run it as `make docs`."""
+"""Makes the pictures of the docs again, from what the package does now. Run it as `make figures`."""
 
 import tempfile
 from pathlib import Path
