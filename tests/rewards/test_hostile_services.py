@@ -169,6 +169,16 @@ def test_ctrl_c_ends_the_server_though_a_reward_hangs(tmp_path: Path) -> None:
         server.kill()
 
 
+def test_a_stranger_that_breaks_off_while_it_sends_stops_nobody(function: str) -> None:
+    with reward_server(function) as server:
+        with line_to(server) as line:
+            line.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\nabc")
+            time.sleep(0.1)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wait_until(lambda: not server.strangers)
+        assert call(f"{server.url}/score", message())[0] == 200
+
+
 def png(width: int, height: int) -> str:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height)).save(buffer, format="PNG")

@@ -120,9 +120,10 @@ def serve_rewards(
 ) -> None:
     """Serve rewards of this environment to runs in another one, as their reward [bold]remote[/bold]."""
     from pixrl import config
+    from pixrl.rewards.http import is_loopback
 
     try:
-        from pixrl.serve.server import RewardServer, ServeSettings, is_open_to_others
+        from pixrl.serve.server import RewardServer, ServeSettings
     except ImportError as error:
         raise InputError(
             f"serve-rewards needs {error.name}, which is not installed. Type: pip install 'pixrl[serve]'"
@@ -130,7 +131,7 @@ def serve_rewards(
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = config.load(ServeSettings, rewards, set_ or [], values=given, kind="serve-rewards")
-    open_to_others = is_open_to_others(settings)
+    open_to_others = not is_loopback(settings.host)
     token, made_up = _token(token_env, open_to_others)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     server = RewardServer(settings, token)

@@ -39,7 +39,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pixrl.config import Settings
 from pixrl.errors import InputError, PixrlError, did_you_mean
 from pixrl.rewards import wire
-from pixrl.rewards.http import LONGEST_WAIT, is_loopback
+from pixrl.rewards.http import LONGEST_WAIT
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting, check_rewards
 from pixrl.types import RewardBatch
@@ -160,24 +160,12 @@ class RewardServer:
             ) from None
         self.port: int = self._socket.getsockname()[1]
         connection: Any = partial(_Connection, self)
-        self._uvicorn = uvicorn.Server(
-            uvicorn.Config(
-                self._app,
-                http=connection,
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                interface="asgi3",
-                backlog=64,
-                proxy_headers=False,
-                server_header=False,
-                date_header=False,
-                access_log=False,
-                log_config=None,
-                log_level="error",  # whoever sends no HTTP shall not fill the log
-                timeout_graceful_shutdown=1,
-            )
+        off: Any = {"ws": "none", "lifespan": "off", "proxy_headers": False}
+        quiet: Any = {"log_config": None, "log_level": "error"}  # so that strangers do not fill the log
+        app = uvicorn.Config(
+            self._app, http=connection, interface="asgi3", timeout_graceful_shutdown=1, **off, **quiet
         )
+        self._uvicorn = uvicorn.Server(app)
 
     @property
     def url(self) -> str:
@@ -215,31 +203,20 @@ class RewardServer:
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, the only one of its connection."""
-        request = Request(scope, receive)
-        connection: _Connection = request.state.connection
+        connection: _Connection = scope["state"]["connection"]
         connection.give(None)
+        status, headers = 200, {"Connection": "close", "Cache-Control": "no-store"}
         try:
-            response = await self._response(request, connection)
+            body = await self._answer(Request(scope, receive), connection)
+        except HTTPException as refused:
+            await connection.drain()
+            status, body = refused.status_code, json.dumps({"error": refused.detail}).encode()
+            headers.update(refused.headers or {})
         except ClientDisconnect:
             return
-        except asyncio.CancelledError:
-            response = _refusal(_busy("the server ends"))
         finally:
             connection.give(ANSWER_WAIT)
-        response.headers.update({"Connection": "close", "Cache-Control": "no-store"})
-        await response(scope, receive, send)
-
-    async def _response(self, request: Request, connection: "_Connection") -> Response:
-        try:
-            return Response(await self._answer(request, connection), media_type="application/json")
-        except HTTPException as refused:
-            size = 0
-            with anyio.move_on_after(
-                DRAIN_WAIT
-            ):  # a sender that is cut off while it sends never hears the answer
-                while connection.cycle.more_body and size < DRAINED:
-                    size += len((await request.receive()).get("body", b""))
-            return _refusal(refused)
+        await Response(body, status, headers, "application/json")(scope, receive, send)
 
     async def _answer(self, request: Request, connection: "_Connection") -> bytes:
         asked = (request.method, request.scope["path"])
@@ -259,8 +236,11 @@ class RewardServer:
             raise HTTPException(404, "there are /health, /describe and /score")
         if self._places.locked():
             raise _busy("the queue is full")
-        async with self._places:
-            return await self._scores(await self._body(request))
+        try:
+            async with self._places:
+                return await self._scores(await self._body(request))
+        except asyncio.CancelledError:
+            raise _busy("the server ends") from None
 
     async def _body(self, request: Request) -> bytes:
         """The request's body, whose length h11 has found to be a number."""
@@ -323,6 +303,14 @@ class _Connection(H11Protocol):
             self._end.cancel()
         self._end = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
 
+    async def drain(self) -> None:
+        """Reads on for a moment: a sender that is cut off while it sends never hears the answer."""
+        size = 0
+        with anyio.move_on_after(DRAIN_WAIT):
+            while self.cycle.more_body and not self.cycle.disconnected and size < DRAINED:
+                came = await self.cycle.receive()
+                size += len(came["body"]) if came["type"] == "http.request" else 0
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.give(self._rewards.settings.head_wait)
@@ -370,11 +358,6 @@ def _busy(why: str) -> HTTPException:
     return HTTPException(503, why, {"Retry-After": "1"})
 
 
-def _refusal(refused: HTTPException) -> Response:
-    body = json.dumps({"error": refused.detail}).encode()
-    return Response(body, refused.status_code, refused.headers, media_type="application/json")
-
-
 def _try(rewards: RewardSet, served: ServedReward) -> wire.Served:
     """A reward's first scores: warms it up, and shows what produces them."""
     grey = torch.full((1, 3, PROBE_SIDE, PROBE_SIDE), 0.5)
@@ -390,8 +373,3 @@ def _try(rewards: RewardSet, served: ServedReward) -> wire.Served:
         provenance=provenance,
         problem=problem,
     )
-
-
-def is_open_to_others(settings: ServeSettings) -> bool:
-    """Whether other machines reach it."""
-    return not is_loopback(settings.host)
