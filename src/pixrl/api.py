@@ -12,8 +12,7 @@ from pixrl.algorithms.world import Team
 from pixrl.data.pairs import check_concepts, parse_pairs, read_pairs
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Diagnosis
-from pixrl.doctor.fusion import examine_fusion
-from pixrl.doctor.training import examine as examine_training
+from pixrl.doctor.examine import examine_fusion, examine_training
 from pixrl.errors import ConfigError, InputError
 from pixrl.fusion.select import Selection
 from pixrl.report.align import write_align_report

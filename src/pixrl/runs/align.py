@@ -16,9 +16,8 @@ from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
 from pixrl.algorithms.world import Tally, Team
 from pixrl.device import quiet_loading
-from pixrl.doctor.diagnosis import Diagnosis, Findings, Need
-from pixrl.doctor.preflight import require
-from pixrl.doctor.training import examine
+from pixrl.doctor.diagnosis import Diagnosis, Findings, Need, require
+from pixrl.doctor.examine import examine_training
 from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.metrics.diversity import group_diversity
 from pixrl.rewards import kind_of as kind_of_reward
@@ -102,7 +101,7 @@ def get_ready(
     """
     team = Team(config.machine.device)
     with quiet_loading():
-        found = examine(
+        found = examine_training(
             config, processes=team.size, out=out if team.leads else None, force=force, about_to_run=True
         )
     notes = require(found)

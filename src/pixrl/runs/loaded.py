@@ -16,7 +16,7 @@ from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.doctor.diagnosis import Findings
-from pixrl.doctor.preflight import rehearse
+from pixrl.doctor.rewards import rehearse
 from pixrl.errors import ConfigError, InputError
 from pixrl.metrics.diversity import Features, pixel_features
 from pixrl.models.flux import FluxPolicy
