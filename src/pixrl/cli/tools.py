@@ -5,10 +5,9 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -28,10 +27,6 @@ from pixrl.cli.options import (
 )
 from pixrl.errors import InputError
 from pixrl.libraries import check_torchvision
-
-if TYPE_CHECKING:
-    from pixrl.toy.verify import Gate
-
 
 commands = typer.Typer()
 
@@ -150,7 +145,7 @@ def serve_rewards(
 
 
 def _token(variable: str, open_to_others: bool) -> tuple[str, bool]:
-    """The token, and whether it was made up here.
+    """Return the token of a reward server, and whether it was made up here.
 
     Raises:
         InputError: other machines would reach the server, and no token is set.
@@ -207,19 +202,18 @@ def toy_verify(
 
     gates = verify(names or [], quick=quick)
     passed = all(gate.passed for gate in gates)
-    typer.echo(_gates_as_json(gates, passed) if as_json else "\n".join(map(_gate_line, gates)))
+    if as_json:
+        rows = [{**asdict(gate), "passed": gate.passed} for gate in gates]
+        finite = [
+            {key: x if x not in (math.inf, -math.inf) else None for key, x in row.items()} for row in rows
+        ]
+        typer.echo(json.dumps({"passed": passed, "gates": finite}, indent=1))
+    else:
+        for gate in gates:
+            most = " or more" if math.isinf(gate.at_most) else f" to {gate.at_most:g}"
+            typer.echo(
+                f"{'ok  ' if gate.passed else 'FAIL'}  {gate.checkpoint:<11}{gate.figure:<48}{gate.value:>9.3f}  "
+                f"({gate.at_least:g}{most})"
+            )
     if not passed:
         raise typer.Exit(1)
-
-
-def _gates_as_json(gates: "Sequence[Gate]", passed: bool) -> str:
-    rows = [{**asdict(gate), "passed": gate.passed} for gate in gates]
-    finite = [{key: x if x not in (math.inf, -math.inf) else None for key, x in row.items()} for row in rows]
-    return json.dumps({"passed": passed, "gates": finite}, indent=1)
-
-
-def _gate_line(gate: "Gate") -> str:
-    limits = (
-        f"{gate.at_least:g} or more" if math.isinf(gate.at_most) else f"{gate.at_least:g} to {gate.at_most:g}"
-    )
-    return f"{'ok  ' if gate.passed else 'FAIL'}  {gate.checkpoint:<11}{gate.figure:<48}{gate.value:>9.3f}  ({limits})"

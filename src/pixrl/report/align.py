@@ -241,7 +241,7 @@ def gallery_pairs(folder: RunFolder) -> list[Pair]:
 
 def newest_group(run: Path, config: AlignConfig, manifest: Sequence[ManifestRow]) -> ShownGroup | None:
     """Return the first whole group of the newest step whose pictures were kept; None where there is none."""
-    size, noises = describe.group_size(config), config.exploration.noises
+    size, noises = config.group_size, config.exploration.noises
     kept = [row for row in manifest if row.file is not None]
     newest = [row for row in kept if row.step == kept[-1].step][:size]
     if len(newest) < size:

@@ -40,14 +40,9 @@ def training_pictures(config: AlignConfig) -> str:
     return config.loss.describe_pictures(shows_references=isinstance(config, PersonalizeConfig))
 
 
-def group_size(config: AlignConfig) -> int:
-    """Return the number of samples of a prompt: G noises times K variants."""
-    return config.exploration.noises * config.exploration.per_noise
-
-
 def images_of(config: AlignConfig) -> int:
     """Return the number of pictures drawn for training in the whole run."""
-    return config.steps * config.prompts.per_step * group_size(config)
+    return config.steps * config.prompts.per_step * config.group_size
 
 
 def updates_of(config: AlignConfig) -> int:
@@ -74,7 +69,7 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
         ("model", f"{config.model} ({start.get('fingerprint', 'not started')})"),
         ("prompts", f"{config.prompts.source}, {config.prompts.per_step} a step"),
         *_references(config),
-        ("pictures", f"{config.prompts.per_step} × {group_size(config)} a step, {images_of(config)} in all"),
+        ("pictures", f"{config.prompts.per_step} × {config.group_size} a step, {images_of(config)} in all"),
         ("updates", f"{s.updates} a step, {updates_of(config)} in all"),
         ("optimizer", f"AdamW, lr {_rate(s)}, gradient norm at most {s.grad_clip:g}"),
         ("averaged weights", "none" if s.ema is None else f"decay {s.ema:g}"),

@@ -15,8 +15,8 @@ from torch import Tensor
 from pixrl import config as recipes
 from pixrl.data.pairs import check_concepts
 from pixrl.device import quiet_loading
-from pixrl.doctor.fusion import examine_fusion
-from pixrl.doctor.preflight import require
+from pixrl.doctor.diagnosis import require
+from pixrl.doctor.examine import examine_fusion
 from pixrl.errors import CheckpointError, RunError
 from pixrl.fusion.select import Selection, choose, choose_thresholds, similarities_of
 from pixrl.fusion.trainer import FailureWatch, FusionTrainer
@@ -100,9 +100,7 @@ def start(
     require_free(out, force)
     config = config.with_full_paths()
     world = world or world_of(config)
-    world.renderer.encode(
-        [world.prompt(concept) for concept in config.concepts]
-    )  # unknown words, before any folder
+    world.mixing(config)  # unknown words and a mixing that does not fit, before any folder
     folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
     with replacing(folder.path):
         return _run(folder, config, world, START, monitor or Silent())
