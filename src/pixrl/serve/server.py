@@ -11,7 +11,8 @@ in a run's own process (`RewardSet`).
 
 Connections that have not shown the token have places of their own and a few seconds in all; where those are taken, the
 oldest of them gives way to a new one, so that strangers who send a byte now and then keep nobody out. In memory are at
-most `queue` + 1 bodies and the one batch that is scored, whose size `wire` bounds before it is unfolded.
+most `queue` + 1 bodies, some 300 KiB of what each other connection sends, and the one batch that is scored, whose size
+`wire` bounds before it is unfolded.
 """
 
 import asyncio
