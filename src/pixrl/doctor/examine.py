@@ -1,6 +1,7 @@
 """`pixrl doctor`: what a recipe needs and whether it can run here, before anything loads."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,14 @@ from pixrl.doctor.estimate import (
 )
 from pixrl.doctor.generator import find_lora, find_parts, find_pipeline, require_texts, require_tokenizers
 from pixrl.doctor.needs import model_bytes, require_disk, require_eight_bit, require_out
-from pixrl.doctor.rewards import find_rewards, named_models, require_metadata, require_own_world, reward_notes
+from pixrl.doctor.rewards import (
+    find_rewards,
+    named_models,
+    rehearse,
+    require_metadata,
+    require_own_world,
+    reward_notes,
+)
 from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.fusion.world import PUBLISHED_CLIP, PUBLISHED_SEGMENTER
 from pixrl.hub import Checkpoint, read_card
@@ -43,11 +51,16 @@ from pixrl.models.pipeline import FlowPipelinePolicy, micro_batch_for
 from pixrl.models.sdxl import SDXLRenderer
 from pixrl.models.slots import Lora, fitting_layers
 from pixrl.models.text import PromptCache, check_words
+from pixrl.rewards import kind_of as kind_of_reward
+from pixrl.rewards.set import RewardSet
 from pixrl.runs.config import AlignConfig, FuseConfig, PersonalizeConfig, kind_of
-from pixrl.runs.loaded import not_trainable, read_prompts, require_trainable, show_references
+from pixrl.runs.loaded import load_rewards, not_trainable, read_prompts, require_trainable, show_references
 from pixrl.runs.planner import (
     trial,
 )
+
+USUAL_SIDE = 512
+"""Side in pixels of the synthetic pictures where the generator's own is not known."""
 
 
 def examine_training(
@@ -247,6 +260,36 @@ def _work(
         known_from=known_from,
         is_lower_bound=is_bound and seconds is not None,
     )
+
+
+def try_out(config: AlignConfig, found: Diagnosis) -> Diagnosis:
+    """Add to a diagnosis what the rewards do with a synthetic batch; code that a recipe names is not executed.
+
+    Args:
+        config: the recipe.
+        found: nothing that stands against it.
+    """
+    findings = Findings(list(found.problems), list(found.notes))
+    tried = [
+        one.model_copy(update={"held_out": False, "weight": 1.0})
+        for one in config.rewards
+        if not kind_of_reward(one.reward).runs_functions
+    ]
+    try:
+        if tried:
+            rewards = load_rewards(
+                config.model_copy(update={"rewards": tuple(tried), "stages": ()}), found.place.device
+            )
+            try_rewards(rewards, config, found.side, findings)
+    except PixrlError as error:
+        findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SERVICE, error)
+    return replace(found, problems=findings.problems, notes=findings.notes)
+
+
+def try_rewards(rewards: RewardSet, config: AlignConfig, side: int | None, findings: Findings) -> None:
+    """Let the rewards score a synthetic batch for prompts of training and of the evaluation (`rehearse`)."""
+    prompts = [prompt for split in Split for prompt in read_prompts(config, split)]
+    rehearse(rewards, prompts, side or USUAL_SIDE, findings)
 
 
 def examine_fusion(
