@@ -34,6 +34,7 @@ from pixrl.rewards import http, judge, wire
 from pixrl.rewards.http import Reply, Service, Silence, seconds_of
 from pixrl.rewards.judge import JudgeReward, RatingScale
 from pixrl.rewards.remote import RemoteReward
+from pixrl.serve import server as serving
 from pixrl.serve.server import STRANGERS, RewardServer
 from pixrl.types import RewardBatch
 
@@ -123,6 +124,28 @@ def test_a_body_has_a_time_limit_in_all(function: str) -> None:
                     return
                 line.settimeout(10)
         pytest.fail("the server never said that the body came too slowly")
+
+
+def test_a_strangers_body_is_read_for_a_moment_only(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "DRAIN_WAIT", 0.2)
+    with reward_server(function) as server, line_to(server) as line:
+        line.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n")
+        begun = time.monotonic()
+        line.sendall(b"a")
+        assert line.recv(4096).startswith(b"HTTP/1.1 401")
+        assert 0.1 < time.monotonic() - begun < 5.0
+
+
+def test_a_client_that_does_not_take_its_answer_is_cut_off(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "ANSWER_WAIT", 0.2)
+    with reward_server(function) as server, line_to(server) as line:
+        (one,) = server.served
+        server.served = (one.model_copy(update={"provenance": {"x": "y" * 2**25}}),)
+        line.sendall(f"GET /describe HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+        wait_until(lambda: bool(server.known))
+        wait_until(lambda: not server.known)
 
 
 def test_a_client_that_only_listens_gets_its_answer(function: str) -> None:
