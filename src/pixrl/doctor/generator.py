@@ -197,11 +197,16 @@ def require_fit(checkpoint: Checkpoint, pipeline: Any, findings: Findings, *, t5
         if file is not None
         and (name in DENOISERS or any(key.startswith(PREFIXES.get(name, ("\0",))) for key in keys))
     ]
+    index: Mapping[str, Any] = read_json(folder / INDEX)
     texts: dict[str, nn.Module] = {}
     for name in wanted:
         try:
-            part = pipeline.components[name] if name in (*DENOISERS, VAE) else _text(folder, name)
-            texts |= {} if name in (*DENOISERS, VAE) else {name: part}
+            if name in (*DENOISERS, VAE):
+                part = pipeline.components[name]
+            else:
+                library, kind = index[name]
+                part = empty_text_encoder(part_class(library, kind, folder), folder / name)
+                texts[name] = part
             if name not in inside:
                 _check_part(part, folder / name, kinds[name])
             elif file is not None and name not in texts:
@@ -217,12 +222,6 @@ def require_fit(checkpoint: Checkpoint, pipeline: Any, findings: Findings, *, t5
                 f"{folder}: {option} of the {kind} is {takes[option]}, but {what} give {given}: the configs "
                 f"belong to different models. {remedy(folder)}",
             )
-
-
-def _text(folder: Path, name: str) -> nn.Module:
-    entry: Any = read_json(folder / INDEX)[name]
-    library, kind = entry
-    return empty_text_encoder(part_class(library, kind, folder), folder / name)
 
 
 def _check_part(part: nn.Module, folder: Path, kind: str) -> None:

@@ -126,8 +126,15 @@ def _models(
     for option, read in kind.reads(options).items():
         ref = read.named(options, option)
         try:
-            if ref is None and read.beside:
-                _require_beside(str(options["model"]), read, findings)
+            if ref is None and read.beside:  # config or tokenizer lie in the model's folder
+                model = str(options["model"])
+                folder = Path(model).expanduser().parent if is_weight_file(model) else local_folder(model)
+                if folder is None:
+                    raise CheckpointError(
+                        f"It is not given, and {model} is published without {' or '.join(read.files)}."
+                    )
+                _require_files(folder, read, read.files)
+                require_pieces(folder, findings)
             taken = _bytes(str(ref), read, findings) if isinstance(ref, str | Path) else None
         except CheckpointError as error:
             findings.miss(
@@ -173,16 +180,6 @@ def _bytes(ref: str, read: Read, findings: Findings) -> int | None:
     if read.form is Form.WORDS:
         return None
     return sum(file_bytes(folder / name) for name in names if name.endswith(WEIGHT_SUFFIXES))
-
-
-def _require_beside(model: str, read: Read, findings: Findings) -> None:
-    """Check that config or tokenizer lie in the folder of the model, where no other place is named."""
-    names = read.files
-    folder = Path(model).expanduser().parent if is_weight_file(model) else local_folder(model)
-    if folder is None:
-        raise CheckpointError(f"It is not given, and {model} is published without {' or '.join(names)}.")
-    _require_files(folder, read, names)
-    require_pieces(folder, findings)
 
 
 def _require_files(folder: Path, read: Read, names: Sequence[str]) -> None:
