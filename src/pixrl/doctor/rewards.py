@@ -84,14 +84,15 @@ def find_rewards(
     return found
 
 
-def named_models(setting: RewardSetting) -> dict[str, object]:
-    """Return for each option that names a model what the recipe gives; {} where the reward's options are wrong."""
-    try:
-        options = rewards_table.checked_options(setting.reward, setting.options)
-        reads = rewards_table.kind_of(setting.reward).reads(options)
-    except (ImportError, PixrlError):  # `find_rewards` says what is wrong
-        return {}
-    return {option: setting.options.get(option) for option in reads}
+def named_models(settings: Sequence[RewardSetting]) -> dict[str, object]:
+    """Return what a recipe gives for each option of a reward that names a model, by the option's dotted path."""
+    found: dict[str, object] = {}
+    for setting in settings:
+        with contextlib.suppress(ImportError, PixrlError):  # `find_rewards` says what is wrong
+            options = rewards_table.checked_options(setting.reward, setting.options)
+            for option in rewards_table.kind_of(setting.reward).reads(options):
+                found[f"rewards.{setting.name}.options.{option}"] = setting.options.get(option)
+    return found
 
 
 def _is_refused(setting: RewardSetting, kind: type[Reward], options: Options, findings: Findings) -> bool:
