@@ -12,8 +12,7 @@ from pixrl.algorithms.world import Team
 from pixrl.data.pairs import check_concepts, parse_pairs, read_pairs
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Diagnosis
-from pixrl.doctor.fusion import examine_fusion
-from pixrl.doctor.training import examine as examine_training
+from pixrl.doctor.examine import examine_fusion, examine_training, try_out
 from pixrl.errors import ConfigError, InputError
 from pixrl.fusion.select import Selection
 from pixrl.report.align import write_align_report
@@ -21,7 +20,6 @@ from pixrl.report.fuse import write_fuse_report, write_many_report
 from pixrl.runs import align as align_job
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs import fuse_many
-from pixrl.runs.align import try_out
 from pixrl.runs.config import ALIGN, KINDS, PERSONALIZE, AlignConfig, FuseConfig, load_recipe, resolve_options
 from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.folder import RunFolder

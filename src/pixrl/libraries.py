@@ -1,4 +1,4 @@
-"""Libraries that may be missing, or installed in a way that breaks others: one sentence that says what to type."""
+"""Checks of libraries that may be missing, or installed in a way that breaks others; errors say what to type."""
 
 import importlib
 import importlib.metadata
@@ -9,11 +9,11 @@ from pixrl.errors import RunError
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """A library that only some jobs need, imported.
+    """Import and return a library that only some jobs need.
 
     Args:
-        module: its name in Python, such as `spacy`.
-        extra: the extra of pixrl that installs it.
+        module: name of the library in Python, such as `spacy`.
+        extra: extra of pixrl that installs it.
         purpose: what needs it, as the beginning of a sentence.
 
     Raises:
@@ -28,7 +28,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def check_torchvision() -> None:
-    """Nothing where torchvision is absent, as pixrl wants it, or can be imported.
+    """Check that torchvision is absent, as pixrl wants it, or can be imported.
 
     diffusers, transformers and peft ask the package's metadata whether it is there, and then fail to import half of
     their models, with messages about anything but torchvision: its compiled part must be built for the very torch

@@ -5,7 +5,7 @@ The report is written a layer above.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
 from pixrl.algorithms.world import Tally, Team
 from pixrl.device import quiet_loading
-from pixrl.doctor.diagnosis import Diagnosis, Findings, Need
-from pixrl.doctor.preflight import require
-from pixrl.doctor.training import examine
-from pixrl.errors import CheckpointError, InputError, PixrlError
+from pixrl.doctor.diagnosis import Findings, require
+from pixrl.doctor.examine import examine_training, try_rewards
+from pixrl.errors import InputError
 from pixrl.metrics.diversity import group_diversity
-from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet
 from pixrl.runs import selfcheck
 from pixrl.runs.config import AlignConfig, kind_of, read_config
@@ -36,7 +34,6 @@ from pixrl.runs.loaded import (
     load_run,
     make_evaluator,
     plan_batches,
-    try_rewards,
 )
 from pixrl.runs.log import AlignLog, cut_back, evaluations
 from pixrl.runs.loop import Clock, Loop, Pace
@@ -61,7 +58,6 @@ from pixrl.runs.record import (
 from pixrl.types import Scores
 
 LOST = f"{START} was lost: whether model, rewards and prompts are those that the run began with is not known"
-USUAL_SIDE = 512
 
 
 def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monitor | None = None) -> Path:
@@ -102,40 +98,16 @@ def get_ready(
     """
     team = Team(config.machine.device)
     with quiet_loading():
-        found = examine(
+        found = examine_training(
             config, processes=team.size, out=out if team.leads else None, force=force, about_to_run=True
         )
     notes = require(found)
     config = with_full_paths(config)
     rewards = load_rewards(config, team.device)
     findings = Findings()
-    try_rewards(rewards, config, found.side or USUAL_SIDE, findings)
+    try_rewards(rewards, config, found.side, findings)
     require(findings)
     return config, rewards, notes
-
-
-def try_out(config: AlignConfig, found: Diagnosis) -> Diagnosis:
-    """What `examine` found, and what the rewards do with a synthetic batch. Code that a recipe names is not executed.
-
-    Args:
-        config: the recipe.
-        found: nothing that stands against it.
-    """
-    findings = Findings(list(found.problems), list(found.notes))
-    tried = [
-        one.model_copy(update={"held_out": False, "weight": 1.0})
-        for one in config.rewards
-        if not kind_of_reward(one.reward).runs_functions
-    ]
-    try:
-        if tried:
-            rewards = load_rewards(
-                config.model_copy(update={"rewards": tuple(tried), "stages": ()}), found.place.device
-            )
-            try_rewards(rewards, config, found.side or USUAL_SIDE, findings)
-    except PixrlError as error:
-        findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SERVICE, error)
-    return replace(found, problems=findings.problems, notes=findings.notes)
 
 
 def go_on(

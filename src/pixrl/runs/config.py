@@ -169,8 +169,7 @@ class AlignConfig(Settings):
                 f"exploration: {self.exploration.kind} has no effect with loss: {self.loss.kind}, which draws nothing: "
                 "set exploration.kind to noise"
             )
-        group = self.exploration.noises * self.exploration.per_noise
-        if group == 1 and self.loss.compares_samples:
+        if self.group_size == 1 and self.loss.compares_samples:
             raise ValueError(
                 "exploration makes groups of one sample, which have nothing to be compared with: raise "
                 "exploration.noises to 2 or more"
@@ -192,6 +191,11 @@ class AlignConfig(Settings):
             )
         self._memory_fits()
         return self
+
+    @property
+    def group_size(self) -> int:
+        """The number of samples of a prompt: G noises times K variants."""
+        return self.exploration.noises * self.exploration.per_noise
 
     @property
     def code(self) -> dict[str, str]:

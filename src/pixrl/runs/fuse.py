@@ -15,8 +15,8 @@ from torch import Tensor
 from pixrl import config as recipes
 from pixrl.data.pairs import check_concepts
 from pixrl.device import quiet_loading
-from pixrl.doctor.fusion import examine_fusion
-from pixrl.doctor.preflight import require
+from pixrl.doctor.diagnosis import require
+from pixrl.doctor.examine import examine_fusion
 from pixrl.errors import CheckpointError, RunError
 from pixrl.fusion.select import Selection, choose, choose_thresholds, similarities_of
 from pixrl.fusion.trainer import FailureWatch, FusionTrainer

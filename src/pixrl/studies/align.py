@@ -19,7 +19,7 @@ from typing import Any
 from pixrl.metrics.diversity import DiversityMeter
 from pixrl.models.slots import Slot
 from pixrl.report.align import write_align_report
-from pixrl.report.describe import group_size, images_of, updates_of
+from pixrl.report.describe import images_of, updates_of
 from pixrl.runs import align as align_job
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
@@ -123,7 +123,7 @@ def training_record(
 
     Of sft and rpo the figures of training's pictures are left out: those pictures are not the trained model's.
     """
-    per_step, own = config.prompts.per_step * group_size(config), draws_its_own(config)
+    per_step, own = config.prompts.per_step * config.group_size, draws_its_own(config)
     of_pictures = [*OWN, *(f"reward/{setting.name}/mean" for setting in config.rewards)]
     names = ["kl", *(of_pictures if own else [])]
     curves = {
