@@ -214,9 +214,12 @@ class _StrictLoader(yaml.SafeLoader):
             said = str(error).partition(";")[0]  # without advice for programmers behind a semicolon
             problem = f"{given} is no {KINDS.get(tag, tag)} ({said}); text is written in quotes"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-        if isinstance(found, str) and not _is_writable(found):
-            problem = f"{plain(found, 40)!r} holds half a character, which is no Unicode"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        if isinstance(found, str):
+            try:
+                found.encode("utf-8", "surrogateescape")  # bytes of a file's name may be no UTF-8
+            except UnicodeEncodeError:
+                problem = f"{plain(found, 40)!r} holds half a character, which is no Unicode"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
         return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -229,15 +232,6 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
-
-
-def _is_writable(text: str) -> bool:
-    """Return whether the text is Unicode, but for bytes that stand in a file's name and are no UTF-8."""
-    try:
-        text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _refuse_excess(root: yaml.Node) -> None:

@@ -115,11 +115,18 @@ def serve_rewards(
 ) -> None:
     """Serve rewards of this environment to runs in another one, as their reward [bold]remote[/bold]."""
     from pixrl import config
-    from pixrl.serve.server import RewardServer, ServeSettings, is_open_to_others
+    from pixrl.rewards.http import is_loopback
+
+    try:
+        from pixrl.serve.server import RewardServer, ServeSettings
+    except ImportError as error:
+        raise InputError(
+            f"serve-rewards needs {error.name}, which is not installed. Type: pip install 'pixrl[serve]'"
+        ) from error
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = config.load(ServeSettings, rewards, set_ or [], values=given, kind="serve-rewards")
-    open_to_others = is_open_to_others(settings)
+    open_to_others = not is_loopback(settings.host)
     token, made_up = _token(token_env, open_to_others)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     server = RewardServer(settings, token)
@@ -132,11 +139,9 @@ def serve_rewards(
         typer.echo("Other machines can reach it, and nothing is encrypted: use a network that you trust.")
     typer.echo(f"Serving rewards at {server.url}; Ctrl-C stops it.")
     try:
-        server.serve_forever()
+        server.serve()
     except KeyboardInterrupt:
         typer.echo("\nStopped. Runs that use it wait for it to come back.")
-    finally:
-        server.server_close()
 
 
 def _token(variable: str, open_to_others: bool) -> tuple[str, bool]:

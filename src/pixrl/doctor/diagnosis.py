@@ -167,7 +167,10 @@ class Diagnosis:
         place = self.place
         yield f"{self.kind}  {self.model}"
         yield f"device      {place.device} x {place.processes}, weights {place.weights}, computes in {place.computing}"
-        yield from self._sizes()
+        for name, part in self.parts.items():
+            yield f"{'weights':<12}{name:<18}{part.parameters / 1e6:>10.2f} M parameters{size(part.bytes):>12}"
+        for name, taken in self.rewards.items():
+            yield f"{'reward':<12}{name:<18}{'':>23}{size(taken):>12}"
         yield from self._memory()
         yield from self._work()
         yield from (f"note        {note}" for note in self.notes)
@@ -179,12 +182,6 @@ class Diagnosis:
             yield "It can run."
         else:
             yield "Nothing else is missing, but memory was not checked."
-
-    def _sizes(self) -> Iterator[str]:
-        for name, part in self.parts.items():
-            yield f"{'weights':<12}{name:<18}{part.parameters / 1e6:>10.2f} M parameters{size(part.bytes):>12}"
-        for name, taken in self.rewards.items():
-            yield f"{'reward':<12}{name:<18}{'':>23}{size(taken):>12}"
 
     def _memory(self) -> Iterator[str]:
         if self.trained is not None:

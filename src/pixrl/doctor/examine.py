@@ -25,7 +25,7 @@ from pixrl.doctor.estimate import (
     on_device,
     parameters_of,
 )
-from pixrl.doctor.generator import find_lora, find_parts, find_pipeline, require_texts, require_tokenizers
+from pixrl.doctor.generator import find_lora, find_parts, find_pipeline, require_texts
 from pixrl.doctor.needs import model_bytes, require_disk, require_eight_bit, require_out
 from pixrl.doctor.rewards import (
     find_rewards,
@@ -105,28 +105,15 @@ def examine_training(
     parts: dict[str, PartSize] = {}
     estimate: Estimate | None = None
     if checkpoint is not None:
-        require_tokenizers(checkpoint, findings)
         parts = find_parts(checkpoint, precision, findings, t5=config.t5)
         texts = [prompt.text for prompt in prompts + shown]
+        is_weighed = not about_to_run or (not findings.problems and _is_in_doubt(config, parts, device))
         estimate = _estimate(
-            config,
-            checkpoint,
-            precision,
-            device,
-            prompts,
-            texts,
-            lora,
-            findings,
-            weighed=not about_to_run or (not findings.problems and _is_in_doubt(config, parts, device)),
+            config, checkpoint, precision, device, prompts, texts, lora, findings, weighed=is_weighed
         )
     if estimate is not None:
-        judges: list[tuple[str, object]] = [
-            (f"rewards.{setting.name}.options.{option}", ref)
-            for setting in config.rewards
-            for option, ref in named_models(setting).items()
-        ]
-        judges.append(("output.features", config.output.features))
-        require_own_world(estimate.policy, parameters_of(parts), judges, findings)
+        judges = named_models(config.rewards) | {"output.features": config.output.features}
+        require_own_world(estimate.policy, parameters_of(parts), judges.items(), findings)
     weighed = estimate if estimate is not None and estimate.weighed else None
     batches, needed = fit_batches(config, device, place, parts, rewards, weighed, findings)
     disk = None if estimate is None else _disk(config, estimate)
@@ -318,26 +305,23 @@ def examine_fusion(
     device, place, precision = find_place(
         config.device, config.dtype, processes, findings, on_gpu=(adapter or Renderer).gpu_dtype
     )
-    parts: dict[str, PartSize] = {}
+    parts = {} if checkpoint is None else find_parts(checkpoint, precision, findings)
     cost: Cost | None = None
     side, batch = 0, 1
-    if checkpoint is not None:
-        require_tokenizers(checkpoint, findings)
-        parts = find_parts(checkpoint, precision, findings)
     if checkpoint is not None and adapter is not None and can_be_estimated(adapter, config.model, findings):
         try:
             made = empty_renderer(config.model, checkpoint, precision, device, config.memory, findings)
             assert isinstance(made, SDXLRenderer | FlowPipelinePolicy)
-            asked = config.concepts if concepts is None else concepts
             prompt = read_card(checkpoint.folder).exemplar_prompt
-            texts = [prompt.format(concept=one) for one in asked]
+            texts = [
+                prompt.format(concept=one) for one in (config.concepts if concepts is None else concepts)
+            ]
             check_words(texts, made.vocabulary, made.name)
             require_texts(made, checkpoint, texts, findings, t5=True)
             judges = {"clip": config.clip, "segmenter": config.segmenter}
             require_own_world(made, parameters_of(parts), judges.items(), findings)
-            made.precision = precision
             side = made.settings.resolution
-            cost = None if about_to_run and is_small(parts, side, device) else _cost(made)
+            cost = None if about_to_run and is_small(parts, side, device) else _cost(made, precision)
             batch = min(micro_batch_for(device, side), config.batch)
         except PixrlError as error:
             findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
@@ -376,7 +360,9 @@ def examine_fusion(
     )
 
 
-def _cost(renderer: SDXLRenderer | FlowPipelinePolicy) -> Cost:
+def _cost(renderer: SDXLRenderer | FlowPipelinePolicy, precision: Precision) -> Cost:
+    """Return the memory that drawing with a renderer without content takes."""
+    renderer.precision = precision
     if isinstance(renderer, SDXLRenderer):
         modules: tuple[torch.nn.Module, ...] = (renderer.pipeline.unet, renderer.vae)
         with imagined(*modules):

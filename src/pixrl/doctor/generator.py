@@ -76,7 +76,12 @@ def find_pipeline(ref: str, findings: Findings, *, fetch: bool = False, t5: bool
 def find_parts(
     checkpoint: Checkpoint, precision: Precision, findings: Findings, *, t5: bool = True
 ) -> dict[str, PartSize]:
-    """Return the size of each part of the generator; {} where its files cannot be read."""
+    """Return the size of each part of the generator; {} where its files cannot be read.
+
+    The packages of its tokenizers are checked too.
+    """
+    for folder in sorted(checkpoint.folder.glob("tokenizer*")):
+        require_pieces(folder, findings)
     try:
         return part_sizes(checkpoint, precision, t5=t5)
     except CheckpointError as error:
@@ -107,12 +112,6 @@ def _cached(ref: str, findings: Findings) -> Path | None:
     if folder is None:
         note_download(ref, findings, is_generator=True)
     return folder
-
-
-def require_tokenizers(checkpoint: Checkpoint, findings: Findings) -> None:
-    """Check that the packages of a generator's tokenizers are installed."""
-    for folder in sorted(checkpoint.folder.glob("tokenizer*")):
-        require_pieces(folder, findings)
 
 
 def require_texts(
@@ -163,7 +162,7 @@ def _tokenizers(
                     str(checkpoint.folder / name), local_files_only=True
                 )
         except ImportError:
-            continue  # `require_tokenizers` says which package is missing
+            continue  # `find_parts` says which package is missing
         except (*CONTRADICTIONS, OSError, PixrlError) as error:
             said = next(iter(str(error).splitlines()), type(error).__name__)
             findings.miss(
@@ -197,11 +196,16 @@ def require_fit(checkpoint: Checkpoint, pipeline: Any, findings: Findings, *, t5
         if file is not None
         and (name in DENOISERS or any(key.startswith(PREFIXES.get(name, ("\0",))) for key in keys))
     ]
+    index: Mapping[str, Any] = read_json(folder / INDEX)
     texts: dict[str, nn.Module] = {}
     for name in wanted:
         try:
-            part = pipeline.components[name] if name in (*DENOISERS, VAE) else _text(folder, name)
-            texts |= {} if name in (*DENOISERS, VAE) else {name: part}
+            if name in (*DENOISERS, VAE):
+                part = pipeline.components[name]
+            else:
+                library, kind = index[name]
+                part = empty_text_encoder(part_class(library, kind, folder), folder / name)
+                texts[name] = part
             if name not in inside:
                 _check_part(part, folder / name, kinds[name])
             elif file is not None and name not in texts:
@@ -217,12 +221,6 @@ def require_fit(checkpoint: Checkpoint, pipeline: Any, findings: Findings, *, t5
                 f"{folder}: {option} of the {kind} is {takes[option]}, but {what} give {given}: the configs "
                 f"belong to different models. {remedy(folder)}",
             )
-
-
-def _text(folder: Path, name: str) -> nn.Module:
-    entry: Any = read_json(folder / INDEX)[name]
-    library, kind = entry
-    return empty_text_encoder(part_class(library, kind, folder), folder / name)
 
 
 def _check_part(part: nn.Module, folder: Path, kind: str) -> None:

@@ -84,14 +84,15 @@ def find_rewards(
     return found
 
 
-def named_models(setting: RewardSetting) -> dict[str, object]:
-    """Return for each option that names a model what the recipe gives; {} where the reward's options are wrong."""
-    try:
-        options = rewards_table.checked_options(setting.reward, setting.options)
-        reads = rewards_table.kind_of(setting.reward).reads(options)
-    except (ImportError, PixrlError):  # `find_rewards` says what is wrong
-        return {}
-    return {option: setting.options.get(option) for option in reads}
+def named_models(settings: Sequence[RewardSetting]) -> dict[str, object]:
+    """Return what a recipe gives for each option of a reward that names a model, by the option's dotted path."""
+    found: dict[str, object] = {}
+    for setting in settings:
+        with contextlib.suppress(ImportError, PixrlError):  # `find_rewards` says what is wrong
+            options = rewards_table.checked_options(setting.reward, setting.options)
+            for option in rewards_table.kind_of(setting.reward).reads(options):
+                found[f"rewards.{setting.name}.options.{option}"] = setting.options.get(option)
+    return found
 
 
 def _is_refused(setting: RewardSetting, kind: type[Reward], options: Options, findings: Findings) -> bool:
@@ -126,8 +127,15 @@ def _models(
     for option, read in kind.reads(options).items():
         ref = read.named(options, option)
         try:
-            if ref is None and read.beside:
-                _require_beside(str(options["model"]), read, findings)
+            if ref is None and read.beside:  # config or tokenizer lie in the model's folder
+                model = str(options["model"])
+                folder = Path(model).expanduser().parent if is_weight_file(model) else local_folder(model)
+                if folder is None:
+                    raise CheckpointError(
+                        f"It is not given, and {model} is published without {' or '.join(read.files)}."
+                    )
+                _require_files(folder, read, read.files)
+                require_pieces(folder, findings)
             taken = _bytes(str(ref), read, findings) if isinstance(ref, str | Path) else None
         except CheckpointError as error:
             findings.miss(
@@ -173,16 +181,6 @@ def _bytes(ref: str, read: Read, findings: Findings) -> int | None:
     if read.form is Form.WORDS:
         return None
     return sum(file_bytes(folder / name) for name in names if name.endswith(WEIGHT_SUFFIXES))
-
-
-def _require_beside(model: str, read: Read, findings: Findings) -> None:
-    """Check that config or tokenizer lie in the folder of the model, where no other place is named."""
-    names = read.files
-    folder = Path(model).expanduser().parent if is_weight_file(model) else local_folder(model)
-    if folder is None:
-        raise CheckpointError(f"It is not given, and {model} is published without {' or '.join(names)}.")
-    _require_files(folder, read, names)
-    require_pieces(folder, findings)
 
 
 def _require_files(folder: Path, read: Read, names: Sequence[str]) -> None:

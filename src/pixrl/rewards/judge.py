@@ -162,7 +162,7 @@ class JudgeReward(Reward):
             "preprocessing": "PNG of 8 bits",
         }
         waiting = self._patience(min(patience, START_WAIT), threading.Event())
-        waiting.ask(self.service, lambda: self.service.ask("/models", None, time_limit))
+        waiting.ask(self.service, "/models", None, time_limit)
 
     @classmethod
     def examine(cls, options: Options) -> None:
@@ -199,8 +199,7 @@ class JudgeReward(Reward):
         content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": picture}]
         messages = [{"role": "user", "content": content}]
         question = json.dumps({**self.body, "model": self.model, "messages": messages}).encode()
-        path = "/chat/completions"
-        found = waiting.ask(self.service, lambda: self.service.ask(path, question, self.time_limit))
+        found = waiting.ask(self.service, "/chat/completions", question, self.time_limit)
         if isinstance(found, Silence):
             return math.nan, f"{found.reason} ({self.tries} tries)"
         if found.status != 200:
