@@ -5,12 +5,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.studies.command import main
 
 from pixrl import config as recipes
 from pixrl import libraries
 from studies.command import KINDS
 from studies.grid import _work
-from tests.studies.command import main
 
 
 def test_an_installed_package_without_the_repository_says_what_to_type(
