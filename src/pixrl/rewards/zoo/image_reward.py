@@ -59,6 +59,18 @@ _VISION_NAMES = (
     ("norm2", "layer_norm2"),
 )
 """Parts of BLIP's names -> transformers' names."""
+_TEXT_SETTINGS = (
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "pad_token_id",
+    "vocab_size",
+)
+"""The settings of BLIP's med_config.json that its code reads, which have the same names in transformers."""
 
 
 class ImageReward(DifferentiableReward):
@@ -211,8 +223,14 @@ def _towers(parts: Parts, config_file: Path, dtype: torch.dtype) -> tuple[Any, A
             patch_size=patch,
             layer_norm_eps=VISION_EPS,
         )
+        config = read_json(config_file)
+        missing = [name for name in _TEXT_SETTINGS if name not in config]
+        if missing:
+            raise CheckpointError(
+                f"{config_file} has no {missing[0]!r}: is it ImageReward's med_config.json?"
+            )
         text = BlipTextConfig(
-            **_text_settings(config_file),
+            **{name: config[name] for name in _TEXT_SETTINGS},
             encoder_hidden_size=width,
             is_decoder=True,  # or it would have no cross-attention
             bos_token_id=None,
@@ -223,26 +241,6 @@ def _towers(parts: Parts, config_file: Path, dtype: torch.dtype) -> tuple[Any, A
             build(BlipVisionModel, vision, parts.vision, dtype, source),
             build(BlipTextModel, text, parts.text, dtype, source, add_pooling_layer=False),
         )
-
-
-def _text_settings(config_file: Path) -> dict[str, Any]:
-    """Return BLIP's med_config.json in transformers' names, without what its code does not read."""
-    config = read_json(config_file)
-    names = (
-        "hidden_act",
-        "hidden_size",
-        "intermediate_size",
-        "layer_norm_eps",
-        "max_position_embeddings",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "pad_token_id",
-        "vocab_size",
-    )
-    missing = [name for name in names if name not in config]
-    if missing:
-        raise CheckpointError(f"{config_file} has no {missing[0]!r}: is it ImageReward's med_config.json?")
-    return {name: config[name] for name in names}
 
 
 def _head(weights: Mapping[str, Tensor], width: int, source: Path) -> nn.Sequential:

@@ -290,10 +290,11 @@ class PaddleReader:
         for places in by_width.values():
             for start in range(0, len(places), CROPS_AT_ONCE):
                 part = places[start : start + CROPS_AT_ONCE]
-                for place, text in zip(
-                    part, self._letters(torch.stack([fitted[p] for p in part])), strict=True
-                ):
-                    texts[place] = text
+                pixels = torch.stack([fitted[place] for place in part]).to(self.precision.weights)
+                with self.precision.context(self.device):
+                    output = self.recognizer(pixel_values=pixels).last_hidden_state
+                for place, one in zip(part, output.float().cpu(), strict=True):
+                    texts[place] = decode(one, self.to_recognizer.characters)
         return texts
 
     def _fit(self, crop_CHW: Tensor) -> Tensor:
@@ -301,11 +302,6 @@ class PaddleReader:
         width = line_width(*crop_CHW.shape[-2:])
         resized = F.interpolate(crop_CHW[None], (HEIGHT, width), mode="bilinear", antialias=True)
         return F.pad(self.to_recognizer.normalize(resized)[0], (0, max(NARROWEST - width, 0)))
-
-    def _letters(self, crops_BCHW: Tensor) -> list[str]:
-        with self.precision.context(self.device):
-            output = self.recognizer(pixel_values=crops_BCHW.to(self.precision.weights)).last_hidden_state
-        return [decode(one, self.to_recognizer.characters) for one in output.float().cpu()]
 
 
 class GotReader:
