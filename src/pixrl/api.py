@@ -370,10 +370,21 @@ def run_pairs(
 
 
 def select_run(
-    run: Path, *, keep: int | None = None, presence: float | None = None, balance: float | None = None
+    run: Path,
+    *,
+    keep: int | None = None,
+    presence: float | None = None,
+    balance: float | None = None,
+    everywhere: bool = False,
 ) -> Selection:
-    """Chooses again from a run's pictures and rewrites its report; makes no pictures."""
-    chosen = fuse_job.select_again(run, keep=keep, presence=presence, balance=balance)
+    """Choose again from a run's pictures and rewrite its report; makes no pictures.
+
+    Args:
+        run: the folder of a fusion.
+        keep, presence, balance: as in the recipe; None leaves what it says.
+        everywhere: choose among all pictures, those that a policy learned from too.
+    """
+    chosen = fuse_job.select_again(run, keep=keep, presence=presence, balance=balance, everywhere=everywhere)
     write_fuse_report(chosen)
     return chosen.selection
 

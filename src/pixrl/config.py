@@ -70,7 +70,8 @@ def load(
     data, origin = _read(source)
     found = data.pop("kind", None) if "kind" not in model_cls.model_fields else None
     if kind is not None and found is not None and found != kind:
-        raise ConfigError(f"{origin} is a recipe for {found!r}, not for {kind!r}. Type: pixrl {found} ...")
+        command = "study" if str(found).endswith("-study") else found
+        raise ConfigError(f"{origin} is a recipe for {found!r}, not for {kind!r}. Type: pixrl {command} ...")
     given: dict[str, Any] = {}
     for path, value in [*(values or {}).items(), *(_parse_override(text) for text in overrides)]:
         if path in given and given[path] != value:

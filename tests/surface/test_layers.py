@@ -31,7 +31,6 @@ LAYERS = [
     {"doctor"},
     {"jobs"},
     {"report", "serve"},
-    {"studies"},
     {"api", "studio", "__init__", "__main__"} | {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

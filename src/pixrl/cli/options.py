@@ -75,6 +75,18 @@ Mixing = Annotated[
 ]
 Compare = Annotated[str | None, option("Samplers side by side at equal budget: all, or rmler,random.", HOW)]
 Budget = Annotated[int | None, option("Pictures in all.", HOW, "128")]
+Pool = Annotated[
+    int | None,
+    option(
+        "Of them, those that the best policy draws in the end; the selection is among these.",
+        HOW,
+        "a quarter",
+    ),
+]
+Everywhere = Annotated[
+    bool,
+    option("Choose among all pictures, those that the policy learned from too.", CHOICE, flag="--everywhere"),
+]
 Exemplars = Annotated[
     int | None, option("Pictures of each concept that children are compared with.", HOW, "4")
 ]

@@ -1,4 +1,4 @@
-"""Commands around runs: doctor, export, serve-rewards; and toy build, toy verify."""
+"""Commands around runs: doctor, export, serve-rewards, study; and toy build, toy verify."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from pixrl.cli.options import (
     option,
 )
 from pixrl.errors import InputError
-from pixrl.libraries import check_torchvision
+from pixrl.libraries import check_torchvision, from_checkout
 
 commands = typer.Typer()
 
@@ -159,6 +159,33 @@ def _token(variable: str, open_to_others: bool) -> tuple[str, bool]:
             f"export {variable}=$(python -c 'import secrets; print(secrets.token_urlsafe(32))')"
         )
     return secrets.token_urlsafe(32), True
+
+
+@commands.command()
+def study(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A YAML file of kind fuse-study, align-study or personalize-study, or a name under recipes/: "
+            "toy/align-study.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, option("The study's folder.", WHERE, "runs/ and the recipe's name")] = None,
+    workers: Annotated[int, option("Processes, one thread each.", HOW, "1", min=1)] = 1,
+    set_: Set = None,
+    table: Annotated[
+        bool, option("Only write the tables and charts of the records so far.", flag="--table")
+    ] = False,
+) -> None:
+    """Compare variants of a recipe over seeds, with tables and intervals; the same command goes on with it."""
+    command = from_checkout("studies.command", "Studies", "pixrl study")
+    try:
+        typer.echo(command.run(recipe, out, set_ or [], workers=workers, only_tables=table))
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 toy = typer.Typer(help="The embedded toy world: build and verify its checkpoints.", no_args_is_help=True)

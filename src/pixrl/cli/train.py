@@ -16,6 +16,7 @@ from pixrl.cli.options import (
     Compare,
     Concepts,
     Device,
+    Everywhere,
     Exemplars,
     Force,
     Keep,
@@ -24,6 +25,7 @@ from pixrl.cli.options import (
     Out,
     Pairs,
     PersonalizeRecipe,
+    Pool,
     Presence,
     Recipe,
     Repair,
@@ -57,6 +59,7 @@ def fuse(
     mixing: Mixing = None,
     compare: Compare = None,
     budget: Budget = None,
+    pool: Pool = None,
     exemplars: Exemplars = None,
     alpha: Alpha = None,
     seed: Seed = None,
@@ -79,6 +82,7 @@ def fuse(
         "sampler": sampler,
         "mixing.kind": mixing,
         "budget": budget,
+        "pool": pool,
         "exemplars": exemplars,
         "alpha": alpha,
         "seed": seed,
@@ -111,11 +115,18 @@ def fuse(
 
 
 @commands.command()
-def select(run: Run, keep: Keep = None, presence: Presence = None, balance: Balance = None) -> None:
+def select(
+    run: Run,
+    keep: Keep = None,
+    presence: Presence = None,
+    balance: Balance = None,
+    everywhere: Everywhere = False,
+) -> None:
     """Select from a finished run again, with other thresholds; generates nothing."""
     from pixrl import api
 
-    typer.echo(api.select_run(run, keep=keep, presence=presence, balance=balance).summary(run))
+    selection = api.select_run(run, keep=keep, presence=presence, balance=balance, everywhere=everywhere)
+    typer.echo(selection.summary(run))
     say_where(run)
 
 

@@ -34,7 +34,7 @@ COMFYUI, UNO = "comfyui", "uno"
 UNO_RANK = 512
 """Rank of UNO's published file, which its app sets."""
 PICTURE = "picture.png"
-_DRAWING = ("from pixrl.studies.slots import sample", "from pixrl.runs.folder import png_bytes")
+_DRAWING = ("from pixrl.runs.measure import sample", "from pixrl.runs.folder import png_bytes")
 _IMAGES = "of seed 0: [1, 3, rows, columns] in [0, 1]"
 
 

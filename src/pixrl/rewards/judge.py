@@ -150,7 +150,17 @@ class JudgeReward(Reward):
         self.model = model
         self.template = prompt
         self.scale = RatingScale(float(ends[0]), float(ends[1]))
-        self.body = _further_fields(REQUEST if request is None else request)
+        self.body: dict[str, Any] = dict(REQUEST if request is None else request)
+        for field in OWN:
+            if field in self.body:
+                raise ConfigError(
+                    f"judge: the option request cannot set {field!r}; `model` and `prompt` are options of their own."
+                )
+        if (named := _secret_in(self.body)) is not None:
+            raise ConfigError(
+                f"judge: the option request has the field {named!r}. A recipe is copied into the run's folder, so no "
+                "key stands in it: put the key into an environment variable and name that as key_env."
+            )
         self.parallel, self.tries, self.time_limit, self.patience = parallel, tries, time_limit, patience
         self.service = Service(base_url, name=f"The judge {model!r}", key_env=key_env)
         self.provenance: Mapping[str, str] = {
@@ -261,20 +271,6 @@ def _check_template(template: str) -> None:
         raise ConfigError(
             "judge: the prompt never says {prompt}, so the judge would not know what was asked for."
         )
-
-
-def _further_fields(given: Mapping[str, object]) -> dict[str, Any]:
-    for field in OWN:
-        if field in given:
-            raise ConfigError(
-                f"judge: the option request cannot set {field!r}; `model` and `prompt` are options of their own."
-            )
-    if (named := _secret_in(given)) is not None:
-        raise ConfigError(
-            f"judge: the option request has the field {named!r}. A recipe is copied into the run's folder, so no key "
-            "stands in it: put the key into an environment variable and name that as key_env."
-        )
-    return dict(given)
 
 
 def _secret_in(fields: Mapping[str, object]) -> str | None:

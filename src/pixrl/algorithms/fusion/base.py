@@ -102,6 +102,8 @@ class Sampler(ABC, Generic[SettingsT]):
 
     Settings: ClassVar[type[Settings]] = NoSettings
     """Its own settings, the `options` of a fuse recipe."""
+    has_policy: ClassVar[bool] = False
+    """Whether it learns a distribution, from which a pool of pictures can be drawn when learning is done."""
 
     def __init__(self, task: FusionTask, settings: SettingsT) -> None:
         self.task = task

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tests.tolerance import PICTURE, agree
 
 from pixrl.algorithms.base import Group, Samples
 from pixrl.algorithms.exploration import NoiseOnly
@@ -12,8 +13,8 @@ from pixrl.algorithms.trainer import prepare
 from pixrl.data.prompts import Prompt
 from pixrl.errors import InputError
 from pixrl.models.flux import FluxPolicy
-from pixrl.studies.personalize_config import SpectrumSettings
-from pixrl.studies.spectrum import (
+from studies.config import SpectrumSettings
+from studies.spectrum import (
     EPOCH,
     band_energies,
     predicted_pictures,
@@ -21,7 +22,6 @@ from pixrl.studies.spectrum import (
     spectrum_of,
     spectrum_record,
 )
-from tests.tolerance import PICTURE, agree
 
 
 def wave(cycles_down: int, cycles_across: int, amplitude: float, side: int = 32) -> torch.Tensor:
