@@ -61,7 +61,7 @@ LOST = f"{START} was lost: whether model, rewards and prompts are those that the
 
 
 def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monitor | None = None) -> Path:
-    """A new run, to its end; the folder. Ctrl-C leaves one that `go_on` finishes.
+    """Begin a run, train it to its end and return its folder. Ctrl-C leaves a run that `go_on` finishes.
 
     Raises:
         ConfigError, InputError: the recipe, or something that it names, is wrong; nothing was written.
@@ -90,7 +90,10 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
 def get_ready(
     config: AlignConfig, out: Path | None = None, *, force: bool = False
 ) -> tuple[AlignConfig, RewardSet, tuple[str, ...]]:
-    """A run's recipe with whole paths, its rewards, loaded and tried out, and what is to be said.
+    """Check a recipe and this machine, and load and try the rewards, before the generator is loaded.
+
+    Returns:
+        The recipe with whole paths, its rewards, and notes for the user.
 
     Raises:
         PixrlError: what `pixrl doctor` says stands against the run, or a reward can score nothing; nothing was
@@ -113,7 +116,7 @@ def get_ready(
 def go_on(
     path: Path, *, overrides: Sequence[str] = (), accept_changes: bool = False, monitor: Monitor | None = None
 ) -> Path:
-    """Finishes a broken-off run, wherever it was broken off; its weights end as those of an unbroken one.
+    """Finish an interrupted run and return its folder; its weights end as those of an uninterrupted one.
 
     Args:
         path: the run's folder.
@@ -139,8 +142,13 @@ def go_on(
     evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
     changes += [f"changed: {one}" for one in code]
     step, images, saved = find_place(folder)
-    _require_steps(path, step, config.steps)
-    finished = step == config.steps and not changes and _is_evaluated(folder.path, step)
+    if config.steps < step:
+        raise InputError(
+            f"{path} has done {step} steps, and steps is {config.steps}. Leave it out, or give {step} or more; "
+            "for fewer steps start another run."
+        )
+    is_evaluated = any(row["step"] == step for row in evaluations(folder.path))
+    finished = step == config.steps and not changes and is_evaluated
     run.team.wait()  # all have read the logs before the first one cuts them back
     if run.team.leads:
         folder.tidy()
@@ -186,20 +194,11 @@ def _plan_again(
     return micro_batches, (*notes, *left_out, *changes)
 
 
-def _require_steps(run: Path, done: int, wanted: int) -> None:
-    if wanted < done:
-        raise InputError(
-            f"{run} has done {done} steps, and steps is {wanted}. Leave it out, or give {done} or more; for fewer "
-            "steps start another run."
-        )
-
-
-def _is_evaluated(path: Path, step: int) -> bool:
-    return any(row["step"] == step for row in evaluations(path))
-
-
 def check(config: AlignConfig) -> selfcheck.Report:
-    """Is the first update on-policy, at which dtype and batch size; do gradients agree? Writes nothing."""
+    """Check whether a recipe's first update is on-policy, by dtype and batch size, and the same on all processes.
+
+    One update is taken and nothing is written.
+    """
     config, rewards, said = get_ready(config)
     run = load_run(config, rewards)
     micro_batches, planned = plan_batches(run)
@@ -255,7 +254,8 @@ class Training:
         with clock.phase("update"):
             metrics = self.aligner.update(rollouts, scores, self.run.rewards.weights(rollouts.step))
         if first:
-            checks |= self._check_agreement()
+            checks["gradient_disagreement"] = self.aligner.gradient_disagreement()
+            selfcheck.require_agreement(checks["gradient_disagreement"])
         with clock.phase("diversity"):
             metrics["diversity"] = self._diversity(rollouts)
         return metrics | checks
@@ -281,11 +281,6 @@ class Training:
         if warning is not None:
             self.say(warning)
         return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
-
-    def _check_agreement(self) -> dict[str, float]:
-        value = self.aligner.gradient_disagreement()
-        selfcheck.require_agreement(value)
-        return {"gradient_disagreement": value}
 
     def _diversity(self, rollouts: Rollouts) -> float:
         tally = Tally()
