@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms import make_loss
-from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
 from pixrl.algorithms.base import Group
 from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly
@@ -55,7 +55,7 @@ def aligner(
     method = Method(
         exploration or NoiseOnly(),
         sampling,
-        advantage or AdvantageSettings(),
+        GroupAdvantage(advantage or AdvantageSettings()),
         make_loss(loss),
         OptimizerSettings(**{"lr": 1e-3, **optimizer}),
         noises,

@@ -3,7 +3,7 @@
 import torch
 
 from pixrl.algorithms import make_loss
-from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
 from pixrl.algorithms.base import Group, _differing_rows
 from pixrl.algorithms.customized_grpo import TimeSettings
 from pixrl.algorithms.exploration import NoiseOnly
@@ -22,7 +22,7 @@ def test_with_chosen_levels_the_time_weights_are_those_of_the_levels_trained_at(
     method = Method(
         NoiseOnly(),
         RolloutSettings(steps=8),
-        AdvantageSettings(time=time),
+        GroupAdvantage(AdvantageSettings(time=time)),
         loss,
         OptimizerSettings(),
         noises=3,

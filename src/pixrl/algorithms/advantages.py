@@ -142,43 +142,38 @@ class GroupAdvantage(AdvantageEstimator):
     settings: AdvantageSettings
 
     def __call__(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], steps: int) -> Tensor:
-        return advantages(rewards, weights, self.settings, steps)
+        """Return the advantages [T, P, S] of all groups at every step of the schedule; nan leaves a sample out.
 
+        Without time weights all steps are equal. Look advantages up by a sample's true step, never by its place in an
+        update.
 
-def advantages(
-    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings, steps: int = 1
-) -> Tensor:
-    """Advantages [T, P, S] of all groups at every step of the schedule; nan marks a sample to leave out.
+        Args:
+            rewards: name -> rewards [P, S], nan where scoring failed. Names without a weight are not trained on.
+            weights: name -> weight of the trained rewards.
+            steps: T, of the schedule.
 
-    Without time weights all steps are equal. Look them up by a sample's true step, never by its place in an update.
+        Raises:
+            RunError: a trained reward has no scores.
 
-    Args:
-        rewards: name -> rewards [P, S], nan where scoring failed. Names without a weight are not trained on.
-        weights: name -> weight of the trained rewards.
-        settings: scale, synergy, time weights and clamp.
-        steps: T, of the schedule.
-
-    Raises:
-        RunError: a trained reward has no scores.
-
-    Source: Customized-GRPO Eqs. 8, 10 to 12.
-    """
-    parts, failed_PS = normalized(rewards, weights, settings)
-    if settings.time is None:
-        weights_T = {name: torch.full((steps,), weight) for name, weight in weights.items()}
-    else:
-        weights_T = settings.time.weights_by_step(weights, steps)
-    total_TPS = torch.zeros(steps, *failed_PS.shape)
-    for name, part_PS in parts.items():
-        total_TPS += weights_T[name][:, None, None] * part_PS
-    if settings.synergy is not None:
-        total_TPS += settings.synergy.alpha * pairwise_synergy(parts, settings.synergy.kind)
-        if settings.synergy.recenter:
-            known_TPS = total_TPS.masked_fill(failed_PS, torch.nan)
-            total_TPS = total_TPS - known_TPS.nanmean(dim=2, keepdim=True)
-    if settings.clamp is not None:
-        total_TPS = total_TPS.clamp(-settings.clamp, settings.clamp)
-    return total_TPS.masked_fill(failed_PS, torch.nan)
+        Source: Customized-GRPO Eq. 8 (each reward's own advantage), Eqs. 10 and 11 (SARS), Eq. 12 (TDW).
+        """
+        settings = self.settings
+        parts, failed_PS = normalized(rewards, weights, settings)
+        if settings.time is None:
+            weights_T = {name: torch.full((steps,), weight) for name, weight in weights.items()}
+        else:
+            weights_T = settings.time.weights_by_step(weights, steps)
+        total_TPS = torch.zeros(steps, *failed_PS.shape)
+        for name, part_PS in parts.items():
+            total_TPS += weights_T[name][:, None, None] * part_PS
+        if settings.synergy is not None:
+            total_TPS += settings.synergy.alpha * pairwise_synergy(parts, settings.synergy.kind)
+            if settings.synergy.recenter:
+                known_TPS = total_TPS.masked_fill(failed_PS, torch.nan)
+                total_TPS = total_TPS - known_TPS.nanmean(dim=2, keepdim=True)
+        if settings.clamp is not None:
+            total_TPS = total_TPS.clamp(-settings.clamp, settings.clamp)
+        return total_TPS.masked_fill(failed_PS, torch.nan)
 
 
 def normalized(

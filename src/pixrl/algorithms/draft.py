@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pixrl import rewards as rewards_table
-from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
+from pixrl.algorithms.advantages import AdvantageEstimator, AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import Advantages, Loss, LossSettings, Terms
@@ -150,7 +150,7 @@ class DRaFTLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: EstimatorSettings,
+        estimator: AdvantageEstimator,
         steps: int,
     ) -> Advantages:
         """Every sample that all trained rewards could score counts alike; what they weigh goes on to `terms`."""

@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from pixrl.algorithms import make_advantage
-from pixrl.algorithms.advantages import EstimatorSettings
+from pixrl.algorithms.advantages import AdvantageEstimator, EstimatorSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples, Use, fresh_noise, roll_out
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.sampling import RolloutSettings, StepPlan
@@ -155,11 +154,11 @@ class Loss(ABC):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: EstimatorSettings,
+        estimator: AdvantageEstimator,
         steps: int,
     ) -> "Advantages":
         """What is learned of the scores of all processes' samples [P, S], reward by reward."""
-        table = make_advantage(settings)(rewards, weights, steps)
+        table = estimator(rewards, weights, steps)
         return Advantages(table, figures={"advantage_mean": table.nanmean().item()})
 
     @abstractmethod

@@ -31,7 +31,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import FLAT, AdvantageSettings, EstimatorSettings, normalized
+from pixrl.algorithms.advantages import (
+    FLAT,
+    AdvantageEstimator,
+    AdvantageSettings,
+    EstimatorSettings,
+    normalized,
+)
 from pixrl.algorithms.base import Drawn, Group, Rollouts, Samples, roll_out
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import (
@@ -130,11 +136,11 @@ class RPOLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: EstimatorSettings,
+        estimator: AdvantageEstimator,
         steps: int,
     ) -> Advantages:
         """1 for the winner of each group, nan for the others; none in a group without a difference."""
-        score_PS = harmonic_scores(rewards, weights, settings.normalization)
+        score_PS = harmonic_scores(rewards, weights, estimator.settings.normalization)
         winner_P = score_PS.nan_to_num(-torch.inf).argmax(dim=1)
         loser_P = score_PS.nan_to_num(torch.inf).argmin(dim=1)
         places = torch.arange(len(score_PS))

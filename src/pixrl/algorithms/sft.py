@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
+from pixrl.algorithms.advantages import AdvantageEstimator, AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import (
@@ -112,7 +112,7 @@ class SFTLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: EstimatorSettings,
+        estimator: AdvantageEstimator,
         steps: int,
     ) -> Advantages:
         """Every sample counts alike, also where a reward failed: no score is learned from."""

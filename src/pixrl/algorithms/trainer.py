@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import EstimatorSettings, conflict_metrics, reward_metrics
+from pixrl.algorithms.advantages import AdvantageEstimator, conflict_metrics, reward_metrics
 from pixrl.algorithms.base import Group, Rollouts, Samples, shown_to
 from pixrl.algorithms.exploration import Exploration, Variants
 from pixrl.algorithms.loss import Advantages, Loss
@@ -100,7 +100,7 @@ class Method:
 
     exploration: Exploration
     sampling: RolloutSettings
-    advantage: EstimatorSettings
+    advantage: AdvantageEstimator
     loss: Loss
     optimizer: OptimizerSettings
     noises: int
@@ -187,7 +187,10 @@ class Aligner:
         advantages = self.method.loss.advantages(
             rewards, weights, self.method.advantage, rollouts.schedule.steps
         )
-        metrics |= {**conflict_metrics(rewards, weights, self.method.advantage), **advantages.figures}
+        metrics |= {
+            **conflict_metrics(rewards, weights, self.method.advantage.settings),
+            **advantages.figures,
+        }
         places = [group.place for group in rollouts.samples.groups]
         advantage_TB = advantages.advantage_TPS[:, places].flatten(1)
         rollouts = _with_advantages(rollouts, advantages)
@@ -243,7 +246,7 @@ class Aligner:
         drawer = torch.Generator().manual_seed(sample_seed(self.seed, rollouts.step, _PARTS_KEY, 0))
         lot_PS = torch.randperm(failed_PS.numel(), generator=drawer).view(failed_PS.shape)
         chosen_PS = (lot_PS % self.method.optimizer.updates == number) & ~failed_PS
-        if self.method.advantage.leaves_flat_out:
+        if self.method.advantage.settings.leaves_flat_out:
             chosen_PS &= some_TPS.any(dim=0).any(dim=1, keepdim=True)
         mine = chosen_PS[[group.place for group in samples.groups]].view(-1, size).flatten()
         return [int(row) for row in mine.nonzero().flatten()]
