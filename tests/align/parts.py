@@ -9,9 +9,8 @@ from torch import Tensor
 
 from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
-from pixrl.algorithms.base import Group
 from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
-from pixrl.algorithms.exploration import Exploration, NoiseOnly
+from pixrl.algorithms.exploration import Exploration, Group, NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings

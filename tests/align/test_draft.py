@@ -12,10 +12,9 @@ from torch import Tensor
 import pixrl
 from pixrl import config
 from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
-from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.draft import DRaFTLoss, DraftSettings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly
-from pixrl.algorithms.loss import Advantages
+from pixrl.algorithms.loss import Advantages, Rollouts
 from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.errors import ConfigError, InputError

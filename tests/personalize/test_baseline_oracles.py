@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
-from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.customized_grpo import TimeSettings
-from pixrl.algorithms.loss import noised
+from pixrl.algorithms.loss import Rollouts, noised
 from pixrl.algorithms.rpo import RPOLoss, RPOSettings, harmonic_scores
 from pixrl.algorithms.sft import SFTLoss
 from pixrl.models.flux import FluxPolicy

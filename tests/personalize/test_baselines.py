@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
-from pixrl.algorithms.base import Group
+from pixrl.algorithms.exploration import Group
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.rpo import RPOLoss, RPOSettings, class_prompt, harmonic_scores
 from pixrl.algorithms.sft import SFTSettings

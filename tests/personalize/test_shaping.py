@@ -12,10 +12,9 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage, conflict_metrics
-from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.customized_grpo import SynergySettings, TimeSettings
 from pixrl.algorithms.grpo import GRPOLoss
-from pixrl.algorithms.loss import noise_levels
+from pixrl.algorithms.loss import Rollouts, noise_levels
 from pixrl.equations import group_advantages, prompt_weight, shape_advantage, synergy
 from pixrl.errors import ConfigError
 from pixrl.models.sd3 import SD3Policy

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pixrl import config as recipes
-from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.exploration import prepare
 from pixrl.data.pictures import to_tensors
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, RunError

@@ -35,10 +35,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pixrl import rewards as rewards_table
 from pixrl.algorithms.advantages import AdvantageEstimator, AdvantageSettings, EstimatorSettings
-from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.loss import Advantages, Loss, LossSettings, Terms
-from pixrl.algorithms.sampling import ODESolver, RolloutSettings, Solver, StepNoise, StepPlan
+from pixrl.algorithms.loss import Advantages, Loss, LossSettings, Rollouts, Terms
+from pixrl.algorithms.sampling import Drawn, ODESolver, RolloutSettings, Samples, Solver, StepNoise, StepPlan
 from pixrl.errors import ConfigError, InputError
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot

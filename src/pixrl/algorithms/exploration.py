@@ -1,24 +1,32 @@
-"""Where a group's samples differ: in their noise alone (`NoiseOnly`), or in their conditions too (`e2po.py`).
+"""What a step's pictures are conditioned on: a group is one prompt, and an exploration gives it K semantic variants.
 
-The loop asks `Exploration.prepare` once a batch of prompts for their `Variants`, and `Variants.at` once a step.
+A group's samples differ in their noise alone (`NoiseOnly`), or in their conditions too (`e2po.py`). The loop asks
+`prepare` once a training step for the `Variants` of its groups, and `Variants.at` once a sampling step.
+
+Reference pictures that a group's metadata names become part of every condition of it (`shown_to`): sampling and update
+alike are conditioned on them, since they belong to the anchor c_0 that all conditions start from.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from pixrl.config import Settings
 from pixrl.equations import variant_weight
 from pixrl.errors import CheckpointError, InputError, ShapeError
-from pixrl.models.base import Conditioning, FlowPolicy
+from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy, on_square
 from pixrl.models.text import ClipEncoder, ClipFeatures
 
 GroupSize = Annotated[int, Field(ge=1, le=4096)]
 """Pictures of one prompt."""
+SHOWN = "shown"
+"""The key in a prompt's metadata of the reference pictures [3, H, W], of any sizes, that the model is conditioned on.
+Rewards compare with those under "reference"."""
 
 
 class ExplorationSettings(Settings):
@@ -65,6 +73,20 @@ class NoiseExploration(ExplorationSettings):
 
     def describe(self) -> str:
         return f"noise alone, {self.noises} samples a prompt"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt of a training step; its samples are compared with each other."""
+
+    place: int
+    """Number in the step, over all processes."""
+    epoch: int
+    """Pass over the prompts."""
+    index: int
+    """The prompt's number in its set."""
+    prompt: str
+    metadata: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,3 +198,47 @@ class NoiseOnly(Exploration):
 
     def prepare(self, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
         return Variants(policy.encode(prompts))
+
+
+def prepare(exploration: Exploration, policy: FlowPolicy, groups: Sequence[Group]) -> Variants:
+    """Return the conditions of some groups, with the reference pictures that they name; no rows for no groups.
+
+    Raises:
+        InputError: a group has reference pictures and the model takes none, or not all have as many.
+    """
+    if not groups:
+        return Variants(policy.encode([""])[:0], exploration.variants)
+    with policy.text_present():
+        variants = exploration.prepare(policy, [group.prompt for group in groups])
+    return shown_to(policy, variants, groups)
+
+
+def shown_to(policy: FlowPolicy, variants: Variants, groups: Sequence[Group]) -> Variants:
+    """Return the variants with each group's reference pictures in their anchor, one row a group.
+
+    Raises:
+        InputError: the model takes no references, or the groups have different numbers of them.
+    """
+    pictures = [shown_pictures(group.metadata) for group in groups]
+    counts = sorted({len(own) for own in pictures})
+    if counts == [0]:
+        return variants
+    if not isinstance(policy, ReferencePolicy):
+        raise InputError(
+            f"{policy.name} ({type(policy).__name__}) takes no reference pictures. Give a FLUX model, such as toy:flux."
+        )
+    if len(counts) > 1:
+        raise InputError(
+            f"Prompts of one step have {counts[0]} and {counts[-1]} reference pictures; give all the same number: "
+            f"--set references.count={max(1, counts[0])}"
+        )
+    side = policy.reference_side
+    by_place = [torch.stack([on_square(one, side) for one in same]) for same in zip(*pictures, strict=True)]
+    return replace(variants, anchor=policy.with_references(variants.anchor, by_place))
+
+
+def shown_pictures(metadata: Mapping[str, object]) -> tuple[Tensor, ...]:
+    """Return the reference pictures [3, H, W] of a prompt's metadata."""
+    given = metadata.get(SHOWN, ())
+    assert isinstance(given, tuple | list)
+    return tuple(given)

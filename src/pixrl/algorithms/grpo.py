@@ -27,8 +27,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.loss import Loss, LossSettings, Terms
+from pixrl.algorithms.loss import Loss, LossSettings, Rollouts, Terms
 from pixrl.algorithms.sampling import RolloutSettings, StepNoise, random_steps
 from pixrl.equations import clipped_surrogate, gaussian_kl
 from pixrl.models.base import FlowPolicy

@@ -24,10 +24,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.loss import (
     Loss,
     LossSettings,
+    Rollouts,
     Terms,
     noise_levels,
     noised,

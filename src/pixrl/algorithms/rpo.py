@@ -38,12 +38,12 @@ from pixrl.algorithms.advantages import (
     EstimatorSettings,
     normalized,
 )
-from pixrl.algorithms.base import Drawn, Group, Rollouts, Samples, roll_out
-from pixrl.algorithms.exploration import Variants
+from pixrl.algorithms.exploration import Group, Variants
 from pixrl.algorithms.loss import (
     Advantages,
     Loss,
     LossSettings,
+    Rollouts,
     Spending,
     Terms,
     noise_levels,
@@ -51,7 +51,7 @@ from pixrl.algorithms.loss import (
     require_levels,
     velocity_deviation,
 )
-from pixrl.algorithms.sampling import RolloutSettings, StepPlan
+from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepPlan, roll_out
 from pixrl.equations import interpolate
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning, FlowPolicy

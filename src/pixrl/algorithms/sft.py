@@ -23,12 +23,12 @@ from pydantic import Field
 from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageEstimator, AdvantageSettings, EstimatorSettings
-from pixrl.algorithms.base import Drawn, Rollouts, Samples
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import (
     Advantages,
     Loss,
     LossSettings,
+    Rollouts,
     Spending,
     Terms,
     noise_levels,
@@ -36,7 +36,7 @@ from pixrl.algorithms.loss import (
     require_levels,
     velocity_deviation,
 )
-from pixrl.algorithms.sampling import RolloutSettings, StepNoise, StepPlan
+from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepNoise, StepPlan
 from pixrl.errors import InputError
 from pixrl.models.base import FlowPolicy, ReferencePolicy, on_square
 from pixrl.models.slots import Slot

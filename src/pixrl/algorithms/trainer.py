@@ -31,11 +31,10 @@ from pydantic import Field
 from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageEstimator, conflict_metrics, reward_metrics
-from pixrl.algorithms.base import Group, Rollouts, Samples, shown_to
-from pixrl.algorithms.exploration import Exploration, Variants
-from pixrl.algorithms.loss import Advantages, Loss
+from pixrl.algorithms.exploration import Exploration, Group, prepare
+from pixrl.algorithms.loss import Advantages, Loss, Rollouts
 from pixrl.algorithms.optim import adamw, adamw_8bit, moments, restore_moments
-from pixrl.algorithms.sampling import RolloutSettings, Schedule, StepPlan
+from pixrl.algorithms.sampling import RolloutSettings, Samples, Schedule, StepPlan
 from pixrl.algorithms.world import Alone, Tally, World, disagreement
 from pixrl.config import MOST, Count, Settings
 from pixrl.errors import RunError
@@ -331,19 +330,6 @@ class Aligner:
         self.skipped_in_a_row = int(left.pop("skipped_in_a_row"))
         if left:
             self.scaler.load_state_dict(left)
-
-
-def prepare(exploration: Exploration, policy: FlowPolicy, groups: Sequence[Group]) -> Variants:
-    """The conditions of some groups, with the reference pictures that they name; none of none.
-
-    Raises:
-        InputError: a group has reference pictures and the model takes none, or not all have as many.
-    """
-    if groups:
-        with policy.text_present():
-            variants = exploration.prepare(policy, [group.prompt for group in groups])
-        return shown_to(policy, variants, groups)
-    return Variants(policy.encode([""])[:0], exploration.variants)
 
 
 def _with_advantages(rollouts: Rollouts, advantages: Advantages) -> Rollouts:

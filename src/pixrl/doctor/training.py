@@ -9,7 +9,7 @@ import torch
 
 from pixrl import config as recipes
 from pixrl import models
-from pixrl.algorithms.base import shown_pictures
+from pixrl.algorithms.exploration import shown_pictures
 from pixrl.algorithms.optim import moment_bytes
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt, Split

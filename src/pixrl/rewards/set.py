@@ -20,12 +20,14 @@ from pixrl.errors import ConfigError, Failure, InputError, RunError, ShapeError
 from pixrl.plugins import Caught
 from pixrl.rewards.base import DifferentiableReward, Reward, flag_failures
 from pixrl.rewards.references import ReferenceReward
-from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
+from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.types import RewardBatch, Scores
 
 __all__ = ["RewardSet", "RewardSetting", "Stage"]
 
 REASONS_SHOWN = 3
+Gather = Callable[[Mapping[str, "Failures"]], Iterable[Mapping[str, "Failures"]]]
+"""Gives what every process has to each of them."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class RewardSet:
         self.settings = tuple(settings)
         self.stages = tuple(stages)
         self.max_failed_share = max_failed_share
+        self._weights = weights_by_stage(settings, stages)
         self.names: tuple[str, ...] = tuple(setting.name for setting in settings)
         self._rewards: dict[str, Reward] = {s.name: rewards.load(s.reward, **s.options) for s in settings}
         self._callers: dict[str, Caller[Scores | Failure]] = {
@@ -96,7 +99,7 @@ class RewardSet:
 
     def weights(self, step: int) -> Mapping[str, float]:
         """Reward -> weight above 0 of what is trained on at a step (counted from 0); never a held-out one."""
-        return weights_at(self.settings, self.stages, step)
+        return next(weights for end, weights in self._weights if end is None or step < end)
 
     def provenance(self) -> Mapping[str, Mapping[str, str]]:
         """Reward -> what its scores come from, held-out ones too."""
@@ -124,15 +127,25 @@ class RewardSet:
         }
         return {name: numbers for name, numbers in found.items() if numbers}
 
-    def score(self, batch: RewardBatch) -> Mapping[str, Scores]:
-        """The scores of all of a step's pictures, where one process has them.
+    def score(self, batch: RewardBatch, gather: Gather | None = None) -> Mapping[str, Scores]:
+        """Return every reward's scores [B] of a step's pictures.
+
+        Args:
+            batch: the pictures of this process.
+            gather: gives what every process has to each of them; None: this process has all pictures. With it all
+                processes call together, those without pictures too.
 
         Raises:
-            RunError: more than `max_failed_share` of the batch failed; names the reward and the reasons.
+            RunError: more than `max_failed_share` of all processes' pictures failed, on every process alike; names the
+                reward and the reasons.
             ServiceError, ShapeError: as `score_some`.
         """
-        scores = self.score_some(batch)
-        self.require_enough([{name: Failures.of(one) for name, one in scores.items()}])
+        if gather is None or len(batch.images_BCHW):
+            scores = self.score_some(batch)
+        else:
+            scores = {name: Scores(torch.zeros(0), ()) for name in self.names}
+        failures = {name: Failures.of(one) for name, one in scores.items()}
+        self.require_enough([failures] if gather is None else gather(failures))
         return scores
 
     def score_some(self, batch: RewardBatch) -> Mapping[str, Scores]:

@@ -8,9 +8,8 @@ import torch
 from pixrl import models
 from pixrl import rewards as rewards_table
 from pixrl.algorithms import make_advantage, make_exploration, make_loss
-from pixrl.algorithms.base import Group
-from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, prepare
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
 from pixrl.algorithms.world import Team, limit_threads
 from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
