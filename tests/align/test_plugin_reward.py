@@ -21,7 +21,7 @@ BRIGHT = '''
 
 from pathlib import Path
 
-from pixrl.rewards.base import Reward, flag_failures
+from pixrl.rewards.base import Reward
 
 
 class Bright(Reward):
@@ -37,7 +37,7 @@ class Bright(Reward):
 
     def score(self, batch):
         values = self.gain * batch.images_BCHW.mean(dim=(1, 2, 3))
-        return flag_failures(values, [None] * len(values), self.provenance)
+        return Scores.checked(values, [None] * len(values), self.provenance)
 
 
 class Loaded(Bright):

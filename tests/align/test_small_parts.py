@@ -194,11 +194,11 @@ def test_parts_are_fetched_and_sent_away_again(policy: SD3Policy, monkeypatch: p
     placement = policy.placement
     monkeypatch.setattr(placement, "_move", lambda part, device: moves.append((part, device.type)))
     monkeypatch.setattr(placement, "device", torch.device("meta"))
-    placement._present.clear()
+    placement.on_device.clear()
     with policy.present(PipelinePart.VAE):
         assert moves == [(PipelinePart.VAE, "meta")]
     assert moves == [(PipelinePart.VAE, "meta"), (PipelinePart.VAE, "cpu")]
-    placement._present.add(PipelinePart.TEXT)
+    placement.on_device.add(PipelinePart.TEXT)
     with policy.text_present():
         assert len(moves) == 2
 

@@ -23,7 +23,7 @@ from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy, on_squa
 from pixrl.models.text import ClipEncoder, ClipFeatures
 
 GroupSize = Annotated[int, Field(ge=1, le=4096)]
-"""Pictures of one prompt."""
+"""The number of pictures of one prompt."""
 SHOWN = "shown"
 """The key in a prompt's metadata of the reference pictures [3, H, W], of any sizes, that the model is conditioned on.
 Rewards compare with those under "reference"."""
@@ -52,12 +52,12 @@ class ExplorationSettings(Settings):
         return False
 
     def describe(self) -> str:
-        """The exploration in a line, for the report."""
+        """Return the exploration in a line, for the report."""
         return f"{self.kind}, {self.noises} noises × {self.per_noise} variants"
 
 
 class NoiseExploration(ExplorationSettings):
-    """A prompt's samples differ in their noise alone."""
+    """The settings of exploration by noise alone."""
 
     kind: Literal["noise"] = "noise"
     noises: GroupSize = 8
@@ -80,9 +80,9 @@ class Group:
     """One prompt of a training step; its samples are compared with each other."""
 
     place: int
-    """Number in the step, over all processes."""
+    """The group's number in the step, over all processes."""
     epoch: int
-    """Pass over the prompts."""
+    """The number of the pass over the prompts, from 0."""
     index: int
     """The prompt's number in its set."""
     prompt: str
@@ -91,7 +91,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Perturbed:
-    """One encoder's features of all perturbed variants, row prompt * `per_prompt` + place."""
+    """The features of all perturbed variants in one encoder, row prompt * `per_prompt` + place."""
 
     encoder: ClipEncoder
     features: ClipFeatures
@@ -103,17 +103,17 @@ class Variants:
     """The conditions of P prompts, K variants each."""
 
     anchor: Conditioning
-    """c_0, one row a prompt."""
+    """c_0, the conditions of the prompts themselves, one row each."""
     variants: int = 1
-    """K."""
+    """K, the number of variants of a prompt."""
     perturbed: tuple[Perturbed, ...] = ()
-    """Empty: every variant is c_0."""
+    """The perturbed features of each encoder; empty: every variant is c_0."""
     perturbation_range: float | None = None
     """tau of the noise-aware schedule; None: static, the variants' own conditions at every t."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def at(self, t: float, prompt_B: Tensor, variant_B: Tensor) -> Conditioning:
-        """c_k(t) = lambda(t) c_k + (1 - lambda(t)) c_0, one row a sample; tokens and pooled features alike.
+        """Return c_k(t) = lambda(t) c_k + (1 - lambda(t)) c_0, one row a sample; tokens and pooled features alike.
 
         Args:
             t: the flow's time, 1 is noise; the noise level of the step that is about to be taken.
@@ -154,31 +154,31 @@ class Variants:
 
 
 class Exploration(ABC):
-    """Gives each prompt the conditions that its samples are drawn from."""
+    """An exploration: it gives each prompt the conditions that its samples are drawn from."""
 
     Settings: ClassVar[type[ExplorationSettings]]
-    """Its settings; their `kind` is how a recipe names it."""
+    """The class of its settings; their `kind` is how a recipe names it."""
     variants: int
-    """K; 1 for noise alone."""
+    """K, the number of a prompt's variants; 1 for noise alone."""
 
     def __init__(self, settings: Any = None) -> None:
         self.settings = settings
 
     @classmethod
     def make(cls, settings: Any) -> Self:
-        """The exploration of these settings."""
+        """Return the exploration of these settings."""
         return cls(settings)
 
     @abstractmethod
     def prepare(self, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
-        """The conditions of some prompts, one row each in `Variants.anchor`, in order."""
+        """Return the conditions of some prompts, one row each in `Variants.anchor`, in order."""
 
     def state(self) -> dict[str, Tensor]:
-        """What was learned, for a checkpoint: names and contiguous CPU tensors."""
+        """Return what was learned, for a checkpoint: names and contiguous CPU tensors."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what `state` gave.
+        """Take up what `state` gave.
 
         Raises:
             CheckpointError: it is not this exploration's state.
@@ -191,7 +191,7 @@ class Exploration(ABC):
 
 
 class NoiseOnly(Exploration):
-    """Samples of a prompt differ in their noise alone."""
+    """Exploration by noise alone: every variant of a prompt is the prompt itself."""
 
     Settings = NoiseExploration
     variants = 1

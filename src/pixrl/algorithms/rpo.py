@@ -59,7 +59,7 @@ from pixrl.models.slots import Slot
 
 
 class RPOSettings(LossSettings):
-    """Preference pairs from the frozen base."""
+    """The settings of RPO: preference pairs from the frozen base."""
 
     kind: Literal["rpo"] = "rpo"
     beta: float = Field(100.0, gt=0)
@@ -114,7 +114,7 @@ class RPOSettings(LossSettings):
 
 
 class RPOLoss(Loss):
-    """DPO on the best and the worst of a group by the harmonic mean of rewards, plus the similarity loss."""
+    """RPO's loss: DPO on the best and the worst of a group by the harmonic mean of rewards, and the similarity loss."""
 
     sampling_slot = Slot.REFERENCE
     Settings = RPOSettings
@@ -123,7 +123,7 @@ class RPOLoss(Loss):
     def draw(
         self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
     ) -> Drawn:
-        """Candidates of the frozen base, by default from the prompts alone."""
+        """Draw candidates of the frozen base, by default from the prompts alone."""
         shown = (
             variants
             if self.settings.shown
@@ -139,7 +139,7 @@ class RPOLoss(Loss):
         estimator: AdvantageEstimator,
         steps: int,
     ) -> Advantages:
-        """1 for the winner of each group, nan for the others; none in a group without a difference."""
+        """Return 1 for the winner of each group, nan for the others; none in a group without a difference."""
         score_PS = harmonic_scores(rewards, weights, estimator.settings.normalization)
         winner_P = score_PS.nan_to_num(-torch.inf).argmax(dim=1)
         loser_P = score_PS.nan_to_num(torch.inf).argmin(dim=1)
@@ -192,7 +192,7 @@ class RPOLoss(Loss):
     def _similarity(
         self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], t_B: Tensor, noise: Tensor
     ) -> Tensor:
-        """Flow matching [B] on the first reference of each row, under the class prompt."""
+        """Return flow matching's loss [B] on the first reference of each row, under the class prompt."""
         references = rollouts.conditioning(rows).references
         if not references:
             raise InputError("rpo's similarity loss needs reference pictures: set loss.similarity to 0.")
@@ -216,7 +216,7 @@ class RPOLoss(Loss):
 def harmonic_scores(
     rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings
 ) -> Tensor:
-    """The weighted harmonic mean [P, S] of the trained rewards, each in (0, 1); nan where one failed.
+    """Return the weighted harmonic mean [P, S] of the trained rewards, each in (0, 1); nan where one failed.
 
     Source: Miao et al. 2024, the lambda-harmonic reward.
     """
@@ -228,7 +228,7 @@ def harmonic_scores(
 
 
 def class_prompt(group: Group) -> str:
-    """What the similarity loss asks for: the class of what the first reference shows, alone.
+    """Return the similarity loss's prompt: the class of what the first reference shows, alone.
 
     Raises:
         InputError: no class word is known; asked for by the whole prompt, the reference would be learned by heart.

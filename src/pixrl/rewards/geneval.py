@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.hub import read_card
-from pixrl.rewards.base import Options, Read, Reward, flag_failures
+from pixrl.rewards.base import Options, Read, Reward
 from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.preprocess import to_grey_levels
 from pixrl.rewards.segmentation import Colour, Foreground, Instance, Segmenter
@@ -381,7 +381,7 @@ class GenEvalReward(Reward):
             values_B[usable] = torch.tensor(
                 [self._value(*pair) for pair in zip(detections, chosen, strict=True)]
             )
-        return flag_failures(values_B, reasons, self.provenance)
+        return Scores.checked(values_B, reasons, self.provenance)
 
     def _value(self, detections: Detections, entry: Metadata) -> float:
         return grade(detections, entry) if self.graded else float(judge(detections, entry).correct)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixrl import plugins
 from pixrl.errors import ConfigError, Failure, did_you_mean
-from pixrl.rewards.base import Options, Reward, flag_failures
+from pixrl.rewards.base import Options, Reward
 from pixrl.rewards.preprocess import require_images, to_grey_levels
 from pixrl.rewards.set import Caller
 from pixrl.rewards.settings import import_path, is_importable
@@ -89,7 +89,7 @@ class PythonReward(Reward):
         reasons: list[str | None] = [None if ok else "the picture is not finite" for ok in finite_B.tolist()]
         for row, (value, reason) in zip(shown, self._answers(batch, shown), strict=True):
             values_B[row], reasons[row] = value, reason
-        return flag_failures(values_B, reasons, self.provenance)
+        return Scores.checked(values_B, reasons, self.provenance)
 
     def rehearse(self, batch: RewardBatch) -> Scores | Failure:
         numbers = self._asked(batch, range(len(batch.images_BCHW)))

@@ -18,7 +18,7 @@ import torch
 from pixrl import rewards
 from pixrl.errors import ConfigError, Failure, InputError, RunError, ShapeError
 from pixrl.plugins import Caught
-from pixrl.rewards.base import DifferentiableReward, Reward, flag_failures
+from pixrl.rewards.base import DifferentiableReward, Reward
 from pixrl.rewards.references import ReferenceReward
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.types import RewardBatch, Scores
@@ -182,8 +182,8 @@ class RewardSet:
     def _score(self, name: str, batch: RewardBatch, count: int) -> Scores:
         answer = self._ask(name, lambda reward: reward.score(batch), count)
         if isinstance(answer, Scores):
-            checked = flag_failures(answer.values_B.detach().cpu(), answer.reasons, answer.provenance)
-            return Scores(checked.values_B, checked.reasons, answer.detail, answer.provenance)
+            values_B = answer.values_B.detach().cpu()
+            return Scores.checked(values_B, answer.reasons, answer.provenance, answer.detail)
         model = {"model": f"{self._rewards[name].name} (failed)"}
         return Scores(torch.full((count,), torch.nan), (answer.reason,) * count, provenance=model)
 
