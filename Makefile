@@ -10,7 +10,7 @@ WORKERS ?= $(shell [ $(CORES) -gt 8 ] && echo 8 || echo $(CORES))
 OFFLINE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST  := $(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo test test-isa check lint docs mutate fuzz clean
+.PHONY: help setup demo test test-isa check lint docs figures mutate fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -42,8 +42,12 @@ test: lint ## everything that CI runs
 test-isa: setup ## the tests as other processors compute; ISA_TESTS="tests/models" and ISA_ONLY="avx2,oldest" run a part
 	$(PY) tools/isa.py --workers $(WORKERS) --tests "$(ISA_TESTS)" --only "$(ISA_ONLY)"
 
-docs: setup ## make the pictures and tables of the docs again
-	$(OFFLINE) $(PY) tools/docs.py
+docs: setup ## build the documentation site into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "open build/site/index.html"
+
+figures: setup ## make the pictures of the docs again
+	$(OFFLINE) $(PY) tools/figures.py
 
 mutate: setup ## make one mistake at a time, in the equations and elsewhere, and count what the tests notice
 	$(OFFLINE) $(PY) tools/mutate.py

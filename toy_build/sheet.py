@@ -85,8 +85,18 @@ def subjects(rows: int = 4) -> list[Tile]:
     return [(render(scene), caption(scene, rng)) for scene in scenes]
 
 
+def logo(side: int = 256) -> Image.Image:
+    """The project's sign: an owl with the shell of a snail, without its background."""
+    owl = SceneObject(("owl", "owl", "owl", "snail"), size=0.98)
+    picture = np.asarray(render(Scene((owl,), "plain", Task.HYBRID, False), 4 * side))
+    far = np.abs(picture.astype(int) - picture[0, 0]).max(axis=-1) > 8
+    rgba = np.dstack([picture, far.astype(np.uint8) * 255])
+    return Image.fromarray(rgba, "RGBA").resize((side, side), Image.Resampling.LANCZOS)
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    logo().save(folder / "logo.png", optimize=True)
     sheet([("32 kinds, four parts each", kinds())], label=20).save(folder / "world_kinds.png", optimize=True)
     mixed = [
         ("One part exchanged", exchanged()),

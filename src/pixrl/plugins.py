@@ -110,9 +110,11 @@ class PartOf:
         return core_schema.no_info_plain_validator_function(lambda given: self.settings(annotated, given))
 
     def settings(self, base: type[ModelT], given: Any) -> ModelT:
-        """The settings that a table of a recipe describes."""
+        """The settings that a table of a recipe describes; a name alone stands for the part's own defaults."""
         if isinstance(given, base):
             return given
+        if isinstance(given, str):
+            given = {"kind": given}
         if not isinstance(given, Mapping):
             raise PydanticKnownError("model_attributes_type")
         names = self.table.names()

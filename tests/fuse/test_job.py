@@ -284,14 +284,14 @@ def test_exemplars_do_not_depend_on_the_runs_seed_and_are_made_once(world):
 def test_pooled_features_are_mixed_as_asked(world):
     coefficients_BND = torch.rand(3, 2, 48 + 8, generator=torch.Generator().manual_seed(0))
     coefficients_BND = coefficients_BND / coefficients_BND.sum(dim=1, keepdim=True)
-    pooled_NE = FusionSession(world, config()).sources.pooled_BE
-    average = FusionSession(world, config(pooled=Pooled.AVERAGE)).mix(coefficients_BND[:, :, :48])
+    pooled_NE = FusionSession(world, config()).mixing.sources.pooled_BE
+    average = FusionSession(world, config(pooled=Pooled.AVERAGE)).mixing.mix(coefficients_BND[:, :, :48])
     assert agree(average.pooled_BE, pooled_NE.mean(0).expand(3, -1), 8)
-    weighted = FusionSession(world, config(pooled=Pooled.WEIGHT)).mix(coefficients_BND[:, :, :48])
+    weighted = FusionSession(world, config(pooled=Pooled.WEIGHT)).mixing.mix(coefficients_BND[:, :, :48])
     assert agree(weighted.pooled_BE, coefficients_BND[:, :, :48].mean(2) @ pooled_NE, 64)
     session = FusionSession(world, config(pooled=Pooled.COLUMNS))
     assert session.task().columns == 56
-    columns = session.mix(coefficients_BND)
+    columns = session.mixing.mix(coefficients_BND)
     assert agree(columns.pooled_BE, (coefficients_BND[:, :, 48:] * pooled_NE).sum(1), 64)
     assert columns.tokens_BLD.shape == (3, 3, 48)
 
@@ -300,8 +300,8 @@ def test_mixing_is_symmetric_in_the_concepts(world):
     coefficients_BND = torch.rand(2, 3, 48)
     names = ("owl", "snail", "frog")
     order = [2, 0, 1]
-    one = FusionSession(world, config(concepts=names)).mix(coefficients_BND)
-    other = FusionSession(world, config(concepts=tuple(names[i] for i in order))).mix(
+    one = FusionSession(world, config(concepts=names)).mixing.mix(coefficients_BND)
+    other = FusionSession(world, config(concepts=tuple(names[i] for i in order))).mixing.mix(
         coefficients_BND[:, order]
     )
     assert agree(one.tokens_BLD, other.tokens_BLD, 64)

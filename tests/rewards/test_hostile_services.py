@@ -1,6 +1,8 @@
 """Services that drip, lie, echo keys or send what unfolds: a result or one sentence, in bounded time and memory."""
 
+import asyncio
 import base64
+import gzip
 import io
 import json
 import logging
@@ -398,6 +400,42 @@ def test_no_answer_is_a_traceback(head: bytes) -> None:
     assert said.isprintable() and len(said) < 400
 
 
+def test_an_answer_is_counted_as_it_comes_and_never_unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(bytes(2**20))
+    head = OK + f"Content-Encoding: gzip\r\nContent-Length: {len(packed)}\r\n\r\n".encode()
+    with raw_service(lambda line: line.sendall(head + packed)) as url:
+        assert Service(url, name="It", key_env=None).ask("/x", None, 5.0) == Reply(200, packed)
+        monkeypatch.setattr(http, "MOST_BYTES", len(packed) - 1)
+        found = Service(url, name="It", key_env=None).ask("/x", None, 5.0)
+    assert found == Silence(f"an answer of more than {len(packed) - 1} bytes")
+
+
+def test_a_service_is_asked_where_an_event_loop_runs_already() -> None:
+    """As in a notebook."""
+
+    async def ask(service: Service) -> Reply | Silence:
+        return service.ask("/x", None, 5.0)
+
+    with raw_service(lambda line: line.sendall(OK + b"Content-Length: 2\r\n\r\n{}")) as url:
+        assert asyncio.run(ask(Service(url, name="It", key_env=None))) == Reply(200, b"{}")
+
+
+def test_the_proxy_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service("http://nowhere.invalid/v1", name="It", key_env=None)
+    with raw_service(lambda line: line.sendall(OK + b"Content-Length: 2\r\n\r\n{}")) as url:
+        for proxy in (url, url.removeprefix("http://")):
+            monkeypatch.setenv("http_proxy", proxy)
+            assert service.ask("/x", None, 5.0) == Reply(200, b"{}")
+        monkeypatch.setenv("no_proxy", "nowhere.invalid")
+        assert isinstance(service.ask("/x", None, 5.0), Silence)
+        monkeypatch.delenv("no_proxy")
+    for proxy in ("ftp://127.0.0.1:9", "http://127.0.0.1:x", "http://[::1"):
+        monkeypatch.setenv("http_proxy", proxy)
+        found = service.ask("/x", None, 5.0)
+        assert isinstance(found, Silence) and found.hopeless, found
+        assert "the proxy that the environment names is of no use" in found.reason
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -481,7 +519,7 @@ def test_a_key_that_a_service_echoes_is_nowhere(
 
 
 def test_a_key_in_what_is_no_http_is_nowhere() -> None:
-    with raw_service(lambda line: line.sendall(f"BAD {KEY}\r\n".encode())) as url:
+    with raw_service(lambda line: line.sendall(f"BAD {KEY}\r\n\r\n".encode())) as url:
         found = Service(url, name="It", key_env="MY_KEY").ask("/x", None, 5.0)
     assert isinstance(found, Silence) and "[secret]" in found.reason and not holds_key(found.reason)
 

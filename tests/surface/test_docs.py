@@ -39,3 +39,19 @@ def test_a_stop_of_the_tour_is_a_file() -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY], ids=_name)
 def test_nothing_cites_what_a_reader_does_not_have(page: Path) -> None:
     assert "../shared" not in page.read_text(encoding="utf-8")
+
+
+def test_the_reference_names_what_exists() -> None:
+    """Pages of docs/api ask for modules and their members; the whole site is built by test_site.py."""
+    missing = []
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            path = ROOT / "src" / name.replace(".", "/")
+            module = path.with_suffix(".py").is_file() or path.is_dir()
+            inside = path.parent.with_suffix(".py")
+            if not module and not (
+                inside.is_file()
+                and re.search(rf"^(?:def|class) {path.name}\b", inside.read_text("utf-8"), re.M)
+            ):
+                missing.append(name)
+    assert missing == []

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pixrl.plugins import Registry
 
 if TYPE_CHECKING:
     from pixrl.algorithms.advantages import AdvantageEstimator, EstimatorSettings
     from pixrl.algorithms.exploration import Exploration, ExplorationSettings
+    from pixrl.algorithms.fusion.mixing import Mixing, MixingSettings, Pooled
     from pixrl.algorithms.loss import Loss, LossSettings
+    from pixrl.models.base import Conditioning
     from pixrl.rewards.base import DifferentiableReward
 
 LOSSES = Registry(
@@ -58,6 +60,19 @@ SAMPLERS = Registry(
 )
 """Every way to propose mixing coefficients, for `pixrl fuse --sampler`."""
 
+MIXINGS = Registry(
+    "mixing",
+    "pixrl.mixings",
+    {
+        "columns": "pixrl.algorithms.fusion.mixing:Columns",
+        "tokens": "pixrl.algorithms.fusion.mixing:Tokens",
+        "steps": "pixrl.algorithms.fusion.mixing:Steps",
+        "velocity": "pixrl.algorithms.fusion.mixing:Velocity",
+        "spatial": "pixrl.algorithms.fusion.mixing:Spatial",
+    },
+)
+"""What of the concepts can be mixed, for `mixing.kind`; each has its `Settings`."""
+
 
 def make_loss(settings: LossSettings, rewards: Mapping[str, DifferentiableReward] | None = None) -> Loss:
     """Return the loss that the settings describe; `rewards` are those that it may differentiate."""
@@ -74,4 +89,10 @@ def make_exploration(settings: ExplorationSettings) -> Exploration:
 def make_advantage(settings: EstimatorSettings) -> AdvantageEstimator:
     """Return the advantage estimator that the settings describe."""
     made: AdvantageEstimator = ADVANTAGES.find(settings.kind)(settings)
+    return made
+
+
+def make_mixing(settings: MixingSettings, sources: Conditioning, steps: int, pooled: Pooled) -> Mixing[Any]:
+    """The mixing that the settings describe, for the concepts of `sources`."""
+    made: Mixing[Any] = MIXINGS.find(settings.kind)(settings, sources, steps=steps, pooled=pooled)
     return made

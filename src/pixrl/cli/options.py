@@ -68,6 +68,10 @@ Steps = Annotated[int | None, option("Training steps.", HOW, "the recipe's")]
 Sampler = Annotated[
     str | None, option("rmler, ppo, grpo, random, mean, bass, agswap, golden or search.", HOW, "rmler")
 ]
+Mixing = Annotated[
+    str | None,
+    option("What of the concepts is mixed: columns, tokens, steps, velocity or spatial.", HOW, "columns"),
+]
 Compare = Annotated[str | None, option("Samplers side by side at equal budget: all, or rmler,random.", HOW)]
 Budget = Annotated[int | None, option("Pictures in all.", HOW, "128")]
 Exemplars = Annotated[

@@ -84,7 +84,8 @@ class FusionTrainer:
         with clock.phase("sampler"):
             figures = self.sampler.tell(rollouts.proposal, scores.feedback)
             self.noise.tell(rollouts.seeds, scores.feedback.rewards_B.tolist())
-        return step_figures(scores) | figures
+        passes = self.session.passes(rollouts.proposal.coefficients_BND)
+        return step_figures(scores) | {"network_passes": float(passes)} | figures
 
     def tensors(self) -> dict[str, Tensor]:
         return self.sampler.tensors()

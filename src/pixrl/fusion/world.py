@@ -18,13 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pixrl.algorithms import make_mixing
 from pixrl.algorithms.fusion.base import FusionTask
-from pixrl.equations import fuse
+from pixrl.algorithms.fusion.mixing import Mixing
 from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.hub import Card, Layout, read_card
-from pixrl.models.base import Conditioning, Renderer
+from pixrl.models.base import Mixture, Renderer
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.runs.config import FuseConfig, Pooled
+from pixrl.runs.config import FuseConfig
 from pixrl.types import sample_seed
 
 EXEMPLAR_SEED = 42
@@ -89,6 +90,16 @@ class FusionWorld:
             self._exemplars[key] = self._draw_exemplars(concept, count)
         return self._exemplars[key]
 
+    def mixing(self, config: FuseConfig) -> Mixing[Any]:
+        """What of the recipe's concepts is mixed, and how.
+
+        Raises:
+            UnknownWordError: a concept is outside the generator's vocabulary.
+            InputError: the mixing does not fit the generator.
+        """
+        sources = self.renderer.encode([self.prompt(concept) for concept in config.concepts])
+        return make_mixing(config.mixing, sources, self.renderer.settings.steps, config.pooled)
+
     def _draw_exemplars(self, concept: str, count: int) -> Exemplars:
         prompt = self.prompt(concept)
         seeds = tuple(sample_seed(EXEMPLAR_SEED, 0, 0, i) for i in range(count))
@@ -133,40 +144,24 @@ class FusionSession:
     def __init__(self, world: FusionWorld, config: FuseConfig) -> None:
         self.world = world
         self.config = config
-        self.sources = world.renderer.encode([world.prompt(concept) for concept in config.concepts])
+        self.mixing = world.mixing(config)
         self.exemplars = tuple(world.exemplars(concept, config.exemplars) for concept in config.concepts)
 
     def task(self) -> FusionTask:
-        """What the sampler sees: each concept's columns, averaged over tokens; pooled ones behind them if mixed so."""
-        features_ND = self.sources.tokens_BLD.float().mean(dim=1).cpu()
-        if self.config.pooled is Pooled.COLUMNS:
-            if self.sources.pooled_BE is None:
-                raise RunError(f"{self.config.model} has no pooled text features: take pooled=weight.")
-            features_ND = torch.cat((features_ND, self.sources.pooled_BE.float().cpu()), dim=1)
-        return FusionTask(features_ND, self.config.seed, self.config.budget, self.config.batch)
-
-    def mix(self, coefficients_BND: Tensor) -> Conditioning:
-        """The fused conditioning of each picture."""
-        tokens_NLD, pooled_NE = self.sources.tokens_BLD, self.sources.pooled_BE
-        columns = tokens_NLD.shape[2]
-        coefficients_BND = coefficients_BND.to(tokens_NLD.device)
-        tokens_BLD = torch.stack([fuse(tokens_NLD, a_ND[:, :columns]) for a_ND in coefficients_BND])
-        pooled_BE = None if pooled_NE is None else self._mix_pooled(pooled_NE, coefficients_BND, columns)
-        return Conditioning(tokens_BLD.to(tokens_NLD.dtype), pooled_BE)
-
-    def _mix_pooled(self, pooled_NE: Tensor, coefficients_BND: Tensor, columns: int) -> Tensor:
-        pooled_N1E = pooled_NE[:, None]
-        if self.config.pooled is Pooled.COLUMNS:
-            weights = coefficients_BND[:, :, columns:]
-        else:
-            weights = coefficients_BND.mean(dim=2, keepdim=True).expand(-1, -1, pooled_NE.shape[1])
-            if self.config.pooled is Pooled.AVERAGE:
-                weights = torch.full_like(weights, 1 / len(pooled_NE))
-        return torch.cat([fuse(pooled_N1E, weights_NE) for weights_NE in weights]).to(pooled_NE.dtype)
+        """What the sampler sees: the concepts' features, one column for each coefficient of the mixing."""
+        return FusionTask(self.mixing.features_ND, self.config.seed, self.config.budget, self.config.batch)
 
     def render(self, coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
-        """The pictures of a proposal."""
-        return self.world.renderer.sample(self.mix(coefficients_BND), seeds)
+        """The pictures of a proposal, [B, 3, H, W]."""
+        source = self.mixing.mix(coefficients_BND)
+        if isinstance(source, Mixture):
+            return self.world.renderer.sample_mixture(source, seeds)
+        return self.world.renderer.sample(source, seeds)
+
+    def passes(self, coefficients_BND: Tensor) -> int:
+        """How often the generator's network is asked for these pictures, counted in pictures."""
+        source = self.mixing.mix(coefficients_BND)
+        return source.passes if isinstance(source, Mixture) else len(source) * self.mixing.steps
 
     def score(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[str | None, ...]]:
         """Similarity to each concept, [B, N] on the CPU, and why a row has none."""

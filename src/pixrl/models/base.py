@@ -93,6 +93,63 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Several prompts at once for each picture: what the network predicts for them is averaged at every step.
+
+    Attributes:
+        parts: N conditionings of B rows each.
+        weights_S: for each of the S sampling steps the parts' weights, [B, N, 1, 1], or masks of any size,
+            [B, N, H, W], which are resized to the latents. They sum to one over N.
+    """
+
+    parts: tuple[Conditioning, ...]
+    weights_S: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        rows = {len(part) for part in self.parts} | {len(weights) for weights in self.weights_S}
+        counts = {weights.shape[1] for weights in self.weights_S}
+        if len(rows) != 1 or counts != {len(self.parts)} or {w.ndim for w in self.weights_S} != {4}:
+            raise ShapeError(
+                f"Mixture: {len(self.parts)} parts and weights of {[list(w.shape) for w in self.weights_S]}; each step "
+                "needs weights [B, N, H, W] of N parts with B rows."
+            )
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, rows: slice) -> "Mixture":
+        return Mixture(tuple(part[rows] for part in self.parts), tuple(w[rows] for w in self.weights_S))
+
+    @property
+    def passes(self) -> int:
+        """How often the network is asked in all, counted in pictures: parts without weight are left out."""
+        return sum(len(self.used(step)[0]) for step in range(len(self.weights_S)))
+
+    def used(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the pairs (row, part) that have weight at a step, as two vectors of equal length."""
+        rows, parts = (self.weights_S[step].flatten(2) != 0).any(dim=2).nonzero(as_tuple=True)
+        return rows, parts
+
+    def conditioning(self, step: int) -> Conditioning:
+        """Return the prompts of the pairs of `used`, one row each."""
+        rows, parts = self.used(step)
+        return Conditioning.cat(self.parts)[parts * len(self) + rows]
+
+    def average(self, step: int, predictions: Tensor) -> Tensor:
+        """Return the weighted sum [B, C, h, w] of predictions [pairs, C, h, w] for the pairs of `used`."""
+        rows, parts = self.used(step)
+        weights_BNHW = self.weights_S[step].to(predictions)
+        if weights_BNHW.shape[2:] != (1, 1):
+            size = predictions.shape[2:]
+            weights_BNHW = F.interpolate(
+                weights_BNHW, size=size, mode="bilinear", antialias=True, align_corners=False
+            )
+        found = predictions.new_zeros(len(self), len(self.parts), *predictions.shape[1:])
+        found[rows, parts] = predictions
+        return (found * weights_BNHW[:, :, None]).sum(dim=1)
+
+
+@dataclass(frozen=True)
 class SamplingSettings:
     """How a checkpoint is meant to be sampled: number of steps, guidance scale, picture side in pixels."""
 
@@ -132,6 +189,18 @@ class Renderer(ABC):
     @abstractmethod
     def sample(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
         """Pictures [B, 3, H, W], float32 in [0, 1] on the CPU; picture i depends on row i and seed i alone."""
+
+    def sample_mixture(self, mixture: Mixture, seeds: Sequence[int]) -> Tensor:
+        """Pictures [B, 3, H, W] as from `sample`, from the averages of what is predicted for several prompts.
+
+        Raises:
+            InputError: this model cannot do that.
+            ShapeError: the mixture has weights for another number of steps than the model takes.
+        """
+        raise InputError(
+            f"{self.name} cannot average predictions for several prompts: {type(self).__name__} has no sample_mixture. "
+            "Take mixing=columns or mixing=tokens."
+        )
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pixrl.device import choose_device, choose_precision
 from pixrl.errors import ConfigError, InputError, RunError, ShapeError, did_you_mean
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
-from pixrl.models.base import Conditioning, FlowPolicy, SamplingSettings
+from pixrl.models.base import Conditioning, FlowPolicy, Mixture, SamplingSettings
 from pixrl.models.loading import load_pipeline
 from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import MemoryPlan
@@ -68,11 +68,13 @@ def draw(generators_B: Sequence[torch.Generator], shape: tuple[int, ...]) -> Ten
     return torch.stack([torch.randn(shape, generator=one) for one in generators_B])
 
 
-def check_pairs(conditioning: Conditioning, seeds: Sequence[int]) -> None:
-    """As many rows as seeds, and at least one."""
-    if len(conditioning) != len(seeds) or not seeds:
+def check_pairs(source: Conditioning | Mixture, seeds: Sequence[int], steps: int | None = None) -> None:
+    """ShapeError unless there are as many rows as seeds, at least one, and a mixture has weights for `steps` steps."""
+    if len(source) != len(seeds) or not seeds:
+        raise ShapeError(f"sample: {len(source)} conditionings for {len(seeds)} seeds; give one seed a row.")
+    if isinstance(source, Mixture) and len(source.weights_S) != steps:
         raise ShapeError(
-            f"sample: {len(conditioning)} conditionings for {len(seeds)} seeds; give one seed a row."
+            f"sample_mixture: weights for {len(source.weights_S)} steps, but this model takes {steps} steps."
         )
 
 
@@ -346,19 +348,32 @@ class FlowPipelinePolicy(FlowPolicy):
 
     def sample(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
         check_pairs(conditioning, seeds)
+        return self._sample(conditioning, seeds, self.micro_batch)
+
+    def sample_mixture(self, mixture: Mixture, seeds: Sequence[int]) -> Tensor:
+        check_pairs(mixture, seeds, self.settings.steps)
+        return self._sample(mixture, seeds, max(1, self.micro_batch // len(mixture.parts)))
+
+    def _sample(self, source: Conditioning | Mixture, seeds: Sequence[int], size: int) -> Tensor:
         side = self.settings.resolution
         images = torch.empty(len(seeds), 3, side, side)
         with without_gradients(self.placement.offload):
-            for rows in chunks(len(seeds), self.micro_batch):
-                images[rows] = self.decode(self._integrate(conditioning[rows], seeds[rows])).cpu()
+            for rows in chunks(len(seeds), size):
+                images[rows] = self.decode(self._integrate(source[rows], seeds[rows])).cpu()
         return images
 
-    def _integrate(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
+    def _integrate(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
         """Euler steps from noise to data: x + (sigma_next - sigma) v."""
         sigmas = self.schedule(self.settings.steps)
         x = self.initial_noise(seeds)
-        for sigma, sigma_next in pairwise(sigmas.unbind()):
-            x = x + (sigma_next - sigma).item() * self.velocity(x, sigma.expand(len(seeds)), conditioning)
+        for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.unbind())):
+            if isinstance(source, Mixture):
+                rows = source.used(step)[0]
+                parts = self.velocity(x[rows], sigma.expand(len(rows)), source.conditioning(step))
+                velocity = source.average(step, parts)
+            else:
+                velocity = self.velocity(x, sigma.expand(len(seeds)), source)
+            x = x + (sigma_next - sigma).item() * velocity
         return x
 
     def decode(self, latents: Tensor) -> Tensor:

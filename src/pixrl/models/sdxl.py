@@ -6,18 +6,20 @@ fused batch at a time; only the latents and the ancestral noise are seeded per p
 every step has a second pass with the pipeline's own negative prompt.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixrl.device import DType, choose_device, choose_precision
 from pixrl.errors import InputError, ShapeError
 from pixrl.hub import Checkpoint, checkpoint_fingerprint, read_card, read_json
-from pixrl.models.base import Conditioning, Renderer, SamplingSettings
+from pixrl.models.base import Conditioning, Mixture, Renderer, SamplingSettings
 from pixrl.models.loading import load_pipeline
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.pipeline import (
@@ -133,11 +135,23 @@ class SDXLRenderer(Renderer):
 
     def sample(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
         check_pairs(conditioning, seeds)
+        return self._sample(conditioning, seeds, self.micro_batch)
+
+    def sample_mixture(self, mixture: Mixture, seeds: Sequence[int]) -> Tensor:
+        check_pairs(mixture, seeds, self.settings.steps)
+        return self._sample(mixture, seeds, max(1, self.micro_batch // len(mixture.parts)))
+
+    def _sample(self, source: Conditioning | Mixture, seeds: Sequence[int], size: int) -> Tensor:
         side = self.settings.resolution
         images = torch.empty(len(seeds), 3, side, side)
         with without_gradients(self.offload), self.precision.context(self.device):
-            for rows in chunks(len(seeds), self.micro_batch):
-                latents = self._denoise(conditioning[rows], seeds[rows])
+            for rows in chunks(len(seeds), size):
+                piece = source[rows]
+                if isinstance(piece, Mixture):
+                    with averaging(self.pipeline.unet, piece, self.device, self.precision.weights):
+                        latents = self._denoise(piece.parts[0], seeds[rows])
+                else:
+                    latents = self._denoise(piece, seeds[rows])
                 images[rows] = decode_latents(self.vae, latents).cpu()
         return images
 
@@ -170,6 +184,48 @@ class SDXLRenderer(Renderer):
     @cached_property
     def _fingerprint(self) -> str:
         return checkpoint_fingerprint(self.checkpoint)
+
+
+@contextmanager
+def averaging(unet: nn.Module, mixture: Mixture, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Within it every call of the UNet is a step of `mixture`: it predicts for all its prompts, and averages.
+
+    With guidance the first half of a call's rows is the negative prompt's, which stays as it is: the guided prediction
+    is linear in the conditional one, so that averaging before guidance or after it is the same.
+    """
+    steps = count()
+    step = 0
+
+    def widen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        nonlocal step
+        step = next(steps)
+        sample, *rest = args
+        negative = len(sample) - len(mixture)  # 0 without guidance
+        picked = torch.cat((torch.arange(negative), mixture.used(step)[0].cpu() + negative)).to(sample.device)
+        prompts = mixture.conditioning(step).to(device=device, dtype=dtype)
+        assert prompts.pooled_BE is not None  # _denoise has refused others
+        added = kwargs["added_cond_kwargs"]
+        tokens = torch.cat((kwargs["encoder_hidden_states"][:negative], prompts.tokens_BLD))
+        pooled = torch.cat((added["text_embeds"][:negative], prompts.pooled_BE))
+        added = {"text_embeds": pooled, "time_ids": added["time_ids"][picked]}
+        return (sample[picked], *rest), {
+            **kwargs, "encoder_hidden_states": tokens, "added_cond_kwargs": added,
+        }  # fmt: skip
+
+    def narrow(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        predictions = output[0]
+        negative = len(predictions) - len(mixture.used(step)[0])
+        return (torch.cat((predictions[:negative], mixture.average(step, predictions[negative:]))),)
+
+    handles = (
+        unet.register_forward_pre_hook(widen, with_kwargs=True),
+        unet.register_forward_hook(narrow),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def published(folder: Path) -> SamplingSettings:

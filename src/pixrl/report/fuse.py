@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from pixrl.algorithms.fusion.mixing import MixingSettings
 from pixrl.config import Settings
 from pixrl.fusion.select import SCORE, similarities_of
 from pixrl.metrics.fusion import FusionFigures, figures
@@ -168,6 +169,12 @@ def child_of(run: FinishedRun, row: ManifestRow, side: int) -> Child:
         spread=summary["spread"],
         coefficients=f"{COEFFICIENTS}/step-{row.step:06d}.safetensors, row {row.index - row.step * run.config.batch}",
     )
+
+
+def _described(mixing: MixingSettings) -> str:
+    """Return a mixing's kind and its other settings, as the page shows them."""
+    rest = mixing.model_dump(mode="json", exclude_none=True, exclude={"kind"})
+    return ", ".join([mixing.kind, *(f"{name} {value}" for name, value in rest.items())])
 
 
 def _parent(run: FinishedRun, place: int, best: Child | None) -> Parent:
@@ -333,6 +340,7 @@ def run_facts(run: FinishedRun) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         ("generator", f"{world.model} ({world.fingerprint})"),
         ("similarity", world.clip),
         ("foreground", f"{world.segmenter}, on white"),
+        ("mixing", _described(run.config.mixing)),
         ("pooled features", str(run.config.pooled)),
         ("noise", str(run.config.noise)),
     ]

@@ -1,8 +1,8 @@
-"""One HTTP request, and waiting for a service that is gone. The standard library alone; redirects are not followed.
+"""One HTTP request to a service, and the wait for a service that is gone.
 
 A request ends within its time limit, however slowly the service sends its head or its body; only the system's look-up
-of a host's name has a limit of its own. What a service sends is nobody's word but its own: the key that it was given is
-taken out of it at once, and what is shown of it is one line of printable characters.
+of a host's name has a limit of its own. Redirects are not followed. The key that the service was given is taken out of
+whatever it sends, and what is shown of it is one line of printable characters.
 
 What goes wrong is of four kinds, and each has its own end:
 
@@ -12,38 +12,35 @@ What goes wrong is of four kinds, and each has its own end:
 * everything else it says is an answer, which the caller judges.
 """
 
-import http.client
 import ipaddress
 import logging
 import os
 import re
-import socket
 import ssl
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from email.message import Message
 from email.utils import parsedate_to_datetime
-from functools import partial
-from typing import IO, Any
 from urllib.parse import urlsplit
+
+import anyio
+import httpx2
+from anyio.from_thread import start_blocking_portal
 
 from pixrl.errors import ConfigError, ServiceError
 from pixrl.untrusted import LEAST_SECRET, Secret, plain
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
-"""Seconds."""
+"""Seconds between two tries: the first pause, and the longest to which it grows."""
 START_WAIT = 30.0
 """Seconds to wait for a service before a run begins: its address may be mistyped."""
 LONGEST_WAIT = 86400.0
-"""Seconds that one answer may take at most."""
+"""Seconds that one answer may take at most: a day."""
 MOST_BYTES = 32 * 2**20
-"""Of an answer."""
+"""The largest answer that is read."""
 GONE = frozenset({429, 502, 503, 504})
 LOCKED = frozenset({401, 403})
 _log = logging.getLogger("pixrl")
@@ -59,8 +56,13 @@ class Reply:
     """Seconds that it asks to wait."""
 
     @property
+    def reason(self) -> str:
+        """Its status and the beginning of its text, for people."""
+        return f"HTTP {self.status}: {self.text}"
+
+    @property
     def text(self) -> str:
-        """The beginning of it, for people."""
+        """The beginning of its text, for people."""
         return plain(self.body[:640].decode(errors="replace"), 160)
 
 
@@ -73,70 +75,6 @@ class Silence:
     """It took the connection and gave no answer in time."""
     hopeless: bool = False
     """Waiting does not help."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A token is for the address that it was given for; where a service would send us is not even read."""
-
-    def http_error_302(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message
-    ) -> None:
-        return None
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-class _Deadline(AbstractContextManager["_Deadline"]):
-    """A time limit of one request: at its end the connection is shut, wherever it stands.
-
-    A socket's own limit is one of silence, which every byte begins anew.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-        self._timer = threading.Timer(seconds, self._shut)
-        self._timer.daemon = True
-        self._lock = threading.Lock()
-        self._connection: socket.socket | None = None
-        self.passed = False
-
-    def __enter__(self) -> "_Deadline":
-        self._timer.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._timer.cancel()
-        with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-            self._connection = None
-
-    def connect(
-        self, address: tuple[str, int], timeout: object = None, source: tuple[str, int] | None = None
-    ) -> socket.socket:
-        """As `socket.create_connection`, within the limit over all of a host's addresses."""
-        failed: OSError = OSError(f"{address[0]} has no address")
-        for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-            connection = socket.socket(family, kind, protocol)
-            connection.settimeout(max(self._end - time.monotonic(), 0.001))
-            try:
-                connection.connect(place)
-            except OSError as error:
-                connection.close()
-                failed = error
-                continue
-            with self._lock:  # a second handle: TLS takes the first one over
-                self._connection = connection.dup()
-            if self.passed:
-                self._shut()
-            return connection
-        raise failed
-
-    def _shut(self) -> None:
-        self.passed = True
-        with self._lock, suppress(OSError):
-            if self._connection is not None:
-                self._connection.shutdown(socket.SHUT_RDWR)
 
 
 class Service:
@@ -158,99 +96,66 @@ class Service:
         key = key_from(os.environ, key_env, name)
         if key is not None and len(key) >= LEAST_SECRET and key in self.url:
             raise ConfigError(f"{name}: its address holds the key itself. Leave it out: {key_env} is enough.")
-        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        # what comes is counted as it comes, so it must not unfold; one request a connection
+        self._headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
         self._secret = Secret(key or "")
-        # a proxy that the environment names is not for this machine itself
-        self._proxies: dict[str, str] | None = {} if is_loopback(urlsplit(self.url).hostname or "") else None
+        self._tls = ssl.create_default_context()
 
     def ask(self, path: str, body: bytes | None, time_limit: float) -> Reply | Silence:
         """One request: GET without a body, POST of JSON with one. The key is nowhere in what it gives."""
-        with _Deadline(time_limit) as deadline:
-            found = self._ask(path, body, time_limit, deadline)
-        if deadline.passed:
-            return _too_slow(time_limit)
+        with start_blocking_portal() as portal:  # a thread of its own: a notebook's has an event loop already
+            found = portal.call(self._ask, path, body, time_limit)
         if isinstance(found, Silence):
             return replace(found, reason=plain(self._secret.without_in(found.reason)))
         return replace(found, body=self._secret.without(found.body))
 
-    def _ask(self, path: str, body: bytes | None, time_limit: float, deadline: _Deadline) -> Reply | Silence:
-        headers = {"Accept": "application/json", **self._headers}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-        request = urllib.request.Request(f"{self.url}{path}", data=body, headers=headers)
-        opener = urllib.request.build_opener(
-            _NoRedirect, urllib.request.ProxyHandler(self._proxies), _Plain(deadline), _Encrypted(deadline)
-        )
+    async def _ask(self, path: str, body: bytes | None, time_limit: float) -> Reply | Silence:
+        kind = {} if body is None else {"Content-Type": "application/json"}
+        method = "GET" if body is None else "POST"
+        request = httpx2.Request(method, f"{self.url}{path}", headers={**self._headers, **kind}, content=body)
+        try:  # the transport alone: a client would read redirects, and the environment in a way of its own
+            transport = httpx2.AsyncHTTPTransport(verify=self._tls, proxy=_proxy(self.url))
+        except (ValueError, ImportError, httpx2.InvalidURL) as error:
+            return Silence(f"the proxy that the environment names is of no use: {error}", hopeless=True)
+        said = bytearray()
         try:
-            try:
-                with opener.open(request, timeout=time_limit) as response:
-                    return _read(response)
-            except urllib.error.HTTPError as error:
-                with error:
-                    return _read(error)
-        except TimeoutError:
-            return _too_slow(time_limit)
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                return _too_slow(time_limit)
-            certificate = isinstance(error.reason, ssl.SSLCertVerificationError)
-            return Silence(str(error.reason), hopeless=certificate)
-        except (OSError, http.client.HTTPException) as error:
-            return Silence(f"{type(error).__name__}: {error}")
+            with anyio.fail_after(time_limit):
+                async with transport:
+                    response = await transport.handle_async_request(request)
+                    async for part in response.aiter_raw():
+                        said += part
+                        if len(said) > MOST_BYTES:
+                            return Silence(f"an answer of more than {MOST_BYTES} bytes")
+                    after = seconds_of(response.headers.get("Retry-After"))
+                    return Reply(response.status_code, bytes(said), after)
+        except (TimeoutError, httpx2.HTTPError) as error:
+            return _silence(error, time_limit)
 
 
-class _Plain(urllib.request.HTTPHandler):
-    """http:// within a deadline."""
-
-    def __init__(self, deadline: _Deadline) -> None:
-        super().__init__()
-        self._deadline = deadline
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(_watched, http.client.HTTPConnection, self._deadline), req)
-
-
-class _Encrypted(urllib.request.HTTPSHandler):
-    """https:// within a deadline."""
-
-    def __init__(self, deadline: _Deadline) -> None:
-        super().__init__()
-        self._deadline = deadline
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(_watched, http.client.HTTPSConnection, self._deadline), req)
+def _silence(error: Exception, time_limit: float) -> Silence:
+    """Why a request failed, by the first cause of its error."""
+    causes: list[BaseException] = [error]
+    while (before := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(before.exceptions[0] if isinstance(before, BaseExceptionGroup) else before)
+    first = causes[-1]
+    if any(isinstance(cause, TimeoutError) for cause in causes):
+        return Silence(f"no answer within {time_limit:g} s", slow=True)
+    if isinstance(first, ssl.SSLCertVerificationError):
+        return Silence(str(first), hopeless=True)
+    if isinstance(first, ConnectionError) and first.errno is not None:  # asyncio has a text of its own
+        return Silence(f"[Errno {first.errno}] {os.strerror(first.errno)}")
+    return Silence(str(first) if isinstance(first, OSError) else f"{type(first).__name__}: {first}")
 
 
-def _watched(
-    kind: type[http.client.HTTPConnection], deadline: _Deadline, host: str, **options: Any
-) -> http.client.HTTPConnection:
-    """A connection that a deadline ends, a proxy's greeting and the handshake of TLS included."""
-    connection = kind(host, **options)
-    vars(connection)["_create_connection"] = deadline.connect  # the one place where it makes its socket
-    return connection
-
-
-def _too_slow(time_limit: float) -> Silence:
-    return Silence(f"no answer within {time_limit:g} s", slow=True)
-
-
-def _read(response: "http.client.HTTPResponse | urllib.error.HTTPError") -> Reply:
-    """The whole answer, in whatever drops it comes."""
-    parts, size = [], 0
-    while part := response.read1(2**16):
-        parts.append(part)
-        size += len(part)
-        if size > MOST_BYTES:
-            raise http.client.HTTPException(f"an answer of more than {MOST_BYTES} bytes")
-    expected = _whole_number(response.headers.get("Content-Length"))
-    if expected is not None and size < expected:
-        raise http.client.IncompleteRead(b"".join(parts), expected - size)
-    return Reply(response.status or 0, b"".join(parts), seconds_of(response.headers.get("Retry-After")))
-
-
-def _whole_number(text: str | None) -> int | None:
-    """What a header says; None where it is no number that a length could be."""
-    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,15}", text.strip()) else None
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for an address; this machine itself is reached without one."""
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    found = urllib.request.getproxies().get(parts.scheme)
+    return f"http://{found}" if found and "://" not in found else found or None
 
 
 def seconds_of(text: str | None) -> float | None:
@@ -294,34 +199,37 @@ class Patience:
         failed = 0
         for pause in pauses():
             found = once()
+            where = f"{service.name} at {service.url}"
             if isinstance(found, Silence) and found.hopeless:
-                raise ServiceError(f"{service.name} at {service.url}: {found.reason}. {self.advice}")
+                raise ServiceError(f"{where}: {found.reason}. {self.advice}")
             if isinstance(found, Reply) and found.status in LOCKED:
-                raise ServiceError(
-                    f"{service.name} at {service.url} does not let us in (HTTP {found.status}: {found.text}). "
-                    f"{_key_hint(service.key_env)}"
+                hint = (
+                    "It wants a key: name the environment variable that holds it."
+                    if service.key_env is None
+                    else f"Is what the environment variable {service.key_env} holds its key?"
                 )
-            if self._gone(found):
+                raise ServiceError(f"{where} does not let us in ({found.reason}). {hint}")
+            if self._is_gone(found):
                 since = time.monotonic() if since is None else since
-                pause = max(pause, _asked_pause(found))
-                self._wait(service, found, pause, time.monotonic() - since)
+                asked = found.retry_after or 0.0 if isinstance(found, Reply) else 0.0
+                pause = max(pause, min(asked, LONGEST_PAUSE))
+                self._wait(service, found.reason, pause, time.monotonic() - since)
                 continue
             if since is not None:
                 _log.warning("%s is back.", service.name)
                 since = None
             failed += 1
-            if not _failed(found) or failed >= self.tries:
+            if failed >= self.tries or (isinstance(found, Reply) and found.status < 500):
                 return found
             self.stop.wait(pause)
         raise AssertionError("pauses never end")
 
-    def _gone(self, found: Reply | Silence) -> bool:
+    def _is_gone(self, found: Reply | Silence) -> bool:
         if isinstance(found, Silence):
             return self.slow_is_gone or not found.slow
         return found.status in GONE
 
-    def _wait(self, service: Service, found: Reply | Silence, pause: float, waited: float) -> None:
-        reason = found.reason if isinstance(found, Silence) else f"HTTP {found.status}: {found.text}"
+    def _wait(self, service: Service, reason: str, pause: float, waited: float) -> None:
         if waited >= self.seconds or self.stop.is_set():
             raise ServiceError(
                 f"{service.name} at {service.url} stayed away for {waited:.3g} s ({reason}), longer than its option "
@@ -338,20 +246,6 @@ class Patience:
         self.stop.wait(pause)
 
 
-def _key_hint(variable: str | None) -> str:
-    if variable is None:
-        return "It wants a key: name the environment variable that holds it."
-    return f"Is what the environment variable {variable} holds its key?"
-
-
-def _failed(found: Reply | Silence) -> bool:
-    return isinstance(found, Silence) or found.status >= 500
-
-
-def _asked_pause(found: Reply | Silence) -> float:
-    return min(found.retry_after or 0.0, LONGEST_PAUSE) if isinstance(found, Reply) else 0.0
-
-
 def pauses() -> Iterator[float]:
     """Seconds between tries: each twice the one before, up to the longest."""
     pause = FIRST_PAUSE
@@ -363,11 +257,12 @@ def pauses() -> Iterator[float]:
 def checked_url(url: str, name: str) -> str:
     """The address without a slash at its end. ConfigError where it is none."""
     try:
+        httpx2.URL(url)
         parts = urlsplit(url)
         good = url.isascii() and url.isprintable() and not set(url) & set(" ?#")
         good &= parts.scheme in ("http", "https") and bool((parts.hostname or "").encode("idna"))
         good &= parts.port != 0  # reading it raises where it is no port at all
-    except ValueError:  # UnicodeError is one
+    except (ValueError, httpx2.InvalidURL):  # UnicodeError is one of the first
         good = False
     if not good:
         raise ConfigError(

@@ -190,7 +190,7 @@ class JudgeReward(Reward):
         if isinstance(found, Silence):
             return math.nan, f"{found.reason} ({self.tries} tries)"
         if found.status != 200:
-            return math.nan, f"HTTP {found.status}: {found.text}"
+            return math.nan, found.reason
         text, problem = _said(found.body)
         return (math.nan, problem) if text is None else self.scale.read(text)
 

@@ -97,7 +97,7 @@ class RemoteReward(Reward):
     def _describe(self, patience: float, advice: str) -> wire.Description:
         waiting = Patience(patience, 3, slow_is_gone=True, advice=advice, stop=self._stop)
         found = waiting.ask(self.service, lambda: self.service.ask("/describe", None, DESCRIBE_LIMIT))
-        problem = found.reason if isinstance(found, Silence) else f"HTTP {found.status}: {found.text}"
+        problem = found.reason
         if isinstance(found, Reply) and found.status == 200:
             try:
                 return wire.read_description(found.body)
@@ -142,7 +142,7 @@ class RemoteReward(Reward):
                 "with the rewards that the run began with."
             )
         if found.status != 200:
-            return _failed(rows, f"HTTP {found.status}: {found.text}")
+            return _failed(rows, found.reason)
         try:
             scores = wire.read_answer(found.body, len(rows))
         except wire.WireError as error:

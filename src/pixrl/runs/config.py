@@ -10,7 +10,6 @@ A personalize recipe is an align recipe whose prompts come with subjects; a fuse
 """
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +18,11 @@ from pydantic_core import PydanticKnownError
 
 from pixrl import config as recipes
 from pixrl import plugins
-from pixrl.algorithms import ADVANTAGES, EXPLORATIONS, LOSSES, SAMPLERS
+from pixrl.algorithms import ADVANTAGES, EXPLORATIONS, LOSSES, MIXINGS, SAMPLERS
 from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.exploration import ExplorationSettings, GroupSize, NoiseExploration
 from pixrl.algorithms.fusion.base import Sampler
+from pixrl.algorithms.fusion.mixing import ColumnsSettings, MixingSettings, Pooled
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import MOST_STEPS as MOST_SAMPLING
@@ -348,17 +348,6 @@ SamplerName = Annotated[str, BeforeValidator(_require_sampler)]
 """A sampler: a name of `pixrl.algorithms.SAMPLERS`, `path/to/file.py:Name` or `module:Name`."""
 
 
-class Pooled(StrEnum):
-    """How the pooled text features are mixed."""
-
-    AVERAGE = "average"
-    """1/N each, whatever the coefficients: the paper's code."""
-    WEIGHT = "weight"
-    """Each concept by the mean of its coefficients."""
-    COLUMNS = "columns"
-    """Column by column, with coefficients of their own."""
-
-
 class FuseConfig(Settings):
     """One fusion: which concepts, with which model, by which sampler, scored and selected how."""
 
@@ -385,7 +374,10 @@ class FuseConfig(Settings):
     """A child shows a concept above this similarity; none: the checkpoint's calibration."""
     balance: float | None = Field(None, gt=0, le=MOST)
     """A child is balanced below this difference of similarities; none: the checkpoint's calibration."""
+    mixing: Annotated[MixingSettings, PartOf(MIXINGS)] = ColumnsSettings()
+    """What of the concepts is mixed: columns, tokens, steps, velocity or spatial, with its settings."""
     pooled: Pooled = Pooled.WEIGHT
+    """How the pooled text features are mixed, with the mixings columns and tokens."""
     noise: Noise = Noise.NARROW
     max_failed_share: float = Field(0.5, ge=0, lt=1)
     """The run stops when more than this share of its pictures could not be scored."""
@@ -415,6 +407,11 @@ class FuseConfig(Settings):
     @model_validator(mode="after")
     def _one_batch_at_least(self) -> "FuseConfig":
         refuse_infinite(self)
+        if self.pooled is not Pooled.WEIGHT and not MIXINGS.find(self.mixing.kind).mixes_embeddings:
+            raise ValueError(
+                f"pooled={self.pooled} has no effect with mixing={self.mixing.kind}, which mixes no embeddings; leave "
+                "it out"
+            )
         if self.budget < self.batch:
             raise ValueError(
                 f"a budget of {self.budget} pictures is below one batch of {self.batch}; "
@@ -424,13 +421,14 @@ class FuseConfig(Settings):
 
     @property
     def code(self) -> dict[str, str]:
-        """The checksum of the file of yours that holds the sampler, for a resume to compare."""
-        return checksums([(SAMPLERS, self.sampler)])
+        """Checksums of the files of yours that hold the sampler and the mixing, for a resume to compare."""
+        return checksums([(SAMPLERS, self.sampler), (MIXINGS, self.mixing.kind)])
 
     def with_full_paths(self) -> "FuseConfig":
         """The same, its checkpoints by their whole paths where they are on this disk."""
         found = {name: full_path(ref) for name in CHECKPOINTS if (ref := self.__dict__[name]) is not None}
-        return self.model_copy(update={**found, "sampler": plugins.full_path(self.sampler)})
+        mixing = self.mixing.model_copy(update={"kind": plugins.full_path(self.mixing.kind)})
+        return self.model_copy(update={**found, "sampler": plugins.full_path(self.sampler), "mixing": mixing})
 
     @property
     def world(self) -> tuple[str, str | None, str | None, str, str, MemoryPlan]:

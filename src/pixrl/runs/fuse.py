@@ -100,9 +100,7 @@ def start(
     require_free(out, force)
     config = config.with_full_paths()
     world = world or world_of(config)
-    world.renderer.encode(
-        [world.prompt(concept) for concept in config.concepts]
-    )  # unknown words, before any folder
+    world.mixing(config)  # unknown words and a mixing that does not fit, before any folder
     folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
     with replacing(folder.path):
         return _run(folder, config, world, START, monitor or Silent())

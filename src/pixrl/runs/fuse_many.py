@@ -114,7 +114,8 @@ def start_many(
     if world is None:
         fuse_job.get_ready(first, list(names), out, force=force)
         world = fuse_job.world_of(first)
-    world.renderer.encode([world.prompt(concept) for concept in names])  # unknown words, before any folder
+    world.mixing(first)  # a mixing that does not fit, and unknown words, before any folder
+    world.renderer.encode([world.prompt(concept) for concept in names])
     folder = RunFolder.create(out, kind=kind, recipe=config, force=force)
     with replacing(folder.path):
         return _run_all(folder, config, monitor, world)

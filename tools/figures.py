@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Makes the pictures of the docs again, from what the package does now. Run it as `make docs`."""
+"""Makes the pictures of the docs again, from what the package does now. Run it as `make figures`."""
 
 import tempfile
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
 
 from pixrl import api, config
 from pixrl.cli import demo
 from pixrl.data.pairs import parse_pairs
+from pixrl.fusion.world import FusionSession, load_world
+from pixrl.rewards.python import to_pil
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import RunFolder
@@ -18,6 +21,17 @@ from pixrl.toy.sheet import contact_sheet
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 TILE, GAP, LABEL = 128, 8, 20
 CHILDREN = 4
+SHARES = (0.25, 0.4, 0.5, 0.6, 0.75)
+MIXED_PAIRS = (("owl", "snail"), ("penguin", "cactus"))
+MIXINGS = {
+    "columns": {"kind": "columns"},
+    "tokens": {"kind": "tokens"},
+    "steps": {"kind": "steps"},
+    "steps, in turn": {"kind": "steps", "order": "alternate"},
+    "velocity": {"kind": "velocity"},
+    "spatial,\ntop down": {"kind": "spatial"},
+    "spatial,\ninside out": {"kind": "spatial", "shape": "inside_out"},
+}
 
 
 def main() -> None:
@@ -26,6 +40,7 @@ def main() -> None:
     contact_sheet().save(IMAGES / "toy_vocabulary.png", optimize=True)
     generated_sheet().save(IMAGES / "toy_sd3.png", optimize=True)
     personal_sheet().save(IMAGES / "toy_flux.png", optimize=True)
+    mixing_sheet().save(IMAGES / "mixings.png", optimize=True)
     with tempfile.TemporaryDirectory() as folder:
         demo_sheet(Path(folder) / "demo").save(IMAGES / "fused.png", optimize=True)
     print(f"pictures in {IMAGES}")
@@ -40,6 +55,30 @@ def demo_sheet(out: Path) -> Image.Image:
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for k, row in enumerate(rows):
         sheet.paste(row, (0, k * row.height))
+    return sheet
+
+
+def mixing_sheet() -> Image.Image:
+    """Every mixing on one noise, from the second concept to the first; seeds and shares are not chosen."""
+    world, seed = load_world("toy:sd3"), 0
+    left, columns = 128, len(SHARES) * len(MIXED_PAIRS)
+    size = (left + columns * (TILE + GAP) + GAP * 3 * len(MIXED_PAIRS), (TILE + GAP) * len(MIXINGS) + LABEL)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (label, mixing) in enumerate(MIXINGS.items()):
+        draw.text((GAP, LABEL + row * (TILE + GAP) + TILE // 2 - 10), label, fill="black", font_size=15)
+        for block, concepts in enumerate(MIXED_PAIRS):
+            recipe = {"concepts": concepts, "mixing": mixing}
+            session = FusionSession(world, config.load(FuseConfig, recipe))
+            columns = session.task().columns
+            mixed = torch.tensor([[a, 1 - a] for a in SHARES])[:, :, None].expand(-1, -1, columns)
+            start = left + block * (len(SHARES) * (TILE + GAP) + GAP * 3)
+            for place, image in enumerate(to_pil(session.render(mixed, [seed] * len(SHARES)))):
+                picture = image.resize((TILE, TILE), Image.Resampling.LANCZOS)
+                sheet.paste(picture, (start + place * (TILE + GAP), LABEL + row * (TILE + GAP)))
+                if row == 0:
+                    said = f"{SHARES[place]:.0%} {concepts[0]}"
+                    draw.text((start + place * (TILE + GAP), 0), said, fill="black", font_size=13)
     return sheet
 
 
