@@ -22,6 +22,7 @@ BRIGHT = '''
 from pathlib import Path
 
 from pixrl.rewards.base import Reward
+from pixrl.types import Scores
 
 
 class Bright(Reward):
