@@ -17,7 +17,7 @@ import torch
 from pixrl.algorithms.sampling import Solver
 from pixrl.models.slots import Slot
 from pixrl.rewards.settings import RewardSetting
-from pixrl.studies.slots import Drawing, Evaluation, evaluate, evaluated_slot, load_meter, open_run
+from pixrl.runs.measure import Drawing, Evaluation, evaluate, evaluated_slot, load_meter, open_run
 
 
 def main() -> None:

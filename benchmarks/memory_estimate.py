@@ -14,7 +14,7 @@ import torch
 
 from pixrl.device import Precision
 from pixrl.doctor.diagnosis import size
-from pixrl.doctor.training import Estimate
+from pixrl.doctor.estimate import Estimate
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX
 from pixrl.models import adapter_of

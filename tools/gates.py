@@ -4,7 +4,8 @@
 import json
 from typing import Any
 
-from pixrl.toy.build import CHECKPOINTS, STAGES
+from pixrl.toy import CHECKPOINTS
+from pixrl.toy.build import STAGES
 
 
 def main() -> None:

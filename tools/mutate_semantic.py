@@ -74,8 +74,9 @@ class Table:
 
 
 def package_sources() -> dict[Path, str]:
-    """The text of every module of pixrl."""
-    return {path: path.read_text(encoding="utf-8") for path in sorted((SOURCE / "pixrl").rglob("*.py"))}
+    """The text of every module of pixrl and of the studies beside it."""
+    modules = [*sorted((SOURCE / "pixrl").rglob("*.py")), *sorted((ROOT / "studies").glob("*.py"))]
+    return {path: path.read_text(encoding="utf-8") for path in modules}
 
 
 def compiled(mutant: Semantic, sources: Mapping[Path, str]) -> tuple[str, CodeType]:
@@ -83,10 +84,11 @@ def compiled(mutant: Semantic, sources: Mapping[Path, str]) -> tuple[str, CodeTy
     places = mutant.places(sources)
     if len(places) != 1:
         raise ValueError(
-            f"{mutant.area}: {mutant.name}: {len(places)} places of {mutant.before!r} in src/pixrl"
+            f"{mutant.area}: {mutant.name}: {len(places)} places of {mutant.before!r} in src/pixrl and studies"
         )
     (path,) = places
-    name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    root = SOURCE if path.is_relative_to(SOURCE) else ROOT
+    name = ".".join(path.relative_to(root).with_suffix("").parts)
     return name, compile(mutant.applied(sources[path]), str(path), "exec")
 
 

@@ -12,8 +12,7 @@ from pixrl.algorithms.world import Team
 from pixrl.data.pairs import check_concepts, parse_pairs, read_pairs
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Diagnosis
-from pixrl.doctor.fusion import examine_fusion
-from pixrl.doctor.training import examine as examine_training
+from pixrl.doctor.examine import examine_fusion, examine_training, try_out
 from pixrl.errors import ConfigError, InputError
 from pixrl.fusion.select import Selection
 from pixrl.report.align import write_align_report
@@ -21,7 +20,6 @@ from pixrl.report.fuse import write_fuse_report, write_many_report
 from pixrl.runs import align as align_job
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs import fuse_many
-from pixrl.runs.align import try_out
 from pixrl.runs.config import ALIGN, KINDS, PERSONALIZE, AlignConfig, FuseConfig, load_recipe, resolve_options
 from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.folder import RunFolder
@@ -307,7 +305,7 @@ def fuse(
         concepts: two or more different ones.
         budget: pictures in all.
         seed: of everything random.
-        sampler: rmler, ppo, grpo, random, mean, bass, agswap, golden or search.
+        sampler: rmler, ppo, grpo, random, mean, bass, agswap, golden, search, bisect or cmaes.
         model: toy:NAME, a folder in diffusers' layout, or a hub id.
         out: the run's folder; None makes a new one under runs/.
         force: replace a run that is there already.
@@ -372,10 +370,21 @@ def run_pairs(
 
 
 def select_run(
-    run: Path, *, keep: int | None = None, presence: float | None = None, balance: float | None = None
+    run: Path,
+    *,
+    keep: int | None = None,
+    presence: float | None = None,
+    balance: float | None = None,
+    everywhere: bool = False,
 ) -> Selection:
-    """Chooses again from a run's pictures and rewrites its report; makes no pictures."""
-    chosen = fuse_job.select_again(run, keep=keep, presence=presence, balance=balance)
+    """Choose again from a run's pictures and rewrite its report; makes no pictures.
+
+    Args:
+        run: the folder of a fusion.
+        keep, presence, balance: as in the recipe; None leaves what it says.
+        everywhere: choose among all pictures, those that a policy learned from too.
+    """
+    chosen = fuse_job.select_again(run, keep=keep, presence=presence, balance=balance, everywhere=everywhere)
     write_fuse_report(chosen)
     return chosen.selection
 

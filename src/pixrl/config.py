@@ -22,22 +22,20 @@ from pixrl.untrusted import plain
 
 PACKAGE = Path(__file__).resolve().parent
 SUFFIXES = (".yaml", ".yml")
-
-
 DEEPEST, LARGEST = 32, 100_000
-"""Levels of a YAML document, and its values with every alias written out."""
+"""Most levels of a YAML document, and most values with every alias written out."""
 MOST_YAML = 2**20
-"""Characters of a YAML document."""
+"""Most characters of a YAML document."""
 KINDS = {"int": "number", "float": "number", "timestamp": "date", "bool": "truth value"}
-"""What YAML's tags mean."""
+"""Words for YAML's tags in messages."""
 MOST = 10**6
-"""Of whatever a recipe counts."""
+"""Upper limit of everything that a recipe counts."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-"""Of everything random: what every generator and every file format here can hold."""
+"""Seed of everything random, in the range that every generator and every file format here can hold."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
-"""Steps, pictures, prompts and the like."""
+"""Number of steps, pictures, prompts and the like."""
 Side = Annotated[int, Field(ge=1, le=16384)]
-"""Pixels of a picture's side."""
+"""Side of a picture in pixels."""
 
 
 class Settings(BaseModel):
@@ -57,28 +55,45 @@ def load(
     values: Mapping[str, Any] | None = None,
     kind: str | None = None,
 ) -> ModelT:
-    """The settings `model_cls` from a recipe, then `values` (dotted path -> value), then `--set` overrides.
+    """Fill in the settings `model_cls` from a recipe, then `values`, then `--set` overrides.
 
-    `kind` is the job the caller does; a recipe of another kind is refused.
+    Args:
+        model_cls: the model to fill in.
+        source: a YAML file, a name under recipes/, or a table; None: no recipe.
+        overrides: texts such as `a.b=c`.
+        values: values by dotted path.
+        kind: the job that the caller does; a recipe of another kind is refused.
+
+    Raises:
+        ConfigError: the recipe cannot be read, or a setting is unknown, wrong or given twice.
     """
     data, origin = _read(source)
     found = data.pop("kind", None) if "kind" not in model_cls.model_fields else None
     if kind is not None and found is not None and found != kind:
-        raise ConfigError(f"{origin} is a recipe for {found!r}, not for {kind!r}. Type: pixrl {found} ...")
+        command = "study" if str(found).endswith("-study") else found
+        raise ConfigError(f"{origin} is a recipe for {found!r}, not for {kind!r}. Type: pixrl {command} ...")
     given: dict[str, Any] = {}
     for path, value in [*(values or {}).items(), *(_parse_override(text) for text in overrides)]:
-        _refuse_clash(given, path, value)
+        if path in given and given[path] != value:
+            raise ConfigError(f"{path} is given twice: {given[path]!r} and {value!r}. Give it once.")
+        for other in given:
+            if other.startswith(f"{path}.") or path.startswith(f"{other}."):
+                raise ConfigError(
+                    f"{other} and {path} are both given, and one contains the other. Give one of them."
+                )
         given[path] = value
         _put(data, path, value)
     _require_texts(data, origin)
     try:
         return model_cls.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(model_cls, error, origin)) from None
+        lines = [_explain(model_cls, detail) for detail in error.errors(include_url=False)]
+        counted = [f"{len(lines)} mistakes in {origin}:", *lines]
+        raise ConfigError(lines[0] if len(lines) == 1 else "\n  ".join(counted)) from None
 
 
 def refuse_infinite(settings: object, path: str = "") -> None:
-    """ValueError, with the dotted path, for a number that is none or has no end; for the settings of runs."""
+    """Raise ValueError, with the dotted path, where a setting of a run is nan or infinite."""
     if isinstance(settings, BaseModel):
         settings = dict(settings)
     if isinstance(settings, Mapping):
@@ -92,13 +107,13 @@ def refuse_infinite(settings: object, path: str = "") -> None:
 
 
 def kind_of(source: Path | str | Mapping[str, Any]) -> str | None:
-    """Which job a recipe says it is for; None where it does not say."""
+    """Return the job that a recipe says it is for; None where it does not say."""
     found = _read(source)[0].get("kind")
     return None if found is None else str(found)
 
 
 def dump(model: BaseModel) -> str:
-    """All settings of a model, defaults included, as YAML that `load` reads back to an equal model.
+    """Return all settings of a model, defaults included, as YAML that `load` reads back to an equal model.
 
     Raises:
         ConfigError: a setting that was given in Python is nothing that a recipe can say.
@@ -113,7 +128,11 @@ def dump(model: BaseModel) -> str:
 
 
 def find_recipe(name: Path | str) -> Path:
-    """The file of a recipe: a path, or a name under `recipes/` of the source tree or of the installed package."""
+    """Return the file of a recipe: a path, or a name under `recipes/` of the source tree or of the installed package.
+
+    Raises:
+        ConfigError: there is none.
+    """
     direct = Path(require_path(str(name), "the name of a recipe"))
     if direct.is_file():
         return direct
@@ -136,7 +155,7 @@ def find_recipe(name: Path | str) -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names that `find_recipe` knows, such as `toy/fuse`."""
+    """Return the names that `find_recipe` knows, such as `toy/fuse`."""
     files = (
         file.relative_to(folder).with_suffix("").as_posix()
         for folder in _recipe_folders()
@@ -153,7 +172,7 @@ def _recipe_folders() -> list[Path]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, where a key that is given twice is an error instead of a silent choice.
+    """YAML's safe loader, in which a key that is given twice is an error instead of a silent choice.
 
     So is what YAML takes for a number or a date and Python cannot make one of, what is nested too deeply, and what
     aliases blow up.
@@ -192,11 +211,15 @@ class _StrictLoader(yaml.SafeLoader):
             tag = str(node.tag).rpartition(":")[2]
             value = node.value if isinstance(node.value, str) else "a collection"
             given = plain(value, 40) + (f" ({len(value)} characters)" if len(value) > 40 else "")
-            problem = f"{given} is no {KINDS.get(tag, tag)} ({_first(error)}); text is written in quotes"
+            said = str(error).partition(";")[0]  # without advice for programmers behind a semicolon
+            problem = f"{given} is no {KINDS.get(tag, tag)} ({said}); text is written in quotes"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-        if isinstance(found, str) and not _is_writable(found):
-            problem = f"{plain(found, 40)!r} holds half a character, which is no Unicode"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        if isinstance(found, str):
+            try:
+                found.encode("utf-8", "surrogateescape")  # bytes of a file's name may be no UTF-8
+            except UnicodeEncodeError:
+                problem = f"{plain(found, 40)!r} holds half a character, which is no Unicode"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
         return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -211,22 +234,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _is_writable(text: str) -> bool:
-    """Whether the text is Unicode, but for bytes that stand in a file's name and are no UTF-8."""
-    try:
-        text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _first(error: BaseException) -> str:
-    """What an error says, without advice for programmers behind a semicolon."""
-    return str(error).partition(";")[0]
-
-
 def _refuse_excess(root: yaml.Node) -> None:
-    """Refuses a document that is larger than LARGEST with its aliases written out, or that holds itself."""
+    """Refuse a document that is larger than LARGEST with its aliases written out, or that holds itself."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, above: tuple[int, ...]) -> int:
@@ -247,7 +256,7 @@ def _refuse_excess(root: yaml.Node) -> None:
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """One YAML document; `origin` names it in the error.
+    """Parse one YAML document; `origin` names it in the error.
 
     Raises:
         ConfigError: it is none, repeats a key, holds what is no number or date, or is too deep or too large.
@@ -289,7 +298,7 @@ def _read(source: Path | str | Mapping[str, Any] | None) -> tuple[dict[str, Any]
 
 
 def _copied(given: Any) -> Any:
-    """Tables and lists anew, so that overrides change nothing of the caller's; what they hold stays as it is."""
+    """Copy tables and lists, so that overrides change nothing of the caller's; what they hold stays as it is."""
     if isinstance(given, Mapping):
         return {key: _copied(value) for key, value in given.items()}
     return [_copied(value) for value in given] if isinstance(given, list) else given
@@ -310,7 +319,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def _require_texts(data: Mapping[str, Any], origin: str) -> None:
-    """ConfigError where a key or value holds what is no text; the name of a file may, in a value, and is no text."""
+    """Raise ConfigError where a key or value holds what is no text; in a value the name of a file may be none."""
     left, seen = list[Any]([data]), set[int]()
     try:
         while left:
@@ -328,18 +337,8 @@ def _require_texts(data: Mapping[str, Any], origin: str) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _refuse_clash(given: Mapping[str, Any], path: str, value: Any) -> None:
-    if path in given and given[path] != value:
-        raise ConfigError(f"{path} is given twice: {given[path]!r} and {value!r}. Give it once.")
-    for other in given:
-        if other.startswith(f"{path}.") or path.startswith(f"{other}."):
-            raise ConfigError(
-                f"{other} and {path} are both given, and one contains the other. Give one of them."
-            )
-
-
 def _put(data: dict[str, Any], path: str, value: Any) -> None:
-    """Sets what a dotted name says; an entry of a list goes by its own name, as in rewards.identity.weight."""
+    """Set what a dotted name says; an entry of a list goes by its own name, as in rewards.identity.weight."""
     *parents, last = path.split(".")
     place: Any = data
     for depth, name in enumerate(parents):
@@ -353,7 +352,7 @@ def _put(data: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _entry(entries: list[Any], name: str, path: str) -> dict[str, Any]:
-    """The entry of a list that says `name: NAME`."""
+    """Return the entry of a list that says `name: NAME`."""
     known = {one["name"]: one for one in entries if isinstance(one, dict) and "name" in one}
     if name not in known:
         raise ConfigError(
@@ -365,7 +364,7 @@ def _entry(entries: list[Any], name: str, path: str) -> dict[str, Any]:
 
 
 def _named(given: Any) -> str:
-    """How to set a part of a list's entry, where its entries have names."""
+    """Say how to set a part of a list's entry, where its entries have names."""
     names = (
         [one["name"] for one in given if isinstance(one, dict) and "name" in one]
         if isinstance(given, list)
@@ -374,12 +373,8 @@ def _named(given: Any) -> str:
     return f" of its own; name the entry: {', '.join(map(str, names))}" if names else ""
 
 
-def _explain(model_cls: type[BaseModel], error: ValidationError, origin: str) -> str:
-    lines = [_explain_one(model_cls, detail) for detail in error.errors(include_url=False)]
-    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} mistakes in {origin}:", *lines])
-
-
-def _explain_one(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
+def _explain(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
+    """Say what is wrong with a setting, where, and what was meant or is allowed."""
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         *parents, key = detail["loc"]
@@ -404,12 +399,12 @@ def _explain_one(model_cls: type[BaseModel], detail: ErrorDetails) -> str:
 
 
 def fields_at(model_cls: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
-    """The settings allowed at a place of the tree."""
+    """Return the settings that are allowed at a place of the tree."""
     return sorted({name for model in _models_at(model_cls, loc) for name in model.model_fields})
 
 
 def _models_at(model_cls: type[BaseModel], loc: Iterable[int | str]) -> list[type[BaseModel]]:
-    """The models at a place of the tree; list positions, union tags and the like are stepped over."""
+    """Return the models at a place of the tree; list positions, union tags and the like are stepped over."""
     models = [model_cls]
     for part in loc:
         inner = [
@@ -423,12 +418,12 @@ def _models_at(model_cls: type[BaseModel], loc: Iterable[int | str]) -> list[typ
 
 
 def _tag(model: type[BaseModel]) -> Any:
-    """What tells a model apart in a union: the only value of its `kind`."""
+    """Return what tells a model apart in a union: the only value of its `kind`."""
     return model.model_fields["kind"].default if "kind" in model.model_fields else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The settings models named in a type: itself, or inside Optional, unions, lists and mappings."""
+    """Return the settings models named in a type: itself, or inside Optional, unions, lists and mappings."""
     parts = typing.get_args(annotation)
     if not parts:
         return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -7,49 +7,49 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHORT, LONG = 4, 5
-"""Letters from which on two may be wrong in a name that was meant, the first right; or from which on a part will do."""
+"""Length of a name from which on two letters may be wrong (not the first), and from which on a part of it will do."""
 LONGEST_REASON = 300
-"""Characters of an exception's message that a reason keeps."""
+"""Number of characters of an exception's message that a reason keeps."""
 
 
 class PixrlError(Exception):
-    """Base of all errors of this library. `exit_code` is what the command line returns for it."""
+    """Base of all errors of this library; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
 
 class InputError(PixrlError, ValueError):
-    """The caller gave something that cannot be used (command line: exit code 2)."""
+    """Error of input that cannot be used (command line: exit code 2)."""
 
     exit_code = 2
 
 
 class ConfigError(InputError):
-    """A recipe or an override is wrong."""
+    """Error of a recipe or an override."""
 
 
 class UnknownWordError(InputError):
-    """A toy prompt uses a word outside the toy world's vocabulary."""
+    """Error of a toy prompt that uses a word outside the toy world's vocabulary."""
 
 
 class ShapeError(InputError):
-    """A tensor has the wrong shape."""
+    """Error of a tensor that has the wrong shape."""
 
 
 class RunError(PixrlError):
-    """A run cannot start or go on (folder exists, too many failed scores, disk full ...)."""
+    """Error of a run that cannot start or go on (folder exists, too many failed scores, disk full ...)."""
 
 
 class ServiceError(RunError):
-    """A service that the run depends on stayed away, refuses it or has become another one: stop, go on later."""
+    """Error of a service that stayed away, refuses the run or has become another one: the run stops, to go on later."""
 
 
 class CheckpointError(PixrlError):
-    """A checkpoint, manifest or model folder is missing, half written or does not match its checksum."""
+    """Error of a checkpoint, manifest or model folder that is missing, half written or unlike its checksum."""
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """' Did you mean X?' for the allowed name that a slip of the finger makes of it; an empty string without one.
+    """Return ' Did you mean X?' for the allowed name that was misspelled; an empty text where there is none.
 
     A word that only looks alike is another word: dragon is no misspelled drawing.
     """
@@ -59,7 +59,7 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
 
 
 def is_misspelled(given: str, name: str) -> bool:
-    """Whether a name was meant: one letter wrong, missing, too many or swapped, of longer ones two; or a part of it."""
+    """Return whether a name was meant: at most one letter is wrong, in longer names two, or it is a part of it."""
     one, other = given.casefold(), name.casefold()
     if len(one) >= LONG and one[:-1] in other:
         return True
@@ -68,7 +68,7 @@ def is_misspelled(given: str, name: str) -> bool:
 
 
 def _slips(one: str, other: str) -> int:
-    """Letters to put in, take out, change or swap with their neighbour, to make one of the other."""
+    """Return the letters to put in, take out, change or swap with their neighbour, to make one of the other."""
     rows = [list(range(len(other) + 1))]
     for i, letter in enumerate(one, 1):
         row = [i]
@@ -83,15 +83,15 @@ def _slips(one: str, other: str) -> int:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a call gave nothing."""
+    """The failure of a call that returned nothing."""
 
     reason: str
     lost: ServiceError | None = None
-    """What must end the run rather than fail some scores."""
+    """The error that must end the run rather than fail some scores."""
 
 
 def describe(error: BaseException) -> str:
-    """`KeyError: 'tag' (my_reward.py:12)`: the exception, and where it was raised."""
+    """Return an exception and where it was raised, such as `KeyError: 'tag' (my_reward.py:12)`."""
     text = " ".join(str(error).split())
     message = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if len(message) > LONGEST_REASON:

@@ -1,19 +1,46 @@
-"""Libraries that may be missing, or installed in a way that breaks others: one sentence that says what to type."""
+"""Checks of libraries that may be missing, or installed in a way that breaks others; errors say what to type."""
 
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
+from pathlib import Path
 from types import ModuleType
 
-from pixrl.errors import RunError
+from pixrl.errors import InputError, RunError
+
+CHECKOUT = Path(__file__).parents[2]
+"""The root of the repository, where this package was not installed as a wheel."""
+
+
+def from_checkout(module: str, purpose: str, command: str) -> ModuleType:
+    """Import and return a module that lies beside src/ in the repository and that no wheel carries.
+
+    Args:
+        module: its name, such as `studies.command`.
+        purpose: what needs it, as the beginning of a sentence in the plural.
+        command: what was typed, without its arguments.
+
+    Raises:
+        InputError: this is an installed package without the repository; says what to type.
+    """
+    folder = CHECKOUT / module.partition(".")[0]
+    if not (folder / "__init__.py").is_file():
+        raise InputError(
+            f"{purpose} need a checkout of the repository, and pixrl is installed here without it. In a checkout, "
+            f"type: pip install -e . && {command} ..."
+        )
+    if str(CHECKOUT) not in sys.path:
+        sys.path.append(str(CHECKOUT))
+    return importlib.import_module(module)
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """A library that only some jobs need, imported.
+    """Import and return a library that only some jobs need.
 
     Args:
-        module: its name in Python, such as `spacy`.
-        extra: the extra of pixrl that installs it.
+        module: name of the library in Python, such as `spacy`.
+        extra: extra of pixrl that installs it.
         purpose: what needs it, as the beginning of a sentence.
 
     Raises:
@@ -28,7 +55,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def check_torchvision() -> None:
-    """Nothing where torchvision is absent, as pixrl wants it, or can be imported.
+    """Check that torchvision is absent, as pixrl wants it, or can be imported.
 
     diffusers, transformers and peft ask the package's metadata whether it is there, and then fail to import half of
     their models, with messages about anything but torchvision: its compiled part must be built for the very torch

@@ -32,6 +32,7 @@ from pixrl.text import require_path
 from pixrl.untrusted import plain
 
 EXAMPLE = "my_module:Name or path/to/file.py:Name"
+"""The two kinds of import paths, as messages show them."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Registry:
     """The parts of one kind that a recipe can name.
 
     Args:
-        what: what an entry is, for messages: `reward`.
-        group: the entry points of installed packages that add to it: `pixrl.rewards`.
-        entries: name -> `module:Name`.
+        what: word for an entry in messages, such as `reward`.
+        group: group of entry points by which installed packages add to it, such as `pixrl.rewards`.
+        entries: pixrl's own, `module:Name` by name.
     """
 
     what: str
@@ -49,12 +50,12 @@ class Registry:
     entries: Mapping[str, str]
 
     def names(self) -> tuple[str, ...]:
-        """Every name that needs no path: pixrl's own first, then those of installed packages."""
+        """Return every name that needs no path: pixrl's own first, then those of installed packages."""
         others = sorted(name for name in _installed(self.group) if name not in self.entries)
         return (*self.entries, *others)
 
     def require(self, name: str) -> str:
-        """The name itself. InputError where nothing is called so; a path is looked up by `find` alone."""
+        """Return the name; raise InputError where no part has it. A path is looked up by `find` alone."""
         if is_path(name) or name in self.names():
             return name
         raise InputError(
@@ -63,7 +64,7 @@ class Registry:
         )
 
     def find(self, name: str) -> Any:
-        """The class or function of a name.
+        """Return the class or function of a name.
 
         Raises:
             InputError: there is no part of that name.
@@ -82,7 +83,7 @@ class Registry:
         )
 
     def checksum(self, name: str) -> str | None:
-        """SHA-256 of the file that holds a part of yours, for a resume to compare; None for parts of packages."""
+        """Return the SHA-256 of the file that holds a part of yours, for a resume to compare; None for others."""
         place, _, _ = name.rpartition(":")
         return (
             hashlib.sha256(_existing(Path(place)).read_bytes()).hexdigest() if place.endswith(".py") else None
@@ -97,8 +98,8 @@ class PartOf:
     name, an installed package's, or one in a file of yours (`pixrl.plugins`).
 
     Args:
-        table: the parts.
-        usual: the part that is meant where no `kind` is given; None: it must be.
+        table: the parts to choose from.
+        usual: kind of the part that is meant where none is given; None: `kind` must be given.
     """
 
     table: Registry
@@ -110,7 +111,7 @@ class PartOf:
         return core_schema.no_info_plain_validator_function(lambda given: self.settings(annotated, given))
 
     def settings(self, base: type[ModelT], given: Any) -> ModelT:
-        """The settings that a table of a recipe describes; a name alone stands for the part's own defaults."""
+        """Return the settings that a table of a recipe describes; a name alone stands for the part's own defaults."""
         if isinstance(given, base):
             return given
         if isinstance(given, str):
@@ -135,7 +136,7 @@ class PartOf:
             raise _with_allowed(model, error, named) from None
 
     def model(self, base: type[ModelT], kind: str) -> type[ModelT]:
-        """The settings model of a part. ConfigError where what `kind` names has none."""
+        """Return the settings model of a part; raise ConfigError where what `kind` names has none."""
         found = self.table.find(kind)
         classes = found.__mro__ if isinstance(found, type) else ()
         model = next((vars(one)["Settings"] for one in classes if "Settings" in vars(one)), None)
@@ -148,7 +149,7 @@ class PartOf:
 
 
 def _with_allowed(model: type[BaseModel], error: ValidationError, below: tuple[str, ...]) -> ValidationError:
-    """The same mistakes, at places below another, and for each unknown setting what is allowed in its place."""
+    """Return the same mistakes at places below another, and for each unknown setting what is allowed in its place."""
     lines = []
     for detail in error.errors(include_url=False):
         kind: str | PydanticCustomError = detail["type"]
@@ -166,13 +167,13 @@ def _with_allowed(model: type[BaseModel], error: ValidationError, below: tuple[s
 
 
 class Caught(AbstractContextManager["Caught"]):
-    """Keeps what its block raises as a `failure`, `sys.exit()` included; a KeyboardInterrupt passes."""
+    """A context that keeps what its block raises as a `failure`, `sys.exit()` included; a KeyboardInterrupt passes."""
 
     failure: Failure | None = None
 
     @property
     def reason(self) -> str:
-        """What went wrong; empty where nothing did."""
+        """The reason of the failure; empty where there is none."""
         return "" if self.failure is None else self.failure.reason
 
     def __exit__(
@@ -186,24 +187,24 @@ class Caught(AbstractContextManager["Caught"]):
 
 @cache
 def _found(path: str, checksum: str | None) -> Any:
-    """`import_path`, said and done once a process for the same path and content."""
+    """Call `import_path` once a process for the same path and content."""
     return import_path(path)
 
 
 def full_path(name: str) -> str:
-    """The same name with the whole path of a file of yours, so that a run finds it from any folder."""
+    """Return the name with the whole path of a file of yours, so that a run finds it from any folder."""
     place, _, attribute = name.rpartition(":")
     return f"{Path(place).absolute()}:{attribute}" if place.endswith(".py") else name
 
 
 def checksums(parts: Iterable[tuple[Registry, str]]) -> dict[str, str]:
-    """Name -> SHA-256 of the file that holds it, of those that are in files of yours; for a run's record."""
+    """Return the SHA-256 of the file of each part that is in a file of yours, by its name, for a run's record."""
     found = {name: table.checksum(name) for table, name in parts}
     return {name: checksum for name, checksum in found.items() if checksum is not None}
 
 
 def changed_files(before: Mapping[str, str]) -> list[str]:
-    """Which files are others than when their `checksums` were taken, each in a line."""
+    """Return a line for each file that has changed since its `checksums` were taken."""
     changed = []
     for name, checksum in before.items():
         file = Path(name.rpartition(":")[0])
@@ -214,12 +215,12 @@ def changed_files(before: Mapping[str, str]) -> list[str]:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name says where its code lies, `file.py:Name` or `module:Name`, rather than being in a table."""
+    """Return whether a name says where its code lies, `file.py:Name` or `module:Name`, rather than being in a table."""
     return ":" in name
 
 
 def import_path(path: str, *, example: str = EXAMPLE) -> Any:
-    """What a path names: `my_module:Name`, or `path/to/file.py:Name` for a file that is on no path.
+    """Import what a path names: `my_module:Name`, or `path/to/file.py:Name` for a file that is on no path.
 
     Raises:
         ConfigError: there is no such module, file or name, or importing it fails.
@@ -229,7 +230,16 @@ def import_path(path: str, *, example: str = EXAMPLE) -> Any:
         raise ConfigError(f"{path!r} is no import path. Type {example}.")
     # before anything of it runs, and wherever it is asked for: see SECURITY.md
     print(f"Running Python code that the recipe names: {plain(path)}", file=sys.stderr, flush=True)
-    module = _import_file(Path(place), example) if place.endswith(".py") else _import_module(place, example)
+    if place.endswith(".py"):
+        module = _import_file(Path(place), example)
+    else:
+        with Caught() as caught:
+            module = importlib.import_module(place)
+        if caught.failure is not None:
+            raise ConfigError(
+                f"The module {place!r} could not be imported: {caught.reason}. It must be installed or on PYTHONPATH; "
+                f"a file is given as {example.rpartition(' ')[2]}."
+            )
     if name not in vars(module):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         listed = ", ".join(names) or "no function"
@@ -241,17 +251,8 @@ def _installed(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
 
 
-def _import_module(name: str, example: str) -> ModuleType:
-    with Caught() as caught:
-        return importlib.import_module(name)
-    raise ConfigError(
-        f"The module {name!r} could not be imported: {caught.reason}. It must be installed or on PYTHONPATH; a file is "
-        f"given as {example.rpartition(' ')[2]}."
-    )
-
-
 def _import_file(file: Path, example: str) -> ModuleType:
-    """Runs a file as a module of a name that follows from its path and content, once a process.
+    """Run a file as a module of a name that follows from its path and content, once a process.
 
     A file that was changed is another module, so that a later run in the same process sees the change.
     """

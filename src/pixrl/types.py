@@ -20,7 +20,7 @@ from pixrl.text import require_text
 
 
 def sample_seed(run_seed: int, epoch: int, prompt_index: int, sample_index: int) -> int:
-    """The 63-bit seed of one sample's noise.
+    """Return the 63-bit seed of one sample's noise.
 
     It depends on nothing else, so the same pictures come out for any micro-batch size and number of processes.
     """
@@ -59,7 +59,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """What a reward looks at: pictures [B, 3, H, W], one prompt and one metadata mapping each.
+    """A batch to be scored: pictures [B, 3, H, W] with one prompt and one metadata mapping each.
 
     Raises:
         InputError: a prompt holds what is no text, such as half an emoji; no tokenizer and no service could take it.
@@ -69,7 +69,7 @@ class RewardBatch:
     prompts: Sequence[str]
     metadata: Sequence[Mapping[str, object]] = ()
     findings: dict[Hashable, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """What one reward found in these pictures and another would have to find again, such as a detector's objects."""
+    """Results that rewards share about these pictures, such as a detector's objects, so that they are found once."""
 
     def __post_init__(self) -> None:
         for prompt in self.prompts:

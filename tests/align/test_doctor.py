@@ -15,8 +15,8 @@ import pixrl
 from pixrl import api, cli, models
 from pixrl.algorithms.optim import adamw
 from pixrl.device import Precision
+from pixrl.doctor import estimate as doctor
 from pixrl.doctor import needs as doctor_needs
-from pixrl.doctor import training as doctor
 from pixrl.doctor.diagnosis import Diagnosis, Need
 from pixrl.errors import CheckpointError, ConfigError
 from pixrl.hub_fetch import Remote

@@ -11,8 +11,8 @@ import torch
 
 from pixrl import api
 from pixrl.device import Precision
+from pixrl.doctor import estimate as doctor_work
 from pixrl.doctor import needs as doctor_needs
-from pixrl.doctor import work as doctor_work
 from pixrl.doctor.diagnosis import Diagnosis, Need
 from pixrl.hub_fetch import Remote
 from tests import published, tiny

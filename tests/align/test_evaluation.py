@@ -13,7 +13,7 @@ from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
-from pixrl.studies.slots import Drawing, draw, evaluate, open_run, reward_figures
+from pixrl.runs.measure import Drawing, draw, evaluate, open_run, reward_figures
 from pixrl.types import Scores
 from tests.align.parts import JUDGE
 from tests.tolerance import PICTURE, agree

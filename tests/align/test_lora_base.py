@@ -21,7 +21,7 @@ from pixrl.models.slots import Slot, added, slot_lora
 from pixrl.report.export import Format, export
 from pixrl.runs import checkpoint
 from pixrl.runs.config import LoraSettings, load_recipe
-from pixrl.studies.slots import open_run
+from pixrl.runs.measure import open_run
 from tests import tiny
 from tests.align.parts import recipe
 from tests.tiny_lora import TARGETS, peft_folder, tensors

@@ -14,9 +14,10 @@ import pixrl
 from pixrl import api
 from pixrl.config import load
 from pixrl.data.prompts import Prompt
-from pixrl.doctor import preflight
+from pixrl.doctor import rewards as doctor_rewards
 from pixrl.doctor.diagnosis import Findings, Need
-from pixrl.doctor.preflight import require_metadata, require_out
+from pixrl.doctor.needs import require_out
+from pixrl.doctor.rewards import require_metadata
 from pixrl.errors import ConfigError, PixrlError, did_you_mean
 from pixrl.models import loading
 from pixrl.models.slots import LoraSlots, slot_sizes
@@ -264,8 +265,8 @@ def test_a_judge_of_the_toy_world_is_none_of_a_published_model(
     toy = {"name": "clip_text", "options": {"model": "toy:clip"}}
     made = recipe(sd3_folder, prompt_file, rewards=[toy], output={"features": "toy:clip"})
     assert api.examine(made).can_run
-    monkeypatch.setattr(preflight, "TOY_LARGEST", 1)  # as if the tiny model were a large one
-    monkeypatch.setattr(preflight, "TOY_SIDE", 16)
+    monkeypatch.setattr(doctor_rewards, "TOY_LARGEST", 1)  # as if the tiny model were a large one
+    monkeypatch.setattr(doctor_rewards, "TOY_SIDE", 16)
     found = api.examine(made)
     assert [problem.message.split(" is ")[0] for problem in found.problems] == [
         "rewards.clip_text.options.model",

@@ -46,9 +46,24 @@ def test_a_resolved_recipe_holds_every_option_and_reads_back_equal(sampler):
 
 
 def test_the_last_batch_may_be_smaller():
-    config = FuseConfig(budget=40, batch=16)
+    config = FuseConfig(budget=40, batch=16, pool=0)
     assert config.steps == 3
     assert [config.count(step) for step in range(3)] == [16, 16, 8]
+    assert [config.first_index(step) for step in range(4)] == [0, 16, 32, 40]
+
+
+def test_a_pool_is_the_last_of_the_budget():
+    config = FuseConfig(budget=60, batch=16, pool=20)
+    assert (config.learning_images, config.learning_steps, config.steps) == (40, 3, 5)
+    assert [config.count(step) for step in range(5)] == [16, 16, 8, 16, 4]
+    assert [config.first_index(step) for step in range(6)] == [0, 16, 32, 40, 56, 60]
+    assert FuseConfig(budget=128).pool_images == 32
+    assert FuseConfig(budget=16, batch=16).pool_images == 0
+    assert FuseConfig(budget=60, pool=20, sampler="random").pool_images == 0
+    with pytest.raises(
+        ValueError, match="leaves less than one batch of 16 to learn from; give --pool 16 or less"
+    ):
+        FuseConfig(budget=32, pool=17)
 
 
 @pytest.mark.parametrize("name", ["toy/fuse", "sdxl-turbo/fuse"])

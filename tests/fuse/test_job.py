@@ -197,7 +197,7 @@ def test_one_concept_is_not_a_fusion(tmp_path, world, concepts):
 
 
 def test_a_failed_picture_is_null_with_a_reason_and_the_run_goes_on(tmp_path):
-    run = start(config(), tmp_path / "run", world=fake_world(broken=frozenset({3, 10})))
+    run = start(config(pool=0), tmp_path / "run", world=fake_world(broken=frozenset({3, 10})))
     failed = [row for row in run.rows if row.failed]
     assert [row.index for row in failed] == [3, 10]
     assert failed[0].failed == "no foreground found"
@@ -223,7 +223,7 @@ def test_all_failed_below_the_limit_still_ends_with_a_report(tmp_path):
 
 
 def test_selecting_again_makes_nothing_and_says_how_far_the_best_fell_short(tmp_path, world):
-    run = start(config(), tmp_path / "run", world=world)
+    run = start(config(pool=0), tmp_path / "run", world=world)
     made = world.renderer.rendered
     strict = select_again(run.folder.path, presence=0.99)
     assert strict.selection.indices == ()

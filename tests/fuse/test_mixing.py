@@ -268,7 +268,7 @@ def test_a_mixing_of_yours_runs_and_is_checked(tmp_path: Path, world) -> None:
 
 
 def test_a_run_records_what_it_mixed_and_what_it_cost(tmp_path: Path) -> None:
-    velocity = {"mixing": "velocity", "budget": 4, "batch": 2, "exemplars": 1, "keep": 1}
+    velocity = {"mixing": "velocity", "budget": 4, "batch": 2, "exemplars": 1, "keep": 1, "pool": 0}
     run = start(recipes.load(FuseConfig, {"concepts": ["owl", "snail"], **velocity}), tmp_path / "run")
     assert run.folder.recipe()["mixing"] == {"kind": "velocity"}
     assert load_coefficients(run.folder, 0).shape == (2, 2, 1)

@@ -152,7 +152,7 @@ def test_swapping_the_concepts_mirrors_the_first_proposals():
 
 def rewards_of(world, **settings):
     config = FuseConfig(
-        **settings, noise="image"
+        **settings, noise="image", pool=0
     )  # what rises is the policy's doing, not the choice of noises
     session = FusionSession(world, config)
     trainer = FusionTrainer(session, config)

@@ -24,9 +24,9 @@ from pixrl.models.flux import FluxPolicy, Preset
 from pixrl.runs import align as align_job
 from pixrl.runs.config import PersonalizeConfig, load_recipe
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.measure import open_run
 from pixrl.runs.planner import kept_bytes, require_room
-from pixrl.studies.align_config import AlignStudyConfig
-from pixrl.studies.slots import open_run
+from studies.config import AlignStudyConfig
 from tests import tiny, tiny_dino
 from tests.align.parts import JUDGE, final, same
 from tests.personalize.conftest import STUDIED, make_subject

@@ -106,8 +106,13 @@ def reward_server(function: str, **settings: Any) -> Iterator[RewardServer]:
         ServeSettings.model_validate({"port": 0, "rewards": rewards, **settings}), token=TOKEN
     )
     server.open()
-    with running(server):
+    thread = threading.Thread(target=server.serve, daemon=True)
+    thread.start()
+    try:
         yield server
+    finally:
+        server.stop()
+        thread.join()
 
 
 @contextmanager

@@ -8,8 +8,10 @@ import json
 import logging
 import re
 import shutil
+import signal
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -24,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests.rewards.services import TOKEN, Asked, Say, fake_service, reward_server
+from tests.rewards.services import TOKEN, Asked, Process, Say, fake_service, free_port, reward_server
 from tests.rewards.test_remote import PAIR, call, description, message, scored
 
 from pixrl.errors import ConfigError, ServiceError
@@ -32,6 +34,7 @@ from pixrl.rewards import http, judge, wire
 from pixrl.rewards.http import Reply, Service, Silence, seconds_of
 from pixrl.rewards.judge import JudgeReward, RatingScale
 from pixrl.rewards.remote import RemoteReward
+from pixrl.serve import server as serving
 from pixrl.serve.server import STRANGERS, RewardServer
 from pixrl.types import RewardBatch
 
@@ -55,7 +58,7 @@ def function(tmp_path: Path) -> str:
 
 
 def line_to(server: RewardServer) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
+    return socket.create_connection(("127.0.0.1", server.port), timeout=10)
 
 
 def is_closed(line: socket.socket) -> bool:
@@ -69,6 +72,19 @@ def is_closed(line: socket.socket) -> bool:
         return False
 
 
+def head_of(length: int) -> bytes:
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {length}\r\n\r\n"
+    return head.encode()
+
+
+def wait_until(found: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if found():
+            return
+        time.sleep(0.01)
+    pytest.fail("it never came to be")
+
+
 def test_strangers_keep_nobody_out(function: str) -> None:
     with reward_server(function, head_wait=60.0) as server:
         drips = [line_to(server) for _ in range(STRANGERS + 40)]
@@ -79,7 +95,7 @@ def test_strangers_keep_nobody_out(function: str) -> None:
         assert call(f"{server.url}/describe")[0] == 200
         assert call(f"{server.url}/score", message())[0] == 200
         assert is_closed(drips[0])  # the oldest had to give way
-        drips[-1].sendall(b"re HTTP/1.1\r\n\r\n")
+        drips[-1].sendall(b"re HTTP/1.1\r\nHost: x\r\n\r\n")
         assert drips[-1].recv(4096).startswith(b"HTTP/1.1 401")
         for line in drips:
             line.close()
@@ -97,9 +113,7 @@ def test_a_head_has_a_time_limit_in_all(function: str, start: bytes) -> None:
 
 def test_a_body_has_a_time_limit_in_all(function: str) -> None:
     with reward_server(function, body_wait=0.2) as server, line_to(server) as line:
-        line.sendall(
-            f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 9999\r\n\r\n".encode()
-        )
+        line.sendall(head_of(9999))
         with suppress(ConnectionError):
             for _ in range(200):
                 line.sendall(b"a")
@@ -110,6 +124,82 @@ def test_a_body_has_a_time_limit_in_all(function: str) -> None:
                     return
                 line.settimeout(10)
         pytest.fail("the server never said that the body came too slowly")
+
+
+def test_a_strangers_body_is_read_for_a_moment_only(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "DRAIN_WAIT", 0.2)
+    with reward_server(function) as server, line_to(server) as line:
+        line.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n")
+        begun = time.monotonic()
+        line.sendall(b"a")
+        assert line.recv(4096).startswith(b"HTTP/1.1 401")
+        assert 0.1 < time.monotonic() - begun < 5.0
+
+
+def test_a_client_that_does_not_take_its_answer_is_cut_off(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "ANSWER_WAIT", 0.2)
+    with reward_server(function) as server, line_to(server) as line:
+        (one,) = server.served
+        server.served = (one.model_copy(update={"provenance": {"x": "y" * 2**25}}),)
+        line.sendall(f"GET /describe HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+        wait_until(lambda: bool(server.known))
+        wait_until(lambda: not server.known)
+
+
+def test_a_client_that_only_listens_gets_its_answer(function: str) -> None:
+    """It has shut its half of the connection once all was sent; one that sent too little hears that at once."""
+    body = message()
+    for sent, status in ((body, b"200"), (body[:-1], b"408")):
+        with reward_server(function) as server, line_to(server) as line:
+            line.sendall(head_of(len(body)) + sent)
+            line.shutdown(socket.SHUT_WR)
+            assert line.recv(4096).startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.mark.parametrize(
+    "start", [b"SSH-2.0-OpenSSH_9.6\r\n\r\n", b"GET /health HTTP/1.1\r\nUpgrade: websocket\r\n"]
+)
+def test_strangers_fill_no_log(function: str, start: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    with reward_server(function) as server, line_to(server) as line:
+        line.sendall(start + b"Connection: upgrade\r\nHost: x\r\n\r\n")
+        assert line.recv(4096).startswith(b"HTTP/1.1 ")
+    assert not caplog.records
+
+
+def test_ctrl_c_ends_the_server_though_a_reward_hangs(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import time\n"
+        "def slow(images, prompts, metadata):\n"
+        "    time.sleep(0 if prompts == ['a photo'] else 60)\n"
+        "    return [1.0] * len(images)\n"
+    )
+    server = Process(tmp_path, f"{tmp_path / 'mine.py'}:slow", free_port())
+    server.start()
+    assert server.process is not None and server.process.stdout is not None
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as line:
+            line.sendall(head_of(len(message())) + message())
+            time.sleep(0.5)
+            begun = time.monotonic()
+            server.process.send_signal(signal.SIGINT)
+            assert line.recv(4096).startswith(b"HTTP/1.1 503")  # so the client comes again
+        assert server.wait(30) == 0
+        assert time.monotonic() - begun < 20
+        assert "Stopped. Runs that use it wait for it to come back." in server.process.stdout.read()
+    finally:
+        server.kill()
+
+
+def test_a_stranger_that_breaks_off_while_it_sends_stops_nobody(function: str) -> None:
+    with reward_server(function) as server:
+        with line_to(server) as line:
+            line.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\nabc")
+            time.sleep(0.1)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wait_until(lambda: not server.strangers)
+        assert call(f"{server.url}/score", message())[0] == 200
 
 
 def png(width: int, height: int) -> str:
@@ -204,13 +294,15 @@ def test_a_text_that_is_no_unicode_fails_its_picture_alone(function: str, entry:
 def test_a_client_that_hangs_up_is_one_line_in_the_log(
     function: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "pixrl")
+    caplog.set_level(logging.INFO)
     with reward_server(function) as server:
-        try:
-            raise ConnectionResetError(104, "Connection reset by peer")
-        except OSError:
-            server.handle_error(None, ("127.0.0.1", 1))
-    assert "broke off: [Errno 104]" in caplog.text and "Traceback" not in caplog.text
+        with line_to(server) as line:
+            line.sendall(head_of(9))
+            wait_until(lambda: bool(server.known))
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # so closing resets
+        wait_until(lambda: not server.known)
+    assert "The connection of 127.0.0.1 broke off: [Errno 104]" in caplog.text
+    assert "Traceback" not in caplog.text and not any(one.exc_info for one in caplog.records)
 
 
 # ---------------------------------------------------------------------------------------------- the client

@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -274,9 +275,9 @@ def test_a_large_body_is_refused_by_its_length(functions: Path) -> None:
     with reward_server(f"{functions}:blue", max_body_mb=0.01) as server:
         status, said = call(f"{server.url}/score", b"x" * 200_000)
         assert (status, said["error"]) == (413, "200000 bytes are above the limit of 10485")
-        with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as line:
-            head = f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 99999999999\r\n\r\n"
-            line.sendall(head.encode())
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as line:
+            head = f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+            line.sendall(f"{head}Content-Length: 99999999999\r\n\r\n".encode())
             line.shutdown(socket.SHUT_WR)
             assert line.recv(4096).startswith(b"HTTP/1.1 413")
 
@@ -284,19 +285,20 @@ def test_a_large_body_is_refused_by_its_length(functions: Path) -> None:
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
+        ("X: y", "411"),
         ("Transfer-Encoding: chunked", "411"),
-        ("Content-Length: -5", "411"),
-        ("Content-Length: 1e3", "411"),
+        ("Content-Length: -5", "400"),
+        ("Content-Length: 1e3", "400"),
         ("Content-Length: 50", "408"),
     ],
 )
 def test_bodies_of_no_known_length_or_that_never_come(functions: Path, headers: str, status: str) -> None:
     with (
-        reward_server(f"{functions}:blue", body_wait=0.1) as server,
-        socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as line,
+        reward_server(f"{functions}:blue") as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=5) as line,
     ):
         line.sendall(
-            f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n{headers}\r\n\r\nabc".encode()
+            f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n{headers}\r\n\r\nabc".encode()
         )
         line.shutdown(socket.SHUT_WR)
         assert line.recv(4096).startswith(f"HTTP/1.1 {status}".encode())
@@ -339,7 +341,7 @@ def test_too_many_connections_are_sent_away(functions: Path, batch: RewardBatch)
 
 def test_a_taken_port_and_a_bad_token(server: RewardServer, functions: Path) -> None:
     rewards = [{"name": "mine", "kind": "python", "options": {"function": f"{functions}:blue"}}]
-    taken = ServeSettings.model_validate({"port": server.server_port, "rewards": rewards})
+    taken = ServeSettings.model_validate({"port": server.port, "rewards": rewards})
     with pytest.raises(InputError, match=r"Cannot listen at 127\.0\.0\.1, port"):
         RewardServer(taken, TOKEN)
     for token in ("", "short", "with a blank in the middle", "nöt-ascii-characters"):
@@ -380,6 +382,16 @@ def test_commands_that_are_refused(
     done = CliRunner().invoke(cli.app, ["serve-rewards", str(file), *words])
     assert done.exit_code == 2, done.output
     assert error in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_without_its_libraries_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "pixrl.serve.server")
+    done = CliRunner().invoke(cli.app, ["serve-rewards", "toy/serve-rewards"])
+    said = " ".join(done.stderr.replace("│", " ").split())
+    assert (
+        done.exit_code == 2 and "serve-rewards needs uvicorn" in said and "pip install 'pixrl[serve]'" in said
+    )
 
 
 def test_the_shipped_recipe_loads() -> None:

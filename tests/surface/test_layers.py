@@ -27,14 +27,18 @@ LAYERS = [
     {"models", "rewards", "data"},
     {"metrics"},
     {"algorithms", "conformance"},
-    {"runs", "fusion", "doctor"},
+    {"runs", "fusion"},
+    {"doctor"},
+    {"jobs"},
     {"report", "serve"},
-    {"studies"},
     {"api", "studio", "__init__", "__main__"} | {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SHARED = (0, 5, len(LAYERS) - 1)
-"""Layers whose parts import each other: the foundation; a run, what it refuses by and what it fuses with; the top."""
+"""Layers whose parts import each other: the foundation; the parts of a run and what it fuses with; the top."""
+JOBS = ("pixrl.runs.align", "pixrl.runs.fuse", "pixrl.runs.fuse_many", "pixrl.runs.check")
+"""The files of runs/ that begin, go on with or check a whole run: they refuse by what doctor finds, so they stand above
+it, and the other files of runs/ below."""
 TOY_MAY_IMPORT = LAYERS[0] | LAYERS[1] | LAYERS[2]
 TOY_MAY_IMPORT_MODULES = (
     "pixrl.fusion.world",  # the build calibrates the generator it made
@@ -66,13 +70,16 @@ def module_name(path: Path) -> str:
 
 def part_of(module: str) -> str:
     """`models` for pixrl.models.sd3, `__init__` for pixrl itself and for what is no module (`pixrl.__version__`)."""
+    if within(JOBS, module):
+        return "jobs"
     name = module.partition(".")[2].partition(".")[0]
     exists = name in LEVEL or (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
     return name if name and exists else "__init__"
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and full name of each module that a file imports; `from pixrl import models` counts as pixrl.models."""
+    """Line and full name of each module that a file imports; `from pixrl import models` counts as pixrl.models,
+    and `from pixrl.runs import align` as pixrl.runs.align."""
     here = module_name(path).split(".")
     package = here if path.name == "__init__.py" else here[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -81,7 +88,7 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            is_bare = base == "pixrl"
+            is_bare = base in ("pixrl", "pixrl.runs")
             yield from ((node.lineno, f"{base}.{alias.name}" if is_bare else base) for alias in node.names)
 
 

@@ -15,7 +15,7 @@ from pixrl.runs import fuse as fuse_job
 from pixrl.runs.check import check
 from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import EVALUATIONS, MANIFEST, METRICS, JsonLines, RunFolder
-from pixrl.studies import runner as study_runner
+from studies import grid as study_runner
 from tests.fuse.world import fake_world
 
 CONFIG = FuseConfig(concepts=("owl", "snail"), budget=12, batch=4, exemplars=1)

@@ -13,19 +13,19 @@ from transformers import AutoTokenizer
 from pixrl.errors import InputError
 from pixrl.toy.build import STAGES, build
 from pixrl.toy.build.flux import FIRST_PLANS, LATER_ROUNDS, rounds_done
-from pixrl.toy.build.pictures import (
+from pixrl.toy.build.pictures import pictures
+from pixrl.toy.build.tokenizers import clip_tokenizer, t5_tokenizer
+from pixrl.toy.build.workshop import Draw, Plan, Workshop
+from pixrl.toy.language import WORDS, canonical, is_held_out
+from pixrl.toy.pictures import (
     draw,
     guided_scene,
     held_out_scene,
-    pictures,
+    spoil,
     subject_view,
     training_scene,
     training_subject,
 )
-from pixrl.toy.build.preference import spoil
-from pixrl.toy.build.tokenizers import clip_tokenizer, t5_tokenizer
-from pixrl.toy.build.workshop import Draw, Plan, Workshop
-from pixrl.toy.language import WORDS, canonical, is_held_out
 from pixrl.toy.scene import resembles_held_out
 from pixrl.toy.vocabulary import KINDS
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pixrl.errors import InputError
-from pixrl.toy.build import CHECKPOINTS
+from pixrl.toy import CHECKPOINTS
 from pixrl.toy.verify import CHECKS, Gate, auc, verify
 
 BUDGET_MB = 25

@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from pixrl.toy.build import CHECKPOINTS
-from pixrl.toy.build.pictures import Bytes, draw, to_tensor
+from pixrl.toy import CHECKPOINTS
 from pixrl.toy.judge import QUICK, SceneJudge, reconstruct
+from pixrl.toy.pictures import Bytes, draw, to_tensor
 from pixrl.toy.scene import SUBJECTS, Scene, ToySubject, resembles_held_out
 from pixrl.toy.verify import SEED, asking, other_accessory, other_background
 

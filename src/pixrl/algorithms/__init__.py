@@ -56,6 +56,8 @@ SAMPLERS = Registry(
         "agswap": "pixrl.algorithms.fusion.baselines:AGSwap",
         "golden": "pixrl.algorithms.fusion.baselines:GoldenSection",
         "search": "pixrl.algorithms.fusion.baselines:RewardSearch",
+        "bisect": "pixrl.algorithms.fusion.search:Bisection",
+        "cmaes": "pixrl.algorithms.fusion.search:EvolutionStrategy",
     },
 )
 """Every way to propose mixing coefficients, for `pixrl fuse --sampler`."""

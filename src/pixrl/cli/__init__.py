@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 import warnings
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -18,7 +18,7 @@ from pixrl.errors import PixrlError
 
 
 class _Commands(TyperGroup):
-    """Turns errors meant for the user into a message and an exit code; anything else keeps its traceback."""
+    """The group of all commands, which turns errors meant for the user into a message and an exit code."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
@@ -69,28 +69,17 @@ def _top(
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script `pixrl`."""
     # torch on a CPU, once a process: a bfloat16 model's norms with float32 weights take its plain kernel
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     try:
         app()
     except SystemExit as done:
-        if _has_peers():
-            _end_at_once(done.code)
+        distributed = sys.modules.get("torch.distributed")  # without importing torch
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            # One of several processes ends without tearing the interpreter down: gloo's threads that still run would
+            # abort a process that succeeded. Everything that a run writes is closed by now, but for these two.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(done.code if isinstance(done.code, int) else int(done.code is not None))
         raise
-
-
-def _has_peers() -> bool:
-    """Whether this is one of several processes that a launcher started; asks without importing torch."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
-
-
-def _end_at_once(code: object) -> NoReturn:
-    """Ends without tearing the interpreter down: gloo's threads that still run then abort a process that succeeded.
-
-    Everything that a run writes is closed by now; what `print` holds back is flushed here.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))

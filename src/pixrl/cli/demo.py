@@ -1,4 +1,4 @@
-"""`pixrl demo`: each job once, small, on the toy world."""
+"""`pixrl demo`: one small run of each kind on the toy world."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,7 @@ import typer
 from pixrl.cli.options import option, resumable
 
 DEMO_PAIRS = ("owl & snail", "turtle & mushroom", "penguin & pineapple")
+"""Pairs of concepts that are fused."""
 ALIGN_RECIPE = "toy/demo-align"
 PERSONALIZE_RECIPE = "toy/demo-personalize"
 SUBJECT = 0
@@ -22,8 +23,34 @@ def demo(
     ] = None,
 ) -> None:
     """Fuse three pairs, align a model and keep a subject on the toy world: minutes, no download, three reports."""
-    out = out or _unused(Path("pixrl-demo"))
-    reports = [_fuse(out / "fuse"), _align(out / "align"), _personalize(out / "personalize", out / "subject")]
+    from pixrl import api
+    from pixrl.config import load
+    from pixrl.runs.config import FuseConfig
+
+    if out is None:
+        out, number = Path("pixrl-demo"), 1
+        while out.exists():
+            number += 1
+            out = Path(f"pixrl-demo-{number}")
+
+    typer.echo(f"Fusing {', '.join(DEMO_PAIRS)}: 128 pictures each.")
+    with resumable(out / "fuse"):
+        fused = api.run_pairs(load(FuseConfig, None, values={"model": "toy:sd3"}), DEMO_PAIRS, out / "fuse")
+    reports = [fused / "report.html"]
+
+    config = api.load(ALIGN_RECIPE, kind="align")
+    typer.echo(
+        f"\nAligning {config.model} with GenEval's rules: {config.steps} steps, same prompts before and after."
+    )
+    with resumable(out / "align"):
+        reports.append(api.run_align(config, out / "align").report)
+
+    word = write_subject(out / "subject")
+    config, _ = api.load_personalize(PERSONALIZE_RECIPE, subject=out / "subject")
+    typer.echo(f"\nKeeping one {word} ({out / 'subject'}) in new places: {config.steps} steps.")
+    with resumable(out / "personalize"):
+        reports.append(api.run_align(config, out / "personalize").report)
+
     typer.echo("\nOpen in a browser:")
     for report in reports:
         typer.echo(f"  {report.absolute()}")
@@ -31,42 +58,11 @@ def demo(
     typer.echo(f"           pixrl personalize --subject {out / 'subject'}")
 
 
-def _fuse(run: Path) -> Path:
-    from pixrl import api
-    from pixrl.config import load
-    from pixrl.runs.config import FuseConfig
-
-    typer.echo(f"Fusing {', '.join(DEMO_PAIRS)}: 128 pictures each.")
-    with resumable(run):
-        return (
-            api.run_pairs(load(FuseConfig, None, values={"model": "toy:sd3"}), DEMO_PAIRS, run)
-            / "report.html"
-        )
-
-
-def _align(run: Path) -> Path:
-    from pixrl import api
-
-    config = api.load(ALIGN_RECIPE, kind="align")
-    typer.echo(
-        f"\nAligning {config.model} with GenEval's rules: {config.steps} steps, same prompts before and after."
-    )
-    with resumable(run):
-        return api.run_align(config, run).report
-
-
-def _personalize(run: Path, folder: Path) -> Path:
-    from pixrl import api
-
-    word = write_subject(folder)
-    config, _ = api.load_personalize(PERSONALIZE_RECIPE, subject=folder)
-    typer.echo(f"\nKeeping one {word} ({folder}) in new places: {config.steps} steps.")
-    with resumable(run):
-        return api.run_align(config, run).report
-
-
 def write_subject(folder: Path) -> str:
-    """A folder as `pixrl personalize --subject` takes it: pictures, class.txt, prompts.txt. The class word."""
+    """Write a toy subject's folder as `pixrl personalize --subject` takes it; return its class word.
+
+    It holds pictures, class.txt and prompts.txt.
+    """
     from pixrl.data.subjects import CLASS_FILE, PROMPTS_FILE
     from pixrl.data.toy import toy_subjects
 
@@ -77,13 +73,3 @@ def write_subject(folder: Path) -> str:
     (folder / CLASS_FILE).write_text(f"{word}\n", encoding="utf-8")
     (folder / PROMPTS_FILE).write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
     return word
-
-
-def _unused(path: Path) -> Path:
-    """The path, or path-2, path-3 ... where it is taken."""
-    number = 1
-    candidate = path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate

@@ -1,4 +1,4 @@
-"""What the commands share: arguments and options, and words about a run that was interrupted or is finished.
+"""The parts that commands share: arguments and options, and messages about a run that was interrupted or is finished.
 
 Defaults are shown as text: the settings' models hold the true ones.
 """
@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import typer
 
 WHAT, HOW, CHOICE, WHERE = "What", "How", "Selection", "Where"
+"""Headings of the groups of options in a command's help."""
 CALIBRATED = "the checkpoint's calibration"
 
 
 def option(
     help: str, panel: str | None = None, default: str | None = None, flag: str | None = None, **more: Any
 ) -> Any:
-    """An option that shows its default as text."""
+    """Return an option that shows its default as text."""
     names = (flag,) if flag else ()
     text = f"{help} [dim]default: {default}[/dim]" if default else help
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
@@ -66,7 +67,8 @@ SubjectFolder = Annotated[
 ]
 Steps = Annotated[int | None, option("Training steps.", HOW, "the recipe's")]
 Sampler = Annotated[
-    str | None, option("rmler, ppo, grpo, random, mean, bass, agswap, golden or search.", HOW, "rmler")
+    str | None,
+    option("rmler, ppo, grpo, random, mean, bass, agswap, golden, search, bisect or cmaes.", HOW, "rmler"),
 ]
 Mixing = Annotated[
     str | None,
@@ -74,6 +76,18 @@ Mixing = Annotated[
 ]
 Compare = Annotated[str | None, option("Samplers side by side at equal budget: all, or rmler,random.", HOW)]
 Budget = Annotated[int | None, option("Pictures in all.", HOW, "128")]
+Pool = Annotated[
+    int | None,
+    option(
+        "Of them, those that the best policy draws in the end; the selection is among these.",
+        HOW,
+        "a quarter",
+    ),
+]
+Everywhere = Annotated[
+    bool,
+    option("Choose among all pictures, those that the policy learned from too.", CHOICE, flag="--everywhere"),
+]
 Exemplars = Annotated[
     int | None, option("Pictures of each concept that children are compared with.", HOW, "4")
 ]
@@ -100,11 +114,12 @@ Repair = Annotated[
 
 
 INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 @contextmanager
 def resumable(run: Path) -> Iterator[None]:
-    """Ctrl-C within: the user learns what is saved and how to go on."""
+    """Tell the user, where Ctrl-C ends the block, what of the run is saved and how to go on."""
     try:
         yield
     except KeyboardInterrupt as stopped:
@@ -114,20 +129,16 @@ def resumable(run: Path) -> Iterator[None]:
 
 
 def _state_of(run: Path) -> str:
-    """What of a run that was broken off is on the disk, and how to go on."""
-    if not (run / "recipe.yaml").is_file():
-        return "Nothing was started."
-    return f"{_saved(run)} To go on, type: pixrl resume {run}"
-
-
-def _saved(run: Path) -> str:
-    """In words, by the newest whole checkpoint and the steps that are logged."""
+    """Say what of a run that was broken off is on the disk, and how to go on."""
     from pixrl.runs import checkpoint
     from pixrl.runs.folder import METRICS
     from pixrl.runs.place import CHILDREN
 
+    if not (run / "recipe.yaml").is_file():
+        return "Nothing was started."
+    on = f"To go on, type: pixrl resume {run}"
     if (run / CHILDREN).is_dir():
-        return "Finished fusions are kept; the one in hand goes on from its last whole step."
+        return f"Finished fusions are kept; the one in hand goes on from its last whole step. {on}"
     newest = checkpoint.latest(run)
     step = 0 if newest is None else checkpoint.step_of(newest)
     log = run / METRICS
@@ -138,15 +149,16 @@ def _saved(run: Path) -> str:
         if later > 0
         else "what was begun since is drawn again"
     )
-    return f"{saved}; {again}."
+    return f"{saved}; {again}. {on}"
 
 
 def say_where(run: Path) -> None:
+    """Print where a run's report lies, or its folder where it has none."""
     report = run / "report.html"
     if leads():
         typer.echo(f"Report: {report}" if report.is_file() else f"Run: {run}")
 
 
 def leads() -> bool:
-    """Whether this process speaks for all that a launcher started."""
+    """Return whether this process speaks for all that a launcher started."""
     return os.environ.get("RANK", "0") == "0"

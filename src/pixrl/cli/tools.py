@@ -1,14 +1,13 @@
-"""Commands around runs: doctor, export, serve-rewards; and toy build, toy verify."""
+"""Commands around runs: doctor, export, serve-rewards, study; and toy build, toy verify."""
 
 import json
 import logging
 import math
 import os
 import secrets
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -27,11 +26,7 @@ from pixrl.cli.options import (
     option,
 )
 from pixrl.errors import InputError
-from pixrl.libraries import check_torchvision
-
-if TYPE_CHECKING:
-    from pixrl.toy.verify import Gate
-
+from pixrl.libraries import check_torchvision, from_checkout
 
 commands = typer.Typer()
 
@@ -120,11 +115,18 @@ def serve_rewards(
 ) -> None:
     """Serve rewards of this environment to runs in another one, as their reward [bold]remote[/bold]."""
     from pixrl import config
-    from pixrl.serve.server import RewardServer, ServeSettings, is_open_to_others
+    from pixrl.rewards.http import is_loopback
+
+    try:
+        from pixrl.serve.server import RewardServer, ServeSettings
+    except ImportError as error:
+        raise InputError(
+            f"serve-rewards needs {error.name}, which is not installed. Type: pip install 'pixrl[serve]'"
+        ) from error
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = config.load(ServeSettings, rewards, set_ or [], values=given, kind="serve-rewards")
-    open_to_others = is_open_to_others(settings)
+    open_to_others = not is_loopback(settings.host)
     token, made_up = _token(token_env, open_to_others)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     server = RewardServer(settings, token)
@@ -137,15 +139,13 @@ def serve_rewards(
         typer.echo("Other machines can reach it, and nothing is encrypted: use a network that you trust.")
     typer.echo(f"Serving rewards at {server.url}; Ctrl-C stops it.")
     try:
-        server.serve_forever()
+        server.serve()
     except KeyboardInterrupt:
         typer.echo("\nStopped. Runs that use it wait for it to come back.")
-    finally:
-        server.server_close()
 
 
 def _token(variable: str, open_to_others: bool) -> tuple[str, bool]:
-    """The token, and whether it was made up here.
+    """Return the token of a reward server, and whether it was made up here.
 
     Raises:
         InputError: other machines would reach the server, and no token is set.
@@ -159,6 +159,33 @@ def _token(variable: str, open_to_others: bool) -> tuple[str, bool]:
             f"export {variable}=$(python -c 'import secrets; print(secrets.token_urlsafe(32))')"
         )
     return secrets.token_urlsafe(32), True
+
+
+@commands.command()
+def study(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A YAML file of kind fuse-study, align-study or personalize-study, or a name under recipes/: "
+            "toy/align-study.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, option("The study's folder.", WHERE, "runs/ and the recipe's name")] = None,
+    workers: Annotated[int, option("Processes, one thread each.", HOW, "1", min=1)] = 1,
+    set_: Set = None,
+    table: Annotated[
+        bool, option("Only write the tables and charts of the records so far.", flag="--table")
+    ] = False,
+) -> None:
+    """Compare variants of a recipe over seeds, with tables and intervals; the same command goes on with it."""
+    command = from_checkout("studies.command", "Studies", "pixrl study")
+    try:
+        typer.echo(command.run(recipe, out, set_ or [], workers=workers, only_tables=table))
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 toy = typer.Typer(help="The embedded toy world: build and verify its checkpoints.", no_args_is_help=True)
@@ -202,19 +229,18 @@ def toy_verify(
 
     gates = verify(names or [], quick=quick)
     passed = all(gate.passed for gate in gates)
-    typer.echo(_gates_as_json(gates, passed) if as_json else "\n".join(map(_gate_line, gates)))
+    if as_json:
+        rows = [{**asdict(gate), "passed": gate.passed} for gate in gates]
+        finite = [
+            {key: x if x not in (math.inf, -math.inf) else None for key, x in row.items()} for row in rows
+        ]
+        typer.echo(json.dumps({"passed": passed, "gates": finite}, indent=1))
+    else:
+        for gate in gates:
+            most = " or more" if math.isinf(gate.at_most) else f" to {gate.at_most:g}"
+            typer.echo(
+                f"{'ok  ' if gate.passed else 'FAIL'}  {gate.checkpoint:<11}{gate.figure:<48}{gate.value:>9.3f}  "
+                f"({gate.at_least:g}{most})"
+            )
     if not passed:
         raise typer.Exit(1)
-
-
-def _gates_as_json(gates: "Sequence[Gate]", passed: bool) -> str:
-    rows = [{**asdict(gate), "passed": gate.passed} for gate in gates]
-    finite = [{key: x if x not in (math.inf, -math.inf) else None for key, x in row.items()} for row in rows]
-    return json.dumps({"passed": passed, "gates": finite}, indent=1)
-
-
-def _gate_line(gate: "Gate") -> str:
-    limits = (
-        f"{gate.at_least:g} or more" if math.isinf(gate.at_most) else f"{gate.at_least:g} to {gate.at_most:g}"
-    )
-    return f"{'ok  ' if gate.passed else 'FAIL'}  {gate.checkpoint:<11}{gate.figure:<48}{gate.value:>9.3f}  ({limits})"

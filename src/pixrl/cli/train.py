@@ -1,7 +1,8 @@
 """The commands of runs: fuse, select, align, personalize, selfcheck; and of any of them: resume, check, report."""
 
+import inspect
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from pixrl.cli.options import (
     Compare,
     Concepts,
     Device,
+    Everywhere,
     Exemplars,
     Force,
     Keep,
@@ -23,6 +25,7 @@ from pixrl.cli.options import (
     Out,
     Pairs,
     PersonalizeRecipe,
+    Pool,
     Presence,
     Recipe,
     Repair,
@@ -40,7 +43,7 @@ from pixrl.cli.options import (
 from pixrl.errors import InputError
 
 if TYPE_CHECKING:
-    from pixrl.runs.config import FuseConfig
+    from pixrl.runs.config import AlignConfig
 
 
 commands = typer.Typer()
@@ -56,6 +59,7 @@ def fuse(
     mixing: Mixing = None,
     compare: Compare = None,
     budget: Budget = None,
+    pool: Pool = None,
     exemplars: Exemplars = None,
     alpha: Alpha = None,
     seed: Seed = None,
@@ -78,6 +82,7 @@ def fuse(
         "sampler": sampler,
         "mixing.kind": mixing,
         "budget": budget,
+        "pool": pool,
         "exemplars": exemplars,
         "alpha": alpha,
         "seed": seed,
@@ -86,24 +91,12 @@ def fuse(
         "balance": balance,
         "device": device,
     }
-    config = _fuse_config(
-        recipe, {name: value for name, value in given.items() if value is not None}, set_ or []
-    )
-    _start_fusion(config, pairs, compare, out, force)
-
-
-def _fuse_config(recipe: str | None, values: dict[str, Any], overrides: list[str]) -> "FuseConfig":
-    from pixrl import config
+    from pixrl import api
+    from pixrl import config as recipes
     from pixrl.runs.config import FuseConfig
 
-    return config.load(FuseConfig, recipe, overrides, values=values, kind="fuse")
-
-
-def _start_fusion(
-    config: "FuseConfig", pairs: Path | None, compare: str | None, out: Path | None, force: bool
-) -> None:
-    from pixrl import api
-
+    values = {name: value for name, value in given.items() if value is not None}
+    config = recipes.load(FuseConfig, recipe, set_ or [], values=values, kind="fuse")
     if pairs is not None:
         out = out or api.default_fuse_out(config, pairs=pairs)
         with resumable(out):
@@ -122,57 +115,74 @@ def _start_fusion(
 
 
 @commands.command()
-def select(run: Run, keep: Keep = None, presence: Presence = None, balance: Balance = None) -> None:
+def select(
+    run: Run,
+    keep: Keep = None,
+    presence: Presence = None,
+    balance: Balance = None,
+    everywhere: Everywhere = False,
+) -> None:
     """Select from a finished run again, with other thresholds; generates nothing."""
     from pixrl import api
 
-    typer.echo(api.select_run(run, keep=keep, presence=presence, balance=balance).summary(run))
+    selection = api.select_run(run, keep=keep, presence=presence, balance=balance, everywhere=everywhere)
+    typer.echo(selection.summary(run))
     say_where(run)
 
 
-@commands.command()
-def align(
-    recipe: AlignRecipe,
-    steps: Steps = None,
-    seed: Seed = None,
-    set_: Set = None,
-    out: Out = None,
-    force: Force = False,
-    device: Device = None,
-) -> None:
+def _training(load: Callable[..., tuple["AlignConfig", Any]]) -> Callable[..., None]:
+    """Make a command of a function that loads a recipe: its own arguments, then the options of every training run.
+
+    `load` is given `overrides`, `steps`, `seed` and `settings` besides, and returns the recipe and its name.
+    """
+
+    def command(
+        steps: Steps = None,
+        seed: Seed = None,
+        set_: Set = None,
+        out: Out = None,
+        force: Force = False,
+        device: Device = None,
+        **own: Any,
+    ) -> None:
+        from pixrl import api
+
+        given = {"steps": steps, "seed": seed, "settings": {"machine.device": device}}
+        config, name = load(**own, overrides=set_ or [], **given)
+        out = out or api.default_out(name, config)
+        with resumable(out):
+            done = api.run_align(config, out, force=force)
+        say_where(done.run)
+
+    parts = [
+        part
+        for function in (load, command)
+        for part in inspect.signature(function).parameters.values()
+        if part.kind is not part.VAR_KEYWORD
+    ]
+    # what typer reads a command's name, help and options from
+    command.__name__, command.__doc__ = load.__name__, load.__doc__
+    command.__annotations__ = {part.name: part.annotation for part in parts}
+    vars(command)["__signature__"] = inspect.Signature(parts)
+    return commands.command()(command)
+
+
+@_training
+def align(recipe: AlignRecipe, **given: Any) -> tuple["AlignConfig", Any]:
     """Align a flow model with rewards: [bold]pixrl align toy/e2po[/bold]."""
     from pixrl import api
 
-    settings = {"machine.device": device}
-    config = api.load(recipe, set_ or [], steps=steps, seed=seed, settings=settings, kind="align")
-    out = out or api.default_out(recipe, config)
-    with resumable(out):
-        done = api.run_align(config, out, force=force)
-    say_where(done.run)
+    return api.load(recipe, kind="align", **given), recipe
 
 
-@commands.command()
+@_training
 def personalize(
-    recipe: PersonalizeRecipe = None,
-    subject: SubjectFolder = None,
-    steps: Steps = None,
-    seed: Seed = None,
-    set_: Set = None,
-    out: Out = None,
-    force: Force = False,
-    device: Device = None,
-) -> None:
+    recipe: PersonalizeRecipe = None, subject: SubjectFolder = None, **given: Any
+) -> tuple["AlignConfig", Any]:
     """Keep a subject's identity while following the prompt: [bold]pixrl personalize --subject FOLDER[/bold]."""
     from pixrl import api
 
-    settings = {"machine.device": device}
-    config, name = api.load_personalize(
-        recipe, set_ or [], subject=subject, steps=steps, seed=seed, settings=settings
-    )
-    out = out or api.default_out(name, config)
-    with resumable(out):
-        done = api.run_align(config, out, force=force)
-    say_where(done.run)
+    return api.load_personalize(recipe, subject=subject, **given)
 
 
 @commands.command()

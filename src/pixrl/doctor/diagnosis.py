@@ -1,4 +1,4 @@
-"""What `pixrl doctor` found, as an object, as JSON and in words."""
+"""The findings of `pixrl doctor`: as an object, as JSON and in words."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pixrl import errors
+from pixrl.errors import PixrlError
 from pixrl.models.estimate import Cost, PartSize
 
 
 class Need(StrEnum):
-    """What can be missing."""
+    """The kinds of things that can be missing."""
 
     PACKAGE = "package"
     WEIGHTS = "weights"
@@ -23,74 +24,74 @@ class Need(StrEnum):
     DISK = "disk"
     SETTING = "setting"
     PLACE = "place"
-    """The run's folder."""
+    """A folder for the run."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why the recipe cannot run here, and what to do."""
+    """One reason why the recipe cannot run here, and what to do."""
 
     need: Need
     message: str
     error: str
-    """The kind of `pixrl.errors` that a run ends with by it."""
+    """Name of the class in `pixrl.errors` with which a run refuses because of it."""
 
 
 _ERRORS = {Need.WEIGHTS: "CheckpointError"} | dict.fromkeys(
     (Need.PACKAGE, Need.SERVICE, Need.MEMORY, Need.DISK, Need.PLACE), "RunError"
 )
-"""Of problems that no error told of; of the others it is an InputError."""
+"""Errors of needs whose problem is given as a text; for needs that are not listed, an InputError."""
 
 
 @dataclass
 class Findings:
-    """Problems, and what is worth knowing; filled as the checks go on."""
+    """Problems, and notes that are worth knowing; filled as the checks go on."""
 
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def miss(self, need: Need, message: object) -> None:
-        """Adds a problem, once."""
+        """Add a problem, an error or a text, once."""
         kinds = [kind.__name__ for kind in type(message).__mro__ if kind.__module__ == errors.__name__]
         problem = Problem(need, str(message), kinds[0] if kinds else _ERRORS.get(need, "InputError"))
         if all(problem.message != one.message for one in self.problems):
             self.problems.append(problem)
 
     def note(self, message: str) -> None:
-        """Adds what is worth knowing, once."""
+        """Add what is worth knowing, once."""
         if message not in self.notes:
             self.notes.append(message)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where the run would compute."""
+    """The device on which the run would compute."""
 
     device: str
     processes: int
     weights: str
-    """dtype of the weights."""
+    """The dtype of the weights."""
     computing: str
-    """dtype of matrix products."""
+    """The dtype of matrix products."""
     free: int
-    """Bytes that are free there now."""
+    """Bytes that are free on the device now."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training adds to the weights; bytes."""
+    """The memory that training adds to the weights, in bytes."""
 
     parameters: int
     lora: int
-    """All three slots."""
+    """Bytes of all three slots."""
     gradients: int
     optimizer: int
-    """After its first step."""
+    """Bytes of its state after the first step."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much there is to do; None where it is not known."""
+    """The amount of work of a run; None where it is not known."""
 
     prompts: int | None
     images_per_step: int
@@ -104,7 +105,7 @@ class Work:
 
     @property
     def seconds_per_epoch(self) -> float | None:
-        """Of one pass over the prompts."""
+        """The seconds of one pass over the prompts."""
         if self.seconds_per_step is None or self.steps_per_epoch is None:
             return None
         return self.seconds_per_step * self.steps_per_epoch
@@ -112,7 +113,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Batches:
-    """Pictures at a time."""
+    """The micro-batches of a run: pictures that are drawn and trained at a time, and why so many."""
 
     rollout: int
     train: int | None
@@ -121,22 +122,22 @@ class Batches:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All of it. Parts that could not be found out are None or empty; the problems say why."""
+    """Everything that was found out about a recipe. Unknown parts are None or empty; the problems say why."""
 
     kind: str
     model: str
     place: Hardware
     parts: Mapping[str, PartSize]
     rewards: Mapping[str, int]
-    """Model of a reward -> bytes on the disk, which it will take about in memory."""
+    """Bytes on the disk of each model of a reward; in memory it takes about as many."""
     trained: Trained | None
     side: int | None
-    """Pixels of the pictures."""
+    """Side of the pictures in pixels."""
     drawing: Cost | None
     training: Cost | None
     batches: Batches | None
     needed: int | None
-    """Bytes at the peak of a process, with these batches."""
+    """Bytes of one process at its peak, with these batches."""
     disk: int | None
     """Bytes that the run's folder may grow to."""
     work: Work
@@ -154,7 +155,7 @@ class Diagnosis:
         return self.needed is not None
 
     def to_json(self) -> dict[str, Any]:
-        """One object of numbers and strings."""
+        """Return the diagnosis as one JSON object."""
         found = {name: value for name, value in asdict(self).items() if name != "work"}
         work = asdict(self.work) | {"seconds_per_epoch": self.work.seconds_per_epoch}
         weights = sum(part.bytes for part in self.parts.values())
@@ -162,30 +163,25 @@ class Diagnosis:
         return {**known, **found, "work": work, "weights": weights}
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Yield the diagnosis as lines for people."""
         place = self.place
         yield f"{self.kind}  {self.model}"
         yield f"device      {place.device} x {place.processes}, weights {place.weights}, computes in {place.computing}"
-        yield from self._sizes()
+        for name, part in self.parts.items():
+            yield f"{'weights':<12}{name:<18}{part.parameters / 1e6:>10.2f} M parameters{size(part.bytes):>12}"
+        for name, taken in self.rewards.items():
+            yield f"{'reward':<12}{name:<18}{'':>23}{size(taken):>12}"
         yield from self._memory()
         yield from self._work()
         yield from (f"note        {note}" for note in self.notes)
         for problem in self.problems:
             yield f"MISSING     {problem.need.value}: {problem.message}"
-        yield self._verdict()
-
-    def _verdict(self) -> str:
         if not self.can_run:
-            return "It cannot run here as it is."
-        return (
-            "It can run." if self.memory_checked else "Nothing else is missing, but memory was not checked."
-        )
-
-    def _sizes(self) -> Iterator[str]:
-        for name, part in self.parts.items():
-            yield f"{'weights':<12}{name:<18}{part.parameters / 1e6:>10.2f} M parameters{size(part.bytes):>12}"
-        for name, taken in self.rewards.items():
-            yield f"{'reward':<12}{name:<18}{'':>23}{size(taken):>12}"
+            yield "It cannot run here as it is."
+        elif self.memory_checked:
+            yield "It can run."
+        else:
+            yield "Nothing else is missing, but memory was not checked."
 
     def _memory(self) -> Iterator[str]:
         if self.trained is not None:
@@ -209,29 +205,41 @@ class Diagnosis:
         work = self.work
         yield f"{'pictures':<12}{work.images_per_step} a step, {work.images_in_all} in all"
         if work.steps_per_epoch is not None:
+            seconds = "time not known"
+            if work.seconds_per_epoch is not None:
+                least = "at least " if work.is_lower_bound else ""
+                seconds = f"{least}{work.seconds_per_epoch:.0f} s ({work.known_from})"
             yield (
                 f"{'epoch':<12}{work.prompts} prompts: {work.steps_per_epoch} steps, {work.images_per_epoch} pictures, "
-                f"{_seconds(work)}"
+                f"{seconds}"
             )
         if self.disk is not None:
             yield f"{'disk':<12}{size(self.disk)} at most"
 
 
+def require(found: Diagnosis | Findings) -> tuple[str, ...]:
+    """Refuse what cannot run, by the first problem's own error; return the notes on what can.
+
+    Raises:
+        PixrlError: the problems, in one message.
+    """
+    if not found.problems:
+        return tuple(found.notes)
+    messages = [problem.message for problem in found.problems]
+    kind: type[PixrlError] = vars(errors)[found.problems[0].error]
+    if len(messages) == 1:
+        raise kind(messages[0])
+    raise kind("\n  ".join([f"{len(messages)} things stand against this run:", *messages]))
+
+
 def size(count: int) -> str:
-    """Bytes in words: 1.2 GiB."""
+    """Return a number of bytes in words, such as 1.2 GiB."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count} B"
 
 
-def _seconds(work: Work) -> str:
-    if work.seconds_per_epoch is None:
-        return "time not known"
-    least = "at least " if work.is_lower_bound else ""
-    return f"{least}{work.seconds_per_epoch:.0f} s ({work.known_from})"
-
-
 def run_name(path: Path) -> str:
-    """How `known_from` calls a run."""
+    """Return the name by which `Work.known_from` calls a run."""
     return f"measured in {path}"

@@ -1,39 +1,59 @@
-"""What a recipe's rewards need that may be missing: options, packages, keys, services, and the models that they read.
+"""What a recipe's rewards need that may be missing: options, packages, keys, services, metadata, models.
 
-A reward's own class is asked: whether it can be made with its options (`Reward.examine`), which models it reads and how
-(`Reward.reads`), and which packages it lacks (`Reward.lacks_package`).
+A reward's own class is asked: whether it can be made with its options (`Reward.examine`), which models it reads and
+how (`Reward.reads`), which packages it lacks (`Reward.lacks_package`), and what it lacks of a prompt (`Reward.lacks`).
+Before a run's generator loads, its rewards also score a synthetic batch (`rehearse`).
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
 
 from pixrl import rewards as rewards_table
 from pixrl.data.prompts import Prompt
 from pixrl.device import choose_precision
 from pixrl.doctor.diagnosis import Findings, Need
-from pixrl.doctor.needs import existing_device, file_bytes, model_bytes, present, require_pieces
-from pixrl.errors import CheckpointError, ConfigError, InputError, PixrlError, ServiceError
-from pixrl.hub import read_json, resolve
-from pixrl.hub_fetch import cached_folder
+from pixrl.doctor.needs import (
+    existing_device,
+    file_bytes,
+    local_folder,
+    model_bytes,
+    present,
+    require_pieces,
+    shortened,
+)
+from pixrl.errors import CheckpointError, ConfigError, InputError, PixrlError, RunError, ServiceError
+from pixrl.hub import TOY_PREFIX, TOY_ROOT, read_json, resolve
+from pixrl.models.base import Renderer
 from pixrl.rewards.base import Form, Options, Read, Reward
 from pixrl.rewards.http import key_from
+from pixrl.rewards.references import references_of
+from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.rewards.weights import WEIGHT_SUFFIXES, is_weight_file
+from pixrl.types import RewardBatch
 
 _WRONG_KINDS = (TypeError, ValueError, AttributeError, LookupError)
-"""What Python raises for an option of a kind that a reward does not expect."""
+"""Errors that Python raises for an option of a kind that a reward does not expect."""
+TOY_SIDE, TOY_LARGEST = 64, 2**26
+"""Side in pixels of the toy world's pictures, and more parameters than any of its models has."""
+REHEARSED = 4
+"""Number of pictures in the synthetic batch."""
 
 
 def find_rewards(
     settings: Sequence[RewardSetting], prompts: Sequence[Prompt], findings: Findings
 ) -> dict[str, int]:
-    """Model of a reward -> bytes of the weights that are loaded of it, as often as they are; of those that are there.
+    """Return for each model of a reward that is there the bytes of its weights, as often as they are loaded.
 
     Args:
         settings: the rewards.
-        prompts: all that they will score pictures of.
-        findings: where what is missing is noted.
+        prompts: all prompts of whose pictures they will give scores.
+        findings: filled with what is missing.
     """
     found: dict[str, int] = {}
     metadata = [prompt.metadata for prompt in prompts]
@@ -50,7 +70,11 @@ def find_rewards(
         except InputError as error:
             findings.miss(Need.SETTING, error)
             continue
-        _require_place(setting, options, findings)
+        try:
+            if "device" in setting.options:
+                choose_precision(existing_device(str(options["device"])), str(options.get("dtype", "auto")))
+        except InputError as error:
+            findings.miss(Need.DEVICE, f"The reward {setting.name!r}: {error}")
         if not _is_refused(setting, kind, options, findings):
             for ref, taken in _models(setting, kind, options, findings):
                 found[ref] = found.get(ref, 0) + taken
@@ -60,18 +84,19 @@ def find_rewards(
     return found
 
 
-def named_models(setting: RewardSetting) -> dict[str, object]:
-    """Option -> the model that it names in a recipe; nothing where the reward's options are wrong."""
-    try:
-        options = rewards_table.checked_options(setting.reward, setting.options)
-        reads = rewards_table.kind_of(setting.reward).reads(options)
-    except (ImportError, PixrlError):  # `find_rewards` says what is wrong
-        return {}
-    return {option: setting.options.get(option) for option in reads}
+def named_models(settings: Sequence[RewardSetting]) -> dict[str, object]:
+    """Return what a recipe gives for each option of a reward that names a model, by the option's dotted path."""
+    found: dict[str, object] = {}
+    for setting in settings:
+        with contextlib.suppress(ImportError, PixrlError):  # `find_rewards` says what is wrong
+            options = rewards_table.checked_options(setting.reward, setting.options)
+            for option in rewards_table.kind_of(setting.reward).reads(options):
+                found[f"rewards.{setting.name}.options.{option}"] = setting.options.get(option)
+    return found
 
 
 def _is_refused(setting: RewardSetting, kind: type[Reward], options: Options, findings: Findings) -> bool:
-    """Whether the reward's class refuses its options; then that is a problem."""
+    """Return whether the reward's class refuses its options, which is then a problem."""
     variable = None if kind.key_option is None else options[kind.key_option]
     try:
         if variable is not None:
@@ -94,25 +119,23 @@ def _is_refused(setting: RewardSetting, kind: type[Reward], options: Options, fi
     return True
 
 
-def _require_place(setting: RewardSetting, options: Options, findings: Findings) -> None:
-    """The device and precision that a reward's own options name."""
-    try:
-        if "device" in setting.options:
-            choose_precision(existing_device(str(options["device"])), str(options.get("dtype", "auto")))
-    except InputError as error:
-        findings.miss(Need.DEVICE, f"The reward {setting.name!r}: {error}")
-
-
 def _models(
     setting: RewardSetting, kind: type[Reward], options: Options, findings: Findings
 ) -> list[tuple[str, int]]:
-    """What a reward reads, and the bytes of its weights."""
+    """Return the models that a reward reads, with the bytes of their weights."""
     found = []
     for option, read in kind.reads(options).items():
         ref = read.named(options, option)
         try:
-            if ref is None and read.beside:
-                _require_beside(str(options["model"]), read, findings)
+            if ref is None and read.beside:  # config or tokenizer lie in the model's folder
+                model = str(options["model"])
+                folder = Path(model).expanduser().parent if is_weight_file(model) else local_folder(model)
+                if folder is None:
+                    raise CheckpointError(
+                        f"It is not given, and {model} is published without {' or '.join(read.files)}."
+                    )
+                _require_files(folder, read, read.files)
+                require_pieces(folder, findings)
             taken = _bytes(str(ref), read, findings) if isinstance(ref, str | Path) else None
         except CheckpointError as error:
             findings.miss(
@@ -126,7 +149,7 @@ def _models(
 
 
 def _bytes(ref: str, read: Read, findings: Findings) -> int | None:
-    """Bytes of the weights; None where there are none to load, or they are not there.
+    """Return the bytes of a model's weights; None where there are none to load, or they are not there.
 
     Raises:
         CheckpointError: a file is missing, cut short, or another model's.
@@ -140,7 +163,12 @@ def _bytes(ref: str, read: Read, findings: Findings) -> int | None:
     if read.form is Form.MODEL:
         taken = model_bytes(ref, findings)
         if taken is not None and read.kinds:
-            _require_kind(ref, read.kinds)
+            folder = local_folder(ref)
+            kind = None if folder is None else read_json(folder / "config.json").get("model_type")
+            if kind not in read.kinds:
+                raise CheckpointError(
+                    f"{folder} holds a {kind!r} model, and a {' or '.join(map(repr, read.kinds))} one is needed."
+                )
         return taken
     names = read.files
     folder = present(
@@ -155,30 +183,6 @@ def _bytes(ref: str, read: Read, findings: Findings) -> int | None:
     return sum(file_bytes(folder / name) for name in names if name.endswith(WEIGHT_SUFFIXES))
 
 
-def _require_kind(ref: str, kinds: Sequence[str]) -> None:
-    place = resolve(ref)
-    folder = cached_folder(place) if isinstance(place, str) else place
-    kind = None if folder is None else read_json(folder / "config.json").get("model_type")
-    if kind not in kinds:
-        raise CheckpointError(
-            f"{folder} holds a {kind!r} model, and a {' or '.join(map(repr, kinds))} one is needed."
-        )
-
-
-def _require_beside(model: str, read: Read, findings: Findings) -> None:
-    """Config or tokenizer in the folder of the model, where no other is named."""
-    names = read.files
-    if is_weight_file(model):
-        folder: Path | None = Path(model).expanduser().parent
-    else:
-        place = resolve(model)
-        folder = cached_folder(place) if isinstance(place, str) else place
-    if folder is None:
-        raise CheckpointError(f"It is not given, and {model} is published without {' or '.join(names)}.")
-    _require_files(folder, read, names)
-    require_pieces(folder, findings)
-
-
 def _require_files(folder: Path, read: Read, names: Sequence[str]) -> None:
     missing = _missing(folder, read, names)
     if missing:
@@ -186,6 +190,118 @@ def _require_files(folder: Path, read: Read, names: Sequence[str]) -> None:
 
 
 def _missing(folder: Path, read: Read, names: Sequence[str]) -> Sequence[str]:
-    """What a folder lacks: of FILES any, of WORDS all."""
+    """Return the files that a folder lacks: each of FILES is needed, of WORDS one."""
     missing = [name for name in names if not (folder / name).is_file()]
     return missing if read.form is Form.FILES or len(missing) == len(names) else ()
+
+
+def require_metadata(
+    settings: Sequence[RewardSetting],
+    sets: Mapping[str, Sequence[Prompt]],
+    max_failed_share: float,
+    findings: Findings,
+) -> None:
+    """Check that the prompts say what each reward must know of them.
+
+    Args:
+        settings: the rewards.
+        sets: the prompts by the setting that names them.
+        max_failed_share: share of a set's prompts that may lack it, which is then a note.
+        findings: filled with what is missing.
+    """
+    for setting in settings:
+        try:
+            kind = rewards_table.kind_of(setting.reward)
+        except ImportError:
+            continue  # `find_rewards` says which package is missing
+        for source, prompts in sets.items():
+            lacking = [
+                (prompt, reason)
+                for prompt in prompts
+                if (reason := kind.lacks(prompt.text, prompt.metadata, setting.options)) is not None
+            ]
+            if not lacking:
+                continue
+            prompt, reason = lacking[0]
+            said = (
+                f"The reward {setting.name!r} can score no picture of {len(lacking)} of {len(prompts)} prompts "
+                f"({source}); {shortened(prompt.text)}: {reason}."
+            )
+            if len(lacking) > max_failed_share * len(prompts):
+                findings.miss(Need.DATA, f"{said} Give prompts that have it, or leave the reward out.")
+            else:
+                findings.note(said)
+
+
+def require_own_world(
+    renderer: Renderer, parameters: int, named: Iterable[tuple[str, object]], findings: Findings
+) -> None:
+    """Refuse judges of the toy world for another generator: they have seen nothing but the toy world's drawings.
+
+    Args:
+        renderer: the generator, without content.
+        parameters: number of parameters of all its parts.
+        named: pairs of a setting and the checkpoint that it names.
+        findings: filled with what is refused.
+    """
+    side = renderer.settings.resolution
+    if renderer.vocabulary is not None or side <= TOY_SIDE or parameters <= TOY_LARGEST:
+        return
+    for setting, ref in named:
+        if isinstance(ref, str | Path) and _is_toy(ref):
+            findings.miss(
+                Need.SETTING,
+                f"{setting} is {ref}, which has only seen the toy world's drawings of {TOY_SIDE} x {TOY_SIDE}, and "
+                f"{renderer.name} draws pictures of {side} x {side}: its scores would mean nothing. Name a published "
+                "checkpoint there (docs/rewards.md), or type: --set model=toy:sd3",
+            )
+
+
+def _is_toy(ref: str | Path) -> bool:
+    if str(ref).startswith(TOY_PREFIX):
+        return True
+    try:
+        place = resolve(ref)
+    except PixrlError:
+        return False
+    return isinstance(place, Path) and place.resolve().is_relative_to(TOY_ROOT.resolve())
+
+
+def reward_notes(settings: Sequence[RewardSetting], *, announced: bool) -> Iterator[str]:
+    """Yield what the rewards say of themselves, such as which code of the user's a run will execute; execute none.
+
+    `announced`: leave out what a line says that `plugins` prints before it runs.
+    """
+    for setting in settings:
+        with contextlib.suppress(ImportError, PixrlError):  # `find_rewards` says what is wrong
+            options = rewards_table.checked_options(setting.reward, setting.options)
+            for note in rewards_table.kind_of(setting.reward).notes(options, announced=announced):
+                yield f"The reward {setting.name!r} {note}"
+
+
+def rehearse(rewards: RewardSet, prompts: Sequence[Prompt], side: int, findings: Findings) -> None:
+    """Let every reward score a small synthetic batch: what raises there would raise in the first step.
+
+    Noise is shown, or a prompt's own reference picture where it has one. A picture without a score is only noted, for
+    that may lie with the picture.
+
+    Args:
+        rewards: all rewards of the run.
+        prompts: the run's prompts, of which a few are taken.
+        side: side in pixels of the generator's pictures.
+        findings: filled with the failure of a reward.
+    """
+    chosen = [prompts[place * len(prompts) // REHEARSED] for place in range(REHEARSED)] if prompts else []
+    if not chosen:
+        return
+    images = []
+    for number, prompt in enumerate(chosen):
+        known = references_of(prompt.metadata) if "reference" in prompt.metadata else []
+        patches = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        shown = known[0].float().cpu() if known else patches
+        images.append(F.interpolate(shown, size=(side, side), mode="bilinear")[0].clamp(0, 1))
+    batch = RewardBatch(torch.stack(images), [one.text for one in chosen], [one.metadata for one in chosen])
+    count = len(chosen)
+    for name, reason in rewards.broken(batch).items():
+        said = f"The reward {name!r} failed for {count} of {count} pictures of a synthetic batch: {reason}."
+        findings.miss(Need.SERVICE, RunError(said))

@@ -1,4 +1,4 @@
-"""What every equation shares: the working dtype, per-sample views and means, and input checks.
+"""The parts that all equations share: the working dtype, per-sample views and means, and input checks.
 
 The choice of dtype, for the whole package: an equation computes, and returns, in the widest dtype of its data
 but in no less than float32. float16 and bfloat16 come out as float32; float64 stays float64, which is what
@@ -14,11 +14,11 @@ from torch import Tensor
 from pixrl.errors import InputError, ShapeError
 
 Real = TypeVar("Real", float, Tensor)
-"""A Python number or a tensor: what comes in is what goes out."""
+"""A Python number or a tensor; a function returns the kind that it was given."""
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """The widest dtype among the tensors, at least float32."""
+    """Return the widest dtype among the tensors, at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -26,7 +26,7 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in their common working dtype."""
+    """Return the tensors in their common working dtype."""
     dtype = working_dtype(*tensors)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
@@ -37,12 +37,12 @@ def per_sample(value_B: Tensor, like: Tensor) -> Tensor:
 
 
 def sample_mean(values: Tensor) -> Tensor:
-    """`[B, ...]` -> `[B]`: the mean over every dimension except the batch."""
+    """Return the mean over every dimension except the batch: `[B, ...]` -> `[B]`."""
     return values if values.ndim == 1 else values.flatten(1).mean(dim=1)
 
 
 def broadcasts(tensor: Tensor, to: Tensor) -> bool:
-    """Whether `tensor` broadcasts to the shape of `to` without growing it."""
+    """Return whether `tensor` broadcasts to the shape of `to` without growing it."""
     pairs = zip(reversed(tensor.shape), reversed(to.shape), strict=False)
     return tensor.ndim <= to.ndim and all(mine in (1, theirs) for mine, theirs in pairs)
 

@@ -24,7 +24,7 @@ def group_advantages(
     eps: float = 1e-4,
     clip: float | None = None,
 ) -> Tensor:
-    """Rewards minus their group's mean, over a population standard deviation + eps, clamped to +-clip.
+    """Divide rewards minus their group's mean by a population standard deviation + eps, and clamp to +-clip.
 
     A_i = (r_i - mean(r_1..r_G)) / (std + eps)
 
@@ -63,7 +63,7 @@ def group_advantages(
 
 
 def leave_one_out(rewards_PG: Tensor) -> Tensor:
-    """Every reward minus the mean of the others of its group: r_i - mean_{j != i} r_j.
+    """Return every reward minus the mean of the others of its group: r_i - mean_{j != i} r_j.
 
     Args:
         rewards_PG: rewards, `[P, G]`; nan marks a failed sample.
@@ -84,7 +84,7 @@ def leave_one_out(rewards_PG: Tensor) -> Tensor:
 
 
 def _centered(rewards_PG: Tensor) -> tuple[Tensor, Tensor]:
-    """Which samples were scored, and rewards minus their row's mean over those; 0 for the others.
+    """Return which samples were scored, and rewards minus their row's mean over those; 0 for the others.
 
     Each row is shifted by its least reward first: equal rewards then centre to an exact zero.
     """
@@ -100,7 +100,7 @@ def _centered(rewards_PG: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _population_std(centered: Tensor, valid: Tensor, dim: int | None) -> Tensor:
-    """sqrt(mean of squares) of centred values over the scored samples of a row (dim 1) or of all (None).
+    """Return sqrt(mean of squares) of centred values over the scored samples of a row (dim 1) or of all (None).
 
     nan where none was scored.
     """

@@ -11,7 +11,7 @@ from pixrl.equations._tensors import per_sample, require_batch, require_same_sha
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The state at time t between data and noise: x_t = (1 - t) x0 + t noise.
+    """Return the state at time t between data and noise: x_t = (1 - t) x0 + t noise.
 
     Args:
         x0: data, `[B, ...]`.
@@ -34,7 +34,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def predict_x0(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """The data that a velocity points back to: x0 = x_t - t v.
+    """Return the data that a velocity points back to: x0 = x_t - t v.
 
     Args:
         x_t: state, `[B, ...]`.
@@ -53,7 +53,7 @@ def predict_x0(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
 
 
 def predict_noise(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """The noise that a velocity points on to: noise = x_t + (1 - t) v.
+    """Return the noise that a velocity points on to: noise = x_t + (1 - t) v.
 
     Args:
         x_t: state, `[B, ...]`.
@@ -72,7 +72,7 @@ def predict_noise(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
 
 
 def _time(t: Tensor, like: Tensor) -> Tensor:
-    """Checked times, ready to scale the samples of `like`."""
+    """Check times, and return them ready to scale the samples of `like`."""
     require_batch(len(like), t=t)
     require_unit_time(t=t)
     return per_sample(t, like)

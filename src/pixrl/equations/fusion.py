@@ -22,22 +22,22 @@ from pixrl.equations._tensors import require_axes, widen
 from pixrl.errors import InputError, ShapeError
 
 PRESENCE = 0.63
-"""Published tau_presence."""
+"""The published tau_presence."""
 BALANCE = 0.05
-"""Published tau_balance."""
+"""The published tau_balance."""
 
 
 class Shortfall(NamedTuple):
-    """How far each image misses the two tests of `is_candidate`; both `[B]`, at least 0."""
+    """The distances by which each image misses the two tests of `is_candidate`; both `[B]`, at least 0."""
 
     presence: Tensor
-    """tau_presence - min S where that is positive: what the least present concept lacks."""
+    """What the least present concept lacks: max(tau_presence - min S, 0)."""
     balance: Tensor
-    """max S - min S - tau_balance where that is positive: the excess of imbalance."""
+    """The excess of imbalance: max(max S - min S - tau_balance, 0)."""
 
 
 def fuse(embeddings_NLD: Tensor, coefficients_ND: Tensor) -> Tensor:
-    """Column-wise mix of the concepts' embeddings: sum_n e_n diag(a_n).
+    """Mix the concepts' embeddings column by column: sum_n e_n diag(a_n).
 
     Args:
         embeddings_NLD: token features of N concepts, `[N, L, D]`; mix pooled ones as `[N, 1, D]`.
@@ -67,7 +67,7 @@ def fuse(embeddings_NLD: Tensor, coefficients_ND: Tensor) -> Tensor:
 
 
 def fusion_reward(similarities_BN: Tensor, alpha: float = 5.0) -> Tensor:
-    """Present and balanced: sum S - alpha (max S - min S).
+    """Return the reward of presence and balance: sum S - alpha (max S - min S).
 
     For two concepts this is (S1 + S2) - alpha |S1 - S2|.
 
@@ -91,7 +91,7 @@ def fusion_reward(similarities_BN: Tensor, alpha: float = 5.0) -> Tensor:
 
 
 def is_candidate(similarities_BN: Tensor, presence: float = PRESENCE, balance: float = BALANCE) -> Tensor:
-    """Every concept present and all in balance: all S > presence and max S - min S < balance, both strictly.
+    """Return where all concepts are present and in balance: all S > presence and max S - min S < balance, strictly.
 
     Args:
         similarities_BN: `[B, N]`, N >= 2.
@@ -113,7 +113,7 @@ def is_candidate(similarities_BN: Tensor, presence: float = PRESENCE, balance: f
 def select(
     similarities_BN: Tensor, k: int = 1, presence: float = PRESENCE, balance: float = BALANCE
 ) -> Tensor:
-    """The k best candidates by total similarity, best first.
+    """Return the k best candidates by total similarity, best first.
 
     The thresholds are never relaxed: fewer than k candidates give fewer indices, none gives none. `shortfall`
     then says how far the images missed.
@@ -140,7 +140,7 @@ def select(
 
 
 def shortfall(similarities_BN: Tensor, presence: float = PRESENCE, balance: float = BALANCE) -> Shortfall:
-    """How far each image misses presence and balance, for the message when `select` returns none.
+    """Return how far each image misses presence and balance, for the message when `select` returns none.
 
     An image on a threshold has a shortfall of 0 there and still does not qualify, as both tests are strict.
 
@@ -159,7 +159,7 @@ def shortfall(similarities_BN: Tensor, presence: float = PRESENCE, balance: floa
 
 
 def _checked(similarities_BN: Tensor) -> Tensor:
-    """Similarities in the working dtype, of at least two concepts."""
+    """Check that there are two concepts or more, and return the similarities in the working dtype."""
     require_axes("BN", similarities_BN=similarities_BN)
     if similarities_BN.shape[1] < 2:
         raise ShapeError(
@@ -170,5 +170,5 @@ def _checked(similarities_BN: Tensor) -> Tensor:
 
 
 def _spread(similarities_BN: Tensor) -> Tensor:
-    """max S - min S of each image, `[B]`."""
+    """Return max S - min S of each image, `[B]`."""
     return similarities_BN.amax(dim=1) - similarities_BN.amin(dim=1)

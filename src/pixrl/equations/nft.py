@@ -34,7 +34,7 @@ LEAST_WEIGHT = 1e-5
 
 
 def optimality(advantage: Tensor, clip: float = 5.0) -> Tensor:
-    """The probability that a sample is optimal: r = 1/2 + 1/2 clamp(A / clip, -1, 1).
+    """Return the probability that a sample is optimal: r = 1/2 + 1/2 clamp(A / clip, -1, 1).
 
     Args:
         advantage: any shape.
@@ -54,7 +54,7 @@ def optimality(advantage: Tensor, clip: float = 5.0) -> Tensor:
 
 
 def implicit_velocities(v: Tensor, v_old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The implicit good and bad policies, on either side of the old one.
+    """Return the velocities of the implicit good and bad policies, on either side of the old one.
 
     v+ = (1 - beta) v_old + beta v;  v- = (1 + beta) v_old - beta v
 
@@ -77,7 +77,7 @@ def implicit_velocities(v: Tensor, v_old: Tensor, beta: float) -> tuple[Tensor, 
 
 
 def nft_loss(x_t: Tensor, t: Tensor, x0: Tensor, v: Tensor, v_old: Tensor, r: Tensor, beta: float) -> Tensor:
-    """Regression of both implicit policies on the sample, weighted by its optimality: r L+ + (1 - r) L-.
+    """Regress both implicit policies on the sample, weighted by its optimality: r L+ + (1 - r) L-.
 
     L = mean((x0' - x0)^2 / w);  x0' = x_t - t v';  w = stop-gradient of mean|x0' - x0|, at least 1e-5
 
@@ -113,7 +113,7 @@ def nft_loss(x_t: Tensor, t: Tensor, x0: Tensor, v: Tensor, v_old: Tensor, r: Te
 
 
 def old_policy_decay(step: int, kind: int) -> float:
-    """How much of the old policy stays at an epoch's end: old <- d old + (1 - d) current.
+    """Return d, how much of the old policy stays at an epoch's end: old <- d old + (1 - d) current.
 
     kind 0: 0;  kind 1: min(0.001 step, 0.5);  kind 2: 0 up to step 75, then min(0.0075 (step - 75), 0.999)
 
@@ -140,7 +140,7 @@ def old_policy_decay(step: int, kind: int) -> float:
 
 
 def _self_normalized(predicted: Tensor, target: Tensor) -> Tensor:
-    """Squared error over its own mean magnitude, which carries no gradient; `[B]`."""
+    """Return the squared error over its own mean magnitude, which carries no gradient; `[B]`."""
     error = predicted - target
     weight = sample_mean(error.detach().abs()).clamp_min(LEAST_WEIGHT)
     return sample_mean(error**2) / weight

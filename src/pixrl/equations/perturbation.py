@@ -37,7 +37,7 @@ from pixrl.errors import InputError, ShapeError
 
 
 def content_mask(input_ids: Tensor, special_ids: Iterable[int]) -> Tensor:
-    """Which tokens carry content: true on those that are not start, end or padding.
+    """Return which tokens carry content: true on those that are not start, end or padding.
 
     Args:
         input_ids: token ids, integers, `[B, L]`.
@@ -57,7 +57,7 @@ def content_mask(input_ids: Tensor, special_ids: Iterable[int]) -> Tensor:
 
 
 def perturb(embeddings_LD: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
-    """Perturbed input embeddings: e + delta on content positions, e elsewhere.
+    """Perturb input embeddings: e + delta on content positions, e elsewhere.
 
     Args:
         embeddings_LD: static embeddings, `[L, D]`, or with leading axes.
@@ -87,7 +87,7 @@ def perturb(embeddings_LD: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
 
 
 def diversity_loss(h_KD: Tensor) -> Tensor:
-    """Mean cosine similarity over all pairs of different variants; smaller is more diverse.
+    """Return the mean cosine similarity over all pairs of different variants; smaller is more diverse.
 
     Args:
         h_KD: global embeddings of the variants, `[K, D]`, the anchor not among them.
@@ -109,7 +109,7 @@ def diversity_loss(h_KD: Tensor) -> Tensor:
 
 
 def anchor_loss(h_KD: Tensor, h0_D: Tensor, target: float = 0.80, margin: float = 0.01) -> Tensor:
-    """How far the variants leave their band of similarity to the anchor.
+    """Return how far the variants leave their band of similarity to the anchor.
 
     mean over k of max(0, |cos(h_k, h0) - target| - margin)
 
@@ -144,7 +144,7 @@ def perturbation_objective(
     target: float = 0.80,
     margin: float = 0.01,
 ) -> Tensor:
-    """The perturbations' objective: anchor_loss + weight * diversity_loss, or the weight on the other (open).
+    """Return the objective: anchor_loss + weight * diversity_loss, or the weight on the other (open).
 
     Args:
         h_KD, h0_D, target, margin: see `anchor_loss`.
@@ -199,7 +199,7 @@ def project_delta(delta: Tensor, max_norm: float = 0.05, embeddings_LD: Tensor |
 
 
 def variant_weight(t: Real, perturbation_range: float = 0.4) -> Real:
-    """The weight of a variant's condition at time t: lambda(t) = clamp((t - (1 - tau)) / tau, 0, 1).
+    """Return the weight of a variant's condition at time t: lambda(t) = clamp((t - (1 - tau)) / tau, 0, 1).
 
     The condition is c_k(t) = lambda c_k + (1 - lambda) c_0. Sampling uses it; the update is conditioned on
     c_0 alone. The static schedule of the paper's ablation is lambda = 1.

@@ -58,7 +58,7 @@ def flow_sde_step(
     noise: Tensor | None = None,
     next_x: Tensor | None = None,
 ) -> SDEStep:
-    """Flow-GRPO's step: noise grows with the noise level.
+    """Take Flow-GRPO's step, whose noise grows with the noise level.
 
     s = eta sqrt(sigma / (1 - sigma'));  sigma' = sigma, or `sigma_max` where sigma = 1
     mean = x (1 + s^2 / (2 sigma) dt) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt;  std = s sqrt(-dt)
@@ -102,7 +102,7 @@ def dance_step(
     noise: Tensor | None = None,
     next_x: Tensor | None = None,
 ) -> SDEStep:
-    """DanceGRPO's step: the same noise at every level.
+    """Take DanceGRPO's step, with the same noise at every level.
 
     x0 = x - sigma v;  score = -(x - (1 - sigma) x0) / sigma^2
     mean = x + dt v - eta^2 score dt / 2;  std = eta sqrt(-dt)
@@ -130,7 +130,7 @@ def cps_step(
     noise: Tensor | None = None,
     next_x: Tensor | None = None,
 ) -> SDEStep:
-    """Coefficient-preserving step: data keeps its weight 1 - sigma_next, all noise together keeps sigma_next.
+    """Take a coefficient-preserving step: data keeps its weight 1 - sigma_next, all noise together sigma_next.
 
     std = sigma_next sin(eta pi / 2);  x0 = x - sigma v;  x1 = x + (1 - sigma) v
     mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - std^2) x1;  log_prob = -mean((next_x - mean)^2)
@@ -156,7 +156,7 @@ def cps_step(
 def _prepare(
     x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Checked and widened state and velocity, and the noise level and dt as `[B, 1, ..., 1]`."""
+    """Check and widen state and velocity; return them, and the noise level and dt as `[B, 1, ..., 1]`."""
     require_same_shape(x=x, velocity=velocity)
     require_batch(len(x), sigma=sigma, sigma_next=sigma_next)
     if not bool(((sigma <= 1) & (sigma_next < sigma) & (sigma_next >= 0)).all()):
@@ -195,10 +195,10 @@ def _finish(
 
 
 def _gaussian_log_prob(action: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(action; mean, std^2) of every element, normalizer included."""
+    """Return log N(action; mean, std^2) of every element, normalizer included."""
     return -((action - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
 
 
 def _cps_log_prob(action: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """-(action - mean)^2 of every element: the variance and all constants dropped, as published."""
+    """Return -(action - mean)^2 of every element: the variance and all constants are dropped, as published."""
     return -((action - mean) ** 2)

@@ -42,7 +42,7 @@ HARMONIC_FLOOR = 0.1
 
 
 def synergy(a_id: Tensor, a_prompt: Tensor, kind: Synergy) -> Tensor:
-    """How far two advantages agree, for every sample.
+    """Return how far two advantages agree, for every sample.
 
     `tanh` is the paper's, tanh(a b), in [-1, 1]. `min`, `max` and `harmonic`, 2 a b / (a + b), are the rivals
     of its Table 3, and `none` is 0. The harmonic mean has a pole at a = -b, so |a + b| counts for at least a
@@ -90,7 +90,7 @@ def shape_advantage(
     recenter: bool = False,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """The SARS advantage: the weighted sum plus the synergy, minus it where both advantages are bad.
+    """Return the SARS advantage: the weighted sum plus the synergy, minus it where both advantages are bad.
 
     A = w_id a_id + w_prompt a_prompt + alpha S   if a_id > 0 or a_prompt > 0
     A = w_id a_id + w_prompt a_prompt - alpha S   otherwise
@@ -138,7 +138,7 @@ def prompt_weight(
     center: float = 14.0,
     inverted: bool = False,
 ) -> Real:
-    """The weight of the prompt reward at a sampling step; the identity's is 1 minus it.
+    """Return the weight of the prompt reward at a sampling step; the identity's is 1 minus it.
 
     w_max before `start`; w_min from `end` on; between them
     w_min + (w_max - w_min) (1 - sigmoid(steepness (step - center)))
@@ -193,7 +193,7 @@ def _require_weight(like: Tensor, **weights: Tensor | float) -> None:
 
 
 def _recentered(values: Tensor, valid: Tensor) -> Tensor:
-    """Values minus the mean of the valid ones over the last axis; the others unchanged."""
+    """Subtract from valid values their mean over the last axis; leave the others unchanged."""
     require_same_shape(a_id=values, valid=valid)
     total = torch.where(valid, values, 0.0).sum(dim=-1, keepdim=True)
     mean = total / valid.sum(dim=-1, keepdim=True)

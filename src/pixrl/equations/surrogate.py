@@ -27,7 +27,7 @@ from pixrl.errors import InputError, ShapeError
 
 
 def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """PPO's pessimistic loss of every sample: max(-A rho, -A clamp(rho, 1 - clip, 1 + clip)).
+    """Return PPO's pessimistic loss of every sample: max(-A rho, -A clamp(rho, 1 - clip, 1 + clip)).
 
     All three must be `[B]`. A `[B, 1]` among them would broadcast to `[B, B]`, which is a bug in published
     code.
@@ -64,7 +64,7 @@ def gaussian_kl(
     form: Literal["exact", "flow_grpo"] = "exact",
     dt: Tensor | None = None,
 ) -> Tensor:
-    """KL divergence of two Gaussians with one standard deviation: mean((mean - ref_mean)^2 / (2 std^2)).
+    """Return the KL divergence of two Gaussians of one std: mean((mean - ref_mean)^2 / (2 std^2)).
 
     Two forms, because published KL weights belong to one or the other:
 
@@ -103,7 +103,7 @@ def gaussian_kl(
 
 
 def _deviation(std: Tensor | float, like: Tensor) -> Tensor:
-    """A standard deviation that broadcasts to `like` and cannot be read in two ways."""
+    """Check that a standard deviation broadcasts to `like` and cannot be read in two ways; return it."""
     if not isinstance(std, Tensor):
         return torch.tensor(std, dtype=like.dtype, device=like.device)
     if std.shape == like.shape[:1]:

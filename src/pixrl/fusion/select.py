@@ -51,23 +51,26 @@ class Selection:
     candidates: int
     indices: tuple[int, ...]
     nearest: tuple[Near, ...] = ()
+    pool: bool = False
+    """Whether the choice was among the pool, the pictures that a policy drew when it had learned."""
 
     def summary(self, run: Path | None = None) -> str:
         """One or two sentences for the end of a run, with its folder in the command that they advise."""
         t = self.thresholds
         test = f"presence > {t.presence:.3f} ({t.presence_source}), balance < {t.balance:.3f} ({t.balance_source})"
+        where = " of the pool" if self.pool else ""
         if self.indices:
-            share = f"{self.candidates} of {self.images} pictures are candidates"
+            share = f"{self.candidates} of {self.images} pictures{where} are candidates"
             return f"{share} ({test}); selected: {', '.join(map(str, self.indices))}."
         if not self.nearest:
-            return f"None of {self.images} pictures could be scored, so none is selected."
+            return f"None of {self.images} pictures{where} could be scored, so none is selected."
         best = self.nearest[0]
         misses = [f"{value:.3f} in {name}" for name, value in (("presence", best.presence), ("balance", best.balance))
                   if value > 0]  # fmt: skip
         missed = " and ".join(misses) or "nothing but the strict inequality"
         return (
-            f"None of {self.images} pictures qualifies ({test}). The nearest, {best.index}, fell short by {missed}. "
-            "To choose with other thresholds, without new pictures: "
+            f"None of {self.images} pictures{where} qualifies ({test}). The nearest, {best.index}, fell short by "
+            f"{missed}. To choose with other thresholds, without new pictures: "
             f"pixrl select{'' if run is None else f' {shlex.quote(str(run))}'} --presence {self._offer():.2f}"
         )
 
@@ -88,6 +91,7 @@ class Selection:
             candidates=data["candidates"],
             indices=tuple(data["indices"]),
             nearest=tuple(Near(**near) for near in data["nearest"]),
+            pool=data.get("pool", False),
         )
 
 
@@ -114,26 +118,30 @@ def choose(
     thresholds: Thresholds,
     keep: int,
     seeds: Sequence[int] | None = None,
+    everywhere: bool = False,
 ) -> Selection:
-    """The selection among scored pictures; row i is picture i, drawn from the noise `seeds[i]`.
+    """Select among scored pictures; row i is picture i, drawn from the noise `seeds[i]`.
 
     The first is the candidate with the largest total similarity (RMLer Eq. 7). Pictures of one noise look much alike,
-    so the following ones take the best candidate of each other noise first.
+    so the following ones take the best candidate of each other noise first. With a pool, the pictures that the policy
+    learned from are no candidates; `everywhere` makes them such.
     """
-    listed_B = shortlist(similarities_BN, config)
+    pooled = config.pool_images > 0 and len(similarities_BN) > config.learning_images and not everywhere
+    open_B = torch.arange(len(similarities_BN)) >= (config.learning_images if pooled else 0)
+    listed_B = shortlist(similarities_BN, config) & open_B
     passed_BN = similarities_BN.masked_fill(~listed_B[:, None], torch.nan)
     limits = (thresholds.presence, thresholds.balance)
     ranked = select(passed_BN, len(passed_BN), *limits).tolist() if len(passed_BN) else []
     chosen = one_a_noise_first(ranked, seeds or range(len(passed_BN)))[:keep]
-    failed = int(similarities_BN.isnan().any(dim=1).sum())
     return Selection(
         thresholds=thresholds,
         keep=keep,
-        images=len(similarities_BN),
-        failed=failed,
+        images=int(open_B.sum()),
+        failed=int(similarities_BN[open_B].isnan().any(dim=1).sum()),
         candidates=int(is_candidate(passed_BN, *limits).sum()),
         indices=tuple(chosen),
         nearest=() if len(chosen) else _nearest(passed_BN, *limits, keep),
+        pool=pooled,
     )
 
 

@@ -1,8 +1,11 @@
 """Fusion as an algorithm of the loop: mixing coefficients are drawn, their pictures scored, the sampler told.
 
-A frozen generator is a policy without slots: what learns is the sampler, over coefficients.
+A frozen generator is a policy without slots: what learns is the sampler, over coefficients. When a policy has learned,
+the state of it that drew the best batch draws a pool of pictures without learning any more (RMLer: "typically the
+best-performing checkpoint"); the selection takes place there.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -45,6 +48,20 @@ class FusionScores:
         return int(self.feedback.rewards_B.isnan().sum())
 
 
+BEST = "best/"
+"""Before the names of the best state's tensors in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A sampler's state when it drew a batch, and the batch's mean reward."""
+
+    step: int
+    reward: float
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
 def make_sampler(config: FuseConfig, session: FusionSession) -> Sampler[Any]:
     """The sampler that the recipe names, before its first picture."""
     options = resolve_options(config.sampler, config.options)
@@ -59,19 +76,24 @@ class FusionTrainer:
         self.config = config
         self.sampler = make_sampler(config, session)
         self.noise = config.noise_plan()
+        self.best: Snapshot | None = None
+        """The sampler as it was when it drew the batch of the highest mean reward; None without a pool."""
 
     def images(self, step: int) -> int:
         return self.config.count(step)
 
     def collect(self, step: int, clock: Clock) -> FusionRollouts:
-        """The sampler's coefficients, rendered."""
+        """The sampler's coefficients, rendered; in the pool those of its best state."""
         count = self.config.count(step)
         with clock.phase("sampler"):
+            if step >= self.config.learning_steps and self.best is not None:
+                self.sampler.restore(self.best.tensors, self.best.state)
             proposal = self.sampler.ask(count, step)
-            seeds = self.noise.seeds(step, count)
+            wanted = proposal.noises_B
+            seeds = self.noise.seeds(step, count) if wanted is None else self.noise.numbered(wanted.tolist())
         with clock.phase("render"):
             images_BCHW = self.session.render(proposal.coefficients_BND, seeds)
-        return FusionRollouts(step, step * self.config.batch, proposal, seeds, images_BCHW)
+        return FusionRollouts(step, self.config.first_index(step), proposal, seeds, images_BCHW)
 
     def score(self, rollouts: FusionRollouts, clock: Clock) -> FusionScores:
         """Similarity to each concept, and RMLer's reward."""
@@ -80,22 +102,50 @@ class FusionTrainer:
         return FusionScores(Feedback.of(similarities_BN, self.config.alpha, rollouts.seeds), reasons)
 
     def update(self, rollouts: FusionRollouts, scores: FusionScores, clock: Clock) -> dict[str, float]:
-        """The sampler and the choice of noises learn from the rewards."""
-        with clock.phase("sampler"):
-            figures = self.sampler.tell(rollouts.proposal, scores.feedback)
-            self.noise.tell(rollouts.seeds, scores.feedback.rewards_B.tolist())
+        """The sampler and the choice of noises learn from the rewards; nothing learns in the pool."""
+        figures = step_figures(scores)
         passes = self.session.passes(rollouts.proposal.coefficients_BND)
-        return step_figures(scores) | {"network_passes": float(passes)} | figures
+        figures["network_passes"] = float(passes)
+        if rollouts.step >= self.config.learning_steps:
+            return figures | ({} if self.best is None else {"pool/from_step": float(self.best.step)})
+        with clock.phase("sampler"):
+            if self.config.pool_images:
+                self._remember(rollouts.step, figures["reward/fusion/mean"])
+            learned = self.sampler.tell(rollouts.proposal, scores.feedback)
+            self.noise.tell(rollouts.seeds, scores.feedback.rewards_B.tolist())
+        return figures | learned
+
+    def _remember(self, step: int, reward: float) -> None:
+        """Keep the sampler as it is if no earlier batch had a higher mean reward."""
+        if math.isnan(reward) or (self.best is not None and reward <= self.best.reward):
+            return
+        tensors = {
+            name: tensor.detach().clone()
+            for name, tensor in self.sampler.tensors().items()
+            if ".optimizer/" not in name  # drawing needs no moments
+        }
+        self.best = Snapshot(step, reward, tensors, copy.deepcopy(self.sampler.state()))
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.sampler.tensors()
+        kept = {} if self.best is None else self.best.tensors
+        return self.sampler.tensors() | {f"{BEST}{name}": tensor for name, tensor in kept.items()}
 
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state(), "noise": self.noise.state()}
+        best = self.best
+        return {
+            "sampler": self.sampler.state(),
+            "noise": self.noise.state(),
+            "best": None if best is None else {"step": best.step, "reward": best.reward, "state": best.state},
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        self.sampler.restore(tensors, state["sampler"])
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(BEST)}
+        self.sampler.restore(own, state["sampler"])
         self.noise.restore(state["noise"])
+        best = state.get("best")  # runs of before there was a pool have none
+        if best is not None:
+            kept = {name.removeprefix(BEST): x for name, x in tensors.items() if name.startswith(BEST)}
+            self.best = Snapshot(best["step"], best["reward"], kept, best["state"])
 
 
 def step_figures(scores: FusionScores) -> dict[str, float]:

@@ -149,7 +149,9 @@ class FusionSession:
 
     def task(self) -> FusionTask:
         """What the sampler sees: the concepts' features, one column for each coefficient of the mixing."""
-        return FusionTask(self.mixing.features_ND, self.config.seed, self.config.budget, self.config.batch)
+        return FusionTask(
+            self.mixing.features_ND, self.config.seed, self.config.learning_images, self.config.batch
+        )
 
     def render(self, coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
         """The pictures of a proposal, [B, 3, H, W]."""

@@ -241,7 +241,7 @@ def gallery_pairs(folder: RunFolder) -> list[Pair]:
 
 def newest_group(run: Path, config: AlignConfig, manifest: Sequence[ManifestRow]) -> ShownGroup | None:
     """Return the first whole group of the newest step whose pictures were kept; None where there is none."""
-    size, noises = describe.group_size(config), config.exploration.noises
+    size, noises = config.group_size, config.exploration.noises
     kept = [row for row in manifest if row.file is not None]
     newest = [row for row in kept if row.step == kept[-1].step][:size]
     if len(newest) < size:
@@ -280,8 +280,12 @@ def reward_panels(config: AlignConfig, metrics: Rows, evaluated: Rows) -> list[P
     for setting in config.rewards:
         training = _points(metrics, f"reward/{setting.name}/mean")
         held_out = _points(evaluated, f"{setting.name}/mean")
+        smoothed = _smoothed(training)
+        means = dict(smoothed)
+        deviations = dict(_smoothed(_points(metrics, f"reward/{setting.name}/std")))
+        band = [(x, means[x] - deviations[x], means[x] + deviations[x]) for x in means if x in deviations]
         curves = [
-            Curve("training prompts", _smoothed(training), "faint", _spread(metrics, setting.name)),
+            Curve("training prompts", smoothed, "faint", band),
             Curve("fixed prompts", held_out, "mean"),
         ]
         if training or held_out:
@@ -367,12 +371,6 @@ def _panel(spec: PanelSpec, metrics: Rows) -> Panel | None:
         spec.note,
         Markup(lines_chart(curves, "step", "", legend=len(curves) > 1, floor=floor)),
     )
-
-
-def _spread(metrics: Rows, name: str) -> list[tuple[float, float, float]]:
-    means = dict(_smoothed(_points(metrics, f"reward/{name}/mean")))
-    deviations = dict(_smoothed(_points(metrics, f"reward/{name}/std")))
-    return [(x, means[x] - deviations[x], means[x] + deviations[x]) for x in means if x in deviations]
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -94,23 +94,35 @@ def axis(values: Sequence[float], start: float, end: float, pad: float = 0.06) -
     return Axis(low - margin, high + margin, start, end)
 
 
-def reward_chart(rewards: Sequence[float], batch: int) -> str:
-    """Plot every picture's reward as a dot, the mean of each batch as a line, and the best so far."""
+def reward_chart(rewards: Sequence[float], batch: int, pool: int | None = None) -> str:
+    """Plot every picture's reward as a dot, the mean of each batch as a line, and the best so far.
+
+    Args:
+        rewards: one a picture, in order.
+        batch: pictures of a batch.
+        pool: the number of the first picture that was drawn when learning was done; a line stands before it.
+    """
     y = axis(rewards, HEIGHT - BOTTOM, TOP)
     x = Axis(0, max(len(rewards), 2), LEFT, WIDTH - RIGHT)
     known = [(i + 0.5, r) for i, r in enumerate(rewards) if math.isfinite(r)]
     dots = "".join(f'<circle class="dot" cx="{x(i)}" cy="{y(r)}" r="2.4"/>' for i, r in known)
     means, best, so_far = [], [], -math.inf
-    for start in range(0, len(rewards), batch):
-        chunk = [r for r in rewards[start : start + batch] if math.isfinite(r)]
+    learning = len(rewards) if pool is None else min(pool, len(rewards))
+    starts = [*range(0, learning, batch), *range(learning, len(rewards), batch)]
+    for start, end in zip(starts, [*starts[1:], len(rewards)], strict=True):
+        chunk = [r for r in rewards[start:end] if math.isfinite(r)]
         if chunk:
-            middle = start + len(rewards[start : start + batch]) / 2
-            means.append((middle, sum(chunk) / len(chunk)))
+            means.append(((start + end) / 2, sum(chunk) / len(chunk)))
     for i, r in known:
         so_far = max(so_far, r)
         best.append((i, so_far))
     curves = (Curve("best so far", best, "best"), Curve("mean of a batch", means, "mean"))
     body = dots + "".join(_line(curve, x, y) for curve in curves)
+    if learning < len(rewards):
+        body += (
+            f'<line class="edge" x1="{x(learning)}" x2="{x(learning)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+            f'<text x="{x(learning) + 5}" y="{TOP + 11}">pool</text>'
+        )
     return _frame(
         body, x, y, "pictures", "reward", _legend([("dot", "picture"), *[(c.css, c.label) for c in curves]])
     )

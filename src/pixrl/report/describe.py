@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from pixrl.algorithms.sampling import StepNoise
-from pixrl.algorithms.trainer import OptimizerSettings
 from pixrl.data.subjects import CLASS_FILE
 from pixrl.errors import CheckpointError, InputError
 from pixrl.rewards.settings import RewardSetting
@@ -40,14 +39,9 @@ def training_pictures(config: AlignConfig) -> str:
     return config.loss.describe_pictures(shows_references=isinstance(config, PersonalizeConfig))
 
 
-def group_size(config: AlignConfig) -> int:
-    """Return the number of samples of a prompt: G noises times K variants."""
-    return config.exploration.noises * config.exploration.per_noise
-
-
 def images_of(config: AlignConfig) -> int:
     """Return the number of pictures drawn for training in the whole run."""
-    return config.steps * config.prompts.per_step * group_size(config)
+    return config.steps * config.prompts.per_step * config.group_size
 
 
 def updates_of(config: AlignConfig) -> int:
@@ -57,9 +51,14 @@ def updates_of(config: AlignConfig) -> int:
 
 def method_parts(config: AlignConfig) -> list[tuple[str, str]]:
     """Return name and description of the four parts whose combination is the method."""
+    s = config.sampling
+    where = s.placing.value.replace("_", " ")
+    noise = f"{s.noise.value} with eta {s.scale:g} on {where}, else {s.solver.value}"
+    is_random = s.noise is not StepNoise.NONE
+    steps = f"{s.steps} steps, {noise}" if is_random else f"{s.steps} {s.solver.value} steps, not random"
     return [
         ("exploration", config.exploration.describe()),
-        ("sampling", _sampling(config)),
+        ("sampling", steps),
         ("advantage", config.loss.describe_advantage(config.advantage)),
         ("loss", config.loss.describe(shows_references=isinstance(config, PersonalizeConfig))),
     ]
@@ -68,28 +67,23 @@ def method_parts(config: AlignConfig) -> list[tuple[str, str]]:
 def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return sizes and settings of a run as (name, value) rows; `start` is the content of start.json."""
     s = config.optimizer
+    rises = f", rising over {s.warmup} steps" if s.warmup else ""
+    over = "the run" if s.decay_steps == "all" else f"{s.decay_steps} steps"
+    falls = "" if s.decay_steps is None else f", falling to 0 over {over}"
     notes = [str(note) for note in start.get("notes", ())]
     below = "" if config.lora.base is None else f", on top of {config.lora.base}"
     return [
         ("model", f"{config.model} ({start.get('fingerprint', 'not started')})"),
         ("prompts", f"{config.prompts.source}, {config.prompts.per_step} a step"),
         *_references(config),
-        ("pictures", f"{config.prompts.per_step} × {group_size(config)} a step, {images_of(config)} in all"),
+        ("pictures", f"{config.prompts.per_step} × {config.group_size} a step, {images_of(config)} in all"),
         ("updates", f"{s.updates} a step, {updates_of(config)} in all"),
-        ("optimizer", f"AdamW, lr {_rate(s)}, gradient norm at most {s.grad_clip:g}"),
+        ("optimizer", f"AdamW, lr {s.lr:g}{rises}{falls}, gradient norm at most {s.grad_clip:g}"),
         ("averaged weights", "none" if s.ema is None else f"decay {s.ema:g}"),
         ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}{below}"),
         ("seed", str(config.seed)),
         *([("plan", "; ".join(notes))] if notes else []),
     ]
-
-
-def _rate(s: OptimizerSettings) -> str:
-    """Return the learning rate and how it changes over the run."""
-    rises = f", rising over {s.warmup} steps" if s.warmup else ""
-    over = "the run" if s.decay_steps == "all" else f"{s.decay_steps} steps"
-    falls = "" if s.decay_steps is None else f", falling to 0 over {over}"
-    return f"{s.lr:g}{rises}{falls}"
 
 
 def _references(config: AlignConfig) -> list[tuple[str, str]]:
@@ -128,14 +122,6 @@ def commands(run: Path, finished: bool, kind: str) -> str:
     lines.append(shlex.join(["pixrl", kind, recipe, "--out", str(run.with_name(f"{run.name}-again"))]))
     lines.append(shlex.join(["pixrl", "selfcheck", recipe]) + "    # is it on-policy here?")
     return "\n".join(lines)
-
-
-def _sampling(config: AlignConfig) -> str:
-    s = config.sampling
-    if s.noise is StepNoise.NONE:
-        return f"{s.steps} {s.solver.value} steps, not random"
-    where = s.placing.value.replace("_", " ")
-    return f"{s.steps} steps, {s.noise.value} with eta {s.scale:g} on {where}, else {s.solver.value}"
 
 
 NAMED = 3

@@ -110,7 +110,14 @@ def export(
                 "leave it out: each format then has a folder of its own in the run's."
             )
     config = read_config(folder)
-    chosen = _slot(config, slot)
+    averaged = config.optimizer.ema is not None
+    if slot is Slot.EMA and not averaged:
+        raise ConfigError("This run keeps no averaged weights (optimizer.ema is null). Type: --slot current")
+    if slot not in (None, Slot.EMA, Slot.CURRENT):
+        raise ConfigError(
+            f"The slot {slot.value!r} is not for use outside. Type: --slot current or --slot ema"
+        )
+    chosen = slot or (Slot.EMA if averaged else Slot.CURRENT)
     saved = checkpoint.latest(folder.path)
     if saved is None:
         raise RunError(f"{folder.path} has no checkpoint yet. Type: pixrl resume {folder.path}")
@@ -129,13 +136,8 @@ def export(
         without=_left_out(config, base),
     )
     by = _reader(layout)
-    metadata = {
-        "format": "pt",
-        "made_by": "pixrl",
-        "run": folder.path.name,
-        "slot": chosen.value,
-        "checked_with": by,
-    }
+    run_name = folder.path.name
+    metadata = {"format": "pt", "made_by": "pixrl", "run": run_name, "slot": chosen.value, "checked_with": by}
     if layout is Format.DIFFUSERS:
         metadata |= adapter_metadata(lora)
     file = write_lora(place / FILES[layout], named, metadata)
@@ -226,17 +228,6 @@ def _left_out(config: AlignConfig, base: Path) -> tuple[str, ...]:
     optional = OPTIONAL_PARTS.get(pipeline_name(base), ())
     present = components(base) if Path(config.model).is_dir() else optional
     return tuple(name for name in optional if not config.t5 or name not in present)
-
-
-def _slot(config: AlignConfig, asked: Slot | None) -> Slot:
-    averaged = config.optimizer.ema is not None
-    if asked is Slot.EMA and not averaged:
-        raise ConfigError("This run keeps no averaged weights (optimizer.ema is null). Type: --slot current")
-    if asked not in (None, Slot.EMA, Slot.CURRENT):
-        raise ConfigError(
-            f"The slot {asked.value!r} is not for use outside. Type: --slot current or --slot ema"
-        )
-    return asked or (Slot.EMA if averaged else Slot.CURRENT)
 
 
 def _lora(

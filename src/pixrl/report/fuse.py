@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from pixrl.algorithms.fusion.mixing import MixingSettings
 from pixrl.config import Settings
 from pixrl.fusion.select import SCORE, similarities_of
 from pixrl.metrics.fusion import FusionFigures, figures
@@ -90,6 +89,7 @@ def fuse_view(run: FinishedRun) -> dict[str, Any]:
     """Return everything that the page's template shows."""
     config, selection = run.config, run.selection
     children = [child_of(run, row, THUMBNAIL) for row in run.rows]
+    rewards = [child.reward for child in children]
     scored = [child for child in children if child.failed is None]
     failures = [child for child in children if child.failed is not None]
     shown = list(selection.indices) or [near.index for near in selection.nearest]
@@ -126,7 +126,7 @@ def fuse_view(run: FinishedRun) -> dict[str, Any]:
         "balance_source": limits.balance_source,
         "outcome": selection.summary(run.folder.path),
         "figures": run_figures(run),
-        "reward_chart": Markup(charts.reward_chart([child.reward for child in children], config.batch)),
+        "reward_chart": Markup(charts.reward_chart(rewards, config.batch, config.learning_images)),
         **_scatter(run, children),
         "facts": facts,
         "date": environment.get("date", ""),
@@ -153,6 +153,7 @@ def child_of(run: FinishedRun, row: ManifestRow, side: int) -> Child:
     whole = sum(bars) or 1.0
     balance = _number(row.scores.get("balance"))
     assert row.file is not None
+    place = row.index - run.config.first_index(row.step)
     return Child(
         index=row.index,
         step=row.step,
@@ -167,14 +168,8 @@ def child_of(run: FinishedRun, row: ManifestRow, side: int) -> Child:
         candidate=row.failed is None and min(values) > limits.presence and balance < limits.balance,
         failed=row.failed,
         spread=summary["spread"],
-        coefficients=f"{COEFFICIENTS}/step-{row.step:06d}.safetensors, row {row.index - row.step * run.config.batch}",
+        coefficients=f"{COEFFICIENTS}/step-{row.step:06d}.safetensors, row {place}",
     )
-
-
-def _described(mixing: MixingSettings) -> str:
-    """Return a mixing's kind and its other settings, as the page shows them."""
-    rest = mixing.model_dump(mode="json", exclude_none=True, exclude={"kind"})
-    return ", ".join([mixing.kind, *(f"{name} {value}" for name, value in rest.items())])
 
 
 def _parent(run: FinishedRun, place: int, best: Child | None) -> Parent:
@@ -282,7 +277,7 @@ def _row(runs: FinishedRuns, run: FinishedRun) -> dict[str, Any]:
     for entry in run.rows:
         if (reward := entry.scores.get("reward")) is not None:
             batches.setdefault(entry.step, []).append(reward)
-    means = [((step + 1) * run.config.batch, math.fsum(b) / len(b)) for step, b in sorted(batches.items())]
+    means = [(run.config.first_index(step + 1), math.fsum(b) / len(b)) for step, b in sorted(batches.items())]
     parents = []
     for concept in run.config.concepts:
         files = fuse_job.exemplar_files(run.folder, concept)
@@ -336,11 +331,13 @@ def run_facts(run: FinishedRun) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     world = fuse_job.read_world(run.folder)
     path = run.folder.path / "environment.json"
     environment: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    mixing = run.config.mixing
+    rest = mixing.model_dump(mode="json", exclude_none=True, exclude={"kind"})
     facts = [
         ("generator", f"{world.model} ({world.fingerprint})"),
         ("similarity", world.clip),
         ("foreground", f"{world.segmenter}, on white"),
-        ("mixing", _described(run.config.mixing)),
+        ("mixing", ", ".join([mixing.kind, *(f"{name} {value}" for name, value in rest.items())])),
         ("pooled features", str(run.config.pooled)),
         ("noise", str(run.config.noise)),
     ]

@@ -7,7 +7,7 @@ The code that it shows for loading the LoRA (`usage`) runs as it stands, once FO
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -34,7 +34,7 @@ COMFYUI, UNO = "comfyui", "uno"
 UNO_RANK = 512
 """Rank of UNO's published file, which its app sets."""
 PICTURE = "picture.png"
-_DRAWING = ("from pixrl.studies.slots import sample", "from pixrl.runs.folder import png_bytes")
+_DRAWING = ("from pixrl.runs.measure import sample", "from pixrl.runs.folder import png_bytes")
 _IMAGES = "of seed 0: [1, 3, rows, columns] in [0, 1]"
 
 
@@ -74,18 +74,16 @@ def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
     found = []
     for entry, before, after in describe.before_and_after(folder):
         names = [f"images/{entry['number']:04d}-{when}.png" for when in ("before", "after")]
-        pair = Shown(entry["prompt"], (before, names[0]), (after, names[1]))
-        found.append(replace(pair, reference=_reference(folder, entry), subject=entry.get("subject")))
+        reference = None
+        if "reference" in entry and (file := folder.path / entry["reference"]).is_file():
+            reference = (
+                file,
+                f"images/{file.stem}-reference.png",
+            )  # shared by pairs of one subject and prompt
+        pair = (before, names[0]), (after, names[1])
+        found.append(Shown(entry["prompt"], *pair, reference, entry.get("subject")))
     total = min(count, len(found))
     return [found[place * len(found) // total] for place in range(total)]
-
-
-def _reference(folder: RunFolder, entry: Mapping[str, Any]) -> tuple[Path, str] | None:
-    """Return the picture of the entry's subject; pairs of one subject and prompt share it."""
-    if "reference" not in entry:
-        return None
-    file = folder.path / entry["reference"]
-    return (file, f"images/{file.stem}-reference.png") if file.is_file() else None
 
 
 def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequence[Shown]) -> str:

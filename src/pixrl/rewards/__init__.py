@@ -1,4 +1,4 @@
-"""Rewards: what scores pictures. `load("clip_text", model="toy:clip")` gives one by name.
+"""The rewards, which score pictures: `load("clip_text", model="toy:clip")` makes one by its name.
 
 Importing this package imports no torch.
 """
@@ -36,19 +36,19 @@ REWARDS = {
     "remote": "pixrl.rewards.remote:RemoteReward",
     "vqascore": "pixrl.rewards.zoo.vqascore:VQAScoreReward",
 }
-"""Name -> class."""
+"""The built-in rewards: name -> "module:Class"."""
 
 
 REGISTRY = Registry("reward", "pixrl.rewards", REWARDS)
-"""All that a recipe can name: the table, installed packages' entry points, and classes in files of yours."""
+"""Every reward that a recipe can name: `REWARDS`, entry points of installed packages, and the user's own classes."""
 
 
 def load(name: str, **options: object) -> "Reward":
-    """A reward by name; the options are its class's parameters.
+    """Make a reward by its name.
 
     Args:
-        name: of the table, or of one of your own: see `pixrl.plugins`.
-        options: of its class.
+        name: a name of `REWARDS`, or that of a plug-in (see `pixrl.plugins`).
+        options: the parameters of the reward's class.
 
     Raises:
         InputError: there is no reward of that name.
@@ -59,20 +59,16 @@ def load(name: str, **options: object) -> "Reward":
     make: Any = kind_of(name)
     reward: Reward = make(**options)
     if name not in REWARDS:
-        _say_whose_code(reward, name)
+        from pixrl.rewards.weights import describe_function
+
+        # with the checksum of a plug-in's file in its provenance, a resume refuses a changed one
+        code = describe_function(type(reward), name)
+        reward.provenance = {**reward.provenance, "code": code["model"]} if reward.provenance else code
     return reward
 
 
-def _say_whose_code(reward: "Reward", name: str) -> None:
-    """Puts the checksum of a plug-in's file into its provenance, so that a resume refuses a changed one."""
-    from pixrl.rewards.weights import describe_function
-
-    code = describe_function(type(reward), name)
-    reward.provenance = {**reward.provenance, "code": code["model"]} if reward.provenance else code
-
-
 def checked_options(name: str, options: Mapping[str, object]) -> dict[str, object]:
-    """The options of a reward, those left out by their defaults. Loads torch, but no model.
+    """Return a reward's options with the defaults filled in. Loads torch, but no model.
 
     Raises:
         InputError: there is no reward of that name.
@@ -98,12 +94,12 @@ def checked_options(name: str, options: Mapping[str, object]) -> dict[str, objec
 
 
 def takes(name: str, option: str) -> bool:
-    """Whether a reward has such an option."""
+    """Return whether the reward has the option."""
     return option in inspect.signature(kind_of(name)).parameters
 
 
 def with_full_paths(name: str, options: Mapping[str, object]) -> dict[str, object]:
-    """A reward's options, those that name files or folders of this disk by their whole paths. Loads torch, no model."""
+    """Return a reward's options with local files and folders made absolute. Loads torch, but no model."""
     from pixrl.rewards.base import path_options
 
     places = path_options(kind_of(name))
@@ -119,18 +115,18 @@ def with_full_paths(name: str, options: Mapping[str, object]) -> dict[str, objec
 
 
 def is_differentiable(name: str) -> bool:
-    """Whether a reward has a gradient by the picture. Loads torch, but no model."""
+    """Return whether a reward has a gradient with respect to the picture. Loads torch, but no model."""
     from pixrl.rewards.base import DifferentiableReward
 
     return issubclass(kind_of(name), DifferentiableReward)
 
 
 def kind_of(name: str) -> "type[Reward]":
-    """The class of a reward. Loads torch, but no model.
+    """Return the class of a reward. Loads torch, but no model.
 
     Raises:
         InputError: there is no reward of that name.
-        ConfigError: one of your own cannot be imported, or is no `Reward`.
+        ConfigError: a plug-in cannot be imported, or is no `Reward`.
     """
     from pixrl.rewards.base import Reward
 

@@ -1,4 +1,4 @@
-"""Aesthetic predictors: how beautiful people find a picture, from 1 to 10, whatever its prompt.
+"""Aesthetic predictors, which score how beautiful people find a picture, from 1 to 10, whatever its prompt.
 
 Both are five linear layers, without activations between them, on the unit vector of a frozen encoder:
 
@@ -28,12 +28,12 @@ from pixrl.rewards.weights import describe_files, find_file, read_weights, refus
 from pixrl.types import RewardBatch, Scores
 
 HEAD_WIDTHS = (1024, 128, 64, 16, 1)
-"""Columns that come out of the published layers."""
+"""The output widths of the published head's layers."""
 AGPL = "AGPL-3.0"
 
 
 class AestheticVersion(StrEnum):
-    """Which predictor; see above."""
+    """The published predictors that can be chosen; the module's docstring describes them."""
 
     LAION = "laion-v2"
     V2_5 = "v2.5"
@@ -56,13 +56,13 @@ HEAD_PAGES = {
 
 
 class AestheticReward(DifferentiableReward):
-    """An aesthetic predictor's score; the prompt plays no part.
+    """The score of an aesthetic predictor; the prompt plays no part.
 
     Args:
         head: the published file of the head (.pth or .safetensors), or a folder or hub id that holds it.
-        version: see the top of this file.
-        model: the encoder; the version's published one where it is not given.
-        accept_licence: `AGPL-3.0`, which v2.5 asks for and nothing else takes.
+        version: `laion-v2` or `v2.5`; see the module's docstring.
+        model: the encoder; by default the version's published one.
+        accept_licence: `AGPL-3.0`, which v2.5 requires and `laion-v2` refuses.
 
     Raises:
         ConfigError: an unknown version, or a licence that is not accepted or not asked for.
@@ -82,13 +82,28 @@ class AestheticReward(DifferentiableReward):
         dtype: str = "float32",
     ) -> None:
         chosen = choice(self.name, "version", version, AestheticVersion)
-        _check_licence(chosen, accept_licence)
+        if chosen is AestheticVersion.V2_5 and accept_licence != AGPL:
+            raise ConfigError(
+                f"aesthetic: the head of v2.5 is published under {AGPL} ({HEAD_PAGES[chosen]}), whose terms reach "
+                f"services that use it. If they suit you, say so: accept_licence: {AGPL}. If not: version: "
+                f"{AestheticVersion.LAION}"
+            )
+        if chosen is not AestheticVersion.V2_5 and accept_licence is not None:
+            raise ConfigError(
+                f"aesthetic: {chosen} asks for no licence, so accept_licence has no effect. Take it out."
+            )
         ref = ENCODERS[chosen] if model is None else model
         make = ClipSimilarity if chosen is AestheticVersion.LAION else SiglipEncoder
         self.encoder: PictureEncoder = make(ref, device=device, dtype=dtype)
         file = find_file(head, HEADS[chosen])
         self.head = read_head(file, HEAD_NAMES[chosen]).to(self.encoder.device)
-        _require_width(file, self.head, self.encoder)
+        width = self.encoder.image_features(torch.zeros(1, 3, 64, 64)).shape[1]
+        (first, *_) = self.head
+        if isinstance(first, nn.Linear) and first.in_features != width:
+            raise CheckpointError(
+                f"{file} takes {first.in_features} numbers a picture, but the encoder "
+                f"{self.encoder.provenance['model']} gives {width}. Give the encoder that it was trained on."
+            )
         head_source = describe_files(head, file.parent, [file])
         self.provenance: Mapping[str, str] = {
             **self.encoder.provenance,
@@ -117,7 +132,7 @@ class AestheticReward(DifferentiableReward):
 
 
 def read_head(file: Path, name: str) -> nn.Sequential:
-    """The linear layers NAME.0, NAME.2 ... of a published head, in float32; other tensors of the file are passed over.
+    """Read the linear layers NAME.0, NAME.2 ... of a published head in float32; ignore the file's other tensors.
 
     Raises:
         CheckpointError: they are not the published five.
@@ -137,28 +152,3 @@ def read_head(file: Path, name: str) -> nn.Sequential:
     for layer, number in zip(layers, numbers, strict=True):
         layer.load_state_dict({end: weights[f"{name}.{number}.{end}"] for end in ("weight", "bias")})
     return layers.requires_grad_(False).eval()
-
-
-def _require_width(file: Path, head: nn.Sequential, encoder: PictureEncoder) -> None:
-    """Refuses a head that was trained on another encoder's vectors."""
-    side = 64
-    given = encoder.image_features(torch.zeros(1, 3, side, side)).shape[1]
-    (first, *_) = head
-    if isinstance(first, nn.Linear) and first.in_features != given:
-        raise CheckpointError(
-            f"{file} takes {first.in_features} numbers a picture, but the encoder {encoder.provenance['model']} gives "
-            f"{given}. Give the encoder that it was trained on."
-        )
-
-
-def _check_licence(version: AestheticVersion, accepted: str | None) -> None:
-    if version is AestheticVersion.V2_5 and accepted != AGPL:
-        raise ConfigError(
-            f"aesthetic: the head of v2.5 is published under {AGPL} ({HEAD_PAGES[version]}), whose terms reach "
-            f"services that use it. If they suit you, say so: accept_licence: {AGPL}. If not: version: "
-            f"{AestheticVersion.LAION}"
-        )
-    if version is not AestheticVersion.V2_5 and accepted is not None:
-        raise ConfigError(
-            f"aesthetic: {version} asks for no licence, so accept_licence has no effect. Take it out."
-        )

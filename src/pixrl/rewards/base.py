@@ -1,7 +1,7 @@
-"""The reward interface, and the one of rewards whose gradient reaches the picture.
+"""The interfaces of rewards, and of differentiable rewards, whose gradient reaches the picture.
 
-All that is known of one reward is in its class: what it is made with, what it reads and needs (`pixrl doctor` asks),
-and how it scores.
+A reward's class holds all that is known of it: its options, the files and packages it needs (`pixrl doctor` asks), and
+how it scores.
 """
 
 import inspect
@@ -19,74 +19,77 @@ from pixrl.errors import CheckpointError, Failure
 from pixrl.types import RewardBatch, Scores
 
 Options = Mapping[str, object]
-"""A reward's options, those that were left out by their defaults."""
+"""A reward's options, with the defaults filled in."""
 NO_MODEL = "./no-model"
-"""A reference that no reward can load."""
+"""A model reference that no reward can load."""
 
 
 class Form(StrEnum):
-    """How a model is read."""
+    """The kind of files that a model reference stands for."""
 
     MODEL = "model"
     """A transformers folder with its weights, or one file of weights."""
     FILES = "files"
-    """Published files: the first one by its path, or all of them in a folder."""
+    """Published files: the path of the first one, or a folder or hub id that holds all of them."""
     WORDS = "words"
-    """Config, tokenizer or preprocessing, without weights: any of the files."""
+    """Config, tokenizer or preprocessing without weights: any of the files."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """How a reward reads the model that one of its options names; for `pixrl doctor`, which looks for it."""
+    """The description of a model that one of a reward's options names, by which `pixrl doctor` looks for it."""
 
     form: Form = Form.MODEL
     files: Sequence[str] = ("config.json",)
-    """What they are called."""
+    """The names of the files."""
     usual: object = None
-    """What is read where the option is left out; None: nothing."""
+    """The reference that is read where the option is left out; None: nothing is read."""
     beside: bool = False
-    """Whether the files then lie beside the model's, which published ones do not."""
+    """Whether the files are looked for beside the model's where the option is left out; published ones lack them."""
     alone: bool = False
-    """Whether one file of weights will do for a MODEL."""
+    """Whether one file of weights will do for a `Form.MODEL`."""
     kinds: Sequence[str] = ()
-    """The model types of transformers that will do; none: any."""
+    """The accepted `model_type`s of transformers; empty: any."""
     advice: str = ""
-    """What else to give."""
+    """The hint in the message about a missing model: what else to give."""
 
     def named(self, options: Options, option: str) -> object:
-        """What the option names, or what is read in its place; None: nothing is."""
+        """Return the reference that the option gives, or `usual` where it is left out; None: nothing is read."""
         given = options.get(option)
         return self.usual if given is None else given
 
 
 class Reward(ABC):
-    """Scores pictures, higher is better. A sample that cannot be scored gets nan and a reason, never 0."""
+    """The interface of a reward: it scores pictures, higher is better.
+
+    A sample that cannot be scored gets nan and a reason, never 0.
+    """
 
     name: str
     provenance: Mapping[str, str] = {}
-    """What its scores come from: id, checksum, revision and licence of the weights, and how pictures reach them."""
+    """The source of the scores: id, checksum, revision and licence of the weights, and the preprocessing."""
     examples: ClassVar[Mapping[str, object]] = {}
-    """Option that it cannot do without -> a value, for messages."""
+    """Example values of the required options, for messages."""
     licences: ClassVar[Mapping[str, str]] = {}
     """Hub id -> licence of published weights, or of the code that they come with where they state none."""
     runs_functions: ClassVar[bool] = False
-    """It executes functions of yours that its options name. `pixrl doctor` reads their files and never runs them."""
+    """Whether it executes the user's functions that its options name. `pixrl doctor` reads their files only."""
     key_option: ClassVar[str | None] = None
-    """Its option that names the environment variable of a key; None: it takes no key."""
+    """The option that names the environment variable of an API key; None: the reward takes no key."""
     keeps_time: ClassVar[bool] = False
-    """It bounds its own time, for it may wait long for a service that is gone: a `RewardSet` does not cut it off."""
+    """Whether it bounds its own time, as one that waits for a lost service does: a `RewardSet` never cuts it off."""
 
     @classmethod
     def lacks(cls, prompt: str, metadata: Mapping[str, object], options: Mapping[str, object]) -> str | None:
-        """Why no picture of a prompt can be scored, by the prompt and what is known of it; None where nothing is.
+        """Return why no picture of a prompt can be scored, judged by the prompt and its metadata; None where one can.
 
-        Asked before anything is loaded: `options` are what the reward will be made with.
+        It is asked before anything is loaded; `options` are those that the reward will be made with.
         """
         return None
 
     @classmethod
     def lacks_package(cls, metadata: Sequence[Mapping[str, object]]) -> str | None:
-        """Which optional package it needs for prompts of this metadata; None where nothing is missing.
+        """Return which optional package prompts with this metadata need; None where nothing is missing.
 
         Returns:
             The end of a sentence that begins with the reward's name.
@@ -95,22 +98,22 @@ class Reward(ABC):
 
     @classmethod
     def reads(cls, options: Options) -> Mapping[str, Read]:
-        """Option that names a model -> how it is read: what `pixrl doctor` looks for.
+        """Return the options that name a model, with how it is read: this is what `pixrl doctor` looks for.
 
-        Unless a reward says so itself, every parameter of the type `str | Path` names a transformers folder or a file.
+        By default, every parameter of the type `str | Path` names a transformers folder or a file of weights.
 
         Raises:
             ConfigError: an option is none of its choices.
-            CheckpointError: what one model says of another cannot be read.
+            CheckpointError: a model's config, which names another model, cannot be read.
         """
         return dict.fromkeys(path_options(cls), Read(alone=True))
 
     @classmethod
     def examine(cls, options: Options) -> None:
-        """Raises what making it with these options would raise, but loads no model.
+        """Raise what making the reward with these options would raise, but load no model.
 
-        It is made with a reference to nothing in place of each model: so it refuses options and services that it
-        cannot use, and then its first missing model, before it would load anything.
+        The reward is made with `NO_MODEL` in place of each model: it refuses options and services that it cannot use
+        before it comes to the first model, which is missing.
         """
         reads = cls.reads(options).items()
         nothing = {option: NO_MODEL for option, read in reads if read.named(options, option) is not None}
@@ -121,23 +124,25 @@ class Reward(ABC):
 
     @classmethod
     def notes(cls, options: Options, *, announced: bool) -> Iterator[str]:
-        """What is worth knowing before it is made, each the end of a sentence that begins with the reward's name.
+        """Yield what is worth knowing before the reward is made: ends of sentences that begin with its name.
 
-        `announced`: what it prints itself when it is made is left out.
+        Args:
+            options: those that the reward will be made with.
+            announced: whether to leave out what the reward prints when it is made.
         """
         yield from ()
 
     @abstractmethod
     def score(self, batch: RewardBatch) -> Scores:
-        """One float a sample. Scores do not depend on how a set is cut into batches."""
+        """Score a batch: one float per sample, whatever batches a set of samples is divided into."""
 
     def rehearse(self, batch: RewardBatch) -> Scores | Failure:
-        """`score`, of a synthetic batch before a run: a failure where it can score nothing whatever is shown."""
+        """Score a synthetic batch before a run; return a failure where the reward can score no picture at all."""
         return self.score(batch)
 
 
 class DifferentiableReward(Reward):
-    """A reward that can also be differentiated by the picture, for direct reward back-propagation.
+    """A reward that is differentiable with respect to the picture, for direct reward back-propagation.
 
     Its own parameters are frozen: the gradient goes to the pictures alone.
     """
@@ -146,23 +151,23 @@ class DifferentiableReward(Reward):
     def differentiable_scores(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()
     ) -> Tensor:
-        """Scores [B], float32 on the pictures' device, with a graph back to the pictures.
+        """Return scores [B], float32 on the pictures' device, with a graph back to the pictures.
 
-        They are what `score` gives, but for the rounding to 8 bits, through which no gradient passes: pictures are
+        They equal those of `score` but for its rounding to 8 bits, through which no gradient passes: pictures are
         resized, cropped and normalized as tensors, within about one grey level of `score`'s. A sample that `score`
         fails is nan here: leave it out before averaging (`scores[scores.isfinite()]`), or its nan spreads.
 
         Args:
             images_BCHW: float [B, 3, H, W] in [0, 1]; values outside are clamped and get no gradient.
-            prompts: one a picture.
-            metadata: one mapping a picture, as in `RewardBatch`; empty where the reward reads none.
+            prompts: one per picture.
+            metadata: one mapping per picture, as in `RewardBatch`; empty where the reward reads none.
         """
 
 
 def path_options(kind: type[Reward]) -> list[str]:
-    """The parameters of a class whose type allows a `Path`: they name a folder, a file or a hub id."""
+    """Return the parameters of a class whose type allows a `Path`: they name a folder, a file or a hub id."""
     parameters = inspect.signature(kind).parameters.values()
-    # a type is a text in a module that puts off evaluating types
+    # under `from __future__ import annotations` a type is a string
     return [
         one.name
         for one in parameters

@@ -1,7 +1,6 @@
-"""CLIP similarity: picture to picture, picture to text, and RMLer's similarity of masked objects.
+"""CLIP similarities: picture to picture, picture to text, and RMLer's similarity of masked objects.
 
-Everything is the plain cosine of projected embeddings: no logit scale and no softmax. Embeddings are normalized and
-multiplied in float32.
+Each is the plain cosine of projected embeddings, without logit scale or softmax, normalized and multiplied in float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +20,13 @@ from pixrl.rewards.weights import part
 from pixrl.types import RewardBatch, Scores
 
 DREAMBENCH_CLIP = "openai/clip-vit-base-patch32"
-"""Of DreamBench's published figures and of Customized-GRPO's."""
+"""The encoder of DreamBench's published figures and of Customized-GRPO's."""
 A_CLIP = Read(kinds=("clip",))
 
 
 @dataclass(frozen=True)
 class Similarities:
-    """Each picture's similarity to N concepts; nan with the reason where there is none."""
+    """The similarities of pictures to N concepts; nan with a reason where there is none."""
 
     similarities_BN: Tensor
     reasons: tuple[str | None, ...]
@@ -35,7 +34,7 @@ class Similarities:
 
 
 class FusionScorer:
-    """RMLer's S_n: cosine between the masked picture and the masked exemplars of concept n.
+    """RMLer's similarity S_n: the cosine between the masked picture and the masked exemplars of concept n.
 
     Both are cut out by the same foreground model and put on the same background before CLIP sees them.
     """
@@ -51,16 +50,37 @@ class FusionScorer:
         }
 
     def exemplar_features(self, images_MCHW: Tensor) -> Tensor:
-        """Unit vectors [M, E]; a row of nan where the exemplar has no foreground."""
+        """Return unit vectors [M, E]; a row is nan where the exemplar has no foreground."""
         features, found = self._masked_features(images_MCHW)
         return torch.where(found[:, None], features, torch.nan)
 
     def similarities(self, images_BCHW: Tensor, exemplars: Sequence[Tensor]) -> Similarities:
-        """Mean cosine over each concept's usable exemplars `[M_n, E]`; nan where a picture has no foreground."""
-        usable = [_usable(rows, n) for n, rows in enumerate(exemplars)]
+        """Return mean cosines [B, N] over each concept's usable exemplars; nan where a picture has no foreground.
+
+        Args:
+            images_BCHW: float [B, 3, H, W] in [0, 1].
+            exemplars: for each concept, what `exemplar_features` gave [M_n, E].
+
+        Raises:
+            ShapeError: a concept's exemplars are not [M, E], or there are none.
+            InputError: none of a concept's exemplars has a foreground.
+        """
+        means = []
+        for concept, rows_ME in enumerate(exemplars):
+            if rows_ME.ndim != 2 or not len(rows_ME):
+                raise ShapeError(
+                    f"Exemplars of concept {concept} must be [M, E] with M >= 1, got {list(rows_ME.shape)}."
+                )
+            kept = rows_ME[rows_ME.isfinite().all(dim=1)]
+            if not len(kept):
+                raise InputError(
+                    f"None of the {len(rows_ME)} exemplars of concept {concept} has a foreground. "
+                    "Draw them with other seeds."
+                )
+            # the mean of cosines is the cosine with the mean of unit vectors, not renormalized
+            means.append(kept.mean(dim=0))
         features, found = self._masked_features(images_BCHW)
-        # the mean of cosines is the cosine with the mean of unit vectors, not renormalized
-        means_NE = torch.stack([rows.mean(dim=0) for rows in usable])
+        means_NE = torch.stack(means)
         similarities_BN = torch.where(found[:, None], features @ means_NE.T, torch.nan)
         reasons = tuple(None if ok else "no foreground found" for ok in found.tolist())
         return Similarities(similarities_BN, reasons, self.provenance)
@@ -71,21 +91,8 @@ class FusionScorer:
         return self.clip.image_features(composed), self.foreground.is_present(masks)
 
 
-def _usable(rows: Tensor, concept: int) -> Tensor:
-    if rows.ndim != 2 or not len(rows):
-        raise ShapeError(
-            f"Exemplars of concept {concept} must be [M, E] with M >= 1, got {list(rows.shape)}."
-        )
-    kept = rows[rows.isfinite().all(dim=1)]
-    if not len(kept):
-        raise InputError(
-            f"None of the {len(rows)} exemplars of concept {concept} has a foreground. Draw them with other seeds."
-        )
-    return kept
-
-
 class PromptCosineReward(DifferentiableReward):
-    """factor * cosine between the picture and its prompt; what the CLIPs below, PickScore and HPSv2 have in common.
+    """The cosine between the picture and its prompt, times a factor; the base of the CLIPs below, PickScore and HPSv2.
 
     Args:
         clip: the encoder.
@@ -125,7 +132,7 @@ class PromptCosineReward(DifferentiableReward):
 
 
 class ClipTextReward(PromptCosineReward):
-    """Cosine between the picture and its prompt.
+    """The cosine between the picture and its prompt.
 
     Args:
         model: `toy:clip`, a folder or a hub id of a CLIPModel.
@@ -150,7 +157,7 @@ class ClipTextReward(PromptCosineReward):
 
 
 class ClipImageReward(ReferenceReward):
-    """Mean cosine between the picture and its references, metadata["reference"] (see `rewards.references`).
+    """The mean cosine between the picture and its references, metadata["reference"] (see `rewards.references`).
 
     Args:
         model: `toy:clip`, a folder or a hub id of a CLIPModel.
@@ -202,7 +209,7 @@ class ClipImageReward(ReferenceReward):
 
 
 class ClipIReward(ClipImageReward):
-    """DreamBench's CLIP-I (Ruiz et al. 2023): `clip_image` of whole pictures with its encoder.
+    """DreamBench's CLIP-I (Ruiz et al. 2023): `clip_image` of whole pictures with DreamBench's encoder.
 
     The mean cosine between a picture and all real pictures of its subject. Customized-GRPO compares with one picture of
     each subject (`references: first`).
@@ -225,7 +232,7 @@ class ClipIReward(ClipImageReward):
 
 
 class ClipTReward(ClipTextReward):
-    """DreamBench's CLIP-T (Ruiz et al. 2023): `clip_text` with its encoder.
+    """DreamBench's CLIP-T (Ruiz et al. 2023): `clip_text` with DreamBench's encoder.
 
     Customized-GRPO counts a negative cosine as 0 (`clamp: true`; real pictures have none). With ViT-L/14 it is about
     0.05 lower than with ViT-B/32, so a figure without its encoder says little: the provenance names it.

@@ -1,7 +1,7 @@
 """Rewards of DINO features: the class token of a DINOv2 (or DINO v1) encoder, as unit vectors.
 
-Every number depends on how the picture is made ready. `dreambench` is the transform of published DINO figures;
-`checkpoint` is what the folder's preprocessor_config.json says, which for facebook/dino-vits16 is another one.
+Every number depends on the preprocessing. `dreambench` is the transform of published DINO figures; `checkpoint` is
+that of the folder's preprocessor_config.json, which for facebook/dino-vits16 is another one.
 
 `dino_seg` is Customized-GRPO's identity reward: the cosine of the subject's features in the generated picture and in
 its references, the subject cut out of both.
@@ -24,10 +24,11 @@ from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction, 
 from pixrl.rewards.weights import part
 
 DREAMBENCH_DINO = "facebook/dino-vits16"
+"""The encoder of DreamBench's published DINO figures."""
 
 
 class Mask(StrEnum):
-    """Where the subject is cut out and put on the background."""
+    """The pictures in which the subject is cut out and put on the background."""
 
     BOTH = "both"
     REFERENCE = "reference"
@@ -35,10 +36,10 @@ class Mask(StrEnum):
 
 
 class Region(StrEnum):
-    """What is cut out."""
+    """The part of a picture that is cut out."""
 
     FOREGROUND = "foreground"
-    """Everything that is not background."""
+    """All pixels that are not background."""
     CLASS = "class"
     """The pixels of metadata["class"], one of the segmenter's classes; for several subjects in a picture.
 
@@ -47,7 +48,7 @@ class Region(StrEnum):
 
 
 class DinoSegReward(ReferenceReward):
-    """Mean cosine in [-1, 1] of DINO class tokens: the generated subject against its references.
+    """The mean cosine in [-1, 1] of DINO class tokens between the generated subject and its references.
 
     The references are in metadata["reference"]: [3, H, W], [M, 3, H, W] or a list of pictures of any sizes. What
     fails, and that a reference without a subject is left out of the mean, is as in `ReferenceReward`.
@@ -167,7 +168,7 @@ def _check_options(mask: Mask, region: Region, segmenter: object, background: Co
 
 
 class DinoReward(DinoSegReward):
-    """DreamBench's DINO (Ruiz et al. 2023): `dino_seg` of whole pictures with its encoder and transform.
+    """DreamBench's DINO (Ruiz et al. 2023): `dino_seg` of whole pictures with DreamBench's encoder and transform.
 
     The mean cosine between a picture and all real pictures of its subject; facebook/dinov2-base (or -large) gives the
     DINOv2 figure. Customized-GRPO compares with one picture of each subject (`references: first`).

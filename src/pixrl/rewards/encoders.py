@@ -1,4 +1,4 @@
-"""Picture encoders: frozen CLIP, DINO and SigLIP models that turn pictures into unit vectors, with or without a graph.
+"""Image encoders: frozen CLIP, DINO and SigLIP models that turn pictures into unit vectors.
 
 A CLIP is read from a transformers folder (`toy:clip`, a path, a hub id), or from one file with OpenCLIP's names, as
 HPSv2 publishes it: OpenCLIP keeps query, key and value of an attention in one matrix (`in_proj`), and projections
@@ -39,14 +39,15 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
 BATCH = 64
+"""The number of pictures or texts in one forward pass."""
 MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
-"""What `model_type` says of an encoder whose first token stands for the picture; `vit` is DINO v1."""
+"""The `model_type`s of encoders whose first token stands for the picture; `vit` is DINO v1."""
 _MASK_TOKEN = "embeddings.mask_token"
-"""Of training alone."""
+"""A weight that only training uses."""
 
 
 class PictureEncoder(ABC):
-    """A frozen model whose output, as a unit vector, stands for a picture. Normalized in float32."""
+    """A frozen model whose output, normalized in float32 to a unit vector, stands for a picture."""
 
     device: torch.device
     precision: Precision
@@ -54,27 +55,27 @@ class PictureEncoder(ABC):
     preprocess: InputPreprocessing
     provenance: Mapping[str, str]
     licences: ClassVar[Mapping[str, str]] = {}
-    """Hub id -> licence of published weights, where they state none."""
+    """Hub id -> licence of published weights whose page states none."""
 
     @abstractmethod
     def _output(self, pixels_BCHW: Tensor) -> Tensor:
-        """What the model says of preprocessed pictures, [B, E]."""
+        """Return the model's output [B, E] for preprocessed pictures."""
 
     @torch.inference_mode()
     def image_features(self, images_BCHW: Tensor) -> Tensor:
-        """Unit vectors [B, E], float32 on the CPU."""
+        """Return the unit vectors [B, E] of pictures [B, 3, H, W] in [0, 1], float32 on the CPU."""
         require_images(images_BCHW)
         parts = batches(images_BCHW, self.batch)
         return torch.cat([self.embed(self.preprocess(part.to(self.device))).cpu() for part in parts])
 
     def differentiable_features(self, images_BCHW: Tensor) -> Tensor:
-        """Unit vectors [B, E], float32 on the device, with a graph back to the pictures."""
+        """Return unit vectors [B, E], float32 on the device, with a graph back to the pictures."""
         require_images(images_BCHW)
         parts = batches(images_BCHW, self.batch)
         return torch.cat([self.embed(self.preprocess.differentiable(part.to(self.device))) for part in parts])
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        """Unit vectors of preprocessed pictures, on the device and differentiable."""
+        """Return the unit vectors [B, E] of preprocessed pictures, on the device and differentiable."""
         with self.precision.context(self.device):
             output = self._output(pixels_BCHW.to(self.precision.weights))
         return F.normalize(output.float(), dim=-1)
@@ -84,11 +85,17 @@ class ClipSimilarity(PictureEncoder):
     """A CLIPModel with its tokenizer and preprocessing, from `toy:clip`, a folder, a hub id, or an OpenCLIP file.
 
     Args:
-        ref: see `clip_loading`.
+        ref: the checkpoint; see the module's docstring.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: the type of the weights; auto, float32, bfloat16 or float16.
+        batch: pictures or texts in one forward pass.
         processor: another checkpoint, whose tokenizer and preprocessing are taken instead. An OpenCLIP file needs one:
             its config.json says what the file holds.
-        preprocess: takes the place of the checkpoint's preprocessing.
-        clean: what each text goes through before the tokenizer.
+        preprocess: the preprocessing, if not the checkpoint's.
+        clean: a function that each text goes through before the tokenizer.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, damaged or of another class, or an OpenCLIP file has no `processor`.
     """
 
     licences: ClassVar[Mapping[str, str]] = {
@@ -133,7 +140,7 @@ class ClipSimilarity(PictureEncoder):
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors [B, E], float32 on the CPU; each text is encoded once."""
+        """Return the unit vectors [B, E] of texts, float32 on the CPU; each text is encoded once."""
         if isinstance(texts, str) or not texts:
             raise InputError(f"text_features takes a non-empty list of texts, got {texts!r}.")
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
@@ -159,12 +166,12 @@ class ClipSimilarity(PictureEncoder):
 
 
 class Transform(StrEnum):
-    """How a picture is resized, cropped and normalized."""
+    """The preprocessing of a DINO encoder's pictures: how they are resized, cropped and normalized."""
 
     CHECKPOINT = "checkpoint"
-    """As the checkpoint's preprocessor_config.json says."""
+    """The preprocessing of the checkpoint's preprocessor_config.json."""
     DREAMBENCH = "dreambench"
-    """`Preprocessing.dreambench`: of DINO v1 on DreamBench, and of DINOv2."""
+    """`Preprocessing.dreambench`: the usual one of DINO v1 on DreamBench, and of DINOv2."""
 
 
 class DinoEncoder(PictureEncoder):
@@ -191,7 +198,12 @@ class DinoEncoder(PictureEncoder):
         transform: Transform = Transform.CHECKPOINT,
     ) -> None:
         path = folder(ref, Layout.REWARD)
-        _require_dino(path)
+        model_type = read_json(path / "config.json").get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise CheckpointError(
+                f"{path} holds a {model_type!r} model; DINO features need one of {', '.join(MODEL_TYPES)}, such as "
+                "facebook/dinov2-base. A CLIP's features: the rewards clip_i and clip_image"
+            )
         self.name = str(ref)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
@@ -216,15 +228,6 @@ class DinoEncoder(PictureEncoder):
     def _output(self, pixels_BCHW: Tensor) -> Tensor:
         states_BLD: Tensor = self.model(pixel_values=pixels_BCHW).last_hidden_state
         return states_BLD[:, 0]
-
-
-def _require_dino(path: Path) -> None:
-    kind = read_json(path / "config.json").get("model_type")
-    if kind not in MODEL_TYPES:
-        raise CheckpointError(
-            f"{path} holds a {kind!r} model; DINO features need one of {', '.join(MODEL_TYPES)}, such as "
-            "facebook/dinov2-base. A CLIP's features: the rewards clip_i and clip_image"
-        )
 
 
 class SiglipEncoder(PictureEncoder):
@@ -268,7 +271,7 @@ class SiglipEncoder(PictureEncoder):
 
 
 def load_encoder(ref: str | Path, *, device: str = "auto") -> ClipSimilarity | DinoEncoder:
-    """A CLIP or DINO checkpoint as eyes: `toy:clip`, `toy:identity`, a folder or a hub id.
+    """Load a CLIP or DINO encoder, whichever the checkpoint's config names: `toy:clip`, a folder or a hub id.
 
     Raises:
         CheckpointError: the folder is missing, half written or of another class.
@@ -279,7 +282,7 @@ def load_encoder(ref: str | Path, *, device: str = "auto") -> ClipSimilarity | D
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """A CLIPModel on the CPU, and what its input needs."""
+    """A CLIPModel on the CPU with the tokenizer and the preprocessing of its input."""
 
     model: "CLIPModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -293,11 +296,15 @@ def load_clip(
     preprocess: InputPreprocessing | None,
     dtype: torch.dtype,
 ) -> LoadedClip:
-    """A CLIPModel with tokenizer and preprocessing; see `ClipSimilarity`.
+    """Load a CLIPModel with its tokenizer and preprocessing; the arguments are those of `ClipSimilarity`.
 
     Raises:
         CheckpointError: a checkpoint is missing, damaged or of another class, or an OpenCLIP file has no `processor`.
     """
+    with quiet_loading():
+        from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    model: CLIPModel
     if is_weight_file(ref):
         path = Path(str(ref)).expanduser()
         if processor is None:
@@ -306,15 +313,18 @@ def load_clip(
                 "such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K."
             )
         words = words_folder(processor)
-        model = _from_openclip(path, words, dtype)
+        _require_clip(words)
+        with quiet_loading():
+            config = CLIPConfig.from_pretrained(words, local_files_only=True)
+            model = build(CLIPModel, config, to_transformers(read_weights([path]), path), dtype, path)
     else:
         path = folder(ref, Layout.REWARD)
         words = path if processor is None else words_folder(processor)
-        model = _from_folder(path, dtype)
+        _require_clip(path)
+        with quiet_loading():
+            model = load_folder(CLIPModel, path, dtype)
     preprocess = preprocess or Preprocessing.from_folder(words, square=False)
     with quiet_loading():
-        from transformers import AutoTokenizer
-
         try:
             tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
         except LOADING_ERRORS as error:
@@ -334,27 +344,6 @@ def _require_clip(path: Path) -> None:
         raise CheckpointError(
             f"{path} holds a {kind!r} model; CLIP similarity needs a 'clip' one, such as toy:clip."
         )
-
-
-def _from_folder(path: Path, dtype: torch.dtype) -> "CLIPModel":
-    _require_clip(path)
-    with quiet_loading():
-        from transformers import CLIPModel
-
-        model: CLIPModel = load_folder(CLIPModel, path, dtype)
-    return model
-
-
-def _from_openclip(file: Path, words: Path, dtype: torch.dtype) -> "CLIPModel":
-    """The file's weights in the architecture that the config beside the tokenizer describes."""
-    _require_clip(words)
-    with quiet_loading():
-        from transformers import CLIPConfig, CLIPModel
-
-        config = CLIPConfig.from_pretrained(words, local_files_only=True)
-        weights = to_transformers(read_weights([file]), file)
-        model: CLIPModel = build(CLIPModel, config, weights, dtype, file)
-    return model
 
 
 _SINGLE = {
@@ -384,10 +373,10 @@ _IGNORED = {"attn_mask"}
 
 
 def to_transformers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A CLIPModel's state dict from an OpenCLIP one.
+    """Convert OpenCLIP's state dict to a CLIPModel's.
 
     Raises:
-        CheckpointError: a name is not OpenCLIP's; `path` is the file it came from.
+        CheckpointError: a name is not OpenCLIP's; the message names `path`, the file that it came from.
     """
     converted: dict[str, Tensor] = {}
     unknown: list[str] = []
@@ -403,7 +392,7 @@ def to_transformers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor
 
 
 def _renamed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The CLIPModel names and tensors of one OpenCLIP tensor; none where the name is unknown."""
+    """Yield CLIPModel's names and tensors of one OpenCLIP tensor; nothing where the name is unknown."""
     stem, _, end = name.rpartition(".")
     if name in _SINGLE:
         yield _SINGLE[name], tensor

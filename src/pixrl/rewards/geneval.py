@@ -1,12 +1,12 @@
-"""GenEval: does the picture hold the objects, counts, colours and places that the prompt asks for?
+"""GenEval (Ghosh et al. 2023): does the picture hold the objects, counts, colours and positions of its prompt?
 
 `judge` is the published rule on detections; `GenEvalReward` makes the detections with Mask2Former, as published
-(`detector`), or with a semantic segmentation model (`segmenter`), and names colours with CLIP. Which ones were used is
-in every score's provenance.
+(`detector`), or with a semantic segmentation model (`segmenter`), and names colours with CLIP. The provenance of every
+score names the models.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -18,16 +18,19 @@ from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.hub import read_card
 from pixrl.rewards.base import Options, Read, Reward
 from pixrl.rewards.encoders import ClipSimilarity
-from pixrl.rewards.preprocess import to_grey_levels
-from pixrl.rewards.segmentation import Colour, Foreground, Instance, Segmenter
+from pixrl.rewards.preprocess import batches, to_grey_levels
+from pixrl.rewards.segmentation import Colour, Foreground, Instance, Segmenter, group
 from pixrl.rewards.weights import part
 from pixrl.rewards.zoo.mask2former import Mask2FormerDetector
 from pixrl.rewards.zoo.openmmlab import URL
 from pixrl.types import RewardBatch, Scores
 
 Detection = Mapping[str, Any]
+"""One detected object: {"box": [x0, y0, x1, y1], "score": float, "color": str or None}."""
 Detections = Mapping[str, Sequence[Detection]]
+"""The detected objects of one picture: class -> detections."""
 Metadata = Mapping[str, Any]
+"""One GenEval entry of a prompt, or one clause of it."""
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -43,12 +46,12 @@ COLOR_TEMPLATES = (
     "a photo of a {color} object",
 )
 COLOR_BACKGROUND: Colour = (0.6, 0.6, 0.6)
-"""GenEval's #999, put outside the object's mask before CLIP names its colour."""
+"""GenEval's grey #999, which surrounds the object when CLIP names its colour."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the picture is right, and every reason why not, one a line."""
+    """Whether the picture is right, and every reason why not, one per line."""
 
     correct: bool
     reason: str
@@ -56,26 +59,26 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Clause:
-    """One thing that the prompt asks for, whether it holds, and for training how nearly."""
+    """One thing that the prompt asks for: whether it holds and, for training, how nearly."""
 
     holds: bool
     reason: str
     credit: float
-    """In [0, 1]; all clauses of an entry have 1 exactly where all hold."""
+    """A number in [0, 1]; all clauses of an entry have 1 exactly where all hold."""
 
 
 class Detector(Protocol):
-    """What GenEval's reward sees with: each picture's objects, and what found them."""
+    """The interface of object detectors: each picture's objects, and the provenance of the model."""
 
     provenance: Mapping[str, str]
-    """At least `model` and `preprocessing`."""
+    """The model and how pictures reach it: at least `model` and `preprocessing`."""
 
     def instances(self, images_BCHW: Tensor) -> list[list[Instance]]:
-        """One list of objects a picture [3, H, W] in [0, 1]; boxes and masks in its pixels."""
+        """Return one list of objects per picture [3, H, W] in [0, 1]; boxes and masks in its pixels."""
 
 
 def judge(detections: Detections, metadata: Metadata) -> Verdict:
-    """GenEval's strict rule.
+    """Judge a picture by GenEval's strict rule.
 
     Args:
         detections: class -> [{"box": [x0, y0, x1, y1], "score": float, "color": str or None}], any order and number.
@@ -89,9 +92,9 @@ def judge(detections: Detections, metadata: Metadata) -> Verdict:
 
 
 def grade(detections: Detections, metadata: Metadata) -> float:
-    """How nearly the entry is met, in [0, 1]: 1 exactly where `judge` says correct. For training.
+    """Return how nearly the entry is met, in [0, 1], for training: 1 exactly where `judge` says correct.
 
-    The mean of the clauses' credits, one clause each for an entry's objects, its colour, its position and an exclusion:
+    It is the mean of the clauses' credits, one clause each for an entry's objects, colour, position and exclusion:
 
     * objects: found / asked;
     * colour, position: the share of the taken objects (of pairs of object and target) that are right, 0 where the
@@ -99,7 +102,8 @@ def grade(detections: Detections, metadata: Metadata) -> float:
     * exclusion: 1 while the class stays under the limit, then less by 1 / (limit - 1) with every object too many, down
       to 0; never more than the credit of the same class's own objects, so that an empty picture earns nothing by it.
 
-    The published training scores leave the rule: they ignore `exclude`, give a wrong position 0.75 and can be negative.
+    The published training scores deviate from the rule: they ignore `exclude`, give a wrong position 0.75 and can be
+    negative.
 
     Raises:
         InputError: the entry asks for something the rule does not know.
@@ -109,7 +113,7 @@ def grade(detections: Detections, metadata: Metadata) -> float:
 
 
 def clauses(detections: Detections, metadata: Metadata) -> Iterator[Clause]:
-    """Every clause of an entry, in order."""
+    """Yield every clause of an entry, in order."""
     _check_entry(metadata)
     threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
     kept = {kind: _keep(found, threshold) for kind, found in detections.items()}
@@ -121,20 +125,16 @@ def clauses(detections: Detections, metadata: Metadata) -> Iterator[Clause]:
         present[entry["class"]] = min(present.get(entry["class"], 1.0), asked[0].credit)
         yield from asked
     for entry in metadata.get("exclude", ()):
-        yield _exclusion(entry, len(kept.get(entry["class"], ())), present.get(entry["class"], 1.0))
-
-
-def _exclusion(entry: Metadata, number: int, present: float) -> Clause:
-    limit = entry["count"]
-    reason = f"expected {entry['class']}<{limit}, found {number}"
-    if number < limit:
-        return Clause(True, reason, present)
-    most = limit - 1
-    return Clause(False, reason, max(1 - (number - most) / most, 0.0) * present if most else 0.0)
+        kind, most = entry["class"], entry["count"] - 1
+        number = len(kept.get(kind, ()))
+        excess = max(number - most, 0)
+        credit = max(1 - excess / most, 0.0) if most else float(not excess)
+        reason = f"expected {kind}<{entry['count']}, found {number}"
+        yield Clause(not excess, reason, credit * present.get(kind, 1.0))
 
 
 def _keep(found: Sequence[Detection], threshold: float) -> list[Detection]:
-    """Strictly above the threshold, the most confident first, at most MAX_OBJECTS."""
+    """Return the detections strictly above the threshold, the most confident first, at most MAX_OBJECTS."""
     above = [detection for detection in found if detection["score"] > threshold]
     return sorted(above, key=lambda detection: -float(detection["score"]))[:MAX_OBJECTS]
 
@@ -142,7 +142,7 @@ def _keep(found: Sequence[Detection], threshold: float) -> list[Detection]:
 def _match(
     entry: Metadata, kept: Mapping[str, Sequence[Detection]], matched: Sequence[Sequence[Detection] | None]
 ) -> tuple[Sequence[Detection] | None, list[Clause]]:
-    """The boxes matched for an include entry (None where any clause fails), and its clauses."""
+    """Return the boxes matched for an include entry (None where any clause fails), and its clauses."""
     kind, count = entry["class"], entry["count"]
     found = kept.get(kind, ())[:count]
     enough = len(found) == count
@@ -177,7 +177,7 @@ def _position_clause(
 
 
 def relative_position(box_a: Sequence[float], box_b: Sequence[float]) -> frozenset[str]:
-    """Where a stands relative to b: up to two of `RELATIONS`.
+    """Return where box a stands relative to box b: up to two of `RELATIONS`.
 
     Each axis of the centres' offset is shrunk by 0.1 of both sizes on that axis, then divided by the offset's length
     before shrinking.
@@ -235,7 +235,7 @@ def _check_clause(entry: Metadata, index: int) -> None:
 
 
 class ColorNamer:
-    """Names an object's colour by zero-shot CLIP on its masked crop, as GenEval does.
+    """A namer of objects' colours by zero-shot CLIP on their masked crops, as in GenEval.
 
     Colours, templates, background and whether to crop come from the card of the CLIP checkpoint (`colors`,
     `color_templates`, `color_background`, `color_zoom`) where it has them, else they are GenEval's.
@@ -251,20 +251,17 @@ class ColorNamer:
         self._classifiers: dict[str, Tensor] = {}
 
     def name(self, crops: Sequence[Tensor], kinds: Sequence[str]) -> list[str]:
-        """One colour a crop; all crops go through CLIP together."""
+        """Return one colour per crop; all crops go through CLIP together."""
         if not crops:
             return []
-        fitted = [self.clip.preprocess(crop[None].to(self.clip.device)) for crop in crops]
-        features = torch.cat([self._embed(part) for part in _batches(fitted, self.clip.batch)])
+        fitted = torch.cat([self.clip.preprocess(crop[None].to(self.clip.device)) for crop in crops])
+        with torch.inference_mode():
+            features = torch.cat([self.clip.embed(part).cpu() for part in batches(fitted, self.clip.batch)])
         scores = [self._classifier(kind) @ row for kind, row in zip(kinds, features, strict=True)]
         return [self.colors[int(one.argmax())] for one in scores]
 
-    @torch.inference_mode()
-    def _embed(self, pixels: Sequence[Tensor]) -> Tensor:
-        return self.clip.embed(torch.cat(list(pixels))).cpu()
-
     def crop(self, image_CHW: Tensor, instance: Instance) -> Tensor:
-        """The object on GenEval's grey, cut to its box (or left in place where the card says so)."""
+        """Return the object on GenEval's grey, cut to its box (or left in place where the card says so)."""
         mask_HW = instance.mask_HW.to(image_CHW)
         alone = Foreground.composite(image_CHW[None], mask_HW[None], self.background)[0]
         if not self.zoom:
@@ -273,7 +270,7 @@ class ColorNamer:
         return alone[:, y0:y1, x0:x1]
 
     def _classifier(self, kind: str) -> Tensor:
-        """[colours, E]: the mean over templates of unit text features, made unit again."""
+        """Return [colours, E]: the mean over templates of unit text features, made unit again."""
         if kind not in self._classifiers:
             texts = [form.format(color=color, kind=kind) for color in self.colors for form in self.templates]
             features = self.clip.text_features(texts).view(len(self.colors), len(self.templates), -1)
@@ -284,15 +281,15 @@ class ColorNamer:
 class GenEvalReward(Reward):
     """1 where GenEval's rule holds and 0 where not (`judge`); with `graded`, how nearly it holds (`grade`).
 
-    `metadata` of the batch holds one GenEval entry a picture; a picture without one fails.
+    The batch's `metadata` holds one GenEval entry per picture; a picture without one fails.
 
     Args:
         segmenter: a semantic segmentation checkpoint, or any `Detector`; regions of one class are its objects.
         clip: the CLIP that names colours; GenEval's is openai/clip-vit-large-patch14.
         detector: instead of the segmenter, GenEval's own: Mask2Former as OpenMMLab's .pth file, a folder or a hub id.
-        graded: see above.
+        graded: whether scores come from `grade`.
         device: auto, cpu, cuda or cuda:N.
-        dtype: of CLIP and the segmenter; Mask2Former computes in float32.
+        dtype: the type of CLIP and the segmenter; Mask2Former computes in float32.
 
     Raises:
         ConfigError: not exactly one of `segmenter` and `detector` is given.
@@ -312,7 +309,20 @@ class GenEvalReward(Reward):
         device: str = "auto",
         dtype: str = "float32",
     ) -> None:
-        self.detector = _detector(segmenter, detector, device, dtype)
+        if (segmenter is None) == (detector is None):
+            given = "neither is" if segmenter is None else "both are"
+            raise ConfigError(
+                f"geneval takes one of the options 'detector' (GenEval's Mask2Former) and 'segmenter', and {given} "
+                "given. Type, for example: detector: facebook/mask2former-swin-small-coco-instance, or: segmenter: "
+                "toy:segmenter"
+            )
+        self.detector: Detector
+        if detector is not None:
+            self.detector = Mask2FormerDetector(detector, device=device, least=THRESHOLD)
+        elif isinstance(segmenter, str | Path):
+            self.detector = Segmenter(segmenter, device=device, dtype=dtype)
+        elif segmenter is not None:
+            self.detector = segmenter
         self.colors = ColorNamer(ClipSimilarity(clip, device=device, dtype=dtype), clip)
         self.graded = graded
         self.provenance: Mapping[str, str] = {
@@ -324,7 +334,7 @@ class GenEvalReward(Reward):
         }
         seer = segmenter if isinstance(segmenter, str | Path | None) else id(segmenter)
         self._eyes = (self.name, seer, detector, clip, device, dtype)
-        """Equal where two rewards detect alike: a batch is looked at once for the strict and the graded one."""
+        """A key that is equal for two rewards with the same detections: strict and graded ones share them."""
 
     @classmethod
     def lacks(cls, prompt: str, metadata: Mapping[str, object], options: Mapping[str, object]) -> str | None:
@@ -346,19 +356,17 @@ class GenEvalReward(Reward):
         return {"segmenter": Read(), "detector": detector, "clip": Read(kinds=("clip",))}
 
     def detect(self, images_BCHW: Tensor, metadata: Sequence[Metadata]) -> list[Detections]:
-        """Each picture's detections; colours are named only for classes whose colour the entry asks for."""
+        """Return each picture's detections; colours are named only for classes whose colour the entry asks for."""
         images_BCHW = to_grey_levels(images_BCHW.float().cpu())
         found = self.detector.instances(images_BCHW)
-        wanted = [
-            (row, instance)
-            for row, instances in enumerate(found)
-            for instance in instances
-            if instance.kind in _coloured_kinds(metadata[row])
-        ]
+        wanted = []
+        for row, instances in enumerate(found):
+            coloured = {clause["class"] for clause in metadata[row]["include"] if "color" in clause}
+            wanted += [(row, instance) for instance in instances if instance.kind in coloured]
         crops = [self.colors.crop(images_BCHW[row], instance) for row, instance in wanted]
         names = self.colors.name(crops, [instance.kind for _, instance in wanted])
         colour_of = {id(instance): color for (_, instance), color in zip(wanted, names, strict=True)}
-        return [_group(instances, colour_of) for instances in found]
+        return [group(instances, colour_of) for instances in found]
 
     def score(self, batch: RewardBatch) -> Scores:
         count = len(batch.images_BCHW)
@@ -379,43 +387,9 @@ class GenEvalReward(Reward):
                 batch.findings[self._eyes] = self.detect(batch.images_BCHW[usable], chosen)
             detections = batch.findings[self._eyes]
             values_B[usable] = torch.tensor(
-                [self._value(*pair) for pair in zip(detections, chosen, strict=True)]
+                [
+                    grade(found, entry) if self.graded else float(judge(found, entry).correct)
+                    for found, entry in zip(detections, chosen, strict=True)
+                ]
             )
         return Scores.checked(values_B, reasons, self.provenance)
-
-    def _value(self, detections: Detections, entry: Metadata) -> float:
-        return grade(detections, entry) if self.graded else float(judge(detections, entry).correct)
-
-
-def _detector(
-    segmenter: str | Path | Detector | None, detector: str | Path | None, device: str, dtype: str
-) -> Detector:
-    if (segmenter is None) == (detector is None):
-        given = "neither is" if segmenter is None else "both are"
-        raise ConfigError(
-            f"geneval takes one of the options 'detector' (GenEval's Mask2Former) and 'segmenter', and {given} "
-            "given. Type, for example: detector: facebook/mask2former-swin-small-coco-instance, or: segmenter: "
-            "toy:segmenter"
-        )
-    if detector is not None:
-        return Mask2FormerDetector(detector, device=device, least=THRESHOLD)
-    if isinstance(segmenter, str | Path):
-        return Segmenter(segmenter, device=device, dtype=dtype)
-    assert segmenter is not None
-    return segmenter
-
-
-def _coloured_kinds(entry: Metadata) -> frozenset[str]:
-    return frozenset(clause["class"] for clause in entry["include"] if "color" in clause)
-
-
-def _group(instances: Iterable[Instance], colour_of: Mapping[int, str]) -> Detections:
-    classes: dict[str, list[Detection]] = {}
-    for instance in instances:
-        detection = instance.detection() | {"color": colour_of.get(id(instance))}
-        classes.setdefault(instance.kind, []).append(detection)
-    return classes
-
-
-def _batches(parts: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
-    return (parts[start : start + size] for start in range(0, len(parts), size))

@@ -20,7 +20,7 @@ import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -189,8 +189,8 @@ class Patience:
     """What to do when it stays away."""
     stop: threading.Event
 
-    def ask(self, service: Service, once: Callable[[], Reply | Silence]) -> Reply | Silence:
-        """The first reply that means something, or what the last of some failed tries gave.
+    def ask(self, service: Service, path: str, body: bytes | None, time_limit: float) -> Reply | Silence:
+        """The first reply that means something to a request, or what the last of some failed tries gave.
 
         Raises:
             ServiceError: the service stayed away for `seconds`, or does not let us in.
@@ -198,7 +198,7 @@ class Patience:
         since: float | None = None
         failed = 0
         for pause in pauses():
-            found = once()
+            found = service.ask(path, body, time_limit)
             where = f"{service.name} at {service.url}"
             if isinstance(found, Silence) and found.hopeless:
                 raise ServiceError(f"{where}: {found.reason}. {self.advice}")
@@ -209,9 +209,12 @@ class Patience:
                     else f"Is what the environment variable {service.key_env} holds its key?"
                 )
                 raise ServiceError(f"{where} does not let us in ({found.reason}). {hint}")
-            if self._is_gone(found):
+            if isinstance(found, Reply):
+                gone, asked = found.status in GONE, found.retry_after or 0.0
+            else:
+                gone, asked = self.slow_is_gone or not found.slow, 0.0
+            if gone:
                 since = time.monotonic() if since is None else since
-                asked = found.retry_after or 0.0 if isinstance(found, Reply) else 0.0
                 pause = max(pause, min(asked, LONGEST_PAUSE))
                 self._wait(service, found.reason, pause, time.monotonic() - since)
                 continue
@@ -223,11 +226,6 @@ class Patience:
                 return found
             self.stop.wait(pause)
         raise AssertionError("pauses never end")
-
-    def _is_gone(self, found: Reply | Silence) -> bool:
-        if isinstance(found, Silence):
-            return self.slow_is_gone or not found.slow
-        return found.status in GONE
 
     def _wait(self, service: Service, reason: str, pause: float, waited: float) -> None:
         if waited >= self.seconds or self.stop.is_set():

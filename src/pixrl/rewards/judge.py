@@ -1,9 +1,9 @@
 """A vision language model as the judge of a picture, behind any API that is compatible with OpenAI's chat completions.
 
 vLLM, SGLang, Ollama and llama.cpp serve local models so; OpenAI, Gemini and others their own. The judge is asked about
-one picture at a time and must give one number on the scale. What it says otherwise is a failed score with the reason:
-no number, two different ones, one off the scale, a refusal. Judges are not exactly repeatable, not even at temperature
-0: a resumed run sees the scores of its own calls, not those of an unbroken one.
+one picture at a time and must give one number on the scale. Any other answer is a failed score with the reason: no
+number, two different ones, one off the scale, a refusal. Judges are not exactly repeatable, not even at temperature 0:
+a resumed run sees the scores of its own calls, not those of an uninterrupted one.
 """
 
 import hashlib
@@ -35,10 +35,13 @@ A text-to-image model made this picture for the prompt:
 
 How well does the picture show what the prompt asks for, and how good does it look? Give one number from {low} (worst) \
 to {high} (best). Answer with JSON alone: {"score": NUMBER}"""
+"""The default prompt of the judge."""
 FIELDS = ("prompt", "low", "high")
+"""The fields that a prompt of the judge can hold."""
 REQUEST: Mapping[str, object] = {"temperature": 0, "max_tokens": 512}
+"""The default further fields of a request's body."""
 OWN = ("model", "messages", "stream", "n")
-"""What a request's body always holds, and nobody sets."""
+"""The fields that every request's body holds and that the option `request` cannot set."""
 _NUMBER = r"([-+]?\d+(?:\.\d+)?)(?!\w|\.\d)(?:\s*/\s*(\d+(?:\.\d+)?))?"
 _IN_JSON = re.compile(rf'\{{\s*"score"\s*:\s*"?{_NUMBER}', re.IGNORECASE)
 _IN_TEXT = re.compile(rf"\bscore\b[\"'*_\s]*(?:[:=]|is\b)[\"'*_\s]*{_NUMBER}", re.IGNORECASE)
@@ -49,15 +52,16 @@ _SECRET = re.compile(r"(.*[_-])?(api_?key|apikey|key|token|secret|password|autho
 
 @dataclass(frozen=True)
 class RatingScale:
-    """The numbers that a judge may give, both ends included."""
+    """The range of numbers that a judge may give, both ends included."""
 
     low: float
     high: float
 
     def read(self, text: str) -> tuple[float, str | None]:
-        """The one score in what a judge said, or nan with the reason why there is none.
+        """Return the one score in a judge's answer, or nan with the reason why there is none.
 
-        A number in JSON counts before one after the word score, that before a lone number; thoughts do not count.
+        A number in JSON takes precedence over one after the word "score", and that over a lone number; thoughts between
+        <think> and </think> do not count.
         """
         said = _without_thoughts(text)
         alone = _ALONE.fullmatch(said)
@@ -79,7 +83,7 @@ class RatingScale:
 
 
 def _without_thoughts(text: str) -> str:
-    """A blank in place of each <think> up to the next </think>; one that has no end stays. One pass over the text."""
+    """Replace each <think> up to the next </think> by a blank, in one pass; one without an end stays."""
     kept, at, begun = [], 0, None
     for tag in _THOUGHT.finditer(text):
         if tag[1] and begun is not None:
@@ -94,16 +98,16 @@ class JudgeReward(Reward):
     """The number that a vision language model gives a picture and its prompt.
 
     Args:
-        base_url: of the API, with its version: https://api.openai.com/v1, http://127.0.0.1:8000/v1.
+        base_url: the address of the API, with its version: https://api.openai.com/v1, http://127.0.0.1:8000/v1.
         model: the judge's name there.
-        key_env: the environment variable that holds the key; None: none is sent. The key itself is in no recipe.
-        prompt: what the judge is told; {prompt}, {low} and {high} are filled in, other braces stay.
-        scale: its least and its greatest number.
+        key_env: the environment variable that holds the key; None: no key is sent. The key itself is in no recipe.
+        prompt: the instruction; {prompt}, {low} and {high} are filled in, other braces stay.
+        scale: the least and the greatest number that the judge may give.
         request: further fields of the request's body, in place of temperature 0 and max_tokens 512.
-        parallel: pictures that are asked about at once.
-        tries: of a request that fails (HTTP 500) or is too slow; then the picture's score fails.
+        parallel: the number of requests at once.
+        tries: how often a request that fails (HTTP 500) or is too slow is sent; then the picture's score fails.
         time_limit: seconds that one answer may take.
-        patience: seconds that a judge which is gone or refuses more requests (429) is waited for.
+        patience: seconds to wait for a judge that is gone or refuses more requests (429).
 
     Raises:
         ConfigError: an option is wrong, or the key is not set.
@@ -138,10 +142,25 @@ class JudgeReward(Reward):
                 f"{LONGEST_WAIT:g} s, and patience is at least 0 s; got "
                 f"{parallel!r}, {tries!r}, {time_limit!r} and {patience!r}."
             )
+        ends = [x for x in scale if isinstance(x, int | float) and math.isfinite(x)]
+        if len(ends) != 2 or len(scale) != 2 or not ends[0] < ends[1]:
+            raise ConfigError(
+                f"judge: scale is the least and the greatest number, as in [1, 10]; got {list(scale)!r}."
+            )
         self.model = model
         self.template = prompt
-        self.scale = _scale(scale)
-        self.body = _further_fields(REQUEST if request is None else request)
+        self.scale = RatingScale(float(ends[0]), float(ends[1]))
+        self.body: dict[str, Any] = dict(REQUEST if request is None else request)
+        for field in OWN:
+            if field in self.body:
+                raise ConfigError(
+                    f"judge: the option request cannot set {field!r}; `model` and `prompt` are options of their own."
+                )
+        if (named := _secret_in(self.body)) is not None:
+            raise ConfigError(
+                f"judge: the option request has the field {named!r}. A recipe is copied into the run's folder, so no "
+                "key stands in it: put the key into an environment variable and name that as key_env."
+            )
         self.parallel, self.tries, self.time_limit, self.patience = parallel, tries, time_limit, patience
         self.service = Service(base_url, name=f"The judge {model!r}", key_env=key_env)
         self.provenance: Mapping[str, str] = {
@@ -153,7 +172,7 @@ class JudgeReward(Reward):
             "preprocessing": "PNG of 8 bits",
         }
         waiting = self._patience(min(patience, START_WAIT), threading.Event())
-        waiting.ask(self.service, lambda: self.service.ask("/models", None, time_limit))
+        waiting.ask(self.service, "/models", None, time_limit)
 
     @classmethod
     def examine(cls, options: Options) -> None:
@@ -181,26 +200,22 @@ class JudgeReward(Reward):
         return Patience(seconds, self.tries, slow_is_gone=False, advice=advice, stop=stop)
 
     def _judge(self, image_CHW: Tensor, prompt: str, waiting: Patience) -> tuple[float, str | None]:
-        """One picture's score, or nan with the reason."""
+        """Return one picture's score, or nan with the reason."""
         if not image_CHW.isfinite().all():
             return math.nan, "the picture is not finite"
-        question = self._question(image_CHW, prompt)
-        path = "/chat/completions"
-        found = waiting.ask(self.service, lambda: self.service.ask(path, question, self.time_limit))
-        if isinstance(found, Silence):
-            return math.nan, f"{found.reason} ({self.tries} tries)"
-        if found.status != 200:
-            return math.nan, found.reason
-        text, problem = _said(found.body)
-        return (math.nan, problem) if text is None else self.scale.read(text)
-
-    def _question(self, image_CHW: Tensor, prompt: str) -> bytes:
         fields = {"prompt": prompt, "low": f"{self.scale.low:g}", "high": f"{self.scale.high:g}"}
         text = re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], self.template)
         picture = {"url": f"data:image/png;base64,{png_base64(image_CHW)}"}
         content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": picture}]
         messages = [{"role": "user", "content": content}]
-        return json.dumps({**self.body, "model": self.model, "messages": messages}).encode()
+        question = json.dumps({**self.body, "model": self.model, "messages": messages}).encode()
+        found = waiting.ask(self.service, "/chat/completions", question, self.time_limit)
+        if isinstance(found, Silence):
+            return math.nan, f"{found.reason} ({self.tries} tries)"
+        if found.status != 200:
+            return math.nan, found.reason
+        answer, problem = _said(found.body)
+        return (math.nan, problem) if answer is None else self.scale.read(answer)
 
 
 class _Lenient(BaseModel):
@@ -226,7 +241,7 @@ class _Completion(_Lenient):
 
 
 def _said(body: bytes) -> tuple[str | None, str | None]:
-    """The text of a completion, or None and why there is none."""
+    """Return the text of a completion, or None and why there is none."""
     try:
         completion = _Completion.model_validate_json(body)
     except ValidationError:
@@ -258,31 +273,8 @@ def _check_template(template: str) -> None:
         )
 
 
-def _scale(given: Sequence[float]) -> RatingScale:
-    numbers = [x for x in given if isinstance(x, int | float) and math.isfinite(x)]
-    if len(numbers) != 2 or len(given) != 2 or not numbers[0] < numbers[1]:
-        raise ConfigError(
-            f"judge: scale is the least and the greatest number, as in [1, 10]; got {list(given)!r}."
-        )
-    return RatingScale(float(numbers[0]), float(numbers[1]))
-
-
-def _further_fields(given: Mapping[str, object]) -> dict[str, Any]:
-    for field in OWN:
-        if field in given:
-            raise ConfigError(
-                f"judge: the option request cannot set {field!r}; `model` and `prompt` are options of their own."
-            )
-    if (named := _secret_in(given)) is not None:
-        raise ConfigError(
-            f"judge: the option request has the field {named!r}. A recipe is copied into the run's folder, so no key "
-            "stands in it: put the key into an environment variable and name that as key_env."
-        )
-    return dict(given)
-
-
 def _secret_in(fields: Mapping[str, object]) -> str | None:
-    """The name of a field that holds a key, by its name; None where none does."""
+    """Return the name of a field that, by its name, holds a key; None where none does."""
     for name, value in fields.items():
         if isinstance(value, str) and _SECRET.fullmatch(str(name)):
             return str(name)

@@ -1,4 +1,4 @@
-"""What people prefer: a CLIPModel fine-tuned on pairwise choices, in PickScore's published layout.
+"""Human-preference rewards: a CLIPModel fine-tuned on pairwise choices, in PickScore's published layout.
 
 Kirstain et al. 2023 (Pick-a-Pic): s(x, y) = exp(logit_scale) · cos(E_image(y), E_text(x)). The softmax of two such
 scores is the probability that people choose one picture over the other, which is why the scale is part of the score.
@@ -17,18 +17,18 @@ from pixrl.rewards.references import choice
 
 
 class ScoreScale(StrEnum):
-    """What the cosine is multiplied by. Group normalization removes the scale; logs and weights of sums keep it."""
+    """The factor of the cosine. Group normalization removes it; logs and weighted sums of rewards keep it."""
 
     RAW = "raw"
-    """exp(logit_scale), as PickScore and E²PO report it: about 19 to 24 for PickScore."""
+    """The factor exp(logit_scale), as PickScore and E²PO report it: about 19 to 24 for PickScore."""
     DIV26 = "div26"
-    """raw / 26, as Flow-GRPO and DiffusionNFT train on it."""
+    """The raw scale divided by 26, on which Flow-GRPO and DiffusionNFT train."""
     COSINE = "cosine"
-    """1, as D²-Align reports it."""
+    """The factor 1, as D²-Align reports it."""
 
 
 class PreferenceReward(PromptCosineReward):
-    """Scaled cosine between the picture and its prompt, from a model of people's choices.
+    """The scaled cosine between the picture and its prompt, from a model of people's choices.
 
     Args:
         model: `toy:preference`, a folder or a hub id of a CLIPModel.

@@ -1,9 +1,9 @@
-"""Pictures to a model's input, as tensors: the published PIL preprocessing within one grey level, batched.
+"""Preprocessing of pictures as tensors, in batches: the published PIL preprocessing within one grey level.
 
 The numbers come from the checkpoint's own preprocessor_config.json (or processor_config.json). Pictures are rounded to
 8 bits where PIL rounds them, so that a score taken in memory equals the score of the saved PNG. No gradient passes
-through rounding, so each preprocessing has a `differentiable` twin without it. At the end is what rewards that look at
-pictures together with texts share.
+through rounding, so each preprocessing has a `differentiable` twin without it. At the end are helpers of rewards that
+score pictures together with texts.
 """
 
 from abc import ABC, abstractmethod
@@ -30,68 +30,74 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 
 
 def to_grey_levels(images_BCHW: Tensor) -> Tensor:
-    """Rounded to the 256 levels of a PNG, still in [0, 1]."""
+    """Round pictures to the 256 levels of a PNG, still in [0, 1]."""
     return (images_BCHW.clamp(0, 1) * 255).round() / 255
 
 
 def batches(images_BCHW: Tensor, size: int) -> Iterator[Tensor]:
-    """The pictures, at most `size` at a time."""
+    """Yield the pictures, at most `size` at a time."""
     return (images_BCHW[start : start + size] for start in range(0, len(images_BCHW), size))
 
 
 def require_images(images_BCHW: Tensor) -> None:
-    """[B, 3, H, W] of a floating type, at least one picture."""
+    """Require pictures [B, 3, H, W] of a floating type.
+
+    Raises:
+        ShapeError: they have another shape or type, or there are none.
+    """
     shape = list(images_BCHW.shape)
     if images_BCHW.ndim != 4 or shape[1] != 3 or 0 in shape or not images_BCHW.is_floating_point():
         raise ShapeError(f"Pictures must be float [B, 3, H, W] in [0, 1], got {images_BCHW.dtype} {shape}.")
 
 
 class InputPreprocessing(ABC):
-    """Pictures [B, 3, H, W] in [0, 1], of one size, to a model's input."""
+    """The interface of preprocessing: pictures [B, 3, H, W] in [0, 1], of one size, to a model's input."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @abstractmethod
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """As published, 8-bit pictures included."""
+        """Return a model's input as the published code makes it, from pictures rounded to 8 bits."""
 
     @abstractmethod
     def differentiable(self, images_BCHW: Tensor) -> Tensor:
-        """The same but for rounding to 8 bits, through which no gradient would pass.
+        """Return the same input but for rounding to 8 bits, through which no gradient would pass.
 
         PIL rounds after each of two passes, so a value may differ by 0.5 + 0.5 * 1.25 grey levels, 0.3 on average.
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for provenance."""
+        """Return one line for provenance."""
 
     def normalize(self, images_BCHW: Tensor) -> Tensor:
-        """(picture - mean) / std."""
+        """Return (picture - mean) / std."""
         mean, std = (images_BCHW.new_tensor(x).view(1, 3, 1, 1) for x in (self.mean, self.std))
         return (images_BCHW - mean) / std
 
 
 Resize = Callable[[Tensor, tuple[int, int], str], Tensor]
+"""A function of pictures, (rows, columns) and the mode of interpolation to resized pictures."""
 
 
 @dataclass(frozen=True)
 class Preprocessing(InputPreprocessing):
-    """Resize, crop, normalize."""
+    """The usual preprocessing of vision models: resize, centre crop, normalize."""
 
     shortest: int | None
-    """Side length that the shorter side is scaled to, the ratio kept."""
+    """The length to which the shorter side is scaled, the aspect ratio kept; None: it is not."""
     size: tuple[int, int] | None
-    """Rows and columns that a picture is scaled to, the ratio not kept."""
+    """The rows and columns to which a picture is scaled, the aspect ratio not kept; None: it is not."""
     crop: tuple[int, int] | None
+    """The rows and columns of the centre crop; None: nothing is cut off."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mode: str
 
     @classmethod
     def dreambench(cls) -> "Preprocessing":
-        """DreamBench's transform of DINO: shorter side 256 bicubic, centre 224 x 224, ImageNet's mean and deviation.
+        """Return DreamBench's transform of DINO: shorter side 256 bicubic, centre crop 224, ImageNet's statistics.
 
         The preprocessor_config.json beside facebook/dino-vits16 says otherwise (224 x 224 bilinear, 0.5), and its
         numbers are not comparable with published ones.
@@ -100,8 +106,25 @@ class Preprocessing(InputPreprocessing):
 
     @classmethod
     def from_folder(cls, path: Path, *, square: bool) -> "Preprocessing":
-        """What the checkpoint's folder says. `square`: a bare integer size means both sides, not the shorter one."""
-        config = _read_config(path)
+        """Read the preprocessing from a checkpoint's folder.
+
+        Args:
+            path: the folder, with preprocessor_config.json or processor_config.json.
+            square: whether a bare integer size means both sides, not the shorter one.
+
+        Raises:
+            CheckpointError: neither file is there, or one of its values is not supported.
+        """
+        config: object = None
+        if (path / "preprocessor_config.json").is_file():
+            config = read_json(path / "preprocessor_config.json")
+        elif (path / "processor_config.json").is_file():
+            config = read_json(path / "processor_config.json").get("image_processor")
+        if not isinstance(config, Mapping):
+            raise CheckpointError(
+                f"{path} has no preprocessor_config.json, so how its pictures are to be resized and normalized is "
+                "unknown. Save the model's image processor beside it: processor.save_pretrained(FOLDER)."
+            )
         size = config["size"] if config.get("do_resize", True) else None
         shortest, exact = _parse_size(size, square, path)
         crop = (
@@ -129,16 +152,26 @@ class Preprocessing(InputPreprocessing):
         return self.normalize(self._fit(images_BCHW.float().clamp(0, 1), _resize_smoothly))
 
     def _fit(self, images_BCHW: Tensor, resize: Resize) -> Tensor:
-        """Resized and cropped, not yet normalized."""
+        """Return pictures resized and cropped, not yet normalized."""
         height, width = images_BCHW.shape[-2:]
-        rows, columns = self._target(height, width)
+        rows, columns = self.size or (height, width)
+        if self.size is None and self.shortest is not None:
+            short = min(height, width)
+            rows, columns = int(self.shortest * height / short), int(self.shortest * width / short)
         # The order of PIL up to 12, which published scores were made with: columns first, and 8 bits after each pass.
         # Pillow 13 takes rows first where they shrink much more than columns, which no kept ratio does.
         if columns != width:
             images_BCHW = resize(images_BCHW, (height, columns), self.mode)
         if rows != height:
             images_BCHW = resize(images_BCHW, (rows, columns), self.mode)
-        return images_BCHW if self.crop is None else _centre_crop(images_BCHW, self.crop)
+        if self.crop is None:
+            return images_BCHW
+        if rows < self.crop[0] or columns < self.crop[1]:
+            raise ShapeError(
+                f"A picture of {rows}x{columns} is smaller than the centre crop {self.crop[0]}x{self.crop[1]}."
+            )
+        top, left = (rows - self.crop[0]) // 2, (columns - self.crop[1]) // 2
+        return images_BCHW[..., top : top + self.crop[0], left : left + self.crop[1]]
 
     def describe(self) -> str:
         steps = ["8-bit"]
@@ -151,28 +184,20 @@ class Preprocessing(InputPreprocessing):
         steps.append(f"mean {_short(self.mean)} std {_short(self.std)}")
         return "; ".join(steps)
 
-    def _target(self, rows: int, columns: int) -> tuple[int, int]:
-        if self.size is not None:
-            return self.size
-        if self.shortest is None:
-            return rows, columns
-        if rows <= columns:
-            return self.shortest, int(self.shortest * columns / rows)
-        return int(self.shortest * rows / columns), self.shortest
-
 
 @dataclass(frozen=True)
 class PadToSquare(InputPreprocessing):
-    """HPSv2's: the picture becomes a float tensor first, its longer side is scaled to `side`, and black fills the rest.
+    """HPSv2's preprocessing: scale the longer side of a float tensor to `side`, and pad to a square with black.
 
     Bicubic overshoot is kept, since nothing clamps a float tensor.
     """
 
     side: int
+    """The rows and columns of the model's input."""
     mean: tuple[float, ...] = OPENAI_MEAN
     std: tuple[float, ...] = OPENAI_STD
     antialias: bool = True
-    """False: as torchvision up to 0.16 resized float tensors, which old HPSv2 figures come from."""
+    """Whether resizing antialiases; torchvision up to 0.16, behind old HPSv2 figures, did not for float tensors."""
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         require_images(images_BCHW)
@@ -199,21 +224,8 @@ class PadToSquare(InputPreprocessing):
         return F.pad(images_BCHW, (right // 2, right - right // 2, below // 2, below - below // 2))
 
 
-def _read_config(path: Path) -> Mapping[str, object]:
-    if (path / "preprocessor_config.json").is_file():
-        return read_json(path / "preprocessor_config.json")
-    if (path / "processor_config.json").is_file():
-        nested = read_json(path / "processor_config.json").get("image_processor")
-        if isinstance(nested, Mapping):
-            return nested
-    raise CheckpointError(
-        f"{path} has no preprocessor_config.json, so how its pictures are to be resized and normalized is unknown. "
-        "Save the model's image processor beside it: processor.save_pretrained(FOLDER)."
-    )
-
-
 def _parse_size(size: object, square: bool, path: Path) -> tuple[int | None, tuple[int, int] | None]:
-    """(shortest edge, exact size), at most one of them."""
+    """Return (shortest edge, exact size), at most one of which is not None."""
     match size:
         case None:
             return None, None
@@ -235,25 +247,15 @@ def _three(config: Mapping[str, object], key: str, path: Path) -> tuple[float, .
 
 
 def resize_8_bit(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Resized on the scale 0 to 255 and rounded there, a half upwards as PIL does."""
+    """Resize pictures and round them to 8 bits, a half upwards as PIL does."""
     levels = F.interpolate((images_BCHW * 255).round(), size, mode=mode, antialias=True)
     return (levels + 0.5).floor().clamp(0, 255) / 255
 
 
 def _resize_smoothly(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Resized, and clamped as 8 bits would be: half a level of slack lets the gradient of full white and black pass."""
+    """Resize and clamp as 8 bits would be; half a level of slack lets the gradient of full white and black pass."""
     resized = F.interpolate(images_BCHW, size, mode=mode, antialias=True)
     return resized.clamp(-_HALF_LEVEL, 1 + _HALF_LEVEL)
-
-
-def _centre_crop(images_BCHW: Tensor, crop: tuple[int, int]) -> Tensor:
-    rows, columns = images_BCHW.shape[-2:]
-    if rows < crop[0] or columns < crop[1]:
-        raise ShapeError(
-            f"A picture of {rows}x{columns} is smaller than the centre crop {crop[0]}x{crop[1]}."
-        )
-    top, left = (rows - crop[0]) // 2, (columns - crop[1]) // 2
-    return images_BCHW[..., top : top + crop[0], left : left + crop[1]]
 
 
 def _short(values: Sequence[float]) -> str:
@@ -261,7 +263,7 @@ def _short(values: Sequence[float]) -> str:
 
 
 ScorePairs = Callable[[Tensor, Sequence[str]], Tensor]
-"""Pictures [B, 3, H, W] and B texts to scores [B]."""
+"""A function from pictures [B, 3, H, W] and B texts to scores [B]."""
 
 
 def score_pairs(
@@ -272,14 +274,14 @@ def score_pairs(
     provenance: Mapping[str, str],
     reasons: Sequence[str | None] | None = None,
 ) -> Scores:
-    """Scores of (picture, prompt) pairs; one with a reason, or with a picture that is not finite, fails unseen.
+    """Score (picture, prompt) pairs; a pair with a reason, or with a picture that is not finite, fails unseen.
 
     Args:
-        batch: pictures and prompts.
-        score: what scores at most `at_once` pairs.
-        at_once: pairs in one call.
-        provenance: of the scores.
-        reasons: why a pair cannot be scored, known beforehand; None where it can.
+        batch: the pictures and prompts.
+        score: the function that scores at most `at_once` pairs.
+        at_once: the number of pairs in one call.
+        provenance: the provenance of the scores.
+        reasons: for each pair, why it cannot be scored, known beforehand; None where it can.
 
     Raises:
         ShapeError: the pictures are not float [B, 3, H, W].
@@ -300,7 +302,7 @@ def score_pairs(
 
 
 def load_tokenizer(folder: Path, kind: str = "AutoTokenizer") -> Any:
-    """A transformers tokenizer from a local folder; `kind` is its class, for folders that hold a vocabulary alone.
+    """Load a transformers tokenizer from a local folder; `kind` is its class, for folders with a vocabulary alone.
 
     Raises:
         CheckpointError: the folder has none that can be read.

@@ -1,4 +1,4 @@
-"""A reward that is a Python function of yours: `f(images, prompts, metadata) -> list[float | None]`."""
+"""A reward that is the user's Python function: `f(images, prompts, metadata) -> list[float | None]`."""
 
 import ast
 import inspect
@@ -25,14 +25,15 @@ from pixrl.rewards.weights import describe_function, source_of
 from pixrl.types import RewardBatch, Scores
 
 Function = Callable[[list[Image.Image], list[str], list[dict[str, object]]], Sequence[float | None]]
+"""A function from PIL images, prompts and metadata to one score, or None, per image."""
 EXAMPLE = "my_module:f or path/to/file.py:f"
 
 
 class PythonReward(Reward):
-    """Scores from a function `f(images, prompts, metadata) -> list[float | None]`, higher is better.
+    """Scores from the user's function `f(images, prompts, metadata) -> list[float | None]`, higher is better.
 
-    It gets a list of RGB PIL images, the prompts and one metadata dict an image (empty where there is none), and gives
-    one number an image, in the same order. None, nan or inf for an image is a failed score of that image; an
+    It gets a list of RGB PIL images, the prompts and one metadata dict per image (empty where there is none), and gives
+    one number per image, in the same order. None, nan or inf for an image is a failed score of that image; an
     exception, an answer of the wrong length or kind, or no answer within `time_limit` fails every image of the call.
     A picture that is not finite fails without being shown.
 
@@ -55,7 +56,16 @@ class PythonReward(Reward):
         about = describe_function(
             self.function, function if isinstance(function, str) else import_path(function)
         )
-        _check_signature(self.function, about["model"].rpartition(" (")[0])
+        label = about["model"].rpartition(" (")[0]
+        try:
+            inspect.signature(self.function).bind([], [], [])
+        except ValueError:
+            pass  # a built-in without a signature
+        except TypeError as error:
+            raise ConfigError(
+                f"{label} must take three arguments, f(images, prompts, metadata), but is "
+                f"f{inspect.signature(self.function)} ({error})."
+            ) from None
         self._caller: Caller[object] = Caller(time_limit)
         is_kept = isinstance(function, str) or is_importable(function)
         source = {} if is_kept else {"source": source_of(self.function)}
@@ -63,7 +73,7 @@ class PythonReward(Reward):
 
     @classmethod
     def examine(cls, options: Options) -> None:
-        """Code of the user's is read, and none of it is executed."""
+        """Check the function by reading its file; none of the user's code is executed."""
         if callable(options["function"]):
             super().examine(options)
         else:
@@ -87,40 +97,42 @@ class PythonReward(Reward):
         shown = finite_B.nonzero().flatten().tolist()
         values_B = torch.full((len(finite_B),), torch.nan)
         reasons: list[str | None] = [None if ok else "the picture is not finite" for ok in finite_B.tolist()]
-        for row, (value, reason) in zip(shown, self._answers(batch, shown), strict=True):
-            values_B[row], reasons[row] = value, reason
+        numbers = self._asked(batch, shown) if shown else []
+        for place, row in enumerate(shown):
+            if isinstance(numbers, Failure):
+                reasons[row] = numbers.reason
+            else:
+                values_B[row], reasons[row] = _as_score(numbers[place])
         return Scores.checked(values_B, reasons, self.provenance)
 
     def rehearse(self, batch: RewardBatch) -> Scores | Failure:
         numbers = self._asked(batch, range(len(batch.images_BCHW)))
         return numbers if isinstance(numbers, Failure) else self.score(batch)
 
-    def _answers(self, batch: RewardBatch, rows: Sequence[int]) -> list[tuple[float, str | None]]:
-        """Each shown picture's score, or nan with its reason."""
-        if not rows:
-            return []
-        numbers = self._asked(batch, rows)
-        if isinstance(numbers, Failure):
-            return [(math.nan, numbers.reason)] * len(rows)
-        return [_as_score(number) for number in numbers]
-
     def _asked(self, batch: RewardBatch, rows: Sequence[int]) -> list[object] | Failure:
-        """What the function gives for some pictures, one thing each."""
+        """Return what the function gives for some pictures, one object each."""
         images = to_pil(batch.images_BCHW[list(rows)])
         prompts = [batch.prompts[row] for row in rows]
         metadata = [dict(batch.metadata[row]) if batch.metadata else {} for row in rows]
         answer = self._caller.call(lambda: self.function(images, prompts, metadata))
-        return answer if isinstance(answer, Failure) else _as_list(answer, len(rows))
+        if isinstance(answer, Failure):
+            return answer
+        listed = answer.tolist() if isinstance(answer, Tensor | np.ndarray) else answer
+        if not isinstance(listed, list | tuple):
+            return Failure(f"the function gave {_short(answer)}, not a list of {len(rows)} numbers")
+        if len(listed) != len(rows):
+            return Failure(f"the function gave {len(listed)} scores for {len(rows)} pictures")
+        return list(listed)
 
 
 def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
-    """RGB pictures of 8 bits, as they would be saved."""
+    """Convert pictures [B, 3, H, W] in [0, 1] to RGB images of 8 bits, as they would be saved."""
     levels = (to_grey_levels(images_BCHW.detach().float().cpu()) * 255).round().to(torch.uint8)
     return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).contiguous().numpy()]
 
 
 def import_function(path: str) -> Function:
-    """The function of an import path, `my_module:f` or `path/to/file.py:f`.
+    """Import the function of a path, `my_module:f` or `path/to/file.py:f`.
 
     Raises:
         ConfigError: there is no such module, file or function, or importing it fails.
@@ -133,10 +145,10 @@ def import_function(path: str) -> Function:
 
 
 def find_function(path: object) -> str:
-    """What would be imported, told from the file's syntax tree: nothing of it is executed.
+    """Find what would be imported in the file's syntax tree; nothing of it is executed.
 
     Returns:
-        The file and the function's name, or what is known of a module that has no Python file.
+        The function's name and its file, or its module where that has no Python file.
 
     Raises:
         ConfigError: there is no such module, file or function, or it does not take three arguments.
@@ -144,7 +156,12 @@ def find_function(path: object) -> str:
     place, _, name = path.rpartition(":") if isinstance(path, str) else ("", "", "")
     if not place or not name:
         raise ConfigError(f"{path!r} is no import path of a function. Type {EXAMPLE}.")
-    file = _existing(Path(place)) if place.endswith(".py") else _file_of(place)
+    if place.endswith(".py"):
+        file: Path | None = Path(place)
+        if not Path(place).is_file():
+            raise ConfigError(f"There is no file {str(file)!r} (looked in {Path.cwd()}). Type {EXAMPLE}.")
+    else:
+        file = _file_of(place)
     if file is None:
         return f"{name} of the module {place}"
     try:
@@ -158,7 +175,16 @@ def find_function(path: object) -> str:
         functions = [key for key, node in names.items() if key and node and not key.startswith("_")]
         listed = ", ".join(functions) or "no function"
         raise ConfigError(f"{place} has no {name!r}.{did_you_mean(name, functions)} It has {listed}.")
-    _require_three(names[name], f"{place}:{name}")
+    if (node := names[name]) is not None:
+        given = node.args
+        places = len(given.posonlyargs) + len(given.args)
+        most = math.inf if given.vararg is not None else places
+        must = any(default is None for default in given.kw_defaults)
+        if not places - len(given.defaults) <= 3 <= most or must:
+            raise ConfigError(
+                f"{place}:{name} must take three arguments, f(images, prompts, metadata), but is "
+                f"f({ast.unparse(given)})."
+            )
     return f"{name} of {file}"
 
 
@@ -166,7 +192,7 @@ _Known = dict[str | None, ast.FunctionDef | ast.AsyncFunctionDef | None]
 
 
 def _names_in(tree: ast.Module) -> _Known:
-    """What a module defines at its top, functions with their definitions; None: it may define more than can be seen."""
+    """Return a module's top-level names, with the definitions of functions; None: it may define more than is seen."""
     found: _Known = {}
     for node in _top(tree.body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -185,7 +211,7 @@ def _names_in(tree: ast.Module) -> _Known:
 
 
 def _top(body: Sequence[ast.stmt]) -> list[ast.stmt]:
-    """The statements that run when a module is imported, those in its if, try and with too."""
+    """Return the statements that run when a module is imported, those in its if, try and with too."""
     found: list[ast.stmt] = []
     for node in body:
         found.append(node)
@@ -197,22 +223,8 @@ def _top(body: Sequence[ast.stmt]) -> list[ast.stmt]:
     return found
 
 
-def _require_three(node: ast.FunctionDef | ast.AsyncFunctionDef | None, label: str) -> None:
-    if node is None:
-        return
-    given = node.args
-    places = len(given.posonlyargs) + len(given.args)
-    most = math.inf if given.vararg is not None else places
-    must = any(default is None for default in given.kw_defaults)
-    if not places - len(given.defaults) <= 3 <= most or must:
-        raise ConfigError(
-            f"{label} must take three arguments, f(images, prompts, metadata), but is "
-            f"f({ast.unparse(given)})."
-        )
-
-
 def _file_of(module: str) -> Path | None:
-    """The Python file of a module, found without importing it or the packages above; None where it has none."""
+    """Return a module's Python file, found without importing it or the packages above; None where it has none."""
     places: Sequence[str] | None = None
     spec = None
     for depth, _ in enumerate(parts := module.split("."), 1):
@@ -233,36 +245,8 @@ def _file_of(module: str) -> Path | None:
     return file if file is not None and file.suffix == ".py" and file.is_file() else None
 
 
-def _existing(file: Path) -> Path:
-    if not file.is_file():
-        raise ConfigError(f"There is no file {str(file)!r} (looked in {Path.cwd()}). Type {EXAMPLE}.")
-    return file
-
-
-def _check_signature(function: Function, label: str) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # a built-in that does not tell
-        return
-    try:
-        signature.bind([], [], [])
-    except TypeError as error:
-        raise ConfigError(
-            f"{label} must take three arguments, f(images, prompts, metadata), but is f{signature} ({error})."
-        ) from None
-
-
-def _as_list(answer: object, count: int) -> list[object] | Failure:
-    listed = answer.tolist() if isinstance(answer, Tensor | np.ndarray) else answer
-    if not isinstance(listed, list | tuple):
-        return Failure(f"the function gave {_short(answer)}, not a list of {count} numbers")
-    if len(listed) != count:
-        return Failure(f"the function gave {len(listed)} scores for {count} pictures")
-    return list(listed)
-
-
 def _as_score(number: object) -> tuple[float, str | None]:
-    """The number, or nan and the reason why it is none."""
+    """Return the number, or nan and the reason why it is none."""
     if isinstance(number, Tensor) and number.numel() == 1:
         number = number.item()
     if number is None:

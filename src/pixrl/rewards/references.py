@@ -1,4 +1,4 @@
-"""The reference pictures that a sample's metadata carries, and rewards that compare a picture with them."""
+"""The reference pictures in a sample's metadata, and the rewards that compare a picture with them."""
 
 import hashlib
 from abc import abstractmethod
@@ -19,18 +19,18 @@ from pixrl.rewards.segmentation import Colour, Foreground
 from pixrl.types import RewardBatch, Scores
 
 Encode = Callable[[Tensor], Tensor]
-"""Pictures [B, 3, H, W] to unit vectors [B, E]."""
+"""A function from pictures [B, 3, H, W] to unit vectors [B, E]."""
 
 KEY = "reference"
-"""metadata[KEY]: one picture [3, H, W], several of one size [M, 3, H, W], or a list of pictures of any sizes."""
+"""The metadata key of references: one picture [3, H, W], several of one size [M, 3, H, W], or a list of pictures."""
 
 
 SUBJECTS = "subjects"
-"""metadata[SUBJECTS]: metadata of each of several subjects that a picture should hold, a class and a reference each."""
+"""The metadata key of several subjects in a picture: a list of metadata, with a class and a reference each."""
 
 
 def of_subject(metadata: Mapping[str, object], number: int | None) -> Mapping[str, object]:
-    """The metadata of one of several subjects; all of it with None, and nothing where there is no such subject."""
+    """Return the metadata of one of several subjects: all of it with None, and {} where there is no such subject."""
     if number is None:
         return metadata
     several = metadata.get(SUBJECTS)
@@ -41,7 +41,7 @@ def of_subject(metadata: Mapping[str, object], number: int | None) -> Mapping[st
 
 
 def references_of(metadata: Mapping[str, object]) -> list[Tensor]:
-    """The references, each [1, 3, H, W]; empty where there is none or it is no picture."""
+    """Return the references, each [1, 3, H, W]; none where the metadata has none or something that is no picture."""
     given = metadata.get(KEY)
     parts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     pictures: list[Tensor] = []
@@ -53,14 +53,14 @@ def references_of(metadata: Mapping[str, object]) -> list[Tensor]:
 
 
 class References(StrEnum):
-    """Which of a sample's references are compared: the mean over all, or the first alone."""
+    """The references of a sample that are compared: all (the mean over them), or the first alone."""
 
     ALL = "all"
     FIRST = "first"
 
 
 def chosen(pictures: Sequence[Tensor], which: References) -> Sequence[Tensor]:
-    """The references that are compared."""
+    """Return the references that are compared."""
     return pictures[:1] if which is References.FIRST else pictures
 
 
@@ -68,7 +68,7 @@ ChoiceT = TypeVar("ChoiceT", bound=StrEnum)
 
 
 def choice(reward: str, option: str, given: str, choices: type[ChoiceT]) -> ChoiceT:
-    """A reward's option as one of its choices.
+    """Return a reward's option as one of its choices.
 
     Raises:
         ConfigError: it is none of them.
@@ -81,9 +81,9 @@ def choice(reward: str, option: str, given: str, choices: type[ChoiceT]) -> Choi
 
 
 class FeatureCache:
-    """Features of pictures by their content: a group's samples share their references, and so do later steps.
+    """A cache of features by the content of pictures: a group's samples share their references, as do later steps.
 
-    A tensor that is asked for again, unchanged, is not read again.
+    The digest of a tensor that has not been written to since is not computed again.
     """
 
     def __init__(self, limit: int = 1024) -> None:
@@ -92,7 +92,7 @@ class FeatureCache:
         self._digests = WeakIdKeyDictionary()
 
     def get(self, image_BCHW: Tensor, what: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives for this one picture; `what` tells apart features of the same picture."""
+        """Return the features of one picture, from `make` the first time; `what` tells kinds of features apart."""
         key = f"{what}/{list(image_BCHW.shape)}/{self._digest(image_BCHW)}"
         if key not in self._rows:
             while len(self._rows) >= self.limit:
@@ -101,7 +101,7 @@ class FeatureCache:
         return self._rows[key]
 
     def _digest(self, image_BCHW: Tensor) -> str:
-        """Of the content, remembered with the tensor that holds it and with how often that was written to."""
+        """Return the content's digest, remembered with the tensor that owns the memory and its version counter."""
         if image_BCHW.is_inference():  # nothing counts what is written to it
             return _content(image_BCHW)
         whole = image_BCHW if image_BCHW._base is None else image_BCHW._base
@@ -124,30 +124,30 @@ class _Sought:
     kind: object
     """The class in the metadata."""
     references_ME: Tensor
-    """Unit vectors of the compared references; a row of nan where nothing was found."""
+    """The unit vectors of the compared references; a row of nan where nothing was found."""
     unjudged: str | None = None
     """Why there is nothing to compare with, whatever the pictures show."""
 
     def found(self) -> Tensor:
-        """Whether each reference shows something to compare with, [M]."""
+        """Return [M]: whether each reference shows something to compare with."""
         return self.references_ME.isfinite().all(dim=1)
 
     def usable(self) -> Tensor:
-        """Unit vectors of those that do."""
+        """Return the unit vectors of the references that show something to compare with."""
         return self.references_ME[self.found()]
 
 
 class ReferenceReward(DifferentiableReward):
-    """Mean cosine in [-1, 1] between an encoder's features of a picture and of its references.
+    """The mean cosine in [-1, 1] between an encoder's features of a picture and of its references.
 
-    A subclass says what the encoder is shown. References get no gradient, and each is encoded once, however many
-    samples share it. A sample fails, with the reason, where it has no reference, or where nothing to compare is found
-    in its picture or in any of its references; a reference in which nothing is found is left out of the mean.
+    A subclass decides what the encoder sees of a picture. References get no gradient, and each is encoded once, however
+    many samples share it. A sample fails, with the reason, where it has no reference, or where nothing to compare is
+    found in its picture or in all of its references; a reference in which nothing is found is left out of the mean.
     """
 
     provenance: Mapping[str, str]
     subject: int | None = None
-    """Which of several subjects in a picture is compared, from 0; None: there is one."""
+    """The number of the compared subject, from 0, where a picture has several; None: there is one."""
 
     def __init__(self, encoder: PictureEncoder, references: References) -> None:
         self.encoder = encoder
@@ -167,27 +167,27 @@ class ReferenceReward(DifferentiableReward):
     def _features(
         self, images_BCHW: Tensor, kinds: Sequence[object], encode: Encode, *, of_reference: bool
     ) -> Tensor:
-        """Unit vectors [B, E] of pictures that show one kind each; a row of nan where nothing was found."""
+        """Return unit vectors [B, E] of pictures that show one kind each; a row is nan where nothing was found."""
 
     def _unknown(self, kind: object) -> str | None:
-        """Why that kind cannot be looked for, or None."""
+        """Return why that kind cannot be looked for, or None."""
         return None
 
     def _nothing(self, kind: object) -> str:
-        """What a picture lacks in which nothing was found."""
+        """Return what a picture lacks in which nothing was found."""
         return "no foreground found"
 
     @torch.no_grad()
     def reference_problem(self, metadata: Mapping[str, object]) -> str | None:
-        """Why no picture can be judged by a sample's references, such as a subject that is not found; or None."""
+        """Return why no picture can be judged by a sample's references (a subject not found, say), or None."""
         found = self._looked_up(of_subject(metadata, self.subject))
         if found.unjudged is not None:
             return found.unjudged
-        return None if len(found.usable()) else self._nothing_in_reference(found.kind)
+        return None if len(found.usable()) else f"{self._nothing(found.kind)} in the reference"
 
     @torch.no_grad()
     def unused_references(self, metadata: Mapping[str, object]) -> list[int]:
-        """Which of a sample's references, counted from 1, show nothing to compare with: the mean leaves them out."""
+        """Return which references, counted from 1, show nothing to compare with: the mean leaves them out."""
         found = self._looked_up(of_subject(metadata, self.subject))
         return [number for number, is_there in enumerate(found.found().tolist(), 1) if not is_there]
 
@@ -205,7 +205,7 @@ class ReferenceReward(DifferentiableReward):
     def _judge(
         self, images_BCHW: Tensor, metadata: Sequence[Mapping[str, object]], encode: Encode
     ) -> tuple[Tensor, list[str | None]]:
-        """Scores [B], nan with a reason where there is none."""
+        """Return scores [B], nan with a reason where there is none."""
         require_images(images_BCHW)
         given = list(metadata or [{}] * len(images_BCHW))
         # a group's samples share their metadata: what it refers to is looked up once
@@ -214,41 +214,36 @@ class ReferenceReward(DifferentiableReward):
         features_BE = self._features(images_BCHW, kinds, encode, of_reference=False)
         known = {key: self._looked_up(entry) for key, entry in entries.items()}
         finite = images_BCHW.isfinite().flatten(1).all(dim=1).tolist()
-        judged = [
-            self._compare(feature_E, known[id(one)])
-            if ok
-            else (feature_E.new_tensor(torch.nan), "the picture is not finite")
-            for one, feature_E, ok in zip(given, features_BE, finite, strict=True)
-        ]
-        return torch.stack([value for value, _ in judged]), [reason for _, reason in judged]
-
-    def _compare(self, feature_E: Tensor, sought: _Sought) -> tuple[Tensor, str | None]:
-        """One picture's score, or nan and the reason."""
-        failed = feature_E.new_tensor(torch.nan)
-        if sought.unjudged is not None:
-            return failed, sought.unjudged
-        if not feature_E.isfinite().all():
-            return failed, f"{self._nothing(sought.kind)} in the picture"
-        usable_ME = sought.usable()
-        if not len(usable_ME):
-            return failed, self._nothing_in_reference(sought.kind)
-        return (usable_ME.to(feature_E.device) @ feature_E).mean(), None
+        values: list[Tensor] = []
+        reasons: list[str | None] = []
+        for one, feature_E, ok in zip(given, features_BE, finite, strict=True):
+            sought, reason = known[id(one)], None
+            usable_ME = sought.usable()
+            if not ok:
+                reason = "the picture is not finite"
+            elif sought.unjudged is not None:
+                reason = sought.unjudged
+            elif not feature_E.isfinite().all():
+                reason = f"{self._nothing(sought.kind)} in the picture"
+            elif not len(usable_ME):
+                reason = f"{self._nothing(sought.kind)} in the reference"
+            cosines_M = usable_ME.to(feature_E.device) @ feature_E if reason is None else None
+            values.append(feature_E.new_tensor(torch.nan) if cosines_M is None else cosines_M.mean())
+            reasons.append(reason)
+        return torch.stack(values), reasons
 
     def _looked_up(self, metadata: Mapping[str, object]) -> _Sought:
-        """What pictures with this metadata are compared with; the references are asked for once."""
+        """Return what pictures with this metadata are compared with; each reference is encoded once."""
         kind = metadata.get("class")
         pictures = chosen(references_of(metadata), self.references)
         unjudged = self._unknown(kind) if pictures else _no_reference(self.subject)
         if unjudged is not None:
             return _Sought(kind, torch.empty(0, 0), unjudged)
         with torch.no_grad():
+            # one at a time: a reference's features are the same however the samples are batched
             return _Sought(kind, torch.cat([self._reference(picture, kind) for picture in pictures]))
 
-    def _nothing_in_reference(self, kind: object) -> str:
-        return f"{self._nothing(kind)} in the reference"
-
     def _reference(self, image_BCHW: Tensor, kind: object) -> Tensor:
-        """[1, E] of one reference, the same however it is batched."""
         return self._cache.get(
             image_BCHW,
             str(kind),
@@ -264,7 +259,7 @@ def _no_reference(number: object) -> str:
 def cut_out_features(
     images_BCHW: Tensor, masks_BHW: Tensor, foreground: Foreground, background: Colour, encode: Encode
 ) -> Tensor:
-    """Unit vectors [B, E] of what the masks leave, on one colour; a row of nan where that is too little.
+    """Return unit vectors [B, E] of what the masks leave, on one colour; a row is nan where that is too little.
 
     The gradient goes to the pictures, not through the masks.
     """

@@ -96,7 +96,7 @@ class RemoteReward(Reward):
 
     def _describe(self, patience: float, advice: str) -> wire.Description:
         waiting = Patience(patience, 3, slow_is_gone=True, advice=advice, stop=self._stop)
-        found = waiting.ask(self.service, lambda: self.service.ask("/describe", None, DESCRIBE_LIMIT))
+        found = waiting.ask(self.service, "/describe", None, DESCRIBE_LIMIT)
         problem = found.reason
         if isinstance(found, Reply) and found.status == 200:
             try:
@@ -133,7 +133,7 @@ class RemoteReward(Reward):
         return [*self._ask(batch, rows[:middle]), *self._ask(batch, rows[middle:])]
 
     def _answer(self, body: bytes, rows: Sequence[int]) -> Scores:
-        found = self._patience.ask(self.service, lambda: self.service.ask("/score", body, self._longest))
+        found = self._patience.ask(self.service, "/score", body, self._longest)
         if isinstance(found, Silence):
             return _failed(rows, found.reason)
         if found.status == 404:

@@ -27,13 +27,15 @@ from pixrl.rewards.weights import class_in, describe, describe_function, load_fo
 from pixrl.rewards.zoo.birefnet import BiRefNetForeground, is_birefnet
 
 Colour = tuple[float, float, float]
+"""An RGB colour, three numbers in [0, 1]."""
 MaskFunction = Callable[[Tensor], Tensor]
+"""A function from pictures [B, 3, H, W] to foreground masks [B, H, W] in [0, 1]."""
 WHITE: Colour = (1.0, 1.0, 1.0)
 BACKGROUND_LABEL = "background"
 MIN_FOREGROUND = 0.005
-"""Least share of the picture that a foreground covers: below it there is none."""
+"""The least share of the picture that a foreground covers; a smaller one counts as none."""
 MIN_OBJECT = 0.004
-"""Least share of the picture that an object covers; smaller regions are specks."""
+"""The least share of the picture that an object covers; smaller regions are specks."""
 BATCH = 64
 EVIDENCE = 4.0
 """How many independent looks a region's pixels count as; a card's `score_evidence` overrides it.
@@ -42,23 +44,23 @@ Measured on 150 true counting scenes of the toy world: above GenEval's 0.9 the c
 4, and 98 % with 6 or without a threshold, where regions of a wrong kind pass too.
 """
 _PROBABILITIES_AT_ONCE = 2**26
-"""How many numbers a batch of probability maps may hold."""
+"""The number of values that a batch of probability maps may hold."""
 _TOUCHING = np.ones((3, 3), dtype=int)
-"""Pixels that share a corner belong together."""
+"""Neighbours of a pixel for connected regions: those that share a corner too."""
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One detected object: its class, box (x0, y0, x1, y1; the last two exclusive), score and pixels."""
+    """A detected object: its class, box in pixels (x0, y0, x1, y1; the last two exclusive), score and mask [H, W]."""
 
     kind: str
     box: tuple[float, float, float, float]
     score: float
     mask_HW: Tensor
 
-    def detection(self) -> dict[str, object]:
-        """In the form that GenEval's judge reads."""
-        return {"box": list(self.box), "score": self.score, "color": None}
+    def detection(self, color: str | None = None) -> dict[str, object]:
+        """Return the object as GenEval's judge reads it: box, score, and the colour where it was named."""
+        return {"box": list(self.box), "score": self.score, "color": color}
 
 
 class Segmenter:
@@ -102,22 +104,20 @@ class Segmenter:
 
     @torch.inference_mode()
     def probabilities(self, images_BCHW: Tensor) -> Tensor:
-        """[B, classes, H, W] at the pictures' size, on the device."""
+        """Return class probabilities [B, classes, H, W] at the pictures' size, on the device."""
         require_images(images_BCHW)
-        parts = batches(images_BCHW, self.batch)
-        return torch.cat([self._probabilities(part.to(self.device)) for part in parts])
-
-    def _probabilities(self, images_BCHW: Tensor) -> Tensor:
-        pixels = self.preprocess(images_BCHW).to(self.precision.weights)
-        with self.precision.context(self.device):
-            logits = self.model(pixel_values=pixels).logits
-        upsampled = F.interpolate(
-            logits.float(), images_BCHW.shape[-2:], mode="bilinear", align_corners=False
-        )
-        return upsampled.softmax(dim=1)
+        size = images_BCHW.shape[-2:]
+        found = []
+        for part in batches(images_BCHW, self.batch):
+            pixels = self.preprocess(part.to(self.device)).to(self.precision.weights)
+            with self.precision.context(self.device):
+                logits = self.model(pixel_values=pixels).logits
+            upsampled = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+            found.append(upsampled.softmax(dim=1))
+        return torch.cat(found)
 
     def instances(self, images_BCHW: Tensor) -> list[list[Instance]]:
-        """Each picture's objects, highest score first."""
+        """Return each picture's objects, highest score first."""
         found: list[list[Instance]] = []
         for part in self._parts(images_BCHW):
             probabilities = self.probabilities(part).cpu()
@@ -125,12 +125,12 @@ class Segmenter:
         return found
 
     def foreground(self, images_BCHW: Tensor) -> Tensor:
-        """1 - P(background), [B, H, W]."""
+        """Return 1 - P(background), [B, H, W]."""
         parts = self._parts(images_BCHW)
         return torch.cat([1 - self.probabilities(part)[:, self.background_index] for part in parts])
 
     def class_masks(self, images_BCHW: Tensor, kinds: Sequence[object]) -> Tensor:
-        """P(kind) with one kind a picture, [B, H, W]; 0 where the model knows no such class."""
+        """Return P(kind) with one kind per picture, [B, H, W]; 0 where the model knows no such class."""
         rows, asked = [], iter(kinds)
         for part in self._parts(images_BCHW):
             for probability_CHW in self.probabilities(part):
@@ -141,7 +141,7 @@ class Segmenter:
         return torch.stack(rows)
 
     def _parts(self, images_BCHW: Tensor) -> Iterator[Tensor]:
-        """As many pictures at a time as their probability maps leave room for."""
+        """Yield as many pictures at a time as their probability maps leave room for."""
         rows, columns = images_BCHW.shape[-2:]
         return batches(images_BCHW, max(1, _PROBABILITIES_AT_ONCE // (len(self.labels) * rows * columns)))
 
@@ -154,38 +154,44 @@ class Segmenter:
                 continue
             regions, _ = ndimage.label(label_HW == index, structure=_TOUCHING)
             for number, place in enumerate(ndimage.find_objects(regions), start=1):
-                mask = regions == number
-                if mask.sum() >= least:
-                    found.append(self._instance(int(index), torch.from_numpy(mask), place, probability_CHW))
+                mask_HW = torch.from_numpy(regions == number)
+                if mask_HW.sum() < least:
+                    continue
+                logs = probability_CHW[:, mask_HW].clamp_min(1e-8).log().mean(dim=1) * self.evidence
+                logs[self.background_index] = -torch.inf
+                rows, columns = place
+                box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
+                score = float(logs.softmax(dim=0)[index])
+                found.append(Instance(self.labels[index], box, score, mask_HW))
         return sorted(found, key=lambda instance: -instance.score)
 
-    def _instance(
-        self, index: int, mask_HW: Tensor, place: tuple[slice, slice], probability_CHW: Tensor
-    ) -> Instance:
-        logs = probability_CHW[:, mask_HW].clamp_min(1e-8).log().mean(dim=1) * self.evidence
-        logs[self.background_index] = -torch.inf
-        rows, columns = place
-        box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-        return Instance(self.labels[index], box, float(logs.softmax(dim=0)[index]), mask_HW)
-
     def objects(self, images_BCHW: Tensor) -> list[dict[str, list[dict[str, object]]]]:
-        """Each picture's GenEval detections: class -> [{"box", "score", "color": None}]."""
+        """Return each picture's GenEval detections: class -> [{"box", "score", "color": None}]."""
         return [group(instances) for instances in self.instances(images_BCHW)]
 
 
-def group(instances: Sequence[Instance]) -> dict[str, list[dict[str, object]]]:
-    """Detections by class, in the order given."""
+def group(
+    instances: Sequence[Instance], colour_of: Mapping[int, str] | None = None
+) -> dict[str, list[dict[str, object]]]:
+    """Return GenEval's detections of one picture by class, in the order given.
+
+    Args:
+        instances: the picture's objects.
+        colour_of: `id` of an instance -> its colour; None: no colours were named.
+    """
     classes: dict[str, list[dict[str, object]]] = {}
     for instance in instances:
-        classes.setdefault(instance.kind, []).append(instance.detection())
+        color = None if colour_of is None else colour_of.get(id(instance))
+        classes.setdefault(instance.kind, []).append(instance.detection(color))
     return classes
 
 
 BackEnd = Segmenter | BiRefNetForeground | MaskFunction
+"""A foreground model: a `Segmenter`, a `BiRefNetForeground` or a function of the user's."""
 
 
 def load_back_end(back_end: str | Path | BackEnd, *, device: str = "auto") -> BackEnd:
-    """The foreground model of a checkpoint, by the class that its config names; what is loaded is given back."""
+    """Load a checkpoint's foreground model, of the class that its config names; return a loaded one as it is."""
     if not isinstance(back_end, str | Path):
         return back_end
     path = folder(back_end, Layout.REWARD)
@@ -193,7 +199,17 @@ def load_back_end(back_end: str | Path | BackEnd, *, device: str = "auto") -> Ba
 
 
 class Foreground:
-    """Soft foreground masks, from a checkpoint (see `load_back_end`) or from a callable [B, 3, H, W] -> [B, H, W]."""
+    """Soft foreground masks, from a checkpoint (see `load_back_end`) or a callable [B, 3, H, W] -> [B, H, W].
+
+    Args:
+        back_end: the checkpoint, the loaded model or the callable.
+        device: auto, cpu, cuda or cuda:N; for a checkpoint.
+        min_area: the least share of the picture that a foreground covers.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, half written or of another class.
+        InputError: the back end is no checkpoint and cannot be called.
+    """
 
     def __init__(
         self,
@@ -215,7 +231,7 @@ class Foreground:
 
     @torch.inference_mode()
     def masks(self, images_BCHW: Tensor) -> Tensor:
-        """Foreground probability [B, H, W] in [0, 1], float32 on the CPU."""
+        """Return the foreground probability [B, H, W] in [0, 1], float32 on the CPU."""
         require_images(images_BCHW)
         masks_BHW = self._masks(images_BCHW).float().cpu()
         expected = (len(images_BCHW), *images_BCHW.shape[-2:])
@@ -226,11 +242,11 @@ class Foreground:
         return masks_BHW.clamp(0, 1)
 
     def is_present(self, masks_BHW: Tensor) -> Tensor:
-        """Whether more than `min_area` of the picture is more foreground than background; False on nan. [B]"""
+        """Return [B]: whether the foreground covers more than `min_area` of the picture; False on nan."""
         return (masks_BHW > 0.5).float().mean(dim=(1, 2)) > self.min_area
 
     @staticmethod
     def composite(images_BCHW: Tensor, masks_BHW: Tensor, background: Colour = WHITE) -> Tensor:
-        """The foreground on one colour: mask * picture + (1 - mask) * background."""
+        """Put the foreground on one colour: mask * picture + (1 - mask) * background, [B, 3, H, W]."""
         colour = images_BCHW.new_tensor(background).view(1, 3, 1, 1)
         return torch.lerp(colour.expand_as(images_BCHW), images_BCHW, masks_BHW[:, None].to(images_BCHW))

@@ -1,7 +1,7 @@
-"""Several rewards at once: each scored on its own, none hidden in a sum.
+"""The rewards of a run together: each is scored on its own, and none is hidden in a sum.
 
-The scores stay separate tensors until the advantage is formed; here are only which ones count, how much and when, a
-time limit for each call, and the share of failed scores past which a run stops.
+The scores stay separate tensors until the advantage is formed. A set knows the weight of each reward at every step,
+limits the time of each call, and stops the run where too large a share of the scores failed.
 """
 
 import math
@@ -26,19 +26,21 @@ from pixrl.types import RewardBatch, Scores
 __all__ = ["RewardSet", "RewardSetting", "Stage"]
 
 REASONS_SHOWN = 3
+"""The number of reasons in the message about failed scores."""
 Gather = Callable[[Mapping[str, "Failures"]], Iterable[Mapping[str, "Failures"]]]
-"""Gives what every process has to each of them."""
+"""The type of a function that gives what every process has to each of them."""
 
 
 @dataclass(frozen=True)
 class Failures:
-    """How many pictures one reward was asked about, and why some have no score."""
+    """The number of pictures that one reward scored, and the reasons of those without a score."""
 
     pictures: int
     reasons: Counter[str]
 
     @staticmethod
     def of(scores: Scores) -> "Failures":
+        """Count the failures of a batch's scores."""
         return Failures(
             len(scores.reasons), Counter(reason for reason in scores.reasons if reason is not None)
         )
@@ -47,7 +49,11 @@ class Failures:
         return Failures(self.pictures + other.pictures, self.reasons + other.reasons)
 
     def require_at_most(self, share: float, reward: str) -> None:
-        """RunError where more than this share of the pictures has no score; names the reward and the reasons."""
+        """Require that at most this share of the pictures has no score.
+
+        Raises:
+            RunError: a larger share has none; names the reward and the most frequent reasons.
+        """
         failed = self.reasons.total()
         if failed <= share * self.pictures:
             return
@@ -61,14 +67,14 @@ class Failures:
 
 
 class RewardSet:
-    """The rewards of a run.
+    """The rewards of a run, loaded once, with their weights and limits.
 
     Args:
-        settings: the rewards, held-out ones too; each is loaded here, once.
-        stages: weights by step range; none: the settings' own weights at every step.
+        settings: the rewards, held-out ones too.
+        stages: weights by ranges of steps; empty: the settings' own weights at every step.
         time_limit: seconds that one reward may take for one batch; None: no limit. A call that takes longer fails, and
-            so do the following ones for as long as it is still busy. A reward that keeps its own time has none.
-        max_failed_share: in [0, 1]; the run stops when more than this share of a step's pictures, those of all
+            so do the following ones for as long as it is still busy. A reward with `keeps_time` has no limit.
+        max_failed_share: a share in [0, 1]; the run stops when more than this share of a step's pictures, those of all
             processes together, has no score from one reward, a held-out one included.
 
     Raises:
@@ -98,19 +104,19 @@ class RewardSet:
         }
 
     def weights(self, step: int) -> Mapping[str, float]:
-        """Reward -> weight above 0 of what is trained on at a step (counted from 0); never a held-out one."""
+        """Return the rewards that are trained on at a step (counted from 0) with their weights above 0."""
         return next(weights for end, weights in self._weights if end is None or step < end)
 
     def provenance(self) -> Mapping[str, Mapping[str, str]]:
-        """Reward -> what its scores come from, held-out ones too."""
+        """Return the provenance of every reward's scores, held-out ones too."""
         return {name: dict(one.provenance) for name, one in self._rewards.items()}
 
     def differentiable(self) -> Mapping[str, DifferentiableReward]:
-        """Those that have a gradient by the picture."""
+        """Return the rewards that are differentiable with respect to the picture."""
         return {name: one for name, one in self._rewards.items() if isinstance(one, DifferentiableReward)}
 
     def reference_problems(self, metadata: Mapping[str, object]) -> Mapping[str, str]:
-        """Reward -> why it can judge no picture by a sample's references, where that is so."""
+        """Return, by reward, why it can judge no picture by a sample's references, where that is so."""
         found = {
             name: one.reference_problem(metadata)
             for name, one in self._rewards.items()
@@ -119,7 +125,7 @@ class RewardSet:
         return {name: reason for name, reason in found.items() if reason is not None}
 
     def unused_references(self, metadata: Mapping[str, object]) -> Mapping[str, list[int]]:
-        """Reward -> which of a sample's references, counted from 1, it leaves out, where it does."""
+        """Return, by reward, which of a sample's references, counted from 1, it leaves out, where it does."""
         found = {
             name: one.unused_references(metadata)
             for name, one in self._rewards.items()
@@ -149,26 +155,27 @@ class RewardSet:
         return scores
 
     def score_some(self, batch: RewardBatch) -> Mapping[str, Scores]:
-        """Every reward's scores [B], held-out ones too; nan with a reason where a reward failed.
+        """Return every reward's scores [B], held-out ones too; nan with a reason where a reward failed.
 
         A reward that raises, hangs past the time limit or gives the wrong number of scores fails for the whole batch.
-        How many failed is not judged: `require_enough` does, over all processes.
+        The share of failures is not judged here: `require_enough` does so, over all processes.
 
         Raises:
             ServiceError: a service that a reward asks is gone for longer than the reward waits.
-            ShapeError: there is not one prompt (and one metadata, where there is any) a picture.
+            ShapeError: there is not one prompt (and one metadata, where there is any) per picture.
+            InputError: there is no picture.
         """
         count = _count(batch)
         return {name: self._score(name, batch, count) for name in self.names}
 
     def broken(self, batch: RewardBatch) -> Mapping[str, str]:
-        """Reward -> why it cannot score this batch at all: it raises, hangs, or gives no score a picture."""
+        """Return, by reward, why it cannot score this batch at all: it raises, hangs, or answers in the wrong shape."""
         count = _count(batch)
         found = {name: self._ask(name, lambda reward: reward.rehearse(batch), count) for name in self.names}
         return {name: answer.reason for name, answer in found.items() if isinstance(answer, Failure)}
 
     def require_enough(self, everywhere: Iterable[Mapping[str, Failures]]) -> None:
-        """Judges the failures of a step over all processes, reward by reward.
+        """Check the share of a step's failures over all processes, reward by reward.
 
         Raises:
             RunError: more than `max_failed_share` of the pictures failed; names the reward and the reasons.
@@ -188,7 +195,7 @@ class RewardSet:
         return Scores(torch.full((count,), torch.nan), (answer.reason,) * count, provenance=model)
 
     def _ask(self, name: str, act: Callable[[Reward], Scores | Failure], count: int) -> Scores | Failure:
-        """What a reward answers: a score a picture, or why there is none at all. Raises what must end the run."""
+        """Return a reward's scores, or why there is none at all. Raise what must end the run."""
         reward = self._rewards[name]
         answer = self._callers[name].call(lambda: act(reward))
         if isinstance(answer, Failure):
@@ -217,10 +224,10 @@ T = TypeVar("T")
 
 
 class Caller(Generic[T]):
-    """Calls a function that gives a T, and gives its failure where it raises or takes too long.
+    """A caller of functions that gives their result, or a `Failure` where they raise or take too long.
 
-    A call that takes too long cannot be ended: it is left behind on its own thread, and the next call first waits for
-    it, within the same limit. So at most one thread is left behind, and the function is never run twice at once.
+    A call that takes too long cannot be killed: it is left behind on its own thread, and the next call first waits for
+    it, within the same limit. So at most one thread is left behind, and the function never runs twice at once.
 
     Args:
         time_limit: seconds a call may take; None: as long as it likes, on the caller's own thread.
@@ -236,6 +243,7 @@ class Caller(Generic[T]):
         self._left_behind: threading.Thread | None = None
 
     def call(self, function: Callable[[], T]) -> T | Failure:
+        """Return the function's result, or why there is none."""
         if self.time_limit is None:
             return _caught(function)
         deadline = time.monotonic() + self.time_limit
@@ -244,11 +252,9 @@ class Caller(Generic[T]):
             if self._left_behind.is_alive():
                 return Failure(f"still busy with an earlier call after {self.time_limit:g} s more")
             self._left_behind = None
-        return self._within(function, deadline - time.monotonic())
-
-    def _within(self, function: Callable[[], T], seconds: float) -> T | Failure:
         answers: list[T | Failure] = []
-        device = _cuda_device()  # a new thread would start on the first GPU
+        # a new thread would start on the first GPU
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
         def work() -> None:
             with nullcontext() if device is None else torch.cuda.device(device):
@@ -256,15 +262,11 @@ class Caller(Generic[T]):
 
         thread = threading.Thread(target=work, name="pixrl-reward", daemon=True)
         thread.start()
-        thread.join(max(seconds, 0.0))
+        thread.join(max(deadline - time.monotonic(), 0.0))
         if not answers:
             self._left_behind = thread
             return Failure(f"no answer within {self.time_limit:g} s")
         return answers[0]
-
-
-def _cuda_device() -> int | None:
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
 def _caught(function: Callable[[], T]) -> T | Failure:

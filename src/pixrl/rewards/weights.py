@@ -1,11 +1,11 @@
-"""Published weights: where they lie, how they are read, and what the provenance of a score says of them.
+"""Published weights: finding and reading them, and the provenance that scores carry of them.
 
-A checkpoint is a transformers folder, with safetensors or pytorch_model.bin; one .pt, or shards with an index. A
+A checkpoint is a transformers folder with safetensors or pytorch_model.bin, one .pt file, or shards with an index. A
 pickled file is read by torch's weights-only reader, which builds tensors and plain containers and refuses everything
-else: nothing in it is run. Keys that do not fit are named, each with the nearest one that was expected.
+else: nothing in it is run. Keys that do not fit are named, each with the nearest expected one.
 
-Provenance is a flat table of texts. The main model is `model` (id with checksum), `revision` and `licence`; every
-further part has its own name in front: `segmenter`, `segmenter_revision`, `segmenter_licence`, and what else it says.
+Provenance is a flat table of strings. The main model has the keys `model` (id with checksum), `revision` and `licence`;
+those of every further part begin with its name: `segmenter`, `segmenter_revision`, `segmenter_licence` and so on.
 """
 
 import functools
@@ -30,15 +30,15 @@ from pixrl.plugins import Caught
 from pixrl.untrusted import plain
 
 LAYOUTS = (("model.safetensors", "model.safetensors.index.json"), (BIN, BIN_INDEX))
-"""Weights whole and the index of their shards, in the order in which transformers takes them."""
+"""The names of whole weights and of the index of their shards, in the order in which transformers looks for them."""
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError)
-"""What transformers raises where a folder does not fit."""
+"""The exceptions that transformers raises where a folder does not fit."""
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
-"""Names under which training code saves a state dict beside other things."""
+"""The keys under which training code saves a state dict beside other things."""
 
 
 def published_folder(ref: str | Path, patterns: Sequence[str]) -> Path:
-    """The local folder of a reference; of a hub id, the files that fit the patterns are fetched where not yet cached.
+    """Return the local folder of a reference; fetch a hub id's files that match the patterns if not cached.
 
     Raises:
         CheckpointError: the folder does not exist, or the hub does not give it.
@@ -51,7 +51,7 @@ def published_folder(ref: str | Path, patterns: Sequence[str]) -> Path:
 
 
 def published_model(ref: str | Path, beside: Sequence[str]) -> Path:
-    """`published_folder` of a model: of a hub id, the files that match `beside` and the weights of one format.
+    """Return a model's local folder; fetch a hub id's files that match `beside`, and weights in one format.
 
     Raises:
         CheckpointError: the folder does not exist, or the hub does not give it.
@@ -62,10 +62,10 @@ def published_model(ref: str | Path, beside: Sequence[str]) -> Path:
 
 
 def require_file(folder: Path, name: str) -> Path:
-    """A file of a checkpoint's folder.
+    """Return the path of a file in a checkpoint's folder.
 
     Raises:
-        CheckpointError: it is not there; says what is.
+        CheckpointError: it is missing; the message lists what the folder holds.
     """
     path = folder / name
     if not path.is_file():
@@ -78,7 +78,7 @@ def require_file(folder: Path, name: str) -> Path:
 
 
 def origin(ref: str | Path, folder: Path, files: Iterable[Path], licence: str) -> dict[str, str]:
-    """What a score's provenance says of weights: id with checksum, the hub's commit (or `local`), and the licence."""
+    """Return the provenance of weights: id with checksum, the hub's commit (or `local`), and the licence."""
     is_snapshot = folder.parent.name == "snapshots"
     return {
         "model": f"{ref} ({fingerprint(folder, files)})",
@@ -88,7 +88,7 @@ def origin(ref: str | Path, folder: Path, files: Iterable[Path], licence: str) -
 
 
 def weight_shards(folder: Path) -> list[Path]:
-    """The weight files that a folder's model is loaded from: the only one, or those of its index; .bin comes last.
+    """Return the files that a folder's weights are read from: one, or those of its index; .bin comes last.
 
     Raises:
         CheckpointError: there is none, or a listed shard is missing.
@@ -97,35 +97,40 @@ def weight_shards(folder: Path) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            return _listed(folder, folder / index)
+            listed = read_json(folder / index).get("weight_map")
+            if not isinstance(listed, Mapping) or not listed:
+                raise CheckpointError(f"{folder / index} has no weight_map: half written? Download it again.")
+            return [require_file(folder, name) for name in sorted(set(listed.values()))]
     names = ", ".join(name for layout in LAYOUTS for name in layout)
     raise CheckpointError(f"{folder} holds no weights: none of {names}.")
 
 
-def _listed(folder: Path, index: Path) -> list[Path]:
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, Mapping) or not listed:
-        raise CheckpointError(f"{index} has no weight_map: half written? Download it again.")
-    return [require_file(folder, name) for name in sorted(set(listed.values()))]
-
-
 def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Name -> tensor of one or several files, on the CPU and, where the format allows it, mapped from the disk.
+    """Read one or several files as name -> tensor, on the CPU and, where the format allows, memory-mapped.
 
     Raises:
         CheckpointError: a file is cut short, or holds anything but tensors.
     """
     weights: dict[str, Tensor] = {}
     for file in files:
-        weights |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
+        if file.suffix != ".safetensors":
+            weights |= _read_pickled(file)
+            continue
+        try:
+            weights |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read as safetensors ({error}): cut short, or another format? Download it again."
+            ) from error
     return weights
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Puts every weight into its place; the module keeps its dtype.
+    """Load every weight into a module, which keeps its dtype.
 
     Raises:
-        CheckpointError: a weight is missing, left over or of another shape; says which, and what was expected.
+        CheckpointError: a weight is missing, left over or of another shape; the message names the weight and what was
+            expected.
     """
     expected = module.state_dict()
     refuse_misfits(
@@ -145,9 +150,9 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path)
 def build(
     kind: Any, config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype, source: Path, **options: object
 ) -> Any:
-    """A frozen transformers model of a class and configuration, from weights under the names that it saves itself.
+    """Build a frozen transformers model of a class and configuration from weights under transformers' names.
 
-    `options` are further arguments of the class.
+    `options` are further arguments of the class; `source` names the weights in messages.
 
     Raises:
         CheckpointError: the weights do not fit.
@@ -161,13 +166,13 @@ def build(
 def load_folder(
     kind: Any, folder: Path, dtype: torch.dtype, *, may_lack: Sequence[str] = (), **options: object
 ) -> Any:
-    """A frozen transformers model of a class from a local folder, which may hold more than the class needs.
+    """Load a frozen transformers model of a class from a local folder, which may hold more than the class needs.
 
     Args:
         kind: the class; for a folder with pytorch_model.bin no Auto class.
-        folder: its config, and its weights as `weight_shards` finds them.
-        dtype: of the model's weights.
-        may_lack: parts of the names of weights that the output does not depend on.
+        folder: the folder of its config, and of its weights as `weight_shards` finds them.
+        dtype: the type of the model's weights.
+        may_lack: parts of the names of weights that may be missing, since the output does not depend on them.
         options: further arguments of the class.
 
     Raises:
@@ -180,7 +185,7 @@ def load_folder(
 
 
 def folder_arguments(kind: Any, folder: Path, dtype: torch.dtype) -> dict[str, object]:
-    """What `from_pretrained` of a class takes to load a folder; pytorch_model.bin is read by `read_weights`.
+    """Return the arguments of a class's `from_pretrained` for a folder; pytorch_model.bin is read by `read_weights`.
 
     Raises:
         CheckpointError: there are no weights, or they cannot be read.
@@ -194,7 +199,7 @@ def folder_arguments(kind: Any, folder: Path, dtype: torch.dtype) -> dict[str, o
 def from_pretrained(
     kind: Any, source: Path, arguments: Mapping[str, object]
 ) -> tuple[Any, list[str], list[str]]:
-    """A frozen model of a class, and the names of the weights that were missing and of those that it does not know.
+    """Load a frozen model of a class; return it with the names of missing weights and of unexpected ones.
 
     Raises:
         CheckpointError: transformers refuses the arguments, which stand for `source`.
@@ -208,7 +213,7 @@ def from_pretrained(
 
 
 def class_in(mapping: Any, folder: Path) -> Any:
-    """The class that one of transformers' mappings (MODEL_MAPPING ...) has for the model of a folder's config.
+    """Return the class that a mapping of transformers (MODEL_MAPPING ...) has for the model of a folder's config.
 
     Raises:
         CheckpointError: transformers does not know the model, or the mapping has no class for it.
@@ -230,7 +235,7 @@ def _config(kind: Any, folder: Path) -> Any:
 
 
 def _given(config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, object]:
-    """The arguments of `from_pretrained` for weights that are already read."""
+    """Return the arguments of `from_pretrained` for weights that are already read."""
     return {
         "pretrained_model_name_or_path": None,
         "config": config,
@@ -240,24 +245,16 @@ def _given(config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> di
 
 
 def refuse_misfits(missing: Sequence[str], unexpected: Sequence[str], source: Path) -> None:
-    """Nothing where both are empty.
+    """Refuse missing or unexpected keys; do nothing where there are none.
 
     Raises:
-        CheckpointError: names the first few keys, each left-over one with the nearest of the missing ones.
+        CheckpointError: there are some; the message names the first few, each unexpected one with the nearest missing
+            one.
     """
     if missing or unexpected:
         raise CheckpointError(
             f"{source} does not fit: {misfits(missing, unexpected)}. Is it another model's checkpoint?"
         )
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read as safetensors ({error}): cut short, or another format? Download it again."
-        ) from error
 
 
 def _read_pickled(file: Path) -> dict[str, Tensor]:
@@ -282,10 +279,14 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
 
 
 NOT_STATED = "not stated: see the model's page"
+"""The licence where neither the folder nor a table of known licences states one."""
 Licences = Mapping[str, str]
+"""Hub id -> licence of published weights."""
 NONE_KNOWN: Licences = {}
 NON_COMMERCIAL = "BRIA RMBG-2.0: non-commercial use only, commercial use by agreement with BRIA AI"
+"""The licence of RMBG weights, whatever their folder states."""
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+"""The suffixes of single files of weights."""
 WORDS = (
     "config.json",
     "tokenizer*",
@@ -294,14 +295,14 @@ WORDS = (
     "special_tokens_map.json",
     "*processor_config.json",
 )
-"""What is needed of a checkpoint whose weights are not."""
+"""The patterns of the files that are needed of a checkpoint whose weights are not."""
 _FIELD = re.compile(r"^(license|license_name):(.*)$", re.MULTILINE)
 
 
 def describe(ref: str | Path, path: Path, licences: Licences = NONE_KNOWN) -> dict[str, str]:
-    """Provenance of the weights that a folder's model is loaded from, or of one file: id, checksum, revision, licence.
+    """Return the provenance of a folder's weights, or of one file: id, checksum, revision, licence.
 
-    `licences`: see `licence`.
+    `licences` are those of `licence`.
 
     Raises:
         CheckpointError: the folder holds no weights.
@@ -313,18 +314,18 @@ def describe(ref: str | Path, path: Path, licences: Licences = NONE_KNOWN) -> di
 def describe_files(
     ref: str | Path, folder: Path, files: Iterable[Path], licences: Licences = NONE_KNOWN
 ) -> dict[str, str]:
-    """The same of some files of a folder."""
+    """Return the provenance of some files of a folder: id, checksum, revision, licence."""
     return origin(ref, folder, files, licence(ref, folder, licences))
 
 
 def licence(ref: str | Path, folder: Path, licences: Licences = NONE_KNOWN, known: str = NOT_STATED) -> str:
-    """The licence of weights: what the README in their folder states in its front matter, or what is known of them.
+    """Return the licence of weights: what the front matter of their folder's README states, or what is known.
 
     Args:
-        ref: what the user calls them.
-        folder: where they lie.
+        ref: the user's reference to them.
+        folder: their folder.
         licences: hub id -> licence of published weights.
-        known: the licence where neither says.
+        known: the licence where neither states one.
     """
     stated = _front_matter(folder / "README.md")
     if "rmbg" in f"{ref} {stated}".lower():
@@ -335,12 +336,12 @@ def licence(ref: str | Path, folder: Path, licences: Licences = NONE_KNOWN, know
 
 
 def is_weight_file(ref: str | Path) -> bool:
-    """Whether a reference is the path of one file, not a folder or a hub id."""
+    """Return whether a reference is the path of one file, not a folder or a hub id."""
     return Path(str(ref)).suffix in WEIGHT_SUFFIXES
 
 
 def find_file(ref: str | Path, name: str) -> Path:
-    """One file of a published checkpoint: `ref` is the file itself, a folder that holds `name`, or a hub id.
+    """Return one file of a published checkpoint; `ref` is the file itself, a folder that holds `name`, or a hub id.
 
     Raises:
         CheckpointError: there is no such file, or the hub does not give it.
@@ -356,7 +357,7 @@ def find_file(ref: str | Path, name: str) -> Path:
 
 
 def words_folder(ref: str | Path) -> Path:
-    """The folder of a checkpoint's config, tokenizer and preprocessing; its weights are not fetched.
+    """Return the folder of a checkpoint's config, tokenizer and preprocessing; its weights are not fetched.
 
     Raises:
         CheckpointError: it has no config, or the hub does not give it.
@@ -367,7 +368,7 @@ def words_folder(ref: str | Path) -> Path:
 
 
 def _front_matter(readme: Path) -> str | None:
-    """`license`, or `license_name` where that is `other`."""
+    """Return the README's `license`, or its `license_name` where that is `other`."""
     if not readme.is_file():
         return None
     opening, head, *_ = (*readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2), "")
@@ -378,10 +379,11 @@ def _front_matter(readme: Path) -> str | None:
 
 
 OWN_LICENCE = "its own"
+"""The licence of the user's own functions."""
 
 
 def part(name: str, provenance: Mapping[str, str]) -> dict[str, str]:
-    """A part's provenance under its name in the whole's: `model` becomes NAME, any other key NAME_key."""
+    """Return a part's provenance under its name in the whole's: `model` becomes NAME, any other key NAME_key."""
     return {name if key == "model" else f"{name}_{key}": value for key, value in provenance.items()}
 
 
@@ -392,12 +394,12 @@ def describe_words(
     known: str = NOT_STATED,
     licences: Licences = NONE_KNOWN,
 ) -> dict[str, str]:
-    """Provenance of a checkpoint of which config, tokenizer and preprocessing are taken: with those files' checksum.
+    """Return the provenance of a checkpoint's config, tokenizer and preprocessing, with those files' checksum.
 
     Args:
-        ref: what the user calls it.
-        folder: where its files lie.
-        patterns: their names.
+        ref: the user's reference to it.
+        folder: the folder of its files.
+        patterns: the files' names.
         known: the licence of the published checkpoint, where neither the folder nor `licences` states one.
         licences: hub id -> licence of published weights.
     """
@@ -406,22 +408,27 @@ def describe_words(
 
 
 def describe_function(function: Callable[..., object], label: str | None = None) -> dict[str, str]:
-    """Provenance of a function of the user's: its import path with the checksum of the file that it is written in.
+    """Return the provenance of the user's function: its import path with the checksum of its file.
 
-    A file that this one imports is not in the checksum.
+    The checksum does not cover the files that this one imports. `label` replaces the import path.
     """
     inner = unwrapped(function)
     named = inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner)
     path = f"{named.__module__}:{named.__qualname__}"
+    module = inspect.getmodule(named)
+    file = None if module is None else vars(module).get("__file__")
+    checksum = "no source file"
+    if file is not None and Path(file).is_file():
+        checksum = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     return {
-        "model": f"{path if label is None else label} ({_source_hash(named)})",
+        "model": f"{path if label is None else label} ({checksum})",
         "revision": "local",
         "licence": OWN_LICENCE,
     }
 
 
 def source_of(function: Callable[..., object]) -> str:
-    """The text of a function, where it has one: of one that no import leads to again, all that tells what it did."""
+    """Return the source of a function, which alone tells what it did where no import path leads back to it."""
     inner = unwrapped(function)
     try:
         return inspect.getsource(inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner))
@@ -430,17 +437,8 @@ def source_of(function: Callable[..., object]) -> str:
 
 
 def unwrapped(function: Callable[..., object]) -> Callable[..., object]:
-    """What is behind decorators and `functools.partial`."""
+    """Return the function behind decorators and `functools.partial`."""
     while isinstance(function, functools.partial):
         function = function.func
     inner: Callable[..., object] = inspect.unwrap(function)
     return inner
-
-
-def _source_hash(function: Callable[..., object]) -> str:
-    """16 hex digits from the file that the function is written in."""
-    module = inspect.getmodule(function)
-    file = None if module is None else vars(module).get("__file__")
-    if file is None or not Path(file).is_file():
-        return "no source file"
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]

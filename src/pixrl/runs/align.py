@@ -5,7 +5,6 @@ The report is written a layer above.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from pixrl.algorithms.exploration import prepare
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.algorithms.world import Team
 from pixrl.device import quiet_loading
-from pixrl.doctor.diagnosis import Diagnosis, Findings, Need
-from pixrl.doctor.preflight import require
-from pixrl.doctor.training import examine
-from pixrl.errors import CheckpointError, InputError, PixrlError
-from pixrl.rewards import kind_of as kind_of_reward
+from pixrl.doctor.diagnosis import Findings, require
+from pixrl.doctor.examine import examine_training, try_rewards
+from pixrl.errors import InputError
 from pixrl.rewards.set import RewardSet
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
@@ -33,7 +30,6 @@ from pixrl.runs.loaded import (
     load_run,
     make_evaluator,
     plan_batches,
-    try_rewards,
 )
 from pixrl.runs.log import AlignLog, cut_back, evaluations
 from pixrl.runs.loop import Loop, Pace
@@ -58,11 +54,10 @@ from pixrl.runs.record import (
 from pixrl.runs.training import ROWS, Deviation, Report, Training, computing_in, deviations, possible_dtypes
 
 LOST = f"{START} was lost: whether model, rewards and prompts are those that the run began with is not known"
-USUAL_SIDE = 512
 
 
 def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monitor | None = None) -> Path:
-    """A new run, to its end; the folder. Ctrl-C leaves one that `go_on` finishes.
+    """Begin a run, train it to its end and return its folder. Ctrl-C leaves a run that `go_on` finishes.
 
     Raises:
         ConfigError, InputError: the recipe, or something that it names, is wrong; nothing was written.
@@ -91,7 +86,10 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
 def get_ready(
     config: AlignConfig, out: Path | None = None, *, force: bool = False
 ) -> tuple[AlignConfig, RewardSet, tuple[str, ...]]:
-    """A run's recipe with whole paths, its rewards, loaded and tried out, and what is to be said.
+    """Check a recipe and this machine, and load and try the rewards, before the generator is loaded.
+
+    Returns:
+        The recipe with whole paths, its rewards, and notes for the user.
 
     Raises:
         PixrlError: what `pixrl doctor` says stands against the run, or a reward can score nothing; nothing was
@@ -99,46 +97,22 @@ def get_ready(
     """
     team = Team(config.machine.device)
     with quiet_loading():
-        found = examine(
+        found = examine_training(
             config, processes=team.size, out=out if team.leads else None, force=force, about_to_run=True
         )
     notes = require(found)
     config = with_full_paths(config)
     rewards = load_rewards(config, team.device)
     findings = Findings()
-    try_rewards(rewards, config, found.side or USUAL_SIDE, findings)
+    try_rewards(rewards, config, found.side, findings)
     require(findings)
     return config, rewards, notes
-
-
-def try_out(config: AlignConfig, found: Diagnosis) -> Diagnosis:
-    """What `examine` found, and what the rewards do with a synthetic batch. Code that a recipe names is not executed.
-
-    Args:
-        config: the recipe.
-        found: nothing that stands against it.
-    """
-    findings = Findings(list(found.problems), list(found.notes))
-    tried = [
-        one.model_copy(update={"held_out": False, "weight": 1.0})
-        for one in config.rewards
-        if not kind_of_reward(one.reward).runs_functions
-    ]
-    try:
-        if tried:
-            rewards = load_rewards(
-                config.model_copy(update={"rewards": tuple(tried), "stages": ()}), found.place.device
-            )
-            try_rewards(rewards, config, found.side or USUAL_SIDE, findings)
-    except PixrlError as error:
-        findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SERVICE, error)
-    return replace(found, problems=findings.problems, notes=findings.notes)
 
 
 def go_on(
     path: Path, *, overrides: Sequence[str] = (), accept_changes: bool = False, monitor: Monitor | None = None
 ) -> Path:
-    """Finishes a broken-off run, wherever it was broken off; its weights end as those of an unbroken one.
+    """Finish an interrupted run and return its folder; its weights end as those of an uninterrupted one.
 
     Args:
         path: the run's folder.
@@ -164,8 +138,13 @@ def go_on(
     evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
     changes += [f"changed: {one}" for one in code]
     step, images, saved = find_place(folder)
-    _require_steps(path, step, config.steps)
-    finished = step == config.steps and not changes and _is_evaluated(folder.path, step)
+    if config.steps < step:
+        raise InputError(
+            f"{path} has done {step} steps, and steps is {config.steps}. Leave it out, or give {step} or more; "
+            "for fewer steps start another run."
+        )
+    is_evaluated = any(row["step"] == step for row in evaluations(folder.path))
+    finished = step == config.steps and not changes and is_evaluated
     run.team.wait()  # all have read the logs before the first one cuts them back
     if run.team.leads:
         folder.tidy()
@@ -211,20 +190,11 @@ def _plan_again(
     return micro_batches, (*notes, *left_out, *changes)
 
 
-def _require_steps(run: Path, done: int, wanted: int) -> None:
-    if wanted < done:
-        raise InputError(
-            f"{run} has done {done} steps, and steps is {wanted}. Leave it out, or give {done} or more; for fewer "
-            "steps start another run."
-        )
-
-
-def _is_evaluated(path: Path, step: int) -> bool:
-    return any(row["step"] == step for row in evaluations(path))
-
-
 def check(config: AlignConfig) -> Report:
-    """Is the first update on-policy, at which dtype and batch size; do gradients agree? Writes nothing."""
+    """Check whether a recipe's first update is on-policy, by dtype and batch size, and the same on all processes.
+
+    One update is taken and nothing is written.
+    """
     config, rewards, said = get_ready(config)
     run = load_run(config, rewards)
     micro_batches, planned = plan_batches(run)

@@ -169,8 +169,7 @@ class AlignConfig(Settings):
                 f"exploration: {self.exploration.kind} has no effect with loss: {self.loss.kind}, which draws nothing: "
                 "set exploration.kind to noise"
             )
-        group = self.exploration.noises * self.exploration.per_noise
-        if group == 1 and self.loss.compares_samples:
+        if self.group_size == 1 and self.loss.compares_samples:
             raise ValueError(
                 "exploration makes groups of one sample, which have nothing to be compared with: raise "
                 "exploration.noises to 2 or more"
@@ -192,6 +191,11 @@ class AlignConfig(Settings):
             )
         self._memory_fits()
         return self
+
+    @property
+    def group_size(self) -> int:
+        """The number of samples of a prompt: G noises times K variants."""
+        return self.exploration.noises * self.exploration.per_noise
 
     @property
     def code(self) -> dict[str, str]:
@@ -361,6 +365,9 @@ class FuseConfig(Settings):
     """The sampler's own settings."""
     budget: Count = 128
     """Pictures in all."""
+    pool: int | None = Field(None, ge=0, le=MOST)
+    """Of the budget, the pictures that a learned policy draws when it is done, among which the selection takes place;
+    none: a quarter of it. Samplers without a policy search with all of the budget and select among all."""
     batch: int = Field(16, ge=2, le=MOST)
     """Pictures between two updates of the sampler."""
     exemplars: int = Field(4, ge=1, le=4096)
@@ -417,6 +424,11 @@ class FuseConfig(Settings):
                 f"a budget of {self.budget} pictures is below one batch of {self.batch}; "
                 f"raise --budget to {self.batch} or more, or add --set batch={max(2, self.budget)}"
             )
+        if self.pool is not None and self.budget - self.pool < self.batch:
+            raise ValueError(
+                f"a pool of {self.pool} of {self.budget} pictures leaves less than one batch of {self.batch} to learn "
+                f"from; give --pool {self.budget - self.batch} or less"
+            )
         return self
 
     @property
@@ -436,17 +448,40 @@ class FuseConfig(Settings):
         return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory
 
     @property
+    def pool_images(self) -> int:
+        """Pictures of the pool, 0 for a sampler without a policy: the last of the run."""
+        if not sampler_of(self.sampler).has_policy:
+            return 0
+        return min(self.budget // 4, self.budget - self.batch) if self.pool is None else self.pool
+
+    @property
+    def learning_images(self) -> int:
+        """Pictures that the sampler learns from: the first of the run."""
+        return self.budget - self.pool_images
+
+    @property
+    def learning_steps(self) -> int:
+        """Batches that the sampler learns from; the last may be smaller."""
+        return -(-self.learning_images // self.batch)
+
+    @property
     def steps(self) -> int:
-        """Batches in all; the last may be smaller."""
-        return -(-self.budget // self.batch)
+        """Batches in all: those of learning, then those of the pool."""
+        return self.learning_steps + -(-self.pool_images // self.batch)
+
+    def first_index(self, step: int) -> int:
+        """The number of a step's first picture."""
+        if step <= self.learning_steps:
+            return min(step * self.batch, self.learning_images)
+        return min(self.learning_images + (step - self.learning_steps) * self.batch, self.budget)
 
     def count(self, step: int) -> int:
         """Pictures of a step."""
-        return min(self.batch, self.budget - step * self.batch)
+        return self.first_index(step + 1) - self.first_index(step)
 
     def noise_plan(self) -> NoisePlan:
         """A run's seeds."""
-        return NoisePlan(self.noise, self.seed, self.steps)
+        return NoisePlan(self.noise, self.seed, self.learning_steps)
 
 
 def sampler_of(name: str) -> type[Sampler[Any]]:

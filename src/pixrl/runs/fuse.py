@@ -15,8 +15,8 @@ from torch import Tensor
 from pixrl import config as recipes
 from pixrl.data.pairs import check_concepts
 from pixrl.device import quiet_loading
-from pixrl.doctor.fusion import examine_fusion
-from pixrl.doctor.preflight import require
+from pixrl.doctor.diagnosis import require
+from pixrl.doctor.examine import examine_fusion
 from pixrl.errors import CheckpointError, RunError
 from pixrl.fusion.select import Selection, choose, choose_thresholds, similarities_of
 from pixrl.fusion.trainer import FailureWatch, FusionTrainer
@@ -134,9 +134,17 @@ def go_on(path: Path, *, monitor: Monitor | None = None, world: FusionWorld | No
 
 
 def select_again(
-    path: Path, *, keep: int | None = None, presence: float | None = None, balance: float | None = None
+    path: Path,
+    *,
+    keep: int | None = None,
+    presence: float | None = None,
+    balance: float | None = None,
+    everywhere: bool = False,
 ) -> FinishedRun:
-    """Chooses from the pictures of a run with other thresholds; makes none. What is not given stays as it was."""
+    """Choose from the pictures of a run with other thresholds; makes none. What is not given stays as it was.
+
+    `everywhere` chooses among all pictures of a run with a pool, those that its policy learned from too.
+    """
     folder, config = open_run(path)
     given = {"keep": keep, "presence": presence, "balance": balance}
     config = recipes.load(
@@ -145,7 +153,7 @@ def select_again(
     rows = folder.manifest()
     if not rows:
         raise RunError(f"{folder.path} has no pictures yet. Type: pixrl resume {folder.path}")
-    return _choose(folder, config, rows)
+    return _choose(folder, config, rows, everywhere)
 
 
 def open_finished(path: Path) -> FinishedRun:
@@ -164,7 +172,8 @@ def open_run(path: Path) -> tuple[RunFolder, FuseConfig]:
     folder = RunFolder.open(path)
     if folder.kind != KIND:
         raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")
-    return folder, recipes.load(FuseConfig, folder.recipe(), kind=KIND)
+    recipe = {"pool": 0, **folder.recipe()}  # runs of before there was a pool select among all pictures
+    return folder, recipes.load(FuseConfig, recipe, kind=KIND)
 
 
 def find_place(folder: RunFolder) -> ResumePoint:
@@ -216,10 +225,13 @@ def _run(
     return _choose(folder, config, folder.manifest())
 
 
-def _choose(folder: RunFolder, config: FuseConfig, rows: list[ManifestRow]) -> FinishedRun:
+def _choose(
+    folder: RunFolder, config: FuseConfig, rows: list[ManifestRow], everywhere: bool = False
+) -> FinishedRun:
     thresholds = choose_thresholds(config, read_world(folder).presence)
     similarities_BN = similarities_of(rows, config.concepts)
-    selection = choose(similarities_BN, config, thresholds, config.keep, [row.seed for row in rows])
+    seeds = [row.seed for row in rows]
+    selection = choose(similarities_BN, config, thresholds, config.keep, seeds, everywhere)
     content = json.dumps(selection.to_json(), indent=1).encode() + b"\n"
     write_atomic(folder.path / SELECTION, content)
     _copy_selected(folder, rows, selection)

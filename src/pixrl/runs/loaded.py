@@ -14,8 +14,6 @@ from pixrl.algorithms.world import Team, limit_threads
 from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
-from pixrl.doctor.diagnosis import Findings
-from pixrl.doctor.preflight import rehearse
 from pixrl.errors import ConfigError, InputError
 from pixrl.metrics.diversity import Features, pixel_features
 from pixrl.models.flux import FluxPolicy
@@ -85,12 +83,6 @@ def load_rewards(config: AlignConfig, device: str) -> RewardSet:
         time_limit=scoring.time_limit,
         max_failed_share=scoring.max_failed_share,
     )
-
-
-def try_rewards(rewards: RewardSet, config: AlignConfig, side: int, findings: Findings) -> None:
-    """`rehearse` with prompts of the recipe, those of the evaluation too."""
-    prompts = [prompt for split in Split for prompt in read_prompts(config, split)]
-    rehearse(rewards, prompts, side, findings)
 
 
 def load_run(config: AlignConfig, rewards: RewardSet | None = None) -> LoadedRun:

@@ -24,10 +24,11 @@ from pixrl.runs.loop import Clock
 from pixrl.types import Scores
 
 ROWS = 8
-"""Pictures that are looked at."""
+"""The most pictures of a step that are checked."""
 BROKEN = 0.05
 """A deviation that no rounding explains: weights, schedule or conditioning of sampling and training differ."""
 AGREEMENT = 1e-6
+"""The largest disagreement between the processes' gradients that passes."""
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Training:
         with clock.phase("update"):
             metrics = self.aligner.update(rollouts, scores, self.run.rewards.weights(rollouts.step))
         if first:
-            checks |= self._check_agreement()
+            checks["gradient_disagreement"] = self.aligner.gradient_disagreement()
+            require_agreement(checks["gradient_disagreement"])
         with clock.phase("diversity"):
             metrics["diversity"] = self._diversity(rollouts)
         return metrics | checks
@@ -90,11 +92,6 @@ class Training:
             self.say(warning)
         return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
 
-    def _check_agreement(self) -> dict[str, float]:
-        value = self.aligner.gradient_disagreement()
-        require_agreement(value)
-        return {"gradient_disagreement": value}
-
     def _diversity(self, rollouts: Rollouts) -> float:
         tally = Tally()
         spread_P = group_diversity(rollouts.images_BCHW, self.run.method.group_size, self.run.features)
@@ -104,7 +101,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far the first update is from on-policy at one dtype and batch size."""
+    """The distance of the first update from on-policy at one dtype and batch size, and the loss's limit for it."""
 
     dtype: str
     batch: int
@@ -113,12 +110,13 @@ class Deviation:
 
     @property
     def passed(self) -> bool:
+        """Whether the deviation is within its limit."""
         return self.value <= self.limit
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that was checked."""
+    """The result of a self-check."""
 
     measure: str
     deviations: tuple[Deviation, ...]
@@ -128,16 +126,16 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """The first deviation is the run's own dtype and batch; the others are for comparison."""
+        """Whether the run's own dtype and batch, which come first, are within the limit, and the gradients agree."""
         return self.deviations[0].passed and self.gradient_disagreement <= AGREEMENT
 
     def to_json(self) -> dict[str, object]:
-        """As `pixrl selfcheck --json` prints it."""
+        """Return the report as `pixrl selfcheck --json` prints it."""
         rows = [{**asdict(one), "passed": one.passed} for one in self.deviations]
         return {**asdict(self), "deviations": rows, "passed": self.passed}
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the report as lines of text."""
         head = f"{self.measure}, limit {self.deviations[0].limit:g}:"
         rows = [
             f"  {'ok  ' if one.passed else 'over'}  {one.dtype:<9} batch {one.batch:<4} {one.value:.2e}"
@@ -150,7 +148,7 @@ class Report:
 def deviations(
     aligner: Aligner, rollouts: Rollouts, dtypes: Sequence[str], sizes: Sequence[int]
 ) -> list[Deviation]:
-    """Scores some rollouts again at each dtype and batch size, the first of both first."""
+    """Measure how far the first rollouts are from on-policy, at each dtype and batch size in the given order."""
     policy, loss, limit = aligner.policy, aligner.method.loss, aligner.method.loss.on_policy_limit
     rows = range(min(ROWS, len(rollouts)))
     found = []
@@ -163,7 +161,7 @@ def deviations(
 
 
 def possible_dtypes(policy: object) -> list[str]:
-    """The dtypes that a loaded model can compute in, its own first."""
+    """List the dtypes that a loaded model can compute in, its own first."""
     assert isinstance(policy, FlowPipelinePolicy)
     own = dtype_name(policy.precision)
     return [
@@ -173,13 +171,13 @@ def possible_dtypes(policy: object) -> list[str]:
 
 
 def dtype_name(precision: Precision) -> str:
-    """float32, bfloat16 or float16: what matrix products run in."""
+    """Name the dtype that matrix products run in: float32, bfloat16 or float16."""
     return str(precision.autocast or precision.weights).removeprefix("torch.")
 
 
 @contextmanager
 def computing_in(policy: object, dtype: str) -> Iterator[None]:
-    """Within it the model's matrix products run in another dtype."""
+    """Run the model's matrix products in another dtype within the `with` block."""
     assert isinstance(policy, FlowPipelinePolicy)
     before = policy.precision
     if dtype != dtype_name(before):
@@ -191,7 +189,11 @@ def computing_in(policy: object, dtype: str) -> Iterator[None]:
 
 
 def require_on_policy(found: Deviation, measure: str) -> str | None:
-    """RunError for a deviation that no rounding explains; a warning for one above the limit."""
+    """Return a warning for a deviation above its limit, else None.
+
+    Raises:
+        RunError: the deviation is one that no rounding explains.
+    """
     if not found.value <= BROKEN:
         raise RunError(
             f"The first update is not on-policy: {measure} is {found.value:.3g}. The weights, the schedule or the "
@@ -206,7 +208,7 @@ def require_on_policy(found: Deviation, measure: str) -> str | None:
 
 
 def require_agreement(value: float) -> None:
-    """RunError when the processes' gradients differ."""
+    """Raise a RunError where the processes' gradients differ by more than `AGREEMENT`."""
     if not value <= AGREEMENT:
         raise RunError(
             f"The processes' gradients differ by {value:.1e} after the first update; they must be equal."

@@ -11,46 +11,53 @@ in a run's own process (`RewardSet`).
 
 Connections that have not shown the token have places of their own and a few seconds in all; where those are taken, the
 oldest of them gives way to a new one, so that strangers who send a byte now and then keep nobody out. In memory are at
-most `queue` + 1 bodies and the one batch that is scored, whose size `wire` bounds before it is unfolded.
+most `queue` + 1 bodies, some 300 KiB of what each other connection sends, and the one batch that is scored, whose size
+`wire` bounds before it is unfolded.
 """
 
+import asyncio
 import hmac
-import io
 import json
 import logging
 import socket
-import socketserver
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
 
+import anyio
 import torch
+import uvicorn
 from pydantic import Field, field_validator, model_validator
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pixrl.config import Settings
 from pixrl.errors import InputError, PixrlError, did_you_mean
 from pixrl.rewards import wire
-from pixrl.rewards.http import LONGEST_WAIT, is_loopback
+from pixrl.rewards.http import LONGEST_WAIT
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting, check_rewards
 from pixrl.types import RewardBatch
 from pixrl.untrusted import plain
 
 LEAST_TOKEN = 16
-"""Characters."""
+"""Characters of a token, at least."""
 PROBE_SIDE = 64
-DRAINED = 2**25
-"""Bytes of a refused body that are read all the same, so that its sender hears why."""
+"""Pixels a side of the grey picture that each reward is tried on."""
+DRAINED, DRAIN_WAIT = 2**25, 2.0
+"""Bytes of a refused body that are read all the same, and seconds for it, so that its sender hears why."""
 STRANGERS = 256
 """Connections at once that have not shown the token yet."""
 ANSWER_WAIT = 30.0
 """Seconds that a client may take to receive its answer."""
 _log = logging.getLogger("pixrl")
+T = TypeVar("T")
 
 
 class ServedReward(Settings):
@@ -123,8 +130,8 @@ def check_token(token: str) -> str:
     return token
 
 
-class RewardServer(ThreadingHTTPServer):
-    """Listens from the start, so that a taken port shows before models are loaded; answers once `open` was called.
+class RewardServer:
+    """Takes its port from the start, so that a taken one shows before models are loaded; `open` lets clients in.
 
     Raises:
         InputError: the token is none, or the address cannot be listened at.
@@ -132,43 +139,40 @@ class RewardServer(ThreadingHTTPServer):
         CheckpointError: a model that a reward needs is missing or half written.
     """
 
-    daemon_threads = True
-    block_on_close = False
-    allow_reuse_port = False
-    request_queue_size = 64
-
     def __init__(self, settings: ServeSettings, token: str) -> None:
         self.settings = settings
-        self.token = check_token(token)
-        self.max_body = int(settings.max_body_mb * 2**20)
         self.served: tuple[wire.Served, ...] = ()
+        self.strangers: dict[_Connection, None] = {}  # in the order in which they came
+        self.known: set[_Connection] = set()
+        self._token = check_token(token).encode()
+        self._max_body = int(settings.max_body_mb * 2**20)
         self._rewards: Mapping[str, RewardSet] = {}
-        self._places = threading.BoundedSemaphore(settings.queue + 1)
-        self._scoring = threading.Lock()
-        self._connections = threading.Lock()
-        self._strangers: dict[socket.socket, None] = {}  # in the order in which they came
-        self._known: set[socket.socket] = set()
-        self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        super().__init__((settings.host, settings.port), _Handler, bind_and_activate=False)
+        self._places = asyncio.Semaphore(settings.queue + 1)
+        self._scoring = asyncio.Lock()
+        self._socket = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            self.server_bind()
+            self._socket.bind((settings.host, settings.port))
         except OSError as error:
-            self.server_close()
+            self._socket.close()
             raise InputError(
                 f"Cannot listen at {settings.host}, port {settings.port}: {error.strerror or error}. Is another server "
                 "there? Give another one: --port 0 takes any that is free."
             ) from None
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the network for its own name
-        host, self.server_port = self.server_address[:2]
-        self.server_name = str(host)
+        self.port: int = self._socket.getsockname()[1]
+        connection: Any = partial(_Connection, self)
+        off: Any = {"ws": "none", "lifespan": "off", "proxy_headers": False}
+        quiet: Any = {"log_config": None, "log_level": "error"}  # so that strangers do not fill the log
+        app = uvicorn.Config(
+            self._app, http=connection, interface="asgi3", timeout_graceful_shutdown=1, **off, **quiet
+        )
+        self._uvicorn = uvicorn.Server(app)
 
     @property
     def url(self) -> str:
         """Where clients on this machine, or those that a tunnel brings here, find it."""
         host = self.settings.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def open(self) -> None:
         """Loads every reward, tries each on a grey picture, and lets clients in."""
@@ -178,250 +182,181 @@ class RewardServer(ThreadingHTTPServer):
             for one in self.settings.rewards
         }
         self.served = tuple(_try(self._rewards[one.name], one) for one in self.settings.rewards)
-        self.server_activate()
+        self._socket.listen(64)
+
+    def serve(self) -> None:
+        """Answers until `stop` or a signal, whose own effect then follows: KeyboardInterrupt, of Ctrl-C."""
+        self._uvicorn.run([self._socket])
+
+    def stop(self) -> None:
+        """Ends `serve`, from another thread."""
+        self._uvicorn.should_exit = True
 
     def description(self) -> wire.Description:
         """What `/describe` answers."""
         return wire.Description(
             protocol=wire.PROTOCOL,
             rewards=list(self.served),
-            max_body=self.max_body,
+            max_body=self._max_body,
             max_pixels=wire.MOST_PIXELS,
             longest_answer=self.settings.queue_wait + self.settings.time_limit + self.settings.body_wait,
         )
 
-    def score(self, body: bytes) -> bytes:
-        """The answer to a request.
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, the only one of its connection."""
+        connection: _Connection = scope["state"]["connection"]
+        connection.give(None)
+        status, headers = 200, {"Connection": "close", "Cache-Control": "no-store"}
+        try:
+            body = await self._answer(Request(scope, receive), connection)
+        except HTTPException as refused:
+            await connection.drain()
+            status, body = refused.status_code, json.dumps({"error": refused.detail}).encode()
+            headers.update(refused.headers or {})
+        except ClientDisconnect:
+            return
+        finally:
+            connection.give(ANSWER_WAIT)
+        await Response(body, status, headers, "application/json")(scope, receive, send)
 
-        Raises:
-            WireError: it is no request.
-            UnknownRewardError: it asks for a reward that is not here.
-            BusyError: others are scored for longer than it may wait.
-        """
-        if not self._scoring.acquire(timeout=self.settings.queue_wait):
-            raise BusyError("others are being scored")
+    async def _answer(self, request: Request, connection: "_Connection") -> bytes:
+        asked = (request.method, request.scope["path"])
+        if asked == ("GET", "/health"):
+            return b'{"status": "ok"}'
+        kind, _, given = request.headers.get("Authorization", "").partition(" ")
+        # compared in a time that does not tell how much of it is right
+        if kind != "Bearer" or not hmac.compare_digest(given.encode(), self._token):
+            raise HTTPException(401, "the token is missing or wrong")
+        if connection not in self.strangers or len(self.known) >= self.settings.connections:
+            raise _busy("too many connections are open")
+        del self.strangers[connection]
+        self.known.add(connection)
+        if asked == ("GET", "/describe"):
+            return self.description().model_dump_json().encode()
+        if asked != ("POST", "/score"):
+            raise HTTPException(404, "there are /health, /describe and /score")
+        if self._places.locked():
+            raise _busy("the queue is full")
+        try:
+            async with self._places:
+                return await self._scores(await self._body(request))
+        except asyncio.CancelledError:
+            raise _busy("the server ends") from None
+
+    async def _body(self, request: Request) -> bytes:
+        """The request's body, whose length h11 has found to be a number."""
+        length = int(request.headers.get("Content-Length", -1))
+        if length < 0 or "Transfer-Encoding" in request.headers:
+            raise HTTPException(411, "a body comes with its Content-Length")
+        if length > self._max_body:
+            raise HTTPException(413, f"{length} bytes are above the limit of {self._max_body}")
+        body = bytearray()
+        with anyio.move_on_after(self.settings.body_wait):
+            async for part in request.stream():
+                body += part
+        if len(body) < length:
+            raise HTTPException(408, f"{len(body)} of {length} bytes came in time")
+        return bytes(body)
+
+    async def _scores(self, body: bytes) -> bytes:
+        try:
+            async with asyncio.timeout(self.settings.queue_wait):
+                await self._scoring.acquire()
+        except TimeoutError:
+            raise _busy("others are being scored") from None
         try:  # the pictures of one request at a time are unfolded
-            begun = time.monotonic()
-            name, batch = wire.read_request(body)
-            if name not in self._rewards:
-                raise UnknownRewardError(
-                    f"there is no reward {plain(name)!r} here.{did_you_mean(name, self._rewards)} "
-                    f"There are {', '.join(self._rewards)}."
-                )
-            scores = self._rewards[name].score(batch)[name]
+            return await _in_thread(partial(self._score, body))
+        except wire.WireError as error:
+            raise HTTPException(400, str(error)) from None
+        except PixrlError as error:
+            raise HTTPException(500, str(error)) from None
         finally:
             self._scoring.release()
+
+    def _score(self, body: bytes) -> bytes:
+        begun = time.monotonic()
+        name, batch = wire.read_request(body)
+        if name not in self._rewards:
+            raise HTTPException(
+                404,
+                f"there is no reward {plain(name)!r} here.{did_you_mean(name, self._rewards)} "
+                f"There are {', '.join(self._rewards)}.",
+            )
+        scores = self._rewards[name].score(batch)[name]
         failed = sum(reason is not None for reason in scores.reasons)
         seconds = time.monotonic() - begun
         _log.info("%s: %d pictures, %d failed, %.2f s", name, len(scores.reasons), failed, seconds)
         return wire.answer(scores)
 
-    def take_place(self) -> bool:
-        """A place in the queue, or at the counter; `leave_place` gives it back."""
-        return self._places.acquire(blocking=False)
 
-    def leave_place(self) -> None:
-        self._places.release()
+class _Connection(H11Protocol):
+    """A connection of one request, with a time for each of its parts in all: uvicorn bounds none before an answer."""
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread for each connection; the stranger who came first gives way where there are too many."""
-        with self._connections:
-            self._strangers[request] = None
-            if len(self._strangers) > STRANGERS:
-                oldest = next(iter(self._strangers))
-                del self._strangers[oldest]
-                with suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread, which reads, then ends and closes it
-        super().process_request(request, client_address)
+    def __init__(self, rewards: RewardServer, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.app_state = {"connection": self}
+        self._rewards = rewards
+        self._end: asyncio.TimerHandle | None = None
 
-    def let_in(self, request: socket.socket) -> bool:
-        """A connection that has shown the token is no stranger any more. False: so many are open already."""
-        with self._connections:
-            if request not in self._strangers or len(self._known) >= self.settings.connections:
-                return False
-            del self._strangers[request]
-            self._known.add(request)
-            return True
+    def give(self, seconds: float | None) -> None:
+        """Cuts it off after so many seconds, in place of what it had; None: never."""
+        if self._end is not None:
+            self._end.cancel()
+        self._end = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            with self._connections:
-                self._strangers.pop(request, None)
-                self._known.discard(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up, or a mistake of ours: the server goes on."""
-        error = sys.exc_info()[1]
-        mistake = not isinstance(error, OSError)
-        _log.info("The connection of %s broke off: %s", client_address[0], error, exc_info=mistake)
-
-
-class UnknownRewardError(PixrlError):
-    """A request asks for a reward that the server has not."""
-
-
-class BusyError(PixrlError):
-    """Come again."""
-
-
-class _Incoming(io.RawIOBase):
-    """What a connection receives, up to a moment: a socket's own limit is one of silence, which every byte renews."""
-
-    def __init__(self, connection: socket.socket, seconds: float) -> None:
-        self._connection = connection
-        self.give(seconds)
-
-    def give(self, seconds: float) -> None:
-        """So much time from now on, in all."""
-        self._deadline = time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("it did not arrive in time")
-        self._connection.settimeout(left)
-        return self._connection.recv_into(buffer)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """One request a connection."""
-
-    server: RewardServer
-    protocol_version = "HTTP/1.1"
-    server_version = "pixrl"
-    sys_version = ""
-
-    def setup(self) -> None:
-        super().setup()
-        self.rfile.close()  # its limit is one of silence
-        self._incoming = _Incoming(self.connection, self.server.settings.head_wait)
-        self.rfile = io.BufferedReader(self._incoming)
-
-    def do_GET(self) -> None:
-        if self.path == "/health":
-            self._say(HTTPStatus.OK, b'{"status": "ok"}')
-        elif self._let_in():
-            if self.path == "/describe":
-                self._say(HTTPStatus.OK, self.server.description().model_dump_json().encode())
-            else:
-                self._refuse(HTTPStatus.NOT_FOUND, "there are /health, /describe and /score")
-
-    def do_POST(self) -> None:
-        if not self._let_in():
-            return
-        if self.path != "/score":
-            self._refuse(HTTPStatus.NOT_FOUND, "there are /health, /describe and /score")
-            return
-        if not self.server.take_place():
-            self._drain()
-            self._come_again("the queue is full")
-            return
-        try:
-            body = self._body()
-            if body is not None:
-                self._score(body)
-        finally:
-            self.server.leave_place()
-
-    def _score(self, body: bytes) -> None:
-        try:
-            self._say(HTTPStatus.OK, self.server.score(body))
-        except wire.WireError as error:
-            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
-        except UnknownRewardError as error:
-            self._refuse(HTTPStatus.NOT_FOUND, str(error))
-        except BusyError as error:
-            self._come_again(str(error))
-        except PixrlError as error:
-            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
-
-    def _let_in(self) -> bool:
-        """Whether the token is right; compared in a time that does not tell how much of it is."""
-        kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        if kind != "Bearer" or not hmac.compare_digest(given.encode(), self.server.token.encode()):
-            self._drain()
-            self._refuse(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong")
-            return False
-        if not self.server.let_in(self.connection):
-            self._drain()
-            self._come_again("too many connections are open")
-            return False
-        return True
-
-    def _body(self) -> bytes | None:
-        """The request's body; None where it was refused."""
-        length = self._length()
-        if length is None:
-            self._refuse(HTTPStatus.LENGTH_REQUIRED, "a body comes with its Content-Length")
-            return None
-        if length > self.server.max_body:
-            self._drain()
-            limit = self.server.max_body
-            self._refuse(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes are above the limit of {limit}"
-            )
-            return None
-        body = b"".join(self._pieces(length, self.server.settings.body_wait))
-        if len(body) < length:
-            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"{len(body)} of {length} bytes came in time")
-            return None
-        return body
-
-    def _length(self) -> int | None:
-        text = self.headers.get("Content-Length", "")
-        chunked = "Transfer-Encoding" in self.headers
-        return int(text) if text.isascii() and text.isdigit() and len(text) < 16 and not chunked else None
-
-    def _pieces(self, length: int, seconds: float) -> Iterator[bytes]:
-        """As much of the body as comes in time."""
-        self._incoming.give(seconds)
-        while length > 0:
-            try:
-                part = self.rfile.read1(min(length, 2**20))
-            except TimeoutError:
-                return
-            if not part:
-                return
-            length -= len(part)
-            yield part
-
-    def _drain(self) -> None:
+    async def drain(self) -> None:
         """Reads on for a moment: a sender that is cut off while it sends never hears the answer."""
-        for _ in self._pieces(min(self._length() or 0, DRAINED), 2.0):
-            pass
+        size = 0
+        with anyio.move_on_after(DRAIN_WAIT):
+            while self.cycle.more_body and not self.cycle.disconnected and size < DRAINED:
+                came = await self.cycle.receive()
+                size += len(came["body"]) if came["type"] == "http.request" else 0
 
-    def _come_again(self, why: str) -> None:
-        self._say(HTTPStatus.SERVICE_UNAVAILABLE, _error(why), {"Retry-After": "1"})
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.give(self._rewards.settings.head_wait)
+        strangers = self._rewards.strangers
+        strangers[self] = None
+        if len(strangers) > STRANGERS:
+            oldest = next(iter(strangers))
+            del strangers[oldest]
+            oldest.transport.abort()
 
-    def _refuse(self, status: HTTPStatus, why: str) -> None:
-        self._say(status, _error(why))
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Where a client sends no more, what came is all of the body; it may still listen for the answer."""
+        if self.cycle is None or self.cycle.response_complete:
+            return False
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
+        return True
 
-    def _say(self, status: HTTPStatus, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-        self.close_connection = True
-        self.connection.settimeout(ANSWER_WAIT)
-        self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            "Connection": "close",
-            "Cache-Control": "no-store",
-            **(headers or {}),
-        }.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        _log.debug("%s %s", self.address_string(), plain(format % args))
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.give(None)
+        self._rewards.strangers.pop(self, None)
+        self._rewards.known.discard(self)
+        if exc is not None:
+            _log.info("The connection of %s broke off: %s", self.client[0] if self.client else "?", exc)
 
 
-def _error(why: str) -> bytes:
-    return json.dumps({"error": why}).encode()
+async def _in_thread(work: Callable[[], T]) -> T:
+    """As `asyncio.to_thread`, on a daemon: a reward that hangs does not keep the server from its end."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is awaited
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="pixrl-serve", daemon=True).start()
+    return await asyncio.wrap_future(done)
+
+
+def _busy(why: str) -> HTTPException:
+    return HTTPException(503, why, {"Retry-After": "1"})
 
 
 def _try(rewards: RewardSet, served: ServedReward) -> wire.Served:
@@ -439,8 +374,3 @@ def _try(rewards: RewardSet, served: ServedReward) -> wire.Served:
         provenance=provenance,
         problem=problem,
     )
-
-
-def is_open_to_others(settings: ServeSettings) -> bool:
-    """Whether other machines reach it."""
-    return not is_loopback(settings.host)

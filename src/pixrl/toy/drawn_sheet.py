@@ -10,8 +10,8 @@ from torch import Tensor
 from pixrl import models
 from pixrl.models.flux import FluxPolicy
 from pixrl.rewards.python import to_pil
-from pixrl.toy.build.pictures import TASK_SHARES, draw, to_tensor
 from pixrl.toy.language import caption, held_out_prompts
+from pixrl.toy.pictures import TASK_SHARES, draw, to_tensor
 from pixrl.toy.scene import SUBJECTS, subject_scene
 from pixrl.toy.vocabulary import KINDS
 from pixrl.types import sample_seed

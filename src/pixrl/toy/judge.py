@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pixrl.models.pipeline import decode_latents
-from pixrl.toy.build.pictures import draw, to_tensor, training_subject
+from pixrl.toy.pictures import draw, to_tensor, training_subject
 from pixrl.toy.scene import Scene, subject_scene
 from pixrl.toy.vocabulary import ACCESSORIES, BACKGROUNDS
 

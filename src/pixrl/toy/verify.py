@@ -18,11 +18,10 @@ from pixrl.rewards.base import Reward
 from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder
 from pixrl.rewards.geneval import GenEvalReward
 from pixrl.rewards.segmentation import Foreground, Segmenter
-from pixrl.toy.build import CHECKPOINTS
-from pixrl.toy.build.pictures import TASK_SHARES, draw, held_out_scene, to_tensor
-from pixrl.toy.build.preference import spoil
+from pixrl.toy import CHECKPOINTS
 from pixrl.toy.judge import FULL, QUICK, SceneJudge, reconstruct
 from pixrl.toy.language import caption, held_out_prompts, parse
+from pixrl.toy.pictures import TASK_SHARES, draw, held_out_scene, spoil, to_tensor
 from pixrl.toy.scene import SUBJECTS, Scene, Task, ToySubject, random_subject, subject_scene
 from pixrl.toy.vocabulary import ACCESSORIES, BACKGROUNDS
 from pixrl.types import RewardBatch, sample_seed

@@ -64,6 +64,8 @@ class Proposal:
 
     coefficients_BND: Tensor
     trace: Mapping[str, Tensor] = field(default_factory=dict)
+    noises_B: Tensor | None = None
+    """The number of the noise that each picture is to be drawn from; None: as the recipe's `noise` says."""
 
     def __len__(self) -> int:
         return self.coefficients_BND.shape[0]
@@ -102,6 +104,8 @@ class Sampler(ABC, Generic[SettingsT]):
 
     Settings: ClassVar[type[Settings]] = NoSettings
     """Its own settings, the `options` of a fuse recipe."""
+    has_policy: ClassVar[bool] = False
+    """Whether it learns a distribution, from which a pool of pictures can be drawn when learning is done."""
 
     def __init__(self, task: FusionTask, settings: SettingsT) -> None:
         self.task = task

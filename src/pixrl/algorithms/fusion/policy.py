@@ -237,6 +237,7 @@ class PolicySampler(Sampler[PolicySettingsT]):
     """Draws coefficients from a policy and improves it after every batch."""
 
     Settings = PolicySettings
+    has_policy = True
 
     def __init__(self, task: FusionTask, settings: PolicySettingsT) -> None:
         super().__init__(task, settings)

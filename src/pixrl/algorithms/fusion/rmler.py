@@ -14,7 +14,7 @@ improves the policy.
 | R, Eq. 5                      | `Feedback.rewards_B` from `equations.fusion_reward`              |
 | k_t(theta), L^PPO, Eq. 4      | `equations.clipped_surrogate`, in `PolicySampler.improve`        |
 | xi = 0.2                      | `clip`                                                           |
-| T = 128, updates every 16     | `budget`, `batch`                                                |
+| T = 128, updates every 16     | `budget` less `pool`, `batch`                                    |
 | pi_theta                      | `policy`: `CompactPolicy`, or the published `PublishedPolicy`        |
 
 Deviations:
@@ -32,6 +32,8 @@ Deviations:
    action's columns alone, and the published first layer would hold 77 times the weights.
 6. More than two concepts: one logit a concept, softmax over them in every column; Eq. 5 with max S - min S.
 7. A picture whose scoring failed leaves the batch; it never counts as a reward of 0.
+8. "The best-performing checkpoint" that draws at inference is the state that drew the batch of the highest mean reward;
+   the pool that it draws is a part of the budget (`pool`, a quarter). The paper says neither.
 """
 
 from enum import StrEnum

@@ -29,19 +29,20 @@ from pixrl.rewards.weights import describe, read_weights, weight_shards
 
 ARCHITECTURE = "BiRefNet"
 SIDE = 1024
-"""Rows and columns that the network sees; a card's `resolution` overrides it."""
+"""The rows and columns that the network sees; a card's `resolution` overrides it."""
 MULTIPLE = 32
+"""The number that the network's side must be a multiple of."""
 BATCH = 4
 
 
 def is_birefnet(path: Path) -> bool:
-    """Whether a folder's config.json names BiRefNet, as RMBG-2.0's does too."""
+    """Return whether a folder's config.json names BiRefNet, as RMBG-2.0's does too."""
     named = read_json(path / "config.json").get("architectures")
     return isinstance(named, list) and ARCHITECTURE in named
 
 
 class BiRefNetForeground:
-    """Foreground masks of pictures, from a folder or a hub id.
+    """BiRefNet's foreground masks of pictures, from a folder or a hub id.
 
     Raises:
         CheckpointError: the folder is missing, half written, or holds other weights.
@@ -78,7 +79,7 @@ class BiRefNetForeground:
 
     @torch.inference_mode()
     def foreground(self, images_BCHW: Tensor) -> Tensor:
-        """P(foreground) [B, H, W] on 256 levels, float32 on the CPU."""
+        """Return P(foreground) [B, H, W] on 256 levels, float32 on the CPU."""
         require_images(images_BCHW)
         return torch.cat([self._masks(part).cpu() for part in batches(images_BCHW, self.batch)])
 

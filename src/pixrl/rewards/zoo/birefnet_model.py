@@ -22,9 +22,9 @@ from pixrl.rewards.weights import load_weights, refuse_misfits
 
 LEVELS = 4
 HIDDEN = 64
-"""Channels within a decoder block and within a convolution of the picture's patches."""
+"""The channels within a decoder block and within a convolution of the picture's patches."""
 SCALE_CHANNELS = 256
-"""Channels of each scale that a block looks at."""
+"""The channels of each scale of a block's pyramid."""
 KERNELS = (1, 3, 7)
 GRADIENT_CHANNELS = 16
 _PARTS = ("bb", "squeeze_module", "decoder")
@@ -42,11 +42,11 @@ _BACKBONE_NAMES = (
 )
 """Parts of the published names -> those that transformers keeps on disk."""
 _OF_A_CLASSIFIER = "swin.layernorm."
-"""A backbone has it and does not use it."""
+"""A weight that a backbone has and does not use."""
 
 
 def backbone_config(weights: Mapping[str, Tensor], source: Path) -> SwinConfig:
-    """The Swin that the weights are of: width, depths, heads and window, read off their shapes.
+    """Return the Swin's configuration: width, depths, heads and window, read off the weights' shapes.
 
     Raises:
         CheckpointError: they hold no Swin backbone.
@@ -77,7 +77,7 @@ def backbone_config(weights: Mapping[str, Tensor], source: Path) -> SwinConfig:
 
 
 def load(weights: Mapping[str, Tensor], source: Path) -> "BiRefNet":
-    """The network of published weights, frozen, in float32 on the CPU.
+    """Build the network from published weights, frozen, in float32 on the CPU.
 
     Raises:
         CheckpointError: they do not fit: another backbone, another decoder, another model.
@@ -109,7 +109,7 @@ def _load_backbone(weights: Mapping[str, Tensor], config: SwinConfig, source: Pa
 
 
 def _renamed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """transformers' name on disk of one tensor of the backbone; query, key and value apart."""
+    """Yield transformers' names of one tensor of the backbone, with query, key and value apart."""
     name = re.sub(r"^norm(\d)\.", lambda found: f"hidden_states_norms.stage{int(found[1]) + 1}.", name)
     for published, ours in _BACKBONE_NAMES:
         name = name.replace(published, ours)
@@ -123,12 +123,12 @@ def _renamed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _to_size(x_BCHW: Tensor, like: Tensor) -> Tensor:
-    """Scaled to the rows and columns of another map."""
+    """Scale a map to the rows and columns of another one."""
     return F.interpolate(x_BCHW, like.shape[-2:], mode="bilinear", align_corners=True)
 
 
 class DeformableConv2d(nn.Module):
-    """A convolution that looks where its input tells it to."""
+    """A convolution whose sampling positions are offset by its input (DCNv2)."""
 
     def __init__(self, channels: int, out: int, kernel: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class DeformableConv2d(nn.Module):
 
 
 class ScaleModule(nn.Module):
-    """One scale: a deformable convolution, normalized."""
+    """One scale of the pyramid: a deformable convolution, normalized."""
 
     def __init__(self, channels: int, out: int, kernel: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class ScaleModule(nn.Module):
 
 
 class DeformablePyramid(nn.Module):
-    """ASPPDeformable: several kernel sizes and the mean of the whole map, side by side."""
+    """BiRefNet's ASPPDeformable: several kernel sizes and the mean of the whole map, side by side."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class DeformablePyramid(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """BasicDecBlk: narrow, look at several scales, widen."""
+    """BiRefNet's BasicDecBlk: narrow the channels, apply the pyramid, widen them."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class DecoderBlock(nn.Module):
 
 
 class LateralBlock(nn.Module):
-    """BasicLatBlk: the backbone's features of a level."""
+    """BiRefNet's BasicLatBlk: a projection of the backbone's features of a level."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class LateralBlock(nn.Module):
 
 
 class PatchConvs(nn.Module):
-    """SimpleConvs: the picture's patches as channels."""
+    """BiRefNet's SimpleConvs: two convolutions of the picture's patches."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class PatchConvs(nn.Module):
 
 
 def as_patches(image_BCHW: Tensor, like: Tensor) -> Tensor:
-    """The picture cut into patches of another map's size, patches as channels (channel first, then row, column)."""
+    """Cut the picture into patches of another map's size, patches as channels (channel first, then row, column)."""
     rows, columns = (a // b for a, b in zip(image_BCHW.shape[-2:], like.shape[-2:], strict=True))
     height, width = like.shape[-2:]
     cut: Tensor = image_BCHW.unflatten(3, (columns, width)).unflatten(2, (rows, height))
@@ -229,7 +229,7 @@ def as_patches(image_BCHW: Tensor, like: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """From the coarsest features to the mask's logits.
+    """The decoder from the coarsest features to the mask's logits.
 
     Its parts are numbered as published: 4 is the coarsest level, and the picture's patches go in from 5 down to 1.
     """
@@ -251,7 +251,10 @@ class Decoder(nn.Module):
         self.conv_out1 = nn.Sequential(nn.Conv2d(fourth // 2 + shown[3], 1, 1))
         for number, width in ((4, second), (3, third), (2, fourth)):
             self.add_module(f"lateral_block{number}", LateralBlock(width))
-            self.add_module(f"gdt_convs_{number}", _gradient_features(width))
+            features = nn.Conv2d(width, GRADIENT_CHANNELS, 3, padding=1)
+            self.add_module(
+                f"gdt_convs_{number}", nn.Sequential(features, nn.BatchNorm2d(GRADIENT_CHANNELS), nn.ReLU())
+            )
             self.add_module(f"gdt_convs_attn_{number}", nn.Sequential(nn.Conv2d(GRADIENT_CHANNELS, 1, 1)))
 
     def forward(self, image_BCHW: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -271,14 +274,8 @@ class Decoder(nn.Module):
         return self.get_submodule(f"{name}{number}")
 
 
-def _gradient_features(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, GRADIENT_CHANNELS, 3, padding=1), nn.BatchNorm2d(GRADIENT_CHANNELS), nn.ReLU()
-    )
-
-
 class BiRefNet(nn.Module):
-    """Pictures [B, 3, H, W], normalized, with sides that are multiples of 32, to logits [B, 1, H, W]."""
+    """The network from normalized pictures [B, 3, H, W], sides multiples of 32, to logits [B, 1, H, W]."""
 
     def __init__(self, backbone: SwinBackbone) -> None:
         super().__init__()
@@ -301,7 +298,7 @@ class BiRefNet(nn.Module):
 def deform_conv2d(
     x_BCHW: Tensor, offset_BOHW: Tensor, mask_BKHW: Tensor, weight_OCkk: Tensor, padding: int
 ) -> Tensor:
-    """Modulated deformable convolution (DCNv2, Zhu et al. 2019), stride 1 and one offset group; [B, O, H', W'].
+    """Apply modulated deformable convolution (DCNv2, Zhu et al. 2019), stride 1, one offset group; [B, O, H', W'].
 
         y(p) = sum_k w_k · m_k(p) · x(p + p_k + Δp_k(p))
 
@@ -311,11 +308,11 @@ def deform_conv2d(
     One tap at a time, so that memory stays at two feature maps, not at k·k of them. Differentiable, on any device.
 
     Args:
-        x_BCHW: input.
+        x_BCHW: the input.
         offset_BOHW: [B, 2K, H', W'], (down, right) of every tap, row by row of the kernel, in pixels.
         mask_BKHW: [B, K, H', W'], the weight of every tap.
         weight_OCkk: [O, C, rows, columns], K = rows · columns.
-        padding: of rows and columns, on every side.
+        padding: the zero padding of rows and columns, on every side.
     """
     rows, columns = weight_OCkk.shape[-2:]
     height, width = offset_BOHW.shape[-2:]
@@ -332,7 +329,7 @@ def deform_conv2d(
 
 
 def _bilinear(x_BCHW: Tensor, row_BHW: Tensor, column_BHW: Tensor) -> Tensor:
-    """x at fractional (row, column), pixel centres at whole numbers; 0 outside."""
+    """Return x at fractional (row, column), pixel centres at whole numbers; 0 outside."""
     height, width = x_BCHW.shape[-2:]
     # in this form of grid_sample, pixel n of N lies at (2 n + 1) / N - 1, for N = 1 too
     grid = torch.stack(((2 * column_BHW + 1) / width - 1, (2 * row_BHW + 1) / height - 1), dim=-1)

@@ -32,9 +32,10 @@ from pixrl.rewards.weights import describe, load_folder
 from pixrl.types import RewardBatch, Scores
 
 KEY = "phrases"
+"""The metadata key of a prompt's noun phrases."""
 SPACY_MODEL = "en_core_web_sm"
 PLACES = frozenset(["top", "the side", "the left", "the right"])
-"""Noun chunks that say where, not what; T2I-CompBench leaves them out."""
+"""Noun chunks that name a place, not an object; T2I-CompBench leaves them out."""
 MOST_PHRASES = 8
 QUESTION_LENGTH = 35
 MOST_WORDS = 50
@@ -44,10 +45,10 @@ _DROPPED = re.compile(r"[.!\"()*#:;~]")
 
 
 class NounPhrases:
-    """A prompt's noun phrases, by spaCy's small English model; each prompt is parsed once.
+    """A finder of prompts' noun phrases by spaCy's small English model; each prompt is parsed once.
 
     Raises:
-        RunError: spaCy or its model is not installed; says what to type.
+        RunError: spaCy or its model is not installed; the message says what to type.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class NounPhrases:
         self._found: dict[str, tuple[str, ...]] = {}
 
     def of(self, prompt: str) -> tuple[str, ...]:
-        """At most 8, in order, places left out."""
+        """Return at most 8 noun phrases of a prompt, in order, without those that name places."""
         if prompt not in self._found:
             chunks = [chunk.text for chunk in self._parse(prompt).noun_chunks]
             self._found[prompt] = tuple(chunk for chunk in chunks if chunk not in PLACES)[:MOST_PHRASES]
@@ -69,7 +70,7 @@ class NounPhrases:
 
 
 class BlipVQAReward(Reward):
-    """How surely the picture shows every phrase of its prompt, with its attributes: 0 to 1.
+    """The probability in [0, 1] that the picture shows every phrase of its prompt, with its attributes.
 
     Metadata: `phrases`, a list such as ["a red owl", "two cats"], where a sample has one. Without, spaCy finds them.
 
@@ -144,7 +145,7 @@ class BlipVQAReward(Reward):
         return Scores.checked(values_B, reasons, self.provenance)
 
     def _ask(self, images_BCHW: Tensor, asked: Sequence[tuple[int, str]]) -> list[float]:
-        """The probability of each (picture, phrase); every picture is encoded once."""
+        """Return the probability of each (picture, phrase); every picture is encoded once."""
         rows = list(dict.fromkeys(row for row, _ in asked))
         seen: dict[int, Tensor] = {}
         for start in range(0, len(rows), BATCH):
@@ -163,7 +164,7 @@ class BlipVQAReward(Reward):
             return torch.as_tensor(self.model.vision_model(pixel_values=pixels).last_hidden_state)
 
     def yes(self, seen_BLD: Tensor, questions: Sequence[str]) -> Tensor:
-        """[B]: P(yes) / (P(yes) + P(no)) as the first word of the answer, float32."""
+        """Return [B]: P(yes) / (P(yes) + P(no)) as the first word of the answer, float32."""
         ids = self.tokenizer(list(questions), truncation=True, max_length=QUESTION_LENGTH).input_ids
         by_length: dict[int, list[int]] = {}
         for row, tokens in enumerate(ids):
@@ -171,23 +172,19 @@ class BlipVQAReward(Reward):
         values_B = torch.empty(len(ids), device=self.device)
         for rows in by_length.values():
             ids_BL = torch.tensor([ids[row] for row in rows], device=self.device)
-            values_B[rows] = self._yes(seen_BLD[rows], ids_BL)
+            ids_BL[:, 0] = self.ids.encode
+            starts = torch.full((len(rows), 1), self.ids.start, device=self.device)
+            with self.precision.context(self.device):
+                states = self.model.text_encoder(
+                    input_ids=ids_BL, encoder_hidden_states=seen_BLD[rows], is_decoder=False
+                ).last_hidden_state
+                logits = self.model.text_decoder(input_ids=starts, encoder_hidden_states=states).logits[:, 0]
+            # the other words' probabilities cancel
+            values_B[rows] = logits[:, [self.ids.yes, self.ids.no]].float().softmax(dim=-1)[:, 0]
         return values_B
 
-    def _yes(self, seen_BLD: Tensor, ids_BL: Tensor) -> Tensor:
-        """The same of questions of one length."""
-        ids_BL[:, 0] = self.ids.encode
-        starts = torch.full((len(ids_BL), 1), self.ids.start, device=self.device)
-        with self.precision.context(self.device):
-            states = self.model.text_encoder(
-                input_ids=ids_BL, encoder_hidden_states=seen_BLD, is_decoder=False
-            ).last_hidden_state
-            logits = self.model.text_decoder(input_ids=starts, encoder_hidden_states=states).logits[:, 0]
-        # the other words' probabilities cancel
-        return torch.as_tensor(logits[:, [self.ids.yes, self.ids.no]].float().softmax(dim=-1)[:, 0])
-
     def _phrases_of(self, batch: RewardBatch, row: int) -> Sequence[str] | str:
-        """A sample's phrases, or why its metadata cannot be read."""
+        """Return a sample's phrases, or why its metadata cannot be read."""
         given = batch.metadata[row].get(KEY) if batch.metadata else None
         if given is not None:
             if isinstance(given, str) or not isinstance(given, Sequence):
@@ -209,14 +206,14 @@ def _reason(finite: bool, found: Sequence[str] | str) -> str | None:
 
 
 def question(phrase: str) -> str:
-    """A phrase as BLIP is asked about it: lower case, some punctuation dropped, at most 50 words."""
+    """Return a phrase as BLIP is asked about it: lower case, some punctuation dropped, at most 50 words."""
     words = _DROPPED.sub("", f"{phrase}?".lower()).rstrip(" ").split(" ")
     return " ".join(words[:MOST_WORDS])
 
 
 @dataclass(frozen=True)
 class AnswerIds:
-    """Tokens that the score hangs on."""
+    """The numbers of the tokens that the score depends on."""
 
     encode: int
     start: int
@@ -225,7 +222,7 @@ class AnswerIds:
 
 
 def answer_ids(tokenizer: Any, path: Path) -> AnswerIds:
-    """Their numbers; where the tokenizer does not know BLIP's own two, they come after BERT's, as in BLIP.
+    """Return the numbers of BLIP's tokens; its own two come after BERT's where the tokenizer does not know them.
 
     Raises:
         CheckpointError: the vocabulary has no yes or no.

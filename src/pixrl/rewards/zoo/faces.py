@@ -1,4 +1,4 @@
-"""Face embeddings by a function of yours: ArcFace is published as ONNX files for non-commercial use, so pixrl has none.
+"""Face embeddings by the user's function: ArcFace's ONNX files are for non-commercial use, so pixrl has none.
 
 With insightface (`pip install insightface onnxruntime`; its model packs are non-commercial):
 
@@ -32,6 +32,7 @@ from pixrl.rewards.python import import_function, to_pil
 from pixrl.rewards.weights import describe_function
 
 FaceFunction = Callable[[list[Image.Image]], Sequence[Any]]
+"""A function from PIL images to one embedding, or None, per image."""
 BATCH = 32
 HOW = (
     "pixrl loads no face encoder, since ArcFace is published as ONNX files for non-commercial use: `pip install "
@@ -41,7 +42,7 @@ HOW = (
 
 
 class FaceEncoder:
-    """Embeddings [N, E] of a function `f(images) -> [numbers or None, ...]`; a row of nan where it found no face.
+    """An encoder of faces by a function `f(images) -> [numbers or None, ...]`; nan where it found no face.
 
     Args:
         function: an import path (`my_faces.py:embed` or `my_module:embed`), or the function.
@@ -63,7 +64,7 @@ class FaceEncoder:
         }
 
     def image_features(self, images_BCHW: Tensor) -> Tensor:
-        """Embeddings [B, E], float32, not normalized; [B, 1] of nan where no picture has a face.
+        """Return embeddings [B, E], float32, not normalized; [B, 1] of nan where no picture has a face.
 
         Raises:
             InputError: the function gave another number of answers, or embeddings of different lengths.

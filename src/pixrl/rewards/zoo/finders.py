@@ -1,4 +1,4 @@
-"""Where a named object is in a picture: boxes by Grounding DINO, or by any detector that knows the name.
+"""Finders of a named object in a picture: boxes by Grounding DINO, or by any detector that knows the name.
 
 Liu et al. 2023; `IDEA-Research/grounding-dino-base`, Apache-2.0, on transformers' own classes. DivGenBench names no
 thresholds: the model card's are taken.
@@ -26,16 +26,16 @@ LICENCE = "Apache-2.0"
 
 
 class Finder(Protocol):
-    """Finds one kind of object in each picture."""
+    """The interface of finders, which locate one kind of object in each picture."""
 
     provenance: Mapping[str, str]
 
     def boxes(self, images_BCHW: Tensor, kinds: Sequence[str]) -> list[Tensor]:
-        """Boxes [N, 4] (x0, y0, x1, y1 in shares of the picture's sides), one table a picture."""
+        """Return boxes [N, 4] (x0, y0, x1, y1 in shares of the picture's sides), one table per picture."""
 
 
 class DetectorFinder:
-    """The boxes of a detector of known classes (`geneval.Detector`) above a score."""
+    """A finder by a detector of known classes (`geneval.Detector`): its boxes above a score."""
 
     def __init__(self, detector: Detector, threshold: float = BOX_THRESHOLD) -> None:
         self.detector = detector
@@ -43,7 +43,7 @@ class DetectorFinder:
         self.provenance: Mapping[str, str] = {**detector.provenance, "box_threshold": f"{threshold:g}"}
 
     def boxes(self, images_BCHW: Tensor, kinds: Sequence[str]) -> list[Tensor]:
-        """See `Finder`; a name that the detector does not know is found nowhere."""
+        """Return the boxes as in `Finder`; a name that the detector does not know is found nowhere."""
         _require_kinds(images_BCHW, kinds)
         rows, columns = images_BCHW.shape[-2:]
         sides = torch.tensor([columns, rows, columns, rows], dtype=torch.float32)
@@ -58,7 +58,7 @@ class DetectorFinder:
 
 
 class GroundingDino:
-    """Boxes of any phrase, from a folder or a hub id.
+    """A finder of any phrase by Grounding DINO, from a folder or a hub id.
 
     Raises:
         CheckpointError: the folder is missing, cut short or of another class.
@@ -99,7 +99,7 @@ class GroundingDino:
         }
 
     def boxes(self, images_BCHW: Tensor, kinds: Sequence[str]) -> list[Tensor]:
-        """See `Finder`."""
+        """Return the boxes as in `Finder`."""
         _require_kinds(images_BCHW, kinds)
         found: list[Tensor] = []
         for start in range(0, len(kinds), self.batch):
@@ -122,7 +122,7 @@ class GroundingDino:
 
 
 def _named(answer: Mapping[str, object]) -> Tensor:
-    """The boxes that some word of the phrase stands for."""
+    """Return the boxes that some word of the phrase stands for."""
     boxes_N4, labels = answer["boxes"], answer["text_labels"]
     assert isinstance(boxes_N4, Tensor) and isinstance(labels, Sequence)
     return boxes_N4[[row for row, label in enumerate(labels) if label]].float().cpu()

@@ -1,4 +1,4 @@
-"""HPSv2 and HPSv2.1: what people prefer, by a CLIP ViT-H/14 fine-tuned on 798 k pairwise choices.
+"""Human-preference rewards HPSv2 and HPSv2.1: a CLIP ViT-H/14 fine-tuned on 798 k pairwise choices.
 
 Wu et al. 2023 (Human Preference Score v2): s(x, y) = cos(E_image(y), E_text(x)), without logit scale or softmax; the
 benchmark's tables show 100 s. v2.0 and v2.1 are two sets of weights whose scores are not comparable.
@@ -30,25 +30,25 @@ TRAINED_FROM = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class HPSVersion(StrEnum):
-    """Which of the two sets of weights."""
+    """The two published sets of weights."""
 
     V2 = "v2.0"
-    """RMLer's: about 0.26 to 0.28."""
+    """The version of RMLer: about 0.26 to 0.28."""
     V2_1 = "v2.1"
-    """E²PO's, DanceGRPO's and D²-Align's: about 0.20 to 0.33."""
+    """The version of E²PO, DanceGRPO and D²-Align: about 0.20 to 0.33."""
 
 
 FILES = {HPSVersion.V2: "HPS_v2_compressed.pt", HPSVersion.V2_1: "HPS_v2.1_compressed.pt"}
 
 
 class HPSv2Reward(PromptCosineReward):
-    """Cosine between the picture and its prompt, from HPSv2's weights.
+    """The cosine between the picture and its prompt, from HPSv2's weights.
 
     Args:
         model: a hub id, a folder that holds the version's file, or such a file.
         version: see `HPSVersion`. A file given by its path is taken as that version's.
-        processor: whose config and tokenizer fit the weights.
-        antialias: false repeats figures made with torchvision up to 0.16, which resized float tensors without it.
+        processor: the CLIP whose config and tokenizer fit the weights.
+        antialias: false reproduces figures made with torchvision up to 0.16, which resized float tensors without it.
 
     Raises:
         ConfigError: there is no such version.
@@ -69,7 +69,8 @@ class HPSv2Reward(PromptCosineReward):
     ) -> None:
         self.version = choice(self.name, "version", version, HPSVersion)
         file = find_file(model, FILES[self.version])
-        side = _picture_side(words_folder(processor))
+        vision = read_json(words_folder(processor) / "config.json").get("vision_config")
+        side = int(vision.get("image_size", 224)) if isinstance(vision, dict) else 224
         clip = ClipSimilarity(
             file,
             device=device,
@@ -95,17 +96,10 @@ class HPSv2Reward(PromptCosineReward):
 
 
 def clean_text(text: str) -> str:
-    """OpenCLIP's cleaning before its tokenizer: broken Unicode mended where ftfy is installed, html entities, spaces.
+    """Clean a text as OpenCLIP does before its tokenizer: Unicode mended where ftfy is installed, HTML, spaces.
 
-    Lower case and the cutting at 77 tokens are the tokenizer's.
+    The tokenizer itself makes it lower case and truncates it at 77 tokens.
     """
     if find_spec("ftfy"):
         text = str(import_module("ftfy").fix_text(text))
     return " ".join(html.unescape(html.unescape(text)).split())
-
-
-def _picture_side(words: Path) -> int:
-    """224 for the published config."""
-    vision = read_json(words / "config.json").get("vision_config")
-    side = vision.get("image_size", 224) if isinstance(vision, dict) else 224
-    return int(side)

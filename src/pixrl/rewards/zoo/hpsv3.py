@@ -2,7 +2,7 @@
 
     (mu, sigma) = head(h at <|Reward|>),   reward = mu
 
-What its numbers hang on, beside the weights:
+What its numbers depend on, beside the weights:
   1. Plain positions. It was trained where Qwen2-VL counts tokens 0, 1, 2 ... on all three axes of its rotary
      embedding; transformers 5 would give picture tokens rows and columns. The positions are passed explicitly.
   2. The template, word for word, padded on the right.
@@ -37,7 +37,7 @@ from pixrl.types import RewardBatch, Scores
 WEIGHTS = "HPSv3.safetensors"
 LICENCE = "MIT"
 WORDS_LICENCE = "Apache-2.0"
-"""Qwen2-VL-7B-Instruct's."""
+"""The licence of Qwen2-VL-7B-Instruct."""
 TEMPLATE = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>{picture}<|vision_end|>{text}<|im_end|>\n"
@@ -47,7 +47,7 @@ TEMPLATE = (
 # The instruction is hpsv3 1.0.0's, word for word, trailing blanks and grammar included: the model was trained on it
 # (dataset/data_collator_qwen.py: MIT License, Copyright (c) 2024 HPSv3 Team).
 REWARD_TOKEN = "<|Reward|>"
-"""Read out at its place; added to Qwen2-VL's tokenizer."""
+"""The token at whose place the reward is read; it is added to Qwen2-VL's tokenizer."""
 
 INSTRUCTION = (
     "\n"
@@ -91,23 +91,23 @@ INSTRUCTION = (
     "\n"
     "\n"
 )
-"""To be formatted with `text_prompt`."""
+"""The instruction, to be formatted with `text_prompt`."""
 
 QUESTION = f"\nPlease provide the overall ratings of this image: {REWARD_TOKEN}\n\nEND\n"
 PICTURE_TOKEN = "<|image_pad|>"
 EDGE = 28
-"""Side of what one picture token shows: 2 x 2 patches of 14 x 14."""
+"""The side of the square that one picture token shows: 2 x 2 patches of 14 x 14 pixels."""
 PIXELS = 256 * EDGE * EDGE
 WIDEST = 200
-"""Longer side over shorter side that the model takes at most."""
+"""The largest ratio of the longer to the shorter side that the model takes."""
 HEAD_WIDTHS = (1024, 16, 2)
 HEAD_LAYERS = {"0": "0", "3": "2", "5": "4"}
-"""Places of the linear layers: published, with dropout between -> here."""
+"""The places of the head's linear layers: published, with dropout between -> here."""
 BATCH = 8
 
 
 class HPSv3Reward(DifferentiableReward):
-    """How much people would like the picture for its prompt: about -3 to 15, good generators 6 to 11.
+    """How much people would like the picture for its prompt: about -3 to 15; good generators reach 6 to 11.
 
     Args:
         model: HPSv3.safetensors, a folder that holds it, or a hub id (MizzenAI/HPSv3).
@@ -197,7 +197,7 @@ class HPSv3Reward(DifferentiableReward):
         return values_B.to(images_BCHW.device)
 
     def rewards(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """[B] of preprocessed pictures, float32 on the device and differentiable."""
+        """Return the rewards [B] of preprocessed pictures, float32 on the device and differentiable."""
         patches, grid_B3 = patchify(pixels_BCHW)
         tokens = int(grid_B3[0].prod()) // 4
         texts = [self.text(prompt, tokens) for prompt in prompts]
@@ -217,7 +217,7 @@ class HPSv3Reward(DifferentiableReward):
         return torch.as_tensor(mu_sigma[:, 0])
 
     def text(self, prompt: str, tokens: int) -> str:
-        """What the model reads for a prompt and a picture of so many tokens."""
+        """Return what the model reads for a prompt and a picture of so many tokens."""
         question = INSTRUCTION.format(text_prompt=prompt) + QUESTION
         return TEMPLATE.format(picture=PICTURE_TOKEN * tokens, text=question)
 
@@ -231,7 +231,7 @@ class HPSv3Reward(DifferentiableReward):
 
 
 def model_size(rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns that the model sees a picture at.
+    """Return the rows and columns to which a picture is scaled for the model.
 
     Raises:
         ShapeError: the picture is more than 200 times as long as it is wide.
@@ -245,7 +245,7 @@ def model_size(rows: int, columns: int) -> tuple[int, int]:
 
 
 def patchify(pixels_BCHW: Tensor, patch: int = 14, merge: int = 2, frames: int = 2) -> tuple[Tensor, Tensor]:
-    """Qwen2-VL's input: patches [B * h * w, 3 * frames * patch * patch], and their grid [B, 3] as (1, h, w).
+    """Return Qwen2-VL's input: patches [B * h * w, 3 * frames * patch * patch], and their grid [B, 3] as (1, h, w).
 
     Patches that become one token follow each other; the picture is shown as so many equal frames.
     """
@@ -260,7 +260,7 @@ def patchify(pixels_BCHW: Tensor, patch: int = 14, merge: int = 2, frames: int =
 
 
 def split_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The trunk's weights under Qwen2VLModel's names, and the head's; the language model's own head is dropped."""
+    """Return the trunk's weights under Qwen2VLModel's names, and the head's; the language model's head is dropped."""
     trunk, head = {}, {}
     for key, value in weights.items():
         if key.startswith("rm_head."):
@@ -283,7 +283,7 @@ def _head(weights: Mapping[str, Tensor], width: int, source: Path) -> nn.Sequent
 
 
 def _rows(weights: Mapping[str, Tensor], source: Path) -> int:
-    """How many tokens have an embedding; the published file has one more than Qwen2-VL's tokenizer."""
+    """Return how many tokens have an embedding; the published file has one more than Qwen2-VL's tokenizer."""
     name = "language_model.embed_tokens.weight"
     if name not in weights:
         raise CheckpointError(
@@ -294,7 +294,7 @@ def _rows(weights: Mapping[str, Tensor], source: Path) -> int:
 
 
 def _words(file: Path, processor: str | Path | None) -> Path:
-    """The folder of Qwen2-VL's config and tokenizer."""
+    """Return the folder of Qwen2-VL's config and tokenizer."""
     if processor is None and not (file.parent / "config.json").is_file():
         raise CheckpointError(
             f"{file.parent} holds no config and tokenizer, as published. Say which Qwen2-VL it was trained from: "

@@ -36,15 +36,15 @@ from pixrl.types import RewardBatch, Scores
 WEIGHTS, CONFIG, VOCABULARY = "ImageReward.pt", "med_config.json", "vocab.txt"
 VOCABULARY_FILES = (VOCABULARY, "tokenizer*")
 LICENCE = "Apache-2.0"
-"""ImageReward's, and bert-base-uncased's."""
+"""The licence of ImageReward, and of bert-base-uncased."""
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the head's output over ImageReward's own data, as its code has them."""
+"""The mean and deviation of the head's output over ImageReward's own data, as its code has them."""
 TEXT_LENGTH = 35
 HEAD_WIDTHS = (1024, 128, 64, 16, 1)
 HEAD_LAYERS = (0, 2, 4, 6, 7)
-"""Where the head's linear layers stand in the published Sequential: dropout stands between, no activation."""
+"""The places of the head's linear layers in the published Sequential, with dropout and no activation between."""
 COLUMNS_PER_HEAD = 64
-"""Of BLIP's vision transformers, both sizes; the file doesn't say how many attention heads it has."""
+"""The width of a head of BLIP's vision transformers of both sizes; the file does not say how many there are."""
 VISION_EPS = 1e-6
 BATCH = 32
 _VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
@@ -59,6 +59,18 @@ _VISION_NAMES = (
     ("norm2", "layer_norm2"),
 )
 """Parts of BLIP's names -> transformers' names."""
+_TEXT_SETTINGS = (
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "pad_token_id",
+    "vocab_size",
+)
+"""The settings of BLIP's med_config.json that its code reads, which have the same names in transformers."""
 
 
 class ImageReward(DifferentiableReward):
@@ -86,7 +98,14 @@ class ImageReward(DifferentiableReward):
         file = require_file(folder, WEIGHTS)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
-        words = _vocabulary_folder(folder, tokenizer)
+        words = folder if tokenizer is None else published_folder(tokenizer, VOCABULARY_FILES)
+        if tokenizer is not None:
+            require_file(words, VOCABULARY)
+        elif not (folder / VOCABULARY).is_file():
+            raise CheckpointError(
+                f"{folder} holds no {VOCABULARY}, as published. Say where BERT's is, for example "
+                "tokenizer: google-bert/bert-base-uncased"
+            )
         self.tokenizer = load_tokenizer(words, "BertTokenizer")
         parts = split_weights(read_weights([file]), file)
         self.vision, self.text = _towers(parts, require_file(folder, CONFIG), self.precision.weights)
@@ -125,7 +144,7 @@ class ImageReward(DifferentiableReward):
         return self.rewards(pixels, prompts).to(images_BCHW.device)
 
     def rewards(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """[B] of preprocessed pictures, float32 on the device and differentiable."""
+        """Return the rewards [B] of preprocessed pictures, float32 on the device and differentiable."""
         words = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -145,13 +164,13 @@ class ImageReward(DifferentiableReward):
 
 
 def normalize(outputs_B: Tensor) -> Tensor:
-    """The head's outputs on the published scale."""
+    """Return the head's outputs [B] on the published scale."""
     return (outputs_B - MEAN) / STD
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The file's weights under transformers' names, one mapping a model; training's momentum copies are left out."""
+    """The file's weights under transformers' names, one mapping per model; training's momentum copies are left out."""
 
     vision: Mapping[str, Tensor]
     text: Mapping[str, Tensor]
@@ -159,7 +178,7 @@ class Parts:
 
 
 def split_weights(weights: Mapping[str, Tensor], source: Path) -> Parts:
-    """What belongs to which model.
+    """Sort the file's weights by the model that they belong to.
 
     Raises:
         CheckpointError: one of the three has no weights in the file.
@@ -187,7 +206,7 @@ def _vision_name(key: str) -> str:
 
 
 def _towers(parts: Parts, config_file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The vision and text models; the vision model's sizes are read from its weights."""
+    """Build the vision and text models; the vision model's sizes are read off its weights."""
     with quiet_loading():
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -204,8 +223,14 @@ def _towers(parts: Parts, config_file: Path, dtype: torch.dtype) -> tuple[Any, A
             patch_size=patch,
             layer_norm_eps=VISION_EPS,
         )
+        config = read_json(config_file)
+        missing = [name for name in _TEXT_SETTINGS if name not in config]
+        if missing:
+            raise CheckpointError(
+                f"{config_file} has no {missing[0]!r}: is it ImageReward's med_config.json?"
+            )
         text = BlipTextConfig(
-            **_text_settings(config_file),
+            **{name: config[name] for name in _TEXT_SETTINGS},
             encoder_hidden_size=width,
             is_decoder=True,  # or it would have no cross-attention
             bos_token_id=None,
@@ -218,28 +243,8 @@ def _towers(parts: Parts, config_file: Path, dtype: torch.dtype) -> tuple[Any, A
         )
 
 
-def _text_settings(config_file: Path) -> dict[str, Any]:
-    """BLIP's med_config.json in transformers' names; what its code doesn't read is left out."""
-    config = read_json(config_file)
-    names = (
-        "hidden_act",
-        "hidden_size",
-        "intermediate_size",
-        "layer_norm_eps",
-        "max_position_embeddings",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "pad_token_id",
-        "vocab_size",
-    )
-    missing = [name for name in names if name not in config]
-    if missing:
-        raise CheckpointError(f"{config_file} has no {missing[0]!r}: is it ImageReward's med_config.json?")
-    return {name: config[name] for name in names}
-
-
 def _head(weights: Mapping[str, Tensor], width: int, source: Path) -> nn.Sequential:
-    """The published head without its dropout: linear layers in a row, in float32."""
+    """Build the published head without its dropout: linear layers in a row, in float32."""
     widths = (width, *HEAD_WIDTHS)
     head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
     places = {str(theirs): str(ours) for ours, theirs in enumerate(HEAD_LAYERS)}
@@ -249,16 +254,3 @@ def _head(weights: Mapping[str, Tensor], width: int, source: Path) -> nn.Sequent
         renamed[f"{places.get(layer, layer)}.{what}"] = value.float()
     load_weights(head, renamed, source)
     return head.requires_grad_(False).eval()
-
-
-def _vocabulary_folder(folder: Path, tokenizer: str | Path | None) -> Path:
-    if tokenizer is not None:
-        given = published_folder(tokenizer, VOCABULARY_FILES)
-        require_file(given, VOCABULARY)
-        return given
-    if not (folder / VOCABULARY).is_file():
-        raise CheckpointError(
-            f"{folder} holds no {VOCABULARY}, as published. Say where BERT's is, for example "
-            "tokenizer: google-bert/bert-base-uncased"
-        )
-    return folder

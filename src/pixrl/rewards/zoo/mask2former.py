@@ -43,24 +43,24 @@ CLASSES = (
 )  # fmt: skip
 """GenEval's names of COCO's 80 classes, in COCO's order."""
 MOST = 100
-"""Instances of one picture, before any threshold."""
+"""The most instances of one picture, before any threshold."""
 DIVISOR = 32
 GREY = 128.0
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-"""ImageNet's, on the scale 0 to 255."""
+"""ImageNet's mean and deviation, on the scale 0 to 255."""
 BATCH = 4
 SUFFIX = ".pth"
 MODEL_TYPE = "mask2former"
 SHOWN = 3
 _MAY_LACK = (".swin.layernorm.", "criterion.empty_weight")
-"""Of training, or of the backbone as a classifier: no file need have it."""
+"""Weights of training, or of the backbone as a classifier, which no file need have."""
 _MAY_HAVE = ("relative_position_index",)
 """Tables that are computed."""
 
 
 @dataclass(frozen=True)
 class Sides:
-    """What a picture is scaled to: as large as possible with its sides within these, the ratio kept."""
+    """The limits of a scaled picture's sides: as large as possible within them, the aspect ratio kept."""
 
     shortest: int = 800
     longest: int = 1333
@@ -76,14 +76,14 @@ class Frame:
 
     @staticmethod
     def of(rows: int, columns: int, sides: Sides) -> "Frame":
-        """Of a picture of rows x columns pixels; sizes are rounded as mmcv does."""
+        """Return the sizes of a picture of rows x columns pixels, rounded as mmcv does."""
         factor = min(sides.longest / max(rows, columns), sides.shortest / min(rows, columns))
         height, width = (int(side * factor + 0.5) for side in (rows, columns))
         padded = (math.ceil(height / DIVISOR) * DIVISOR, math.ceil(width / DIVISOR) * DIVISOR)
         return Frame((rows, columns), (height, width), padded)
 
     def pixels(self, images_BCHW: Tensor) -> Tensor:
-        """The model's input, of pictures in [0, 1]."""
+        """Return the model's input for pictures in [0, 1]."""
         levels = _scaled((images_BCHW * 255).round(), self.scaled).round().clamp(0, 255)
         below, right = (after - before for after, before in zip(self.padded, self.scaled, strict=True))
         levels = F.pad(levels, (0, right, 0, below), value=GREY)
@@ -91,7 +91,7 @@ class Frame:
         return (levels - mean) / std
 
     def restored(self, masks_Qhw: Tensor) -> Tensor:
-        """Mask logits at the picture's own size: up to the padded input, the padding cut off, then back."""
+        """Return mask logits at the picture's own size: up to the padded input, the padding cut off, then back."""
         height, width = self.scaled
         inside = _scaled(masks_Qhw[None], self.padded)[:, :, :height, :width]
         return _scaled(inside, self.picture)[0]
@@ -100,7 +100,7 @@ class Frame:
 def instances_of(
     classes_QK: Tensor, masks_Qhw: Tensor, frame: Frame, names: Sequence[str], least: float = 0.0
 ) -> list[Instance]:
-    """mmdet's instances of one picture, the highest score first.
+    """Return mmdet's instances of one picture, the highest score first.
 
     The score is P(class) times the mean mask probability inside the mask, so a pair whose P(class) does not exceed
     `least` cannot either, and its mask is never enlarged. A box is tight, its last sides exclusive.
@@ -109,7 +109,7 @@ def instances_of(
         classes_QK: class logits of Q queries, the last one for "no object".
         masks_Qhw: mask logits at a quarter of the padded input.
         frame: the picture's sizes.
-        names: of the classes without the last.
+        names: the names of the classes without the last.
         least: scores up to this are left out; an empty mask has 0.
     """
     flat = classes_QK.float().softmax(dim=-1)[:, :-1].flatten()
@@ -143,7 +143,7 @@ class _Loaded:
 
 
 class Mask2FormerDetector:
-    """A `geneval.Detector`. It computes in float32, without TF32: GenEval's thresholds were chosen so.
+    """A `geneval.Detector` that computes in float32 without TF32, as GenEval's thresholds were chosen.
 
     Args:
         ref: an OpenMMLab .pth file, a folder, or a hub id. A folder's card may give a `resolution`, the shorter side
@@ -171,7 +171,12 @@ class Mask2FormerDetector:
         self.least = least
         self.batch = batch
         loaded = _load_file(ref) if self.name.lower().endswith(SUFFIX) else _load_folder(ref)
-        self.sides = sides or _sides(loaded.resolution)
+        if sides is None:
+            sides = Sides()
+            if loaded.resolution is not None:
+                longest = round(loaded.resolution * sides.longest / sides.shortest)
+                sides = Sides(loaded.resolution, longest)
+        self.sides = sides
         self.model = loaded.model.requires_grad_(False).eval().to(self.device)
         self.provenance: Mapping[str, str] = {
             **loaded.about,
@@ -183,7 +188,7 @@ class Mask2FormerDetector:
         }
 
     def instances(self, images_BCHW: Tensor) -> list[list[Instance]]:
-        """Each picture's objects, the highest score first; pictures [B, 3, H, W] in [0, 1]."""
+        """Return each picture's objects, the highest score first; pictures [B, 3, H, W] in [0, 1]."""
         require_images(images_BCHW)
         rows, columns = images_BCHW.shape[-2:]
         frame = Frame.of(rows, columns, self.sides)
@@ -227,7 +232,7 @@ def _load_folder(ref: str | Path) -> _Loaded:
 
 
 def _load(path: Path, arguments: Mapping[str, object] | None = None) -> Any:
-    """The model, every part of it from the file or, where no arguments are given for it, from the folder."""
+    """Load the model, every part of it from the arguments or, where there are none, from the folder."""
     with quiet_loading():
         from transformers import Mask2FormerForUniversalSegmentation as Kind
 
@@ -240,7 +245,7 @@ def _load(path: Path, arguments: Mapping[str, object] | None = None) -> Any:
 
 
 def _require_coco(path: Path, count: int, labels: Mapping[int, str]) -> None:
-    """GenEval names classes by their place in COCO's order. Labels without names are taken at their count."""
+    """Require COCO's order, by which GenEval names classes. Labels without names are judged by their number."""
     ends = [labels.get(n, "") for n in (0, len(CLASSES) - 1)]
     named = bool(labels) and not all(end.startswith("LABEL_") for end in ends)
     if count != len(CLASSES) or (named and ends != [CLASSES[0], CLASSES[-1]]):
@@ -249,13 +254,6 @@ def _require_coco(path: Path, count: int, labels: Mapping[int, str]) -> None:
             f"{path} has {count} classes ({shown} ...), and GenEval needs COCO's {len(CLASSES)}, from {CLASSES[0]} to "
             f"{CLASSES[-1]}: a checkpoint for instances of COCO, neither panoptic nor of another data set."
         )
-
-
-def _sides(resolution: int | None) -> Sides:
-    published = Sides()
-    if resolution is None:
-        return published
-    return Sides(resolution, round(resolution * published.longest / published.shortest))
 
 
 def _scaled(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -271,7 +269,7 @@ def _tight_box(mask_HW: Tensor) -> tuple[float, float, float, float] | None:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Within it no product is rounded to TF32."""
+    """Compute in full float32: no product is rounded to TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

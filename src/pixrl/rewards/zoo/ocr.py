@@ -35,36 +35,36 @@ from pixrl.rewards.weights import describe, load_folder, part
 from pixrl.types import RewardBatch, Scores
 
 GOT, PADDLE = "got_ocr2", "pp_ocrv"
-"""Beginnings of `model_type` in the readers' configs."""
+"""The beginnings of `model_type` in the readers' configs."""
 AT_ONCE = 16
 LONGEST, STEP = 960, 32
 """The detector sees sides up to LONGEST, both rounded to multiples of STEP."""
 THRESHOLD, BOX_THRESHOLD, UNCLIP = 0.3, 0.6, 1.5
 LEAST_SIDE = 3
-"""Pixels of the detector's map."""
+"""The least side of a line's box, in pixels of the detector's map."""
 MOST_BOXES = 1000
 SAME_LINE = 10
-"""Rows within which boxes are read from left to right."""
+"""The rows within which boxes are read from left to right."""
 HEIGHT, NARROWEST, WIDEST = 48, 320, 3200
-"""Of a crop as the recognizer sees it: rows; columns that it is filled up to; most columns."""
+"""The size of a crop as the recognizer sees it: rows; columns it is filled up to; most columns."""
 ON_ITS_SIDE = 1.5
 LEAST_CONFIDENCE = 0.5
 BLANK = 0
 CROPS_AT_ONCE = 32
 GOT_LENGTH = 128
-"""Tokens that GOT-OCR2 writes at most."""
+"""The most tokens that GOT-OCR2 writes."""
 GOT_END = "<|im_end|>"
 _TOUCHING = np.ones((3, 3), dtype=int)
 
 Box = tuple[int, int, int, int]
-"""Left, top, right, bottom in pixels; the last two exclusive."""
+"""A box in pixels: left, top, right, bottom, the last two exclusive."""
 
 
 class OcrReward(Reward):
-    """How much of the prompt's quoted text the picture shows, 0 to 1.
+    """The share of the prompt's quoted text that the picture shows, from 0 to 1.
 
     Args:
-        model: the folder or hub id of what reads: a PP-OCR recognizer (PaddlePaddle/PP-OCRv5_server_rec_safetensors),
+        model: the folder or hub id of the reader: a PP-OCR recognizer (PaddlePaddle/PP-OCRv5_server_rec_safetensors),
             or a GOT-OCR2 (stepfun-ai/GOT-OCR-2.0-hf), which needs no detector.
         detector: the PP-OCR detector that finds the lines (PaddlePaddle/PP-OCRv5_server_det_safetensors).
 
@@ -105,7 +105,7 @@ class OcrReward(Reward):
 
 
 def make_reader(model: str | Path, detector: str | Path | None, device: str, dtype: str) -> "Reader":
-    """The reader that a checkpoint's config names.
+    """Load the reader that a checkpoint's config names.
 
     Raises:
         ConfigError: see `OcrReward`.
@@ -141,21 +141,21 @@ def make_reader(model: str | Path, detector: str | Path | None, device: str, dty
 
 
 def quoted(prompt: str) -> str:
-    """What stands between the first two double quotes, without spaces and in lower case; empty where there is none."""
+    """Return the text between the first two double quotes, without spaces and in lower case; "" where there is none."""
     parts = prompt.split('"')
     return plain(parts[1]) if len(parts) > 2 else ""
 
 
 def plain(text: str) -> str:
-    """Without spaces, in lower case."""
+    """Return a text without spaces, in lower case."""
     return text.replace(" ", "").lower()
 
 
 def text_reward(read: str, target: str) -> float:
-    """1 where the target is in what was read, less by each edit that is needed, 0 from as many as it has letters.
+    """Return 1 where the target was read, less by each needed edit, and 0 from as many as it has letters.
 
     Args:
-        read: what the reader read, all lines one after the other.
+        read: the text that the reader found, all lines one after the other.
         target: a text that is not empty, as `quoted` gives it.
     """
     found = plain(read)
@@ -164,7 +164,7 @@ def text_reward(read: str, target: str) -> float:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's: the fewest insertions, deletions and replacements of one letter that turn a into b."""
+    """Return Levenshtein's distance: the fewest insertions, deletions and replacements that turn a into b."""
     row = list(range(len(b) + 1))
     for above, letter in enumerate(a):
         kept = [cost + (letter != other) for cost, other in zip(row, b, strict=False)]
@@ -176,17 +176,17 @@ def edit_distance(a: str, b: str) -> int:
 
 
 class Reader(Protocol):
-    """Reads all text in a picture."""
+    """The interface of readers, which read all text in a picture."""
 
     provenance: Mapping[str, str]
 
     def read(self, images_BCHW: Tensor) -> list[str]:
-        """The text of each picture [3, H, W] in [0, 1], its lines one after the other."""
+        """Return the text of each picture [3, H, W] in [0, 1], its lines one after the other."""
 
 
 @dataclass(frozen=True)
 class PaddleInput:
-    """What a PP-OCR preprocessor_config.json says."""
+    """The settings of a PP-OCR preprocessor_config.json."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -195,7 +195,7 @@ class PaddleInput:
 
     @classmethod
     def of(cls, folder: Path, mean: Sequence[float], std: Sequence[float]) -> "PaddleInput":
-        """From a folder; mean and deviation are the class's own where it doesn't say."""
+        """Read the settings from a folder; mean and deviation are the given ones where it does not state them."""
         config = read_json(folder / "preprocessor_config.json")
         kind = config.get("limit_type", "max")
         if kind != "max":
@@ -213,13 +213,13 @@ class PaddleInput:
         return cls(mean_std[0], mean_std[1], tuple(str(one) for one in characters), longest)
 
     def normalize(self, images_BCHW: Tensor) -> Tensor:
-        """(picture - mean) / std, channels in RGB."""
+        """Return (picture - mean) / std, channels in RGB."""
         mean, std = (images_BCHW.new_tensor(x).view(1, 3, 1, 1) for x in (self.mean, self.std))
         return (images_BCHW - mean) / std
 
 
 class PaddleReader:
-    """A PP-OCR detector and recognizer (v5 or v6, mobile or server)."""
+    """A reader of a PP-OCR detector and recognizer (v5 or v6, mobile or server)."""
 
     licences: ClassVar[Mapping[str, str]] = {
         "PaddlePaddle/PP-OCRv5_mobile_det_safetensors": "Apache-2.0",
@@ -271,7 +271,7 @@ class PaddleReader:
         return ["".join(next(letters) for _ in crops) for crops in lines]
 
     def text_maps(self, images_BCHW: Tensor) -> Tensor:
-        """[B, h, w]: how probable it is that a pixel is text, at the detector's size."""
+        """Return [B, h, w]: the probability that a pixel is text, at the detector's size."""
         rows, columns = images_BCHW.shape[-2:]
         size = detector_size(rows, columns, self.to_detector.longest)
         resized = F.interpolate(images_BCHW, size, mode="bilinear", antialias=True)
@@ -281,7 +281,7 @@ class PaddleReader:
         return torch.as_tensor(maps[:, 0].float())
 
     def recognize(self, crops: Sequence[Tensor]) -> list[str]:
-        """What each crop [3, H, W] says; empty where it is too unsure. Crops of one width are read together."""
+        """Return the text of each crop [3, H, W], "" where it is too unsure; crops of one width go together."""
         fitted = [self._fit(crop) for crop in crops]
         by_width: dict[int, list[int]] = {}
         for place, crop in enumerate(fitted):
@@ -290,26 +290,22 @@ class PaddleReader:
         for places in by_width.values():
             for start in range(0, len(places), CROPS_AT_ONCE):
                 part = places[start : start + CROPS_AT_ONCE]
-                for place, text in zip(
-                    part, self._letters(torch.stack([fitted[p] for p in part])), strict=True
-                ):
-                    texts[place] = text
+                pixels = torch.stack([fitted[place] for place in part]).to(self.precision.weights)
+                with self.precision.context(self.device):
+                    output = self.recognizer(pixel_values=pixels).last_hidden_state
+                for place, one in zip(part, output.float().cpu(), strict=True):
+                    texts[place] = decode(one, self.to_recognizer.characters)
         return texts
 
     def _fit(self, crop_CHW: Tensor) -> Tensor:
-        """48 rows, at least 320 columns: the ratio is kept, and what is narrower is filled up with zeros."""
+        """Scale to 48 rows with the ratio kept; fill up to at least 320 columns with zeros."""
         width = line_width(*crop_CHW.shape[-2:])
         resized = F.interpolate(crop_CHW[None], (HEIGHT, width), mode="bilinear", antialias=True)
         return F.pad(self.to_recognizer.normalize(resized)[0], (0, max(NARROWEST - width, 0)))
 
-    def _letters(self, crops_BCHW: Tensor) -> list[str]:
-        with self.precision.context(self.device):
-            output = self.recognizer(pixel_values=crops_BCHW.to(self.precision.weights)).last_hidden_state
-        return [decode(one, self.to_recognizer.characters) for one in output.float().cpu()]
-
 
 class GotReader:
-    """GOT-OCR2: a language model that writes down what it sees, whole pictures at once, greedily."""
+    """A reader by GOT-OCR2, a language model that writes down the text of whole pictures, greedily."""
 
     licences: ClassVar[Mapping[str, str]] = {
         "stepfun-ai/GOT-OCR-2.0-hf": "Apache-2.0",
@@ -359,14 +355,14 @@ class GotReader:
 
 
 def detector_size(rows: int, columns: int, longest: int = LONGEST) -> tuple[int, int]:
-    """Rows and columns that the detector sees a picture at."""
+    """Return the rows and columns at which the detector sees a picture."""
     ratio = min(1.0, longest / max(rows, columns))
     high, wide = (max(round(int(side * ratio) / STEP) * STEP, STEP) for side in (rows, columns))
     return high, wide
 
 
 def find_lines(map_HW: np.ndarray, rows: int, columns: int) -> list[Box]:
-    """Boxes of text in a picture of so many rows and columns, in reading order, from the detector's map."""
+    """Return boxes of text in a picture of so many rows and columns, in reading order, from the detector's map."""
     found: list[Box] = []
     labels, count = ndimage.label(map_HW > THRESHOLD, structure=_TOUCHING)
     for down, across in ndimage.find_objects(labels)[: min(count, MOST_BOXES)]:
@@ -380,7 +376,7 @@ def find_lines(map_HW: np.ndarray, rows: int, columns: int) -> list[Box]:
 
 
 def unclip(corners: tuple[int, int, int, int]) -> tuple[float, float, float, float] | None:
-    """A box grown on every side by 1.5 x area / perimeter, the detector being trained on shrunk ones; None if tiny.
+    """Grow a box on every side by 1.5 x area / perimeter, the detector being trained on shrunk ones; None if tiny.
 
     Args:
         corners: left, top, right, bottom: the first and last pixel of each axis.
@@ -396,7 +392,7 @@ def unclip(corners: tuple[int, int, int, int]) -> tuple[float, float, float, flo
 
 
 def _scaled(box: tuple[float, float, float, float], shape: tuple[int, ...], rows: int, columns: int) -> Box:
-    """From the detector's map to the picture, inside it."""
+    """Scale a box from the detector's map to the picture, inside it."""
     across, down = columns / shape[1], rows / shape[0]
     left, right = (min(max(round(side * across), 0), columns) for side in (box[0], box[2]))
     top, bottom = (min(max(round(side * down), 0), rows) for side in (box[1], box[3]))
@@ -404,7 +400,7 @@ def _scaled(box: tuple[float, float, float, float], shape: tuple[int, ...], rows
 
 
 def reading_order(boxes: Sequence[Box]) -> list[Box]:
-    """From top to bottom, and from left to right where tops are less than 10 rows apart; as PaddleOCR sorts."""
+    """Sort boxes from top to bottom, and left to right where tops are less than 10 rows apart, as PaddleOCR does."""
     ordered = sorted(boxes, key=lambda box: (box[1], box[0]))
     for last in range(1, len(ordered)):
         for place in range(last, 0, -1):
@@ -416,21 +412,21 @@ def reading_order(boxes: Sequence[Box]) -> list[Box]:
 
 
 def upright(crop_CHW: Tensor) -> Tensor:
-    """Turned by 90 degrees where it is at least 1.5 times as high as wide."""
+    """Turn a crop by 90 degrees where it is at least 1.5 times as high as wide."""
     height, width = crop_CHW.shape[-2:]
     return torch.rot90(crop_CHW, 1, (1, 2)) if height >= ON_ITS_SIDE * width else crop_CHW
 
 
 def line_width(rows: int, columns: int) -> int:
-    """Columns of a crop that is 48 rows high: rounded up where it is narrower than 320, else down."""
+    """Return the columns of a crop scaled to 48 rows: rounded up where it is narrower than 320, else down."""
     exact = HEIGHT * columns / rows
     return min(math.ceil(exact) if exact < NARROWEST else int(exact), WIDEST)
 
 
 def decode(probabilities_TV: Tensor, characters: Sequence[str]) -> str:
-    """CTC, greedily: the most probable letter at every step, repeats and blanks left out.
+    """Decode CTC greedily: the most probable letter at every step, repeats and blanks left out.
 
-    Empty where the letters' mean probability is below 0.5.
+    The text is empty where the letters' mean probability is below 0.5.
     """
     best, letters = probabilities_TV.max(dim=-1)
     kept = letters != BLANK

@@ -1,4 +1,4 @@
-"""OpenMMLab's Mask2Former files (instance segmentation with a Swin backbone) as transformers' model.
+"""OpenMMLab's Mask2Former files (instance segmentation with a Swin backbone), converted to transformers' model.
 
 The same weights are published under mmdet 2.x's names and, where GenEval's download script now points, mmdet 3.x's.
 
@@ -23,7 +23,7 @@ from pixrl.errors import CheckpointError
 from pixrl.rewards.weights import read_weights
 
 GENEVAL_FILE = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
-"""GenEval's detector, of OpenMMLab's model zoo."""
+"""The file of GenEval's detector in OpenMMLab's model zoo."""
 URL = f"https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/{GENEVAL_FILE}"
 LEVELS, POINTS = 3, 4
 """Feature maps and sampling points a head of the pixel decoder's deformable attention; fixed in both libraries."""
@@ -91,7 +91,7 @@ SPLIT: Mapping[str, tuple[str, ...]] = {
         f"{_DECODER_TO}self_attn.{x}_proj." for x in "qkv"
     ),
 }
-"""Three matrices in one."""
+"""mmdet's name (a pattern) of three matrices in one -> transformers' three names."""
 _DOWNSAMPLE = re.compile(r"^backbone\.stages\.(\d+)\.downsample\.(.+)$")
 _STAGE_NORM = re.compile(r"^backbone\.norm(\d+)\.(\w+)$")
 _MASK_EMBED = re.compile(r"^panoptic_head\.mask_embed\.(\d+)\.(\w+)$")
@@ -100,24 +100,21 @@ _COMPUTED = "relative_position_index"
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The weights of an OpenMMLab file, under mmdet 2.x's names.
+    """Read the weights of an OpenMMLab file, under mmdet 2.x's names.
 
     Raises:
         CheckpointError: the file is missing, cut short, or holds more than tensors and plain containers.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no file {str(path)!r} (looked in {Path.cwd()}). {_REMEDY}")
-    return {_older(name): x for name, x in read_weights([path]).items()}
-
-
-def _older(name: str) -> str:
+    state = read_weights([path])
     for pattern, to in OLDER.items():
-        name = re.sub(pattern, to, name)
-    return name
+        state = {re.sub(pattern, to, name): x for name, x in state.items()}
+    return state
 
 
 def convert(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The same weights under the names that transformers keeps on disk; `path` is for messages.
+    """Return the same weights under the names that transformers keeps on disk; `path` is for messages.
 
     Raises:
         CheckpointError: a name is not mmdet's.
@@ -139,7 +136,7 @@ def convert(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _converted(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What a tensor becomes; nothing where its name is unknown."""
+    """Yield transformers' names and tensors of one of mmdet's; nothing where its name is unknown."""
     for pattern, names in SPLIT.items():
         if re.match(pattern, name):
             yield from (
@@ -149,23 +146,17 @@ def _converted(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         if re.match(pattern, name):
             yield re.sub(pattern, to, name), x
     if match := _DOWNSAMPLE.match(name):
-        yield f"{_ENCODER}encoder.layers.{match[1]}.downsample.{match[2]}", _place_before_channel(x)
+        # columns [channel, (row, column)] become [(column, row), channel]
+        places = x.unflatten(-1, (x.shape[-1] // 4, 2, 2)).movedim((-1, -2), (-3, -2))
+        yield f"{_ENCODER}encoder.layers.{match[1]}.downsample.{match[2]}", places.flatten(-3).contiguous()
     if match := _STAGE_NORM.match(name):
         yield f"{_ENCODER}hidden_states_norms.stage{int(match[1]) + 1}.{match[2]}", x
     if match := _MASK_EMBED.match(name):  # every other layer is a ReLU
         yield f"{_TRANSFORMER}decoder.mask_predictor.mask_embedder.{int(match[1]) // 2}.0.{match[2]}", x
 
 
-def _place_before_channel(x: Tensor) -> Tensor:
-    """Columns [channel, (row, column)] as [(column, row), channel]."""
-    channels = x.shape[-1] // 4
-    places = x.unflatten(-1, (channels, 2, 2))
-    turned: Tensor = places.movedim((-1, -2), (-3, -2))
-    return turned.flatten(-3).contiguous()
-
-
 def config(state: Mapping[str, Tensor], path: Path) -> Any:
-    """The Mask2FormerConfig of some weights under mmdet's names.
+    """Return the Mask2FormerConfig of weights under mmdet's names.
 
     Raises:
         CheckpointError: a tensor that tells a size is missing.
@@ -220,7 +211,7 @@ def _head_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number in the names that fit a pattern."""
+    """Return one more than the largest number in the names that fit a pattern."""
     numbers = [int(match[1]) for name in state if (match := re.match(pattern, name))]
     return max(numbers, default=-1) + 1
 

@@ -23,7 +23,7 @@ from pixrl.rewards.weights import build, origin, published_folder, read_weights,
 
 BATCH = 64
 HEAD_WIDTH = 64
-"""OpenAI's: a tower of width W has W / 64 heads."""
+"""The width of an attention head in OpenAI's CLIP: a tower of width W has W / 64 heads."""
 TOWER, STYLE = "backbone.", "last_layer_style"
 FILES = ("*.safetensors", "*.bin", "*.pth", "*.json")
 SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
@@ -31,7 +31,7 @@ LICENCE = "MIT"
 
 
 class StyleEncoder:
-    """CSD, from a file of its weights, a folder, or a hub id.
+    """CSD's style encoder, from a file of its weights, a folder, or a hub id.
 
     Raises:
         CheckpointError: the weights are missing, cut short, or not CSD's.
@@ -52,7 +52,12 @@ class StyleEncoder:
             raise CheckpointError(
                 f"There is no file {self.name!r}. Give CSD's weights, their folder, or a hub id."
             )
-        weights = _plain_names(read_weights(files), files[0])
+        weights = {name.removeprefix("module."): x for name, x in read_weights(files).items()}
+        if STYLE not in weights or f"{TOWER}conv1.weight" not in weights:
+            raise CheckpointError(
+                f"{files[0]} is not CSD's: it has no {STYLE} beside a {TOWER.rstrip('.')}. Its first tensors are "
+                f"{', '.join(list(weights)[:3])}. The published weights are tomg-group-umd/CSD-ViT-L."
+            )
         tower = {
             f"visual.{name.removeprefix(TOWER)}": x for name, x in weights.items() if name.startswith(TOWER)
         }
@@ -67,30 +72,20 @@ class StyleEncoder:
 
     @torch.inference_mode()
     def image_features(self, images_BCHW: Tensor) -> Tensor:
-        """Unit vectors [B, E], float32 on the CPU."""
+        """Return unit vectors [B, E], float32 on the CPU."""
         require_images(images_BCHW)
         parts = batches(images_BCHW, self.batch)
         return torch.cat([self.embed(self.preprocess(part.to(self.device))).cpu() for part in parts])
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        """Unit vectors of preprocessed pictures, on the device and differentiable."""
+        """Return the unit vectors [B, E] of preprocessed pictures, on the device and differentiable."""
         with self.precision.context(self.device):
             output = self.model(pixel_values=pixels_BCHW.to(self.precision.weights))
         return F.normalize(output.pooler_output.float() @ self.projection, dim=-1)
 
 
-def _plain_names(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    plain = {name.removeprefix("module."): x for name, x in weights.items()}
-    if STYLE not in plain or f"{TOWER}conv1.weight" not in plain:
-        raise CheckpointError(
-            f"{path} is not CSD's: it has no {STYLE} beside a {TOWER.rstrip('.')}. Its first tensors are "
-            f"{', '.join(list(plain)[:3])}. The published weights are tomg-group-umd/CSD-ViT-L."
-        )
-    return plain
-
-
 def _tower(visual: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> Any:
-    """The picture tower; its sizes are read off the tensors."""
+    """Build the picture tower; its sizes are read off the tensors."""
     width, _, _, patch = visual["visual.conv1.weight"].shape
     found = [re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name) for name in visual]
     with quiet_loading():

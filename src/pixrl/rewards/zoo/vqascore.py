@@ -42,7 +42,7 @@ from pixrl.types import RewardBatch, Scores
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 LICENCE = "Apache-2.0"
 TOKENIZER = (*WORDS, "spiece.model")
-"""What is needed of the checkpoint that the tokenizer is taken from."""
+"""The files that are needed of the checkpoint that the tokenizer is taken from."""
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
@@ -54,13 +54,13 @@ PICTURE_MARK = "<image>"
 BATCH = 8
 _PROJECTOR, _TOWER = "mm_projector.", "vision_tower.vision_tower."
 _COPIES = ("embed_tokens.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-"""The same embeddings under further names."""
+"""Further names of the same embeddings."""
 _BY_TOKEN = ("shared.weight", "lm_head.weight")
-"""One row a token; rows that the tokenizer has no token for are cut off, as the original does."""
+"""Weights with one row per token; rows that the tokenizer has no token for are cut off, as the original does."""
 
 
 class VQAScoreReward(DifferentiableReward):
-    """How probable it is that the picture shows its prompt, in (0, 1); about 0.3 to 0.9 on real pictures.
+    """The probability in (0, 1) that the picture shows its prompt; about 0.3 to 0.9 on real pictures.
 
     Args:
         model: a folder or hub id of CLIP-FlanT5 (zhiqiulin/clip-flant5-xxl or -xl).
@@ -87,7 +87,12 @@ class VQAScoreReward(DifferentiableReward):
         config = _config(folder)
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
-        words = _tokenizer_folder(folder, tokenizer)
+        words = folder if tokenizer is None else published_folder(tokenizer, TOKENIZER)
+        if tokenizer is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise CheckpointError(
+                f"{folder} holds no tokenizer, as published. Say where T5's is, for example tokenizer: "
+                "google/flan-t5-xxl"
+            )
         self.tokenizer = load_tokenizer(words)
         shards = weight_shards(folder)
         weights = read_weights(shards)
@@ -126,7 +131,7 @@ class VQAScoreReward(DifferentiableReward):
         }
 
     def _build_text(self, config: Mapping[str, object], weights: Mapping[str, Tensor], folder: Path) -> Any:
-        """T5 with as many tokens as its tokenizer has."""
+        """Build T5 with as many tokens as its tokenizer has."""
         tokens = len(self.tokenizer)
         with quiet_loading():
             from transformers import T5Config, T5ForConditionalGeneration
@@ -145,7 +150,7 @@ class VQAScoreReward(DifferentiableReward):
         return model.to(self.device)
 
     def _build_tower(self, weights: Mapping[str, Tensor], tower: Path, folder: Path) -> Any:
-        """CLIP's vision model, from the checkpoint's own weights or else from the tower's folder."""
+        """Build CLIP's vision model, from the checkpoint's own weights or else from the tower's folder."""
         with quiet_loading():
             from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -178,7 +183,7 @@ class VQAScoreReward(DifferentiableReward):
         return self.probabilities(pixels, prompts).masked_fill(failed, torch.nan).to(images_BCHW.device)
 
     def probabilities(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """[B] of preprocessed pictures, float32 on the device and differentiable."""
+        """Return the scores [B] of preprocessed pictures, float32 on the device and differentiable."""
         count = len(prompts)
         with self.precision.context(self.device):
             layers = self.tower(
@@ -193,7 +198,7 @@ class VQAScoreReward(DifferentiableReward):
         return answer_probability(logits, labels_BL)
 
     def pad(self, images_BCHW: Tensor) -> Tensor:
-        """To a square, the picture in the middle, on CLIP's mean colour in 8 bits."""
+        """Pad pictures to a square, the picture in the middle, with CLIP's mean colour in 8 bits."""
         rows, columns = images_BCHW.shape[-2:]
         side = max(rows, columns)
         colour = torch.tensor([int(255 * mean) / 255 for mean in self.preprocess.mean])
@@ -203,7 +208,7 @@ class VQAScoreReward(DifferentiableReward):
         return square
 
     def _questions(self, seen_BLD: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, D] of each question around its picture, zeros after it, and the mask [B, L]."""
+        """Return embeddings [B, L, D] of each question around its picture, zeros after it, and the mask [B, L]."""
         embed = self.text_model.get_input_embeddings()
         before = embed(self._before)
         rows = [
@@ -215,12 +220,12 @@ class VQAScoreReward(DifferentiableReward):
         return padded, (torch.arange(padded.shape[1], device=self.device) < lengths[:, None]).long()
 
     def _ids(self, text: str) -> Tensor:
-        """Tokens, </s> at the end."""
+        """Return the tokens of a text, with </s> at the end."""
         return torch.tensor(self.tokenizer(text).input_ids, device=self.device)
 
 
 def answer_probability(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
-    """[B]: exp of the mean log-probability of the labels, in float32."""
+    """Return [B]: exp of the mean log-probability of the labels, in float32."""
     log_BLV = F.log_softmax(logits_BLV.float(), dim=-1)
     return log_BLV.gather(-1, labels_BL[..., None])[..., 0].mean(dim=-1).exp()
 
@@ -245,7 +250,7 @@ def _config(folder: Path) -> dict[str, object]:
 
 
 def _projector(config: Mapping[str, object], weights: Mapping[str, Tensor], source: Path) -> nn.Sequential:
-    """Linear, GELU, linear: from CLIP's width to T5's."""
+    """Build the projector from CLIP's width to T5's: linear, GELU, linear."""
     width, out = int(str(config["mm_hidden_size"])), int(str(config["d_model"]))
     projector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
     own = {
@@ -253,13 +258,3 @@ def _projector(config: Mapping[str, object], weights: Mapping[str, Tensor], sour
     }
     load_weights(projector, own, source)
     return projector.requires_grad_(False).eval()
-
-
-def _tokenizer_folder(folder: Path, tokenizer: str | Path | None) -> Path:
-    if tokenizer is not None:
-        return published_folder(tokenizer, TOKENIZER)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise CheckpointError(
-            f"{folder} holds no tokenizer, as published. Say where T5's is, for example tokenizer: google/flan-t5-xxl"
-        )
-    return folder

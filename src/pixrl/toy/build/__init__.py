@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pixrl.errors import InputError, did_you_mean
+from pixrl.toy import CHECKPOINTS
 from pixrl.toy.build.processes import join, launcher, wait_for_all
 from pixrl.toy.build.workshop import Workshop
 
@@ -22,7 +23,6 @@ STAGES = {
     "flux": "pixrl.toy.build.flux:build_flux",
 }
 """In the order in which they need each other."""
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
 
 def build(

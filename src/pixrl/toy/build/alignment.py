@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from pixrl.toy.build.clip import WIDTH, normalize
-from pixrl.toy.build.pictures import SIDE, DrawnPictures
+from pixrl.toy.build.pictures import DrawnPictures
 from pixrl.toy.build.workshop import Workshop
+from pixrl.toy.pictures import SIDE
 from pixrl.toy.vocabulary import KINDS
 
 PATCH = 8

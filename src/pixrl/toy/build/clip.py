@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from pixrl.hub import CARD_FILE
-from pixrl.toy.build.pictures import SIDE, DrawnPictures, pictures, without_background
+from pixrl.toy.build.pictures import DrawnPictures, pictures, without_background
 from pixrl.toy.build.processes import leads
 from pixrl.toy.build.tokenizers import clip_tokenizer
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 from pixrl.toy.language import caption
+from pixrl.toy.pictures import SIDE
 from pixrl.toy.scene import Task
 from pixrl.toy.vocabulary import COLOURS
 

@@ -24,7 +24,7 @@ from pixrl.hub import CARD_FILE
 from pixrl.models.flux import pack_latents, position_ids
 from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
 from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH, second_text_tower
-from pixrl.toy.build.pictures import SIDE, VIEWS, DrawnPictures, pictures
+from pixrl.toy.build.pictures import VIEWS, DrawnPictures, pictures
 from pixrl.toy.build.sd3 import SAMPLING_STEPS, IntArray, encode_texts, logit_normal
 from pixrl.toy.build.text import PLAN as T5_PLAN
 from pixrl.toy.build.text import t5_features, train_t5
@@ -33,6 +33,7 @@ from pixrl.toy.build.transfer import Texts, start_from
 from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, forget_origin, save_half
 from pixrl.toy.language import WORDS, caption
+from pixrl.toy.pictures import SIDE
 
 PLAN = Plan(
     steps=5600,

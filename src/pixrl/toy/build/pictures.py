@@ -1,4 +1,4 @@
-"""The pictures that the toy world's networks learn from, drawn once and kept on disk."""
+"""The sets of pictures that the toy world's networks learn from, drawn once and kept on disk."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -8,94 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pixrl.toy.build.processes import leads, wait_for_all
-from pixrl.toy.language import canonical, is_held_out
-from pixrl.toy.scene import (
-    Scene,
-    Task,
-    ToySubject,
-    random_scene,
-    random_subject,
-    render_with_masks,
-    resembles_held_out,
-    subject_scene,
-)
-from pixrl.toy.vocabulary import KINDS
+from pixrl.toy.pictures import Bytes, draw, guided_scene, subject_view, to_tensor, training_scene
+from pixrl.toy.scene import Scene
 
-SIDE = 64
 WHITE = 255
-TASK_SHARES = {
-    Task.SINGLE_OBJECT: 0.26, Task.TWO_OBJECT: 0.14, Task.COUNTING: 0.18,
-    Task.COLORS: 0.16, Task.POSITION: 0.13, Task.COLOR_ATTR: 0.13,
-}  # fmt: skip
-GUIDED_SHARES = {
-    Task.SINGLE_OBJECT: 0.38, Task.TWO_OBJECT: 0.11, Task.COUNTING: 0.10,
-    Task.COLORS: 0.24, Task.POSITION: 0.07, Task.COLOR_ATTR: 0.10,
-}  # fmt: skip
-"""The generator's second round, which guides lone objects and leaves the other tasks as they are."""
 VIEWS = 6
 """Pictures of each training subject."""
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Rows = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
 """Which pictures of a set."""
-
-
-def training_scene(seed: int, index: int) -> Scene:
-    """The index-th training scene: never one whose prompt is held out."""
-    return _unheld_scene(np.random.default_rng((seed, 1, index)), TASK_SHARES)
-
-
-def guided_scene(seed: int, index: int) -> Scene:
-    """The index-th scene of the generator's second round; its prompt is never held out either."""
-    return _unheld_scene(np.random.default_rng((seed, 6, index)), GUIDED_SHARES)
-
-
-def _unheld_scene(rng: np.random.Generator, shares: dict[Task, float]) -> Scene:
-    while True:
-        task = rng.choice(list(shares), p=list(shares.values()))
-        scene = random_scene(rng, Task(task))
-        if not is_held_out(canonical(scene)):
-            return scene
-
-
-def training_subject(seed: int, index: int) -> ToySubject:
-    """The index-th training subject: never one that resembles the thirty held out."""
-    rng = np.random.default_rng((seed, 2, index))
-    while True:
-        subject = random_subject(rng)
-        if not resembles_held_out(subject):
-            return subject
-
-
-def subject_view(seed: int, index: int, view: int) -> Scene:
-    """One of a training subject's scenes; its prompt is never held out."""
-    rng = np.random.default_rng((seed, 3, index, view))
-    while True:
-        scene = subject_scene(training_subject(seed, index), rng, added_accessory=0.4)
-        if not is_held_out(canonical(scene)):
-            return scene
-
-
-def held_out_scene(rng: np.random.Generator, task: Task | None = None) -> Scene:
-    """A scene whose prompt training never saw."""
-    while True:
-        scene = random_scene(rng, task or Task(rng.choice(list(TASK_SHARES), p=list(TASK_SHARES.values()))))
-        if is_held_out(canonical(scene)):
-            return scene
-
-
-def draw(scene: Scene) -> tuple[Bytes, Bytes]:
-    """The picture [64, 64, 3] and its label map [64, 64]: 0 background, k + 1 the kind KINDS[k]."""
-    image, masks = render_with_masks(scene, SIDE)
-    labels = np.zeros((SIDE, SIDE), dtype=np.uint8)
-    for thing, mask in zip(scene.objects, masks, strict=True):
-        labels[mask] = KINDS.index(thing.kind) + 1
-    return np.asarray(image), labels
-
 
 SCENE_OF: dict[str, Callable[[int, int], Scene]] = {
     "scenes": training_scene,
@@ -140,10 +64,6 @@ class DrawnPictures:
         picked = np.asarray(rows)
         ink = self.labels[picked][..., None] > 0
         return to_tensor(np.where(ink, self.images[picked], np.uint8(background)))
-
-
-def to_tensor(images: Bytes) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(255)
 
 
 def without_background(scene: Scene) -> Scene:

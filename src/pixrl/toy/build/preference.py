@@ -10,47 +10,9 @@ from pixrl.toy.build.clip import SCENES, image_processor, normalize, soften, tok
 from pixrl.toy.build.pictures import DrawnPictures, pictures
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 from pixrl.toy.language import caption
+from pixrl.toy.pictures import spoil
 
 PLAN = Plan(steps=500, batch=48, lr=4e-4, warmup=50, weight_decay=0.02)
-
-
-def spoil(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Each picture with one of five faults: noise, blur, swapped blocks, washed-out colours, or a grid."""
-    faults = (_noisy, _blurred, _shuffled, _washed, _gridded)
-    return torch.stack([faults[int(rng.integers(len(faults)))](image, rng) for image in images])
-
-
-def _noisy(image: Tensor, rng: np.random.Generator) -> Tensor:
-    noise = torch.from_numpy(rng.standard_normal(image.shape)).float()
-    return (image + float(rng.uniform(0.1, 0.3)) * noise).clamp(0, 1)
-
-
-def _blurred(image: Tensor, rng: np.random.Generator) -> Tensor:
-    side = int(rng.choice((8, 12, 16, 20)))
-    small = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True, align_corners=False)
-    return F.interpolate(small, image.shape[1:], mode="bilinear", align_corners=False)[0]
-
-
-def _shuffled(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blocks of 16 pixels in random order."""
-    n = image.shape[1] // 16
-    blocks = (
-        image.unfold(1, 16, 16)
-        .unfold(2, 16, 16)
-        .reshape(3, n * n, 16, 16)[:, torch.from_numpy(rng.permutation(n * n))]
-    )
-    return blocks.view(3, n, n, 16, 16).permute(0, 1, 3, 2, 4).reshape(image.shape)
-
-
-def _washed(image: Tensor, rng: np.random.Generator) -> Tensor:
-    return image.mean() + (image - image.mean()) * float(rng.uniform(0.15, 0.45))
-
-
-def _gridded(image: Tensor, rng: np.random.Generator) -> Tensor:
-    period = int(rng.integers(3, 7))
-    lines = (torch.arange(image.shape[1]) % period == 0).float()
-    grid = torch.maximum(lines[:, None], lines[None, :])
-    return image + (float(rng.uniform(0, 1)) - image) * grid * float(rng.uniform(0.4, 0.9))
 
 
 def preference_pairs(

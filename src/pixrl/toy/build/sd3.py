@@ -23,11 +23,12 @@ from pixrl.equations import interpolate
 from pixrl.hub import CARD_FILE
 from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
 from pixrl.toy.build.clip import SCENES, SECOND_WIDTH, WIDTH, second_text_tower
-from pixrl.toy.build.pictures import SIDE, DrawnPictures, pictures
+from pixrl.toy.build.pictures import DrawnPictures, pictures
 from pixrl.toy.build.processes import leads
 from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
+from pixrl.toy.pictures import SIDE
 from pixrl.toy.scene import Task
 from pixrl.toy.vocabulary import KINDS
 

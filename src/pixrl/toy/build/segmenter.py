@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from pixrl.toy.build.clip import IMAGE_MEAN, IMAGE_STD, SCENES, normalize, soften
-from pixrl.toy.build.pictures import SIDE, pictures
+from pixrl.toy.build.pictures import pictures
 from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
+from pixrl.toy.pictures import SIDE
 from pixrl.toy.vocabulary import KINDS
 
 PLAN = Plan(steps=1800, batch=32, lr=2e-3, warmup=100, ema=0.995)

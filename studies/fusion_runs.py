@@ -1,45 +1,47 @@
-"""Many fusions without folders, for evidence: pairs x seeds x variants, with intervals over pairs.
-
-    python -m pixrl.studies.fusion RECIPE --out DIR
-
-Records go to DIR/records.jsonl, one a run; a study that was broken off goes on where it stopped. DIR/table.md and
-DIR/summary.json are written from them at the end, or by `--table` alone.
-"""
+"""How a cell of a fuse study is run: a fusion without a folder, measured by the reward's encoder and by another."""
 
 import json
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
+from torch import Tensor
 
 from pixrl import config as recipes
-from pixrl.config import Settings
 from pixrl.data.pairs import parse_pairs
+from pixrl.errors import InputError
 from pixrl.fusion.select import choose, choose_thresholds
 from pixrl.fusion.trainer import FusionRollouts, FusionScores, FusionTrainer
-from pixrl.fusion.world import FusionSession, FusionWorld, load_world
+from pixrl.fusion.world import (
+    Calibration,
+    Exemplars,
+    FusionSession,
+    FusionWorld,
+    Scorer,
+    calibrate_presence,
+    load_world,
+)
 from pixrl.metrics.fusion import figures
+from pixrl.rewards.clip import FusionScorer
+from pixrl.rewards.encoders import load_encoder
+from pixrl.rewards.segmentation import Foreground
 from pixrl.runs.config import FuseConfig
 from pixrl.runs.loop import Step, take_step
-from pixrl.studies.fusion_table import write_tables
-from pixrl.studies.heldout import HeldOut, load_heldout
-from pixrl.studies.runner import check_differences, open_records, run_tasks, study_command
+from studies.grid import Record, Study, Task, check_differences
+from studies.tables import Grid, layout_of, write
 
-KIND = "fuse-study"
 FusionStep = Step[FusionRollouts, FusionScores]
-Task = tuple[str, str, int]
-"""Pair, variant, seed."""
 
 
-class StudyConfig(Settings):
+class StudyConfig(Study):
     """What is compared: every variant on every pair with every seed."""
 
+    kind = "fuse-study"
     pairs: tuple[str, ...]
     """`a & b`, one a pair."""
     variants: dict[str, dict[str, Any]]
@@ -51,13 +53,6 @@ class StudyConfig(Settings):
     """The balance weight that all rewards are reported with, whatever a variant learns from."""
     heldout: str | None = None
     """An encoder that is not the reward: a CLIP or DINO checkpoint."""
-    differences: tuple[tuple[str, str], ...] = ()
-    """Pairs of variants whose paired difference is reported."""
-
-    @field_validator("differences")
-    @classmethod
-    def _no_repeats(cls, differences: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-        return tuple(dict.fromkeys(differences))
 
     def tasks(self) -> Iterator[Task]:
         """Every run, pair by pair, so that a broken-off study has whole pairs."""
@@ -83,6 +78,38 @@ class StudyConfig(Settings):
         check_differences(self.differences, self.variants)
         for variant in self.variants:
             self.recipe((self.pairs[0], variant, 0))
+
+
+class HeldOut:
+    """Scores by another encoder, with thresholds calibrated for it."""
+
+    def __init__(self, scorer: Scorer, calibration: Calibration) -> None:
+        self.scorer = scorer
+        self.calibration = calibration
+        self._features: dict[tuple[str, int], Tensor] = {}
+
+    def similarities(self, images_BCHW: Tensor, exemplars: Sequence[Exemplars]) -> Tensor:
+        """Similarity of every picture to every concept, [B, N]."""
+        features = [self._features_of(one) for one in exemplars]
+        return self.scorer.similarities(images_BCHW, features).similarities_BN.float().cpu()
+
+    def _features_of(self, exemplars: Exemplars) -> Tensor:
+        key = (exemplars.concept, len(exemplars.seeds))
+        if key not in self._features:
+            features = self.scorer.exemplar_features(exemplars.images_MCHW)
+            self._features[key] = features[~features.isnan().any(dim=1)]
+        return self._features[key]
+
+
+@lru_cache(maxsize=2)
+def load_heldout(world: FusionWorld, ref: str, concepts: tuple[str, ...]) -> HeldOut:
+    """A CLIP or DINO checkpoint as held-out encoder of a world; thresholds come from pictures of the concepts."""
+    if ref == world.clip:
+        raise InputError(f"{ref!r} is the reward's own encoder; a held-out one must be another.")
+    scorer = FusionScorer(load_encoder(ref), Foreground(world.segmenter))
+    seen_so = FusionWorld(world.renderer, scorer, world.card, clip=ref, segmenter=world.segmenter)
+    calibration = calibrate_presence(seen_so, concepts)
+    return HeldOut(scorer, calibration)
 
 
 def run_task(study: StudyConfig, task: Task, world: FusionWorld, heldout: HeldOut | None) -> dict[str, Any]:
@@ -131,61 +158,40 @@ def _best(steps: Sequence[FusionStep]) -> tuple[int, ...]:
     return (int(rewards_B.argmax()),)
 
 
-def run_study(
-    study: StudyConfig, out: Path, *, workers: int = 1, quiet: bool = False
-) -> list[dict[str, Any]]:
-    """All runs that are not yet recorded in `out`; returns all records."""
-    study.check()
-    log = open_records(study, KIND, out)
-    work = partial(_work, study.model_dump_json())
-    return run_tasks(log, list(study.tasks()), _task_of, work, workers=workers, quiet=quiet)
-
-
-def _task_of(row: Mapping[str, Any]) -> Task:
-    return row["pair"], row["variant"], row["seed"]
-
-
-def _work(study_json: str, task: Task) -> dict[str, Any]:
-    """One task in this process; the models are loaded once."""
-    study = _parse(study_json)
+def run_cell(study: StudyConfig, task: Task, out: Path) -> Record:
+    """One fusion in this process; the models are loaded once."""
     config = study.recipe(task)
     world = load_world(*config.world)
     heldout = load_heldout(world, study.heldout, study.concepts()) if study.heldout else None
     return run_task(study, task, world, heldout)
 
 
-@cache
-def _parse(study_json: str) -> StudyConfig:
-    return StudyConfig.model_validate_json(study_json)
+def write_results(study: StudyConfig, records: list[Record], out: Path) -> str:
+    """Write table.md and summary.json; return the Markdown."""
+    words = {
+        "pairs": len({str(record["pair"]) for record in records}),
+        "seeds": len({int(record["seed"]) for record in records}),
+        "variants": len(study.variants),
+        "runs": len(records),
+        "heldout": study.heldout,
+    }
+    grid = Grid(layout_of("fusions"), records, list(study.variants), study.differences, words)
+    summary = {
+        "runs": len(records),
+        "seconds_per_run": sum(float(r["seconds"]) for r in records) / max(1, len(records)),
+        **grid.summary(),
+        "calibration": _calibration(study) if records else {},
+    }
+    return write(grid.markdown(), summary, out)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
-    module = "pixrl.studies.fusion"
-    return study_command(module, __doc__, KIND, StudyConfig, _run, _tables, arguments)
-
-
-def _run(study: StudyConfig, out: Path, workers: int) -> list[dict[str, Any]]:
-    return run_study(study, out, workers=workers)
-
-
-def _tables(study: StudyConfig, records: list[dict[str, Any]], out: Path) -> str:
-    return write_tables(study.model_dump(), records, out, _heldout_calibration(study, records))
-
-
-def _heldout_calibration(study: StudyConfig, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if study.heldout is None or not records:
+def _calibration(study: StudyConfig) -> dict[str, Any]:
+    """The thresholds of both encoders."""
+    if study.heldout is None:
         return {}
-    config = study.recipe(next(study.tasks()))
-    world = load_world(*config.world)
+    world = load_world(*study.recipe(next(study.tasks())).world)
+    heldout = load_heldout(world, study.heldout, study.concepts())
     return {
         "reward": json.loads(world.card.presence.model_dump_json()) if world.card.presence else None,
-        "heldout": {
-            "encoder": study.heldout,
-            **asdict(load_heldout(world, study.heldout, study.concepts()).calibration),
-        },
+        "heldout": {"encoder": study.heldout, **asdict(heldout.calibration)},
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

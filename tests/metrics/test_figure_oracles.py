@@ -17,9 +17,9 @@ from pixrl.metrics.intervals import Interval, bootstrap, by_unit, paired, studen
 from pixrl.models.slots import Slot
 from pixrl.report.align import Change, _by_prompt
 from pixrl.rewards.segmentation import Instance
-from pixrl.studies.projection import shift
-from pixrl.studies.slots import EPOCH, Drawing, draw, evaluated_slot, reward_figures
+from pixrl.runs.measure import EPOCH, Drawing, draw, evaluated_slot, reward_figures
 from pixrl.types import Scores, sample_seed
+from studies.projection import shift
 
 T_OF_TWO = 4.302653
 """Student's t(0.975) with two degrees of freedom."""

@@ -24,8 +24,8 @@ from pixrl.runs.evaluation import spread_evenly
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import png_bytes
 from pixrl.runs.loaded import LoadedRun, load_run
-from pixrl.studies.align_config import RunStudyConfig
-from pixrl.studies.align_figures import FIGURES
+from studies.config import RunStudyConfig
+from studies.figures import FIGURES
 
 PROJECTION = "projection.json"
 FIRST_EPOCH = -1000

@@ -38,13 +38,13 @@ from pixrl.report.charts import Curve, lines_chart, standalone
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import png_bytes
 from pixrl.runs.loaded import load_run
-from pixrl.studies.align_figures import FIGURES
-from pixrl.studies.personalize_config import (
+from studies.config import (
     PersonalizeStudyConfig,
     SpectrumSettings,
     spread_over_subjects,
 )
-from pixrl.studies.projection import sheet
+from studies.figures import FIGURES
+from studies.projection import sheet
 
 SPECTRUM = "spectrum.json"
 EPOCH = -7

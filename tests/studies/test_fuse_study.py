@@ -6,21 +6,24 @@ import random
 import numpy as np
 import pytest
 import torch
+from tests.fuse.world import FakeScorer, fake_world
+from tests.studies.command import main
 
 from pixrl import config as recipes
 from pixrl.errors import ConfigError, InputError
 from pixrl.fusion.world import BALANCE_SHARE, calibrate_presence
 from pixrl.metrics.intervals import bootstrap, by_unit, paired
-from pixrl.studies import fusion as study_module
-from pixrl.studies.fusion import StudyConfig, main, run_study
-from pixrl.studies.heldout import HeldOut
-from tests.fuse.world import FakeScorer, fake_world
+from studies import fusion_runs as study_module
+from studies.command import KINDS
+from studies.fusion_runs import HeldOut, StudyConfig
+from studies.grid import run_grid
 
+KIND = KINDS["fuse-study"]
 RECIPE = {
     "pairs": ["owl & snail", "frog & car"],
     "seeds": [0, 1],
     "variants": {"rmler": {}, "random": {"sampler": "random"}},
-    "fuse": {"budget": 16, "batch": 8, "exemplars": 1},
+    "fuse": {"budget": 16, "batch": 8, "pool": 0, "exemplars": 1},
     "differences": [["rmler", "random"]],
 }
 
@@ -41,14 +44,14 @@ def load(**changes):
 
 
 def test_every_pair_variant_and_seed_is_run_once_and_recorded(tmp_path):
-    records = run_study(load(), tmp_path / "s", quiet=True)
+    records = run_grid(KIND, load(), tmp_path / "s", quiet=True)
     keys = {(r["pair"], r["variant"], r["seed"]) for r in records}
     assert len(records) == len(keys) == 2 * 2 * 2
     assert all(len(r["batch_rewards"]) == 2 and r["figures"]["failed"] == 0 for r in records)
 
 
 def test_a_broken_off_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    whole = run_study(load(), tmp_path / "whole", quiet=True)
+    whole = run_grid(KIND, load(), tmp_path / "whole", quiet=True)
     real, calls = study_module.run_task, []
 
     def stop_at_five(*given):
@@ -59,21 +62,21 @@ def test_a_broken_off_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study_module, "run_task", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
-        run_study(load(), tmp_path / "broken", quiet=True)
-    records = run_study(load(), tmp_path / "broken", quiet=True)
+        run_grid(KIND, load(), tmp_path / "broken", quiet=True)
+    records = run_grid(KIND, load(), tmp_path / "broken", quiet=True)
     assert len(calls) == len(whole) + 1
     figures = [[r["figures"] for r in some] for some in (whole, records)]
     assert figures[0] == figures[1]
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path):
-    run_study(load(), tmp_path / "s", quiet=True)
+    run_grid(KIND, load(), tmp_path / "s", quiet=True)
     with pytest.raises(ConfigError, match="another study"):
-        run_study(load(alpha=3.0), tmp_path / "s", quiet=True)
+        run_grid(KIND, load(alpha=3.0), tmp_path / "s", quiet=True)
 
 
 def test_the_heldout_encoder_scores_the_same_pictures(tmp_path):
-    records = run_study(load(heldout="fake:other"), tmp_path / "s", quiet=True)
+    records = run_grid(KIND, load(heldout="fake:other"), tmp_path / "s", quiet=True)
     own, other = records[0]["figures"]["reward"], records[0]["figures"]["heldout_reward"]
     assert own is not None and other is not None and own != other
 
@@ -81,7 +84,7 @@ def test_the_heldout_encoder_scores_the_same_pictures(tmp_path):
 def test_variants_share_one_alpha_in_the_figures(tmp_path):
     same = {"sampler": "random", "noise": "image"}
     variants = {"a": {**same, "alpha": 0.0}, "b": {**same, "alpha": 7.0}}
-    records = run_study(load(variants=variants, differences=[]), tmp_path / "s", quiet=True)
+    records = run_grid(KIND, load(variants=variants, differences=[]), tmp_path / "s", quiet=True)
     by_name = {(r["variant"], r["pair"], r["seed"]): r["figures"] for r in records}
     assert by_name["a", "owl & snail", 0] == by_name["b", "owl & snail", 0]
 

@@ -5,14 +5,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tests.tolerance import PICTURE, agree
 
 from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
 from pixrl.algorithms.sampling import Samples
 from pixrl.data.prompts import Prompt
 from pixrl.errors import InputError
 from pixrl.models.flux import FluxPolicy
-from pixrl.studies.personalize_config import SpectrumSettings
-from pixrl.studies.spectrum import (
+from studies.config import SpectrumSettings
+from studies.spectrum import (
     EPOCH,
     band_energies,
     predicted_pictures,
@@ -20,7 +21,6 @@ from pixrl.studies.spectrum import (
     spectrum_of,
     spectrum_record,
 )
-from tests.tolerance import PICTURE, agree
 
 
 def wave(cycles_down: int, cycles_across: int, amplitude: float, side: int = 32) -> torch.Tensor:

@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from tests.align.parts import E2PO, GRPO, recipe
+from tests.align.synthetic import settings as synthetic
+from tests.studies.command import main
+from tests.tolerance import agree
 
 from pixrl import config as recipes
 from pixrl.errors import ConfigError, ShapeError
 from pixrl.metrics.diversity import DiversityMeter, pixel_features
 from pixrl.metrics.intervals import student
 from pixrl.runs import align as align_job
-from pixrl.studies import align as align_study
-from pixrl.studies.align import main, training_figures, training_record
-from pixrl.studies.align_config import AlignStudyConfig
-from pixrl.studies.align_figures import over_seeds
-from pixrl.studies.projection import principal_plane, sheet, shift
-from tests.align.parts import E2PO, GRPO, recipe
-from tests.align.synthetic import settings as synthetic
-from tests.tolerance import agree
+from studies import runs as align_study
+from studies.config import AlignStudyConfig
+from studies.figures import over_seeds
+from studies.projection import principal_plane, sheet, shift
+from studies.runs import training_figures, training_record
 
 
 @pytest.fixture

@@ -1,25 +1,20 @@
-"""Alignment methods side by side at equal images and equal updates, over seeds, against the base.
+"""How a cell of an align or a personalize study is run and measured, and what is written of the whole study.
 
-    python -m pixrl.studies.align RECIPE --out DIR --workers N
-
-Each run is a run folder under DIR/runs/; one that was broken off goes on from its checkpoint. What was measured goes to
-DIR/records.jsonl, one line a run, and from there to table.md, summary.json and figures/. `--table` only writes those.
-With `--set reuse=OTHER` finished runs of another study's folder with the same recipe and seed are measured instead of
-trained again.
+Each run is a run folder under DIR/runs/; one that was broken off goes on from its checkpoint. With `--set reuse=OTHER`
+finished runs of another study's folder with the same recipe and seed are measured instead of trained again.
 """
 
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pixrl.metrics.diversity import DiversityMeter
 from pixrl.models.slots import Slot
 from pixrl.report.align import write_align_report
-from pixrl.report.describe import group_size, images_of, updates_of
+from pixrl.report.describe import images_of, updates_of
 from pixrl.runs import align as align_job
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
@@ -27,14 +22,7 @@ from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import slug
 from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
 from pixrl.runs.log import evaluations
-from pixrl.runs.place import is_run
-from pixrl.studies.align_config import BASE, AlignStudyConfig, RunStudyConfig, Task
-from pixrl.studies.align_figures import write_figures
-from pixrl.studies.align_table import write_tables
-from pixrl.studies.budget import draws_its_own
-from pixrl.studies.projection import write_projection
-from pixrl.studies.runner import Record, open_records, run_tasks, study_command
-from pixrl.studies.slots import (
+from pixrl.runs.measure import (
     Drawing,
     Evaluation,
     evaluate,
@@ -42,6 +30,15 @@ from pixrl.studies.slots import (
     load_meter,
     open_run,
 )
+from pixrl.runs.place import is_run
+from studies.budget import draws_its_own
+from studies.config import BASE, PersonalizeStudyConfig, RunStudyConfig
+from studies.figures import write_figures, write_personalize_figures
+from studies.gallery import write_gallery
+from studies.grid import Record, Task
+from studies.projection import write_projection
+from studies.runs_tables import write_tables
+from studies.spectrum import write_spectrum
 
 RUNS = "runs"
 OWN = ("group_std", "zero_std_share", "diversity", "conflict_share", "reward_correlation", "advantage_mean")
@@ -50,22 +47,6 @@ SUMMED_UP = ("group_std", "zero_std_share", "conflict_share", "reward_correlatio
 """Those of them whose means over training a record has."""
 LATE = 0.25
 """The share of steps that 'end' means."""
-
-
-def run_align_study(
-    study: RunStudyConfig, out: Path, *, workers: int = 1, quiet: bool = False
-) -> list[Record]:
-    """All runs that are not yet recorded in `out`; returns all records.
-
-    Raises:
-        ConfigError: the variants cannot be compared, or `out` holds another study.
-        RunError: a run had to stop.
-    """
-    study.check()
-    log = open_records(study, study.kind, out)
-    work = partial(_work, type(study), study.model_dump_json(), out)
-    tasks = list(study.tasks())
-    return run_tasks(log, tasks, _task_of, work, workers=workers, quiet=quiet, say_every=1)
 
 
 def run_task(study: RunStudyConfig, task: Task, out: Path) -> Record:
@@ -123,7 +104,7 @@ def training_record(
 
     Of sft and rpo the figures of training's pictures are left out: those pictures are not the trained model's.
     """
-    per_step, own = config.prompts.per_step * group_size(config), draws_its_own(config)
+    per_step, own = config.prompts.per_step * config.group_size, draws_its_own(config)
     of_pictures = [*OWN, *(f"reward/{setting.name}/mean" for setting in config.rewards)]
     names = ["kl", *(of_pictures if own else [])]
     curves = {
@@ -166,45 +147,23 @@ def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _task_of(row: Mapping[str, Any]) -> Task:
-    return row["variant"], row["seed"]
-
-
-def _work(model: type[RunStudyConfig], study_json: str, out: Path, task: Task) -> Record:
-    return run_task(_parse(model, study_json), task, out)
-
-
-@cache
-def _parse(model: type[RunStudyConfig], study_json: str) -> RunStudyConfig:
-    return model.model_validate_json(study_json)
-
-
 @cache
 def _meter(features: str, segmenter: str | None) -> DiversityMeter:
     return load_meter(features, segmenter)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
-    module = "pixrl.studies.align"
-    return study_command(
-        module, __doc__, AlignStudyConfig.kind, AlignStudyConfig, run_study, write_results, arguments
-    )
-
-
-def run_study(study: RunStudyConfig, out: Path, workers: int) -> list[Record]:
-    """All runs, and the projection where one is asked for."""
-    records = run_align_study(study, out, workers=workers)
+def finish(study: RunStudyConfig, records: list[Record], out: Path) -> None:
+    """Draw the projection, and of subjects the spectrum and the gallery, where they are asked for."""
     if study.projection is not None:
         write_projection(study, out, _meter(study.measuring.features, study.measuring.segmenter))
-    return records
+    if isinstance(study, PersonalizeStudyConfig):
+        write_spectrum(study, out)
+        write_gallery(study, records, out)
 
 
 def write_results(study: RunStudyConfig, records: list[Record], out: Path) -> str:
-    """table.md, summary.json and figures/ from the records so far; returns the Markdown."""
+    """Write table.md, summary.json and figures/ from the records so far; return the Markdown."""
     write_figures(study, records, out)
+    if isinstance(study, PersonalizeStudyConfig):
+        write_personalize_figures(study, records, out)
     return write_tables(study, records, out)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tests.personalize.test_job import SHAPING, recipe, rewards
+from tests.studies.command import main
 
 from pixrl import config as recipes
 from pixrl.algorithms.exploration import prepare
@@ -20,19 +22,17 @@ from pixrl.metrics.diversity import DiversityMeter, pixel_features
 from pixrl.runs import align as align_job
 from pixrl.runs.config import load_recipe
 from pixrl.runs.loaded import load_run
-from pixrl.studies import align as align_study
-from pixrl.studies.budget import budget_of
-from pixrl.studies.gallery import GAP, HEAD, TILE, WORDS, write_gallery
-from pixrl.studies.personalize import main
-from pixrl.studies.personalize_config import PersonalizeStudyConfig, spread_over_subjects
-from pixrl.studies.personalize_figures import colours_of, marks_of, write_personalize_figures
-from pixrl.studies.personalize_tables import (
+from studies import runs as align_study
+from studies.budget import budget_of
+from studies.config import PersonalizeStudyConfig, spread_over_subjects
+from studies.figures import colours_of, marks_of, write_personalize_figures
+from studies.gallery import GAP, HEAD, TILE, WORDS, write_gallery
+from studies.runs_tables import (
     conflict_rows,
     expected_conflict,
     orderings,
     sections,
 )
-from tests.personalize.test_job import SHAPING, recipe, rewards
 
 REDNESS = {**rewards()[1], "name": "red", "held_out": True}
 SVG = "{http://www.w3.org/2000/svg}"

@@ -10,11 +10,10 @@ from tests.align.synthetic import settings
 
 from pixrl.errors import ConfigError
 from pixrl.metrics.intervals import Interval
-from pixrl.studies.align import training_figures, training_record
-from pixrl.studies.align_figures import over_seeds
-from pixrl.studies.budget import budget_of, check_budgets, draws_its_own
-from pixrl.studies.personalize_figures import _conflict, marks_of
-from pixrl.studies.personalize_tables import (
+from studies.budget import budget_of, check_budgets, draws_its_own
+from studies.figures import _conflict, marks_of, over_seeds
+from studies.runs import training_figures, training_record
+from studies.runs_tables import (
     HOLDS,
     MISSING,
     OPEN,

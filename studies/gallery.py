@@ -20,11 +20,10 @@ from pixrl.report.page import SMALL
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import png_bytes
 from pixrl.runs.loaded import LoadedRun, load_run
-from pixrl.studies.align_config import BASE
-from pixrl.studies.align_figures import FIGURES
-from pixrl.studies.personalize_config import PersonalizeStudyConfig, spread_over_subjects
-from pixrl.studies.runner import Record
-from pixrl.studies.slots import Drawing, draw, evaluated_slot, open_run
+from pixrl.runs.measure import Drawing, draw, evaluated_slot, open_run
+from studies.config import BASE, PersonalizeStudyConfig, spread_over_subjects
+from studies.figures import FIGURES
+from studies.grid import Record
 
 GALLERY = "gallery.png"
 TILE, GAP, HEAD, WORDS = 192, 8, 30, 220

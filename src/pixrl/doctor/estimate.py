@@ -1,0 +1,332 @@
+"""What a run takes, estimated before its weights are loaded: memory, micro-batches, the time of a step."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from pixrl import models
+from pixrl.algorithms.optim import moment_bytes
+from pixrl.algorithms.trainer import MicroBatches
+from pixrl.device import Precision, choose_precision, free_bytes
+from pixrl.doctor.diagnosis import Batches, Findings, Hardware, Need, Trained, run_name, size
+from pixrl.doctor.generator import require_fit
+from pixrl.doctor.needs import existing_device
+from pixrl.errors import InputError, PixrlError
+from pixrl.hub import Checkpoint
+from pixrl.hub_check import remedy
+from pixrl.models.base import Conditioning, Renderer
+from pixrl.models.estimate import (
+    Cost,
+    PartSize,
+    cost_of,
+    empty_pipeline,
+    imagined,
+    operations_of,
+)
+from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.placement import TEXT_PARTS, set_decoding
+from pixrl.models.slots import slot_sizes
+from pixrl.models.text import PromptCache
+from pixrl.runs.config import AlignConfig, kind_of
+from pixrl.runs.environment import describe
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.place import ENVIRONMENT, RECIPE
+from pixrl.runs.planner import (
+    SAFE_SHARE,
+    evened,
+    fewer_references,
+    fitting,
+    smaller_references,
+    smaller_runs,
+    trial,
+)
+
+SLOTS = 3
+"""LoRA slots of a run."""
+SMALL_MODEL, SMALL_SIDE, PLENTY = 2**25, 256, 2**31
+"""Parameters, side in pixels and free bytes: such a model takes a small share of that memory, whatever it draws."""
+FLOAT = 4
+"""Bytes of a number of the LoRA, its gradients and its optimizer."""
+_SAME = ("model", "guidance", "resolution", "exploration", "sampling", "loss", "lora", "machine", "rewards")
+"""Keys of a recipe on which the time of a step depends."""
+SIDE, TRIES = 1024, 6
+"""Side of the matrix product that measures this machine's speed, and how often it is tried; the best counts."""
+_PHASE = "seconds/"
+
+
+def find_place(
+    device: str, dtype: str, processes: int, findings: Findings, *, on_gpu: str = "auto"
+) -> tuple[torch.device, Hardware, Precision]:
+    """Return where the run would compute, and with which precision.
+
+    What is asked for and is not there is a problem; the estimates go on without it. `on_gpu` is the dtype that "auto"
+    stands for on a GPU.
+    """
+    asked = dtype
+    try:
+        chosen = existing_device(device)
+    except InputError as error:
+        findings.miss(Need.DEVICE, error)
+        chosen = torch.device("cpu")
+        precision = choose_precision(torch.device("cuda"), dtype)
+    else:
+        if chosen.type == "cuda" and dtype == "auto":
+            asked = on_gpu
+        try:
+            precision = choose_precision(chosen, asked)
+        except InputError as error:
+            findings.miss(Need.DEVICE, error)
+            precision = choose_precision(torch.device("cuda"), dtype)
+    computing = precision.autocast or precision.weights
+    names = (str(precision.weights).removeprefix("torch."), str(computing).removeprefix("torch."))
+    return chosen, Hardware(str(chosen), processes, *names, free_bytes(chosen)), precision
+
+
+class Estimate:
+    """A policy without content, and what it takes to draw and to train one picture."""
+
+    def __init__(
+        self,
+        policy: FlowPipelinePolicy,
+        condition: Conditioning,
+        config: AlignConfig,
+        precision: Precision,
+        *,
+        weighed: bool = True,
+    ) -> None:
+        """Prepare the policy, and find out what it takes.
+
+        `weighed`: find out what a picture takes, which costs seconds; without it `drawing`, `training` and
+        `operations` are unset.
+        """
+        self.weighed = weighed
+        lora = config.lora
+        sizes = slot_sizes(
+            policy.transformer, policy.lora_targets if lora.targets is None else lora.targets, lora.rank
+        )
+        count = sum(sizes)
+        self.trained = Trained(
+            parameters=count,
+            lora=SLOTS * FLOAT * count,
+            gradients=FLOAT * count,
+            optimizer=moment_bytes(sizes, eight_bit=config.optimizer.eight_bit),
+        )
+        self.side = policy.settings.resolution
+        self.cpu_batch = policy.micro_batch
+        modules = (policy.transformer, policy.vae)
+        if config.machine.gradient_checkpointing:
+            policy.checkpoint_gradients()
+        policy.precision = precision
+        policy._cache = PromptCache(lambda prompt: condition[:1])
+        self.policy, self.references = policy, len(condition.references)
+        if not weighed:
+            return
+        with torch.device("meta"):
+            policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+        self._condition, self._decodes = condition, config.loss.through_decoder
+        self.drawing, self.training = self.costs(self.references)
+        with imagined(*modules):
+            one_pass = operations_of(trial(policy, condition, decode=False))
+            with_decoder = operations_of(trial(policy, condition))
+        self.operations = with_decoder + (policy.settings.steps - 1) * one_pass
+        """Number of floating point operations of drawing one picture."""
+
+    def costs(self, references: int) -> tuple[Cost, Cost]:
+        """Return the memory that drawing and training take when the model is shown so many of the references."""
+        policy, modules = self.policy, (self.policy.transformer, self.policy.vae)
+        condition = replace(self._condition, references=self._condition.references[:references])
+        with imagined(*modules):
+            drawing = cost_of(trial(policy, condition), modules)
+            return drawing, cost_of(trial(policy, condition, train=True, decode=self._decodes), modules)
+
+
+def empty_renderer(
+    model: str,
+    checkpoint: Checkpoint,
+    precision: Precision,
+    device: torch.device,
+    plan: MemoryPlan,
+    findings: Findings,
+    **options: object,
+) -> object:
+    """Return the adapter of a checkpoint around a pipeline without content; what the plan cannot do is a problem."""
+    adapter: Any = models.adapter_of(checkpoint)
+    pipeline = empty_pipeline(adapter.pipeline_class, checkpoint.folder, precision)
+    require_fit(checkpoint, pipeline, findings, t5=options.get("t5") is not False)
+    made = adapter(checkpoint, name=model, device="cpu", dtype="float32", pipeline=pipeline, **options)
+    try:
+        set_decoding(made.vae, plan, made.settings.resolution)
+    except InputError as error:
+        findings.miss(Need.SETTING, error)
+    if plan.offload is not Offload.NONE and device.type == "cpu":
+        findings.miss(
+            Need.SETTING, f"offload={plan.offload.value} has no effect on a CPU: remove it, or choose a GPU."
+        )
+    return made
+
+
+def can_be_estimated(adapter: type[Renderer], model: str, findings: Findings) -> bool:
+    """Return whether a model's memory can be found out before its weights are loaded; note it where it cannot."""
+    if adapter.pipeline_class is not None:
+        return True
+    findings.note(
+        f"The memory of {model} was not checked: its adapter {adapter.__name__} is made around no class of diffusers, "
+        "so that what it needs is not known before it is loaded."
+    )
+    return False
+
+
+def contradiction(folder: Path, error: BaseException) -> str:
+    """Return the message on configs that describe a model that cannot compute."""
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    return (
+        f"The model that the configs in {folder} describe cannot compute ({said}): they contradict each other. "
+        f"{remedy(folder)}"
+    )
+
+
+def parameters_of(parts: Mapping[str, PartSize]) -> int:
+    """Return the number of parameters of all parts."""
+    return sum(part.parameters for part in parts.values())
+
+
+def is_small(parts: Mapping[str, PartSize], side: int, device: torch.device) -> bool:
+    """Return whether a model is so small that it fits into memory without a check, with the batches planned for it."""
+    return parameters_of(parts) < SMALL_MODEL and side <= SMALL_SIDE and free_bytes(device) > PLENTY
+
+
+def on_device(parts: dict[str, PartSize], plan: MemoryPlan, *, text_dropped: bool = False) -> int:
+    """Return the bytes of weights that lie on the device at a time."""
+    sizes = {name: part.bytes for name, part in parts.items()}
+    text = sum(taken for name, taken in sizes.items() if name in TEXT_PARTS)
+    if plan.offload is Offload.SEQUENTIAL:
+        return max(text, sizes.get("vae", 0))
+    if plan.offload is Offload.PARTS:
+        return sum(sizes.values()) - text - sizes.get("vae", 0) + max(text, sizes.get("vae", 0))
+    return sum(sizes.values()) - (text if text_dropped else 0)
+
+
+def fit_batches(
+    config: AlignConfig,
+    device: torch.device,
+    place: Hardware,
+    parts: dict[str, PartSize],
+    rewards: dict[str, int],
+    estimate: Estimate | None,
+    findings: Findings,
+) -> tuple[Batches | None, int | None]:
+    """Return the micro-batches, and the bytes of a process at its peak with them; a lack of memory is a problem."""
+    if estimate is None:
+        return None, None
+    machine, trained = config.machine, estimate.trained
+    weights = on_device(parts, machine, text_dropped=machine.drop_text_encoders)
+    resident = weights + sum(rewards.values()) + trained.lora + 2 * trained.gradients + trained.optimizer
+    free = place.free // (place.processes if device.type == "cpu" else 1)
+    groups = -(-config.prompts.per_step // place.processes)
+    drawn = groups * config.group_size
+    counts = (drawn, -(-drawn // config.optimizer.updates))
+    chosen, reasons = [], []
+    for name, count, cost, given in (
+        ("rollout", counts[0], estimate.drawing, machine.rollout_batch),
+        ("training", counts[1], estimate.training, machine.train_batch),
+    ):
+        most, why = _most(device, cost, free - resident, estimate.cpu_batch, given)
+        chosen.append(evened(count, most))
+        reasons.append(
+            f"{name}: {-(-count // chosen[-1])} x {chosen[-1]} for {count} pictures; at most {most} ({why})"
+        )
+    peak = resident + _higher(estimate.drawing, estimate.training, chosen)
+    if peak > free:
+        ways = [*(smaller_references(estimate.policy) if estimate.references else ()), *smaller_runs(config)]
+        if estimate.references > 1:
+            one = _higher(*estimate.costs(1), chosen)
+            each = -(-(peak - resident - one) // (estimate.references - 1))
+            fit = fitting(one, max(1, each), free - resident)
+            ways.insert(0, fewer_references(fit, estimate.references))
+        said = f"{size(peak)} are needed and {size(free)} are free. Save memory with {', '.join(ways)}."
+        findings.miss(Need.MEMORY, said)
+    host = sum(part.bytes for part in parts.values()) * place.processes
+    if device.type != "cpu" and host > free_bytes(torch.device("cpu")):
+        findings.miss(Need.MEMORY, f"Weights pass through main memory, which needs {size(host)} free.")
+    micro = MicroBatches(*chosen)
+    return Batches(micro.rollout, micro.train, tuple(reasons)), peak
+
+
+def _most(device: torch.device, cost: Cost, room: int, cpu_batch: int, given: int | None) -> tuple[int, str]:
+    """Return the largest micro-batch by the planner's rules, and why."""
+    if given is not None:
+        return given, "the recipe says so"
+    if device.type == "cpu":
+        return cpu_batch, "what suits a CPU's cache at this resolution"
+    usable = int(room * SAFE_SHARE) - (cost.first - cost.each)
+    most = max(1, usable // cost.each)
+    return most, f"about {size(cost.each)} a picture, {size(max(room, 0))} for pictures"
+
+
+def _higher(drawing: Cost, training: Cost, batches: Sequence[int]) -> int:
+    """Return the peak with these micro-batches. Not the sum: drawing is over when training begins."""
+    return max(drawing.bytes(batches[0]), training.bytes(batches[1]))
+
+
+def measured(config: AlignConfig, runs: Path) -> tuple[float | None, str | None]:
+    """Return the mean seconds of a step in the newest run with the same work on the same machine, and its name."""
+    folders = [path.parent for path in runs.glob(f"*/{RECIPE}")]
+    wanted = config.model_dump(mode="json")
+    for path in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
+        try:
+            folder = RunFolder.open(path, allow_changed=True)
+            if folder.kind != kind_of(config):
+                continue
+            recipe = folder.recipe()
+            per_step = recipe.get("prompts", {}).get("per_step") == wanted["prompts"]["per_step"]
+            if not (per_step and all(recipe.get(name) == wanted[name] for name in _SAME)):
+                continue
+            rows = folder.metrics()[1:]  # the first step also warms up and checks itself
+        except PixrlError:
+            continue  # a damaged run says nothing about this one
+        seconds = [sum(x for name, x in row.items() if name.startswith(_PHASE)) for row in rows]
+        if not seconds:
+            continue
+        here = json.loads(describe(None, ""))["machine"]
+        there = json.loads((folder.path / ENVIRONMENT).read_text(encoding="utf-8"))["machine"]
+        if all(there[name] == here[name] for name in ("cpu", "cores", "gpus")):
+            return fmean(seconds), run_name(path)
+    return None, None
+
+
+def lower_bound(operations: int, device: torch.device, precision: Precision) -> tuple[float, str]:
+    """Return the seconds of so many operations at the speed of large matrix products, measured here in a moment."""
+    rate = _rate(device, precision.autocast or precision.weights)
+    return operations / rate, f"drawing alone, at {rate / 1e9:.0f} GFLOP/s"
+
+
+def _rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating point operations of a second.
+
+    Of a CPU: what one thread does in a second that it really computes, times the threads. Other programs that keep the
+    machine busy change little of it, and threads that get in each other's way make it no smaller.
+    """
+    if device.type == "cpu" and dtype is torch.float16:
+        dtype = torch.float32
+    x = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
+    if device.type != "cpu":
+        return max(2 * SIDE**3 / _product_seconds(x, time.perf_counter) for _ in range(TRIES))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        return threads * max(2 * SIDE**3 / _product_seconds(x, time.thread_time) for _ in range(TRIES))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _product_seconds(x: torch.Tensor, clock: Callable[[], float]) -> float:
+    begun = clock()
+    (x @ x)[0, 0].item()  # waits for a GPU
+    return clock() - begun

@@ -1,1 +1,0 @@
-"""Studies: recipes compared over seeds at equal budgets."""
