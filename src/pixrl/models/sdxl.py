@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pixrl.device import DType, choose_device, choose_precision
 from pixrl.errors import InputError, ShapeError
-from pixrl.hub import Checkpoint, checkpoint_fingerprint, read_card, read_json
+from pixrl.hub import Checkpoint, checkpoint_fingerprint, read_card
+from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, Mixture, Renderer, SamplingSettings
 from pixrl.models.loading import load_pipeline
 from pixrl.models.memory_plan import MemoryPlan
