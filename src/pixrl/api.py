@@ -25,7 +25,7 @@ from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import FinishedRun
 from pixrl.runs.log import evaluations
-from pixrl.runs.selfcheck import Report
+from pixrl.runs.training import Report
 
 RUNS = Path("runs")
 PERSONALIZE_RECIPE = "toy/customized-nft"
@@ -305,7 +305,7 @@ def fuse(
         concepts: two or more different ones.
         budget: pictures in all.
         seed: of everything random.
-        sampler: rmler, ppo, grpo, random, mean, bass, agswap, golden or search.
+        sampler: rmler, ppo, grpo, random, mean, bass, agswap, golden, search, bisect or cmaes.
         model: toy:NAME, a folder in diffusers' layout, or a hub id.
         out: the run's folder; None makes a new one under runs/.
         force: replace a run that is there already.

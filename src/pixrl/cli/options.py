@@ -67,7 +67,8 @@ SubjectFolder = Annotated[
 ]
 Steps = Annotated[int | None, option("Training steps.", HOW, "the recipe's")]
 Sampler = Annotated[
-    str | None, option("rmler, ppo, grpo, random, mean, bass, agswap, golden or search.", HOW, "rmler")
+    str | None,
+    option("rmler, ppo, grpo, random, mean, bass, agswap, golden, search, bisect or cmaes.", HOW, "rmler"),
 ]
 Mixing = Annotated[
     str | None,

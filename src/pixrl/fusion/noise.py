@@ -55,6 +55,10 @@ class NoisePlan:
             return tuple(ranked[i % len(ranked)] for i in range(count))
         return tuple(sample_seed(self.run_seed, step, 0, i) for i in range(count))
 
+    def numbered(self, numbers: Sequence[int]) -> tuple[int, ...]:
+        """Return the seeds of noises that a sampler chose by number."""
+        return tuple(sample_seed(self.run_seed, 0, 0, number) for number in numbers)
+
     def tell(self, seeds: Sequence[int], rewards: Sequence[float]) -> None:
         """Learn what the noises scored; nan where scoring failed."""
         if self.kind is not Noise.NARROW:

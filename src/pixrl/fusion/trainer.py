@@ -89,7 +89,8 @@ class FusionTrainer:
             if step >= self.config.learning_steps and self.best is not None:
                 self.sampler.restore(self.best.tensors, self.best.state)
             proposal = self.sampler.ask(count, step)
-            seeds = self.noise.seeds(step, count)
+            wanted = proposal.noises_B
+            seeds = self.noise.seeds(step, count) if wanted is None else self.noise.numbered(wanted.tolist())
         with clock.phase("render"):
             images_BCHW = self.session.render(proposal.coefficients_BND, seeds)
         return FusionRollouts(step, self.config.first_index(step), proposal, seeds, images_BCHW)

@@ -296,7 +296,8 @@ class FlowPipelinePolicy(FlowPolicy):
 
     def present(self, part: PipelinePart) -> AbstractContextManager[None]:
         """Within it the text encoders, or the VAE, are on the device."""
-        return self.placement.present(part)
+        placement = self.placement
+        return nullcontext() if part in placement.on_device else placement.moved(part)
 
     def text_present(self) -> AbstractContextManager[None]:
         return self.present(PipelinePart.TEXT)

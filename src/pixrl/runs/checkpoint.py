@@ -36,18 +36,18 @@ TENSORS = "tensors.safetensors"
 STATE = "state.json"
 CHECKSUMS = "checksums.json"
 SET_ASIDE = ".set-aside"
-"""How the name of a checkpoint ends that is damaged, or of steps that are drawn again; nothing reads it."""
+"""The suffix of checkpoints that nothing reads: damaged ones, and those of steps that are drawn again."""
 _NAME = re.compile(r"step-(\d{6,})")
 _log = logging.getLogger("pixrl")
 
 
 def step_folder(run_path: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the folder of the checkpoint after `step` steps."""
     return Path(run_path) / "checkpoints" / f"step-{step:06d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint folder."""
+    """Return the step of a checkpoint folder from its name. Raises CheckpointError for any other folder."""
     match = _NAME.fullmatch(Path(folder).name)
     if match is None:
         raise CheckpointError(f"{folder} is no checkpoint folder; its name would be like step-000100.")
@@ -55,7 +55,11 @@ def step_of(folder: Path) -> int:
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> None:
-    """Writes a checkpoint: all of it, or nothing. One of the same step is replaced."""
+    """Write a checkpoint, all of it or nothing; one of the same step is replaced.
+
+    Raises:
+        RunError: the disk is full; no part of the checkpoint is left.
+    """
     folder = Path(folder).absolute()
     step_of(folder)
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -65,10 +69,6 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, JSON])
     }
     checksums = {name: sha256(content) for name, content in files.items()}
     files[CHECKSUMS] = (json.dumps(checksums, indent=1) + "\n").encode()
-    _write_folder(folder, files)
-
-
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     needed = sum(len(content) for content in files.values())
     beside = temporary(folder, "tmp")
     with disk_guard(folder, needed):
@@ -85,7 +85,11 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the state of a checkpoint, its checksums verified. JSON has turned tuples into lists."""
+    """Read the tensors and the state of a checkpoint. JSON has turned the state's tuples into lists.
+
+    Raises:
+        CheckpointError: a file is missing or does not match its checksum; the message names the last good checkpoint.
+    """
     folder = Path(folder).absolute()
     try:
         files = _read_verified(folder)
@@ -95,13 +99,13 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def latest(run_path: Path, at_most: int | None = None) -> Path | None:
-    """The newest checkpoint that is whole, of step `at_most` or earlier. Damaged ones are skipped with a warning."""
+    """Find the newest whole checkpoint of step `at_most` or earlier; damaged ones are skipped with a warning."""
     in_range = (f for f in reversed(all_folders(run_path)) if at_most is None or step_of(f) <= at_most)
     return next((folder for folder in in_range if _is_whole(folder)), None)
 
 
 def keep_last(run_path: Path, count: int) -> None:
-    """Deletes what is older than the newest `count` (at least one) checkpoints that are whole."""
+    """Delete every checkpoint older than the newest `count` whole ones; `count` is at least 1."""
     if count < 1:
         raise ValueError(f"keep_last: count is {count}; at least one checkpoint is kept.")
     kept = 0
@@ -113,7 +117,7 @@ def keep_last(run_path: Path, count: int) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Puts a checkpoint where nothing finds it but a person; its new name."""
+    """Rename a checkpoint so that only a person finds it, and return its new path."""
     place = folder.with_name(folder.name + SET_ASIDE)
     if place.exists():
         discard(place)
@@ -123,14 +127,14 @@ def set_aside(folder: Path) -> Path:
 
 
 def set_aside_after(run_path: Path, step: int) -> None:
-    """Sets aside the checkpoints behind `step`, which a resumed run does not go on from."""
+    """Set aside the checkpoints of later steps than `step`, from which a resumed run does not go on."""
     for folder in all_folders(run_path):
         if step_of(folder) > step:
             set_aside(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """The state of a checkpoint that is whole; None of a damaged one."""
+    """Read the state of a checkpoint; None where the checkpoint is damaged."""
     try:
         state: dict[str, Any] = json.loads(_read_verified(folder)[STATE])
     except CheckpointError:
@@ -139,7 +143,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 
 
 def problem_of(folder: Path) -> str | None:
-    """Why a checkpoint is not whole; None where it is."""
+    """Say why a checkpoint is damaged; None where it is whole."""
     try:
         _read_verified(folder)
     except CheckpointError as error:
@@ -148,7 +152,7 @@ def problem_of(folder: Path) -> str | None:
 
 
 def all_folders(run_path: Path) -> list[Path]:
-    """The checkpoints of a run, whole or damaged, oldest first."""
+    """List the checkpoints of a run, whole or damaged, oldest first."""
     place = Path(run_path).absolute() / "checkpoints"
     found = [entry for entry in place.iterdir() if _NAME.fullmatch(entry.name)] if place.is_dir() else []
     return sorted(found, key=step_of)

@@ -1,4 +1,4 @@
-"""What a run learns from and is evaluated on: where it lies, checksums of it, and which prompts a step draws.
+"""The data that a run learns from and is evaluated on: its paths, its checksums, and which prompts a step draws.
 
 A group is never cut: each process gets whole ones. The order of prompts is a function of (seed, step) alone, so a
 resumed run needs nothing but its step.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pixrl import plugins
-from pixrl.algorithms.base import Group
+from pixrl.algorithms.exploration import Group
 from pixrl.algorithms.sft import TARGET
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.hub import full_path
@@ -26,16 +26,13 @@ ConfigT = TypeVar("ConfigT", bound=AlignConfig)
 
 
 _SOURCES = ("model", "prompts.source", "evaluation.source", "output.features", "lora.base")
-"""Settings that may name a file or a folder."""
+"""The settings that may name a file or a folder."""
 _PARTS = ("loss", "exploration", "advantage")
-"""Those whose `kind` may name one."""
+"""The settings whose `kind` may name a file."""
 
 
 def with_full_paths(config: ConfigT, known: AlignConfig | None = None) -> ConfigT:
-    """A recipe that names files and folders by their whole paths; settings that are those of `known` stay as they are.
-
-    The rewards' options are among them.
-    """
+    """Make the paths in a recipe absolute, the rewards' options among them; settings that equal `known`'s stay."""
     values, before = config.model_dump(), {} if known is None else known.model_dump()
     changed = config
     for name in _PARTS:
@@ -62,7 +59,7 @@ class _Hash(Protocol):
 
 
 def data_checksums(training: PromptSet, evaluation: PromptSet) -> dict[str, str]:
-    """A checksum each of the two prompt sets, by what they are for and where they come from."""
+    """Return a checksum of each prompt set, by its setting and source: `prompts.source NAME`."""
     return {
         f"prompts.source {training.name}": checksum(training),
         f"evaluation.source {evaluation.name}": checksum(evaluation),
@@ -70,7 +67,10 @@ def data_checksums(training: PromptSet, evaluation: PromptSet) -> dict[str, str]
 
 
 def checksum(prompts: Iterable[Prompt]) -> str:
-    """Of texts and metadata in their order; the pictures of a subject are read once, targets never: they are many."""
+    """Compute a checksum of texts and metadata in their order.
+
+    The pictures of a subject are read once, and targets never, since they are many.
+    """
     total, known = hashlib.sha256(), set()
     for prompt in prompts:
         total.update(prompt.text.encode())
@@ -85,7 +85,7 @@ def checksum(prompts: Iterable[Prompt]) -> str:
 
 
 def what_is_asked(prompts: Iterable[Prompt]) -> Iterator[str]:
-    """What each prompt is of: its subject, by the pictures and whatever it is called; without a subject, its text.
+    """Identify what each prompt asks for: its subject by a checksum of the pictures, else its text.
 
     A subject's other prompts count as the same, since it is the subject that is learned.
     """
@@ -119,11 +119,11 @@ def _add(total: _Hash, value: Any) -> None:
 
 
 _ORDER_KEY = -4
-"""Prompt index of the draws of the order; prompts use 0 and up."""
+"""The prompt index whose seeds shuffle the order of prompts; prompts use 0 and up."""
 
 
 class PromptSampler:
-    """Goes through a set again and again, each time in another order; a step takes the next `per_step`."""
+    """A sampler that goes through a prompt set again and again in new orders; a step takes the next `per_step`."""
 
     def __init__(self, prompts: PromptSet, *, per_step: int, seed: int) -> None:
         self.prompts = prompts
@@ -132,7 +132,7 @@ class PromptSampler:
         self._order = lru_cache(maxsize=4)(self._shuffled)
 
     def groups(self, step: int) -> list[Group]:
-        """All groups of a training step. One prompt occurs once in an epoch, so its pass and number name a group."""
+        """Return all groups of a training step. A prompt occurs once an epoch, so epoch and index name a group."""
         first = step * self.per_step
         return [self._group(place, first + place) for place in range(self.per_step)]
 
@@ -149,5 +149,5 @@ class PromptSampler:
 
 
 def share(count: int, rank: int, size: int) -> slice:
-    """The part of `count` things that process `rank` of `size` takes: neighbours, as even as can be."""
+    """Return the part of `count` items that process `rank` of `size` takes: consecutive ones, as evenly as possible."""
     return slice(count * rank // size, count * (rank + 1) // size)

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: reward curves, group spread, phases, time left."""
+"""The display of a run while it trains: reward curves, group spread, phases, time left."""
 
 import math
 import sys
@@ -14,15 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 CURVE = 40
-"""Steps of a curve that are shown."""
+"""The number of steps that a curve shows."""
 BARS = "▁▂▃▄▅▆▇█"
 FIGURES = ("group_std", "zero_std_share", "kl", "diversity")
-"""What is shown of a step beside its rewards."""
+"""The metrics that are shown beside the rewards."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How long a run is and how far it has come, in steps, or in pictures where a budget of them counts."""
+    """The length of a run and what is done of it, in steps, or in pictures where the budget counts pictures."""
 
     total: int
     done: int = 0
@@ -30,26 +30,26 @@ class Extent:
 
 
 class Monitor(Protocol):
-    """Told of everything that happens."""
+    """A display, or another listener, that is told of everything that happens in a run."""
 
     def begin(self, title: str, extent: Extent, past: Sequence[Mapping[str, float]] = ()) -> None:
-        """A run starts, or goes on after the steps whose metrics are `past`."""
+        """Note that a run starts, or goes on after the steps whose metrics are `past`."""
 
     def say(self, text: str) -> None:
-        """Something that a person should know."""
+        """Show a message to the user."""
 
     def step(self, images: int, metrics: Mapping[str, float]) -> None:
-        """A training step of so many pictures is over."""
+        """Note that a training step of `images` pictures is over."""
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """An evaluation is over."""
+        """Note that the evaluation before training step `step` is over."""
 
     def end(self) -> None:
-        """The run is over, or broken off."""
+        """Note that the run is over, or interrupted."""
 
 
 class Silent:
-    """Shows nothing."""
+    """A monitor that shows nothing."""
 
     def begin(self, title: str, extent: Extent, past: Sequence[Mapping[str, float]] = ()) -> None: ...
     def say(self, text: str) -> None: ...
@@ -59,7 +59,7 @@ class Silent:
 
 
 class History:
-    """The figures behind a display."""
+    """The figures behind a display: each metric by step, and the pace of the run."""
 
     def __init__(self) -> None:
         self.title, self.extent, self.done = "", Extent(0), 0
@@ -69,36 +69,39 @@ class History:
         self._last = time.monotonic()
 
     def begin(self, title: str, extent: Extent, past: Sequence[Mapping[str, float]]) -> None:
+        """Take up a run, after the steps whose metrics are `past`."""
         self.title, self.extent, self.done = title, extent, extent.done
         for metrics in past:
             self._keep(metrics)
         self._last = time.monotonic()
 
     def step(self, images: int, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of a step of `images` pictures."""
         now, units = time.monotonic(), images if self.extent.in_pictures else 1
         self._pace.append((now - self._last, units))
         self._last, self.done = now, self.done + units
         self._keep(metrics)
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add the figures of an evaluation."""
         for name, value in figures.items():
             self.evaluations.setdefault(name, []).append(value)
 
     def last(self, name: str) -> float:
-        """The newest value; nan where there is none."""
+        """Return the newest value of a metric; nan where there is none."""
         return self.values.get(name, [math.nan])[-1]
 
     def best(self) -> float:
-        """The best reward of any picture so far; nan where steps do not tell theirs."""
+        """Return the best reward of any picture so far; nan where the metrics have no `NAME/best`."""
         found = [x for name in self.values if name.endswith("/best") for x in self.values[name]]
         return max((x for x in found if not math.isnan(x)), default=math.nan)
 
     def count(self) -> str:
-        """How far it is."""
+        """Return what is done and the total: 3/10, or 24/80 pictures."""
         return f"{self.done}/{self.extent.total}" + (" pictures" if self.extent.in_pictures else "")
 
     def left(self) -> str:
-        """Time left, from the last twenty steps of this process."""
+        """Return the time left at the pace of the last twenty steps of this process, in words."""
         recent = self._pace[-20:]
         if not recent:
             return ""
@@ -107,7 +110,7 @@ class History:
         return f"{minutes} min {seconds:02d} s left" if minutes else f"{seconds} s left"
 
     def notes(self) -> list[str]:
-        """What not every run has to tell: its best picture, and pictures without a score."""
+        """List what only some runs have: the best reward of a picture, and the share of pictures without a score."""
         found = [] if math.isnan(self.best()) else [f"best reward {self.best():.3f}"]
         return (
             [*found, f"{self.last('failed_share'):.0%} not scored"]
@@ -121,12 +124,12 @@ class History:
 
     @property
     def rewards(self) -> list[str]:
-        """Names of the mean rewards."""
+        """The names of the mean rewards among the metrics."""
         return [name for name in self.values if name.startswith("reward/") and name.endswith("/mean")]
 
 
 class PlainLines:
-    """One line a step, for logs and pipes."""
+    """A monitor that prints one line a step, for logs and pipes."""
 
     def __init__(self) -> None:
         self.history = History()
@@ -157,7 +160,7 @@ class PlainLines:
 
 
 class LiveView:
-    """A table that redraws itself, on a terminal."""
+    """A monitor that redraws a table on a terminal."""
 
     def __init__(self, console: Console) -> None:
         self.history = History()
@@ -218,7 +221,7 @@ class LiveView:
 
 
 def for_terminal() -> Monitor:
-    """The live view on a terminal, plain lines elsewhere; both on standard error."""
+    """Make the monitor for standard error: a live view on a terminal, plain lines elsewhere."""
     console = Console(stderr=True)
     return LiveView(console) if console.is_terminal else PlainLines()
 
@@ -228,7 +231,7 @@ def _short(name: str) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """A row of bars from the least value to the greatest; a dot where there is none."""
+    """Draw values as a row of bars scaled from the least to the greatest; nan is a dot."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "·" * len(values)

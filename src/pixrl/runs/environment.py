@@ -1,4 +1,4 @@
-"""What a run ran on: `environment.json`. Imports nothing heavy."""
+"""The environment of a run, as `environment.json` keeps it: versions, machine, command. Imports nothing heavy."""
 
 import json
 import os
@@ -26,7 +26,9 @@ PACKAGES = (
 
 
 def describe(seed: object, recipe_sha256: str) -> bytes:
-    """The content of environment.json. `recipe_sha256` lets `RunFolder.open` notice a changed recipe."""
+    """Return the content of environment.json. `recipe_sha256` lets `RunFolder.open` notice a changed recipe."""
+    torch = sys.modules.get("torch")  # if it is in use already; asking never loads it
+    gpus = range(torch.cuda.device_count()) if torch is not None and torch.cuda.is_available() else ()
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *map(_without_secrets, sys.argv[1:])],
@@ -35,11 +37,16 @@ def describe(seed: object, recipe_sha256: str) -> bytes:
         "machine": {
             "system": platform.platform(),
             "cpu": _cpu_model(),
-            "cores": _cores(),
-            "ram_bytes": _ram_bytes(),
-            "gpus": _gpus(),
+            "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+            "ram_bytes": None
+            if sys.platform == "win32"
+            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpus": [torch.cuda.get_device_name(index) for index in gpus] if torch is not None else [],
         },
-        "threads": _threads(),
+        "threads": {
+            "torch": None if torch is None else torch.get_num_threads(),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        },
         "git_commit": _git_commit(Path(__file__).resolve().parents[3]),
         "recipe_sha256": recipe_sha256,
     }
@@ -47,7 +54,7 @@ def describe(seed: object, recipe_sha256: str) -> bytes:
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed package; None where it is not."""
+    """Return the version of an installed package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -69,33 +76,6 @@ def _cpu_model() -> str:
             if name.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _ram_bytes() -> int | None:
-    if sys.platform == "win32":
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _gpus() -> list[str]:
-    """Names of the GPUs, if torch is in use already; asking never loads it."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def _threads() -> dict[str, int | str | None]:
-    torch = sys.modules.get("torch")
-    return {
-        "torch": None if torch is None else torch.get_num_threads(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-    }
 
 
 def _git_commit(root: Path) -> str | None:

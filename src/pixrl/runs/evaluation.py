@@ -1,24 +1,21 @@
-"""Pictures of held-out prompts at fixed seeds, drawn and scored before, during and after training."""
+"""Evaluation: pictures of held-out prompts at fixed seeds, drawn and scored before, during and after training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.base import Group, Samples, roll_out
-from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.sampling import Schedule, Solver, StepPlan
-from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.sampling import Samples, Schedule, Solver, StepPlan, roll_out
 from pixrl.algorithms.world import World
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.metrics.diversity import Features, group_diversity
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
-from pixrl.rewards.set import Failures, RewardSet
+from pixrl.rewards.set import RewardSet
 from pixrl.runs.data import share
 from pixrl.runs.log import AlignLog
-from pixrl.types import RewardBatch, Scores
 
 _EPOCH = -5
 """Epoch of the evaluation's seeds; training uses 0 and up."""
@@ -26,7 +23,7 @@ _EPOCH = -5
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Draws the same pictures again and again with the weights of the moment."""
+    """An evaluation that draws the same prompts and noises each time, with the weights of the moment."""
 
     policy: FlowPolicy
     prompts: tuple[Prompt, ...]
@@ -41,7 +38,15 @@ class Evaluator:
     seed: int
 
     def run(self, log: AlignLog, step: int) -> dict[str, float]:
-        """Scores by reward (NAME/mean), the share that failed and the diversity of a prompt's pictures."""
+        """Draw and score the pictures, log them, and return the figures.
+
+        Args:
+            log: takes the pictures, their scores and the figures.
+            step: the training step before which this is.
+
+        Returns:
+            `NAME/mean` and `NAME/failed_share` of each reward, and `diversity` where a prompt has several pictures.
+        """
         mine = share(len(self.prompts), self.world.rank, self.world.size)
         numbers = range(len(self.prompts))[mine]
         groups = [Group(n, _EPOCH, n, self.prompts[n].text, self.prompts[n].metadata) for n in numbers]
@@ -52,19 +57,15 @@ class Evaluator:
             images, _, _ = roll_out(self.policy, variants, samples, plan, self.micro_batch)
         first = mine.start * self.per_prompt
         log.samples(step, range(first, first + len(samples)), images)
-        scores = score(self.rewards, samples, images, self.world)
+        scores = self.rewards.score(samples.batch(images), self.world.gather)
         log.sample_scores(step, scores)
-        figures = self._figures(scores)
-        if self.per_prompt > 1:
-            figures["diversity"] = self._mean(group_diversity(images, self.per_prompt, self.features))
-        log.evaluation(step, figures)
-        return figures
-
-    def _figures(self, scores: Mapping[str, Scores]) -> dict[str, float]:
         figures = {}
         for name, one in scores.items():
             figures[f"{name}/mean"] = self._mean(one.values_B)
             figures[f"{name}/failed_share"] = self._mean(one.values_B.isnan().float())
+        if self.per_prompt > 1:
+            figures["diversity"] = self._mean(group_diversity(images, self.per_prompt, self.features))
+        log.evaluation(step, figures)
         return figures
 
     def _mean(self, values_B: Tensor) -> float:
@@ -75,28 +76,14 @@ class Evaluator:
         return (total[0] / total[1]).item()
 
 
-def score(rewards: RewardSet, samples: Samples, images_BCHW: Tensor, world: World) -> Mapping[str, Scores]:
-    """Every reward's scores of this process's samples; none of none. All processes call it together.
-
-    Raises:
-        RunError: too many of all processes' pictures have no score; on every process alike.
-    """
-    if len(samples):
-        scores = rewards.score_some(RewardBatch(images_BCHW, samples.prompts, samples.metadata))
-    else:
-        scores = {name: Scores(torch.zeros(0), ()) for name in rewards.names}
-    rewards.require_enough(world.gather({name: Failures.of(one) for name, one in scores.items()}))
-    return scores
-
-
 def spread_evenly(prompts: PromptSet, count: int) -> tuple[Prompt, ...]:
-    """`count` prompts at even distances over a set, which may be sorted by task."""
+    """Choose `count` prompts at even distances over a set, which may be sorted by task."""
     total = min(count, len(prompts))
     return tuple(prompts[place * len(prompts) // total] for place in range(total))
 
 
 def gallery(prompts: Sequence[Prompt], per_prompt: int, seed: int) -> list[dict[str, object]]:
-    """What the numbers of `samples/` mean: prompt and seed of each picture, and its subject where there is one."""
+    """List what an evaluation draws: number, prompt and seed of each picture, and its subject where there is one."""
     groups = [Group(n, _EPOCH, n, prompt.text, prompt.metadata) for n, prompt in enumerate(prompts)]
     samples = Samples.of(groups, per_prompt, 1, seed)
     shown = [{"subject": one["subject"]} if "subject" in one else {} for one in samples.metadata]

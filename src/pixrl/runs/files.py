@@ -20,16 +20,19 @@ LACKS = {
     errno.ENFILE: "this machine can open no more files",
     errno.ENOMEM: "there is no memory left",
 }
-"""What ran out besides the disk."""
+"""What a machine can run out of besides room on its disk, in words, by error number."""
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
-"""How torch says so."""
+"""How torch words that memory ran out, in a RuntimeError."""
 TEMPORARY = re.compile(r"\..+\.\d+\.(tmp|new|old)")
-"""Names of what is written beside, or on its way out; the number is the process's."""
+"""Names of files and folders that are not yet, or no longer, in place; the number is the process id."""
 
 
 @contextlib.contextmanager
 def disk_guard(path: Path, needed: int) -> Iterator[None]:
-    """Turns a full disk, and whatever else runs out while `path` is written, into a RunError of one sentence."""
+    """Turn a full disk, or anything else of `LACKS` that runs out while `path` is written, into a RunError.
+
+    `needed`: the size of what is written, in bytes.
+    """
     try:
         yield
     except OSError as error:
@@ -45,7 +48,7 @@ def disk_guard(path: Path, needed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def resource_guard(path: Path) -> Iterator[None]:
-    """The same for a whole job of the run `path`: no memory, no file handles, no room, wherever it shows."""
+    """Turn a lack of memory, file handles or disk anywhere in a job of the run at `path` into a RunError."""
     try:
         yield
     except (OSError, MemoryError, RuntimeError) as error:
@@ -59,7 +62,7 @@ def resource_guard(path: Path) -> Iterator[None]:
 
 
 def what_lacks(error: BaseException) -> str | None:
-    """What of the machine ran out, in words; None for any other error."""
+    """Say what of the machine ran out, according to an error; None for any other error."""
     if isinstance(error, OSError):
         return "the disk is full" if error.errno in FULL else LACKS.get(error.errno or 0)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
@@ -68,7 +71,7 @@ def what_lacks(error: BaseException) -> str | None:
 
 
 def disk_full(path: Path, needed: int) -> RunError:
-    """The error for a full disk."""
+    """Make the RunError for a disk without room for the `needed` bytes of `path`."""
     free = free_bytes(path)
     return RunError(
         f"The disk is full: {path} needs {megabytes(needed)}, {megabytes(free)} are free. {KEPT}; make room, then "
@@ -77,18 +80,18 @@ def disk_full(path: Path, needed: int) -> RunError:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the disk that holds (or will hold) `path`."""
+    """Return the free bytes of the disk that holds, or will hold, `path`."""
     place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(place).free
 
 
 def megabytes(count: int) -> str:
-    """A size for people."""
+    """Format a number of bytes as kB or MB."""
     return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
 
 
 def write_durable(path: Path, content: bytes) -> None:
-    """Writes a new file and waits until the disk has it."""
+    """Write a file and wait until its content is on the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         write_all(descriptor, content)
@@ -98,21 +101,21 @@ def write_durable(path: Path, content: bytes) -> None:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """`os.write` until nothing is left."""
+    """Write all of `content`, of which one `os.write` may take only a part."""
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def write_atomic(path: Path, content: bytes, *, sync_folder: bool = True) -> None:
-    """Writes beside, syncs, renames: `path` holds the old content or the new one, never a part."""
+    """Write a file beside `path`, sync it and rename it: `path` holds the old content or the new, never a part."""
     write_all_atomic({path: content})
     if sync_folder:
         fsync_folder(path.parent)
 
 
 def write_all_atomic(contents: Mapping[Path, bytes]) -> None:
-    """`write_atomic` for several files at a time. Their names are durable after `fsync_folder`."""
+    """Write several files as `write_atomic` does. Their names are durable only after `fsync_folder`."""
     beside = {path: temporary(path, "tmp") for path in contents}
     try:
         for path, content in contents.items():
@@ -126,7 +129,7 @@ def write_all_atomic(contents: Mapping[Path, bytes]) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes names in a folder (new files, renames) durable."""
+    """Make the names in a folder (new files, renames) durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -135,7 +138,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Puts the folder `new` in the place of `path`, whose old content goes."""
+    """Rename the folder `new` to `path`, and delete what `path` held."""
     old = temporary(path, "old")
     if path.exists():
         os.rename(path, old)
@@ -146,19 +149,19 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def temporary(path: Path, suffix: str) -> Path:
-    """What this process calls `path` while it comes (tmp, new) or goes (old)."""
+    """Return the name that this process gives `path` while it is made (tmp, new) or removed (old)."""
     return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
 
 
 def discard(path: Path) -> None:
-    """Removes a folder: its name at once, then what is in it. Killed in between, it leaves a leftover."""
+    """Remove a folder: rename it first, so that it is gone at once; a kill in between leaves only a leftover."""
     gone = temporary(path, "old")
     os.rename(path, gone)
     shutil.rmtree(gone)
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed processes left below a folder: half-written files, and folders half removed."""
+    """List what killed processes left below a folder: half-written files, and folders half removed."""
     found: list[Path] = []
     for place, folders, files in os.walk(folder):
         left = [name for name in (*folders, *files) if TEMPORARY.fullmatch(name)]
@@ -168,7 +171,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def leftovers_beside(path: Path) -> list[Path]:
-    """What processes that were killed while they made or replaced `path` left beside it."""
+    """List what processes that were killed while they made or replaced `path` left beside it."""
     own = re.compile(rf"\.{re.escape(path.name)}\.\d+\.(tmp|new|old)")
     if not path.parent.is_dir():
         return []
@@ -176,7 +179,7 @@ def leftovers_beside(path: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """A file, a link, or a folder with all that is in it."""
+    """Delete a file, a link, or a folder with all that is in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -184,5 +187,5 @@ def remove(path: Path) -> None:
 
 
 def sha256(content: bytes) -> str:
-    """The hex digest that checksums are kept as."""
+    """Return the SHA-256 of some bytes as hex digits."""
     return hashlib.sha256(content).hexdigest()

@@ -39,42 +39,51 @@ from pixrl.untrusted import parse_json
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file holds: the good rows from the start, the offset behind each, and where it goes wrong."""
+    """The content of a log: the good rows from the start, the offset behind each, and where it goes wrong."""
 
     rows: list[dict[str, Any]]
     ends: list[int]
     bad_line: int | None
     """1-based number of the first bad line, when it is not merely a torn last line."""
     torn: bool = False
-    """Whether the last line is."""
+    """Whether the last line is torn, which a kill in the middle of writing leaves."""
 
     @property
     def good_bytes(self) -> int:
+        """The size of the good rows."""
         return self.ends[-1] if self.ends else 0
 
 
 class JsonLines:
-    """One such file. `repair` makes a corrupted file end at its last good line instead of raising."""
+    """A log of JSON lines with a checksum each, to which rows are appended durably."""
 
     def __init__(self, path: Path, run: Path, *, repair: str = "pixrl resume {run} --repair") -> None:
-        """`repair`: the command that goes on from the last good line, for the message about a damaged one."""
+        """Name a log, which need not exist yet.
+
+        Args:
+            path: the file.
+            run: its run's folder, for messages.
+            repair: the command that goes on from the last good line, for the message about a damaged one.
+        """
         self.path = path
         self._repair = repair.format(run=run)
         self._size: int | None = None
         """Bytes that the file should have, as far as this writer knows; None before it looked."""
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows, without their checksums."""
+        """Read all rows, without their checksums; a torn last line is dropped. Raises CheckpointError for damage."""
         return self._scan().rows
 
     def inspect(self) -> Scan:
-        """What the file holds, damaged or not."""
+        """Scan the file, damaged or not."""
         return self._scan(strict=False)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows; when it returns they are on the disk. On a full disk none of them is kept.
+        """Append rows, which on return are on the disk.
 
-        RunError when another process has written since: two that resume one run would spoil it.
+        Raises:
+            RunError: the disk is full, and none of the rows is kept; or another process has written to the file, since
+                two that resume one run would spoil it.
         """
         if self._size is None:
             self._cut(self._scan().good_bytes)
@@ -90,14 +99,14 @@ class JsonLines:
                 fsync_folder(self.path.parent)
 
     def keep(self, count: int) -> None:
-        """Keeps the first `count` rows."""
+        """Cut the file behind its first `count` rows. Raises CheckpointError where there are fewer."""
         ends = self._scan().ends
         if count > len(ends):
             raise CheckpointError(f"{self.path} has {len(ends)} rows, not {count}.")
         self._cut(ends[count - 1] if count else 0)
 
     def repair(self) -> int:
-        """Cuts the file behind its last good line; returns the number of good lines."""
+        """Cut the file behind its last good line, and return the number of good lines."""
         scan = self._scan(strict=False)
         self._cut(scan.good_bytes)
         return len(scan.rows)
@@ -211,7 +220,7 @@ class ManifestRow(BaseModel):
 
 
 class RunFolder:
-    """One run on disk. Made by `create` or `open`."""
+    """One run on the disk, made by `create` or `open`."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path = path
@@ -221,8 +230,17 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path, *, kind: str, recipe: BaseModel, force: bool = False) -> "RunFolder":
-        """Starts a run in a new folder. An existing run is refused, or with `force` set aside until the new one has
-        saved its first step (`run_place.replacing`)."""
+        """Make the folder of a new run.
+
+        Args:
+            path: where.
+            kind: the command that makes the run: fuse, align, ...
+            recipe: its settings.
+            force: set an existing run aside until the new one has saved its first step (`run_place.replacing`).
+
+        Raises:
+            RunError: the place is taken.
+        """
         path = Path(path).absolute()
         recipe_text = f"kind: {kind}\n{config.dump(recipe)}".encode()
         environment = describe(recipe.model_dump().get("seed"), sha256(recipe_text))
@@ -232,9 +250,16 @@ class RunFolder:
 
     @staticmethod
     def open(path: Path, *, repair: bool = False, allow_changed: bool = False) -> "RunFolder":
-        """An existing run, checked. `repair` drops what lies behind the last good line of damaged logs.
+        """Open an existing run and check its recipe and logs.
 
-        `allow_changed`: the caller itself compares a recipe that was edited after the run began.
+        Args:
+            path: the folder.
+            repair: cut damaged logs behind their last good lines.
+            allow_changed: the caller itself compares a recipe that was edited after the run began.
+
+        Raises:
+            RunError: there is no run.
+            CheckpointError: the recipe was edited, or a log is damaged.
         """
         run = RunFolder.at(path, allow_changed=allow_changed)
         if repair:
@@ -246,7 +271,7 @@ class RunFolder:
 
     @staticmethod
     def at(path: Path, *, allow_changed: bool = False) -> "RunFolder":
-        """An existing run whose recipe is checked, and whose logs are not looked at."""
+        """Open an existing run as `open` does, without reading its logs."""
         path = Path(path).absolute()
         run_place.finish_replacing(path)
         recipe, _ = _read_recipe(path, allow_changed)
@@ -259,17 +284,17 @@ class RunFolder:
         return RunFolder(path, str(kind))
 
     def logs(self) -> tuple[JsonLines, JsonLines, JsonLines]:
-        """The manifest, the metrics and the evaluations, which only alignments have."""
+        """Return the logs: the manifest, the metrics and the evaluations, which only alignments have."""
         return self._manifest, self._metrics, JsonLines(self.path / EVALUATIONS, self.path)
 
     def is_edited(self) -> bool:
-        """Whether somebody changed recipe.yaml since pixrl wrote it."""
+        """Return whether recipe.yaml was changed since pixrl wrote it."""
         return _read_recipe(self.path, allow_changed=True)[1]
 
     def adopt_recipe(self, recipe: BaseModel) -> None:
-        """From now on the run has another recipe; the caller has found that it can go on with it.
+        """Give the run another recipe, with which the caller has found that it can go on.
 
-        Killed in between, the folder has one of the two, and knows both.
+        A kill in between leaves one of the two recipes, and the folder accepts both.
         """
         text = f"kind: {self.kind}\n{config.dump(recipe)}".encode()
         environment = json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8"))
@@ -280,14 +305,14 @@ class RunFolder:
         write_atomic(self.path / RECIPE, text)
 
     def tidy(self) -> None:
-        """Removes what killed processes left. Only for the process that goes on with the run."""
+        """Remove what killed processes left. Only the process that goes on with the run may do so."""
         for path in run_place.left_by_kills(self.path):
             remove(path)
         if run_place.has_saved(self.path):
             run_place.drop_replaced(self.path)
 
     def cut_back(self, step: int, images: int) -> None:
-        """Drops what lies behind the checkpoint of `step` with its `images`: a resumed run makes it anew."""
+        """Drop all that was written after the checkpoint of `step`, at which the manifest had `images` rows."""
         self.truncate_manifest(images)
         self.truncate_metrics(step)
         for picture in self.pictures():
@@ -296,45 +321,47 @@ class RunFolder:
         checkpoint.set_aside_after(self.path, step)
 
     def pictures(self) -> list[Path]:
-        """The pictures that lie in rollouts/images, whether the manifest names them or not, by their numbers."""
+        """List the pictures in rollouts/images by number, whether the manifest names them or not."""
         return sorted((self.path / IMAGES).glob("[0-9]*.png"), key=lambda file: int(file.stem))
 
     def step_is_saved(self) -> None:
-        """Tells that a step can be gone on from: what this run replaced, if anything, goes."""
+        """Delete the run that this one replaced, if any: the new one can now be resumed from a saved step."""
         run_place.drop_replaced(self.path)
 
     def recipe_text(self) -> str:
-        """The resolved recipe, `kind` first."""
+        """Read the text of the resolved recipe, `kind` first."""
         return (self.path / RECIPE).read_text(encoding="utf-8")
 
     def recipe(self) -> dict[str, Any]:
-        """The resolved recipe as `config.load` takes it."""
+        """Read the resolved recipe as a mapping, as `config.load` takes it."""
         return dict(config.parse_yaml(self.recipe_text(), str(self.path / RECIPE)))
 
     @property
     def samples_dir(self) -> Path:
-        """For pictures shown to people: selected, periodic, contact sheets."""
+        """The folder of pictures for people: selected ones, those of evaluations, contact sheets."""
         return self.path / SAMPLES
 
     @property
     def checkpoints_dir(self) -> Path:
+        """The folder of checkpoints."""
         return self.path / CHECKPOINTS
 
     @property
     def report_path(self) -> Path:
+        """The file of the report."""
         return self.path / REPORT
 
     def append_manifest(self, rows: Sequence[ManifestRow]) -> None:
-        """Adds images to the manifest; on return they, and their pictures' names, are on the disk."""
+        """Append images to the manifest; on return they, and the names of their files, are on the disk."""
         fsync_folder(self.path / IMAGES)
         self._manifest.append([row.model_dump(mode="json") for row in rows])
 
     def manifest(self) -> list[ManifestRow]:
-        """All images so far. Raises CheckpointError for a damaged manifest; a torn last line is dropped."""
+        """Read all images so far; a torn last line is dropped. Raises CheckpointError for a damaged manifest."""
         return self.parse_manifest(self._manifest.read())
 
     def parse_manifest(self, rows: Sequence[Mapping[str, Any]]) -> list[ManifestRow]:
-        """Lines as rows. Raises CheckpointError for those of another version."""
+        """Validate lines of the manifest. Raises CheckpointError for those of another version of pixrl."""
         try:
             return [ManifestRow.model_validate(row) for row in rows]
         except ValidationError as error:
@@ -343,32 +370,32 @@ class RunFolder:
             ) from None
 
     def truncate_manifest(self, count: int) -> None:
-        """Keeps the first `count` images; resume does so to go on from its checkpoint."""
+        """Drop all but the first `count` images, as resume does to go on from a checkpoint."""
         self._manifest.keep(count)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds one line to metrics.jsonl; a figure that is not finite is kept as null."""
+        """Append one line to metrics.jsonl; a figure that is not finite is written as null."""
         finite = {name: float(x) if math.isfinite(x) else None for name, x in metrics.items()}
         self._metrics.append([{"step": step, **finite}])
 
     def metrics(self) -> list[dict[str, float]]:
-        """All logged lines, null read back as nan."""
+        """Read all lines of metrics.jsonl, null as nan."""
         return [
             {name: math.nan if x is None else x for name, x in row.items()} for row in self._metrics.read()
         ]
 
     def truncate_metrics(self, from_step: int) -> None:
-        """Drops the lines of `from_step` and later, which a resumed run writes anew."""
+        """Drop the metrics of `from_step` and later, which a resumed run writes again."""
         steps = [row["step"] for row in self._metrics.read()]
         first = next((i for i, step in enumerate(steps) if step >= from_step), len(steps))
         self._metrics.keep(first)
 
     def save_image(self, index: int, image_CHW: Tensor) -> str:
-        """Writes rollouts/images/000012.png; returns that name, relative to the run folder."""
+        """Write one picture as rollouts/images/000012.png, and return that path, relative to the run folder."""
         return self.save_images([index], [image_CHW])[0]
 
     def save_images(self, indices: Sequence[int], images_CHW: Iterable[Tensor]) -> list[str]:
-        """Several pictures (a step's) at a time; `images_CHW` may be one tensor [B, 3, H, W]."""
+        """Write pictures and return their paths in the run's folder; `images_CHW` may be a tensor [B, 3, H, W]."""
         names = [f"{IMAGES}/{index:06d}.png" for index in indices]
         pictures = (png_bytes(image_CHW) for image_CHW in images_CHW)
         write_all_atomic({self.path / name: png for name, png in zip(names, pictures, strict=True)})
@@ -376,7 +403,7 @@ class RunFolder:
 
 
 def png_bytes(image_CHW: Tensor) -> bytes:
-    """An RGB picture in [0, 1] as a PNG file."""
+    """Encode an RGB picture [3, H, W] in [0, 1] as PNG. Raises ShapeError for any other shape."""
     if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
         raise ShapeError(f"A picture is [3, H, W], not {list(image_CHW.shape)}.")
     pixels = (

@@ -18,7 +18,7 @@ import safetensors.torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.world import World
 from pixrl.errors import CheckpointError
 from pixrl.fusion.select import SCORE
@@ -30,20 +30,26 @@ from pixrl.runs.folder import EVALUATIONS, JsonLines, ManifestRow, RunFolder, pn
 from pixrl.types import Scores
 
 SCORES = "scores.json"
-"""Beside an evaluation's pictures."""
+"""The file of scores beside an evaluation's pictures."""
 TENSORBOARD = "tensorboard"
 STEP = "step-"
 
 
 class AlignLog:
-    """The logs of one run; every process has one, and calls it alike."""
+    """The record of one alignment; every process has one and makes the same calls."""
 
     def __init__(
         self, folder: RunFolder, world: World, *, images_every: int, keep: int, from_step: int, images: int
     ) -> None:
-        """Goes on from step `from_step` with `images` rows in the manifest; what lay behind is cut off (`cut_back`).
+        """Open the logs of a run that goes on from a step; `cut_back` has dropped later ones.
 
-        `keep`: how many checkpoints are kept.
+        Args:
+            folder: the run's.
+            world: the process group.
+            images_every: pictures are saved of the steps that it divides.
+            keep: how many checkpoints are kept.
+            from_step: the number of steps that are done.
+            images: rows in the manifest.
         """
         self.folder = folder
         self.world = world
@@ -57,9 +63,11 @@ class AlignLog:
             self._board = SummaryWriter(place, purge_step=from_step)
 
     def step(self, rollouts: Rollouts, scores: Mapping[str, Scores], metrics: Mapping[str, float]) -> None:
-        """One training step: its pictures, one line each in the manifest, and one line of metrics."""
+        """Write one training step: its pictures, one line each in the manifest, and one line of metrics."""
         keep = rollouts.step % self.images_every == 0
-        indices = self._indices(rollouts)
+        samples = rollouts.samples
+        starts = [self.images + group.place * samples.per_group for group in samples.groups]
+        indices = [start + place for start in starts for place in range(samples.per_group)]
         files: Sequence[str | None] = [None] * len(indices)
         if keep and indices:
             files = self.folder.save_images(indices, rollouts.images_BCHW)
@@ -71,7 +79,7 @@ class AlignLog:
             self._to_board(metrics, rollouts.step)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """A checkpoint; nobody runs ahead of it."""
+        """Write a checkpoint; all processes wait for it."""
         if self.world.rank == 0:
             path = self.folder.path
             checkpoint.save(checkpoint.step_folder(path, step), tensors, state)
@@ -80,17 +88,23 @@ class AlignLog:
         self.world.gather(None)
 
     def wait(self) -> None:
-        """Everything is written as soon as it is handed over."""
+        """Return at once: everything is written when it is handed over."""
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """One evaluation, made before training step `step`."""
+        """Log the figures of the evaluation before training step `step`."""
         if self.world.rank == 0:
             finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
             self._evaluations.append([{"step": step, **finite}])
             self._to_board({f"evaluation/{name}": x for name, x in figures.items()}, step)
 
     def samples(self, step: int, numbers: Sequence[int], images_BCHW: Tensor) -> None:
-        """Pictures of an evaluation: samples/step-000100/0007.png, the same number is the same prompt and seed."""
+        """Save an evaluation's pictures, samples/step-000100/0007.png; a number always has the same prompt and seed.
+
+        Args:
+            step: the training step before which they were drawn.
+            numbers: those of this process's pictures.
+            images_BCHW: the pictures in [0, 1].
+        """
         place = samples_of(self.folder, step)
         place.mkdir(parents=True, exist_ok=True)
         write_all_atomic(
@@ -99,7 +113,7 @@ class AlignLog:
         fsync_folder(place)
 
     def sample_scores(self, step: int, scores: Mapping[str, Scores]) -> None:
-        """Scores of an evaluation's pictures, this process's part of them in the order of their numbers."""
+        """Save the scores of an evaluation's pictures: each process gives those of its own, in the order of numbers."""
         own = {
             name: [x if math.isfinite(x) else None for x in one.values_B.tolist()]
             for name, one in scores.items()
@@ -110,14 +124,9 @@ class AlignLog:
             write_atomic(samples_of(self.folder, step) / SCORES, json.dumps(whole).encode())
 
     def close(self) -> None:
-        """All events are on the disk."""
+        """Close TensorBoard's event file."""
         if self._board is not None:
             self._board.close()
-
-    def _indices(self, rollouts: Rollouts) -> list[int]:
-        samples = rollouts.samples
-        first = [self.images + group.place * samples.per_group for group in samples.groups]
-        return [start + place for start in first for place in range(samples.per_group)]
 
     def _to_board(self, metrics: Mapping[str, float], step: int) -> None:
         if self._board is None:
@@ -156,7 +165,10 @@ def _reason(scores: Mapping[str, Scores], row: int) -> str | None:
 
 
 def cut_back(folder: RunFolder, step: int, images: int) -> None:
-    """Drops what lies behind the checkpoint of `step`, evaluations and their pictures too: it is drawn anew."""
+    """Drop all that was written after the checkpoint of `step`, evaluations too: the resumed run draws it again.
+
+    `images`: the number of manifest rows at that checkpoint.
+    """
     folder.cut_back(step, images)
     log = JsonLines(folder.path / EVALUATIONS, folder.path)
     log.keep(sum(row["step"] < step for row in log.read()))
@@ -166,23 +178,26 @@ def cut_back(folder: RunFolder, step: int, images: int) -> None:
 
 
 def evaluated_places(folder: RunFolder) -> list[Path]:
-    """The folders of evaluations' pictures, oldest first."""
+    """List the folders of evaluations' pictures, oldest first."""
     found = folder.samples_dir.glob(f"{STEP}[0-9]*")
     return sorted((place for place in found if place.name.removeprefix(STEP).isdigit()), key=step_of_place)
 
 
 def step_of_place(place: Path) -> int:
-    """Before which training step the pictures in a folder of an evaluation were drawn."""
+    """Return the training step before which the pictures in an evaluation's folder were drawn."""
     return int(place.name.removeprefix(STEP))
 
 
 def samples_of(folder: RunFolder, step: int) -> Path:
-    """The folder of an evaluation's pictures."""
+    """Return the folder of the pictures of the evaluation before training step `step`."""
     return folder.samples_dir / f"{STEP}{step:06d}"
 
 
 def sample_scores(folder: RunFolder, step: int) -> dict[str, list[float | None]]:
-    """Reward -> scores of an evaluation's pictures by number, None where there is none; {} of a run that kept none.
+    """Read the scores of an evaluation's pictures.
+
+    Returns:
+        Reward -> score by picture number, None where scoring failed; empty of a run that kept no scores.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -200,7 +215,7 @@ def sample_scores(folder: RunFolder, step: int) -> dict[str, list[float | None]]
 
 
 def evaluations(path: Path) -> list[dict[str, Any]]:
-    """All evaluations of a run folder, in order: `step` and figures by name, None where there is none."""
+    """Read all evaluations of a run folder in order: `step` and figures by name, None where one is not finite."""
     return JsonLines(Path(path) / EVALUATIONS, Path(path)).read()
 
 
@@ -208,7 +223,7 @@ COEFFICIENTS = "rollouts/coefficients"
 
 
 class FuseLog:
-    """The record of one fusion. At most one step is waiting to be written while the next one renders."""
+    """The record of one fusion, written by a thread; at most one step waits while the next one renders."""
 
     def __init__(self, folder: RunFolder, config: FuseConfig) -> None:
         self.folder = folder
@@ -219,22 +234,22 @@ class FuseLog:
         (folder.path / COEFFICIENTS).mkdir(parents=True, exist_ok=True)
 
     def step(self, rollouts: FusionRollouts, scores: FusionScores, metrics: Mapping[str, float]) -> None:
-        """Hands a step over. Raises what went wrong with the one before (a full disk, say)."""
+        """Hand a step over to the writer. Raises what went wrong with the step before, such as a full disk."""
         self.wait()
         self._hand_over(self._write, rollouts, scores, dict(metrics))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Hands a checkpoint over, as it is now."""
+        """Hand a copy of the state over to the writer, as a checkpoint."""
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._hand_over(self._save, step, copies, dict(state))
 
     def wait(self) -> None:
-        """Until everything handed over is on the disk."""
+        """Wait until everything that was handed over is on the disk."""
         while self._pending:
             self._pending.pop(0).result()
 
     def close(self) -> None:
-        """What was handed over is still written, unless something before it failed."""
+        """End the writer after it has written what was handed over, unless something before it failed."""
         self._thread.shutdown(wait=True)
 
     def _hand_over(self, write: Callable[..., None], *given: object) -> None:
@@ -262,25 +277,25 @@ class FuseLog:
 
 
 def save_coefficients(folder: RunFolder, step: int, coefficients_BND: Tensor) -> None:
-    """The coefficients of a step: with the seeds in the manifest they give its pictures back."""
+    """Save the mixing coefficients of a step, which with the manifest's seeds render its pictures again."""
     content = safetensors.torch.save({"coefficients_BND": coefficients_BND.detach().cpu().contiguous()})
     write_atomic(coefficients_file(folder, step), content)
 
 
 def coefficients_file(folder: RunFolder, step: int) -> Path:
-    """Where they lie."""
+    """Return the file of the mixing coefficients of a step."""
     return folder.path / COEFFICIENTS / f"step-{step:06d}.safetensors"
 
 
 def cut_coefficients(folder: RunFolder, step: int) -> None:
-    """Drops those of `step` and later, which are drawn anew."""
+    """Delete the coefficients of `step` and later, which the resumed run draws again."""
     for file in (folder.path / COEFFICIENTS).glob("step-[0-9]*.safetensors"):
         if int(file.stem.removeprefix("step-")) >= step:
             file.unlink()
 
 
 def load_coefficients(folder: RunFolder, step: int) -> Tensor:
-    """The inverse of `save_coefficients`."""
+    """Read the coefficients [B, N, D] that `save_coefficients` wrote."""
     content = coefficients_file(folder, step).read_bytes()
     return safetensors.torch.load(content)["coefficients_BND"]
 
@@ -288,7 +303,7 @@ def load_coefficients(folder: RunFolder, step: int) -> Tensor:
 def manifest_rows(
     rollouts: FusionRollouts, scores: FusionScores, config: FuseConfig, files: list[str]
 ) -> list[ManifestRow]:
-    """One row a picture."""
+    """Make the manifest rows of a step's pictures; `files` are their paths in the run's folder."""
     rows = []
     for i, file in enumerate(files):
         similarities = scores.feedback.similarities_BN[i].tolist()
@@ -312,7 +327,12 @@ def manifest_rows(
 
 
 def summarize(coefficients_ND: Tensor, concepts: tuple[str, ...]) -> dict[str, Any]:
-    """Each concept's mean share over the columns, and how much the columns differ."""
+    """Summarize the coefficients of one picture for its manifest row.
+
+    Returns:
+        `share`: each concept's mean over the D columns; `spread`: the standard deviation over columns, averaged over
+        concepts; `outside`: the part of all coefficients outside [0, 1].
+    """
     means = coefficients_ND.mean(dim=1).tolist()
     shares = {concept: round(mean, 4) for concept, mean in zip(concepts, means, strict=True)}
     spread = float(coefficients_ND.std(dim=1, correction=0).mean())

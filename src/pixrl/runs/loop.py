@@ -1,7 +1,8 @@
-"""The one loop of fuse, align and personalize: collect, score, update, log, evaluate, save.
+"""The training loop of fuse, align and personalize: collect, score, update, log, save, evaluate.
 
-It knows no method. An algorithm draws pictures, has them scored and learns from the scores; what differs between the
-jobs is the algorithm and the record that keeps its steps.
+The loop knows no method. An `Algorithm` draws pictures, has them scored and learns from the scores; a `Record` keeps
+the steps on the disk; a `Monitor` shows them. The jobs differ in the algorithm and the record that they pass. Read
+`Loop._play` first.
 """
 
 import signal
@@ -26,22 +27,22 @@ STOPPING = (
     "Stopping after this step, which is then saved. Ctrl-C again stops at once, at the last checkpoint."
 )
 R = TypeVar("R")
-"""Rollouts: the pictures of a step, and how they came about."""
+"""The rollouts of an algorithm: the pictures of a step, and how they were drawn."""
 S = TypeVar("S")
-"""Their scores."""
+"""The scores of an algorithm's rollouts."""
 R_contra = TypeVar("R_contra", contravariant=True)
 S_contra = TypeVar("S_contra", contravariant=True)
 
 
 @dataclass
 class Clock:
-    """Seconds by phase of one step."""
+    """A stopwatch that sums the seconds of one training step by phase."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts what is within; a GPU's work is waited for."""
+        """Add the seconds of the `with` block to a phase, after waiting for the GPU's work."""
         begun = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -49,7 +50,7 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
     def metrics(self, images: int) -> dict[str, float]:
-        """seconds/PHASE, and pictures a second over all phases."""
+        """Return `seconds/PHASE` for each phase, and `images_per_second` over all phases; nan where there are none."""
         total = sum(self.seconds.values())
         return {f"seconds/{name}": x for name, x in self.seconds.items()} | {
             "images_per_second": images / total if total > 0 else torch.nan
@@ -57,49 +58,49 @@ class Clock:
 
 
 class Algorithm(Protocol[R, S]):
-    """What a run trains, and with what: three verbs a step, and a state that a checkpoint keeps."""
+    """A training method as the loop sees it: three verbs a step, and a state that a checkpoint keeps."""
 
     def images(self, step: int) -> int:
-        """Pictures of a step, over all processes."""
+        """Return the number of pictures of a step, over all processes."""
 
     def collect(self, step: int, clock: Clock) -> R:
-        """This process's pictures of a step."""
+        """Draw this process's pictures of a step."""
 
     def score(self, rollouts: R, clock: Clock) -> S:
-        """Their scores; a picture that could not be scored has a reason."""
+        """Score the rollouts; a picture that could not be scored has nan and a reason."""
 
     def update(self, rollouts: R, scores: S, clock: Clock) -> dict[str, float]:
-        """Learn from the scores; figures for the log."""
+        """Take the optimizer steps that the scores ask for, and return figures for the log."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the state, for a checkpoint."""
+        """Return the tensors of the training state, for a checkpoint."""
 
     def state(self) -> dict[str, Any]:
-        """The rest of the state, as JSON."""
+        """Return the rest of the training state as JSON values, for a checkpoint."""
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Take up a saved state: the next step is what it would have been without the break."""
+        """Load a saved state, after which the next step is bit for bit that of an unbroken run."""
 
 
 class Record(Protocol[R_contra, S_contra]):
-    """What keeps the steps of a run on a disk, in order."""
+    """The files of a run as the loop sees them: what keeps its steps on the disk, in order."""
 
     def step(self, rollouts: R_contra, scores: S_contra, metrics: Mapping[str, float]) -> None:
-        """Pictures, one manifest line each, and one line of metrics."""
+        """Write the pictures of a step, one manifest line each, and one line of metrics."""
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """A checkpoint after so many steps; called after the step itself is kept."""
+        """Write a checkpoint after `step` steps; called after the last of them was given to `step`."""
 
     def wait(self) -> None:
-        """Until all that was handed over is on the disk."""
+        """Wait until everything that was handed over is on the disk."""
 
     def close(self) -> None:
-        """No more is written."""
+        """End the writing: nothing is handed over any more."""
 
 
 @dataclass(frozen=True)
 class Step(Generic[R, S]):
-    """One step: what was drawn, what it scored, and the figures of both."""
+    """One training step: what was drawn, how it scored, and the figures for the log."""
 
     rollouts: R
     scores: S
@@ -107,7 +108,7 @@ class Step(Generic[R, S]):
 
 
 def take_step(algorithm: Algorithm[R, S], step: int) -> Step[R, S]:
-    """Collect, score, update: no files, no screen."""
+    """Collect, score and update once, without files or screen."""
     clock = Clock()
     rollouts = algorithm.collect(step, clock)
     scores = algorithm.score(rollouts, clock)
@@ -117,38 +118,40 @@ def take_step(algorithm: Algorithm[R, S], step: int) -> Step[R, S]:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a run is and how often it does what. `evaluate_every` None: before the first step and after the last."""
+    """The length of a run, and how often it saves and evaluates, all in training steps."""
 
     steps: int
     save_every: int = 1
     evaluate_every: int | None = None
+    """None evaluates before the first step and after the last one alone."""
 
 
 @dataclass(frozen=True)
 class Loop(Generic[R, S]):
-    """A run's parts; `run` plays it."""
+    """The parts of a run, which `run` trains to its last step."""
 
     algorithm: Algorithm[R, S]
     record: Record[R, S]
     monitor: Monitor
     pace: Pace
     kept: Mapping[str, Any]
-    """What the run began with; every checkpoint keeps a copy, for the day that its file is lost."""
+    """What every checkpoint keeps beside the state: a copy of what the run began with, should its file be lost."""
     evaluate: Callable[[int], Mapping[str, float]] | None = None
-    """Figures of what was learnt, before training step ...; None: nothing is held out."""
+    """Evaluates on held-out prompts before a training step and returns the figures; None where nothing is held out."""
     watch: Callable[[S], None] | None = None
-    """Looks at a step's scores after the step is saved: a RunError where the run had better stop."""
+    """Looks at a step's scores after the step is saved, and raises a RunError where the run had better stop."""
     world: World = field(default_factory=Alone)
 
     def run(self, folder: Path, start: int, images: int) -> None:
-        """Steps `start` to the last; at Ctrl-C the step in hand is ended and saved, at a second one it is lost.
+        """Train from step `start` to the last one.
 
-        The last evaluation is broken off at once: going on with the run draws it again.
+        The first Ctrl-C lets the current step end and saves it, a second one interrupts at once. During the last
+        evaluation the first one interrupts already: resuming the run draws that evaluation again.
 
         Args:
-            folder: the run's, for messages.
-            start: steps that are done.
-            images: pictures that they made.
+            folder: the run's folder, for messages.
+            start: the number of steps that are done.
+            images: the number of pictures that those steps drew.
 
         Raises:
             RunError: the run had to stop: no room or memory, or too many pictures without a score.
@@ -182,7 +185,11 @@ class Loop(Generic[R, S]):
                     state = {"images": images, **self.algorithm.state(), **self.kept}
                     self.record.save(done, self.algorithm.tensors(), state)
                 if self.watch is not None:
-                    self._check(self.watch, taken.scores)
+                    try:
+                        self.watch(taken.scores)
+                    except RunError:
+                        self.record.wait()  # what is done is saved
+                        raise
                 if stops:
                     self.record.wait()
                     raise KeyboardInterrupt
@@ -194,22 +201,15 @@ class Loop(Generic[R, S]):
         self.monitor.step(self.algorithm.images(step), taken.metrics)
         return taken
 
-    def _check(self, watch: Callable[[S], None], scores: S) -> None:
-        try:
-            watch(scores)
-        except RunError:
-            self.record.wait()  # what is done is saved
-            raise
-
     def _evaluate(self, step: int) -> None:
         if self.evaluate is not None:
             self.monitor.evaluation(step, self.evaluate(step))
 
 
 class StopAfterStep:
-    """Notes the first Ctrl-C within; the next one interrupts as usual.
+    """A context in which the first Ctrl-C only sets `asked`, and the next one interrupts as usual.
 
-    Where Ctrl-C is not Python's own (another thread, a program with a handler of its own) nothing is changed.
+    Where Python does not handle Ctrl-C itself (another thread, a program with its own handler) nothing is changed.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pixrl import config
 from pixrl.errors import ConfigError, RunError
@@ -34,24 +33,24 @@ RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 REPLACED = ".replaced"
 CHILDREN = "runs"
-"""Of a folder of fusions: the runs in it."""
+"""The folder of a comparison, or of a list of pairs, in which its fusions lie."""
 RUN_KINDS = ("fuse", "fuse-compare", "fuse-pairs", "align", "personalize")
 OWN_NAMES = {
     *(MARKER, RECIPE, ENVIRONMENT, REPLACED, CHILDREN, "metrics.jsonl", "evaluations.jsonl", "rollouts", "samples"),
     *("checkpoints", "report.html", "start.json", "world.json", "selection.json", "failures.json", "exemplars"),
     *("tensorboard", "export"),
 }  # fmt: skip
-"""All that pixrl makes at the top of a run."""
+"""The names of all that pixrl makes at the top of a run's folder."""
 _OF_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory"}
-"""What file managers leave."""
+"""The names of files that file managers leave in folders."""
 
 
 def make(
     path: Path, kind: str, files: Mapping[str, bytes], folders: Sequence[str], *, force: bool = False
 ) -> None:
-    """Makes the folder of a new run with `files` and empty `folders` in it.
+    """Make the folder of a new run with `files` and empty `folders` in it. Links are followed.
 
-    A run that is there is refused, or with `force` set aside in the new one. Links are followed.
+    An existing run is refused, or with `force` set aside inside the new one.
 
     Raises:
         RunError: the place is taken, or the disk is full; nothing has changed.
@@ -75,7 +74,11 @@ def make(
 
 
 def require_free(path: Path, force: bool = False) -> None:
-    """RunError where no run can begin at `path`: something is there that is not an old run, or one without `force`."""
+    """Check that a run can begin at `path`.
+
+    Raises:
+        RunError: something is there that is no run, or a run without `force` or with files in it that are not pixrl's.
+    """
     path = Path(path).absolute()
     finish_replacing(path)
     if not path.exists() or (path.is_dir() and is_blank(path)):
@@ -100,12 +103,14 @@ def require_free(path: Path, force: bool = False) -> None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether pixrl made this folder as a run: by its marker, or, of before there was one, its recipe and environment.
+    """Return whether pixrl made this folder as a run, by its marker or, in older runs, its recipe and environment.
 
-    A study's folder is none, though it has both, nor is one with a recipe of the user's own.
+    A study's folder is no run, though it has both, nor is a folder with a recipe of the user's own.
     """
-    if _read_marker(path).get("made_by") == "pixrl":
-        return True
+    with contextlib.suppress(OSError, ValueError):
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        if isinstance(marker, dict) and marker.get("made_by") == "pixrl":
+            return True
     try:
         recipe = config.parse_yaml((path / RECIPE).read_text(encoding="utf-8"), RECIPE)
         environment = json.loads((path / ENVIRONMENT).read_text(encoding="utf-8"))
@@ -120,7 +125,7 @@ def is_run(path: Path) -> bool:
 
 
 def is_blank(path: Path) -> bool:
-    """Whether a folder is empty, or holds no more than a start that was killed at once leaves in it."""
+    """Return whether a folder is empty, or holds no more than a start that was killed at once leaves in it."""
     left = set(_begun(path))
     names = {entry.name for entry in path.iterdir() if entry not in left} - _OF_SYSTEMS
     begun = {MARKER, RECIPE, ENVIRONMENT}
@@ -137,26 +142,26 @@ def _begun(path: Path) -> list[Path]:
 
 
 def foreign(path: Path) -> list[str]:
-    """What lies in a run and pixrl did not put there, at its top."""
+    """List the names at the top of a run's folder that pixrl did not make."""
     names = {entry.name for entry in path.iterdir() if not TEMPORARY.fullmatch(entry.name)}
     return sorted(names - OWN_NAMES - _OF_SYSTEMS)
 
 
 def left_by_kills(path: Path) -> list[Path]:
-    """What killed processes left in a run and beside it; never a run that was set aside."""
+    """List what killed processes left in a run and beside it; never a run that was set aside."""
     beside = leftovers_beside(path.resolve())
     return [*leftovers(path), *(left for left in beside if not (left / REPLACED).exists())]
 
 
 def has_saved(path: Path) -> bool:
-    """Whether a run, or one of a folder of runs, has saved a step that can be gone on from."""
+    """Return whether a run, or one of a folder of runs, has a checkpoint to go on from."""
     places = (path, *(path / CHILDREN).glob("*"))
     return any(checkpoint.all_folders(place) for place in places)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[None]:
-    """While a new run works: if it fails before its first saved step, the run that it replaced is put back."""
+    """Put the replaced run back where the new one fails in the `with` block before its first saved step."""
     try:
         yield
     except BaseException as error:
@@ -165,7 +170,12 @@ def replacing(path: Path) -> Iterator[None]:
         if has_saved(path):
             drop_replaced(path)
             raise
-        _put_back(path.resolve())
+        place = path.resolve()
+        failed = temporary(place, "new")
+        os.rename(place, failed)
+        os.rename(failed / REPLACED, place)
+        fsync_folder(place.parent)
+        shutil.rmtree(failed)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(
                 f"No step of the new run is saved, so {path} holds the run again that was there before."
@@ -174,13 +184,13 @@ def replacing(path: Path) -> Iterator[None]:
 
 
 def drop_replaced(path: Path) -> None:
-    """Removes the run that `path` replaced, if there is one."""
+    """Delete the run that `path` replaced, if there is one."""
     if (path / REPLACED).exists():
         discard(path / REPLACED)
 
 
 def finish_replacing(path: Path) -> None:
-    """Ends what a kill broke off between setting an old run aside and putting the new one in its place."""
+    """Put the new folder in place where a kill came between setting the old run aside and doing so."""
     path = path.resolve()
     if os.path.lexists(path):
         return
@@ -224,19 +234,3 @@ def _swap(new: Path, path: Path) -> None:
     fsync_folder(path.parent)
     for left in left_by_kills(path):
         remove(left)
-
-
-def _put_back(path: Path) -> None:
-    failed = temporary(path, "new")
-    os.rename(path, failed)
-    os.rename(failed / REPLACED, path)
-    fsync_folder(path.parent)
-    shutil.rmtree(failed)
-
-
-def _read_marker(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads((path / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

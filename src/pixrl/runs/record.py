@@ -1,4 +1,4 @@
-"""What an align run began with and how far it came: `start.json` and the checkpoints."""
+"""The start of an alignment, `start.json`, and what has changed since: what a resumed run is compared with."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pixrl.algorithms.base import shown_pictures
+from pixrl.algorithms.exploration import shown_pictures
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt
 from pixrl.errors import CheckpointError
@@ -27,7 +27,7 @@ from pixrl.runs.log import evaluations
 START = "start.json"
 GALLERY = "samples/gallery.json"
 REFERENCES = "samples/references"
-"""Pictures of the gallery's subjects, as 0007.png for the seventh prompt."""
+"""The folder of pictures of the evaluation's subjects, 0007.png for the prompt of number 7."""
 REFERENCE_SIDE = 256
 JsonT = TypeVar("JsonT", bound=dict[str, Any] | list[dict[str, Any]])
 
@@ -40,7 +40,7 @@ def write_start(
     *,
     evaluated_from: int = 0,
 ) -> None:
-    """What the run began with, for `go_on` to compare; and what its gallery shows.
+    """Write what the run begins with, for `go_on` to compare, and the gallery: what the evaluations draw.
 
     `evaluated_from`: the first step whose evaluation is of these pictures.
     """
@@ -85,8 +85,8 @@ def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict
 
 
 def read_start(folder: RunFolder) -> dict[str, Any]:
-    """What a run began with: recipe, model, fingerprint, merged, rewards, data, code, micro_batches, notes, trained_on,
-    evaluated_from, gallery. Where the file is missing or damaged, what the newest checkpoint keeps of it.
+    """Read what a run began with: recipe, model, fingerprint, merged, rewards, data, code, micro_batches, notes,
+    trained_on, evaluated_from, gallery. Where the file is missing or damaged, the newest checkpoint's copy is read.
 
     `merged` are digests of the LoRAs below the trained one, `rewards` is each reward's provenance, `data` a checksum
     of each source's prompts and reference pictures; runs of before they were recorded have none.
@@ -103,17 +103,17 @@ def read_start(folder: RunFolder) -> dict[str, Any]:
 
 
 def start_if_any(folder: RunFolder) -> dict[str, Any]:
-    """`read_start`; {} of a run that stopped before its first step, or has lost it and has no checkpoint."""
+    """Read what a run began with; {} of one that has neither the file nor a checkpoint."""
     return start_on_disk(folder) or start_in_checkpoint(folder)
 
 
 def start_on_disk(folder: RunFolder) -> dict[str, Any]:
-    """What start.json says; {} where it is missing or damaged."""
+    """Read start.json; {} where it is missing or damaged."""
     return _read_json(folder.path / START, dict) or {}
 
 
 def start_in_checkpoint(folder: RunFolder) -> dict[str, Any]:
-    """What the newest checkpoint that is whole says of the start; {} where there is none, or one of before it did."""
+    """Read the newest whole checkpoint's copy of start.json; {} where there is none, as in older runs."""
     newest = checkpoint.latest(folder.path)
     state = None if newest is None else checkpoint.read_state(newest)
     found: dict[str, Any] = (state or {}).get("start", {})
@@ -121,7 +121,7 @@ def start_in_checkpoint(folder: RunFolder) -> dict[str, Any]:
 
 
 def gallery_on_disk(folder: RunFolder) -> list[dict[str, Any]] | None:
-    """What samples/gallery.json lists; None where it is missing or damaged."""
+    """Read samples/gallery.json; None where it is missing or damaged."""
     return _read_json(folder.path / GALLERY, list)
 
 
@@ -146,13 +146,13 @@ def base_and_last(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def read_rewards(folder: RunFolder) -> dict[str, dict[str, str]]:
-    """Reward -> provenance, as the run began; none of runs of before it was recorded."""
+    """Read the provenance of each reward as the run began; {} of older runs, which did not record it."""
     found: dict[str, dict[str, str]] = read_start(folder).get("rewards", {})
     return found
 
 
 def require_unchanged(folder: RunFolder, began: Mapping[str, Any], now: AlignConfig, accepted: bool) -> None:
-    """CheckpointError that lists what was edited in recipe.yaml, unless that is accepted."""
+    """Raise a CheckpointError that lists what was edited in recipe.yaml, unless that is accepted."""
     changes = differences(began, now.model_dump(mode="json"))
     if changes and not accepted and folder.is_edited():
         listed = "\n  ".join(changes)
@@ -163,7 +163,7 @@ def require_unchanged(folder: RunFolder, began: Mapping[str, Any], now: AlignCon
 
 
 def require_unedited(folder: RunFolder, accepted: bool) -> None:
-    """The same where nothing is left of what the run began with but the recipe's checksum."""
+    """Raise a CheckpointError where recipe.yaml was edited and start.json is lost, unless that is accepted."""
     if folder.is_edited() and not accepted:
         raise CheckpointError(
             f"{folder.path / 'recipe.yaml'} was changed after the run began, and {START}, which says what it was, is "
@@ -172,7 +172,7 @@ def require_unedited(folder: RunFolder, accepted: bool) -> None:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> list[str]:
-    """What differs between two resolved recipes: 'optimizer.lr: 0.001 when the run began, 0.003 now'."""
+    """List what differs between two resolved recipes: 'optimizer.lr: 0.001 when the run began, 0.003 now'."""
     found: list[str] = []
     for name in [*before, *(name for name in after if name not in before)]:
         one, other = before.get(name), after.get(name)
@@ -184,7 +184,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "
 
 
 def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: FlowPipelinePolicy) -> None:
-    """CheckpointError when the run was trained from other weights."""
+    """Raise a CheckpointError where the run was trained from other base weights than the loaded ones."""
     if began["fingerprint"] != policy.backbone_fingerprint:
         raise CheckpointError(
             f"{folder.path} was trained from {began['model']} ({began['fingerprint']}), but {policy.name} "
@@ -194,7 +194,7 @@ def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: Flow
 
 
 def changed_code(folder: RunFolder, began: Mapping[str, Any], accepted: bool) -> list[str]:
-    """Which files that hold parts of the method are others than when the run began. Runs nothing of them.
+    """List the files of the user's code that have changed since the run began. None of it is executed.
 
     Raises:
         CheckpointError: one is, and that is not accepted.
@@ -210,7 +210,7 @@ def changed_code(folder: RunFolder, began: Mapping[str, Any], accepted: bool) ->
 
 
 def changed_rewards(folder: RunFolder, began: Mapping[str, Any], run: LoadedRun, accepted: bool) -> list[str]:
-    """What is new about the weights that score, such as `preference.model: ...`; nothing of rewards that came or went.
+    """List what has changed in the rewards' weights, such as `preference.model: ...`, of rewards that are still there.
 
     Raises:
         CheckpointError: something is, and that is not accepted.
@@ -219,7 +219,7 @@ def changed_rewards(folder: RunFolder, began: Mapping[str, Any], run: LoadedRun,
 
 
 def changed_data(folder: RunFolder, began: Mapping[str, Any], run: LoadedRun, accepted: bool) -> list[str]:
-    """Which source holds other prompts or pictures than when the run began; nothing of a source that is named anew.
+    """List the sources whose prompts or pictures have changed since the run began; new sources are not among them.
 
     Raises:
         CheckpointError: one does, and that is not accepted.
@@ -229,7 +229,7 @@ def changed_data(folder: RunFolder, began: Mapping[str, Any], run: LoadedRun, ac
 
 
 def changed_evaluation(folder: RunFolder, began: Mapping[str, Any], run: LoadedRun) -> list[str]:
-    """How further evaluations draw other pictures than those that are there; nothing before the first one."""
+    """List why further evaluations will draw other pictures than the earlier ones; [] before the first one."""
     if not evaluations(folder.path):
         return []
     shown = gallery_on_disk(folder)
@@ -245,14 +245,14 @@ def changed_evaluation(folder: RunFolder, began: Mapping[str, Any], run: LoadedR
 
 
 def _digest(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Of a gallery, wherever its references lie."""
+    """Sum a gallery up by number of pictures and a checksum, wherever its reference pictures lie."""
     known = [{name: one[name] for name in one if name != "reference"} for one in entries]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
     return f"{len(known)} pictures, checksum {digest}"
 
 
 def _sampling(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """How an evaluation draws."""
+    """Return the settings of a recipe that decide how an evaluation draws."""
     sampling = recipe["sampling"]
     return {
         "evaluation.steps": recipe["evaluation"]["steps"] or sampling["steps"],
@@ -276,7 +276,11 @@ def _changed(
 
 
 def find_place(folder: RunFolder) -> tuple[int, int, tuple[dict[str, torch.Tensor], dict[str, Any]] | None]:
-    """Step, images in the manifest, and the newest whole checkpoint whose images are all there."""
+    """Find the newest whole checkpoint whose images are all in the manifest.
+
+    Returns:
+        Its step, the number of images then, and its tensors and state; `(0, 0, None)` where there is none.
+    """
     rows = len(folder.manifest())
     found = checkpoint.latest(folder.path)
     while found is not None:

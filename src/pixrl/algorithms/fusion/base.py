@@ -64,6 +64,8 @@ class Proposal:
 
     coefficients_BND: Tensor
     trace: Mapping[str, Tensor] = field(default_factory=dict)
+    noises_B: Tensor | None = None
+    """The number of the noise that each picture is to be drawn from; None: as the recipe's `noise` says."""
 
     def __len__(self) -> int:
         return self.coefficients_BND.shape[0]

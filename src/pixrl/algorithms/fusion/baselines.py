@@ -10,7 +10,7 @@ A learned policy that does not beat `RandomMix` is a finding.
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -18,9 +18,6 @@ from torch import Tensor, nn
 
 from pixrl.algorithms.fusion.base import Feedback, FusionTask, NoSettings, Proposal, Sampler
 from pixrl.algorithms.fusion.policy import (
-    DEFAULTS,
-    Defaults,
-    PolicyKind,
     PolicySampler,
     PolicySettings,
     linear,
@@ -186,14 +183,8 @@ _CRITIC = -3
 class FusionPPOSettings(PolicySettings):
     """PPO's own settings; gamma and lam are those of RMLer's released, unused, GAE.
 
-    Its rates are its own: with RMLer's it did worse (docs/log.md).
+    All else is RMLer's, so that the two differ by the critic alone, as in the paper's Table 1.
     """
-
-    defaults: ClassVar[Defaults] = DEFAULTS | {
-        PolicyKind.COMPACT: {
-            "lr": 0.05, "epochs": 4, "hidden": 32, "groups": 16, "std": 0.7, "balance_std": 0.3,
-        }
-    }  # fmt: skip
 
     gamma: float = Field(0.99, ge=0, le=1)
     """Discount of later rewards; 0 makes it a contextual bandit."""
