@@ -28,12 +28,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixrl import config as recipes
-from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.trainer import Aligner, MicroBatches
-from pixrl.algorithms.world import Alone
 from pixrl.models.text import PromptCache
 from pixrl.runs.config import AlignConfig
-from pixrl.runs.evaluation import score
 from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
 from pixrl.types import Scores
 
@@ -109,7 +107,7 @@ class Bench:
         rollouts = self.aligner.collect(self.groups, 0)
         drawn = _now()
         scores = (
-            score(self.shop.rewards, rollouts.samples, rollouts.images_BCHW, Alone())
+            self.shop.rewards.score(rollouts.samples.batch(rollouts.images_BCHW))
             if self.scored
             else self.random_scores(rollouts)
         )

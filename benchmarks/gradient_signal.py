@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 
 from pixrl import api
-from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.grpo import GRPOSettings
+from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.trainer import Aligner
-from pixrl.algorithms.world import Alone
 from pixrl.models.pipeline import chunks
 from pixrl.models.slots import Slot
-from pixrl.runs.evaluation import score
 from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
 
 LEVELS = 10
@@ -47,7 +45,7 @@ def workshop(recipe: str, prompts: int, changed: Sequence[str]) -> LoadedRun:
 def batch_gradients(shop: LoadedRun, aligner: Aligner, step: int, shuffled: bool) -> dict[int, Tensor]:
     """Noise level -> mean gradient of one batch there."""
     rollouts = aligner.collect(shop.prompts.groups(step), step)
-    scores = score(shop.rewards, rollouts.samples, rollouts.images_BCHW, Alone())
+    scores = shop.rewards.score(rollouts.samples.batch(rollouts.images_BCHW))
     rewards = {name: one.values_B.view(-1, rollouts.samples.per_group) for name, one in scores.items()}
     if shuffled:
         drawer = torch.Generator().manual_seed(step)

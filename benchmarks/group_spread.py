@@ -11,10 +11,8 @@ from typing import Any
 
 from pixrl import config as recipes
 from pixrl.algorithms.advantages import reward_metrics
-from pixrl.algorithms.world import Alone
 from pixrl.metrics.diversity import group_diversity
 from pixrl.runs.config import AlignConfig
-from pixrl.runs.evaluation import score
 from pixrl.runs.loaded import load_run, plan_batches
 
 NEAR = {"exploration.target": 0.8, "exploration.max_norm": 0.5}
@@ -35,7 +33,7 @@ def spread(recipe: str, changes: dict[str, Any], prompts: int) -> dict[str, floa
     shop = load_run(recipes.load(AlignConfig, recipe, values=values, kind="align"))
     aligner = shop.aligner(plan_batches(shop)[0])
     rollouts = aligner.collect(shop.prompts.groups(0), 0)
-    scores = score(shop.rewards, rollouts.samples, rollouts.images_BCHW, Alone())
+    scores = shop.rewards.score(rollouts.samples.batch(rollouts.images_BCHW))
     weights = shop.rewards.weights(0)
     size = rollouts.samples.per_group
     rewards = {name: scores[name].values_B.view(-1, size) for name in weights}

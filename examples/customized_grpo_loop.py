@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from pixrl import models, rewards
-from pixrl.algorithms.base import Group, Use
-from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.sampling import Use
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import load_subjects
 from pixrl.equations import clipped_surrogate, flow_sde_step, group_advantages, prompt_weight, shape_advantage

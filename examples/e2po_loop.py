@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from pixrl import models, rewards
-from pixrl.algorithms.base import Group, Use
 from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
-from pixrl.algorithms.exploration import Variants
+from pixrl.algorithms.exploration import Group, Variants
+from pixrl.algorithms.sampling import Use
 from pixrl.data.prompts import load_prompts
 from pixrl.equations import group_advantages, interpolate, nft_loss, optimality
 from pixrl.models.base import FlowPolicy

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pixrl.algorithms.base import shown_pictures
+from pixrl.algorithms.exploration import shown_pictures
 from pixrl.data.prompts import Prompt
 from pixrl.errors import RunError
 from pixrl.models.base import on_square

@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.base import Group, Samples, roll_out
-from pixrl.algorithms.exploration import Exploration, NoiseOnly
-from pixrl.algorithms.sampling import Schedule, StepPlan
-from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.exploration import Exploration, Group, NoiseOnly, prepare
+from pixrl.algorithms.sampling import Samples, Schedule, StepPlan, roll_out
 from pixrl.data.prompts import Prompt
 from pixrl.errors import ShapeError
 from pixrl.metrics.diversity import DiversityMeter, distinct_layouts, layouts_of, mean_pairwise_distance

@@ -25,10 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.base import Group, Samples
-from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.sampling import ODESolver, Schedule, StepPlan
-from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.sampling import ODESolver, Samples, Schedule, StepPlan
 from pixrl.data.prompts import Prompt
 from pixrl.equations import predict_x0
 from pixrl.errors import InputError

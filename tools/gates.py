@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from pixrl.toy import CHECKPOINTS
-from pixrl.toy.build import STAGES
+from toy_build.first_edition import STAGES
 
 
 def main() -> None:

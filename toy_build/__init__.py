@@ -1,5 +1,6 @@
-"""What draws and trains the toy world's second edition; `pixrl toy build` will find it in a checkout.
+"""What trains the toy world's checkpoints; no wheel carries it.
 
-`world/` is what moves into `src/pixrl/toy` when every gate passes (docs/log.md says where that stands); the modules
-beside it are the stages of the build.
+`first_edition/` makes the checkpoints that pixrl ships (`pixrl toy build`), `python -m toy_build` those of the second
+edition: `world/` is what moves into `src/pixrl/toy` when every gate passes (docs/log.md says where that stands), and
+the modules beside it are the stages of its build.
 """

@@ -25,7 +25,7 @@ from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import FinishedRun
 from pixrl.runs.log import evaluations
-from pixrl.runs.selfcheck import Report
+from pixrl.runs.training import Report
 
 RUNS = Path("runs")
 PERSONALIZE_RECIPE = "toy/customized-nft"

@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pixrl.errors import CheckpointError
+from pixrl.libraries import in_checkout
 from pixrl.untrusted import parse_json
 
 TOY_ROOT = Path(__file__).parent / "toy" / "checkpoints"
@@ -49,7 +50,9 @@ class TensorHeader:
 def remedy(path: Path) -> str:
     """What to type to get a complete checkpoint."""
     if path.is_relative_to(TOY_ROOT):
-        return f"Type: pixrl toy build --stage {path.relative_to(TOY_ROOT).parts[0]}"
+        if in_checkout("toy_build"):
+            return f"Type: pixrl toy build --stage {path.relative_to(TOY_ROOT).parts[0]}"
+        return "It comes with pixrl: install that again, in a checkout: pip install --force-reinstall --no-deps ."
     return (
         _mend_cache(path)
         or "Save or download it again, for example: hf download OWNER/NAME --local-dir FOLDER"

@@ -13,6 +13,11 @@ CHECKOUT = Path(__file__).parents[2]
 """The root of the repository, where this package was not installed as a wheel."""
 
 
+def in_checkout(module: str) -> bool:
+    """Return whether a module that lies beside src/ in the repository, and that no wheel carries, is there."""
+    return (CHECKOUT / module.partition(".")[0] / "__init__.py").is_file()
+
+
 def from_checkout(module: str, purpose: str, command: str) -> ModuleType:
     """Import and return a module that lies beside src/ in the repository and that no wheel carries.
 
@@ -24,8 +29,7 @@ def from_checkout(module: str, purpose: str, command: str) -> ModuleType:
     Raises:
         InputError: this is an installed package without the repository; says what to type.
     """
-    folder = CHECKOUT / module.partition(".")[0]
-    if not (folder / "__init__.py").is_file():
+    if not in_checkout(module):
         raise InputError(
             f"{purpose} need a checkout of the repository, and pixrl is installed here without it. In a checkout, "
             f"type: pip install -e . && {command} ..."

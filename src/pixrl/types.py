@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pixrl.text import require_text
@@ -39,6 +40,21 @@ class Scores:
     reasons: tuple[str | None, ...]
     detail: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def checked(
+        values_B: Tensor,
+        reasons: Sequence[str | None],
+        provenance: Mapping[str, str],
+        detail: Mapping[str, Tensor] | None = None,
+    ) -> "Scores":
+        """Return the scores with nan and a reason for each value that is not finite: it failed, it is not 0."""
+        given = tuple(
+            reason or (None if ok else "the score is not finite")
+            for reason, ok in zip(reasons, values_B.isfinite().tolist(), strict=True)
+        )
+        failed_B = torch.tensor([reason is not None for reason in given])
+        return Scores(values_B.float().masked_fill(failed_B, torch.nan), given, detail or {}, provenance)
 
 
 @dataclass(frozen=True)

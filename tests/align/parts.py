@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms import make_loss
-from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.base import Group
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
 from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
-from pixrl.algorithms.exploration import Exploration, NoiseOnly
+from pixrl.algorithms.exploration import Exploration, Group, NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.nft import NFTSettings
@@ -55,7 +54,7 @@ def aligner(
     method = Method(
         exploration or NoiseOnly(),
         sampling,
-        advantage or AdvantageSettings(),
+        GroupAdvantage(advantage or AdvantageSettings()),
         make_loss(loss),
         OptimizerSettings(**{"lr": 1e-3, **optimizer}),
         noises,

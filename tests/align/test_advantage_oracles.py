@@ -1,12 +1,13 @@
 """Advantages, conflict and what is logged of rewards, in numbers worked out by hand."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, advantages, conflict_metrics, reward_metrics
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage, conflict_metrics, reward_metrics
 from pixrl.algorithms.customized_grpo import SynergySettings, TimeSettings
 from tests.tolerance import agree
 
@@ -18,6 +19,12 @@ TWO = {
     ),  # centred: -1, 5, -4 and -2, 2, its third one left out with a's
 }
 PLAIN = {"scale": "none", "clamp": None}
+
+
+def advantages(
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings, steps: int = 1
+) -> Tensor:
+    return GroupAdvantage(settings)(rewards, weights, steps)
 
 
 def held(found: Tensor, expected: list[list[float]]) -> None:

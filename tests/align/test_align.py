@@ -11,13 +11,12 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.algorithms import make_loss
-from pixrl.algorithms.advantages import AdvantageSettings, advantages, group_std, reward_metrics
-from pixrl.algorithms.base import Rollouts, Samples
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage, group_std, reward_metrics
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings, KLForm
-from pixrl.algorithms.loss import LossSettings
+from pixrl.algorithms.loss import LossSettings, Rollouts
 from pixrl.algorithms.nft import NFTSettings, OldPolicy
-from pixrl.algorithms.sampling import RolloutSettings
+from pixrl.algorithms.sampling import RolloutSettings, Samples
 from pixrl.algorithms.trainer import Aligner, OptimizerSettings
 from pixrl.errors import RunError
 from pixrl.models.sd3 import SD3Policy
@@ -406,19 +405,21 @@ def test_resumed_from_its_state_it_goes_on_the_same(sd3_folder: object) -> None:
 def test_advantages_of_several_rewards() -> None:
     small = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.5, 0.5]])
     settings = AdvantageSettings(eps=0, clamp=None)
-    one = advantages({"a": small}, {"a": 1.0}, settings)[0]
-    both = advantages({"a": small, "b": 1000 * small, "held": small * NAN}, {"a": 0.7, "b": 0.3}, settings)[0]
+    one = GroupAdvantage(settings)({"a": small}, {"a": 1.0}, 1)[0]
+    both = GroupAdvantage(settings)(
+        {"a": small, "b": 1000 * small, "held": small * NAN}, {"a": 0.7, "b": 0.3}, 1
+    )[0]
     assert agree(one, both, 64)
     assert both[1].tolist() == [0, 0, 0]
     failed = small.clone()
     failed[0, 2] = NAN
-    mixed = advantages({"a": small, "b": failed}, {"a": 1.0, "b": 1.0}, settings)[0]
+    mixed = GroupAdvantage(settings)({"a": small, "b": failed}, {"a": 1.0, "b": 1.0}, 1)[0]
     assert mixed[0].isnan().tolist() == [False, False, True]
     assert agree(mixed[0, :2], torch.tensor([-2.0, 2.0]), 64)
-    clamped = advantages({"a": small}, {"a": 10.0}, AdvantageSettings(clamp=5))[0]
+    clamped = GroupAdvantage(AdvantageSettings(clamp=5))({"a": small}, {"a": 10.0}, 1)[0]
     assert clamped.abs().max() == 5
     with pytest.raises(RunError, match="No scores of the reward 'c'"):
-        advantages({"a": small}, {"c": 1.0}, settings)[0]
+        GroupAdvantage(settings)({"a": small}, {"c": 1.0}, 1)[0]
 
 
 def test_reward_metrics() -> None:

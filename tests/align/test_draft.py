@@ -11,11 +11,10 @@ from torch import Tensor
 
 import pixrl
 from pixrl import config
-from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
 from pixrl.algorithms.draft import DRaFTLoss, DraftSettings
 from pixrl.algorithms.exploration import Exploration, NoiseOnly
-from pixrl.algorithms.loss import Advantages
+from pixrl.algorithms.loss import Advantages, Rollouts
 from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.errors import ConfigError, InputError
@@ -75,7 +74,7 @@ def aligner(
     method = Method(
         exploration or NoiseOnly(),
         RolloutSettings(steps=STEPS),
-        AdvantageSettings(),
+        GroupAdvantage(AdvantageSettings()),
         DRaFTLoss(settings, rewards),
         OptimizerSettings(**{"lr": 1e-3, **optimizer}),
         noises,
@@ -177,12 +176,12 @@ def test_a_picture_without_a_score_teaches_nothing(policy: SD3Policy) -> None:
 def test_failed_scores_leave_and_weights_go_on() -> None:
     loss = DRaFTLoss(DraftSettings(), {"red": Red(), "bright": Bright()})
     scores = {"red": torch.tensor([[1.0, torch.nan]]), "bright": torch.tensor([[torch.nan, 3.0]])}
-    judged: Advantages = loss.advantages(scores, {"red": 2.0}, AdvantageSettings(), 3)
+    judged: Advantages = loss.advantages(scores, {"red": 2.0}, GroupAdvantage(AdvantageSettings()), 3)
     assert judged.advantage_TPS.shape == (3, 1, 2)
     assert judged.advantage_TPS[0, 0].isnan().tolist() == [False, True]
     assert judged.weights == {"red": 2.0}
     with pytest.raises(ConfigError, match="'geneval' has none; of this run's rewards, red, bright have one"):
-        loss.advantages({"geneval": scores["red"]}, {"geneval": 1.0}, AdvantageSettings(), 3)
+        loss.advantages({"geneval": scores["red"]}, {"geneval": 1.0}, GroupAdvantage(AdvantageSettings()), 3)
 
 
 @pytest.mark.parametrize("exploring", [False, True])

@@ -3,13 +3,12 @@
 import torch
 
 from pixrl.algorithms import make_loss
-from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.base import Group, _differing_rows
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
 from pixrl.algorithms.customized_grpo import TimeSettings
-from pixrl.algorithms.exploration import NoiseOnly
+from pixrl.algorithms.exploration import Group, NoiseOnly
 from pixrl.algorithms.loss import noise_levels
 from pixrl.algorithms.nft import NFTSettings
-from pixrl.algorithms.sampling import RolloutSettings
+from pixrl.algorithms.sampling import RolloutSettings, _differing_rows
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.models.base import Conditioning
 from tests.reference.world import PROMPTS, TinyPolicy
@@ -22,7 +21,7 @@ def test_with_chosen_levels_the_time_weights_are_those_of_the_levels_trained_at(
     method = Method(
         NoiseOnly(),
         RolloutSettings(steps=8),
-        AdvantageSettings(time=time),
+        GroupAdvantage(AdvantageSettings(time=time)),
         loss,
         OptimizerSettings(),
         noises=3,

@@ -21,7 +21,8 @@ BRIGHT = '''
 
 from pathlib import Path
 
-from pixrl.rewards.base import Reward, flag_failures
+from pixrl.rewards.base import Reward
+from pixrl.types import Scores
 
 
 class Bright(Reward):
@@ -37,7 +38,7 @@ class Bright(Reward):
 
     def score(self, batch):
         values = self.gain * batch.images_BCHW.mean(dim=(1, 2, 3))
-        return flag_failures(values, [None] * len(values), self.provenance)
+        return Scores.checked(values, [None] * len(values), self.provenance)
 
 
 class Loaded(Bright):

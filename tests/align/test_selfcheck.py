@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 import pixrl
 from pixrl import cli
-from pixrl.algorithms.base import Group, Rollouts
+from pixrl.algorithms.exploration import Group
+from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.trainer import Aligner
 from pixrl.errors import RunError
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.selfcheck import BROKEN, Deviation, Report, require_agreement, require_on_policy
+from pixrl.runs.training import BROKEN, Deviation, Report, require_agreement, require_on_policy
 from tests.align.parts import GRPO, recipe
 
 METHODS = pytest.mark.parametrize("method", [{}, GRPO], ids=["nft", "grpo"])

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pixrl.algorithms.base import Samples
+from pixrl.algorithms.sampling import Samples
 from pixrl.algorithms.world import Alone, Tally, disagreement
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import InputError, RunError
@@ -23,7 +23,6 @@ from pixrl.rewards.set import Failures, RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.data import PromptSampler, share
 from pixrl.runs.display import Extent, LiveView, PlainLines
-from pixrl.runs.evaluation import score
 from pixrl.runs.loaded import placed
 from pixrl.runs.planner import evened, largest, plan
 from tests.align.parts import JUDGE, groups
@@ -56,13 +55,15 @@ def test_failed_scores_are_judged_over_all_processes() -> None:
     rewards = RewardSet([setting], time_limit=None, max_failed_share=0.5)
     samples, images = Samples.of(groups(1), 3, 1, 0), torch.rand(3, 3, 8, 8)
     with pytest.raises(RunError, match="failed for 3 of 3"):
-        score(rewards, samples, images, Alone())
+        rewards.score(samples.batch(images), Alone().gather)
     clean = {"python": Failures(9, Counter())}
-    found = score(rewards, samples, images, Beside([clean]))
+    found = rewards.score(samples.batch(images), Beside([clean]).gather)
     assert bool(found["python"].values_B.isnan().all())  # 3 of 12 are within the share
     broken = {"python": Failures(9, Counter({"it broke": 9}))}
     with pytest.raises(RunError, match="failed for 9 of 9"):
-        score(rewards, Samples.of([], 3, 1, 0), images[:0], Beside([broken]))  # without a picture of its own
+        rewards.score(
+            Samples.of([], 3, 1, 0).batch(images[:0]), Beside([broken]).gather
+        )  # without a picture of its own
 
 
 @pytest.mark.parametrize("per_step", [1, 3, 7, 10])
@@ -193,11 +194,11 @@ def test_parts_are_fetched_and_sent_away_again(policy: SD3Policy, monkeypatch: p
     placement = policy.placement
     monkeypatch.setattr(placement, "_move", lambda part, device: moves.append((part, device.type)))
     monkeypatch.setattr(placement, "device", torch.device("meta"))
-    placement._present.clear()
+    placement.on_device.clear()
     with policy.present(PipelinePart.VAE):
         assert moves == [(PipelinePart.VAE, "meta")]
     assert moves == [(PipelinePart.VAE, "meta"), (PipelinePart.VAE, "cpu")]
-    placement._present.add(PipelinePart.TEXT)
+    placement.on_device.add(PipelinePart.TEXT)
     with policy.text_present():
         assert len(moves) == 2
 

@@ -13,8 +13,7 @@ from tests.tolerance import MODEL, agree
 from torch import Tensor
 
 from pixrl import models
-from pixrl.algorithms.base import Group, shown_to
-from pixrl.algorithms.exploration import Variants
+from pixrl.algorithms.exploration import Group, Variants, shown_to
 from pixrl.models.base import on_square
 from pixrl.models.flux import FluxPolicy, Preset, pack_latents, position_ids
 

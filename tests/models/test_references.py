@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pixrl import cli, hub, hub_check, models
+from pixrl import cli, hub, hub_check, libraries, models
 from pixrl.errors import CheckpointError, InputError, PixrlError
 
 
@@ -44,6 +44,11 @@ def test_a_generator_of_the_command_line(tmp_path: Path) -> None:
 def test_a_toy_checkpoint_that_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_check, "TOY_ROOT", tmp_path)
     with pytest.raises(CheckpointError, match="pixrl toy build --stage sd3"):
+        models.resolve("toy:sd3")
+    monkeypatch.setattr(libraries, "CHECKOUT", tmp_path)
+    with pytest.raises(
+        CheckpointError, match="install that again, in a checkout: pip install --force-reinstall"
+    ):
         models.resolve("toy:sd3")
 
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
 from pixrl.algorithms.customized_grpo import TimeSettings
-from pixrl.algorithms.loss import noised
+from pixrl.algorithms.loss import Rollouts, noised
 from pixrl.algorithms.rpo import RPOLoss, RPOSettings, harmonic_scores
 from pixrl.algorithms.sft import SFTLoss
 from pixrl.models.flux import FluxPolicy
@@ -156,7 +155,11 @@ def test_the_harmonic_mean_is_weighted_and_a_failed_sample_is_in_no_pair() -> No
         expected = 4 / (weights["identity"] / identity + weights["prompt"] / prompt)
         assert agree(found[:3], expected, 64)
         assert (found[2] > found[0]) == (weights["identity"] > weights["prompt"])
-    table = RPOLoss(RPO).advantages(rewards, {"identity": 3.0, "prompt": 1.0}, settings, 1).advantage_TPS
+    table = (
+        RPOLoss(RPO)
+        .advantages(rewards, {"identity": 3.0, "prompt": 1.0}, GroupAdvantage(settings), 1)
+        .advantage_TPS
+    )
     assert table[0, 0, 3].isnan()
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings
-from pixrl.algorithms.base import Group
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
+from pixrl.algorithms.exploration import Group
 from pixrl.algorithms.loss import LossSettings
 from pixrl.algorithms.rpo import RPOLoss, RPOSettings, class_prompt, harmonic_scores
 from pixrl.algorithms.sft import SFTSettings
@@ -140,7 +140,9 @@ def test_pairs_are_best_and_worst_of_a_group() -> None:
     good = torch.tensor(
         [[0.0, 3.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0], [math.nan, 2.0, 5.0, 9.0], [math.nan] * 4]
     )
-    judged = loss.advantages({"identity": good, "prompt": good}, WEIGHTS, AdvantageSettings(), 3)
+    judged = loss.advantages(
+        {"identity": good, "prompt": good}, WEIGHTS, GroupAdvantage(AdvantageSettings()), 3
+    )
     table, rival = judged.advantage_TPS, judged.rival_PS
     assert table.shape == (3, 4, 4) and rival is not None
     winners = [[place for place, value in enumerate(row) if value == 1.0] for row in table[0].tolist()]

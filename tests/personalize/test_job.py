@@ -18,9 +18,7 @@ from typer.testing import CliRunner
 
 import pixrl
 from pixrl import api, cli, models
-from pixrl.algorithms.base import Group
-from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
 from pixrl.errors import CheckpointError, ConfigError, InputError
 from pixrl.models.flux import FluxPolicy, Preset
 from pixrl.runs import align as align_job

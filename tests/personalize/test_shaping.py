@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,10 @@ import torch
 from torch import Tensor
 
 from pixrl import models
-from pixrl.algorithms.advantages import AdvantageSettings, advantages, conflict_metrics
-from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage, conflict_metrics
 from pixrl.algorithms.customized_grpo import SynergySettings, TimeSettings
 from pixrl.algorithms.grpo import GRPOLoss
-from pixrl.algorithms.loss import noise_levels
+from pixrl.algorithms.loss import Rollouts, noise_levels
 from pixrl.equations import group_advantages, prompt_weight, shape_advantage, synergy
 from pixrl.errors import ConfigError
 from pixrl.models.sd3 import SD3Policy
@@ -32,6 +32,12 @@ TERMS = 64
 """Of an advantage: the mean and the spread of a small group, and a dozen operations."""
 TIME = TimeSettings(identity=("identity",))
 CUSTOMIZED = AdvantageSettings(synergy=SynergySettings(), time=TIME)
+
+
+def advantages(
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings, steps: int = 1
+) -> Tensor:
+    return GroupAdvantage(settings)(rewards, weights, steps)
 
 
 def draw(seed: int = 0, groups: int = 3, size: int = 6) -> dict[str, Tensor]:
@@ -146,7 +152,7 @@ def test_synergy_moves_the_mean_of_a_group() -> None:
     means = {}
     for recenter in (False, True):
         settings = AdvantageSettings(synergy=SynergySettings(recenter=recenter), clamp=None)
-        judged = GRPOLoss(CLIPPED).advantages(rewards, WEIGHTS, settings, 2)
+        judged = GRPOLoss(CLIPPED).advantages(rewards, WEIGHTS, GroupAdvantage(settings), 2)
         means[recenter] = judged.figures["advantage_mean"]
     assert means[False] == pytest.approx(-0.11, abs=0.03)
     assert means[True] == pytest.approx(0, abs=rounding(torch.float32, 24, scale=10))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.base import SHOWN, Group, Rollouts
+from pixrl.algorithms.exploration import SHOWN, Group
+from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.sft import TARGET
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
 from pixrl.algorithms.world import Alone, World

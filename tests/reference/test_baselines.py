@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pixrl.algorithms import make_loss
-from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss import LossSettings
@@ -37,7 +37,7 @@ def run_of(
     method = Method(
         NoiseOnly(),
         RolloutSettings(**sampling),
-        AdvantageSettings(scale=scale),
+        GroupAdvantage(AdvantageSettings(scale=scale)),
         make_loss(loss, rewards),
         OptimizerSettings(**OPTIMIZER),
         noises=NOISES,

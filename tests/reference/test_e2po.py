@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pixrl.algorithms import make_loss
-from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
 from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
 from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.nft import NFTSettings
@@ -67,7 +67,7 @@ def product_run(case: dict[str, Any]) -> Run:
     method = Method(
         PerturbedEmbeddings(PerturbationSettings(**WIDE | case["explore"])),
         RolloutSettings(**sampling),
-        AdvantageSettings(**case.get("advantage", {})),
+        GroupAdvantage(AdvantageSettings(**case.get("advantage", {}))),
         make_loss(loss),
         OptimizerSettings(**OPTIMIZER),
         noises=NOISES,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pixrl.algorithms import make_loss
-from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.grpo import GRPOSettings
 from pixrl.algorithms.sampling import RolloutSettings
@@ -89,7 +89,7 @@ def product_run(case: dict[str, Any]) -> Run:
     method = Method(
         NoiseOnly(),
         RolloutSettings(**{"steps": 5} | case["sampling"]),
-        AdvantageSettings(**case.get("advantage", {})),
+        GroupAdvantage(AdvantageSettings(**case.get("advantage", {}))),
         make_loss(GRPOSettings(**case["loss"])),
         OptimizerSettings(**OPTIMIZER | case.get("optimizer", {})),
         noises=4,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pixrl.algorithms import make_loss
-from pixrl.algorithms.advantages import AdvantageSettings
+from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import RolloutSettings
@@ -55,7 +55,7 @@ def product_run(case: dict[str, Any]) -> Run:
     method = Method(
         NoiseOnly(),
         RolloutSettings(steps=case.get("steps", 5), solver=case.get("solver", "euler")),
-        AdvantageSettings(**case.get("advantage", {})),
+        GroupAdvantage(AdvantageSettings(**case.get("advantage", {}))),
         make_loss(NFTSettings(**{"timesteps": 3, **case.get("loss", {})})),
         OptimizerSettings(**OPTIMIZER | case.get("optimizer", {})),
         noises=4,

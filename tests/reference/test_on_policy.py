@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.draft import DraftSettings
+from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.sft import SFTSettings
 from pixrl.algorithms.trainer import Aligner
 from tests.reference import grpo, plain, test_baselines, test_e2po, test_grpo, test_nft, world

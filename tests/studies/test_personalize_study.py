@@ -14,7 +14,7 @@ from tests.personalize.test_job import SHAPING, recipe, rewards
 from tests.studies.command import main
 
 from pixrl import config as recipes
-from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.exploration import prepare
 from pixrl.data.pictures import to_tensors
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, RunError

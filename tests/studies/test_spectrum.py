@@ -7,9 +7,8 @@ import pytest
 import torch
 from tests.tolerance import PICTURE, agree
 
-from pixrl.algorithms.base import Group, Samples
-from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.sampling import Samples
 from pixrl.data.prompts import Prompt
 from pixrl.errors import InputError
 from pixrl.models.flux import FluxPolicy

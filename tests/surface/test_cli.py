@@ -10,7 +10,7 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
-from pixrl import api, cli
+from pixrl import api, cli, libraries
 from pixrl.cli import demo
 from pixrl.config import find_recipe
 from pixrl.errors import RunError
@@ -247,7 +247,7 @@ def test_verify_fails_when_a_gate_does(pixrl: Pixrl, monkeypatch: pytest.MonkeyP
 
 
 def test_toy_build_hands_its_options_over(pixrl: Pixrl, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixrl.toy import build
+    from toy_build import first_edition
 
     seen = []
 
@@ -255,7 +255,7 @@ def test_toy_build_hands_its_options_over(pixrl: Pixrl, monkeypatch: pytest.Monk
         seen.append((stages, given))
         return Path("here")
 
-    monkeypatch.setattr(build, "build", fake_build)
+    monkeypatch.setattr(first_edition, "build", fake_build)
     done = pixrl(
         "toy", "build", "--stage", "clip", "--stage", "vae", "--resume", "--out", "x", "--device", "cuda"
     )
@@ -264,14 +264,26 @@ def test_toy_build_hands_its_options_over(pixrl: Pixrl, monkeypatch: pytest.Monk
 
 
 def test_toy_build_can_be_interrupted(pixrl: Pixrl, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixrl.toy import build
+    from toy_build import first_edition
 
     def stop(*given: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "build", stop)
+    monkeypatch.setattr(first_edition, "build", stop)
     done = pixrl("toy", "build")
     assert (done.exit_code, "--resume" in done.stderr) == (130, True)
+
+
+def test_toy_build_without_the_repository_says_what_to_type(
+    pixrl: Pixrl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "CHECKOUT", tmp_path)
+    done = pixrl("toy", "build")
+    assert (done.exit_code, done.stderr) == (
+        2,
+        "Error: Builds of the toy checkpoints need a checkout of the repository, and pixrl is installed here without "
+        "it. In a checkout, type: pip install -e . && pixrl toy build ...\n",
+    )
 
 
 def test_the_demo_uses_words_of_the_toy_world() -> None:

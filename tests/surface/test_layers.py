@@ -40,12 +40,6 @@ JOBS = ("pixrl.runs.align", "pixrl.runs.fuse", "pixrl.runs.fuse_many", "pixrl.ru
 """The files of runs/ that begin, go on with or check a whole run: they refuse by what doctor finds, so they stand above
 it, and the other files of runs/ below."""
 TOY_MAY_IMPORT = LAYERS[0] | LAYERS[1] | LAYERS[2]
-TOY_MAY_IMPORT_MODULES = (
-    "pixrl.fusion.world",  # the build calibrates the generator it made
-    "pixrl.runs.checkpoint",
-    "pixrl.runs.files",
-    "pixrl.fusion.world",
-)
 MAY_IMPORT_TOY = {"toy", "cli"}
 TORCH_FREE = [
     "errors",
@@ -104,7 +98,7 @@ def may_import(part: str, other: str, module: str) -> bool:
     if other == "__init__":  # the version, and the public names that are loaded on first use
         return part in LAYERS[-1]
     if part == "toy":
-        return other in TOY_MAY_IMPORT or within(TOY_MAY_IMPORT_MODULES, module)
+        return other in TOY_MAY_IMPORT
     return LEVEL[other] < LEVEL[part] or any({part, other} <= LAYERS[shared] for shared in SHARED)
 
 

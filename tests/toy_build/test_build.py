@@ -9,6 +9,9 @@ import torch
 from safetensors import safe_open
 from tests import tolerance
 from torch import Tensor, nn
+
+from toy_build import pictures as pictures_module
+from toy_build import segmenters, training
 from toy_build.__main__ import STAGES, main
 from toy_build.gates import Gate, high_frequencies
 from toy_build.generator_gates import frechet
@@ -23,9 +26,6 @@ from toy_build.world.language import canonical, is_held_out
 from toy_build.world.random_scenes import random_scene, resembles_held_out
 from toy_build.world.scene import FIRST_PART, MIXED_CLASS, PART_CLASSES, Task, part_class
 from toy_build.world.vocabulary import KINDS
-
-from toy_build import pictures as pictures_module
-from toy_build import segmenters, training
 
 PLAN = Plan(steps=8, batch=4, lr=1e-2, warmup=2, ema=0.5, level=0.5)
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
+from pixrl.errors import InputError
 from toy_build.world.fusion import Fusion, Verdict, judge
 from toy_build.world.random_scenes import held_out_hybrid, hybrid_scene, random_scene
 from toy_build.world.scene import MIXED_CLASS, SIDE, Scene, Task, draw, part_class, part_classes
 from toy_build.world.vocabulary import KINDS
-
-from pixrl.errors import InputError
 
 Random = np.random.Generator
 DRAWN = 120

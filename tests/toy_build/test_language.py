@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 import pytest
+from transformers import CLIPTokenizer
+
 from toy_build.tokenizers import LENGTH, T5_LENGTH, clip_tokenizer, corpus, t5_tokenizer
 from toy_build.world.language import (
     WORDS,
@@ -19,7 +21,6 @@ from toy_build.world.phrases import NEAREST, PREFIXES
 from toy_build.world.random_scenes import random_scene
 from toy_build.world.scene import GENEVAL, Scene, Task
 from toy_build.world.vocabulary import KINDS, SLOTS
-from transformers import CLIPTokenizer
 
 
 @pytest.mark.parametrize("task", list(Task))

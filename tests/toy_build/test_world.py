@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from scipy import ndimage
+
 from toy_build.world.drawing.backgrounds import backdrop
 from toy_build.world.drawing.figure import LABELS_EACH, Mark
 from toy_build.world.pairs import HELD_OUT_PAIRS, TRAINING_PAIRS, is_held_out_pair, may_be_trained

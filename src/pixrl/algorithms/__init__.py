@@ -26,7 +26,7 @@ LOSSES = Registry(
         "draft": "pixrl.algorithms.draft:DRaFTLoss",
     },
 )
-"""What an update can minimize, for `loss.kind`; each has its `Settings`."""
+"""The losses that an update can minimize, for `loss.kind`; each has its `Settings`."""
 
 EXPLORATIONS = Registry(
     "exploration",
@@ -36,12 +36,12 @@ EXPLORATIONS = Registry(
         "perturbed": "pixrl.algorithms.e2po:PerturbedEmbeddings",
     },
 )
-"""Where a group's samples can differ, for `exploration.kind`; each has its `Settings`."""
+"""The ways in which a group's samples can differ, for `exploration.kind`; each has its `Settings`."""
 
 ADVANTAGES = Registry(
     "advantage", "pixrl.advantages", {"group": "pixrl.algorithms.advantages:GroupAdvantage"}
 )
-"""What can be made of scores, for `advantage.kind`; each has its `Settings`."""
+"""The advantage estimators, for `advantage.kind`; each has its `Settings`."""
 
 SAMPLERS = Registry(
     "sampler",
@@ -77,19 +77,19 @@ MIXINGS = Registry(
 
 
 def make_loss(settings: LossSettings, rewards: Mapping[str, DifferentiableReward] | None = None) -> Loss:
-    """The loss that the settings describe; `rewards` are those that it may differentiate."""
+    """Return the loss that the settings describe; `rewards` are those that it may differentiate."""
     made: Loss = LOSSES.find(settings.kind).make(settings, rewards or {})
     return made
 
 
 def make_exploration(settings: ExplorationSettings) -> Exploration:
-    """The exploration that the settings describe."""
+    """Return the exploration that the settings describe."""
     made: Exploration = EXPLORATIONS.find(settings.kind).make(settings)
     return made
 
 
 def make_advantage(settings: EstimatorSettings) -> AdvantageEstimator:
-    """What makes advantages of scores, as the settings describe it."""
+    """Return the advantage estimator that the settings describe."""
     made: AdvantageEstimator = ADVANTAGES.find(settings.kind)(settings)
     return made
 

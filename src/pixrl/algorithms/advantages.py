@@ -24,20 +24,20 @@ from pixrl.equations import group_advantages
 from pixrl.errors import RunError
 
 FLAT = 1e-6
-"""Below this standard deviation a group counts as one without a signal."""
+"""The standard deviation below which a group counts as one without a signal."""
 
 
 class AdvantageScale(StrEnum):
-    """Whose standard deviation divides a reward's advantage."""
+    """The set of rewards whose standard deviation divides a reward's advantage."""
 
     GROUP = "group"
     GLOBAL = "global"
-    """Of all rewards of the step."""
+    """The standard deviation of all rewards of the step, prompts' means included (Flow-GRPO)."""
     NONE = "none"
 
 
 class EstimatorSettings(Settings):
-    """The settings of what makes advantages, and what is known of it before there are scores.
+    """The settings of an advantage estimator, and what is known of it before there are scores.
 
     An estimator of your own has a class `Settings` derived from this one.
     """
@@ -46,7 +46,7 @@ class EstimatorSettings(Settings):
 
     @property
     def normalization(self) -> "AdvantageSettings":
-        """How rewards are put on one scale where the log compares them."""
+        """The settings by which rewards are put on one scale where the log compares them."""
         return AdvantageSettings()
 
     @property
@@ -55,22 +55,22 @@ class EstimatorSettings(Settings):
         return False
 
     def check_rewards(self, weights: Mapping[str, float]) -> None:
-        """ValueError where these trained rewards (name -> weight) do not fit."""
+        """Raise ValueError where these trained rewards (name -> weight) do not fit."""
 
     def describe(self) -> str:
-        """All of it in a line, for the report."""
+        """Return the settings in a line, for the report."""
         given = self.model_dump(exclude={"kind"}, mode="json").items()
         return ", ".join([self.kind, *(f"{name} {value}" for name, value in given)])
 
 
 class AdvantageSettings(EstimatorSettings):
-    """How rewards become advantages."""
+    """The settings of group advantages (Customized-GRPO Eq. 8), with SARS and TDW where they are set."""
 
     kind: Literal["group"] = Field("group", exclude=True)
 
     scale: AdvantageScale = AdvantageScale.GROUP
     clamp: float | None = Field(5.0, gt=0)
-    """Largest magnitude; none: no limit."""
+    """Largest magnitude of an advantage; none: no limit."""
     eps: float = Field(1e-4, ge=0)
     """Added to the standard deviation."""
     skip_flat: bool = False
@@ -95,7 +95,7 @@ class AdvantageSettings(EstimatorSettings):
         return self.skip_flat
 
     def describe_scale(self) -> str:
-        """Whose deviation divides, for the report."""
+        """Return whose deviation divides, for the report."""
         return (
             "not divided"
             if self.scale is AdvantageScale.NONE
@@ -108,7 +108,7 @@ class AdvantageSettings(EstimatorSettings):
         return ", ".join([self.describe_scale(), *parts]) + limit
 
     def check_rewards(self, weights: Mapping[str, float]) -> None:
-        """ValueError where synergy or time weights cannot work with these trained rewards (name -> weight)."""
+        """Raise ValueError where synergy or time weights cannot work with these trained rewards (name -> weight)."""
         if self.synergy is not None:
             self.synergy.check_rewards(weights)
         if self.time is not None:
@@ -116,17 +116,17 @@ class AdvantageSettings(EstimatorSettings):
 
 
 class AdvantageEstimator(ABC):
-    """Makes advantages of a step's scores."""
+    """An advantage estimator: it makes a step's advantages of the scores."""
 
     Settings: ClassVar[type[EstimatorSettings]]
-    """Its settings; their `kind` is how a recipe names it."""
+    """The class of its settings; their `kind` is how a recipe names it."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
     @abstractmethod
     def __call__(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], steps: int) -> Tensor:
-        """Advantages [T, P, S] of all groups at every step of the schedule; nan marks a sample to leave out.
+        """Return the advantages [T, P, S] of all groups at every step of the schedule; nan leaves a sample out.
 
         Args:
             rewards: name -> rewards [P, S], nan where scoring failed.
@@ -136,55 +136,50 @@ class AdvantageEstimator(ABC):
 
 
 class GroupAdvantage(AdvantageEstimator):
-    """Each reward normalized within its groups, then weighted and added, with SARS and TDW where they are set."""
+    """Group advantages: each reward normalized within its groups, then weighted and added, with SARS and TDW if set."""
 
     Settings = AdvantageSettings
     settings: AdvantageSettings
 
     def __call__(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], steps: int) -> Tensor:
-        return advantages(rewards, weights, self.settings, steps)
+        """Return the advantages [T, P, S] of all groups at every step of the schedule; nan leaves a sample out.
 
+        Without time weights all steps are equal. Look advantages up by a sample's true step, never by its place in an
+        update.
 
-def advantages(
-    rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings, steps: int = 1
-) -> Tensor:
-    """Advantages [T, P, S] of all groups at every step of the schedule; nan marks a sample to leave out.
+        Args:
+            rewards: name -> rewards [P, S], nan where scoring failed. Names without a weight are not trained on.
+            weights: name -> weight of the trained rewards.
+            steps: T, of the schedule.
 
-    Without time weights all steps are equal. Look them up by a sample's true step, never by its place in an update.
+        Raises:
+            RunError: a trained reward has no scores.
 
-    Args:
-        rewards: name -> rewards [P, S], nan where scoring failed. Names without a weight are not trained on.
-        weights: name -> weight of the trained rewards.
-        settings: scale, synergy, time weights and clamp.
-        steps: T, of the schedule.
-
-    Raises:
-        RunError: a trained reward has no scores.
-
-    Source: Customized-GRPO Eqs. 8, 10 to 12.
-    """
-    parts, failed_PS = normalized(rewards, weights, settings)
-    if settings.time is None:
-        weights_T = {name: torch.full((steps,), weight) for name, weight in weights.items()}
-    else:
-        weights_T = settings.time.weights_by_step(weights, steps)
-    total_TPS = torch.zeros(steps, *failed_PS.shape)
-    for name, part_PS in parts.items():
-        total_TPS += weights_T[name][:, None, None] * part_PS
-    if settings.synergy is not None:
-        total_TPS += settings.synergy.alpha * pairwise_synergy(parts, settings.synergy.kind)
-        if settings.synergy.recenter:
-            known_TPS = total_TPS.masked_fill(failed_PS, torch.nan)
-            total_TPS = total_TPS - known_TPS.nanmean(dim=2, keepdim=True)
-    if settings.clamp is not None:
-        total_TPS = total_TPS.clamp(-settings.clamp, settings.clamp)
-    return total_TPS.masked_fill(failed_PS, torch.nan)
+        Source: Customized-GRPO Eq. 8 (each reward's own advantage), Eqs. 10 and 11 (SARS), Eq. 12 (TDW).
+        """
+        settings = self.settings
+        parts, failed_PS = normalized(rewards, weights, settings)
+        if settings.time is None:
+            weights_T = {name: torch.full((steps,), weight) for name, weight in weights.items()}
+        else:
+            weights_T = settings.time.weights_by_step(weights, steps)
+        total_TPS = torch.zeros(steps, *failed_PS.shape)
+        for name, part_PS in parts.items():
+            total_TPS += weights_T[name][:, None, None] * part_PS
+        if settings.synergy is not None:
+            total_TPS += settings.synergy.alpha * pairwise_synergy(parts, settings.synergy.kind)
+            if settings.synergy.recenter:
+                known_TPS = total_TPS.masked_fill(failed_PS, torch.nan)
+                total_TPS = total_TPS - known_TPS.nanmean(dim=2, keepdim=True)
+        if settings.clamp is not None:
+            total_TPS = total_TPS.clamp(-settings.clamp, settings.clamp)
+        return total_TPS.masked_fill(failed_PS, torch.nan)
 
 
 def normalized(
     rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Each trained reward normalized within its groups [P, S], 0 where a sample failed; and which failed."""
+    """Return each trained reward normalized within its groups [P, S], 0 where a sample failed; and which failed."""
     trained = _trained(rewards, weights)
     failed_PS = torch.stack([rewards_PS.isnan() for rewards_PS in trained.values()]).any(dim=0)
     return {
@@ -198,7 +193,7 @@ def normalized(
 def conflict_metrics(
     rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: EstimatorSettings
 ) -> dict[str, float]:
-    """How trained rewards go together, as means over their pairs; nothing for one reward.
+    """Return how far trained rewards agree, as means over their pairs; nothing for one reward.
 
     `conflict_share`: samples whose two advantages have opposite signs. Independent rewards conflict in half of them,
     so `reward_correlation` stands beside it.
@@ -222,7 +217,7 @@ def _correlation(one: Tensor, other: Tensor) -> Tensor:
 
 
 def reward_metrics(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
-    """What the log says of a step's rewards [P, S]: means, spreads, failures."""
+    """Return the log's figures of a step's rewards [P, S]: means, standard deviations, shares of failures."""
     figures: dict[str, float] = {}
     for name, rewards_PS in rewards.items():
         known = rewards_PS[~rewards_PS.isnan()]
@@ -240,7 +235,7 @@ def reward_metrics(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) 
 
 
 def group_std(rewards_PS: Tensor) -> Tensor:
-    """Each group's population standard deviation over the samples that were scored [P]; nan where none was."""
+    """Return each group's population standard deviation over the samples that were scored [P]; nan where none was."""
     known_PS = ~rewards_PS.isnan()
     count_P = known_PS.sum(dim=1)
     values_PS = torch.where(known_PS, rewards_PS, 0.0)

@@ -1,13 +1,20 @@
-"""Customized-GRPO's two shapings of the advantage: SARS (synergy-aware) and TDW (time-aware dynamic weighting).
+"""Customized-GRPO: GRPO for personalization, with SARS (synergy-aware shaping) and TDW (time-aware dynamic weighting).
 
-Customized-GRPO, section 3. Each works alone and with every loss that learns from advantages; the method itself is
-GRPO's loss (`grpo.py`) with both of them, on a model that is shown reference pictures (pixrl personalize).
+Customized-GRPO, section 3. The method is GRPO's loss (`grpo.py`, Eqs. 6 to 8) with both shapings of the advantage, on a
+model that is conditioned on reference pictures (pixrl personalize):
+
+    A = w_id(t) A_id + w_prompt(t) A_prompt + alpha S    where A_id > 0 or A_prompt > 0, else - alpha S    (Eq. 11)
+    S = tanh(A_id A_prompt)                                                                                (Eq. 10)
+    w_prompt(t) falls from w_max to w_min along a sigmoid, w_id(t) = 1 - w_prompt(t)                       (Eq. 12)
+
+Each shaping works alone, and with every loss that learns from advantages. `advantages.GroupAdvantage` adds it all up.
 
 | paper                              | here                                                            |
 |------------------------------------|-----------------------------------------------------------------|
+| A_id, A_prompt (Eq. 8)             | `advantages.normalized`, each reward within its groups          |
+| naive weighting (Eq. 9)            | neither shaping; the rewards' own weights                       |
 | SARS, S and alpha (Eqs. 10, 11)    | `SynergySettings`, `pairwise_synergy`, added once a sample      |
 | TDW, w_id(t), w_prompt(t) (Eq. 12) | `TimeSettings`, looked up by the true step, 0 the noisiest      |
-| naive linear, w_id : w_prompt      | neither; the rewards' own weights                               |
 
 Deviations:
 
@@ -35,31 +42,31 @@ from pixrl.equations.shaping import PUBLISHED_STEPS
 
 
 class SynergyKind(StrEnum):
-    """How far two advantages agree (`equations.synergy`)."""
+    """The measure S of how far two advantages agree (Eq. 10, `equations.synergy`)."""
 
     TANH = "tanh"
-    """The paper's."""
+    """The paper's own measure, tanh(A_id A_prompt)."""
     MIN = "min"
     MAX = "max"
     HARMONIC = "harmonic"
 
 
 class SynergySettings(Settings):
-    """SARS: rewards that agree count more, rewards that conflict count against a sample."""
+    """The settings of SARS: rewards that agree count more, rewards that conflict count against a sample (Eq. 11)."""
 
     kind: SynergyKind = SynergyKind.TANH
     alpha: float = Field(0.5, gt=0)
-    """Strength."""
+    """Strength of the synergy."""
     recenter: bool = False
     """Subtract each group's mean, which the synergy moves away from 0."""
 
     def describe(self) -> str:
-        """In a few words, for the report."""
+        """Return the settings in a few words, for the report."""
         recentred = ", recentred" if self.recenter else ""
         return f"synergy {self.kind.value} with alpha {self.alpha:g}{recentred}"
 
     def check_rewards(self, weights: Mapping[str, float]) -> None:
-        """ValueError for a single trained reward, which has nothing to agree with."""
+        """Raise ValueError for a single trained reward, which has nothing to agree with."""
         if len(weights) < 2:
             raise ValueError(
                 f"advantage.synergy needs two trained rewards or more, and only {', '.join(weights)} is trained: "
@@ -68,24 +75,24 @@ class SynergySettings(Settings):
 
 
 class TimeSettings(Settings):
-    """TDW: rewards of the prompt count more in early steps, rewards of the identity in late ones."""
+    """The settings of TDW: the prompt's rewards count more in early steps, the identity's in late ones (Eq. 12)."""
 
     identity: tuple[str, ...] = Field(min_length=1)
-    """Rewards that judge the identity; the others judge the prompt."""
+    """Names of the rewards that judge the identity; the others judge the prompt."""
     w_max: float = Field(0.7, ge=0, le=1)
     """The prompt's weight at first; the identity's is 1 minus it."""
     w_min: float = Field(0.3, ge=0, le=1)
-    """And in the end."""
+    """The prompt's weight at last."""
     start: float = Field(6.0, ge=0)
     """First step of the transition; this and the next three are given for 25 steps and scale with their number."""
     end: float = Field(22.0, ge=0)
     """First step of the last phase."""
     steepness: float = Field(0.8, gt=0)
-    """Of the transition, a step."""
+    """lambda, the steepness of the transition for each step."""
     center: float = Field(14.0, ge=0)
-    """Midpoint of the transition."""
+    """t_c, the midpoint of the transition."""
     inverted: bool = False
-    """The other way round: the paper's ablation."""
+    """Let the prompt's weight rise instead of fall: the paper's ablation."""
 
     @model_validator(mode="after")
     def _in_order(self) -> "TimeSettings":
@@ -98,19 +105,19 @@ class TimeSettings(Settings):
         return self
 
     def prompt_weights(self, steps: int) -> Tensor:
-        """Weight of the prompt's rewards at each of `steps` steps [T]."""
+        """Return w_prompt(t) at each of `steps` steps [T] (Eq. 12)."""
         return prompt_weight(
             torch.arange(float(steps)), steps, self.w_max, self.w_min, self.start, self.end,
             self.steepness * PUBLISHED_STEPS / steps, self.center, self.inverted,
         )  # fmt: skip
 
     def describe(self) -> str:
-        """In a few words, for the report."""
+        """Return the settings in a few words, for the report."""
         first, last = (self.w_min, self.w_max) if self.inverted else (self.w_max, self.w_min)
         return f"weight of the prompt from {first:g} to {last:g} over the steps"
 
     def check_rewards(self, weights: Mapping[str, float]) -> None:
-        """ValueError where the roles do not fit the trained rewards (name -> weight)."""
+        """Raise ValueError where the roles do not fit the trained rewards (name -> weight)."""
         unknown = [name for name in self.identity if name not in weights]
         if unknown:
             raise ValueError(
@@ -131,7 +138,7 @@ class TimeSettings(Settings):
                 )
 
     def weights_by_step(self, weights: Mapping[str, float], steps: int) -> dict[str, Tensor]:
-        """Each trained reward's weight at every step [T], of its own weight."""
+        """Return each trained reward's weight at every step [T]: its role's weight times its share in the role."""
         prompt_T = self.prompt_weights(steps)
         identity = self.identity
         whole = {
@@ -145,7 +152,7 @@ class TimeSettings(Settings):
 
 
 def pairwise_synergy(parts: Mapping[str, Tensor], kind: SynergyKind) -> Tensor:
-    """The mean over all pairs of rewards of S, or of -S where both advantages are bad, [P, S]."""
+    """Return Eq. 11's signed synergy [P, S]: S, or -S where both advantages are bad; a mean over pairs of rewards."""
     terms = [
         shape_advantage(one, other, 0.0, 0.0, 1.0, kind.value)
         for one, other in combinations(parts.values(), 2)

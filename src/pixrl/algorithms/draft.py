@@ -34,11 +34,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pixrl import rewards as rewards_table
-from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
-from pixrl.algorithms.base import Drawn, Rollouts, Samples
+from pixrl.algorithms.advantages import AdvantageEstimator, AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.loss import Advantages, Loss, LossSettings, Terms
-from pixrl.algorithms.sampling import ODESolver, RolloutSettings, Solver, StepNoise, StepPlan
+from pixrl.algorithms.loss import Advantages, Loss, LossSettings, Rollouts, Terms
+from pixrl.algorithms.sampling import Drawn, ODESolver, RolloutSettings, Samples, Solver, StepNoise, StepPlan
 from pixrl.errors import ConfigError, InputError
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.slots import Slot
@@ -46,11 +45,11 @@ from pixrl.rewards.base import DifferentiableReward
 from pixrl.rewards.settings import RewardSetting
 
 LEAST_SPAN = 0.02
-"""Noise level that the last steps must begin at."""
+"""The least noise level that the last K steps may begin at."""
 
 
 class DraftSettings(LossSettings):
-    """Direct reward back-propagation."""
+    """The settings of direct reward back-propagation."""
 
     kind: Literal["draft"] = "draft"
     last: int = Field(2, ge=1, le=1000)
@@ -78,7 +77,7 @@ class DraftSettings(LossSettings):
             )
 
     def check_rewards(self, rewards: Sequence[RewardSetting]) -> None:
-        """ValueError where a trained reward has no gradient."""
+        """Raise ValueError where a trained reward has no gradient."""
         trained = [one for one in rewards if not one.held_out]
         others = [one for one in trained if not rewards_table.is_differentiable(one.reward)]
         if others:
@@ -100,7 +99,7 @@ class DraftSettings(LossSettings):
 
 @dataclass(frozen=True)
 class Move:
-    """One of the last steps, with gradients."""
+    """One of the last K sampling steps, with gradients."""
 
     number: int
     before: Tensor
@@ -109,7 +108,7 @@ class Move:
 
 
 class DRaFTLoss(Loss):
-    """-sum_r w_r r(decode(x_0), prompt) + kl mean (v - v_ref)^2.
+    """DRaFT-K's loss: -sum_r w_r r(decode(x_0), prompt) + kl mean (v - v_ref)^2.
 
     Args:
         settings: K and the KL weight.
@@ -131,7 +130,7 @@ class DRaFTLoss(Loss):
     def draw(
         self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
     ) -> Drawn:
-        """The pictures, and the latents before their last K steps.
+        """Draw the pictures, and keep the latents before their last K steps.
 
         Raises:
             InputError: these steps span next to nothing.
@@ -150,10 +149,10 @@ class DRaFTLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: EstimatorSettings,
+        estimator: AdvantageEstimator,
         steps: int,
     ) -> Advantages:
-        """Every sample that all trained rewards could score counts alike; what they weigh goes on to `terms`."""
+        """Return 1 for every sample that all trained rewards could score, and the rewards' weights for `terms`."""
         refuse_others(weights, self.rewards)
         failed_PS = torch.stack([rewards[name].isnan() for name in weights]).any(dim=0)
         counts_PS = torch.where(failed_PS, torch.nan, 1.0)
@@ -190,7 +189,7 @@ class DRaFTLoss(Loss):
         return Terms(loss_B, figures)
 
     def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
-        """The last steps' mean velocity against that of sampling; of samples drawn under the prompt itself."""
+        """Compare the last steps' mean velocity with that of sampling, of samples drawn under the prompt itself."""
         own = [row for row in rows if int(rollouts.samples.variant_B[row]) == 0]
         if not own:
             return 0.0
@@ -201,7 +200,7 @@ class DRaFTLoss(Loss):
     def _last_moves(
         self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], condition: Conditioning
     ) -> Iterator[Move]:
-        """The last K steps from where sampling was, with gradients."""
+        """Take the last K steps from where sampling was, with gradients."""
         start = rollouts.transitions[0]
         x = start.x_B[list(rows)]
         solver, sigmas = ODESolver(rollouts.plan), rollouts.schedule.sigmas
@@ -221,7 +220,7 @@ class DRaFTLoss(Loss):
     def _ascent(
         self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], x0: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The weighted score [B] of clean latents and its gradient by them; 0 where a reward gives no score."""
+        """Return the weighted score [B] of clean latents and its gradient by them; 0 where a reward gives no score."""
         leaf = x0.requires_grad_()
         prompts, metadata = rollouts.samples.prompts, rollouts.samples.metadata
         asked, known = [prompts[row] for row in rows], [metadata[row] for row in rows]
@@ -242,7 +241,7 @@ class DRaFTLoss(Loss):
     def _distance(
         self, policy: FlowPolicy, rollouts: Rollouts, move: Move, condition: Conditioning
     ) -> Tensor:
-        """Mean square [B] of the velocity's difference from the reference's, at the same latents."""
+        """Return the mean square [B] of the velocity's difference from the reference's, at the same latents."""
         x = move.before.detach()
         with torch.no_grad(), policy.slot(Slot.REFERENCE):
             reference = policy.velocity(
@@ -252,7 +251,7 @@ class DRaFTLoss(Loss):
 
 
 def refuse_others(trained: Mapping[str, float], rewards: Mapping[str, DifferentiableReward]) -> None:
-    """ConfigError where a trained reward has no gradient."""
+    """Raise ConfigError where a trained reward has no gradient."""
     others = [name for name in trained if name not in rewards]
     if others:
         listed = ", ".join(rewards) or "none"

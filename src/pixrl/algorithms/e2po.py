@@ -50,37 +50,37 @@ from pixrl.models.base import FlowPolicy
 from pixrl.models.text import ClipEncoder, ClipFeatures, ClipText, PerturbableText
 
 CACHE_BYTES = 2**28
-"""Perturbations kept, in bytes. One that was dropped is learned again, to the same values."""
+"""The bytes of perturbations that are kept. One that was dropped is learned again, to the same values."""
 
 _log = logging.getLogger("pixrl")
 
 _SAMPLING = ("variants", "perturbation_range", "schedule", "anchored")
-"""Settings that the perturbations themselves do not depend on."""
+"""The settings that the perturbations themselves do not depend on."""
 
 
 class VariantSchedule(StrEnum):
-    """When variants steer the sampler."""
+    """The schedule lambda(t) by which variants steer the sampler (Eq. 13)."""
 
     NOISE_AWARE = "noise_aware"
     STATIC = "static"
 
 
 class Encoders(StrEnum):
-    """Which CLIP text encoders are perturbed."""
+    """The CLIP text encoders whose input embeddings are perturbed."""
 
     CLIP_L = "clip_l"
     BOTH = "both"
 
 
 class NormBound(StrEnum):
-    """What a token's perturbation is bounded by."""
+    """The bound on a token's perturbation: `max_norm` itself, or that share of the token's own norm."""
 
     ABSOLUTE = "absolute"
     RELATIVE = "relative"
 
 
 class PerturbationSettings(Settings):
-    """E2PO's exploration. Published values are defaults; `lr` and `sigma_init` are ours, the paper's text lost them."""
+    """The settings of E2PO's perturbations (Table 3); `lr` and `sigma_init` are ours, the paper's text lost them."""
 
     variants: int = Field(4, ge=1, le=4096)
     """K, the anchor among them: 6, 4 and 3 in the paper's settings."""
@@ -93,7 +93,7 @@ class PerturbationSettings(Settings):
     encoders: Encoders = Encoders.CLIP_L
     """both: CLIP-G too (the paper's failing ablation)."""
     target: float = Field(0.80, gt=0, lt=1)
-    """Wanted cosine similarity to the anchor."""
+    """Wanted cosine similarity of a variant to the anchor (Eq. 12)."""
     margin: float = Field(0.01, ge=0, lt=1)
     """Half width of the band around `target` without loss."""
     weight: float = Field(50.0, gt=0)
@@ -112,7 +112,7 @@ class PerturbationSettings(Settings):
 
     @property
     def learned(self) -> int:
-        """How many perturbations a prompt has."""
+        """The number of perturbations of a prompt: K, or K - 1 beside the anchor."""
         return self.variants - int(self.anchored)
 
     @model_validator(mode="after")
@@ -136,12 +136,12 @@ class PerturbationSettings(Settings):
         return bool(self.__dict__[name] != type(self).model_fields[name].default)
 
     def learning_key(self) -> str:
-        """What the perturbations depend on, as text; sampling options are not part of it."""
+        """Return what the perturbations depend on, as text; sampling options are not part of it."""
         return self.model_dump_json(exclude={*_SAMPLING, "prompts_at_once"}) + f"x{self.learned}"
 
 
 class PerturbedExploration(ExplorationSettings, PerturbationSettings):
-    """E2PO: G noises times K semantic variants of each prompt."""
+    """The settings of E2PO's exploration set: G noises times K semantic variants of each prompt (Eq. 8)."""
 
     kind: Literal["perturbed"] = "perturbed"
     noises: GroupSize = 4
@@ -152,7 +152,7 @@ class PerturbedExploration(ExplorationSettings, PerturbationSettings):
         return self.variants
 
     def perturbation(self) -> PerturbationSettings:
-        """The same without G."""
+        """Return the settings without G."""
         names = PerturbationSettings.model_fields
         return PerturbationSettings(**{name: self.__dict__[name] for name in names})
 
@@ -170,7 +170,7 @@ class PerturbedExploration(ExplorationSettings, PerturbationSettings):
 
 
 def chosen_encoders(model: PerturbableText, name: str, choice: Encoders) -> tuple[ClipEncoder, ...]:
-    """The encoders that are perturbed.
+    """Return the encoders that are perturbed.
 
     Raises:
         InputError: both are wanted and the model has one.
@@ -196,7 +196,7 @@ class _Texts:
     delta_KPLD: Tensor
 
     def pooled_KPE(self, delta_KPLD: Tensor) -> Tensor:
-        """Global embeddings of the variants with these perturbations."""
+        """Return the global embeddings h_k of the variants with these perturbations."""
         embeddings = perturb(self.embeddings_PLD, delta_KPLD, self.content_PL)
         ids = self.ids_PL.expand(len(delta_KPLD), -1, -1)
         pooled_BE = self.encoder.pooled(ids.flatten(0, 1), embeddings.flatten(0, 1))
@@ -204,30 +204,30 @@ class _Texts:
 
     @torch.no_grad()
     def project(self, max_norm: float, norm: NormBound) -> None:
-        """Shrinks each token's perturbation to the bound, in place."""
+        """Shrink each token's perturbation to the bound, in place."""
         own = self.embeddings_PLD.flatten(0, 1) if norm is NormBound.RELATIVE else None
         shrunk = project_delta(self.delta_KPLD.flatten(1, 2), max_norm, own)
         self.delta_KPLD.copy_(shrunk.view_as(self.delta_KPLD))
 
     def result(self, prompt: int) -> Tensor:
-        """One prompt's perturbations [K, N, D] of its content tokens, on the CPU."""
+        """Return one prompt's perturbations [K, N, D] of its content tokens, on the CPU."""
         return self.delta_KPLD[:, prompt, self.content_PL[prompt]].detach().cpu()
 
 
 def perturbed_embeddings(text: ClipText, delta_KND: Tensor) -> Tensor:
-    """Input embeddings [K, L, D] of a prompt's variants from perturbations [K, N, D] of its N content tokens."""
+    """Return a prompt's K perturbed inputs [K, L, D] (Eq. 10) from perturbations [K, N, D] of its N content tokens."""
     return perturb(text.embeddings_LD, _everywhere(text, delta_KND), text.content_L)
 
 
 def learn(
     encoders: Sequence[ClipEncoder], prompts: Sequence[str], settings: PerturbationSettings
 ) -> list[Mapping[str, Tensor]]:
-    """The perturbations of some prompts, learned in one batch.
+    """Learn the perturbations of some prompts in one batch.
 
     Args:
         encoders: those to perturb.
         prompts: one or more.
-        settings: see there.
+        settings: those of the objective (Eqs. 9 to 12) and of its optimizer.
 
     Returns:
         For each prompt, encoder name -> float32 `[learned, N, D]` on the CPU, N content tokens; every token within the
@@ -253,7 +253,7 @@ def learn(
 
 
 def _optimize(parts: Sequence[_Texts], settings: PerturbationSettings) -> None:
-    """Steps down every prompt's own objective, projecting after each; in place."""
+    """Step down every prompt's own objective (Eqs. 11 and 12), projecting after each step; in place."""
 
     def objective(h_KD: Tensor, h0_D: Tensor) -> Tensor:
         return perturbation_objective(
@@ -281,7 +281,7 @@ def _optimize(parts: Sequence[_Texts], settings: PerturbationSettings) -> None:
 
 
 def _start(encoder: ClipEncoder, prompts: Sequence[str], settings: PerturbationSettings) -> _Texts:
-    """The perturbations as they are drawn [9], within the bound."""
+    """Return the perturbations as they are drawn (Eq. 9), within the bound."""
     texts = [encoder.read(prompt) for prompt in prompts]
     cut = max(text.end for text in texts) + 1
     drawn = [
@@ -301,7 +301,7 @@ def _start(encoder: ClipEncoder, prompts: Sequence[str], settings: PerturbationS
 
 
 def _draw(encoder: ClipEncoder, prompt: str, text: ClipText, settings: PerturbationSettings) -> Tensor:
-    """N(0, sigma_init^2), [K, N, D], from the prompt's own generator."""
+    """Draw delta_k ~ N(0, sigma_init^2) (Eq. 9), [K, N, D], from the prompt's own generator."""
     key = f"{settings.seed}/{encoder.name}/{prompt}".encode()
     number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
     shape = (settings.learned, int(text.content_L.sum()), text.embeddings_LD.shape[1])
@@ -310,7 +310,7 @@ def _draw(encoder: ClipEncoder, prompt: str, text: ClipText, settings: Perturbat
 
 
 def _everywhere(text: ClipText, delta_KND: Tensor) -> Tensor:
-    """Perturbations [K, L, D] that are zero but for the content tokens."""
+    """Return perturbations [K, L, D] that are zero but for the content tokens."""
     length, columns = text.embeddings_LD.shape
     everywhere = delta_KND.new_zeros(len(delta_KND), length, columns)
     everywhere[:, text.content_L] = delta_KND
@@ -318,7 +318,7 @@ def _everywhere(text: ClipText, delta_KND: Tensor) -> Tensor:
 
 
 class PerturbedEmbeddings(Exploration):
-    """E2PO's variants: learned once a prompt, kept, and written over the CLIP encoders' part of the condition.
+    """E2PO's exploration: variants learned once a prompt, kept, and written over the CLIP encoders' part of c_0.
 
     On SD3 token and pooled features vary; T5's part and, with `encoders: clip_l`, CLIP-G's stay those of the prompt.
     FLUX takes pooled CLIP features alone, so there nothing else varies.
@@ -341,7 +341,7 @@ class PerturbedEmbeddings(Exploration):
         return cls(settings.perturbation())
 
     def prepare(self, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
-        """The variants of some prompts; those that are new are learned first.
+        """Return the variants of some prompts; those that are new are learned first.
 
         Raises:
             InputError: the model has no CLIP text encoders (or not both, where both are wanted), or a prompt has no
@@ -385,7 +385,7 @@ class PerturbedEmbeddings(Exploration):
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up perturbations; those learned with other settings are kept apart by their key and never used."""
+        """Take up perturbations; those learned with other settings are kept apart by their key and never used."""
         found: dict[str, dict[str, Tensor]] = {}
         for name, delta_KND in state.items():
             key, _, encoder = name.partition("/")
@@ -402,7 +402,7 @@ class PerturbedEmbeddings(Exploration):
     def _find(
         self, encoders: Sequence[ClipEncoder], keys: Mapping[str, str]
     ) -> tuple[dict[str, Mapping[str, Tensor]], list[str]]:
-        """The perturbations of each prompt (prompt -> key), kept or learned now, and which were learned now."""
+        """Return the perturbations of each prompt (prompt -> key), kept or learned now, and which were learned now."""
         found = {prompt: self._learned[key] for prompt, key in keys.items() if key in self._learned}
         for prompt in found:
             self._learned.move_to_end(keys[prompt])
@@ -421,12 +421,12 @@ class PerturbedEmbeddings(Exploration):
             self._bytes -= _size(self._learned.popitem(last=False)[1])
 
     def _outside(self, one: "_PromptVariants") -> Tensor:
-        """Which variants' similarity to the anchor is out of the band, bool [K]."""
+        """Return which variants' similarity to the anchor is out of the band, bool [K]."""
         slack = 1e-3
         return (one.anchor_cosine_K - self.settings.target).abs() > self.settings.margin + slack
 
     def _warn(self, new: Mapping[str, "_PromptVariants"]) -> None:
-        """Says once a batch how many newly learned prompts missed the band."""
+        """Warn once a batch of how many newly learned prompts missed the band."""
         missed = {prompt: one for prompt, one in new.items() if bool(self._outside(one).any())}
         if not missed:
             return
@@ -442,7 +442,7 @@ class PerturbedEmbeddings(Exploration):
         )  # fmt: skip
 
     def _metrics(self, found: Sequence["_PromptVariants"]) -> dict[str, float]:
-        """Means over the prompts' variants."""
+        """Return the log's means over the prompts' variants."""
         anchor_PK = torch.stack([one.anchor_cosine_K for one in found])
         outside_PK = torch.stack([self._outside(one) for one in found])
         metrics = {
@@ -459,7 +459,7 @@ class PerturbedEmbeddings(Exploration):
 
 @dataclass(frozen=True)
 class _PromptVariants:
-    """One prompt's encoded variants and what was reached."""
+    """One prompt's encoded variants, and how far their learning came."""
 
     features: tuple[ClipFeatures, ...]
     anchor_cosine_K: Tensor
@@ -471,7 +471,7 @@ class _PromptVariants:
 def _encode(
     encoders: Sequence[ClipEncoder], texts: Sequence[ClipText], deltas: Mapping[str, Tensor]
 ) -> _PromptVariants:
-    """One prompt's variants through the encoders, all in one batch."""
+    """Encode one prompt's variants, all in one batch."""
     features, anchors, shares = [], [], []
     for encoder, text in zip(encoders, texts, strict=True):
         delta_KND = deltas[encoder.name].to(text.embeddings_LD.device)
@@ -489,7 +489,7 @@ def _encode(
 
 
 def _key(settings: str, prompt: str, texts: Sequence[ClipText]) -> str:
-    """Names a prompt's perturbations: settings, text, and the embeddings that are perturbed (so: which model)."""
+    """Return the key of a prompt's perturbations: a hash of settings, text and the embeddings that are perturbed."""
     total = hashlib.blake2b(f"{settings}\n{prompt}\n".encode(), digest_size=16)
     for text in texts:
         total.update(text.embeddings_LD[text.content_L].cpu().numpy().tobytes())

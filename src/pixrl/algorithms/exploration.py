@@ -1,24 +1,32 @@
-"""Where a group's samples differ: in their noise alone (`NoiseOnly`), or in their conditions too (`e2po.py`).
+"""What a step's pictures are conditioned on: a group is one prompt, and an exploration gives it K semantic variants.
 
-The loop asks `Exploration.prepare` once a batch of prompts for their `Variants`, and `Variants.at` once a step.
+A group's samples differ in their noise alone (`NoiseOnly`), or in their conditions too (`e2po.py`). The loop asks
+`prepare` once a training step for the `Variants` of its groups, and `Variants.at` once a sampling step.
+
+Reference pictures that a group's metadata names become part of every condition of it (`shown_to`): sampling and update
+alike are conditioned on them, since they belong to the anchor c_0 that all conditions start from.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from pixrl.config import Settings
 from pixrl.equations import variant_weight
 from pixrl.errors import CheckpointError, InputError, ShapeError
-from pixrl.models.base import Conditioning, FlowPolicy
+from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy, on_square
 from pixrl.models.text import ClipEncoder, ClipFeatures
 
 GroupSize = Annotated[int, Field(ge=1, le=4096)]
-"""Pictures of one prompt."""
+"""The number of pictures of one prompt."""
+SHOWN = "shown"
+"""The key in a prompt's metadata of the reference pictures [3, H, W], of any sizes, that the model is conditioned on.
+Rewards compare with those under "reference"."""
 
 
 class ExplorationSettings(Settings):
@@ -44,12 +52,12 @@ class ExplorationSettings(Settings):
         return False
 
     def describe(self) -> str:
-        """The exploration in a line, for the report."""
+        """Return the exploration in a line, for the report."""
         return f"{self.kind}, {self.noises} noises × {self.per_noise} variants"
 
 
 class NoiseExploration(ExplorationSettings):
-    """A prompt's samples differ in their noise alone."""
+    """The settings of exploration by noise alone."""
 
     kind: Literal["noise"] = "noise"
     noises: GroupSize = 8
@@ -68,8 +76,22 @@ class NoiseExploration(ExplorationSettings):
 
 
 @dataclass(frozen=True)
+class Group:
+    """One prompt of a training step; its samples are compared with each other."""
+
+    place: int
+    """The group's number in the step, over all processes."""
+    epoch: int
+    """The number of the pass over the prompts, from 0."""
+    index: int
+    """The prompt's number in its set."""
+    prompt: str
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Perturbed:
-    """One encoder's features of all perturbed variants, row prompt * `per_prompt` + place."""
+    """The features of all perturbed variants in one encoder, row prompt * `per_prompt` + place."""
 
     encoder: ClipEncoder
     features: ClipFeatures
@@ -81,17 +103,17 @@ class Variants:
     """The conditions of P prompts, K variants each."""
 
     anchor: Conditioning
-    """c_0, one row a prompt."""
+    """c_0, the conditions of the prompts themselves, one row each."""
     variants: int = 1
-    """K."""
+    """K, the number of variants of a prompt."""
     perturbed: tuple[Perturbed, ...] = ()
-    """Empty: every variant is c_0."""
+    """The perturbed features of each encoder; empty: every variant is c_0."""
     perturbation_range: float | None = None
     """tau of the noise-aware schedule; None: static, the variants' own conditions at every t."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def at(self, t: float, prompt_B: Tensor, variant_B: Tensor) -> Conditioning:
-        """c_k(t) = lambda(t) c_k + (1 - lambda(t)) c_0, one row a sample; tokens and pooled features alike.
+        """Return c_k(t) = lambda(t) c_k + (1 - lambda(t)) c_0, one row a sample; tokens and pooled features alike.
 
         Args:
             t: the flow's time, 1 is noise; the noise level of the step that is about to be taken.
@@ -132,31 +154,31 @@ class Variants:
 
 
 class Exploration(ABC):
-    """Gives each prompt the conditions that its samples are drawn from."""
+    """An exploration: it gives each prompt the conditions that its samples are drawn from."""
 
     Settings: ClassVar[type[ExplorationSettings]]
-    """Its settings; their `kind` is how a recipe names it."""
+    """The class of its settings; their `kind` is how a recipe names it."""
     variants: int
-    """K; 1 for noise alone."""
+    """K, the number of a prompt's variants; 1 for noise alone."""
 
     def __init__(self, settings: Any = None) -> None:
         self.settings = settings
 
     @classmethod
     def make(cls, settings: Any) -> Self:
-        """The exploration of these settings."""
+        """Return the exploration of these settings."""
         return cls(settings)
 
     @abstractmethod
     def prepare(self, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
-        """The conditions of some prompts, one row each in `Variants.anchor`, in order."""
+        """Return the conditions of some prompts, one row each in `Variants.anchor`, in order."""
 
     def state(self) -> dict[str, Tensor]:
-        """What was learned, for a checkpoint: names and contiguous CPU tensors."""
+        """Return what was learned, for a checkpoint: names and contiguous CPU tensors."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what `state` gave.
+        """Take up what `state` gave.
 
         Raises:
             CheckpointError: it is not this exploration's state.
@@ -169,10 +191,54 @@ class Exploration(ABC):
 
 
 class NoiseOnly(Exploration):
-    """Samples of a prompt differ in their noise alone."""
+    """Exploration by noise alone: every variant of a prompt is the prompt itself."""
 
     Settings = NoiseExploration
     variants = 1
 
     def prepare(self, policy: FlowPolicy, prompts: Sequence[str]) -> Variants:
         return Variants(policy.encode(prompts))
+
+
+def prepare(exploration: Exploration, policy: FlowPolicy, groups: Sequence[Group]) -> Variants:
+    """Return the conditions of some groups, with the reference pictures that they name; no rows for no groups.
+
+    Raises:
+        InputError: a group has reference pictures and the model takes none, or not all have as many.
+    """
+    if not groups:
+        return Variants(policy.encode([""])[:0], exploration.variants)
+    with policy.text_present():
+        variants = exploration.prepare(policy, [group.prompt for group in groups])
+    return shown_to(policy, variants, groups)
+
+
+def shown_to(policy: FlowPolicy, variants: Variants, groups: Sequence[Group]) -> Variants:
+    """Return the variants with each group's reference pictures in their anchor, one row a group.
+
+    Raises:
+        InputError: the model takes no references, or the groups have different numbers of them.
+    """
+    pictures = [shown_pictures(group.metadata) for group in groups]
+    counts = sorted({len(own) for own in pictures})
+    if counts == [0]:
+        return variants
+    if not isinstance(policy, ReferencePolicy):
+        raise InputError(
+            f"{policy.name} ({type(policy).__name__}) takes no reference pictures. Give a FLUX model, such as toy:flux."
+        )
+    if len(counts) > 1:
+        raise InputError(
+            f"Prompts of one step have {counts[0]} and {counts[-1]} reference pictures; give all the same number: "
+            f"--set references.count={max(1, counts[0])}"
+        )
+    side = policy.reference_side
+    by_place = [torch.stack([on_square(one, side) for one in same]) for same in zip(*pictures, strict=True)]
+    return replace(variants, anchor=policy.with_references(variants.anchor, by_place))
+
+
+def shown_pictures(metadata: Mapping[str, object]) -> tuple[Tensor, ...]:
+    """Return the reference pictures [3, H, W] of a prompt's metadata."""
+    given = metadata.get(SHOWN, ())
+    assert isinstance(given, tuple | list)
+    return tuple(given)

@@ -2,14 +2,19 @@
 
 Liu et al. 2025, Flow-GRPO (its KL and its stochastic step), and Xue et al. 2025, DanceGRPO (group advantages of several
 rewards): what tells them apart is `sampling.noise`, `advantage.scale` and `loss.kl_form`, not the loss.
+Equation numbers are those of Customized-GRPO, which restates both.
 
-| paper           | here                                                           |
-|-----------------|----------------------------------------------------------------|
-| pi_old          | the slot that samples were drawn with, `sampling_slot`         |
-| rho             | exp(log_prob - `Transition.log_prob_B`), at every random step  |
-| epsilon         | `GRPOSettings.clip`                                            |
-| beta            | `GRPOSettings.kl`                                              |
-| KL(pi, pi_ref)  | `equations.gaussian_kl` of the two means of a random step      |
+| paper                        | here                                                                      |
+|------------------------------|---------------------------------------------------------------------------|
+| pi(a_t | s_t) (Eq. 6)        | one random step, a Gaussian: `StepPlan.random_step`                       |
+| the SDE (Eq. 13)             | `equations.flow_sde_step`, `dance_step`, `cps_step`, by `sampling.noise`  |
+| pi_old                       | the slot that samples were drawn with, `sampling_slot`                    |
+| rho (Eq. 7)                  | exp(log_prob - `Transition.log_prob_B`), at every random step             |
+| min(rho A, clip(rho) A) (Eq. 7) | `equations.clipped_surrogate`, negated into a loss                     |
+| epsilon (Eq. 7)              | `GRPOSettings.clip`                                                       |
+| A_i (Eq. 8)                  | `advantages.GroupAdvantage`, `equations.group_advantages`                 |
+| beta                         | `GRPOSettings.kl`                                                         |
+| KL(pi, pi_ref)               | `equations.gaussian_kl` of the two means of a random step                 |
 
 Deviations:
 
@@ -27,27 +32,26 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.loss import Loss, LossSettings, Terms
+from pixrl.algorithms.loss import Loss, LossSettings, Rollouts, Terms, velocity_of
 from pixrl.algorithms.sampling import RolloutSettings, StepNoise, random_steps
 from pixrl.equations import clipped_surrogate, gaussian_kl
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
 
 RATIO_LIMIT = 0.01
-"""Largest deviation from 1 of a ratio that is not clipped: its rounding scales a gradient by as much."""
+"""The largest deviation from 1 of a ratio that is not clipped: its rounding scales a gradient by as much."""
 
 
 class KLForm(StrEnum):
-    """Which published form a KL weight belongs to (`equations.gaussian_kl`)."""
+    """The published form that a KL weight belongs to (`equations.gaussian_kl`)."""
 
     FLOW_GRPO = "flow_grpo"
-    """Without sqrt(-dt) in the deviation: the form of Flow-GRPO's 0.04."""
+    """The KL without sqrt(-dt) in the deviation, to which Flow-GRPO's weight of 0.04 belongs."""
     EXACT = "exact"
 
 
 class GRPOSettings(LossSettings):
-    """GRPO's loss."""
+    """The settings of GRPO's loss."""
 
     kind: Literal["clipped"] = "clipped"
     clip: float | None = Field(None, gt=0, lt=1)
@@ -72,7 +76,7 @@ class GRPOSettings(LossSettings):
             )
 
     def check_updates(self, updates: int) -> None:
-        """ValueError for a clip range that would have no effect, or that is missing."""
+        """Raise ValueError for a clip range that would have no effect, or that is missing."""
         if updates == 1 and self.clip is not None:
             raise ValueError(
                 "loss.clip has no effect with optimizer.updates: 1, where every ratio is 1: remove it, or set "
@@ -93,7 +97,7 @@ class GRPOSettings(LossSettings):
 
 
 class GRPOLoss(Loss):
-    """max(-A rho, -A clamp(rho, 1 - clip, 1 + clip)) + kl KL at every random step."""
+    """GRPO's loss at every random step: max(-A rho, -A clamp(rho, 1 - clip, 1 + clip)) + kl KL(pi, pi_ref), Eq. 7."""
 
     sampling_slot = Slot.CURRENT
     Settings = GRPOSettings
@@ -138,18 +142,16 @@ class GRPOLoss(Loss):
         if self.settings.clip is not None:
             figures["clip_share"] = ((ratio_B - 1).abs() > self.clip).float()
         if with_kl or self.settings.kl > 0:
-            with torch.no_grad(), policy.slot(Slot.REFERENCE):
-                velocity = policy.velocity(x, sigma_B, condition)
-                reference = plan.random_step(x, velocity, number, next_x=next_x).mean
-            kl_B = self._kl(step.mean, reference, step.std, x.new_full((len(x),), plan.dt(number)))
+            velocity = velocity_of(Slot.REFERENCE, policy, x, sigma_B, condition)
+            reference = plan.random_step(x, velocity, number, next_x=next_x).mean
+            if self.settings.kl_form is KLForm.EXACT:
+                kl_B = gaussian_kl(step.mean, reference, step.std)
+            else:
+                dt_B = x.new_full((len(x),), plan.dt(number))
+                kl_B = gaussian_kl(step.mean, reference, step.std, form="flow_grpo", dt=dt_B)
             loss_B = loss_B + self.settings.kl * kl_B if self.settings.kl > 0 else loss_B
             figures["kl"] = kl_B.detach()
         return Terms(loss_B, figures)
-
-    def _kl(self, mean: Tensor, reference: Tensor, std: Tensor, dt_B: Tensor) -> Tensor:
-        if self.settings.kl_form is KLForm.EXACT:
-            return gaussian_kl(mean, reference, std)
-        return gaussian_kl(mean, reference, std, form="flow_grpo", dt=dt_B)
 
     def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
         none_B = torch.zeros(len(rows))

@@ -1,4 +1,4 @@
-"""What all losses share: which pictures are learned from, what their scores say, and a term for each sample and part.
+"""What all losses share: a step's rollouts, what their scores say, and a term for each sample and part.
 
 A loss is cut into `parts` (random steps, or noise levels), each of which can be evaluated for any rows of a step's
 rollouts, so that memory never decides what is learned. It also says which pictures it learns from (`draw`: the samples
@@ -13,11 +13,19 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from pixrl.algorithms import make_advantage
-from pixrl.algorithms.advantages import EstimatorSettings
-from pixrl.algorithms.base import Drawn, Rollouts, Samples, Use, fresh_noise, roll_out
+from pixrl.algorithms.advantages import AdvantageEstimator, EstimatorSettings
 from pixrl.algorithms.exploration import Variants
-from pixrl.algorithms.sampling import RolloutSettings, StepPlan
+from pixrl.algorithms.sampling import (
+    Drawn,
+    RolloutSettings,
+    Samples,
+    Schedule,
+    StepPlan,
+    Transition,
+    Use,
+    fresh_noise,
+    roll_out,
+)
 from pixrl.config import Settings
 from pixrl.equations import interpolate
 from pixrl.models.base import Conditioning, FlowPolicy
@@ -32,14 +40,14 @@ VELOCITY_LIMIT = 0.02
 
 @dataclass(frozen=True)
 class Spending:
-    """What a loss makes of the pictures of a run, for comparisons at equal budgets."""
+    """What a loss spends on the pictures of a run, for comparisons at equal budgets."""
 
     source: str
-    """Who draws them."""
+    """Where the pictures come from, in words."""
     scores: int
-    """Pictures whose scores say what is learned."""
+    """The number of pictures whose scores say what is learned."""
     gradient_terms: int
-    """Pictures x noise levels through a gradient."""
+    """The number of pictures times noise levels that a gradient passes."""
 
 
 class LossSettings(Settings):
@@ -74,33 +82,65 @@ class LossSettings(Settings):
         """ValueError where the loss cannot learn from these rewards. Loads no model."""
 
     def trained_levels(self, sampling: RolloutSettings) -> int:
-        """Noise levels that each picture is trained at."""
+        """Return the number of noise levels that each picture is trained at."""
         return sampling.steps
 
     def spending(self, images: int, groups: int, sampling: RolloutSettings) -> Spending:
-        """What a run of so many pictures in so many groups spends."""
+        """Return what a run of so many pictures in so many groups spends."""
         return Spending("drawn by the model", images, images * self.trained_levels(sampling))
 
     def describe(self, *, shows_references: bool) -> str:
-        """The loss in a line, for the report; `shows_references`: of a run whose model is shown reference pictures."""
+        """Return the loss in a line, for the report; `shows_references`: the model is given reference pictures."""
         given = [f"{name} {value}" for name, value in self.model_dump(exclude={"kind"}, mode="json").items()]
         return ", ".join([self.kind, *given])
 
     def describe_advantage(self, advantage: EstimatorSettings) -> str:
-        """What becomes of the advantages, in a line."""
+        """Return what becomes of the advantages, in a line."""
         return advantage.describe()
 
     def describe_pictures(self, *, shows_references: bool) -> str:
-        """Whose pictures training scored, as a sentence, where the trained model did not draw them; else empty."""
+        """Return a sentence on whose pictures training scored where the trained model did not draw them; else ""."""
         return ""
 
 
 @dataclass(frozen=True)
+class Rollouts:
+    """A training step's pictures on this process, and how they came about."""
+
+    step: int
+    samples: Samples
+    plan: StepPlan
+    anchor: Conditioning
+    """c_0, one row for each prompt of this process."""
+    images_BCHW: Tensor
+    x0_B: Tensor
+    """Clean latents, [B, C, h, w]."""
+    transitions: tuple[Transition, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    rival_B: Tensor | None = None
+    """Row of the picture that each one was preferred to, int64 [B]; where a loss learns from pairs."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """What each reward counts; where a loss differentiates the rewards themselves."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels that the pictures were drawn on, and that the loss is taken at."""
+        return self.plan.schedule
+
+    def conditioning(self, rows: Sequence[int]) -> Conditioning:
+        """Return what an update is conditioned on: c_0, the unperturbed prompts, of some samples."""
+        return self.anchor[self.samples.prompt_B[list(rows)]]
+
+
+@dataclass(frozen=True)
 class Terms:
-    """A loss of some rows at one part, and figures of the same rows for the log."""
+    """The loss of some rows at one part, and figures of the same rows for the log."""
 
     loss_B: Tensor
-    """To minimize, [B]."""
+    """What is minimized, [B], with a graph to the slot `current`."""
     figures: Mapping[str, Tensor]
     """Name -> [B], without gradients."""
 
@@ -110,22 +150,22 @@ class Advantages:
     """What the scores of a step's samples say to a loss."""
 
     advantage_TPS: Tensor
-    """At every step of the schedule; nan leaves a sample out."""
+    """The advantage at every step of the schedule; nan leaves a sample out."""
     rival_PS: Tensor | None = None
     """Place in its group of the sample that each one was preferred to, for losses of pairs."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """What each reward counts, for losses that differentiate the rewards themselves."""
     figures: Mapping[str, float] = field(default_factory=dict)
-    """For the log."""
+    """Figures for the log."""
 
 
 class Loss(ABC):
-    """What is minimized over a step's rollouts."""
+    """What is minimized over a step's rollouts, and which policy draws them."""
 
     Settings: ClassVar[type[LossSettings]]
     """Its settings; their `kind` is how a recipe names it."""
     sampling_slot: Slot
-    """Whose pictures are learned from."""
+    """The slot whose pictures are learned from: the paper's pi_old."""
     on_policy_measure: ClassVar[str] = "|v - v_old| / |v_old| before the first update"
     """What `deviation` measures, in words."""
     is_always_on_policy: ClassVar[bool] = False
@@ -136,7 +176,7 @@ class Loss(ABC):
 
     @classmethod
     def make(cls, settings: Any, rewards: Mapping[str, DifferentiableReward]) -> Self:
-        """The loss of these settings; `rewards`: name -> what it may differentiate."""
+        """Return the loss of these settings; `rewards`: name -> what it may differentiate."""
         return cls(settings)
 
     @property
@@ -147,7 +187,7 @@ class Loss(ABC):
     def draw(
         self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
     ) -> Drawn:
-        """The pictures that a training step learns from: those of `sampling_slot`."""
+        """Draw the pictures that a training step learns from, with `sampling_slot`."""
         with policy.slot(self.sampling_slot):
             return roll_out(policy, variants, samples, plan, micro_batch)
 
@@ -155,20 +195,20 @@ class Loss(ABC):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: EstimatorSettings,
+        estimator: AdvantageEstimator,
         steps: int,
     ) -> "Advantages":
-        """What is learned of the scores of all processes' samples [P, S], reward by reward."""
-        table = make_advantage(settings)(rewards, weights, steps)
+        """Return what the scores of all processes' samples [P, S], reward by reward, say to this loss."""
+        table = estimator(rewards, weights, steps)
         return Advantages(table, figures={"advantage_mean": table.nanmean().item()})
 
     @abstractmethod
     def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
-        """The true step, 0 the noisiest, that each of some rows is trained at in a part."""
+        """Return the true step, 0 the noisiest, that each of some rows is trained at in a part."""
 
     @abstractmethod
     def parts(self, rollouts: Rollouts) -> int:
-        """How many terms each sample has."""
+        """Return how many terms each sample has."""
 
     @abstractmethod
     def terms(
@@ -180,20 +220,20 @@ class Loss(ABC):
         part: int,
         with_kl: bool,
     ) -> Terms:
-        """The loss of some rows [B], with gradients to the slot `current`, which is active.
+        """Return the loss of some rows [B], with gradients to the slot `current`, which is active.
 
         With `with_kl` the figures hold `kl`, the distance to the reference.
         """
 
     @abstractmethod
     def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
-        """How far the first update is from on-policy on some rows: 0 but for rounding.
+        """Return how far the first update is from on-policy on some rows: 0 but for rounding.
 
         Computed as the update does, with gradients, since that may take other kernels than sampling did.
         """
 
     def old_decay(self, step: int) -> float | None:
-        """How much of the old policy stays after a step; None where this loss has no old policy."""
+        """Return how much of the old policy stays after a step; None where this loss has no old policy."""
         return None
 
 
@@ -206,7 +246,7 @@ def require_levels(timesteps: int, sampling: RolloutSettings) -> None:
 
 
 def velocity_deviation(policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], slot: Slot) -> float:
-    """How far the trained velocity is from a slot's on some rows: the norm of their difference over the slot's norm.
+    """Return how far the trained velocity is from a slot's on some rows: |v - v_slot| / |v_slot|.
 
     Not the largest difference: with kernels that differ between training and sampling (torch.compile in bfloat16) some
     element of thousands is always far off.
@@ -221,7 +261,7 @@ def velocity_deviation(policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[in
 
 @torch.no_grad()
 def velocity_of(slot: Slot, policy: FlowPolicy, x_t: Tensor, t_B: Tensor, condition: Conditioning) -> Tensor:
-    """The velocity of another slot than the trained one, without a graph."""
+    """Return the velocity of another slot than the trained one, without a graph."""
     with policy.slot(slot):
         return policy.velocity(x_t, t_B, condition)
 
@@ -229,12 +269,16 @@ def velocity_of(slot: Slot, policy: FlowPolicy, x_t: Tensor, t_B: Tensor, condit
 def noise_levels(
     rollouts: Rollouts, rows: Sequence[int], part: int, among: tuple[int, int] | None = None
 ) -> list[int]:
-    """The step whose noise level each of some rows has in a part: an order of its own for each sample.
+    """Return the step whose noise level each of some rows is trained at in a part, in an order of each sample's own.
 
-    Out of all steps, or `among` some: the first and the one after the last.
+    `among`: the first step to draw from and the one after the last; None: all.
     """
     first, end = among or (0, rollouts.schedule.steps)
-    return [first + _shuffled(rollouts.samples.streams[row], end - first)[part] for row in rows]
+    levels = []
+    for row in rows:
+        drawer = torch.Generator().manual_seed(sample_seed(rollouts.samples.streams[row], Use.ORDER, 0, 0))
+        levels.append(first + int(torch.randperm(end - first, generator=drawer)[part]))
+    return levels
 
 
 def noised(
@@ -244,16 +288,13 @@ def noised(
     part: int,
     among: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_t, t [B], x0 and the noise of some rows: noise levels in an order, and fresh noises, of each sample's own."""
+    """Return x_t = (1 - t) x0 + t noise of some rows, t [B], x0 and the noise.
+
+    Each sample has an order of noise levels (`noise_levels`), and a fresh noise for each part, of its own.
+    """
     index = list(rows)
     x0 = rollouts.x0_B[index]
     levels = rollouts.schedule.sigmas
     t_B = x0.new_tensor([levels[step] for step in noise_levels(rollouts, rows, part, among)])
     noise = fresh_noise(policy, [rollouts.samples.streams[row] for row in index], Use.FRESH, part)
     return interpolate(x0, noise, t_B), t_B, x0, noise
-
-
-def _shuffled(stream: int, count: int) -> list[int]:
-    drawer = torch.Generator().manual_seed(sample_seed(stream, Use.ORDER, 0, 0))
-    order: list[int] = torch.randperm(count, generator=drawer).tolist()
-    return order

@@ -1,15 +1,18 @@
 """DiffusionNFT: the contrast of an implicit good and an implicit bad policy, by flow matching on noised samples.
 
 Zheng et al. 2025, DiffusionNFT: Online Diffusion Reinforcement with Forward Process. It needs no densities: samples
-come from any solver, and are trained on at noise levels of the forward process.
+come from any solver, and are trained on at noise levels of the forward process. Equation numbers are those of E2PO,
+whose section 3.2 restates it.
 
-| paper                 | here                                                                |
-|-----------------------|---------------------------------------------------------------------|
-| v_old                 | the slot `old`, which samples are drawn with: `sampling_slot`       |
-| beta                  | `NFTSettings.beta`; the KL weight is `NFTSettings.kl`               |
-| r(x_0, c), Z_c        | `equations.optimality` of the advantage; `NFTSettings.certain`      |
-| L+, L-                | `equations.nft_loss`                                                |
-| eta_i, old <- current | `old_decay`, `OldPolicy`                                            |
+| paper                       | here                                                                |
+|-----------------------------|---------------------------------------------------------------------|
+| x_t (Eq. 1)                 | `loss.noised`: the sample at time t with fresh noise                |
+| r(x_0, c), Z_c (Eq. 3)      | `equations.optimality` of the advantage; `NFTSettings.certain`      |
+| L = r L+ + (1 - r) L- (Eqs. 4, 7) | `equations.nft_loss`                                          |
+| v+, v-, beta (Eqs. 5, 6)    | `equations.implicit_velocities`; `NFTSettings.beta`                 |
+| v_old                       | the slot `old`, which samples are drawn with: `sampling_slot`       |
+| eta_i, old <- current       | `old_decay`, `OldPolicy`                                            |
+| KL to v_ref                 | mean (v - v_ref)^2, weighted by `NFTSettings.kl`                    |
 
 Deviations:
 
@@ -24,10 +27,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pixrl.algorithms.base import Rollouts
 from pixrl.algorithms.loss import (
     Loss,
     LossSettings,
+    Rollouts,
     Terms,
     noise_levels,
     noised,
@@ -45,23 +48,23 @@ NFT_SCALE = 5.0
 
 
 class OldPolicy(StrEnum):
-    """How the sampling policy of NFT follows the trained one after each step: old <- d old + (1 - d) current."""
+    """The schedule of d, by which NFT's old policy follows the trained one: old <- d old + (1 - d) current."""
 
     FOLLOW = "follow"
-    """d = 0: the published kind 0."""
+    """The old policy is the trained one, d = 0: the published kind 0."""
     SLOW = "slow"
-    """d = min(0.001 step, 0.5): kind 1."""
+    """The old policy lags ever more, d = min(0.001 step, 0.5): the published kind 1."""
     LATE = "late"
-    """d = 0 up to step 75, then min(0.0075 (step - 75), 0.999): kind 2."""
+    """It lags from step 75 on, d = min(0.0075 (step - 75), 0.999), 0 before: the published kind 2."""
     CONSTANT = "constant"
-    """d = `old_decay`."""
+    """It lags alike at every step, d = `old_decay`."""
 
 
 _KINDS = {OldPolicy.FOLLOW: 0, OldPolicy.SLOW: 1, OldPolicy.LATE: 2}
 
 
 class NFTSettings(LossSettings):
-    """DiffusionNFT's loss."""
+    """The settings of DiffusionNFT's loss."""
 
     kind: Literal["nft"] = "nft"
     beta: float = Field(1.0, gt=0)
@@ -120,7 +123,10 @@ class NFTSettings(LossSettings):
 
 
 class NFTLoss(Loss):
-    """5 / beta (r L+ + (1 - r) L-) + kl mean((v - v_ref)^2) at shuffled noise levels, fresh noise at each."""
+    """DiffusionNFT's loss: 5 / beta (r L+ + (1 - r) L-) + kl mean((v - v_ref)^2), Eqs. 3 to 7.
+
+    Each sample is noised anew at `timesteps` noise levels, in an order of its own.
+    """
 
     sampling_slot = Slot.OLD
     Settings = NFTSettings

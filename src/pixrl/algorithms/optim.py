@@ -16,17 +16,17 @@ from pixrl.libraries import require
 EIGHT_BIT_PACKAGE = "bitsandbytes"
 EIGHT_BIT_EXTRA = "eightbit"
 SMALLEST, BLOCK = 4096, 256
-"""Values of the smallest tensor that is kept in bytes, and of those that share a scale."""
+"""The number of values of the smallest tensor that is kept in bytes, and of those that share a scale."""
 _STEP = "step"
 
 
 def adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
-    """torch's own, in one kernel."""
+    """Return torch's own AdamW, in one kernel."""
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
 def adamw_8bit(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
-    """The one of bitsandbytes.
+    """Return the 8-bit AdamW of bitsandbytes.
 
     Raises:
         RunError: that package is not installed.
@@ -37,7 +37,7 @@ def adamw_8bit(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.opt
 
 
 def moment_bytes(sizes: Sequence[int], *, eight_bit: bool) -> int:
-    """Bytes of what the optimizer remembers of parameters of these sizes, after its first step."""
+    """Return the bytes of the optimizer's moments of parameters of these sizes, after its first step."""
     if not eight_bit:
         return sum(8 * size + 4 for size in sizes)  # two moments, and the number of steps
     tables = 2 * 256 * 4
@@ -47,7 +47,7 @@ def moment_bytes(sizes: Sequence[int], *, eight_bit: bool) -> int:
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that an optimizer remembers, 'PARAMETER/NAME' -> a copy on the CPU; parameters are counted from 0."""
+    """Return an optimizer's moments, 'PARAMETER/NAME' -> a copy on the CPU; parameters are counted from 0."""
     return {
         f"{place}/{name}": torch.as_tensor(x).detach().cpu().clone()
         for place, parameter in enumerate(_parameters(optimizer))
@@ -56,7 +56,7 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `moments` gave.
+    """Put back the moments that `moments` gave.
 
     Raises:
         CheckpointError: it was another optimizer's.

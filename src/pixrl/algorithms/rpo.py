@@ -31,13 +31,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import FLAT, AdvantageSettings, EstimatorSettings, normalized
-from pixrl.algorithms.base import Drawn, Group, Rollouts, Samples, roll_out
-from pixrl.algorithms.exploration import Variants
+from pixrl.algorithms.advantages import (
+    FLAT,
+    AdvantageEstimator,
+    AdvantageSettings,
+    EstimatorSettings,
+    normalized,
+)
+from pixrl.algorithms.exploration import Group, Variants
 from pixrl.algorithms.loss import (
     Advantages,
     Loss,
     LossSettings,
+    Rollouts,
     Spending,
     Terms,
     noise_levels,
@@ -45,7 +51,7 @@ from pixrl.algorithms.loss import (
     require_levels,
     velocity_deviation,
 )
-from pixrl.algorithms.sampling import RolloutSettings, StepPlan
+from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepPlan, roll_out
 from pixrl.equations import interpolate
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning, FlowPolicy
@@ -53,7 +59,7 @@ from pixrl.models.slots import Slot
 
 
 class RPOSettings(LossSettings):
-    """Preference pairs from the frozen base."""
+    """The settings of RPO: preference pairs from the frozen base."""
 
     kind: Literal["rpo"] = "rpo"
     beta: float = Field(100.0, gt=0)
@@ -108,7 +114,7 @@ class RPOSettings(LossSettings):
 
 
 class RPOLoss(Loss):
-    """DPO on the best and the worst of a group by the harmonic mean of rewards, plus the similarity loss."""
+    """RPO's loss: DPO on the best and the worst of a group by the harmonic mean of rewards, and the similarity loss."""
 
     sampling_slot = Slot.REFERENCE
     Settings = RPOSettings
@@ -117,7 +123,7 @@ class RPOLoss(Loss):
     def draw(
         self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
     ) -> Drawn:
-        """Candidates of the frozen base, by default from the prompts alone."""
+        """Draw candidates of the frozen base, by default from the prompts alone."""
         shown = (
             variants
             if self.settings.shown
@@ -130,11 +136,11 @@ class RPOLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: EstimatorSettings,
+        estimator: AdvantageEstimator,
         steps: int,
     ) -> Advantages:
-        """1 for the winner of each group, nan for the others; none in a group without a difference."""
-        score_PS = harmonic_scores(rewards, weights, settings.normalization)
+        """Return 1 for the winner of each group, nan for the others; none in a group without a difference."""
+        score_PS = harmonic_scores(rewards, weights, estimator.settings.normalization)
         winner_P = score_PS.nan_to_num(-torch.inf).argmax(dim=1)
         loser_P = score_PS.nan_to_num(torch.inf).argmin(dim=1)
         places = torch.arange(len(score_PS))
@@ -186,7 +192,7 @@ class RPOLoss(Loss):
     def _similarity(
         self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], t_B: Tensor, noise: Tensor
     ) -> Tensor:
-        """Flow matching [B] on the first reference of each row, under the class prompt."""
+        """Return flow matching's loss [B] on the first reference of each row, under the class prompt."""
         references = rollouts.conditioning(rows).references
         if not references:
             raise InputError("rpo's similarity loss needs reference pictures: set loss.similarity to 0.")
@@ -210,7 +216,7 @@ class RPOLoss(Loss):
 def harmonic_scores(
     rewards: Mapping[str, Tensor], weights: Mapping[str, float], settings: AdvantageSettings
 ) -> Tensor:
-    """The weighted harmonic mean [P, S] of the trained rewards, each in (0, 1); nan where one failed.
+    """Return the weighted harmonic mean [P, S] of the trained rewards, each in (0, 1); nan where one failed.
 
     Source: Miao et al. 2024, the lambda-harmonic reward.
     """
@@ -222,7 +228,7 @@ def harmonic_scores(
 
 
 def class_prompt(group: Group) -> str:
-    """What the similarity loss asks for: the class of what the first reference shows, alone.
+    """Return the similarity loss's prompt: the class of what the first reference shows, alone.
 
     Raises:
         InputError: no class word is known; asked for by the whole prompt, the reference would be learned by heart.

@@ -1,4 +1,9 @@
-"""How one rollout moves from noise to data, and which of its steps are random.
+"""How a training step's pictures are drawn: from noise to data, with random steps whose density a loss can use.
+
+A group's samples are G noises times K semantic variants, noise g with variant k at place k G + g. All randomness is
+keyed per sample (`pixrl.types.sample_seed`), so that the same pictures come out for any micro-batch and any number of
+processes: the first noise by (run seed, epoch, prompt, g), shared by a group's variants as E2PO's exploration set wants
+it (Eq. 8), everything later by the sample's own place as well.
 
 Two solvers of the flow's ODE (Euler, and DPM-Solver++ 2M, Lu et al. 2022, for the path x_t = (1-t) x0 + t noise) and
 three stochastic steps with a density (`pixrl.equations.sde`): Flow-GRPO's, DanceGRPO's, the coefficient-preserving.
@@ -9,6 +14,8 @@ Where a step is not random it is an ODE step.
 | t_i, sigma_i                   | `Schedule.sigmas`, from 1 down to 0              |
 | alpha, lambda = log(alpha / t) | 1 - sigma, `_half_log_snr`                       |
 | SDE window (Flow-GRPO-Fast, MixGRPO) | `StepPlan.stochastic`, numbers of steps    |
+| x ~ pi_old(. | c_k(t))         | `roll_out`, with the slot that is active         |
+| log pi_old(x_next | x, c_0)    | `Transition.log_prob_B`                          |
 
 Deviations:
 
@@ -19,26 +26,28 @@ Deviations:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from pixrl.algorithms.exploration import Group, Variants
 from pixrl.config import Count, Settings
 from pixrl.equations import SDEStep, cps_step, dance_step, flow_sde_step, predict_x0
 from pixrl.errors import InputError
-from pixrl.models.base import FlowPolicy
-from pixrl.types import sample_seed
+from pixrl.models.base import Conditioning, FlowPolicy
+from pixrl.models.pipeline import chunks
+from pixrl.types import RewardBatch, sample_seed
 
 _STEPS_KEY = -2
 """Prompt index of the draws of random steps; prompts use 0 and up."""
 
 
 class Solver(StrEnum):
-    """How a step of the ODE is taken."""
+    """The solver of the flow's ODE, for steps that are not random."""
 
     EULER = "euler"
     DPM = "dpm"
@@ -46,7 +55,7 @@ class Solver(StrEnum):
 
 
 class StepNoise(StrEnum):
-    """What makes a step random."""
+    """The stochastic step that replaces an ODE step, with a density."""
 
     NONE = "none"
     FLOW_SDE = "flow_sde"
@@ -79,7 +88,7 @@ MOST_STEPS = 1000
 
 
 class RolloutSettings(Settings):
-    """How training pictures are drawn. The same schedule is trained on."""
+    """The settings of sampling in training. The loss is taken at the noise levels of the same schedule."""
 
     steps: int = Field(10, ge=1, le=MOST_STEPS)
     """Steps from noise to picture."""
@@ -137,7 +146,7 @@ class RolloutSettings(Settings):
 
     @property
     def scale(self) -> float:
-        """eta, the published one where none was given; 0 without noise."""
+        """The noise scale eta, the published one where none was given; 0 without noise."""
         return ETA.get(self.noise, 0.0) if self.eta is None else self.eta
 
 
@@ -148,13 +157,13 @@ def _refuse(wrong: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels of a rollout, from 1 down to 0. Sampling and training share one."""
+    """The noise levels sigma_0 = 1 > ... > sigma_T = 0 of a rollout. Sampling and training share one."""
 
     sigmas: tuple[float, ...]
 
     @staticmethod
     def of(policy: FlowPolicy, steps: int) -> "Schedule":
-        """The model's own schedule."""
+        """Return the model's own schedule of T = `steps` steps."""
         return Schedule(tuple(policy.schedule(steps).tolist()))
 
     @property
@@ -164,7 +173,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The moves of one training step's rollouts."""
+    """The steps of one training step's rollouts: their noise levels, and which are random."""
 
     schedule: Schedule
     solver: Solver = Solver.EULER
@@ -177,7 +186,7 @@ class StepPlan:
 
     @staticmethod
     def make(policy: FlowPolicy, settings: RolloutSettings, *, seed: int, step: int) -> "StepPlan":
-        """The plan of a training step: a function of (settings, seed, step) alone."""
+        """Return the plan of a training step, a function of (settings, seed, step) alone."""
         schedule = Schedule.of(policy, settings.steps)
         places = random_steps(settings, seed=seed, step=step)
         return StepPlan(schedule, settings.solver, settings.noise, settings.scale, frozenset(places))
@@ -191,7 +200,7 @@ class StepPlan:
         noise: Tensor | None = None,
         next_x: Tensor | None = None,
     ) -> SDEStep:
-        """Step `number` of x [B, ...] with its density: drawn with `noise`, or `next_x` scored again."""
+        """Take step `number` of x [B, ...] with its density: drawn with `noise`, or the given `next_x` scored again."""
         if self.noise is StepNoise.NONE:
             raise InputError("These rollouts are deterministic and have no density: set sampling.noise.")
         sigmas = self.schedule.sigmas
@@ -200,12 +209,12 @@ class StepPlan:
         return step(x, velocity, here, there, self.eta, sigma_max=sigmas[1], noise=noise, next_x=next_x)
 
     def dt(self, number: int) -> float:
-        """sigma_next - sigma, below 0."""
+        """Return sigma_next - sigma of a step, which is below 0."""
         return self.schedule.sigmas[number + 1] - self.schedule.sigmas[number]
 
 
 def random_steps(settings: RolloutSettings, *, seed: int, step: int) -> list[int]:
-    """Which steps of a rollout are random in a training step, in order."""
+    """Return which steps of a rollout are random in a training step, in order."""
     if settings.noise is StepNoise.NONE:
         return []
     trained = settings.steps - 1
@@ -224,7 +233,7 @@ def random_steps(settings: RolloutSettings, *, seed: int, step: int) -> list[int
 
 
 class ODESolver:
-    """Takes the ODE steps of one batch of rollouts; DPM remembers the last step's prediction of the data.
+    """Steps of the flow's ODE for one batch of rollouts; DPM remembers the last step's prediction of the data.
 
     A step behind one that it did not take, such as a random one, starts anew.
     """
@@ -235,7 +244,7 @@ class ODESolver:
         self._before: tuple[int, Tensor] | None = None
 
     def step(self, x: Tensor, velocity: Tensor, number: int) -> Tensor:
-        """x [B, ...] at the next noise level."""
+        """Return x [B, ...] at the next noise level."""
         sigma, after = self._sigmas[number], self._sigmas[number + 1]
         if not self._second_order:
             return x + (after - sigma) * velocity
@@ -257,3 +266,178 @@ def _step_ratio(before: float, sigma: float, after: float) -> float:
     """h / h_before in half log-SNR; 0 where the last step began at pure noise, infinitely far away."""
     here = _half_log_snr(sigma)
     return (_half_log_snr(after) - here) / (here - _half_log_snr(before))
+
+
+class Use(IntEnum):
+    """What a sample's further random numbers are for; each use has a stream of its own."""
+
+    STEP = 1
+    FRESH = 2
+    ORDER = 3
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The B pictures to draw, group by group."""
+
+    groups: tuple[Group, ...]
+    per_group: int
+    prompt_B: Tensor
+    """Row of the prompt among this process's groups, int64 [B]."""
+    variant_B: Tensor
+    """Semantic variant, int64 [B]; 0 is the prompt itself."""
+    seeds: tuple[int, ...]
+    """Each sample's seed of its first noise."""
+    streams: tuple[int, ...]
+    """Each sample's seed of everything later."""
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @staticmethod
+    def of(
+        groups: Sequence[Group], noises: int, variants: int, run_seed: int, *, shared_start: bool = False
+    ) -> "Samples":
+        """Return G = `noises` times K = `variants` samples of every group; `shared_start`: all begin at one noise."""
+        starts = 1 if shared_start else noises
+        size = noises * variants
+        keys = [(group, place) for group in groups for place in range(size)]
+        return Samples(
+            groups=tuple(groups),
+            per_group=size,
+            prompt_B=torch.arange(len(groups)).repeat_interleave(size),
+            variant_B=torch.arange(variants).repeat_interleave(noises).repeat(len(groups)),
+            seeds=tuple(sample_seed(run_seed, g.epoch, g.index, place % starts) for g, place in keys),
+            streams=tuple(sample_seed(run_seed, g.epoch, g.index, place) for g, place in keys),
+        )
+
+    def batch(self, images_BCHW: Tensor) -> RewardBatch:
+        """Return the samples' pictures [B, 3, H, W] with prompt and metadata of each, as rewards look at them."""
+        return RewardBatch(images_BCHW, self.prompts, self.metadata)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each sample."""
+        return [self.groups[row].prompt for row in self.prompt_B.tolist()]
+
+    @property
+    def metadata(self) -> list[Mapping[str, object]]:
+        """The metadata of each sample's prompt."""
+        return [self.groups[row].metadata for row in self.prompt_B.tolist()]
+
+
+def fresh_noise(policy: FlowPolicy, streams: Sequence[int], use: Use, number: int) -> Tensor:
+    """Return standard normal latents [B, C, h, w], a function of each sample's stream, the use and its number alone."""
+    return policy.initial_noise([sample_seed(stream, use, number, 0) for stream in streams])
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One random step of all B samples, or an ODE step that a loss takes again (`StepPlan.kept`)."""
+
+    number: int
+    """The true step, 0 the noisiest, whatever order an update takes them in."""
+    x_B: Tensor
+    """Latents before it, [B, C, h, w]."""
+    next_B: Tensor
+    """Latents behind it, the shape of `x_B`."""
+    log_prob_B: Tensor
+    """Log-density of `next_B` under the sampling policy, conditioned on the prompt itself, [B]; 0 of an ODE step."""
+
+
+Drawn = tuple[Tensor, Tensor, tuple[Transition, ...]]
+"""Pictures [B, 3, H, W] on the CPU, clean latents [B, C, h, w], and the random steps in order."""
+
+
+@torch.no_grad()
+def roll_out(
+    policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
+) -> Drawn:
+    """Draw the samples with the slot that is active, a micro-batch at a time.
+
+    Returns:
+        pictures [B, 3, H, W] on the CPU, clean latents [B, C, h, w], and the random and kept steps in order.
+    """
+    if not len(samples):
+        return _nothing(policy, plan)
+    parts = [
+        _roll_out_part(policy, variants, samples, plan, rows) for rows in chunks(len(samples), micro_batch)
+    ]
+    images = torch.cat([policy.decode(x0).float().cpu() for x0, _ in parts])
+    by_step = zip(*(transitions for _, transitions in parts), strict=True)
+    transitions = tuple(
+        Transition(
+            same[0].number,
+            torch.cat([part.x_B for part in same]),
+            torch.cat([part.next_B for part in same]),
+            torch.cat([part.log_prob_B for part in same]),
+        )
+        for same in by_step
+    )
+    return images, torch.cat([x0 for x0, _ in parts]), transitions
+
+
+def _nothing(policy: FlowPolicy, plan: StepPlan) -> Drawn:
+    """Return what a process without samples has drawn."""
+    side = policy.settings.resolution
+    latents = policy.initial_noise([0])[:0]
+    none_B = latents.new_zeros(0)
+    transitions = tuple(
+        Transition(number, latents, latents, none_B) for number in sorted(plan.stochastic | plan.kept)
+    )
+    return torch.zeros(0, 3, side, side), latents, transitions
+
+
+def _roll_out_part(
+    policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, rows: slice
+) -> tuple[Tensor, list[Transition]]:
+    prompt_B, variant_B, streams = samples.prompt_B[rows], samples.variant_B[rows], samples.streams[rows]
+    anchor = variants.anchor[prompt_B]
+    x = policy.initial_noise(samples.seeds[rows])
+    solver, transitions = ODESolver(plan), []
+    for number, sigma in enumerate(plan.schedule.sigmas[:-1]):
+        condition = variants.at(sigma, prompt_B, variant_B)
+        velocity = policy.velocity(x, x.new_full((len(x),), sigma), condition)
+        if number not in plan.stochastic:
+            after = solver.step(x, velocity, number)
+            if number in plan.kept:
+                transitions.append(Transition(number, x, after, x.new_zeros(len(x))))
+            x = after
+            continue
+        step = plan.random_step(x, velocity, number, noise=fresh_noise(policy, streams, Use.STEP, number))
+        log_prob = _anchored_log_prob(policy, plan, number, x, step.next_x, step.log_prob, condition, anchor)
+        transitions.append(Transition(number, x, step.next_x, log_prob))
+        x = step.next_x
+    return x, transitions
+
+
+def _anchored_log_prob(
+    policy: FlowPolicy,
+    plan: StepPlan,
+    number: int,
+    x: Tensor,
+    next_x: Tensor,
+    log_prob_B: Tensor,
+    condition: Conditioning,
+    anchor: Conditioning,
+) -> Tensor:
+    """Return the step's log-density [B] under the sampling policy conditioned on c_0, as the update will be.
+
+    Rows that were drawn under c_0 keep the density that they were drawn with.
+    """
+    rows = _differing_rows(condition, anchor)
+    if not rows:
+        return log_prob_B
+    sigma_B = x.new_full((len(rows),), plan.schedule.sigmas[number])
+    velocity = policy.velocity(x[rows], sigma_B, anchor[rows])
+    again = plan.random_step(x[rows], velocity, number, next_x=next_x[rows])
+    log_prob_B = log_prob_B.clone()
+    log_prob_B[rows] = again.log_prob
+    return log_prob_B
+
+
+def _differing_rows(one: Conditioning, other: Conditioning) -> list[int]:
+    differs_B = (one.tokens_BLD != other.tokens_BLD).flatten(1).any(dim=1)
+    if one.pooled_BE is not None and other.pooled_BE is not None:
+        differs_B |= (one.pooled_BE != other.pooled_BE).flatten(1).any(dim=1)
+    return [int(row) for row in differs_B.nonzero().flatten()]

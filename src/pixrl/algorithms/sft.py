@@ -22,13 +22,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageSettings, EstimatorSettings
-from pixrl.algorithms.base import Drawn, Rollouts, Samples
+from pixrl.algorithms.advantages import AdvantageEstimator, AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import (
     Advantages,
     Loss,
     LossSettings,
+    Rollouts,
     Spending,
     Terms,
     noise_levels,
@@ -36,17 +36,17 @@ from pixrl.algorithms.loss import (
     require_levels,
     velocity_deviation,
 )
-from pixrl.algorithms.sampling import RolloutSettings, StepNoise, StepPlan
+from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepNoise, StepPlan
 from pixrl.errors import InputError
 from pixrl.models.base import FlowPolicy, ReferencePolicy, on_square
 from pixrl.models.slots import Slot
 
 TARGET = "target"
-"""metadata[TARGET]: the picture [3, H, W] that a prompt with its references should give."""
+"""The key in a prompt's metadata of the picture [3, H, W] that it should give with its references."""
 
 
 class SFTSettings(LossSettings):
-    """Supervised flow matching."""
+    """The settings of supervised flow matching."""
 
     kind: Literal["sft"] = "sft"
     timesteps: int = Field(9, ge=1, le=1000)
@@ -82,7 +82,7 @@ class SFTSettings(LossSettings):
 
 
 class SFTLoss(Loss):
-    """mean (v - (noise - x0))^2 over target pictures; rewards are only logged."""
+    """The loss of flow matching on target pictures: mean (v - (noise - x0))^2; rewards are only logged."""
 
     sampling_slot = Slot.REFERENCE
     Settings = SFTSettings
@@ -92,7 +92,7 @@ class SFTLoss(Loss):
     def draw(
         self, policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, micro_batch: int
     ) -> Drawn:
-        """The targets instead of samples.
+        """Return the target pictures in place of samples, and their latents.
 
         Raises:
             InputError: a prompt has no target picture, or the model's pictures cannot be encoded.
@@ -112,10 +112,10 @@ class SFTLoss(Loss):
         self,
         rewards: Mapping[str, Tensor],
         weights: Mapping[str, float],
-        settings: EstimatorSettings,
+        estimator: AdvantageEstimator,
         steps: int,
     ) -> Advantages:
-        """Every sample counts alike, also where a reward failed: no score is learned from."""
+        """Return an advantage of 1 for every sample, also where a reward failed: no score is learned from."""
         first_PS = next(iter(rewards.values()))
         return Advantages(torch.ones(steps, *first_PS.shape))
 
@@ -150,7 +150,7 @@ class SFTLoss(Loss):
 
 
 def target_of(metadata: Mapping[str, object], prompt: str) -> Tensor:
-    """The target picture of one prompt. InputError where there is none."""
+    """Return the target picture of one prompt. InputError where there is none."""
     target = metadata.get(TARGET)
     if not isinstance(target, Tensor):
         raise InputError(

@@ -9,11 +9,11 @@ Flow-GRPO is noise only x flow_sde x group or global x clipped (grpo.py); Diffus
 nft (nft.py); E2PO is perturbed embeddings (e2po.py) with DiffusionNFT's rest. E2PO's algorithm box, with a prompt's G K
 samples as one group:
 
-    1. learn K - 1 perturbed conditions per prompt, keep c_0                      Exploration.prepare
-    2. draw x ~ pi_old(. | c_k(t)) for every noise g and condition k              collect
+    1. learn K - 1 perturbed conditions per prompt, keep c_0 (Eqs. 9 to 12)       exploration.prepare
+    2. draw x ~ pi_old(. | c_k(t)) for every noise g and condition k (Eqs. 8, 13)  collect, sampling.roll_out
     3. r(x), A(x, t) within the group                                             Loss.advantages
-    4. descend the loss, conditioned on c_0 alone                                 update
-    5. old <- d old + (1 - d) current                                             finish
+    4. descend the loss (Eqs. 3 to 7), conditioned on c_0 alone                   update, Loss.terms
+    5. old <- d old + (1 - d) current                                             update, at its end
 
 Customized-GRPO is Flow-GRPO with reference pictures in every condition and its two shapings of the advantage, SARS and
 TDW (customized_grpo.py); SFT, RPO and DRaFT are other losses (sft.py, rpo.py, draft.py).
@@ -30,12 +30,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import EstimatorSettings, conflict_metrics, reward_metrics
-from pixrl.algorithms.base import Group, Rollouts, Samples, shown_to
-from pixrl.algorithms.exploration import Exploration, Variants
-from pixrl.algorithms.loss import Advantages, Loss
+from pixrl.algorithms.advantages import AdvantageEstimator, conflict_metrics, reward_metrics
+from pixrl.algorithms.exploration import Exploration, Group, prepare
+from pixrl.algorithms.loss import Advantages, Loss, Rollouts
 from pixrl.algorithms.optim import adamw, adamw_8bit, moments, restore_moments
-from pixrl.algorithms.sampling import RolloutSettings, Schedule, StepPlan
+from pixrl.algorithms.sampling import RolloutSettings, Samples, Schedule, StepPlan
 from pixrl.algorithms.world import Alone, Tally, World, disagreement
 from pixrl.config import MOST, Count, Settings
 from pixrl.errors import RunError
@@ -45,15 +44,15 @@ from pixrl.models.slots import LoraSlots, Slot
 from pixrl.types import Scores, sample_seed
 
 _PARTS_KEY = -3
-"""Prompt index of the draws that share a step's samples out to its optimizer steps."""
+"""The prompt index of the random draw that assigns a step's samples to its optimizer steps; prompts use 0 and up."""
 
 MOST_RATE = 100.0
-"""A learning rate above it is a slip of the finger."""
+"""The largest learning rate that is accepted; above it is a slip of the finger."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Settings):
-    """AdamW on the LoRA parameters."""
+    """The settings of AdamW on the LoRA parameters, and of the averaged weights."""
 
     eight_bit: bool = False
     """Keep its moments in 8 bits, a quarter of the memory (needs the extra: pip install 'pixrl[eightbit]')."""
@@ -79,11 +78,11 @@ class OptimizerSettings(Settings):
     """The run stops after more than this many optimizer steps in a row without a finite loss and gradient."""
 
     def of_run(self, steps: int) -> "OptimizerSettings":
-        """The same with the run's number of steps in place of `all`."""
+        """Return the settings with the run's number of steps in place of `all`."""
         return self if self.decay_steps != "all" else self.model_copy(update={"decay_steps": steps})
 
     def rate(self, step: int) -> float:
-        """The learning rate of a training step, counted from 0.
+        """Return the learning rate of a training step, counted from 0.
 
         Raises:
             ValueError: it falls over all steps of a run, and nobody has said how many those are (`of_run`).
@@ -96,11 +95,11 @@ class OptimizerSettings(Settings):
 
 @dataclass(frozen=True)
 class Method:
-    """The parts whose combination is a method."""
+    """The four parts whose combination is a method, and how it is optimized."""
 
     exploration: Exploration
     sampling: RolloutSettings
-    advantage: EstimatorSettings
+    advantage: AdvantageEstimator
     loss: Loss
     optimizer: OptimizerSettings
     noises: int
@@ -110,20 +109,20 @@ class Method:
 
     @property
     def group_size(self) -> int:
-        """G times K."""
+        """The number of samples of a group, G times K."""
         return self.noises * self.exploration.variants
 
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """How many pictures go through the model at once. No result depends on them but for rounding."""
+    """The number of pictures that go through the model at once. No result depends on it but for rounding."""
 
     rollout: int
     train: int
 
 
 class Aligner:
-    """Trains the slot `current` of a policy by a method. Holds the optimizer; everything else is given."""
+    """The trainer of a policy's slot `current` by a method. It holds the optimizer; everything else is given."""
 
     def __init__(
         self,
@@ -136,7 +135,7 @@ class Aligner:
         world: World | None = None,
         scale_loss: bool = False,
     ) -> None:
-        """`scale_loss`: against underflow of float16 gradients."""
+        """Make the optimizer. `scale_loss` scales the loss, against underflow of float16 gradients."""
         self.policy = policy
         self.slots = slots
         self.method = method
@@ -151,7 +150,7 @@ class Aligner:
         self.skipped_in_a_row = 0
 
     def collect(self, groups: Sequence[Group], step: int) -> Rollouts:
-        """Draws this process's groups of a training step."""
+        """Draw this process's groups of a training step."""
         method = self.method
         plan = StepPlan.make(self.policy, method.sampling, seed=self.seed, step=step)
         samples = Samples.of(
@@ -168,7 +167,7 @@ class Aligner:
     def update(
         self, rollouts: Rollouts, scores: Mapping[str, Scores], weights: Mapping[str, float]
     ) -> dict[str, float]:
-        """Learns from the scores of the rollouts.
+        """Learn from the scores of the rollouts.
 
         Args:
             rollouts: of the last `collect`.
@@ -187,7 +186,10 @@ class Aligner:
         advantages = self.method.loss.advantages(
             rewards, weights, self.method.advantage, rollouts.schedule.steps
         )
-        metrics |= {**conflict_metrics(rewards, weights, self.method.advantage), **advantages.figures}
+        metrics |= {
+            **conflict_metrics(rewards, weights, self.method.advantage.settings),
+            **advantages.figures,
+        }
         places = [group.place for group in rollouts.samples.groups]
         advantage_TB = advantages.advantage_TPS[:, places].flatten(1)
         rollouts = _with_advantages(rollouts, advantages)
@@ -207,7 +209,7 @@ class Aligner:
         return metrics | _update_metrics(tally.over(self.world)) | figures
 
     def gradient_disagreement(self) -> float:
-        """How far the processes' last gradients are apart; 0 when they agree."""
+        """Return how far the processes' last gradients are apart; 0 when they agree."""
         return disagreement(self.world, _flat_gradient(self.parameters))
 
     def _require_one_schedule(self, rollouts: Rollouts) -> None:
@@ -220,7 +222,7 @@ class Aligner:
             )
 
     def _whole(self, rollouts: Rollouts, values_B: Tensor) -> Tensor:
-        """A figure of every process's samples, [P, S]; a process adds its own rows to zeros."""
+        """Return a figure of every process's samples, [P, S]; a process adds its own rows to zeros."""
         samples = rollouts.samples
         groups = int(self.world.sum(torch.tensor(float(len(samples.groups)))).item())
         own_PS = torch.zeros(groups, samples.per_group)
@@ -234,7 +236,7 @@ class Aligner:
         return tally.over(self.world).means()
 
     def _rows(self, rollouts: Rollouts, advantage_TPS: Tensor, number: int) -> list[int]:
-        """This process's samples of one optimizer step: shuffled over all processes, failed ones left out.
+        """Return this process's samples of one optimizer step: shuffled over all processes, failed ones left out.
 
         With `skip_flat` also those of groups whose samples are all as good as each other at every step.
         """
@@ -243,7 +245,7 @@ class Aligner:
         drawer = torch.Generator().manual_seed(sample_seed(self.seed, rollouts.step, _PARTS_KEY, 0))
         lot_PS = torch.randperm(failed_PS.numel(), generator=drawer).view(failed_PS.shape)
         chosen_PS = (lot_PS % self.method.optimizer.updates == number) & ~failed_PS
-        if self.method.advantage.leaves_flat_out:
+        if self.method.advantage.settings.leaves_flat_out:
             chosen_PS &= some_TPS.any(dim=0).any(dim=1, keepdim=True)
         mine = chosen_PS[[group.place for group in samples.groups]].view(-1, size).flatten()
         return [int(row) for row in mine.nonzero().flatten()]
@@ -251,7 +253,7 @@ class Aligner:
     def _descend(
         self, rollouts: Rollouts, rows: Sequence[int], advantage_TB: Tensor, tally: Tally, *, with_kl: bool
     ) -> float | None:
-        """One optimizer step; the gradient's norm, or None where it was not finite and nothing was changed.
+        """Take one optimizer step; return the gradient's norm, or None where it was not finite and nothing was changed.
 
         Each term takes the advantage of its own true step.
         """
@@ -276,7 +278,7 @@ class Aligner:
         return self._step_together(not_finite)
 
     def _step_together(self, not_finite: int) -> float | None:
-        """Sums the gradients of all processes, clips, steps; every process decides alike."""
+        """Sum the gradients of all processes, clip them and step; every process decides alike."""
         flat = torch.cat(
             [_flat_gradient(self.parameters), torch.tensor([float(not_finite)]).to(self.policy.device)]
         )
@@ -309,18 +311,18 @@ class Aligner:
             self.slots.blend(Slot.EMA, Slot.CURRENT, self.method.optimizer.ema)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold as tensors: slots, optimizer, exploration."""
+        """Return all that a checkpoint must hold as tensors: slots, optimizer, exploration."""
         optimizer = {f"optimizer/{name}": x for name, x in moments(self.optimizer).items()}
         slots = {f"slots/{name}": x for name, x in self.slots.state().items()}
         exploration = {f"exploration/{name}": x for name, x in self.method.exploration.state().items()}
         return slots | optimizer | exploration
 
     def state(self) -> dict[str, float]:
-        """The rest of it, as JSON."""
+        """Return the rest of the state, as JSON."""
         return {"skipped_in_a_row": self.skipped_in_a_row, **self.scaler.state_dict()}
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, float]) -> None:
-        """Takes up what `tensors` and `state` gave. Raises CheckpointError where they do not fit."""
+        """Take up what `tensors` and `state` gave. Raises CheckpointError where they do not fit."""
         self.slots.load_state(_below("slots/", tensors))
         self.method.exploration.load_state(_below("exploration/", tensors))
         restore_moments(self.optimizer, _below("optimizer/", tensors))
@@ -328,19 +330,6 @@ class Aligner:
         self.skipped_in_a_row = int(left.pop("skipped_in_a_row"))
         if left:
             self.scaler.load_state_dict(left)
-
-
-def prepare(exploration: Exploration, policy: FlowPolicy, groups: Sequence[Group]) -> Variants:
-    """The conditions of some groups, with the reference pictures that they name; none of none.
-
-    Raises:
-        InputError: a group has reference pictures and the model takes none, or not all have as many.
-    """
-    if groups:
-        with policy.text_present():
-            variants = exploration.prepare(policy, [group.prompt for group in groups])
-        return shown_to(policy, variants, groups)
-    return Variants(policy.encode([""])[:0], exploration.variants)
 
 
 def _with_advantages(rollouts: Rollouts, advantages: Advantages) -> Rollouts:

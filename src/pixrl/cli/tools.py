@@ -201,11 +201,12 @@ def toy_build(
     device: Annotated[str, option("cpu, cuda or mps.", default="cpu")] = "cpu",
 ) -> None:
     """Train the toy world's checkpoints from nothing: hours on two cores, minutes on a GPU."""
+    first_edition = from_checkout(
+        "toy_build.first_edition", "Builds of the toy checkpoints", "pixrl toy build"
+    )
     check_torchvision()
-    from pixrl.toy.build import build
-
     try:
-        folder = build(stage or [], resume=resume, out=out, device=device)
+        folder = first_edition.build(stage or [], resume=resume, out=out, device=device)
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. To go on, add --resume to the same command.", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -8,7 +8,7 @@ import torch
 
 from pixrl import config as recipes
 from pixrl import models
-from pixrl.algorithms.base import shown_pictures
+from pixrl.algorithms.exploration import shown_pictures
 from pixrl.data.prompts import Prompt, Split
 from pixrl.device import Precision
 from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Need, Work, size

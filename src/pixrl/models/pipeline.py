@@ -341,7 +341,8 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy):
 
     def present(self, part: PipelinePart) -> AbstractContextManager[None]:
         """Keep the text encoders, or the VAE, on the device while it is open."""
-        return self.placement.present(part)
+        placement = self.placement
+        return nullcontext() if part in placement.on_device else placement.moved(part)
 
     def text_present(self) -> AbstractContextManager[None]:
         return self.present(PipelinePart.TEXT)

@@ -48,7 +48,7 @@ class Placement:
         self.denoiser = denoiser
         self.device = device
         self.offload = plan.offload
-        self._present: set[PipelinePart] = set(PipelinePart) if placed else set()
+        self.on_device: set[PipelinePart] = set(PipelinePart) if placed else set()
         if placed:
             return
         if plan.offload is Offload.SEQUENTIAL:
@@ -60,11 +60,8 @@ class Placement:
                 self._move(part, device)
 
     @contextmanager
-    def present(self, part: PipelinePart) -> Iterator[None]:
-        """Within it the text encoders, or the VAE, are on the device."""
-        if part in self._present:
-            yield
-            return
+    def moved(self, part: PipelinePart) -> Iterator[None]:
+        """Move the text encoders, or the VAE, to the device within it, and back to the CPU after it."""
         self._move(part, self.device)
         try:
             yield
@@ -92,8 +89,8 @@ class Placement:
             module = self.pipeline.components.get(name)
             if module is not None:
                 module.to(device)
-        here = self._present | {part}
-        self._present = here if device == self.device else self._present - {part}
+        here = self.on_device | {part}
+        self.on_device = here if device == self.device else self.on_device - {part}
 
 
 def stream_weights(module: nn.Module, device: torch.device) -> None:

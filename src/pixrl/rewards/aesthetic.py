@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.rewards.base import DifferentiableReward, Form, Options, Read, flag_failures
+from pixrl.rewards.base import DifferentiableReward, Form, Options, Read
 from pixrl.rewards.encoders import ClipSimilarity, PictureEncoder, SiglipEncoder
 from pixrl.rewards.references import choice
 from pixrl.rewards.weights import describe_files, find_file, read_weights, refuse_misfits
@@ -122,7 +122,7 @@ class AestheticReward(DifferentiableReward):
         features_BE = self.encoder.image_features(batch.images_BCHW).to(self.encoder.device)
         with torch.no_grad():
             scores_B = self.head(features_BE)[:, 0].cpu()
-        return flag_failures(scores_B, [None] * len(scores_B), self.provenance)
+        return Scores.checked(scores_B, [None] * len(scores_B), self.provenance)
 
     def differentiable_scores(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()

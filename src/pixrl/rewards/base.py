@@ -13,7 +13,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar, get_args
 
-import torch
 from torch import Tensor
 
 from pixrl.errors import CheckpointError, Failure
@@ -176,13 +175,3 @@ def path_options(kind: type[Reward]) -> list[str]:
         or one.annotation is Path
         or (isinstance(one.annotation, str) and "Path" in one.annotation)
     ]
-
-
-def flag_failures(values_B: Tensor, reasons: Sequence[str | None], provenance: Mapping[str, str]) -> Scores:
-    """Return scores in which a value that is not finite is a failure with a reason: a broken score is never 0."""
-    given = [
-        reason or (None if ok else "the score is not finite")
-        for reason, ok in zip(reasons, values_B.isfinite().tolist(), strict=True)
-    ]
-    failed = torch.tensor([reason is not None for reason in given])
-    return Scores(values_B.float().masked_fill(failed, torch.nan), tuple(given), provenance=provenance)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pixrl.errors import InputError, ShapeError
-from pixrl.rewards.base import DifferentiableReward, Options, Read, flag_failures
+from pixrl.rewards.base import DifferentiableReward, Options, Read
 from pixrl.rewards.encoders import ClipSimilarity, PictureEncoder
 from pixrl.rewards.references import Encode, ReferenceReward, References, choice, cut_out_features
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction
@@ -116,7 +116,7 @@ class PromptCosineReward(DifferentiableReward):
 
     def score(self, batch: RewardBatch) -> Scores:
         scores_B = self._scores(self.clip.image_features(batch.images_BCHW), batch.prompts)
-        return flag_failures(scores_B, [None] * len(scores_B), self.provenance)
+        return Scores.checked(scores_B, [None] * len(scores_B), self.provenance)
 
     def differentiable_scores(
         self, images_BCHW: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] = ()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.hub import read_card
-from pixrl.rewards.base import Options, Read, Reward, flag_failures
+from pixrl.rewards.base import Options, Read, Reward
 from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.preprocess import batches, to_grey_levels
 from pixrl.rewards.segmentation import Colour, Foreground, Instance, Segmenter, group
@@ -392,4 +392,4 @@ class GenEvalReward(Reward):
                     for found, entry in zip(detections, chosen, strict=True)
                 ]
             )
-        return flag_failures(values_B, reasons, self.provenance)
+        return Scores.checked(values_B, reasons, self.provenance)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from pixrl.errors import ConfigError, did_you_mean
-from pixrl.rewards.base import Options, Reward, flag_failures
+from pixrl.rewards.base import Options, Reward
 from pixrl.rewards.http import LONGEST_WAIT, START_WAIT, Patience, Service, Silence
 from pixrl.rewards.preprocess import require_images
 from pixrl.rewards.wire import png_base64
@@ -193,7 +193,7 @@ class JudgeReward(Reward):
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
         values = torch.tensor([value for value, _ in found])
-        return flag_failures(values, [reason for _, reason in found], self.provenance)
+        return Scores.checked(values, [reason for _, reason in found], self.provenance)
 
     def _patience(self, seconds: float, stop: threading.Event) -> Patience:
         advice = "Start it again, or correct the reward's base_url."

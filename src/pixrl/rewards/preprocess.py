@@ -20,7 +20,6 @@ from pixrl.device import quiet_loading
 from pixrl.errors import CheckpointError, ShapeError
 from pixrl.hub import read_json
 from pixrl.libraries import require
-from pixrl.rewards.base import flag_failures
 from pixrl.types import RewardBatch, Scores
 
 _FILTERS = {2: "bilinear", 3: "bicubic"}
@@ -299,7 +298,7 @@ def score_pairs(
     for start in range(0, len(shown), at_once):
         rows = shown[start : start + at_once]
         values_B[rows] = score(batch.images_BCHW[rows], [batch.prompts[row] for row in rows]).float().cpu()
-    return flag_failures(values_B, given, provenance)
+    return Scores.checked(values_B, given, provenance)
 
 
 def load_tokenizer(folder: Path, kind: str = "AutoTokenizer") -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixrl import plugins
 from pixrl.errors import ConfigError, Failure, did_you_mean
-from pixrl.rewards.base import Options, Reward, flag_failures
+from pixrl.rewards.base import Options, Reward
 from pixrl.rewards.preprocess import require_images, to_grey_levels
 from pixrl.rewards.set import Caller
 from pixrl.rewards.settings import import_path, is_importable
@@ -103,7 +103,7 @@ class PythonReward(Reward):
                 reasons[row] = numbers.reason
             else:
                 values_B[row], reasons[row] = _as_score(numbers[place])
-        return flag_failures(values_B, reasons, self.provenance)
+        return Scores.checked(values_B, reasons, self.provenance)
 
     def rehearse(self, batch: RewardBatch) -> Scores | Failure:
         numbers = self._asked(batch, range(len(batch.images_BCHW)))

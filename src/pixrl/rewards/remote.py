@@ -12,7 +12,7 @@ import torch
 
 from pixrl.errors import ConfigError, ServiceError, did_you_mean
 from pixrl.rewards import wire
-from pixrl.rewards.base import Options, Reward, flag_failures
+from pixrl.rewards.base import Options, Reward
 from pixrl.rewards.http import START_WAIT, Patience, Reply, Service, Silence
 from pixrl.rewards.preprocess import require_images
 from pixrl.types import RewardBatch, Scores
@@ -92,8 +92,7 @@ class RemoteReward(Reward):
                     detail.setdefault(name, torch.full((len(finite_B),), torch.nan))[list(part)] = x
                 for row, reason in zip(part, found.reasons, strict=True):
                     reasons[row] = reason
-        checked = flag_failures(values_B, reasons, self.provenance)
-        return Scores(checked.values_B, checked.reasons, detail, self.provenance)
+        return Scores.checked(values_B, reasons, self.provenance, detail)
 
     def _describe(self, patience: float, advice: str) -> wire.Description:
         waiting = Patience(patience, 3, slow_is_gone=True, advice=advice, stop=self._stop)

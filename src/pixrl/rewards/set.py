@@ -18,15 +18,17 @@ import torch
 from pixrl import rewards
 from pixrl.errors import ConfigError, Failure, InputError, RunError, ShapeError
 from pixrl.plugins import Caught
-from pixrl.rewards.base import DifferentiableReward, Reward, flag_failures
+from pixrl.rewards.base import DifferentiableReward, Reward
 from pixrl.rewards.references import ReferenceReward
-from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
+from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.types import RewardBatch, Scores
 
 __all__ = ["RewardSet", "RewardSetting", "Stage"]
 
 REASONS_SHOWN = 3
 """The number of reasons in the message about failed scores."""
+Gather = Callable[[Mapping[str, "Failures"]], Iterable[Mapping[str, "Failures"]]]
+"""The type of a function that gives what every process has to each of them."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class RewardSet:
         self.settings = tuple(settings)
         self.stages = tuple(stages)
         self.max_failed_share = max_failed_share
+        self._weights = weights_by_stage(settings, stages)
         self.names: tuple[str, ...] = tuple(setting.name for setting in settings)
         self._rewards: dict[str, Reward] = {s.name: rewards.load(s.reward, **s.options) for s in settings}
         self._callers: dict[str, Caller[Scores | Failure]] = {
@@ -102,7 +105,7 @@ class RewardSet:
 
     def weights(self, step: int) -> Mapping[str, float]:
         """Return the rewards that are trained on at a step (counted from 0) with their weights above 0."""
-        return weights_at(self.settings, self.stages, step)
+        return next(weights for end, weights in self._weights if end is None or step < end)
 
     def provenance(self) -> Mapping[str, Mapping[str, str]]:
         """Return the provenance of every reward's scores, held-out ones too."""
@@ -130,15 +133,25 @@ class RewardSet:
         }
         return {name: numbers for name, numbers in found.items() if numbers}
 
-    def score(self, batch: RewardBatch) -> Mapping[str, Scores]:
-        """Score all of a step's pictures, where one process has them.
+    def score(self, batch: RewardBatch, gather: Gather | None = None) -> Mapping[str, Scores]:
+        """Return every reward's scores [B] of a step's pictures.
+
+        Args:
+            batch: the pictures of this process.
+            gather: gives what every process has to each of them; None: this process has all pictures. With it all
+                processes call together, those without pictures too.
 
         Raises:
-            RunError: more than `max_failed_share` of the batch failed; names the reward and the reasons.
-            ServiceError, ShapeError: as in `score_some`.
+            RunError: more than `max_failed_share` of all processes' pictures failed, on every process alike; names the
+                reward and the reasons.
+            ServiceError, ShapeError: as `score_some`.
         """
-        scores = self.score_some(batch)
-        self.require_enough([{name: Failures.of(one) for name, one in scores.items()}])
+        if gather is None or len(batch.images_BCHW):
+            scores = self.score_some(batch)
+        else:
+            scores = {name: Scores(torch.zeros(0), ()) for name in self.names}
+        failures = {name: Failures.of(one) for name, one in scores.items()}
+        self.require_enough([failures] if gather is None else gather(failures))
         return scores
 
     def score_some(self, batch: RewardBatch) -> Mapping[str, Scores]:
@@ -176,8 +189,8 @@ class RewardSet:
     def _score(self, name: str, batch: RewardBatch, count: int) -> Scores:
         answer = self._ask(name, lambda reward: reward.score(batch), count)
         if isinstance(answer, Scores):
-            checked = flag_failures(answer.values_B.detach().cpu(), answer.reasons, answer.provenance)
-            return Scores(checked.values_B, checked.reasons, answer.detail, answer.provenance)
+            values_B = answer.values_B.detach().cpu()
+            return Scores.checked(values_B, answer.reasons, answer.provenance, answer.detail)
         model = {"model": f"{self._rewards[name].name} (failed)"}
         return Scores(torch.full((count,), torch.nan), (answer.reason,) * count, provenance=model)
 

@@ -148,12 +148,19 @@ def check_rewards(settings: Sequence[RewardSetting], stages: Sequence[Stage]) ->
         _check_stages(stages, [setting.name for setting in settings], trained)
 
 
-def weights_at(settings: Sequence[RewardSetting], stages: Sequence[Stage], step: int) -> Mapping[str, float]:
-    """Return the rewards that are trained on at a step with their weights above 0, in the order of the settings."""
+def weights_by_stage(
+    settings: Sequence[RewardSetting], stages: Sequence[Stage]
+) -> list[tuple[int | None, Mapping[str, float]]]:
+    """Return each stage's end and its trained rewards' weights above 0, in the order of the settings.
+
+    The last stage, or the only one where none are given, has no end.
+    """
     if not stages:
-        return {setting.name: setting.weight for setting in settings if not setting.held_out}
-    stage = next(stage for stage in stages if stage.until is None or step < stage.until)
-    return {s.name: stage.weights[s.name] for s in settings if stage.weights.get(s.name)}
+        return [(None, {setting.name: setting.weight for setting in settings if not setting.held_out})]
+    return [
+        (stage.until, {s.name: stage.weights[s.name] for s in settings if stage.weights.get(s.name)})
+        for stage in stages
+    ]
 
 
 def _check_stages(stages: Sequence[Stage], names: Sequence[str], trained: Sequence[str]) -> None:

@@ -3,29 +3,25 @@
 The report is written a layer above.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pixrl import config as recipes
-from pixrl.algorithms.base import Rollouts
-from pixrl.algorithms.trainer import Aligner, MicroBatches, prepare
-from pixrl.algorithms.world import Tally, Team
+from pixrl.algorithms.exploration import prepare
+from pixrl.algorithms.trainer import MicroBatches
+from pixrl.algorithms.world import Team
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Findings, require
 from pixrl.doctor.examine import examine_training, try_rewards
 from pixrl.errors import InputError
-from pixrl.metrics.diversity import group_diversity
 from pixrl.rewards.set import RewardSet
-from pixrl.runs import selfcheck
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.display import Extent, Monitor, Silent
-from pixrl.runs.evaluation import score
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.loaded import (
     LoadedRun,
@@ -36,7 +32,7 @@ from pixrl.runs.loaded import (
     plan_batches,
 )
 from pixrl.runs.log import AlignLog, cut_back, evaluations
-from pixrl.runs.loop import Clock, Loop, Pace
+from pixrl.runs.loop import Loop, Pace
 from pixrl.runs.place import replacing
 from pixrl.runs.record import (
     START,
@@ -55,7 +51,7 @@ from pixrl.runs.record import (
     start_on_disk,
     write_start,
 )
-from pixrl.types import Scores
+from pixrl.runs.training import ROWS, Deviation, Report, Training, computing_in, deviations, possible_dtypes
 
 LOST = f"{START} was lost: whether model, rewards and prompts are those that the run began with is not known"
 
@@ -194,7 +190,7 @@ def _plan_again(
     return micro_batches, (*notes, *left_out, *changes)
 
 
-def check(config: AlignConfig) -> selfcheck.Report:
+def check(config: AlignConfig) -> Report:
     """Check whether a recipe's first update is on-policy, by dtype and batch size, and the same on all processes.
 
     One update is taken and nothing is written.
@@ -205,88 +201,18 @@ def check(config: AlignConfig) -> selfcheck.Report:
     notes = tuple(dict.fromkeys((*said, *planned)))
     aligner = run.aligner(micro_batches)
     groups, own = run.prompts.groups(0), run.groups(0)
-    found: list[selfcheck.Deviation] = []
-    dtypes = selfcheck.possible_dtypes(run.policy)
+    found: list[Deviation] = []
+    dtypes = possible_dtypes(run.policy)
     for dtype in dtypes:
-        with selfcheck.computing_in(run.policy, dtype):
+        with computing_in(run.policy, dtype):
             drawn = aligner.collect((own or groups)[:1], 0)
-        sizes = [micro_batches.train, 1, 2, selfcheck.ROWS]
-        found += selfcheck.deviations(aligner, drawn, [dtype], sizes)
+        sizes = [micro_batches.train, 1, 2, ROWS]
+        found += deviations(aligner, drawn, [dtype], sizes)
     rollouts = aligner.collect(own, 0)
-    scores = score(run.rewards, rollouts.samples, rollouts.images_BCHW, run.team)
+    scores = run.rewards.score(rollouts.samples.batch(rollouts.images_BCHW), run.team.gather)
     aligner.update(rollouts, scores, run.rewards.weights(0))
     agreement = aligner.gradient_disagreement()
-    return selfcheck.Report(
-        aligner.method.loss.on_policy_measure, tuple(found), agreement, run.team.size, notes
-    )
-
-
-@dataclass
-class Training:
-    """Alignment as an algorithm of the loop: this process's groups of a step, their rewards, and what is checked once.
-
-    Args:
-        run: everything that the recipe names.
-        aligner: the method.
-        say: tells the user what was noticed.
-        first: the step that this process begins with, whose update is checked.
-    """
-
-    run: LoadedRun
-    aligner: Aligner
-    say: Callable[[str], None]
-    first: int
-
-    def images(self, step: int) -> int:
-        return self.run.config.prompts.per_step * self.run.method.group_size
-
-    def collect(self, step: int, clock: Clock) -> Rollouts:
-        with clock.phase("collect"):
-            return self.aligner.collect(self.run.groups(step), step)
-
-    def score(self, rollouts: Rollouts, clock: Clock) -> Mapping[str, Scores]:
-        with clock.phase("score"):
-            return score(self.run.rewards, rollouts.samples, rollouts.images_BCHW, self.run.team)
-
-    def update(self, rollouts: Rollouts, scores: Mapping[str, Scores], clock: Clock) -> dict[str, float]:
-        first = rollouts.step == self.first
-        checks = self._check_on_policy(rollouts) if first else {}
-        with clock.phase("update"):
-            metrics = self.aligner.update(rollouts, scores, self.run.rewards.weights(rollouts.step))
-        if first:
-            checks["gradient_disagreement"] = self.aligner.gradient_disagreement()
-            selfcheck.require_agreement(checks["gradient_disagreement"])
-        with clock.phase("diversity"):
-            metrics["diversity"] = self._diversity(rollouts)
-        return metrics | checks
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self.aligner.tensors()
-
-    def state(self) -> dict[str, Any]:
-        return {"algorithm": self.aligner.state()}
-
-    def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        self.aligner.restore(tensors, state["algorithm"])
-
-    def _check_on_policy(self, rollouts: Rollouts) -> dict[str, float]:
-        """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
-        aligner = self.aligner
-        later = rollouts.step > 0 and not aligner.method.loss.is_always_on_policy
-        if later or not len(rollouts):
-            return {}
-        sizes = [aligner.micro_batches.train, 1]
-        found = selfcheck.deviations(aligner, rollouts, selfcheck.possible_dtypes(aligner.policy), sizes)
-        warning = selfcheck.require_on_policy(found[0], aligner.method.loss.on_policy_measure)
-        if warning is not None:
-            self.say(warning)
-        return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
-
-    def _diversity(self, rollouts: Rollouts) -> float:
-        tally = Tally()
-        spread_P = group_diversity(rollouts.images_BCHW, self.run.method.group_size, self.run.features)
-        tally.add({"diversity": spread_P})
-        return tally.over(self.run.team).means()["diversity"]
+    return Report(aligner.method.loss.on_policy_measure, tuple(found), agreement, run.team.size, notes)
 
 
 def _play(

@@ -37,7 +37,7 @@ from pixrl.hub import full_path
 from pixrl.models.flux import Preset, Shift
 from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.plugins import PartOf, checksums, is_path
-from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_at
+from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.runs.folder import RunFolder
 
 MOST_RANK, MOST_GUIDANCE = 4096, 1000
@@ -162,8 +162,8 @@ class AlignConfig(Settings):
         self.loss.check_advantage(self.advantage)
         self.loss.check_updates(self.optimizer.updates)
         self.loss.check_rewards(self.rewards)
-        for step in (0, *(stage.until for stage in self.stages if stage.until is not None)):
-            self.advantage.check_rewards(weights_at(self.rewards, self.stages, step))
+        for _, weights in weights_by_stage(self.rewards, self.stages):
+            self.advantage.check_rewards(weights)
         if self.exploration.varies_conditions and self.loss.needs_targets:
             raise ValueError(
                 f"exploration: {self.exploration.kind} has no effect with loss: {self.loss.kind}, which draws nothing: "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pixrl import plugins
-from pixrl.algorithms.base import Group
+from pixrl.algorithms.exploration import Group
 from pixrl.algorithms.sft import TARGET
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.hub import full_path

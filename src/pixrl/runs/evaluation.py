@@ -1,24 +1,21 @@
 """Evaluation: pictures of held-out prompts at fixed seeds, drawn and scored before, during and after training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.base import Group, Samples, roll_out
-from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.sampling import Schedule, Solver, StepPlan
-from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.sampling import Samples, Schedule, Solver, StepPlan, roll_out
 from pixrl.algorithms.world import World
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.metrics.diversity import Features, group_diversity
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
-from pixrl.rewards.set import Failures, RewardSet
+from pixrl.rewards.set import RewardSet
 from pixrl.runs.data import share
 from pixrl.runs.log import AlignLog
-from pixrl.types import RewardBatch, Scores
 
 _EPOCH = -5
 """Epoch of the evaluation's seeds; training uses 0 and up."""
@@ -60,7 +57,7 @@ class Evaluator:
             images, _, _ = roll_out(self.policy, variants, samples, plan, self.micro_batch)
         first = mine.start * self.per_prompt
         log.samples(step, range(first, first + len(samples)), images)
-        scores = score(self.rewards, samples, images, self.world)
+        scores = self.rewards.score(samples.batch(images), self.world.gather)
         log.sample_scores(step, scores)
         figures = {}
         for name, one in scores.items():
@@ -77,29 +74,6 @@ class Evaluator:
             torch.stack([known.sum(), torch.tensor(float(len(known)), dtype=torch.float64)])
         )
         return (total[0] / total[1]).item()
-
-
-def score(rewards: RewardSet, samples: Samples, images_BCHW: Tensor, world: World) -> Mapping[str, Scores]:
-    """Score this process's samples by every reward; all processes call it together.
-
-    Args:
-        rewards: all rewards of the run.
-        samples: prompts and metadata of the pictures; there may be none.
-        images_BCHW: the pictures in [0, 1].
-        world: the process group.
-
-    Returns:
-        Reward -> scores of the B pictures.
-
-    Raises:
-        RunError: too many of all processes' pictures have no score; on every process alike.
-    """
-    if len(samples):
-        scores = rewards.score_some(RewardBatch(images_BCHW, samples.prompts, samples.metadata))
-    else:
-        scores = {name: Scores(torch.zeros(0), ()) for name in rewards.names}
-    rewards.require_enough(world.gather({name: Failures.of(one) for name, one in scores.items()}))
-    return scores
 
 
 def spread_evenly(prompts: PromptSet, count: int) -> tuple[Prompt, ...]:

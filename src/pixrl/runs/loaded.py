@@ -7,10 +7,9 @@ import torch
 
 from pixrl import models
 from pixrl import rewards as rewards_table
-from pixrl.algorithms import make_exploration, make_loss
-from pixrl.algorithms.base import Group
-from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, prepare
+from pixrl.algorithms import make_advantage, make_exploration, make_loss
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
 from pixrl.algorithms.world import Team, limit_threads
 from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
@@ -107,7 +106,7 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None) -> LoadedRun
     method = Method(
         exploration=make_exploration(config.exploration),
         sampling=config.sampling,
-        advantage=config.advantage,
+        advantage=make_advantage(config.advantage),
         loss=make_loss(config.loss, rewards.differentiable()),
         optimizer=config.optimizer.of_run(config.steps),
         noises=config.exploration.noises,

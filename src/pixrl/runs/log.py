@@ -18,7 +18,7 @@ import safetensors.torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.world import World
 from pixrl.errors import CheckpointError
 from pixrl.fusion.select import SCORE

@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.base import Group, Samples, roll_out
-from pixrl.algorithms.exploration import NoiseOnly
-from pixrl.algorithms.sampling import ODESolver, Schedule, Solver, StepPlan
-from pixrl.algorithms.trainer import prepare
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.sampling import ODESolver, Samples, Schedule, Solver, StepPlan, roll_out
 from pixrl.data.prompts import Prompt
 from pixrl.metrics.diversity import DiversityMeter
 from pixrl.models.base import Conditioning, FlowPolicy

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pixrl.algorithms.base import shown_pictures
+from pixrl.algorithms.exploration import shown_pictures
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.data.prompts import Prompt
 from pixrl.errors import CheckpointError

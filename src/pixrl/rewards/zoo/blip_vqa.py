@@ -26,7 +26,7 @@ from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, RunError
 from pixrl.hub import Layout, folder, read_json
 from pixrl.libraries import require
-from pixrl.rewards.base import Options, Read, Reward, flag_failures
+from pixrl.rewards.base import Options, Read, Reward
 from pixrl.rewards.preprocess import Preprocessing, load_tokenizer, require_images
 from pixrl.rewards.weights import describe, load_folder
 from pixrl.types import RewardBatch, Scores
@@ -142,7 +142,7 @@ class BlipVQAReward(Reward):
         for (row, _), probability in zip(asked, self._ask(batch.images_BCHW, asked), strict=True):
             before = values_B[row].nan_to_num(1.0)
             values_B[row] = before * probability
-        return flag_failures(values_B, reasons, self.provenance)
+        return Scores.checked(values_B, reasons, self.provenance)
 
     def _ask(self, images_BCHW: Tensor, asked: Sequence[tuple[int, str]]) -> list[float]:
         """Return the probability of each (picture, phrase); every picture is encoded once."""

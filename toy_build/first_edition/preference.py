@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from pixrl.toy.build.clip import SCENES, image_processor, normalize, soften, tokens
-from pixrl.toy.build.pictures import DrawnPictures, pictures
-from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 from pixrl.toy.language import caption
 from pixrl.toy.pictures import spoil
+from toy_build.first_edition.clip import SCENES, image_processor, normalize, soften, tokens
+from toy_build.first_edition.pictures import DrawnPictures, pictures
+from toy_build.first_edition.workshop import Draw, Plan, Workshop, eager_attention, save_half
 
 PLAN = Plan(steps=500, batch=48, lr=4e-4, warmup=50, weight_decay=0.02)
 

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from pixrl.toy.build.clip import SCENES, WIDTH
-from pixrl.toy.build.pictures import pictures
-from pixrl.toy.build.tokenizers import T5_LENGTH, t5_tokenizer
-from pixrl.toy.build.workshop import Draw, Plan, Workshop
 from pixrl.toy.language import caption
+from toy_build.first_edition.clip import SCENES, WIDTH
+from toy_build.first_edition.pictures import pictures
+from toy_build.first_edition.tokenizers import T5_LENGTH, t5_tokenizer
+from toy_build.first_edition.workshop import Draw, Plan, Workshop
 
 PLAN = Plan(steps=400, batch=128, lr=3e-3, warmup=50, weight_decay=0.0)
 

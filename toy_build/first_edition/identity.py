@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from pixrl.toy.build.clip import soften
-from pixrl.toy.build.pictures import VIEWS, DrawnPictures, pictures
-from pixrl.toy.build.vae import SUBJECT_PICTURES
-from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 from pixrl.toy.pictures import SIDE
+from toy_build.first_edition.clip import soften
+from toy_build.first_edition.pictures import VIEWS, DrawnPictures, pictures
+from toy_build.first_edition.vae import SUBJECT_PICTURES
+from toy_build.first_edition.workshop import Draw, Plan, Workshop, eager_attention, save_half
 
 PLAN = Plan(steps=1300, batch=64, lr=1.5e-3, warmup=100, weight_decay=0.05)
 TEMPERATURE = 0.1

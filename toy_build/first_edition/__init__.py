@@ -1,4 +1,4 @@
-"""`pixrl toy build`: every toy checkpoint from nothing, seeded and resumable."""
+"""Train the checkpoints that pixrl ships from nothing, seeded and resumable: `pixrl toy build` in a checkout."""
 
 import importlib
 import shlex
@@ -10,19 +10,19 @@ import torch
 
 from pixrl.errors import InputError, did_you_mean
 from pixrl.toy import CHECKPOINTS
-from pixrl.toy.build.processes import join, launcher, wait_for_all
-from pixrl.toy.build.workshop import Workshop
+from toy_build.first_edition.processes import join, launcher, wait_for_all
+from toy_build.first_edition.workshop import Workshop
 
 STAGES = {
-    "clip": "pixrl.toy.build.clip:build_clip",
-    "vae": "pixrl.toy.build.vae:build_vae",
-    "segmenter": "pixrl.toy.build.segmenter:build_segmenter",
-    "identity": "pixrl.toy.build.identity:build_identity",
-    "preference": "pixrl.toy.build.preference:build_preference",
-    "sd3": "pixrl.toy.build.sd3:build_sd3",
-    "flux": "pixrl.toy.build.flux:build_flux",
+    "clip": "toy_build.first_edition.clip:build_clip",
+    "vae": "toy_build.first_edition.vae:build_vae",
+    "segmenter": "toy_build.first_edition.segmenter:build_segmenter",
+    "identity": "toy_build.first_edition.identity:build_identity",
+    "preference": "toy_build.first_edition.preference:build_preference",
+    "sd3": "toy_build.first_edition.sd3:build_sd3",
+    "flux": "toy_build.first_edition.flux:build_flux",
 }
-"""In the order in which they need each other."""
+"""The stages of a build and the functions that train them, in the order in which they need each other."""
 
 
 def build(

@@ -19,14 +19,14 @@ from transformers import (
 )
 
 from pixrl.hub import CARD_FILE
-from pixrl.toy.build.pictures import DrawnPictures, pictures, without_background
-from pixrl.toy.build.processes import leads
-from pixrl.toy.build.tokenizers import clip_tokenizer
-from pixrl.toy.build.workshop import Draw, Plan, Workshop, eager_attention, save_half
 from pixrl.toy.language import caption
 from pixrl.toy.pictures import SIDE
 from pixrl.toy.scene import Task
 from pixrl.toy.vocabulary import COLOURS
+from toy_build.first_edition.pictures import DrawnPictures, pictures, without_background
+from toy_build.first_edition.processes import leads
+from toy_build.first_edition.tokenizers import clip_tokenizer
+from toy_build.first_edition.workshop import Draw, Plan, Workshop, eager_attention, save_half
 
 PLAN = Plan(steps=1500, batch=128, lr=1.5e-3, warmup=150, weight_decay=0.05)
 SCENES = 48_000

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
-from pixrl.toy.build.clip import IMAGE_MEAN, IMAGE_STD, SCENES, normalize, soften
-from pixrl.toy.build.pictures import pictures
-from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.pictures import SIDE
 from pixrl.toy.vocabulary import KINDS
+from toy_build.first_edition.clip import IMAGE_MEAN, IMAGE_STD, SCENES, normalize, soften
+from toy_build.first_edition.pictures import pictures
+from toy_build.first_edition.workshop import Draw, Plan, Workshop, save_half
 
 PLAN = Plan(steps=1800, batch=32, lr=2e-3, warmup=100, ema=0.995)
 

@@ -22,18 +22,18 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from pixrl.equations import interpolate
 from pixrl.hub import CARD_FILE
 from pixrl.models.flux import pack_latents, position_ids
-from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
-from pixrl.toy.build.clip import SECOND_WIDTH, WIDTH, second_text_tower
-from pixrl.toy.build.pictures import VIEWS, DrawnPictures, pictures
-from pixrl.toy.build.sd3 import SAMPLING_STEPS, IntArray, encode_texts, logit_normal
-from pixrl.toy.build.text import PLAN as T5_PLAN
-from pixrl.toy.build.text import t5_features, train_t5
-from pixrl.toy.build.tokenizers import T5_LENGTH, t5_tokenizer
-from pixrl.toy.build.transfer import Texts, start_from
-from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
-from pixrl.toy.build.workshop import Draw, Plan, Workshop, forget_origin, save_half
 from pixrl.toy.language import WORDS, caption
 from pixrl.toy.pictures import SIDE
+from toy_build.first_edition.alignment import Aligned, clip_patches, kind_shares
+from toy_build.first_edition.clip import SECOND_WIDTH, WIDTH, second_text_tower
+from toy_build.first_edition.pictures import VIEWS, DrawnPictures, pictures
+from toy_build.first_edition.sd3 import SAMPLING_STEPS, IntArray, encode_texts, logit_normal
+from toy_build.first_edition.text import PLAN as T5_PLAN
+from toy_build.first_edition.text import t5_features, train_t5
+from toy_build.first_edition.tokenizers import T5_LENGTH, t5_tokenizer
+from toy_build.first_edition.transfer import Texts, start_from
+from toy_build.first_edition.vae import LATENT_CHANNELS, encode_all
+from toy_build.first_edition.workshop import Draw, Plan, Workshop, forget_origin, save_half
 
 PLAN = Plan(
     steps=5600,

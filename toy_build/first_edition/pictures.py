@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pixrl.toy.build.processes import leads, wait_for_all
 from pixrl.toy.pictures import Bytes, draw, guided_scene, subject_view, to_tensor, training_scene
 from pixrl.toy.scene import Scene
+from toy_build.first_edition.processes import leads, wait_for_all
 
 WHITE = 255
 VIEWS = 6

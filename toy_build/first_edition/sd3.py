@@ -21,16 +21,16 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from pixrl.equations import interpolate
 from pixrl.hub import CARD_FILE
-from pixrl.toy.build.alignment import Aligned, clip_patches, kind_shares
-from pixrl.toy.build.clip import SCENES, SECOND_WIDTH, WIDTH, second_text_tower
-from pixrl.toy.build.pictures import DrawnPictures, pictures
-from pixrl.toy.build.processes import leads
-from pixrl.toy.build.vae import LATENT_CHANNELS, encode_all
-from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.language import WORDS, caption
 from pixrl.toy.pictures import SIDE
 from pixrl.toy.scene import Task
 from pixrl.toy.vocabulary import KINDS
+from toy_build.first_edition.alignment import Aligned, clip_patches, kind_shares
+from toy_build.first_edition.clip import SCENES, SECOND_WIDTH, WIDTH, second_text_tower
+from toy_build.first_edition.pictures import DrawnPictures, pictures
+from toy_build.first_edition.processes import leads
+from toy_build.first_edition.vae import LATENT_CHANNELS, encode_all
+from toy_build.first_edition.workshop import Draw, Plan, Workshop, save_half
 
 PLAN = Plan(
     steps=10_000,

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from pixrl.toy.build.pictures import DrawnPictures, pictures
-from pixrl.toy.build.workshop import Draw, Plan, Workshop, save_half
 from pixrl.toy.pictures import SIDE
+from toy_build.first_edition.pictures import DrawnPictures, pictures
+from toy_build.first_edition.workshop import Draw, Plan, Workshop, save_half
 
 PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=100, weight_decay=0.0, ema=0.998)
 DECODER_PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=50, weight_decay=0.0, ema=0.998)

@@ -11,11 +11,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from pixrl.errors import InputError
-from pixrl.toy.build import STAGES, build
-from pixrl.toy.build.flux import FIRST_PLANS, LATER_ROUNDS, rounds_done
-from pixrl.toy.build.pictures import pictures
-from pixrl.toy.build.tokenizers import clip_tokenizer, t5_tokenizer
-from pixrl.toy.build.workshop import Draw, Plan, Workshop
 from pixrl.toy.language import WORDS, canonical, is_held_out
 from pixrl.toy.pictures import (
     draw,
@@ -28,6 +23,11 @@ from pixrl.toy.pictures import (
 )
 from pixrl.toy.scene import resembles_held_out
 from pixrl.toy.vocabulary import KINDS
+from toy_build.first_edition import STAGES, build
+from toy_build.first_edition.flux import FIRST_PLANS, LATER_ROUNDS, rounds_done
+from toy_build.first_edition.pictures import pictures
+from toy_build.first_edition.tokenizers import clip_tokenizer, t5_tokenizer
+from toy_build.first_edition.workshop import Draw, Plan, Workshop
 
 PLAN = Plan(steps=30, batch=8, lr=1e-2, warmup=5, ema=0.9)
 
@@ -70,7 +70,7 @@ def regression(module: nn.Module, stop_at: int | None = None):  # type: ignore[n
 def test_a_killed_build_ends_with_the_weights_of_an_unbroken_one(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pixrl.toy.build.workshop.SAVE_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr("toy_build.first_edition.workshop.SAVE_EVERY_SECONDS", -1.0)
     unbroken = fresh_module()
     workshop(tmp_path / "a").fit("stage", unbroken, plan, regression(unbroken))
     for stop_at in (2, 13, 29):

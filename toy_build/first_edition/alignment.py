@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from pixrl.toy.build.clip import WIDTH, normalize
-from pixrl.toy.build.pictures import DrawnPictures
-from pixrl.toy.build.workshop import Workshop
 from pixrl.toy.pictures import SIDE
 from pixrl.toy.vocabulary import KINDS
+from toy_build.first_edition.clip import WIDTH, normalize
+from toy_build.first_edition.pictures import DrawnPictures
+from toy_build.first_edition.workshop import Workshop
 
 PATCH = 8
 CLASSES = len(KINDS) + 1

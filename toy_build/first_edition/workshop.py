@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from pixrl.toy.build.processes import leads, wait_for_all
+from toy_build.first_edition.processes import leads, wait_for_all
 
 SAVE_EVERY_SECONDS = 60.0
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")

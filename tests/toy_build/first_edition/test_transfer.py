@@ -6,8 +6,8 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor
 
 from pixrl.models.flux import pack_latents, unpack_latents
-from pixrl.toy.build import flux, sd3
-from pixrl.toy.build.transfer import Texts, start_from
+from toy_build.first_edition import flux, sd3
+from toy_build.first_edition.transfer import Texts, start_from
 
 WORDS, CAPTIONS = 400, 300
 

@@ -1,20 +1,27 @@
-"""Whether a run can be trusted before it starts: is the first update on-policy, and do all processes agree?
+"""A training step of `pixrl align`: collect, score, update; and whether the first one can be trusted.
 
-With the weights that drew the pictures, GRPO's ratio is 1 and NFT's trained and old velocity are the same; what is left
-is rounding, which depends on dtype and batch size and must stay below the clip range to leave a signal.
+It can where the first update is on-policy and all processes agree. With the weights that drew the pictures, GRPO's
+ratio is 1 and NFT's trained and old velocity are the same; what is left is rounding, which depends on dtype and batch
+size and must stay below the clip range to leave a signal.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from pixrl.algorithms.base import Rollouts
+from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.trainer import Aligner
+from pixrl.algorithms.world import Tally
 from pixrl.device import Precision
 from pixrl.errors import RunError
+from pixrl.metrics.diversity import group_diversity
 from pixrl.models.pipeline import FlowPipelinePolicy, chunks
+from pixrl.runs.loaded import LoadedRun
+from pixrl.runs.loop import Clock
+from pixrl.types import Scores
 
 ROWS = 8
 """The most pictures of a step that are checked."""
@@ -22,6 +29,74 @@ BROKEN = 0.05
 """A deviation that no rounding explains: weights, schedule or conditioning of sampling and training differ."""
 AGREEMENT = 1e-6
 """The largest disagreement between the processes' gradients that passes."""
+
+
+@dataclass
+class Training:
+    """Alignment as an algorithm of the loop: this process's groups of a step, their rewards, and what is checked once.
+
+    Args:
+        run: everything that the recipe names.
+        aligner: the method.
+        say: tells the user what was noticed.
+        first: the step that this process begins with, whose update is checked.
+    """
+
+    run: LoadedRun
+    aligner: Aligner
+    say: Callable[[str], None]
+    first: int
+
+    def images(self, step: int) -> int:
+        return self.run.config.prompts.per_step * self.run.method.group_size
+
+    def collect(self, step: int, clock: Clock) -> Rollouts:
+        with clock.phase("collect"):
+            return self.aligner.collect(self.run.groups(step), step)
+
+    def score(self, rollouts: Rollouts, clock: Clock) -> Mapping[str, Scores]:
+        with clock.phase("score"):
+            return self.run.rewards.score(rollouts.samples.batch(rollouts.images_BCHW), self.run.team.gather)
+
+    def update(self, rollouts: Rollouts, scores: Mapping[str, Scores], clock: Clock) -> dict[str, float]:
+        first = rollouts.step == self.first
+        checks = self._check_on_policy(rollouts) if first else {}
+        with clock.phase("update"):
+            metrics = self.aligner.update(rollouts, scores, self.run.rewards.weights(rollouts.step))
+        if first:
+            checks["gradient_disagreement"] = self.aligner.gradient_disagreement()
+            require_agreement(checks["gradient_disagreement"])
+        with clock.phase("diversity"):
+            metrics["diversity"] = self._diversity(rollouts)
+        return metrics | checks
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.aligner.tensors()
+
+    def state(self) -> dict[str, Any]:
+        return {"algorithm": self.aligner.state()}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        self.aligner.restore(tensors, state["algorithm"])
+
+    def _check_on_policy(self, rollouts: Rollouts) -> dict[str, float]:
+        """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
+        aligner = self.aligner
+        later = rollouts.step > 0 and not aligner.method.loss.is_always_on_policy
+        if later or not len(rollouts):
+            return {}
+        sizes = [aligner.micro_batches.train, 1]
+        found = deviations(aligner, rollouts, possible_dtypes(aligner.policy), sizes)
+        warning = require_on_policy(found[0], aligner.method.loss.on_policy_measure)
+        if warning is not None:
+            self.say(warning)
+        return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
+
+    def _diversity(self, rollouts: Rollouts) -> float:
+        tally = Tally()
+        spread_P = group_diversity(rollouts.images_BCHW, self.run.method.group_size, self.run.features)
+        tally.add({"diversity": spread_P})
+        return tally.over(self.run.team).means()["diversity"]
 
 
 @dataclass(frozen=True)
