@@ -117,10 +117,12 @@ def empty_pipeline(class_name: str, folder: Path, precision: Precision) -> Any:
 
     index: Mapping[str, Any] = read_json(folder / INDEX)
     with quiet_loading():
-        scheduler_class = part_class(*index["scheduler"], source=folder)
-        parts: dict[str, Any] = {"scheduler": scheduler_class.from_pretrained(str(folder / "scheduler"))}
+        library, scheduler_class = index["scheduler"]
+        scheduler = part_class(library, scheduler_class, folder).from_pretrained(str(folder / "scheduler"))
+        parts: dict[str, Any] = {"scheduler": scheduler}
         for name in (one for one in (*DENOISERS, VAE) if one in index):
-            kind = part_class(*index[name], source=folder)
+            library, part_name = index[name]
+            kind = part_class(library, part_name, folder)
             try:
                 with torch.device("meta"):
                     model: nn.Module = kind.from_config(read_json(folder / name / "config.json"))
