@@ -103,9 +103,10 @@ def test_a_run_goes_on_while_its_file_is_the_same(
     (kept,) = json.loads((run / "start.json").read_text())["recipe"]["rewards"]
     assert (kept["name"], kept["kind"]) == ("Bright", f"{file}:Bright")
     align_job.go_on(run, overrides=["steps=2"])
-    file.write_text(f"{BRIGHT}\n# changed\n")
-    with pytest.raises(CheckpointError, match=r"Bright\.model: .* when the run began"):
+    file.write_text(f"{BRIGHT}\nopen({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(CheckpointError, match=r"Code that .* was begun with has changed"):
         align_job.go_on(run, overrides=["steps=3"])
+    assert not (tmp_path / "ran").exists()
     align_job.go_on(run, overrides=["steps=3"], accept_changes=True)
 
 

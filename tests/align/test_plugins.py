@@ -123,7 +123,7 @@ def test_a_run_with_parts_of_ones_own(own: Path, sd3_folder: Path, prompt_file: 
     assert "my_loss.py:RewardWeighted, temperature 2.0, timesteps 2" in page
     assert "my_parts.py:Ranks, best 0.5" in page and "my_parts.py:Plain, 3 noises" in page
     began = json.loads((run / "start.json").read_text())["code"]
-    assert {Path(name.partition(":")[0]).name for name in began} == {"my_loss.py", "my_parts.py"}
+    assert {Path(name.partition(":")[0]).name for name in began} == {"judge.py", "my_loss.py", "my_parts.py"}
     align_job.go_on(run, overrides=["steps=2"])
     assert len(RunFolder.open(run).metrics()) == 2
 

@@ -54,7 +54,7 @@ def test_a_fusion_with_a_sampler_of_ones_own(own):
     assert go_on(path, world=fake_world()).rows == run.rows
     (own / "my_sampler.py").write_text("raise RuntimeError('nothing of it runs before it is compared')")
     with pytest.raises(
-        CheckpointError, match=r"sampler of .* has changed.*\n  .*Share: \w{12}, now \w{12}\n"
+        CheckpointError, match=r"Code of yours has changed.*\n  .*Share: \w{12}, now \w{12}\n"
     ):
         go_on(path, world=fake_world())
 

@@ -17,7 +17,8 @@ from tests.fuse.world import fake_world
 
 LEARNING, POOL = 4, 2
 """Steps."""
-SETTINGS = {"budget": 48, "batch": 8, "pool": 16}
+SETTINGS = {"budget": 48, "batch": 8, "pool": 16, "seed": 3}
+"""With this seed every policy's third batch is the best, by 0.3 and more: neither the first nor the last."""
 
 
 def trained(steps: int, **changes) -> FusionTrainer:
@@ -36,7 +37,7 @@ def test_the_pool_is_drawn_by_the_state_that_drew_the_best_batch(sampler: str) -
         states.append({name: x.detach().clone() for name, x in trainer.sampler.tensors().items()})
         rewards.append(take_step(trainer, step).metrics["reward/fusion/mean"])
     best = max(range(LEARNING), key=lambda step: rewards[step])
-    assert best > 0  # else the test would not tell it from the first
+    assert best == 2
     for step in range(LEARNING, LEARNING + POOL):
         taken = take_step(trainer, step)
         assert taken.metrics["pool/from_step"] == best

@@ -33,10 +33,12 @@ from pixrl.data.pairs import check_concepts
 from pixrl.data.prompts import Split
 from pixrl.errors import ConfigError, RunError, did_you_mean
 from pixrl.fusion.noise import Noise, NoisePlan
-from pixrl.hub import full_path
+from pixrl.hub import full_path, split_adapter
+from pixrl.models import REGISTRY as ADAPTERS
 from pixrl.models.flux import Preset, Shift
 from pixrl.models.memory_plan import MemoryPlan, Offload
 from pixrl.plugins import PartOf, checksums, is_path
+from pixrl.rewards import REGISTRY as REWARDS
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.runs.folder import RunFolder
 
@@ -200,11 +202,15 @@ class AlignConfig(Settings):
     @property
     def code(self) -> dict[str, str]:
         """Checksums of the files of yours that hold parts of the method, for a resume to compare."""
+        functions = [reward.options.get("function") for reward in self.rewards]
         return checksums(
             [
                 (LOSSES, self.loss.kind),
                 (EXPLORATIONS, self.exploration.kind),
                 (ADVANTAGES, self.advantage.kind),
+                (ADAPTERS, split_adapter(self.model)[0] or ""),
+                *((REWARDS, reward.kind or reward.name) for reward in self.rewards),
+                *((REWARDS, function) for function in functions if isinstance(function, str)),
             ]
         )
 
@@ -434,7 +440,8 @@ class FuseConfig(Settings):
     @property
     def code(self) -> dict[str, str]:
         """Checksums of the files of yours that hold the sampler and the mixing, for a resume to compare."""
-        return checksums([(SAMPLERS, self.sampler), (MIXINGS, self.mixing.kind)])
+        adapter = split_adapter(self.model)[0] or ""
+        return checksums([(SAMPLERS, self.sampler), (MIXINGS, self.mixing.kind), (ADAPTERS, adapter)])
 
     def with_full_paths(self) -> "FuseConfig":
         """The same, its checkpoints by their whole paths where they are on this disk."""

@@ -64,7 +64,7 @@ class WorldRecord(BaseModel):
     scorer: dict[str, str] = {}
     """Provenance of the scores; empty in runs of before it was recorded."""
     code: dict[str, str] = Field({}, exclude_if=lambda code: not code)
-    """Checksum of the file that holds a sampler of yours, by its name."""
+    """Checksums of the files that hold parts of yours, by their names."""
     presence: Presence | None
     prompts: dict[str, str]
     exemplar_seeds: tuple[int, ...]
@@ -278,12 +278,12 @@ def slug(text: str) -> str:
 
 
 def _require_same_code(path: Path) -> None:
-    """CheckpointError where the file of a run's sampler was changed. Runs nothing of it."""
+    """CheckpointError where a file that holds a part of the run was changed. Runs nothing of it."""
     began = world_on_disk(RunFolder.open(path))
     changes = [] if began is None else changed_files(began.code)
     if changes:
         raise CheckpointError(
-            f"The sampler of {path} has changed since the run began:\n  "
+            f"Code of yours has changed since the run {path} began:\n  "
             + "\n  ".join(changes)
             + "\nPut the file back, or start a new run."
         )
