@@ -11,13 +11,13 @@ from pixrl.algorithms.sampling import Solver
 from pixrl.config import Settings
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, did_you_mean
-from pixrl.report.charts import COLOURS
 from pixrl.rewards.settings import RewardSetting, check_rewards
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, load_recipe
 from pixrl.runs.evaluation import spread_evenly
 from pixrl.runs.fuse import slug
 from studies.budget import check_budgets
 from studies.grid import Study, Task, check_differences
+from studies.style import PALETTE
 
 BASE = "base"
 """The variant that is there without being named: the model before training."""
@@ -385,9 +385,9 @@ class PersonalizeStudyConfig(RunStudyConfig):
             **{f"the table {table.title!r}": table.rows for table in self.tables},
         }
         for where, names in shown.items():
-            if len(names) > COLOURS:
+            if len(names) > len(PALETTE):
                 raise ConfigError(
-                    f"{where} has {len(names)} variants, and figures have {COLOURS} colours: name fewer."
+                    f"{where} has {len(names)} variants, and figures have {len(PALETTE)} colours: name fewer."
                 )
         titles = [slug(table.title) for table in self._all_tables()]
         for place, title in enumerate(titles):

@@ -9,206 +9,183 @@
 | `reward-conflict.svg`     | Fig. 7           | share of conflicting samples, and beside it the correlation       |
 """
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from pixrl.report.align import WINDOW, smooth
-from pixrl.report.charts import COLOURS, Curve, Mark, lines_chart, marks_chart, standalone
 from pixrl.runs.files import write_atomic
 from pixrl.runs.fuse import slug
 from studies.config import BASE, CrossedTable, PersonalizeStudyConfig, RunStudyConfig
 from studies.runs_tables import reward_interval
+from studies.style import INK, PALETTE, Curve, Mark, Panel, figure, svg
 
 FIGURES = "figures"
-_BANDS = "mean over seeds; shaded: all seeds"
+BASE_COLOUR = 7
+SEEDS = "mean over seeds; shaded: all seeds"
+CROSSES = "mean over seeds; bars: 95 % intervals, Student's t"
+INDEPENDENT = "independent rewards"
+Records = Sequence[Mapping[str, Any]]
 
 
-def write_figures(study: RunStudyConfig, records: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
-    """figures/*.svg; a figure that no record has anything for is left out."""
+def write_figures(study: RunStudyConfig, records: Records, out: Path) -> list[Path]:
+    """Write figures/*.svg and return their paths; a figure that no record has anything for is left out."""
+    found = curve_figures(study, records)
+    if isinstance(study, PersonalizeStudyConfig):
+        found |= subject_figures(study, records)
     place = out / FIGURES
     place.mkdir(exist_ok=True)
-    steps, checks = f"running mean of {WINDOW} steps, {_BANDS}", _BANDS
-    wanted = [
-        ("group-std", "group_std", "Group standard deviation", steps),
-        ("zero-std-share", "zero_std_share", "Share of groups without a signal", steps),
-        ("training-diversity", "diversity", "Diversity of training groups", steps),
-    ]
-    for s in next(iter(study.configs().values())).rewards:  # all variants share them
-        wanted.append((f"reward-{s.name}", f"fixed/{s.name}", f"{s.name} on fixed prompts", checks))
-        wanted.append((f"training-{s.name}", f"reward/{s.name}/mean", f"{s.name} on training prompts", steps))
-    written = []
-    for file, curve, title, note in wanted:
-        curves = curves_of(study.drawn(), records, curve, smoothed=note == steps)
-        if curves:
-            chart = lines_chart(curves, "pictures drawn", "")
-            legend = [(one.css, one.label) for one in curves]
-            written.append(place / f"{file}.svg")
-            write_atomic(written[-1], standalone(chart, title, legend, note).encode())
-    return written
+    written = {place / f"{name}.svg": made for name, made in found.items() if made is not None}
+    for path, made in written.items():
+        write_atomic(path, svg(made))
+    return list(written)
 
 
-def curves_of(
-    variants: Sequence[str], records: Sequence[Mapping[str, Any]], name: str, smoothed: bool
-) -> list[Curve]:
-    """One a variant: the mean over seeds of a curve, with the range of the seeds."""
+def curve_figures(study: RunStudyConfig, records: Records) -> dict[str, Figure | None]:
+    """File -> figure of one curve: what training logged, and every reward on training and on fixed prompts."""
+    logged = {
+        "group-std": ("group_std", "Group standard deviation"),
+        "zero-std-share": ("zero_std_share", "Share of groups without a signal"),
+        "training-diversity": ("diversity", "Diversity of training groups"),
+    }
+    fixed = {}
+    for s in study.recipe((BASE, study.seeds[0])).rewards:  # all variants share them
+        fixed[f"reward-{s.name}"] = (f"fixed/{s.name}", f"{s.name} on fixed prompts")
+        logged[f"training-{s.name}"] = (f"reward/{s.name}/mean", f"{s.name} on training prompts")
+    return {
+        file: _curves(study, records, {"": curve}, title, smoothed=wanted is logged)
+        for wanted in (logged, fixed)
+        for file, (curve, title) in wanted.items()
+    }
+
+
+def subject_figures(study: PersonalizeStudyConfig, records: Records) -> dict[str, Figure | None]:
+    """File -> figure of identity against prompt reward, and of whether the two agree."""
+    rewards = (study.identity, study.prompt)
+    training, fixed = (
+        {reward: form.format(reward) for reward in rewards} for form in ("reward/{}/mean", "fixed/{}")
+    )
+    title = "Rewards of fixed prompts of held-out subjects"
+    found = {
+        "curves-training": _curves(study, records, training, "Rewards of training pictures", smoothed=True),
+        "curves-fixed": _curves(study, records, fixed, title, smoothed=False),
+        "reward-conflict": conflict(study, records),
+    }
+    if len(study.names()) <= len(PALETTE):
+        found["tradeoff"] = tradeoff(study, records, study.names(), "Identity against prompt")
+    for table in study.tables:
+        found[f"tradeoff-{slug(table.title)}"] = tradeoff(study, records, table.rows, table.title)
+    for crossed in study.crossed:
+        found[f"tradeoff-{slug(crossed.title)}"] = crossed_tradeoff(study, records, crossed)
+    return found
+
+
+def curves_of(variants: Sequence[str], records: Records, name: str, smoothed: bool) -> list[Curve]:
+    """The mean over seeds of a curve with the range of the seeds, for each variant that has it."""
     found = []
     for place, variant in enumerate(variants):
         seeds = [record["curves"].get(name, []) for record in records if record["variant"] == variant]
         runs = [smooth([(x, y) for x, y in points]) if smoothed else points for points in seeds if points]
         band = over_seeds(runs)
         if band:
-            css = f"k{place % COLOURS}"
             line = [(x, mean) for x, mean, _, _ in band]
-            found.append(Curve(variant, line, css, [(x, low, high) for x, _, low, high in band]))
+            colour = PALETTE[place % len(PALETTE)]
+            found.append(Curve(variant, line, colour, [(x, low, high) for x, _, low, high in band]))
     return found
 
 
 def over_seeds(runs: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float, float, float]]:
-    """x, mean, least and greatest at every x that all runs have."""
+    """The abscissa, the mean, the least and the greatest ordinate wherever all runs have a point."""
     tables = [{point[0]: point[1] for point in run} for run in runs]
     shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     rows = ((x, [table[x] for table in tables]) for x in shared)
     return [(x, sum(values) / len(values), min(values), max(values)) for x, values in rows]
 
 
-Records = Sequence[Mapping[str, Any]]
-BASE_COLOUR = 7
-PICTURES = "pictures drawn"
-SEEDS = "mean over seeds; shaded: all seeds"
-CROSSES = "mean over seeds; bars: 95 % intervals, Student's t"
-INDEPENDENT = "independent rewards"
+def conflict(study: PersonalizeStudyConfig, records: Records) -> Figure | None:
+    """How often the advantages of identity and prompt reward have opposite signs, and how they correlate."""
+    names = {"conflict share": "conflict_share", "correlation of the advantages": "reward_correlation"}
+    levels = {"conflict share": 0.5, "correlation of the advantages": 0.0}
+    note = "share of samples whose two advantages have opposite signs; "
+    title = "Do identity and prompt reward agree?"
+    return _curves(study, records, names, title, smoothed=True, note=note, levels=levels)
 
 
-def write_personalize_figures(study: PersonalizeStudyConfig, records: Records, out: Path) -> list[Path]:
-    """All of them; one that no record has anything for is left out."""
-    found = {
-        "curves-training": _training(study, records),
-        "curves-fixed": _fixed(study, records),
-        "reward-conflict": _conflict(study, records),
-    }
-    if len(study.names()) <= COLOURS:
-        found["tradeoff"] = tradeoff(study, records, study.names(), "Identity against prompt")
-    for table in study.tables:
-        found[f"tradeoff-{slug(table.title)}"] = tradeoff(study, records, table.rows, table.title)
-    for crossed in study.crossed:
-        found[f"tradeoff-{slug(crossed.title)}"] = _crossed(study, records, crossed)
-    place = out / FIGURES
-    place.mkdir(exist_ok=True)
-    written = []
-    for name, text in found.items():
-        if text is not None:
-            written.append(place / f"{name}.svg")
-            write_atomic(written[-1], text.encode())
-    return written
+def _curves(
+    study: RunStudyConfig,
+    records: Records,
+    names: Mapping[str, str],
+    title: str,
+    *,
+    smoothed: bool,
+    note: str = "",
+    levels: Mapping[str, float] | None = None,
+) -> Figure | None:
+    """Panels side by side, of the curve `names[label]` under each label, with a dotted level where `levels` has one."""
+    panels = []
+    for label, name in names.items():
+        curves = curves_of(study.drawn(), records, name, smoothed=smoothed)
+        if not curves:
+            return None
+        if levels is not None:
+            places = [x for curve in curves for x, _ in curve.points]
+            ends = [(x, levels[label]) for x in (min(places), max(places))]
+            curves.append(Curve(INDEPENDENT, ends, INK, dotted=True))
+        panels.append(Panel("pictures drawn", label, curves))
+    running = f"running mean of {WINDOW} steps, " if smoothed else ""
+    return figure(panels, title, f"{note}{running}{SEEDS}")
 
 
-def tradeoff(study: PersonalizeStudyConfig, records: Records, names: Sequence[str], title: str) -> str | None:
-    """A dot a variant; None where none was measured."""
+def tradeoff(
+    study: PersonalizeStudyConfig, records: Records, names: Sequence[str], title: str
+) -> Figure | None:
+    """A dot with its intervals for each variant that was measured."""
     colours = colours_of(study, names)
     marks = marks_of(study, records, {name: (name, colours[name]) for name in names})
-    if not marks:
-        return None
-    legend = [(f"spot f{mark.colour}", mark.label) for mark in marks]
-    return standalone(marks_chart(marks, *_axes(study)), title, legend, CROSSES)
+    return figure([Panel(*_axes(study), marks)], title, CROSSES) if marks else None
+
+
+def crossed_tradeoff(study: PersonalizeStudyConfig, records: Records, crossed: CrossedTable) -> Figure | None:
+    """A path for each column with a dot for each row; the ends of the paths are named by their rows."""
+    content: list[Curve | Mark] = []
+    for colour, (column, cells) in enumerate(crossed.columns.items()):
+        wanted = {name: (row, colour) for row, name in cells.items()}
+        marks = [replace(mark, listed=False) for mark in marks_of(study, records, wanted)]
+        if marks:
+            content.append(Curve(column, [(mark.x[0], mark.y[0]) for mark in marks], PALETTE[colour]))
+            ends = {marks[0].label, marks[-1].label}
+            content += [replace(mark, caption=mark.label if mark.label in ends else "") for mark in marks]
+    note = f"{CROSSES}; ends of paths: {crossed.corner}"
+    return figure([Panel(*_axes(study), content)], crossed.title, note) if content else None
 
 
 def marks_of(
-    study: PersonalizeStudyConfig, records: Records, wanted: Mapping[str, tuple[str, int]], caption: str = ""
+    study: PersonalizeStudyConfig, records: Records, wanted: Mapping[str, tuple[str, int]]
 ) -> list[Mark]:
-    """The marks of variants that were measured; `wanted`: variant -> label and colour."""
+    """The marks of the variants that were measured; `wanted` has a label and the number of a colour for each."""
     found = []
     for name, (label, colour) in wanted.items():
         x, y = (reward_interval(records, name, reward) for reward in (study.prompt, study.identity))
         if x.count and y.count:
-            found.append(Mark(label, (x.mean, x.low, x.high), (y.mean, y.low, y.high), colour, caption))
+            found.append(Mark(label, (x.mean, x.low, x.high), (y.mean, y.low, y.high), PALETTE[colour]))
     return found
 
 
 def colours_of(study: PersonalizeStudyConfig, names: Sequence[str]) -> dict[str, int]:
-    """Those of the curves where a variant has one, the base grey, and what is left for the others."""
+    """Numbers of colours: a variant with a curve has the curve's, the base grey, and others what is left."""
     drawn = {name: place for place, name in enumerate(study.drawn())}
-    own = {name: drawn[name] for name in names if name in drawn}
-    free = [colour for colour in range(COLOURS) if colour not in own.values()]
+    found = {name: drawn[name] for name in names if name in drawn}
+    free = [colour for colour in range(len(PALETTE)) if colour not in found.values()]
     if BASE in names and BASE_COLOUR in free:
-        own[BASE] = BASE_COLOUR
+        found[BASE] = BASE_COLOUR
         free.remove(BASE_COLOUR)
-    return {name: own[name] if name in own else free.pop(0) for name in names}
-
-
-def _crossed(study: PersonalizeStudyConfig, records: Records, crossed: CrossedTable) -> str | None:
-    """A path a column, its dots named by their rows."""
-    marks, legend = [], []
-    for colour, (column, cells) in enumerate(crossed.columns.items()):
-        own = [
-            mark
-            for row, name in cells.items()
-            for mark in marks_of(study, records, {name: (f"{column}, {row}", colour)}, row)
-        ]
-        marks += own
-        legend += [(f"spot f{colour}", column)] if own else []
-    if not marks:
-        return None
-    chart = marks_chart(marks, *_axes(study), joined=True)
-    return standalone(chart, crossed.title, legend, f"{CROSSES}; dots are named by {crossed.corner}")
+    return {name: found[name] if name in found else free.pop(0) for name in names}
 
 
 def _axes(study: PersonalizeStudyConfig) -> tuple[str, str]:
     named = {"prompt": study.prompt, "identity": study.identity}
     x, y = (reward if reward == role else f"{reward} ({role})" for role, reward in named.items())
     return x, y
-
-
-def _training(study: PersonalizeStudyConfig, records: Records) -> str | None:
-    names = {reward: f"reward/{reward}/mean" for reward in (study.identity, study.prompt)}
-    note = f"running mean of {WINDOW} steps, {SEEDS}"
-    return _beside(study, records, names, "Rewards of training pictures", note, smoothed=True)
-
-
-def _fixed(study: PersonalizeStudyConfig, records: Records) -> str | None:
-    names = {reward: f"fixed/{reward}" for reward in (study.identity, study.prompt)}
-    return _beside(
-        study, records, names, "Rewards of fixed prompts of held-out subjects", SEEDS, smoothed=False
-    )
-
-
-def _beside(
-    study: PersonalizeStudyConfig,
-    records: Records,
-    names: Mapping[str, str],
-    title: str,
-    note: str,
-    *,
-    smoothed: bool,
-    levels: Mapping[str, float] | None = None,
-) -> str | None:
-    """One panel a curve of the records, side by side, each with a dotted level where `levels` has one."""
-    panels: list[str] = []
-    labels: dict[str, str] = {}
-    for label, name in names.items():
-        curves = curves_of(study.drawn(), records, name, smoothed=smoothed)
-        if not curves:
-            return None
-        labels |= {curve.css: curve.label for curve in curves}
-        if levels is not None:
-            curves.append(_level(curves, levels[label]))
-            labels["best"] = INDEPENDENT
-        panels.append(lines_chart(curves, PICTURES, label))
-    return standalone(panels, title, list(labels.items()), note)
-
-
-def _level(curves: Sequence[Curve], level: float) -> Curve:
-    """A straight line over the range of curves."""
-    places = [x for curve in curves for x, _ in curve.values if math.isfinite(x)]
-    return Curve(INDEPENDENT, [(min(places), level), (max(places), level)], "best")
-
-
-def _conflict(study: PersonalizeStudyConfig, records: Records) -> str | None:
-    names = {"conflict share": "conflict_share", "correlation of the advantages": "reward_correlation"}
-    levels = {"conflict share": 0.5, "correlation of the advantages": 0.0}
-    note = (
-        f"share of samples whose two advantages have opposite signs; running mean of {WINDOW} steps, {SEEDS}"
-    )
-    title = "Do identity and prompt reward agree?"
-    return _beside(study, records, names, title, note, smoothed=True, levels=levels)

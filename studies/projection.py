@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pixrl.algorithms.exploration import Exploration, Group, NoiseOnly, prepare
@@ -19,13 +20,13 @@ from pixrl.data.prompts import Prompt
 from pixrl.errors import ShapeError
 from pixrl.metrics.diversity import DiversityMeter, distinct_layouts, layouts_of, mean_pairwise_distance
 from pixrl.models.slots import Slot
-from pixrl.report.charts import Cloud, clouds_chart, standalone
 from pixrl.runs.evaluation import spread_evenly
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import png_bytes
 from pixrl.runs.loaded import LoadedRun, load_run
 from studies.config import RunStudyConfig
 from studies.figures import FIGURES
+from studies.style import PALETTE, Cloud, Panel, figure, svg
 
 PROJECTION = "projection.json"
 FIRST_EPOCH = -1000
@@ -59,7 +60,7 @@ def write_projection(study: RunStudyConfig, out: Path, meter: DiversityMeter) ->
         sheet_CHW = sheet(explored.perturbed_SCHW[: method.group_size], method.noises)
         write_atomic(place / f"variants-{number}.png", png_bytes(sheet_CHW))
         figures, chart = project(explored, meter, method.noises, variants, settings.variant)
-        write_atomic(place / f"projection-{number}.svg", chart.encode())
+        write_atomic(place / f"projection-{number}.svg", svg(chart))
         found.append({"prompt": prompt.text, **figures})
     write_atomic(out / PROJECTION, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
 
@@ -76,15 +77,16 @@ def explore(shop: LoadedRun, prompt: Prompt, number: int, rounds: int, steps: in
 
 def project(
     explored: Explored, meter: DiversityMeter, noises: int, variants: int, name: str
-) -> tuple[dict[str, float], str]:
-    """Figures of both ways of exploring one prompt, and the chart as SVG."""
+) -> tuple[dict[str, float], Figure]:
+    """Figures of both ways of exploring one prompt, and the chart."""
     perturbed_SE = meter.features(explored.perturbed_SCHW).float()
     noise_SE = meter.features(explored.noise_SCHW).float()
     points_B2, shares_2 = principal_plane(torch.cat([perturbed_SE, noise_SE]))
     first, second = ([(x, y) for x, y in part.tolist()] for part in points_B2.split(len(perturbed_SE)))
-    axes = [f"axis {n}, {share:.0%} of the variance" for n, share in enumerate(shares_2.tolist(), 1)]
-    clouds = [Cloud("noise alone", second, 1), Cloud(name, first, 0)]
-    legend = [(f"spot f{cloud.colour}", cloud.label) for cloud in clouds]
+    x_label, y_label = (
+        f"axis {n}, {share:.0%} of the variance" for n, share in enumerate(shares_2.tolist(), 1)
+    )
+    clouds = [Cloud("noise alone", second, PALETTE[1]), Cloud(name, first, PALETTE[0])]
     figures = {
         "distance_perturbed": mean_pairwise_distance(perturbed_SE[None]).item(),
         "distance_noise": mean_pairwise_distance(noise_SE[None]).item(),
@@ -93,7 +95,7 @@ def project(
     if meter.detector is not None:
         for way, images in (("perturbed", explored.perturbed_SCHW), ("noise", explored.noise_SCHW)):
             figures[f"layouts_{way}"] = distinct_layouts(layouts_of(meter.detector, images))
-    return figures, standalone(clouds_chart(clouds, *axes), explored.prompt, legend, NOTE)
+    return figures, figure([Panel(x_label, y_label, clouds)], explored.prompt, NOTE)
 
 
 def principal_plane(features_BE: Tensor) -> tuple[Tensor, Tensor]:

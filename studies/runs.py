@@ -33,7 +33,7 @@ from pixrl.runs.measure import (
 from pixrl.runs.place import is_run
 from studies.budget import draws_its_own
 from studies.config import BASE, PersonalizeStudyConfig, RunStudyConfig
-from studies.figures import write_figures, write_personalize_figures
+from studies.figures import write_figures
 from studies.gallery import write_gallery
 from studies.grid import Record, Task
 from studies.projection import write_projection
@@ -164,6 +164,4 @@ def finish(study: RunStudyConfig, records: list[Record], out: Path) -> None:
 def write_results(study: RunStudyConfig, records: list[Record], out: Path) -> str:
     """Write table.md, summary.json and figures/ from the records so far; return the Markdown."""
     write_figures(study, records, out)
-    if isinstance(study, PersonalizeStudyConfig):
-        write_personalize_figures(study, records, out)
     return write_tables(study, records, out)

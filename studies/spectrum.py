@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
@@ -34,7 +35,6 @@ from pixrl.metrics.intervals import student
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.pipeline import chunks
 from pixrl.models.slots import Slot
-from pixrl.report.charts import Curve, lines_chart, standalone
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import png_bytes
 from pixrl.runs.loaded import load_run
@@ -45,6 +45,7 @@ from studies.config import (
 )
 from studies.figures import FIGURES
 from studies.projection import sheet
+from studies.style import PALETTE, Curve, Panel, figure, svg
 
 SPECTRUM = "spectrum.json"
 EPOCH = -7
@@ -147,7 +148,7 @@ def write_spectrum(study: PersonalizeStudyConfig, out: Path) -> None:
     place = out / FIGURES
     place.mkdir(exist_ok=True)
     write_atomic(place / "denoising.png", png_bytes(_path_sheet(path, settings.shown)))
-    write_atomic(place / "spectrum.svg", spectrum_figure(spectrum, settings).encode())
+    write_atomic(place / "spectrum.svg", svg(spectrum_figure(spectrum, settings)))
     write_atomic(out / SPECTRUM, (json.dumps(spectrum_record(spectrum, settings), indent=1) + "\n").encode())
 
 
@@ -166,34 +167,28 @@ def spectrum_record(spectrum: Spectrum, settings: SpectrumSettings) -> dict[str,
     return record
 
 
-def spectrum_figure(spectrum: Spectrum, settings: SpectrumSettings) -> str:
-    """Both panels as one SVG file."""
+def spectrum_figure(spectrum: Spectrum, settings: SpectrumSettings) -> Figure:
+    """Energy and distance of both bands at every step, side by side, with 95 % intervals over pictures."""
+    bands = {
+        "low": f"low frequencies (waves of {1 / settings.cut:g} pixels and longer)",
+        "high": "high frequencies (shorter waves)",
+    }
     shown = {
         "energy, as a share of the finished picture's": spectrum.energy,
         "distance to the finished picture": spectrum.distance,
     }
-    panels = [
-        lines_chart([_curve(figures, spectrum.energy, band) for band in BANDS], "step", label)
-        for label, figures in shown.items()
-    ]
-    wave = f"{1 / settings.cut:g} pixels"
-    legend = [
-        ("k1", f"low frequencies (waves of {wave} and longer)"),
-        ("k0", "high frequencies (shorter waves)"),
-    ]
+    panels = []
+    for y_label, found in shown.items():
+        curves = []
+        for colour, (band, label) in zip((PALETTE[1], PALETTE[0]), bands.items(), strict=True):
+            shares = [share_of(row_B, spectrum.energy[band][-1]) for row_B in found[band]]
+            line = [(step, share) for step, (share, _, _) in enumerate(shares)]
+            shaded = [(step, low, high) for step, (_, low, high) in enumerate(shares)]
+            curves.append(Curve(label, line, colour, shaded))
+        panels.append(Panel("step", y_label, curves))
     count = spectrum.energy["low"].shape[1]
     note = f"base; the predicted picture at each of {settings.steps} steps, {count} pictures; shaded: 95 % intervals"
-    return standalone(panels, "Spectrum of the denoising path", legend, note)
-
-
-def _curve(figures: dict[str, Tensor], energy: dict[str, Tensor], band: str) -> Curve:
-    """A figure of a band as a share of the finished pictures' energy, with its 95 % interval over pictures."""
-    line, shaded = [], []
-    for step, row_B in enumerate(figures[band]):
-        share, low, high = share_of(row_B, energy[band][-1])
-        line.append((step, share))
-        shaded.append((step, low, high))
-    return Curve(band, line, "k1" if band == "low" else "k0", shaded)
+    return figure(panels, "Spectrum of the denoising path", note)
 
 
 def share_of(part_B: Tensor, whole_B: Tensor) -> tuple[float, float, float]:

@@ -211,20 +211,13 @@ def test_panels_of_figures_that_were_not_logged_are_left_out() -> None:
     assert [panel.title for panel in panels(rows, [])] == ["Policy ratio"]
 
 
-def test_bands_clouds_and_files_are_well_formed() -> None:
+def test_bands_are_well_formed() -> None:
     curve = charts.Curve("a <b>", [(0, 1), (1, 2)], "k0", [(0, 0, 2), (1, 1, 3), (2, float("nan"), 1)])
     chart = charts.lines_chart([curve], "step", "reward", legend=True)
     assert 'class="band k0"' in chart and "a &lt;b&gt;" in chart
     band = re.search(r'class="band k0" points="([^"]+)"', chart)
     assert band is not None and len(band[1].split()) == 4
-    cloud = charts.clouds_chart([charts.Cloud("x", [(0, 0), (1, 1)], 3)], "1", "2")
-    assert cloud.count('class="spot f3"') == 2
-    for number in (1, 12):
-        legend = [("k0", f"a long name {n}") for n in range(number)] + [("spot f1", "dots")]
-        root = ET.fromstring(charts.standalone(chart, "Title & more", legend, "a note < 1"))
-        assert root.tag == "{http://www.w3.org/2000/svg}svg"
-        ys = [float(text.attrib["y"]) for text in root.iter("{http://www.w3.org/2000/svg}text")]
-        assert max(ys) < float(root.attrib["viewBox"].split()[3]) - charts.HEAD
+    ET.fromstring(chart)
 
 
 def test_ticks_are_exact_and_short() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tests.personalize.test_job import SHAPING, recipe, rewards
 from tests.studies.command import main
@@ -25,7 +26,16 @@ from pixrl.runs.loaded import load_run
 from studies import runs as align_study
 from studies.budget import budget_of
 from studies.config import PersonalizeStudyConfig, spread_over_subjects
-from studies.figures import colours_of, marks_of, write_personalize_figures
+from studies.figures import (
+    INDEPENDENT,
+    colours_of,
+    conflict,
+    crossed_tradeoff,
+    marks_of,
+    subject_figures,
+    tradeoff,
+    write_figures,
+)
 from studies.gallery import GAP, HEAD, TILE, WORDS, write_gallery
 from studies.runs_tables import (
     conflict_rows,
@@ -35,7 +45,6 @@ from studies.runs_tables import (
 )
 
 REDNESS = {**rewards()[1], "name": "red", "held_out": True}
-SVG = "{http://www.w3.org/2000/svg}"
 T_OF_THREE = 4.302653
 """Student's t(0.975) with two degrees of freedom."""
 
@@ -89,12 +98,8 @@ def load(study: dict[str, Any], **changes: Any) -> PersonalizeStudyConfig:
     return recipes.load(PersonalizeStudyConfig, {**study, **changes})
 
 
-def svg_of(path: Path) -> ET.Element:
-    return ET.parse(path).getroot()
-
-
-def by_class(root: ET.Element, name: str) -> list[ET.Element]:
-    return [one for one in root.iter() if name in one.get("class", "").split()]
+def legend_of(made: Figure) -> list[str]:
+    return [text.get_text() for legend in made.legends for text in legend.get_texts()]
 
 
 # --- a whole study ---------------------------------------------------------------------------------------------------
@@ -128,10 +133,12 @@ def test_a_study_from_recipe_to_gallery(
     summary = json.loads((out / "summary.json").read_text())
     assert summary["budgets"]["rpo"]["gradient_terms"] == 16 and set(summary["conflict"]) == {"ours"}
     assert [one["verdict"] for one in summary["orderings"]] == ["not decided"] * 2  # one seed decides nothing
-    assert (
-        len(by_class(svg_of(out / "figures/curves-fixed.svg"), "line")) == 3 * 2 + 3
-    )  # two panels and the legend
-    assert len(by_class(svg_of(out / "figures/curves-training.svg"), "line")) == 1 * 2 + 1
+    drawn = subject_figures(load(study), list(of.values()))
+    for name, trained in (("curves-fixed", ["ours", "sft", "rpo"]), ("curves-training", ["ours"])):
+        ET.parse(out / f"figures/{name}.svg")
+        made = drawn[name]
+        assert made is not None and legend_of(made) == trained
+        assert [[line.get_label() for line in axes.lines] for axes in made.axes] == [trained] * 2
     check_spectrum(out)
     check_gallery(out)
     # another study takes the finished run of this one
@@ -166,7 +173,10 @@ def check_spectrum(out: Path) -> None:
         assert len(spectrum[band]["energy"]) == 3 and spectrum[band]["distance"][0] > 0
     with Image.open(out / "figures/denoising.png") as path:
         assert path.size == (3 * 32 + 2 * 2, 2 * 32 + 2)
-    assert len(by_class(svg_of(out / "figures/spectrum.svg"), "band")) == 4
+    bands = [
+        one for one in ET.parse(out / "figures/spectrum.svg").iter() if "FillBetween" in one.get("id", "")
+    ]
+    assert len(bands) == 4  # of two curves in two panels
 
 
 def check_gallery(out: Path) -> None:
@@ -314,21 +324,41 @@ def test_figures_show_what_the_records_say(
     half = T_OF_THREE * 0.01 / math.sqrt(3)
     assert mark.y == pytest.approx((0.71, 0.71 - half, 0.71 + half)) and mark.x[0] == pytest.approx(64 / 3)
     assert colours_of(loaded, ["base", "sft", "ours"]) == {"base": 7, "sft": 1, "ours": 0}
-    names = {path.name for path in write_personalize_figures(loaded, records, tmp_path)}
+    names = {path.name for path in write_figures(loaded, records, tmp_path)}
     assert names == {"tradeoff.svg", "tradeoff-table_2.svg", "tradeoff-table_5.svg", "reward-conflict.svg"}
-    root = svg_of(tmp_path / "figures/tradeoff-table_2.svg")
-    dots = {one[0].text: one for one in root.iter(f"{SVG}circle") if len(one)}
-    assert set(dots) == {"base", "sft", "ours"}
-    places = {name: (float(dot.attrib["cx"]), float(dot.attrib["cy"])) for name, dot in dots.items()}
-    assert places["ours"][1] < places["base"][1] < places["sft"][1]  # a better identity is higher up
-    assert places["ours"][0] > places["base"][0]
-    paths = by_class(svg_of(tmp_path / "figures/tradeoff-table_5.svg"), "line")
-    assert [len(path.attrib["points"].split()) for path in paths] == [2, 2]  # one a column, a dot a row
-    conflict = svg_of(tmp_path / "figures/reward-conflict.svg")
-    levels = by_class(conflict, "best")
-    assert len(levels) == 3 and "independent rewards" in [text.text for text in conflict.iter(f"{SVG}text")]
-    heights = {pair.split(",")[1] for pair in levels[0].attrib["points"].split()}
-    assert len(heights) == 1  # level at one half
+    for name in names:
+        ET.parse(tmp_path / "figures" / name)
+
+    made = tradeoff(loaded, records, ["base", "sft", "ours"], "Table 2")
+    assert made is not None and legend_of(made) == ["base", "sft", "ours"]
+    (axes,) = made.axes
+    assert axes.get_xlabel() == "prompt" and axes.get_title(loc="left") == "identity"
+    places = {line.get_label(): line.get_xydata() for line in axes.lines if len(line.get_xdata()) == 1}
+    means = {"base": (21, 0.6), "sft": (21, 0.5), "ours": (64 / 3, 0.71)}
+    assert {name: tuple(place[0]) for name, place in places.items()} == {
+        name: pytest.approx(mean) for name, mean in means.items()
+    }
+    assert not axes.yaxis_inverted() and not axes.xaxis_inverted()  # a better identity is higher up
+    bars = [line for line in axes.lines if line.get_label() == "_ours"]
+    assert [list(bar.get_ydata()) for bar in bars] == [
+        pytest.approx([0.71, 0.71]),
+        pytest.approx([0.71 - half, 0.71 + half]),
+    ]
+
+    crossed = crossed_tradeoff(loaded, records, loaded.crossed[0])
+    assert crossed is not None and legend_of(crossed) == ["up", "down"]
+    paths = {line.get_label(): line for line in crossed.axes[0].lines}
+    for column, end in (("up", (64 / 3, 0.71)), ("down", (19, 0.65))):  # a path a column, a dot a row
+        points = paths[column].get_xydata().tolist()
+        assert points == [pytest.approx((21, 0.5)), pytest.approx(end)]
+    captions = [text.get_text() for text in crossed.axes[0].texts]
+    assert captions == ["0", "1"] * 2
+
+    conflicting = conflict(loaded, records)
+    assert conflicting is not None and legend_of(conflicting) == ["ours", INDEPENDENT]
+    levels = [line for axes in conflicting.axes for line in axes.lines if line.get_label() == INDEPENDENT]
+    assert [list(level.get_ydata()) for level in levels] == [[0.5, 0.5], [0, 0]]
+    assert [list(level.get_xdata()) for level in levels] == [[16, 32]] * 2
 
 
 # --- which pictures are measured -------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What studies say of their records, in numbers worked out by hand: curves, levels, orderings, budgets."""
 
 import math
-import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ from tests.align.synthetic import settings
 from pixrl.errors import ConfigError
 from pixrl.metrics.intervals import Interval
 from studies.budget import budget_of, check_budgets, draws_its_own
-from studies.figures import _conflict, marks_of, over_seeds
+from studies.figures import INDEPENDENT, conflict, marks_of, over_seeds
 from studies.runs import training_figures, training_record
 from studies.runs_tables import (
     HOLDS,
@@ -39,24 +38,34 @@ def record(variant: str, seed: int, identity: float, prompt: float, **curves: An
 def test_the_lines_of_independence_lie_at_one_half_and_at_zero() -> None:
     """Curves that are as of independent rewards lie on them; others above or below."""
 
-    def heights(share: float, correlation: float) -> list[list[set[str]]]:
-        curves = {
+    def heights(share: float, correlation: float) -> list[list[list[float]]]:
+        points = {
             "conflict_share": [[10, share], [20, share]],
             "reward_correlation": [[10, correlation], [20, correlation]],
         }
-        text = _conflict(STUDY, [record("ours", 0, 0, 0, **curves)])
-        assert text is not None
-        lines = re.findall(r'<polyline[^>]*class="([^"]*)"[^>]*points="([^"]*)"', text)
-        drawn = [(css, {pair.split(",")[1] for pair in points.split()}) for css, points in lines]
-        return [[y for css, y in drawn if ("best" in css) is level] for level in (False, True)]
+        made = conflict(STUDY, [record("ours", 0, 0, 0, **points)])
+        assert made is not None
+        assert not any(axes.yaxis_inverted() for axes in made.axes)  # a larger value is higher up
+        lines = [line for axes in made.axes for line in axes.lines]
+        assert all(list(line.get_xdata()) == [10, 20] for line in lines)
+        return [
+            [list(line.get_ydata()) for line in lines if (line.get_label() == INDEPENDENT) is level]
+            for level in (False, True)
+        ]
 
     curves, levels = heights(0.5, 0.0)
-    assert curves == levels and len(levels) == 2 and all(len(one) == 1 for one in levels)
+    assert curves == levels == [[0.5, 0.5], [0.0, 0.0]]
     for share, correlation in ((0.2, 0.5), (0.9, -0.5)):
         curves, levels = heights(share, correlation)
-        # a larger value is higher up, at a smaller y
-        above = [float(*curve) < float(*level) for curve, level in zip(curves, levels, strict=True)]
-        assert above == [share > 0.5, correlation > 0]
+        assert curves == [[share, share], [correlation, correlation]] and levels == [[0.5, 0.5], [0.0, 0.0]]
+
+
+def test_each_panel_names_what_it_shows() -> None:
+    points = {"conflict_share": [[10, 0.4]], "reward_correlation": [[10, 0.3]]}
+    made = conflict(STUDY, [record("ours", 0, 0, 0, **points)])
+    assert made is not None
+    shown = {axes.get_title(loc="left"): axes.lines[0].get_ydata()[0] for axes in made.axes}
+    assert shown == {"conflict share": 0.4, "correlation of the advantages": 0.3}
 
 
 def test_the_trade_off_has_the_prompt_across_and_the_identity_up() -> None:

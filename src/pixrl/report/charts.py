@@ -4,16 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
 
 WIDTH, HEIGHT = 520, 300
 """Size of a chart in SVG units."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 30, 40
 """Margins around the plotted area."""
-HEAD = 42
-"""Height above a chart that is a file of its own, for its title and note."""
-COLOURS = 9
-"""Number of colours in the style sheet: classes k0 to k8 for lines and f0 to f8 for dots."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +56,6 @@ class Curve:
     """The shaded region around the line, as (x, low, high)."""
 
 
-@dataclass(frozen=True)
-class Cloud:
-    """The points of one kind in a scatter plot."""
-
-    label: str
-    points: Sequence[tuple[float, float]]
-    colour: int
-    """Number of the colour in the style sheet, 0 to 8."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A mean in two dimensions with its intervals; bounds that are not known are nan."""
-
-    label: str
-    """Name of the mark, which shows where the pointer rests on it."""
-    x: tuple[float, float, float]
-    """Mean, low and high end of the interval."""
-    y: tuple[float, float, float]
-    colour: int
-    """Number of the colour in the style sheet, 0 to 8."""
-    caption: str = ""
-    """Text beside the mark."""
-
-
 def axis(values: Sequence[float], start: float, end: float, pad: float = 0.06) -> Axis:
     """Return an axis around the finite values, with a margin of the share `pad` at both ends."""
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
@@ -121,7 +91,7 @@ def reward_chart(rewards: Sequence[float], batch: int, pool: int | None = None) 
     if learning < len(rewards):
         body += (
             f'<line class="edge" x1="{x(learning)}" x2="{x(learning)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-            f'<text x="{x(learning) + 5}" y="{TOP + 11}">pool</text>'
+            f'<text x="{x(learning) + 5}" y="{HEIGHT - BOTTOM - 7}">pool</text>'
         )
     return _frame(
         body, x, y, "pictures", "reward", _legend([("dot", "picture"), *[(c.css, c.label) for c in curves]])
@@ -153,69 +123,6 @@ def lines_chart(
     body = "".join([*bands, *(_line(curve, x, y) for curve in curves)])
     named = _legend([(curve.css, curve.label) for curve in curves]) if legend else ""
     return _frame(body, x, y, x_label, y_label, named)
-
-
-def clouds_chart(clouds: Sequence[Cloud], x_label: str, y_label: str) -> str:
-    """Plot points of several kinds over the same axes."""
-    points = [point for cloud in clouds for point in cloud.points]
-    x = axis([p[0] for p in points], LEFT, WIDTH - RIGHT)
-    y = axis([p[1] for p in points], HEIGHT - BOTTOM, TOP)
-    body = "".join(
-        f'<circle class="spot f{cloud.colour}" cx="{x(px)}" cy="{y(py)}" r="3.4"/>'
-        for cloud in clouds
-        for px, py in cloud.points
-    )
-    return _frame(body, x, y, x_label, y_label, "")
-
-
-def marks_chart(marks: Sequence[Mark], x_label: str, y_label: str, *, joined: bool = False) -> str:
-    """Plot means with their intervals as crosses; `joined`: those of one colour are connected in their order."""
-    x = axis([value for mark in marks for value in mark.x], LEFT, WIDTH - RIGHT)
-    y = axis([value for mark in marks for value in mark.y], HEIGHT - BOTTOM, TOP)
-    paths = [
-        Curve("", [(mark.x[0], mark.y[0]) for mark in marks if mark.colour == colour], f"k{colour}")
-        for colour in dict.fromkeys(mark.colour for mark in marks)
-        if joined
-    ]
-    parts = [*(_line(path, x, y) for path in paths), *(_cross(mark, x, y) for mark in marks)]
-    return _frame("".join(parts), x, y, x_label, y_label, "")
-
-
-def standalone(
-    charts: str | Sequence[str], title: str, legend: Sequence[tuple[str, str]], note: str = ""
-) -> str:
-    """Return one chart, or several side by side, as a file of its own.
-
-    Title and note stand above it, the legend of (css class, label) below.
-
-    The ground is white whatever the reader's colours are.
-    """
-    shown = [charts] if isinstance(charts, str) else list(charts)
-    width = WIDTH * len(shown)
-    rows, place = [], LEFT + 0.0
-    line = 0
-    for css, label in legend:
-        wide = 34 + 6.4 * len(label)
-        if place + wide > width and place > LEFT:
-            place, line = LEFT + 0.0, line + 1
-        rows.append(_legend_entry(css, label, place, HEIGHT + 14 + 18 * line))
-        place += wide
-    height = HEIGHT + (22 + 18 * line if legend else 0) + 4
-    inner = "".join(
-        f'<g transform="translate({WIDTH * number},0)">{chart[chart.index(">") + 1 : chart.rindex("</svg>")]}</g>'
-        for number, chart in enumerate(shown)
-    )
-    style = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
-    colours = style.partition("@media (prefers-color-scheme: dark)")[0]
-    rules = "\n".join(row for row in style.splitlines() if row.startswith("svg"))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 -{HEAD} {width} {height + HEAD}" '
-        f'width="{2 * width}" height="{2 * (height + HEAD)}">'
-        f"<style>{colours}{rules}</style>"
-        f'<rect y="-{HEAD}" width="{width}" height="{height + HEAD}" fill="#ffffff"/>'
-        f'<text class="heading" x="4" y="-24">{escape(title)}</text><text x="4" y="-8">{escape(note)}</text>'
-        f"{inner}{''.join(rows)}</svg>\n"
-    )
 
 
 def scatter_chart(
@@ -250,23 +157,6 @@ def sparkline(values: Sequence[float], width: int = 160, height: int = 36) -> st
     return f'<svg class="spark" {size}><polyline points="{path}"/></svg>'
 
 
-def _cross(mark: Mark, x: Axis, y: Axis) -> str:
-    """Draw a dot at the mean, a bar along each axis whose interval is known, and the caption beside it."""
-    (mx, left, right), (my, low, high) = mark.x, mark.y
-    ends = [(left, my, right, my), (mx, low, mx, high)]
-    thin = 'stroke-width="1.3" opacity=".65"'
-    bars = "".join(
-        f'<line class="k{mark.colour}" {thin} x1="{x(a)}" y1="{y(b)}" x2="{x(c)}" y2="{y(d)}"/>'
-        for a, b, c, d in ends
-        if all(math.isfinite(value) for value in (a, b, c, d))
-    )
-    at, down = x(mx), y(my)
-    title = f"<title>{escape(mark.label)}</title>"
-    dot = f'<circle class="f{mark.colour}" cx="{at}" cy="{down}" r="4.2">{title}</circle>'
-    words = f'<text x="{at + 7}" y="{down - 6}">{escape(mark.caption)}</text>' if mark.caption else ""
-    return bars + dot + words
-
-
 def _line(curve: Curve, x: Axis, y: Axis) -> str:
     path = " ".join(f"{x(px)},{y(py)}" for px, py in curve.values if math.isfinite(py))
     return (
@@ -275,22 +165,17 @@ def _line(curve: Curve, x: Axis, y: Axis) -> str:
 
 
 def _legend(entries: Sequence[tuple[str, str]]) -> str:
-    parts, place = [], LEFT + 6.0
+    """Draw marks and their names side by side below the axis; the class `dot` is a dot, all others are lines."""
+    parts, x, y = [], LEFT + 6.0, HEIGHT - 7
     for css, label in entries:
-        parts.append(_legend_entry(css, label, place, HEIGHT - 7))
-        place += 34 + 6.4 * len(label)
+        parts.append(
+            f'<circle class="{css}" cx="{x + 8}" cy="{y}" r="2.8"/>'
+            if css == "dot"
+            else f'<line class="line {css}" x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}"/>'
+        )
+        parts.append(f'<text x="{x + 21}" y="{y + 4}">{escape(label)}</text>')
+        x += 34 + 6.4 * len(label)
     return "".join(parts)
-
-
-def _legend_entry(css: str, label: str, x: float, y: float) -> str:
-    """Draw a mark and its name; classes of dots are `dot` and `spot`, all others are lines."""
-    kind, *_ = css.split()
-    mark = (
-        f'<circle class="{css}" cx="{x + 8}" cy="{y}" r="2.8"/>'
-        if kind in ("dot", "spot")
-        else f'<line class="line {css}" x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}"/>'
-    )
-    return f'{mark}<text x="{x + 21}" y="{y + 4}">{escape(label)}</text>'
 
 
 def _frame(body: str, x: Axis, y: Axis, x_label: str, y_label: str, legend: str) -> str:
