@@ -1,4 +1,4 @@
-"""Whether a checkpoint's folder is whole: every listed part is there, of the listed class, and not cut short.
+"""What a checkpoint's folder holds, and whether it is whole: every listed part there, of its class, not cut short.
 
 Only configs and the headers of safetensors files are read. This module imports neither torch nor the model libraries.
 """
@@ -48,7 +48,7 @@ class TensorHeader:
 
 
 def remedy(path: Path) -> str:
-    """What to type to get a complete checkpoint."""
+    """Return what to type to get a complete checkpoint, as a sentence."""
     if path.is_relative_to(TOY_ROOT):
         if in_checkout("toy_build"):
             return f"Type: pixrl toy build --stage {path.relative_to(TOY_ROOT).parts[0]}"
@@ -60,7 +60,7 @@ def remedy(path: Path) -> str:
 
 
 def _mend_cache(path: Path) -> str | None:
-    """The command for what lies in the hub's cache, `models--OWNER--NAME/snapshots/COMMIT/...`; None elsewhere."""
+    """Return the command for what lies in the hub's cache (`models--OWNER--NAME/snapshots/COMMIT/...`), or None."""
     parts = path.parts
     at = next((n for n, part in enumerate(parts[:-2]) if _CACHED.fullmatch(part)), None)
     if at is None or parts[at + 1] != "snapshots":
@@ -76,7 +76,11 @@ def _mend_cache(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a checkpoint's file."""
+    """Return the JSON object in a checkpoint's file.
+
+    Raises:
+        CheckpointError: the file is missing or holds anything else.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint is not complete. {remedy(path)}")
     try:
@@ -91,7 +95,11 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def check_folder(path: Path, layout: Layout) -> None:
-    """Refuses a folder in which a listed part, its config or its weights are missing, of another class or cut short."""
+    """Refuse a folder that is not whole.
+
+    Raises:
+        CheckpointError: a listed part, its config or its weights are missing, of another class or cut short.
+    """
     if layout is not Layout.PIPELINE:
         _check_model(path, bin_too=layout is Layout.REWARD)
         return
@@ -106,7 +114,11 @@ def check_folder(path: Path, layout: Layout) -> None:
 
 
 def components(path: Path) -> dict[str, str]:
-    """Component name -> class name, as `model_index.json` lists them; T5 is left out where its folders are absent."""
+    """Return the class name of each component that `model_index.json` lists, without T5 where its folders are absent.
+
+    Raises:
+        CheckpointError: the folder holds no pipeline.
+    """
     if not (path / INDEX).is_file() and (path / "config.json").is_file():
         found = class_of(path) or "single model"
         whole = "Give a whole pipeline: its folder"
@@ -130,7 +142,7 @@ def components(path: Path) -> dict[str, str]:
 
 
 def class_of(part: Path) -> str | None:
-    """The class that a model's config.json names, in diffusers' or in transformers' way; None where it names none."""
+    """Return the class that a model's config.json names, in diffusers' or in transformers' way, or None."""
     config = read_json(part / "config.json")
     named = config.get("_class_name")
     architectures = config.get("architectures")
@@ -140,13 +152,13 @@ def class_of(part: Path) -> str | None:
 
 
 def is_model(kind: str) -> bool:
-    """Whether a component of that class has weights."""
+    """Return whether a component of that class has weights."""
     others = ("Tokenizer", "Scheduler", "Processor", "Extractor")
     return not any(word in kind for word in others)
 
 
 def model_files(part: Path) -> list[Path]:
-    """The safetensors files of one model: those that an index lists, or all.
+    """Return the safetensors files of one model: those that an index lists, or all.
 
     Raises:
         CheckpointError: they are shards, and the index that lists them is missing.
@@ -164,13 +176,16 @@ def model_files(part: Path) -> list[Path]:
 
 
 def bin_files(part: Path) -> list[Path]:
-    """pytorch_model.bin, or the shards that its index lists; none where there is neither."""
+    """Return pytorch_model.bin, or the shards that its index lists; none where there is neither."""
     whole = part / BIN
     return [whole] if whole.is_file() else list(_listed_shards(part, BIN_INDEX))
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:
-    """Tensor name -> dtype and shape, from a safetensors file that is complete.
+    """Return the dtype and shape of each tensor in a safetensors file that is complete.
+
+    `huggingface_hub.parse_local_safetensors_file_metadata` reads the same header, but neither refuses a file whose
+    tensors are cut short nor limits how deep an untrusted header nests.
 
     Raises:
         CheckpointError: the file is missing, cut short, damaged, or a pickle with a safetensors file's name.
@@ -179,8 +194,12 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
-        _refuse_pickle(file, start)
         length = int.from_bytes(start, "little")
+        if start.startswith(_PICKLES) and length > size:
+            raise CheckpointError(
+                f"{file} is a pickle (torch.save) under the name of a safetensors file. A pickle can run code when it "
+                f"is read, so it is never loaded: ask who made it for safetensors. {remedy(file)}"
+            )
         if size < 8 or length > size - 8:
             raise CheckpointError(
                 f"{file} is cut short: {size} bytes, its header alone needs more. {remedy(file)}"
@@ -197,15 +216,6 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     if size != 8 + length + end:
         raise CheckpointError(f"{file} is cut short: {size} bytes of {8 + length + end}. {remedy(file)}")
     return found
-
-
-def _refuse_pickle(file: Path, start: bytes) -> None:
-    """`start`: the first 8 bytes."""
-    if start.startswith(_PICKLES) and int.from_bytes(start, "little") > file.stat().st_size:
-        raise CheckpointError(
-            f"{file} is a pickle (torch.save) under the name of a safetensors file. A pickle can run code when it is "
-            f"read, so it is never loaded: ask who made it for safetensors. {remedy(file)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -227,7 +237,7 @@ def refuse_misfits(
     kind: str,
     reshaped: Sequence[Reshaped] = (),
 ) -> None:
-    """Nothing where all are empty.
+    """Refuse weights that do not fit a model; nothing happens where all lists are empty.
 
     Args:
         missing: weights that the model expects and the source lacks.
@@ -248,7 +258,7 @@ def refuse_misfits(
 
 
 def misfits(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence[Reshaped] = ()) -> str:
-    """Which keys do not fit, in words: the first few, each unexpected one with the nearest of the missing ones."""
+    """Return in words which keys do not fit: the first few, each unexpected one with the nearest missing one."""
     parts = []
     if reshaped:
         parts.append(f"{len(reshaped)} weights have another shape ({some([str(one) for one in reshaped])})")
@@ -262,7 +272,7 @@ def misfits(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequenc
 
 
 def some(keys: Sequence[str]) -> str:
-    """The first few, and whether there are more."""
+    """Return the first few names, and whether there are more, in words."""
     return f"{', '.join(keys[:NAMED])}{_more(keys)}"
 
 
