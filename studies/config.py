@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from pixrl.algorithms.sampling import Solver
 from pixrl.config import Settings
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, did_you_mean
+from pixrl.report.describe import images_of, updates_of
 from pixrl.rewards.settings import RewardSetting, check_rewards
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, load_recipe
 from pixrl.runs.evaluation import spread_evenly
 from pixrl.runs.fuse import slug
-from studies.budget import check_budgets
 from studies.grid import Study, Task, check_differences
 from studies.style import PALETTE
 
@@ -190,6 +191,60 @@ class AlignStudyConfig(RunStudyConfig):
 
     kind = "align-study"
     measuring: PromptMeasuring = PromptMeasuring()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run spends, so that methods are compared at equal budgets and the rest of what differs is said.
+
+    Two figures must be equal in a study: pictures and updates. Not every method draws its pictures itself:
+
+    | method       | its pictures are                                           | their scores are for             |
+    |--------------|------------------------------------------------------------|----------------------------------|
+    | clipped, nft | drawn by the model in training                             | learning, every one              |
+    | draft        | drawn by the model in training, the last K steps twice     | the log; learns from gradients   |
+    | rpo          | drawn by the frozen base                                   | finding a group's best and worst |
+    | sft          | targets of the data set, each with G noises of its own     | the log alone                    |
+
+    So equal pictures mean equal numbers of (picture, noise) pairs, not equal costs; a study's table has the minutes.
+    """
+
+    images: int
+    """Steps x prompts x G x K."""
+    source: str
+    """Who draws the pictures."""
+    scores: int
+    """Pictures whose scores say what is learned."""
+    gradient_terms: int
+    """Pairs of a picture and a noise level that go through a gradient."""
+    updates: int
+    """Optimizer steps."""
+
+    @property
+    def comparable(self) -> tuple[int, int]:
+        """What a study holds equal."""
+        return self.images, self.updates
+
+
+def budget_of(config: AlignConfig) -> Budget:
+    """Return what a recipe's run spends."""
+    images, updates, groups = images_of(config), updates_of(config), config.steps * config.prompts.per_step
+    spent = config.loss.spending(images, groups, config.sampling)
+    return Budget(images, spent.source, spent.scores, spent.gradient_terms, updates)
+
+
+def check_budgets(configs: Mapping[str, AlignConfig]) -> None:
+    """Raise ConfigError, with the sizes of all, unless variants have equal pictures and equal updates."""
+    budgets = {name: budget_of(config).comparable for name, config in configs.items()}
+    if len(set(budgets.values())) > 1:
+        listed = "\n  ".join(
+            f"{name}: {images} images, {updates} updates" for name, (images, updates) in budgets.items()
+        )
+        raise ConfigError(
+            f"The variants are not compared at equal images and equal updates:\n  {listed}\n"
+            "images = steps × prompts.per_step × G × K, updates = steps × optimizer.updates. "
+            "Change them in the variants' settings."
+        )
 
 
 def _check_shared(configs: Mapping[str, AlignConfig]) -> None:

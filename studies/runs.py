@@ -31,14 +31,11 @@ from pixrl.runs.measure import (
     open_run,
 )
 from pixrl.runs.place import is_run
-from studies.budget import draws_its_own
 from studies.config import BASE, PersonalizeStudyConfig, RunStudyConfig
 from studies.figures import write_figures
-from studies.gallery import write_gallery
 from studies.grid import Record, Task
-from studies.projection import write_projection
+from studies.pictures import write_gallery, write_projection, write_spectrum
 from studies.runs_tables import write_tables
-from studies.spectrum import write_spectrum
 
 RUNS = "runs"
 OWN = ("group_std", "zero_std_share", "diversity", "conflict_share", "reward_correlation", "advantage_mean")
@@ -104,7 +101,7 @@ def training_record(
 
     Of sft and rpo the figures of training's pictures are left out: those pictures are not the trained model's.
     """
-    per_step, own = config.prompts.per_step * config.group_size, draws_its_own(config)
+    per_step, own = config.prompts.per_step * config.group_size, config.loss.draws_its_own
     of_pictures = [*OWN, *(f"reward/{setting.name}/mean" for setting in config.rewards)]
     names = ["kl", *(of_pictures if own else [])]
     curves = {

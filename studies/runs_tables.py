@@ -9,12 +9,19 @@ from pixrl import untrusted
 from pixrl.metrics.intervals import Interval, student
 from pixrl.report.describe import images_of, updates_of
 from pixrl.runs.config import AlignConfig
-from studies.budget import budget_of, budget_table
-from studies.config import CrossedTable, PersonalizeStudyConfig, RunStudyConfig
+from studies.config import CrossedTable, PersonalizeStudyConfig, RunStudyConfig, budget_of
 from studies.tables import Grid, Records, Row, layout_of, markdown, text_table, write
 
 GENEVAL = "geneval"
 HOLDS, REVERSED, OPEN, MISSING = "holds", "reversed", "not decided", "not measured"
+SPENT = {
+    "images": "pictures",
+    "source": "they are",
+    "scores": "scores learned from",
+    "gradient_terms": "gradient terms",
+    "updates": "updates",
+}
+"""Figure of a budget -> heading."""
 LAYOUT = layout_of("runs")
 SECTIONS = LAYOUT.sections
 
@@ -43,12 +50,14 @@ def write_tables(study: RunStudyConfig, records: Records, out: Path) -> str:
     for name, columns in tasks.items():
         rows = grid.layout.rows(records, study.names(), list(columns))
         parts += [f"### {name}, by task", markdown(rows, "variant", columns)]
-    parts += ["### What a run spends", budget_table(configs)]
+    budgets = {name: budget_of(one) for name, one in configs.items()}
+    spent = [[name, *(str(getattr(budget, field)) for field in SPENT)] for name, budget in budgets.items()]
+    parts += ["### What a run spends", text_table(["variant", *SPENT.values()], spent)]
     summary = {
         "runs": len(records),
         "images": images_of(config),
         "updates": updates_of(config),
-        "budgets": {name: asdict(budget_of(one)) for name, one in configs.items()},
+        "budgets": {name: asdict(budget) for name, budget in budgets.items()},
         **grid.summary([name for columns in tasks.values() for name in columns]),
     }
     if isinstance(study, PersonalizeStudyConfig):
