@@ -272,7 +272,7 @@ def _toy_bench(dtype: str) -> Bench:
 
 def _without_cache(bench: Bench) -> Bench:
     policy = bench.shop.policy
-    policy._cache = PromptCache(policy._encode_row, limit_bytes=0)
+    policy._cache = PromptCache(policy._encode_one, limit_bytes=0)
     return bench
 
 

@@ -1,4 +1,4 @@
-"""Checks that an adapter keeps what its interface promises; for adapters in the tables and for your own.
+"""Checks that an adapter keeps what its interface promises, for adapters in the tables and for your own.
 
 `check_renderer`, `check_policy` and `check_reward` return nothing, or raise a ConformanceError that names the property.
 They draw a dozen pictures, so they run in seconds on a small model.
@@ -17,15 +17,15 @@ from pixrl.types import RewardBatch, Scores
 
 PROMPTS = ("a photo of an owl", "a photo of a snail")
 PICTURE_TOLERANCE = 0.01
-"""Largest mean difference of a picture that counts as rounding."""
+"""The largest mean difference of a picture that counts as rounding."""
 SCORE_TOLERANCE = 1e-4
 NO_DIFFERENCE = 1e-5
-"""A mean difference below this means that an input had no effect."""
+"""The mean difference below which an input had no effect."""
 _STRANGE_WORD = "zyxwvut"
 
 
 class ConformanceError(PixrlError, AssertionError):
-    """An adapter breaks a promise of its interface; `check` names which."""
+    """An error for an adapter that breaks a promise of its interface, which `check` names."""
 
     def __init__(self, subject: str, check: str, message: str) -> None:
         self.check = check
@@ -33,7 +33,7 @@ class ConformanceError(PixrlError, AssertionError):
 
 
 class _Checks:
-    """Collects nothing: the first broken promise is raised."""
+    """The checks of one adapter, of which the first that fails is raised."""
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
@@ -59,7 +59,7 @@ class _Checks:
 def check_renderer(
     renderer: Renderer, prompts: Sequence[str] = PROMPTS, tolerance: float = PICTURE_TOLERANCE
 ) -> None:
-    """Encoding, pictures, seeds, batches and mixing of a renderer.
+    """Check encoding, pictures, seeds, batches and mixing of a renderer.
 
     Args:
         renderer: the adapter to check.
@@ -82,7 +82,7 @@ def check_renderer(
 def check_policy(
     policy: FlowPolicy, prompts: Sequence[str] = PROMPTS, tolerance: float = PICTURE_TOLERANCE
 ) -> None:
-    """All of `check_renderer`, and the schedule, velocity, decoder and slots of a trainable policy.
+    """Check all of `check_renderer`, and the schedule, velocity, decoder and slots of a trainable policy.
 
     Raises:
         ConformanceError: a property does not hold.
@@ -99,7 +99,7 @@ def check_policy(
 
 
 def check_reward(reward: Reward, batch: RewardBatch, tolerance: float = SCORE_TOLERANCE) -> None:
-    """Shapes, failures, order, batching and provenance of a reward.
+    """Check shapes, failures, order, batching and provenance of a reward.
 
     Args:
         reward: the reward to check.
@@ -118,7 +118,14 @@ def check_reward(reward: Reward, batch: RewardBatch, tolerance: float = SCORE_TO
     scores = reward.score(batch)
     _check_scores(checks, scores, count)
     checks.require(torch.equal(before, batch.images_BCHW), "read_only", "scoring changed the pictures")
-    _check_broken_picture(checks, reward, batch)
+    images = batch.images_BCHW.clone()
+    images[0] = torch.nan
+    broken = reward.score(replace(batch, images_BCHW=images))
+    checks.require(
+        bool(broken.values_B[0].isnan()) and bool(broken.reasons[0]),
+        "broken_picture",
+        f"a picture of nan scores {broken.values_B[0].item()} instead of failing",
+    )
 
     def same(other: Scores, expected: Tensor, check: str, message: str) -> None:
         equal = torch.allclose(other.values_B, expected, rtol=0, atol=tolerance, equal_nan=True)
@@ -337,16 +344,6 @@ def _check_scores(checks: _Checks, scores: Scores, count: int) -> None:
     checks.require(shapes_right, "detail_shape", f"every detail must be [{count}]")
     named = "model" in scores.provenance and all(scores.provenance.values())
     checks.require(named, "provenance", f"must name the model, got {dict(scores.provenance)}")
-
-
-def _check_broken_picture(checks: _Checks, reward: Reward, batch: RewardBatch) -> None:
-    images = batch.images_BCHW.clone()
-    images[0] = torch.nan
-    scores = reward.score(replace(batch, images_BCHW=images))
-    flagged = bool(scores.values_B[0].isnan()) and bool(scores.reasons[0])
-    checks.require(
-        flagged, "broken_picture", f"a picture of nan scores {scores.values_B[0].item()} instead of failing"
-    )
 
 
 def _rows(batch: RewardBatch, rows: Sequence[int]) -> RewardBatch:

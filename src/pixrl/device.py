@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision."""
+"""The device that a model runs on, its precision, and quiet loading."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 class DType(StrEnum):
-    """What a caller may ask for."""
+    """The precision that a caller may ask for."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -33,14 +33,18 @@ class Precision:
     autocast: torch.dtype | None
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
-        """Autocast where it is wanted."""
+        """Return autocast where it is wanted, else a context without effect."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU when there is one."""
+    """Return the device of that name; `auto` is the first GPU when there is one.
+
+    Raises:
+        InputError: the name is unknown, or there is no GPU.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu" or name.partition(":")[0] == "cuda":
@@ -51,9 +55,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(device: torch.device, dtype: str, on_gpu: DType = DType.BFLOAT16) -> Precision:
-    """On a CPU parameters stay in float32 and bfloat16 means autocast; on a GPU parameters take the dtype.
+    """Return the precision for a dtype: float32 parameters with bfloat16 autocast on a CPU, the dtype itself on a GPU.
 
     `auto` is `on_gpu` on a GPU, bfloat16 on a CPU with AVX512-BF16 instructions, else float32.
+
+    Raises:
+        InputError: the dtype is unknown, or float16 on a CPU.
     """
     if dtype not in list(DType):
         raise InputError(f"Unknown dtype {dtype!r}. Use one of {', '.join(DType)}.")
@@ -73,13 +80,13 @@ def choose_precision(device: torch.device, dtype: str, on_gpu: DType = DType.BFL
 
 @cache
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
+    """Return whether this CPU multiplies bfloat16 in hardware."""
     info = Path("/proc/cpuinfo")
     return info.is_file() and "avx512_bf16" in info.read_text(encoding="utf-8", errors="replace")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free now on a device."""
+    """Return the bytes of memory that are free now on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if _MEMINFO.is_file():
@@ -91,7 +98,7 @@ def free_bytes(device: torch.device) -> int:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars and no advice from diffusers and transformers within; their errors still come through.
+    """Silence progress bars and advice of diffusers and transformers while it is open; errors still come through.
 
     Raises:
         RunError: they cannot be imported, because torchvision was built for another torch.

@@ -24,7 +24,7 @@ from pixrl.errors import InputError
 from pixrl.untrusted import require_depth
 
 LONGEST_PART, LONGEST_PATH = 255, 4095
-"""Bytes of a file's name and of a whole path: Linux's limits. Beyond them its calls fail instead of finding nothing."""
+"""The most bytes of a file's name and of a path on Linux, whose calls fail beyond them instead of finding nothing."""
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does, so it is looked for first
@@ -33,15 +33,15 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
-"""Control characters save tab, LF, CR and U+0085, and surrogates, of which a str holds none but lone ones."""
+"""The control characters save tab, LF, CR and U+0085, and surrogates, of which a str holds none but lone ones."""
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
-"""JSON's, in a text where a backslash begins nothing else."""
+"""The escapes of JSON, in a text where a backslash begins nothing else."""
 _LETTERS = {"b": "\b", "f": "\f"}
 
 
 def read_text(path: Path) -> str:
-    """A text file without its byte order mark.
+    """Read a text file without its byte order mark.
 
     Raises:
         InputError: there is no such file, it cannot be read, or it is no text (see the table above).
@@ -55,7 +55,7 @@ def read_text(path: Path) -> str:
 
 
 def require_file(path: Path) -> None:
-    """InputError where there is no file of that name."""
+    """Raise InputError where there is no file of that name."""
     require_path(str(path), "the name of a file")
     if not path.exists():
         raise InputError(f"There is no file {str(path)!r} (looked in {Path.cwd()}).")
@@ -66,7 +66,11 @@ def require_file(path: Path) -> None:
 
 
 def decode(content: bytes, path: Path) -> str:
-    """The text that the bytes of a file hold; InputError as `read_text` says."""
+    """Return the text that the bytes of a file hold.
+
+    Raises:
+        InputError: it is no text (see the table above).
+    """
     mark = next((name for start, name in _MARKS if content.startswith(start)), _unmarked(content))
     if mark in (None, "utf-16"):
         try:
@@ -79,7 +83,7 @@ def decode(content: bytes, path: Path) -> str:
 
 
 def _unmarked(content: bytes) -> str | None:
-    """UTF-16 by its zeros, every other byte of Latin letters; None where there are few."""
+    """Recognize UTF-16 by its zeros, every other byte of Latin letters; None where there are few."""
     for start, name in ((1, "utf-16le"), (0, "utf-16be")):
         half = content[start::2]
         if len(half) > 1 and half.count(0) > len(half) / 2 and content[1 - start :: 2].count(0) == 0:
@@ -88,7 +92,7 @@ def _unmarked(content: bytes) -> str | None:
 
 
 def _half_characters(path: Path, content: bytes, error: UnicodeDecodeError) -> str:
-    """UTF-8 but for lone surrogates, which are told later; anything else is refused."""
+    """Decode what is UTF-8 but for lone surrogates, which are told later; anything else is refused."""
     if error.encoding == "utf-8":
         try:
             return content.decode("utf-8", "surrogatepass")
@@ -117,13 +121,13 @@ def _iconv(path: Path, encoding: str) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The lines, numbered as an editor does; an end of line after the last one begins no other."""
+    """Return the lines as an editor numbers them; an end of line after the last one begins no other."""
     found = _LINE_END.split(text)
     return found[:-1] if not found[-1] else found
 
 
 def require_text(text: str, place: str, *, line: int | None = None) -> str:
-    """The text itself.
+    """Return the text itself where it is text.
 
     Args:
         text: one or more lines.
@@ -140,13 +144,13 @@ def require_text(text: str, place: str, *, line: int | None = None) -> str:
 
 
 def require_name(name: str, what: str) -> str:
-    """The name of a file or folder, where any byte but control characters may be in; InputError of others."""
+    """Return the name of a file or folder; InputError where it holds control characters."""
     require_text(shown_name(name), what)
     return name
 
 
 def require_path(name: str, what: str) -> str:
-    """A name to look up on a disk: `require_name`'s, and no longer than a disk can hold; InputError of others.
+    """Return a name that can be looked up on a disk: as `require_name`, and InputError where it is too long for a disk.
 
     The system's calls do not say of longer names that nothing is there: they fail.
     """
@@ -160,7 +164,7 @@ def require_path(name: str, what: str) -> str:
 
 
 def shown_name(name: str | os.PathLike[str]) -> str:
-    r"""A file's name as text: bytes that are not UTF-8 as `\xe9`.
+    r"""Return a file's name as text, with bytes that are not UTF-8 as `\xe9`.
 
     Raises:
         InputError: it holds half of a surrogate pair, which no file's name does.
@@ -172,12 +176,12 @@ def shown_name(name: str | os.PathLike[str]) -> str:
 
 
 def comparable(text: str) -> str:
-    """For comparing alone: each letter in the one way (NFC) of writing it."""
+    """Return the text with each letter in one way (NFC) of writing it, for comparing alone."""
     return unicodedata.normalize("NFC", text)
 
 
 def parse_json(text: str, place: str, *, line: int = 1, like: str = "") -> Any:
-    """What a JSON text says.
+    """Parse a JSON text.
 
     Args:
         text: the document.
@@ -224,7 +228,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_escapes(text: str, place: str, line: int) -> None:
-    r"""InputError for what is no text and hides behind \u0000, \b and the like."""
+    r"""Raise InputError for what is no text and hides behind \u0000, \b and the like."""
     high: tuple[int, str] | None = None  # where the first half of a pair stands, and which it is
     for match in _ESCAPE.finditer(text):
         letter = chr(int(match[1], 16)) if match[1] else _LETTERS.get(match[2], "")

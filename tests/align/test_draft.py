@@ -112,7 +112,7 @@ def by_hand(policy: SD3Policy, rollouts: Rollouts, rows: list[int], last: int, r
 
 def even_steps(policy: SD3Policy) -> None:
     """A schedule whose last step is as large as the others, unlike SD3's own."""
-    policy._sigmas = lambda steps: torch.linspace(1, 0, steps + 1)  # type: ignore[method-assign]
+    policy.schedule = lambda steps: torch.linspace(1, 0, steps + 1)  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("last", [1, 2, STEPS])

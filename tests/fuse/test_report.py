@@ -102,11 +102,18 @@ def test_the_command_line_reads_back_to_the_recipe(tmp_path):
 
 
 def test_small_pictures_stay_and_large_ones_shrink(tmp_path):
-    for side, pixel in ((64, True), (512, False)):
+    for side, kind in ((64, "png"), (512, "webp")):
         Image.effect_noise((side, side), 50).convert("RGB").save(tmp_path / "p.png")
-        found = inline(tmp_path / "p.png", 256)
-        assert found.pixel is pixel
-        assert found.uri.startswith("data:image/png" if pixel else "data:image/webp")
+        assert inline(tmp_path / "p.png", 256).startswith(f"data:image/{kind}")
+
+
+def test_a_page_tells_the_pool_from_the_pictures_that_were_learned_from(tmp_path):
+    page = text_of(run_of(tmp_path))
+    assert "32 pictures by <b>rmler</b>" in page and "All 32 children" in page
+    assert "the last 8, the pool, were drawn when it had learned" in page
+    assert ">pool</text>" in page
+    without = text_of(run_of(tmp_path / "none", pool=0))
+    assert "the pool" not in without and ">pool</text>" not in without
 
 
 values = st.lists(st.one_of(st.floats(-10, 10), st.just(math.nan)), min_size=1, max_size=40)

@@ -1,1 +1,1 @@
-"""What the methods read: concept pairs, prompts, subjects."""
+"""The readers of data: concept pairs, prompts, subjects and their pictures."""

@@ -14,7 +14,7 @@ EXAMPLE = "Each line names two or more concepts, like: owl & snail"
 
 @dataclass(frozen=True)
 class PairList:
-    """The concepts of each line, in the file's order, and what was left out or respelled."""
+    """A list of concepts to fuse, in the file's order, with notes of what was left out or respelled."""
 
     source: str
     pairs: tuple[tuple[str, ...], ...]
@@ -34,17 +34,19 @@ class PairList:
 
 
 def read_pairs(path: Path | str) -> PairList:
-    """Reads a list of pairs from a text file; see `parse_pairs`."""
+    """Read a list of pairs from a text file as `parse_pairs` does."""
     return parse_pairs(lines(read_text(Path(path))), str(path))
 
 
 def parse_pairs(lines: Sequence[str], source: str = "the list of pairs") -> PairList:
-    """A list of pairs, one `a & b` a line; `source` names it in messages.
+    """Return the list of pairs of a text, one `a & b` a line; `source` names it in messages.
 
     Spaces around names are dropped. A line that names the same concepts as an earlier one, whatever their case, the
     composition of their letters and their order, is left out and noted; a concept is spelled as where it first
-    appears. Lines that start with # are comments. Anything else that does not name at least two different concepts is
-    an InputError, and so is a line that holds what is no text.
+    appears. Lines that start with # are comments.
+
+    Raises:
+        InputError: a line does not name at least two different concepts or holds what is no text; there is none.
     """
     spelling: dict[str, str] = {}
     first_line: dict[frozenset[str], int] = {}
@@ -74,7 +76,11 @@ def parse_pairs(lines: Sequence[str], source: str = "the list of pairs") -> Pair
 
 
 def check_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
-    """The concepts without stray spaces; InputError unless there are at least two, all different."""
+    """Return the concepts without stray spaces.
+
+    Raises:
+        InputError: there are fewer than two, or one is empty, no text or given twice.
+    """
     names = tuple(" ".join(concept.split()) for concept in concepts)
     if len(names) < 2:
         given = f"only {names[0]!r} was given" if names else "none was given"
@@ -92,7 +98,7 @@ def check_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
 
 
 def _key(concept: str) -> str:
-    """The same for all spellings of a concept."""
+    """Return what is the same for all spellings of a concept."""
     return comparable(comparable(concept).casefold())
 
 

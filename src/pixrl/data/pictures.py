@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF")
-"""What a file must be inside, whatever its name ends in. MPO: a phone's JPEG with a depth map or preview behind it."""
+"""The formats that are read, whatever a name ends in; MPO is a phone's JPEG with a depth map or preview behind it."""
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".svg", ".psd", ".dng", ".raw", ".cr2", ".nef", ".arw")
-"""Pictures that are not read."""
+"""The endings of pictures that are not read."""
 NOTE_SUFFIXES = (".txt", ".md", ".json", ".caption")
 NOTE_NAMES = ("license", "licence", "readme")
-"""Files without a picture that may lie beside pictures; in any case."""
+"""The names, in any case, of files without a picture that may lie beside pictures."""
 JUNK_NAMES = (
     ".ds_store", "__macosx", ".appledouble", ".spotlight-v100", ".trashes", ".fseventsd", "icon\r",
     "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",
     "@eadir", "#recycle", "lost+found", ".ipynb_checkpoints",
 )  # fmt: skip
-"""What systems leave in folders; in any case."""
+"""The names, in any case, of what systems leave in folders."""
 JUNK_PREFIX = "._"
-"""How a Mac calls what other file systems cannot keep of a file."""
+"""The prefix of the files in which a Mac keeps what other file systems cannot keep."""
 LEAST_SIDE = 32
-"""Pixels of the shorter side below which a picture shows no subject."""
+"""The pixels of the shorter side below which a picture shows no subject."""
 MOST_ASPECT = 8
-"""Longer to shorter side; a longer strip would be a few rows once it is laid out on the model's square."""
+"""The largest ratio of the sides; a longer strip would be a few rows once it is laid out on the model's square."""
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 DEEP_MARK = ";16"
-"""In PIL's word for how a file keeps its pixels: 16 bits a channel, which it would cut to 8 in silence."""
+"""The mark of 16 bits a channel in PIL's name of a pixel layout, which it would cut to 8 in silence."""
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""What colour profiles speak of -> PIL's mode."""
+"""The PIL mode of each colour space that a profile may be for."""
 WHITE = (255, 255, 255)
 
 
 def read_picture(path: Path) -> Image.Image:
-    """One picture as sRGB: its EXIF rotation and its colour profile applied, transparent parts on white.
+    """Read one picture as sRGB: its EXIF rotation and its colour profile applied, transparent parts on white.
 
     Raises:
         InputError: the file is missing, no picture, cut short, too large to open safely, of another format, of several
@@ -54,10 +54,26 @@ def read_picture(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
-            _require_plain(path, file)
+            if file.format not in FORMATS:
+                raise InputError(
+                    f"{path} is a {file.format} file inside, which is not read. Save it as PNG or JPEG."
+                )
+            if file.mode in DEEP_MODES or is_deep(file):
+                raise InputError(
+                    f"{path} has more than 8 bits a channel (mode {file.mode}). Save it as an 8-bit PNG."
+                )
+            if file.format != "MPO" and _has_second_frame(file):
+                raise InputError(
+                    f"{path} holds several pictures (frames or pages of a {file.format}). Save the one that is meant "
+                    "as PNG."
+                )
             turned = ImageOps.exif_transpose(file)
             turned.load()
-            shown = _on_white(_in_srgb(path, turned))
+            shown = _in_srgb(path, turned)
+            if shown.has_transparency_data:
+                layer = shown.convert("RGBA")
+                shown = Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer)
+            shown = shown.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"There is no picture {str(path)!r} (looked in {Path.cwd()}).") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -66,30 +82,27 @@ def read_picture(path: Path) -> Image.Image:
         raise InputError(
             f"{path} cannot be read as a picture: {error}. Open it in a viewer, or save it again as PNG."
         ) from None
-    _require_sides(path, shown.width, shown.height)
+    shorter, longer = sorted(shown.size)
+    if shorter < LEAST_SIDE:
+        raise InputError(
+            f"{path} is {shown.width}x{shown.height}; the shorter side must be at least {LEAST_SIDE} pixels. "
+            "Give a larger picture of the subject."
+        )
+    if longer > MOST_ASPECT * shorter:
+        raise InputError(
+            f"{path} is {shown.width}x{shown.height}; the longer side may be at most {MOST_ASPECT} times the shorter "
+            "one, since the whole picture is laid out on a square. Crop it to the subject."
+        )
     return shown
 
 
-def _require_plain(path: Path, file: ImageFile.ImageFile) -> None:
-    if file.format not in FORMATS:
-        raise InputError(f"{path} is a {file.format} file inside, which is not read. Save it as PNG or JPEG.")
-    if file.mode in DEEP_MODES or is_deep(file):
-        raise InputError(
-            f"{path} has more than 8 bits a channel (mode {file.mode}). Save it as an 8-bit PNG."
-        )
-    if file.format != "MPO" and _has_second_frame(file):
-        raise InputError(
-            f"{path} holds several pictures (frames or pages of a {file.format}). Save the one that is meant as PNG."
-        )
-
-
 def is_deep(file: ImageFile.ImageFile) -> bool:
-    """Whether a picture that was opened and not yet loaded has 16 bits a channel in its file, whatever its mode."""
+    """Return whether a picture that is opened but not loaded has 16 bits a channel in its file, whatever its mode."""
     return any(DEEP_MARK in str(part[3]) for part in file.tile)
 
 
 def _has_second_frame(file: Image.Image) -> bool:
-    """Leaves the file at its first frame."""
+    """Return whether there is a second frame; the file stays at its first."""
     try:
         file.seek(1)
     except EOFError:
@@ -98,32 +111,24 @@ def _has_second_frame(file: Image.Image) -> bool:
     return True
 
 
-def _require_sides(path: Path, width: int, height: int) -> None:
-    shorter, longer = sorted((width, height))
-    if shorter < LEAST_SIDE:
-        raise InputError(
-            f"{path} is {width}x{height}; the shorter side must be at least {LEAST_SIDE} pixels. "
-            "Give a larger picture of the subject."
-        )
-    if longer > MOST_ASPECT * shorter:
-        raise InputError(
-            f"{path} is {width}x{height}; the longer side may be at most {MOST_ASPECT} times the shorter one, since "
-            "the whole picture is laid out on a square. Crop it to the subject."
-        )
-
-
 def _in_srgb(path: Path, image: Image.Image) -> Image.Image:
-    """The picture's colours as a screen shows them; one without a profile is sRGB, as browsers take it."""
+    """Convert to sRGB by the picture's colour profile; one without is sRGB already, as browsers take it."""
     profile = image.info.get("icc_profile")
     if not profile:
         return image
     if image.mode == "P":  # its colours are RGB
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     alpha = image.getchannel("A") if "A" in image.getbands() else None
+    mode = {"LA": "L", "1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     try:
         given = ImageCms.getOpenProfile(io.BytesIO(profile))
+        space = given.profile.xcolor_space.strip()
+        if mode == "L" and space == "RGB":  # grey is a colour
+            mode = "RGB"
+        if SPACES.get(space) != mode:
+            raise ValueError(f"it is one for {space}, and the picture is {image.mode}")
         shown = ImageCms.profileToProfile(
-            _in_space(image, given.profile.xcolor_space.strip()),
+            image.convert(mode),
             given,
             ImageCms.createProfile("sRGB"),
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
@@ -140,26 +145,8 @@ def _in_srgb(path: Path, image: Image.Image) -> Image.Image:
     return shown
 
 
-def _in_space(image: Image.Image, space: str) -> Image.Image:
-    """The colours in the mode that a profile speaks of. ValueError where it speaks of others."""
-    mode = {"LA": "L", "1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
-    if mode == "L" and space == "RGB":  # grey is a colour
-        mode = "RGB"
-    if SPACES.get(space) != mode:
-        raise ValueError(f"it is one for {space}, and the picture is {image.mode}")
-    return image.convert(mode)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (*WHITE, 255))
-    return Image.alpha_composite(white, layer).convert("RGB")
-
-
 def list_pictures(folder: Path) -> list[Path]:
-    """The picture files of a folder, sorted by name.
+    """Return the picture files of a folder, sorted by name.
 
     Hidden files, folders, notes (.txt ...) and what systems leave are passed over.
 
@@ -172,7 +159,8 @@ def list_pictures(folder: Path) -> list[Path]:
             raise InputError(
                 f"{file} is a link to {file.readlink()}, which is not there. Mend it or delete it."
             )
-        if file.is_dir() or file.name.startswith(".") or is_junk(file) or _is_note(file):
+        is_note = file.suffix.lower() in NOTE_SUFFIXES or file.name.lower() in NOTE_NAMES
+        if file.is_dir() or file.name.startswith(".") or is_junk(file) or is_note:
             continue
         if file.suffix.lower() not in SUFFIXES:
             raise InputError(
@@ -183,17 +171,13 @@ def list_pictures(folder: Path) -> list[Path]:
     return found
 
 
-def _is_note(file: Path) -> bool:
-    return file.suffix.lower() in NOTE_SUFFIXES or file.name.lower() in NOTE_NAMES
-
-
 def is_junk(file: Path) -> bool:
-    """Whether it is what a system leaves in folders, such as Thumbs.db; nobody's work."""
+    """Return whether a file is what a system leaves in folders, such as Thumbs.db."""
     return file.name.lower() in JUNK_NAMES or file.name.startswith(JUNK_PREFIX)
 
 
 def junk_note(folders: Iterable[Path]) -> Iterator[str]:
-    """A note of what systems left in these folders, where they left anything: it is passed over."""
+    """Yield a note for each folder in which systems left files, which are passed over."""
     for folder in folders:
         found = sorted(shown_name(file.name).strip() for file in folder.iterdir() if is_junk(file))
         if found:
@@ -201,7 +185,7 @@ def junk_note(folders: Iterable[Path]) -> Iterator[str]:
 
 
 def holds_pictures(folder: Path) -> bool:
-    """Whether pictures lie in the folder itself, of whatever kind."""
+    """Return whether pictures of whatever kind lie in the folder itself."""
     return any(
         file.suffix.lower() in SUFFIXES + FOREIGN_SUFFIXES
         and file.is_file()
@@ -211,7 +195,7 @@ def holds_pictures(folder: Path) -> bool:
 
 
 def read_pictures(folder: Path) -> list[Image.Image]:
-    """A folder of reference pictures, sorted by name; each as `read_picture` gives it.
+    """Read a folder of reference pictures, sorted by name, each as `read_picture` does.
 
     Raises:
         InputError: there is no such folder, it holds no picture, or one that cannot be read.
@@ -225,12 +209,12 @@ def read_pictures(folder: Path) -> list[Image.Image]:
 
 
 def to_tensors(images: Sequence[Image.Image]) -> list["Tensor"]:
-    """Each picture as float32 [3, H, W] in [0, 1], in its own size: what a reward's metadata["reference"] takes."""
+    """Return each picture as float32 [3, H, W] in [0, 1], in its own size, as metadata["reference"] holds them."""
     return [as_floats(to_levels(image)) for image in images]
 
 
 def to_levels(image: Image.Image) -> "Tensor":
-    """A picture as uint8 [3, H, W]."""
+    """Return a picture as uint8 [3, H, W]."""
     import numpy as np
     import torch
 
@@ -238,5 +222,5 @@ def to_levels(image: Image.Image) -> "Tensor":
 
 
 def as_floats(levels_CHW: "Tensor") -> "Tensor":
-    """Levels of 8 bits as float32 in [0, 1]."""
+    """Return 8-bit levels as float32 in [0, 1]."""
     return levels_CHW / 255

@@ -35,7 +35,7 @@ class Split(StrEnum):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a picture is asked for, and what else is known of it: one GenEval entry where there is one."""
+    """A prompt with its metadata, such as its GenEval entry."""
 
     text: str
     metadata: Mapping[str, object] = field(default_factory=dict)
@@ -43,12 +43,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the source's order, all different, in their text or in what else is known of them."""
+    """A list of prompts in the source's order, all different in their text or their metadata."""
 
     name: str
     prompts: tuple[Prompt, ...]
     notes: tuple[str, ...] = ()
-    """What a person should know of how the source was read: rows that repeat others, files that were passed over."""
+    """The sentences about how the source was read: rows that repeat others, files that were passed over."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -61,7 +61,7 @@ class PromptSet:
 
 
 def load_prompts(source: str | Path, *, split: str = Split.TRAIN, column: str | None = None) -> PromptSet:
-    """The prompts of a source (see the table above).
+    """Load the prompts of a source (see the table above).
 
     Args:
         source: `toy:geneval`, with tasks or without, or the path of a file or of a folder of captions.
@@ -86,32 +86,28 @@ def load_prompts(source: str | Path, *, split: str = Split.TRAIN, column: str | 
     if suffix in FORMATS:
         return _distinct(name, read_rows(path, column), ())
     if path.is_dir():
-        return _captions(name, path)
+        rows, without = read_captions(path)
+        if not rows:
+            raise InputError(
+                f"{path} holds no captions: files beside its pictures, of the same names, that end in "
+                f"{' or '.join(CAPTION_SUFFIXES)}. Write them, or give a file of prompts."
+            )
+        return _distinct(name, rows, (*junk_note([path]), *uncaptioned(path, without)))
     raise InputError(
         f"{name!r} is no list of prompts.{did_you_mean(name, [f'{TOY_PREFIX}geneval'])} "
         f"Give toy:geneval, a file that ends in {', '.join(FORMATS)}, or a folder of pictures with captions."
     )
 
 
-def _captions(name: str, folder: Path) -> PromptSet:
-    rows, without = read_captions(folder)
-    if not rows:
-        raise InputError(
-            f"{folder} holds no captions: files beside its pictures, of the same names, that end in "
-            f"{' or '.join(CAPTION_SUFFIXES)}. Write them, or give a file of prompts."
-        )
-    return _distinct(name, rows, (*junk_note([folder]), *uncaptioned(folder, without)))
-
-
 def uncaptioned(folder: Path, pictures: Sequence[Path]) -> Iterator[str]:
-    """A note of the pictures without a caption, where there are any."""
+    """Yield a note of the pictures without a caption, where there are any."""
     if pictures:
         more = f" and {len(pictures) - 1} more" if len(pictures) > 1 else ""
         yield f"{folder}: {pictures[0].name}{more} without a caption"
 
 
 def _distinct(name: str, rows: Sequence[Row], notes: Sequence[str]) -> PromptSet:
-    """The rows as prompts, each once, with a note of how many were left out."""
+    """Return the rows as prompts, each once, with a note of how many were left out."""
     if not rows:
         raise InputError(f"{name} holds no prompts. Write at least one into it, or give toy:geneval.")
     first: dict[str, Row] = {}
@@ -127,7 +123,7 @@ def _distinct(name: str, rows: Sequence[Row], notes: Sequence[str]) -> PromptSet
 
 
 def repeats_note(name: str, rows: int, repeats: Sequence[str]) -> Iterator[str]:
-    """A note of the rows that were left out, where there are any; `repeats` says of each which one it repeats."""
+    """Yield a note of the rows that were left out, where there are any; `repeats` has a phrase for each of them."""
     if repeats:
         more = f"; and {len(repeats) - REPEATS_SHOWN} more" if len(repeats) > REPEATS_SHOWN else ""
         yield (
@@ -138,6 +134,6 @@ def repeats_note(name: str, rows: int, repeats: Sequence[str]) -> Iterator[str]:
 
 
 def _key(row: Row) -> str:
-    """The same for rows that say the same, however their letters are composed and their keys ordered."""
+    """Return what is the same for equal rows, however their letters are composed and their keys ordered."""
     rest = {name: value for name, value in row.metadata.items() if name != row.column}
     return comparable(json.dumps([row.text, rest], sort_keys=True, ensure_ascii=False))

@@ -24,7 +24,7 @@ from pixrl.errors import InputError, did_you_mean
 from pixrl.text import lines, parse_json, read_text, require_file, require_text
 
 COLUMNS = ("prompt", "prompts", "caption")
-"""What a column of prompts may be called, in any case; the first one that is there."""
+"""The names, in any case, of a column of prompts; the first one that is there is taken."""
 CAPTION_SUFFIXES = (".caption", ".txt")
 PARQUET_EXTRA = "pip install 'pixrl[parquet]'"
 _LINE = 'Each line is one object, like {"prompt": "a photo of an owl"}.'
@@ -33,17 +33,17 @@ _ENTRY = 'Write a list like ["a photo of an owl"] or [{"prompt": "a photo of an 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and where it stands, for messages."""
+    """A prompt with its metadata, and its place in the file for messages."""
 
     place: str
     text: str
     metadata: Mapping[str, object]
     column: str | None = None
-    """Under which key the metadata hold the prompt too; None where they do not."""
+    """The key under which the metadata hold the prompt too; None where they do not."""
 
 
 def read_rows(path: Path, column: str | None = None) -> list[Row]:
-    """The rows of a file, in its order; prompts without the white space around them.
+    """Read the rows of a file, in its order; prompts lose the white space around them.
 
     Args:
         path: ends in one of `FORMATS`.
@@ -56,7 +56,7 @@ def read_rows(path: Path, column: str | None = None) -> list[Row]:
 
 
 def read_captions(folder: Path) -> tuple[list[Row], list[Path]]:
-    """The captions beside a folder's pictures, one a picture, and the pictures without one.
+    """Read the captions beside a folder's pictures, and return them with the pictures that have none.
 
     Raises:
         InputError: a caption is empty or of several lines; a file is neither picture, caption nor note.
@@ -77,7 +77,7 @@ def read_captions(folder: Path) -> tuple[list[Row], list[Path]]:
 
 
 def caption_of(picture: Path) -> Path | None:
-    """The caption's file beside a picture, or None."""
+    """Return the caption's file beside a picture, or None."""
     files = (picture.with_suffix(end) for end in CAPTION_SUFFIXES)
     return next((file for file in files if file.is_file()), None)
 
@@ -107,16 +107,11 @@ def _read_json(path: Path, column: str | None) -> list[Row]:
         key = column if column in found else _by_meaning(list(found))
         if key is not None and isinstance(found[key], list):
             found, column = found[key], None
-    return [_row(path, place, entry, column, _ENTRY) for place, entry in _entries(path, found)]
-
-
-def _entries(path: Path, found: object) -> Iterator[tuple[str, object]]:
     if isinstance(found, Mapping) and found and all(isinstance(one, Mapping) for one in found.values()):
-        yield from ((f"entry {name!r}", entry) for name, entry in found.items())
-    elif isinstance(found, list):
-        yield from ((f"entry {number}", entry) for number, entry in enumerate(found, 1))
-    else:
-        raise InputError(f"{path} is no list of prompts. {_ENTRY}")
+        return [_row(path, f"entry {name!r}", entry, column, _ENTRY) for name, entry in found.items()]
+    if isinstance(found, list):
+        return [_row(path, f"entry {n}", entry, column, _ENTRY) for n, entry in enumerate(found, 1)]
+    raise InputError(f"{path} is no list of prompts. {_ENTRY}")
 
 
 def _row(path: Path, place: str, entry: object, column: str | None, like: str) -> Row:
@@ -160,7 +155,7 @@ def _read_tsv(path: Path, column: str | None) -> list[Row]:
 
 
 def _unquoted(cell: str) -> str:
-    """A cell as most programs mean it: quotes are letters, save where doubled ones say that they are not."""
+    """Return a cell as most programs mean it: quotes are letters, save where doubled ones say that they are not."""
     inner = cell[1:-1]
     is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' in inner
     return inner.replace('""', '"') if is_quoted and '"' not in inner.replace('""', "") else cell
@@ -198,21 +193,20 @@ def _read_parquet(path: Path, column: str | None) -> list[Row]:
         entries = parquet.read_table(path, columns=list(dict.fromkeys([chosen, *plain]))).to_pylist()
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as parquet: {error}") from None
-    return [_parquet_row(path, number, entry, chosen) for number, entry in enumerate(entries, 1)]
-
-
-def _parquet_row(path: Path, number: int, entry: dict[str, object], column: str) -> Row:
-    for name, value in entry.items():
-        if isinstance(value, str):
-            require_text(value, f"{path}, row {number}, {name}")
-    text = entry.pop(column)
-    if not isinstance(text, str):
-        raise InputError(f"{path}, row {number}: {column} is {text!r}, not text.")
-    return Row(f"row {number}", text.strip(), entry)
+    rows = []
+    for number, entry in enumerate(entries, 1):
+        for name, value in entry.items():
+            if isinstance(value, str):
+                require_text(value, f"{path}, row {number}, {name}")
+        text = entry.pop(chosen)
+        if not isinstance(text, str):
+            raise InputError(f"{path}, row {number}: {chosen} is {text!r}, not text.")
+        rows.append(Row(f"row {number}", text.strip(), entry))
+    return rows
 
 
 def _is_plain(arrow: Any, kind: Any) -> bool:
-    """Text, numbers and truth values, and dictionaries of them (pandas' categories); pictures and lists stay."""
+    """Return whether a type is text, number, truth value or a dictionary of them (pandas' categories)."""
     types = arrow.types
     if types.is_dictionary(kind):
         return _is_plain(arrow, kind.value_type)
@@ -235,13 +229,13 @@ FORMATS = tuple(_READERS)
 
 
 def _by_meaning(names: Sequence[str]) -> str | None:
-    """The name that means prompts, as the file writes it."""
+    """Return the name that means prompts, as the file writes it."""
     by_meaning = {name.strip().lower(): name for name in reversed(names)}
     return next((by_meaning[column] for column in COLUMNS if column in by_meaning), None)
 
 
 def _column(path: Path, names: Sequence[str], column: str | None) -> str:
-    """The name of the column of prompts in a table's first line."""
+    """Return the name of the column of prompts in a table's first line."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise InputError(f"{path} has several columns {twice[0]!r}. Give each a name of its own.")
@@ -257,7 +251,7 @@ def _column(path: Path, names: Sequence[str], column: str | None) -> str:
 
 
 def _named(names: Sequence[str], column: str | None) -> str:
-    """What to type where the prompts are under another name."""
+    """Return what to type where the prompts are under another name."""
     if column is not None:
         return did_you_mean(column, names)
     return f" Name it: --set prompts.column={names[0]}" if names else ""

@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEVEL_BYTES = 2**29
-"""Of pictures in 8 bits, 170 of the largest ones: DreamBench is 158."""
+"""The bytes of 8-bit pictures that are kept, 170 of the largest ones: DreamBench has 158."""
 CACHE_BYTES = 2**28
-"""Of the same as float32."""
+"""The bytes of the same pictures that are kept as float32."""
 LARGEST = 1024
-"""Pixels of a reference's longer side; larger ones are reduced. No reward looks at more, nor do models up to 1024."""
+"""The pixels of a reference's longer side, to which larger ones are reduced: no reward or model looks at more."""
 
 _Key = tuple[object, ...]
 
 
 def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet:
-    """Every prompt of every subject, subject by subject.
+    """Return every prompt of every subject, subject by subject.
 
     Args:
         subjects: of `load_subjects`.
@@ -49,7 +49,20 @@ def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet
     Raises:
         InputError: a subject has fewer references, or with None not all have as many.
     """
-    _require_references(subjects, count)
+    fewest = min(subjects, key=lambda one: len(one.references))
+    most = max(subjects, key=lambda one: len(one.references))
+    have = len(fewest.references)
+    if count is None and have != len(most.references):
+        raise InputError(
+            f"The subjects of {subjects.name} have different numbers of references ({fewest.name}: {have}, "
+            f"{most.name}: {len(most.references)}), and all of a batch must be shown as many. Say how many: "
+            f"--set references.count={have}"
+        )
+    if count is not None and have < count:
+        raise InputError(
+            f"references.count is {count}, but the subject {fewest.name!r} has {have}. Give it more pictures, or "
+            f"type: --set references.count={have}"
+        )
     store = _Store()
     return PromptSet(
         subjects.name,
@@ -62,29 +75,8 @@ def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet
     )
 
 
-def _require_references(subjects: SubjectSet, count: int | None) -> None:
-    fewest = min(subjects, key=_references_of)
-    most = max(subjects, key=_references_of)
-    have = _references_of(fewest)
-    if count is None and have != _references_of(most):
-        raise InputError(
-            f"The subjects of {subjects.name} have different numbers of references ({fewest.name}: {have}, "
-            f"{most.name}: {_references_of(most)}), and all of a batch must be shown as many. Say how many: "
-            f"--set references.count={have}"
-        )
-    if count is not None and have < count:
-        raise InputError(
-            f"references.count is {count}, but the subject {fewest.name!r} has {have}. Give it more pictures, or "
-            f"type: --set references.count={have}"
-        )
-
-
-def _references_of(subject: Subject) -> int:
-    return len(subject.references)
-
-
 class _Kept:
-    """Pictures as tensors, up to so many bytes, the one that was asked for longest ago out first."""
+    """A cache of pictures as tensors up to so many bytes, which drops the least recently used."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -104,19 +96,19 @@ class _Kept:
 
 
 class _Store:
-    """Every picture of 8 bits, and the last ones as float tensors too: the same tensor again costs a reward nothing."""
+    """A cache of pictures in 8 bits, and of the last ones as float tensors: the same tensor costs a reward nothing."""
 
     def __init__(self, levels: int = LEVEL_BYTES, floats: int = CACHE_BYTES) -> None:
         self._levels = _Kept(levels)
         self._floats = _Kept(floats)
 
     def get(self, key: _Key, read: Callable[[], Image.Image]) -> "Tensor":
-        """The picture of a key, float32 [3, H, W]."""
+        """Return the picture of a key, float32 [3, H, W]."""
         return self._floats.get(key, lambda: as_floats(self._levels.get(key, lambda: to_levels(read()))))
 
 
 class _About(Mapping[str, object]):
-    """One prompt's metadata."""
+    """One prompt's metadata, whose pictures are read when they are asked for."""
 
     def __init__(self, store: _Store, index: int, subject: Subject, number: int, count: int | None) -> None:
         self._store = store
@@ -154,7 +146,7 @@ class _About(Mapping[str, object]):
         return self._pictures(None)
 
     def __contains__(self, key: object) -> bool:
-        """Without reading a picture."""
+        """Return whether the key is known, without reading a picture."""
         return key in self._keys
 
     def __iter__(self) -> Iterator[str]:

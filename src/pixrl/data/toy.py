@@ -3,7 +3,7 @@
 This layer may not import the toy world, which is built on it: its parts are looked up in a table when they are needed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -28,29 +28,29 @@ PARTS = {
     "is_held_out": "pixrl.toy.language:is_held_out",
     "parse": "pixrl.toy.language:parse",
 }
-"""Part -> where it is."""
+"""The module and attribute of each part."""
 GENEVAL = "geneval"
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-"""GenEval's six tasks, in its order."""
+"""The six tasks of GenEval, in its order."""
 TRAINING_PROMPTS, EVALUATION_PROMPTS = 64, 32
-"""Prompts of one task in each split."""
+"""The number of prompts of one task in each split."""
 SUBJECTS = "subjects"
 TRAINING_SUBJECTS = 60
 VIEWS = 4
-"""Reference pictures of a subject."""
+"""The number of reference pictures of a subject."""
 SIDE = 64
 SEED = 71
 _EXAMPLE = "Type toy:geneval, or some of its tasks: toy:geneval/counting,colors"
 
 
 def part(name: str) -> Any:
-    """A part of the toy world."""
+    """Return a part of the toy world by its name in `PARTS`."""
     module, _, attribute = PARTS[name].partition(":")
     return vars(import_module(module))[attribute]
 
 
 def toy_prompts(name: str, *, held_out: bool) -> list[tuple[str, dict[str, object]]]:
-    """Prompts with their GenEval entries, the same at every call.
+    """Return prompts with their GenEval entries, the same at every call.
 
     Args:
         name: `geneval`, or `geneval/` and some of its tasks, `geneval/counting,colors`.
@@ -64,24 +64,19 @@ def toy_prompts(name: str, *, held_out: bool) -> list[tuple[str, dict[str, objec
         raise InputError(
             f"The toy world has no prompts {listed!r}.{did_you_mean(listed, [GENEVAL])} {_EXAMPLE}"
         )
-    tags = _tags(rest) if slash else TAGS
-    return [prompt for tag in tags for prompt in _prompts_of(tag, held_out)]
-
-
-def _tags(given: str) -> Sequence[str]:
-    tags = [tag.strip() for tag in given.split(",")]
+    tags = [tag.strip() for tag in rest.split(",")] if slash else TAGS
     for position, tag in enumerate(tags):
         if tag not in TAGS:
             raise InputError(
                 f"Toy GenEval has no task {tag!r}.{did_you_mean(tag, TAGS)} It has {', '.join(TAGS)}. {_EXAMPLE}"
             )
         if tag in tags[:position]:
-            raise InputError(f"The task {tag!r} is given twice in toy:{GENEVAL}/{given}. Give it once.")
-    return tags
+            raise InputError(f"The task {tag!r} is given twice in toy:{GENEVAL}/{rest}. Give it once.")
+    return [prompt for tag in tags for prompt in _prompts_of(tag, held_out)]
 
 
 def _prompts_of(tag: str, held_out: bool) -> list[tuple[str, dict[str, object]]]:
-    """As many different prompts of one task as its split has."""
+    """Return as many different prompts of one task as its split has."""
     import numpy as np
 
     random_scene, canonical, caption = part("random_scene"), part("canonical"), part("caption")
@@ -98,11 +93,11 @@ def _prompts_of(tag: str, held_out: bool) -> list[tuple[str, dict[str, object]]]
 
 
 ToySubject = tuple[str, str, tuple[str, ...], tuple[Any, ...], tuple[Callable[[], Any], ...]]
-"""Name, class word, prompts, reference pictures (PIL), and what draws the target of each prompt."""
+"""A subject: name, class word, prompts, reference pictures (PIL), and functions that draw each prompt's target."""
 
 
 def toy_subjects(name: str, *, held_out: bool) -> list[ToySubject]:
-    """The thirty held-out subjects, or sixty others that resemble none of them; the same at every call.
+    """Return the thirty held-out subjects, or sixty others that resemble none of them; the same at every call.
 
     Each has four pictures of its own in different places, and all prompts that name a background, an accessory that it
     does not already have, or both.
@@ -148,7 +143,7 @@ def _toy_subject(number: int, subject: Any, held_out: bool) -> ToySubject:
 
 
 def _subject_prompts(subject: Any) -> list[tuple[str, str | None, str | None]]:
-    """Each prompt with the accessory and the background that it names."""
+    """Return each prompt with the accessory and the background that it names."""
     article = "an" if subject.kind[0] in "aeiou" else "a"
     backgrounds = [key for key in part("BACKGROUNDS") if key != "plain"]
     worn = [key for key in part("ACCESSORIES") if key != subject.accessory]
@@ -157,23 +152,17 @@ def _subject_prompts(subject: Any) -> list[tuple[str, str | None, str | None]]:
         *((accessory, None) for accessory in worn),
         *((accessory, background) for accessory in worn for background in backgrounds),
     ]
-    return [
-        (f"a photo of {article} {subject.kind} {_ending(accessory, background)}", accessory, background)
-        for accessory, background in asked
-    ]
-
-
-def _ending(accessory: str | None, background: str | None) -> str:
-    phrases = [
-        part(table)[key][0]
-        for table, key in (("ACCESSORY_PHRASES", accessory), ("BACKGROUND_PHRASES", background))
-        if key is not None
-    ]
-    return " ".join(phrases)
+    found = []
+    for accessory, background in asked:
+        tables = (("ACCESSORY_PHRASES", accessory), ("BACKGROUND_PHRASES", background))
+        phrases = [part(table)[key][0] for table, key in tables if key is not None]
+        text = " ".join((f"a photo of {article} {subject.kind}", *phrases))
+        found.append((text, accessory, background))
+    return found
 
 
 def _subject_target(subject: Any, key: tuple[int, ...], accessory: str | None, background: str | None) -> Any:
-    """The subject as a prompt asks for it, in a place of its own; a background that is not named is plain."""
+    """Draw the subject as a prompt asks for it, in a place of its own; a background that is not named is plain."""
     import numpy as np
 
     scene = part("subject_scene")(subject, np.random.default_rng(key), added_accessory=0.0)

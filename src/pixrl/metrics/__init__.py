@@ -1,1 +1,1 @@
-"""Figures over pictures and runs: intervals, diversity, GenEval, fusion."""
+"""The figures over pictures and runs: intervals, diversity, GenEval, fusion."""

@@ -1,4 +1,4 @@
-"""How different the pictures of one prompt are, by two measures that need no reward.
+"""The diversity of the pictures of one prompt, by two measures that need no reward.
 
 * **Distance**: the mean of 1 - cosine over all pairs of a prompt's pictures, by the features of an encoder.
 * **Layouts**: how many different arrangements a prompt's pictures show, by the detections of a segmenter.
@@ -32,23 +32,23 @@ from pixrl.rewards.geneval import Detector
 from pixrl.rewards.segmentation import Instance
 
 PIXELS = 16
-"""Side of the small pictures that `pixel_features` compares."""
+"""The side in pixels of the small pictures that `pixel_features` compares."""
 Features = Callable[[Tensor], Tensor]
-"""Pictures [B, 3, H, W] to unit vectors [B, E]."""
+"""A function of pictures [B, 3, H, W] that returns unit vectors [B, E]."""
 SAME_WITHIN = 0.2
-"""Layouts whose objects are displaced by no more than this share of the picture's side count as one."""
+"""The largest displacement, as a share of the picture's side, of layouts that count as one."""
 _APART = 10.0
-"""What an infinite distance is to the clustering; no displacement within a picture exceeds sqrt(2)."""
+"""The number that stands for an infinite distance; no displacement within a picture exceeds sqrt(2)."""
 
 
 def pixel_features(images_BCHW: Tensor) -> Tensor:
-    """Unit vectors [B, 768] of the pictures at 16 x 16 pixels, grey taken as zero."""
+    """Return unit vectors [B, 768] of the pictures at 16 x 16 pixels, grey taken as zero."""
     small = F.adaptive_avg_pool2d(images_BCHW.float(), PIXELS) - 0.5
     return F.normalize(small.flatten(1), dim=1)
 
 
 def mean_pairwise_distance(features_PSE: Tensor) -> Tensor:
-    """1 - cosine, averaged over all pairs of a group [P]; nan for groups of one.
+    """Return 1 - cosine averaged over all pairs of each group, [P]; nan for groups of one.
 
     Args:
         features_PSE: unit vectors of P groups of S pictures.
@@ -60,7 +60,7 @@ def mean_pairwise_distance(features_PSE: Tensor) -> Tensor:
 
 
 def group_diversity(images_BCHW: Tensor, per_group: int, features: Features = pixel_features) -> Tensor:
-    """Mean pairwise distance of each group's pictures [P]; groups follow each other, `per_group` pictures each.
+    """Return the mean pairwise distance of each group's pictures, [P]; groups of `per_group` follow each other.
 
     Pictures that are not finite count as grey.
     """
@@ -79,7 +79,7 @@ class Arrangement:
 
     @staticmethod
     def of(instances: Sequence[Instance], rows: int, columns: int) -> "Arrangement":
-        """Of a picture of rows x columns pixels."""
+        """Return the arrangement of the objects found in a picture of rows x columns pixels."""
         places = [
             ((x0 + x1) / 2 / columns, (y0 + y1) / 2 / rows) for x0, y0, x1, y1 in (i.box for i in instances)
         ]
@@ -87,7 +87,7 @@ class Arrangement:
 
 
 def prompt_distances(features_BE: Tensor, prompt_B: Tensor) -> Tensor:
-    """Mean pairwise distance of each prompt's pictures, [P] in the order of the prompts' numbers.
+    """Return the mean pairwise distance of each prompt's pictures, [P] in the order of the prompts' numbers.
 
     Args:
         features_BE: unit vectors; pictures with a number that is not finite are left out.
@@ -113,10 +113,10 @@ def prompt_distances(features_BE: Tensor, prompt_B: Tensor) -> Tensor:
 
 
 def layout_distance(one: Arrangement, other: Arrangement) -> float:
-    """How far the objects of one picture must move to stand as in the other, in sides of the picture.
+    """Return how far the objects of one picture must move to stand as in the other, in sides of the picture.
 
-    The largest displacement under the matching within classes whose squared displacements sum to the least; inf where
-    the classes have different numbers of objects. Symmetric, and 0 exactly where the layouts are equal.
+    It is the largest displacement under the matching within classes whose squared displacements sum to the least, and
+    inf where the classes have different numbers of objects. It is symmetric, and 0 exactly where layouts are equal.
     """
     if Counter(one.kinds) != Counter(other.kinds):
         return math.inf
@@ -129,9 +129,9 @@ def layout_distance(one: Arrangement, other: Arrangement) -> float:
 
 
 def distinct_layouts(layouts: Sequence[Arrangement], within: float = SAME_WITHIN) -> int:
-    """How many clusters some pictures' layouts form; 0 of none.
+    """Return how many clusters some pictures' layouts form; 0 of none.
 
-    Complete linkage: two layouts of one cluster are at most `within` apart.
+    The linkage is complete: two layouts of one cluster are at most `within` apart.
 
     Raises:
         InputError: `within` is not a share of the picture's side in (0, 1].
@@ -148,7 +148,7 @@ def distinct_layouts(layouts: Sequence[Arrangement], within: float = SAME_WITHIN
 
 
 def prompt_layouts(layouts: Sequence[Arrangement], prompt_B: Tensor, within: float = SAME_WITHIN) -> Tensor:
-    """Number of distinct layouts of each prompt's pictures, float [P] in the order of the prompts' numbers.
+    """Return the number of distinct layouts of each prompt, float [P] in the order of the prompts' numbers.
 
     Raises:
         ShapeError: there is not one prompt a picture.
@@ -161,33 +161,33 @@ def prompt_layouts(layouts: Sequence[Arrangement], prompt_B: Tensor, within: flo
 
 @dataclass(frozen=True)
 class Diversity:
-    """Of each prompt's pictures, and their means."""
+    """The diversity of each prompt's pictures, and the means over prompts."""
 
     distance_P: Tensor
-    """Mean pairwise feature distance; nan for a prompt with one picture."""
+    """The mean pairwise feature distance; nan for a prompt with one picture."""
     layouts_P: Tensor | None
-    """Number of distinct layouts; None where no detector was given."""
+    """The number of distinct layouts; None where no detector was given."""
 
     @property
     def distance(self) -> float:
-        """Mean over the prompts that have one."""
+        """The mean distance over the prompts that have one."""
         return self.distance_P.nanmean().item()
 
     @property
     def layouts(self) -> float:
-        """Mean over prompts; nan where no detector was given."""
+        """The mean number of layouts over prompts; nan where no detector was given."""
         return math.nan if self.layouts_P is None else self.layouts_P.mean().item()
 
 
 @dataclass(frozen=True)
 class DiversityMeter:
-    """What diversity is measured with: an encoder of pictures and, for layouts, a detector."""
+    """A meter of diversity, with an encoder of pictures and, for layouts, a detector."""
 
     features: Features
     detector: Detector | None = None
 
     def measure(self, images_BCHW: Tensor, prompt_B: Tensor) -> Diversity:
-        """Diversity of pictures [B, 3, H, W] in [0, 1]; `prompt_B` numbers their prompts."""
+        """Return the diversity of pictures [B, 3, H, W] in [0, 1]; `prompt_B` numbers their prompts."""
         distance_P = prompt_distances(self.features(images_BCHW).float().cpu(), prompt_B)
         if self.detector is None:
             return Diversity(distance_P, None)
@@ -196,7 +196,7 @@ class DiversityMeter:
 
 
 def layouts_of(detector: Detector, images_BCHW: Tensor) -> list[Arrangement]:
-    """The layout of each picture [B, 3, H, W]."""
+    """Return the layout of each picture [B, 3, H, W]."""
     rows, columns = images_BCHW.shape[-2:]
     return [Arrangement.of(instances, rows, columns) for instances in detector.instances(images_BCHW)]
 

@@ -1,4 +1,4 @@
-"""DivGenBench-style diversity: of identities, styles, layouts and tones, each over pictures that should differ.
+"""The diversity of DivGenBench: of identities, styles, layouts and tones, each over pictures that should differ.
 
 E2PO's benchmark (arXiv 2512.24146, supplement C). Its code and prompts are not published, so figures are comparable
 among runs that use the same prompts and encoders, and only roughly with the paper's.
@@ -35,41 +35,41 @@ from pixrl.rewards.preprocess import require_images
 from pixrl.rewards.zoo.finders import Finder
 
 GREY = (0.299, 0.587, 0.114)
-"""Rec. 601's weights, as PIL converts to grey."""
+"""The weights of Rec. 601, by which PIL converts to grey."""
 
 
 class Encoder(Protocol):
-    """What turns pictures into features: `rewards.faces.FaceEncoder`, `rewards.style.StyleEncoder` and others."""
+    """An encoder of pictures: `rewards.faces.FaceEncoder`, `rewards.style.StyleEncoder` and others."""
 
     @property
     def provenance(self) -> Mapping[str, str]:
-        """Its id with checksum (`model`), `revision`, `licence` and preprocessing."""
+        """The id with checksum (`model`), `revision`, `licence` and preprocessing."""
 
     def image_features(self, images_BCHW: Tensor) -> Tensor:
-        """[B, E]; a row that is not finite where a picture has nothing to embed."""
+        """Return features [B, E]; a row is not finite where a picture has nothing to embed."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, of how many pictures it is, and what measured it."""
+    """A figure with the number of its pictures and the models that measured it."""
 
     name: str
     value: float
     counts: Mapping[str, int]
     provenance: Mapping[str, str]
-    """`model` (id with checksum), `revision`, `licence`, preprocessing, and thresholds where there are any."""
+    """The `model` (id with checksum), `revision`, `licence`, preprocessing, and thresholds where there are any."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Pictures as an encoder sees them, and which one that was."""
+    """The features of pictures, and the provenance of their encoder."""
 
     rows_NE: Tensor
     provenance: Mapping[str, str]
 
 
 def encode(encoder: Encoder, images: Iterable[Tensor]) -> Features:
-    """The features of pictures [B, 3, H, W], batch by batch; batches may differ in size.
+    """Encode pictures [B, 3, H, W], batch by batch; batches may differ in size.
 
     Raises:
         InputError: there is no picture.
@@ -90,7 +90,7 @@ def encode(encoder: Encoder, images: Iterable[Tensor]) -> Features:
 
 
 def ids(images: Iterable[Tensor], faces: Encoder) -> Figure:
-    """IDS of pictures, batch by batch, by a face encoder; counts `pictures`, and `faces` found in them.
+    """Measure IDS of pictures, batch by batch, by a face encoder; counts `pictures`, and `faces` found in them.
 
     Raises:
         InputError: there is no picture.
@@ -102,7 +102,7 @@ def ids(images: Iterable[Tensor], faces: Encoder) -> Figure:
 
 
 def asc(synthetic: Features, test: Features, train: Features) -> Figure:
-    """ASC of features by one style encoder (`encode`); a training set is encoded once for many figures.
+    """Measure ASC of features by one style encoder (`encode`); a training set is encoded once for many figures.
 
     Raises:
         InputError: they are of different encoders.
@@ -120,7 +120,7 @@ def asc(synthetic: Features, test: Features, train: Features) -> Figure:
 
 
 def sdi(prompts: Sequence[tuple[str, Tensor]], finder: Finder) -> Figure:
-    """SDI, by what finds objects.
+    """Measure SDI with a model that finds objects.
 
     Args:
         prompts: of each prompt, the object that it asks for and its pictures [M, 3, H, W].
@@ -132,7 +132,7 @@ def sdi(prompts: Sequence[tuple[str, Tensor]], finder: Finder) -> Figure:
 
 
 def pvs(images: Iterable[Tensor]) -> Figure:
-    """PVS of pictures [B, 3, H, W] in [0, 1], batch by batch.
+    """Measure PVS of pictures [B, 3, H, W] in [0, 1], batch by batch.
 
     Raises:
         InputError: there is no picture.
@@ -146,16 +146,16 @@ def pvs(images: Iterable[Tensor]) -> Figure:
 
 @dataclass(frozen=True)
 class Identity:
-    """IDS, and of how many faces."""
+    """The figure IDS, and the number of its faces and pictures."""
 
     similarity: float
-    """In [-1, 1], lower is more diverse; nan with fewer than two faces."""
+    """The mean cosine in [-1, 1], lower is more diverse; nan with fewer than two faces."""
     faces: int
     pictures: int
 
 
 def identity_similarity(faces_NE: Tensor) -> Identity:
-    """IDS = 2 / (N (N - 1)) sum over pairs of cos(v_i, v_j).
+    """Compute IDS = 2 / (N (N - 1)) sum over pairs of cos(v_i, v_j).
 
     Args:
         faces_NE: an embedding a picture (ArcFace's 512 numbers in the paper), of any length; a row that is not finite
@@ -173,7 +173,7 @@ def identity_similarity(faces_NE: Tensor) -> Identity:
 
 
 def style_coverage(synthetic_NE: Tensor, test_NE: Tensor, train_NE: Tensor) -> float:
-    """ASC = IRS(synthetic) / IRS(test): near 1 where generated pictures reach as much of a training set as real ones.
+    """Compute ASC = IRS(synthetic) / IRS(test), near 1 where generated pictures reach as much as real ones.
 
     Args:
         synthetic_NE: style features of generated pictures (CSD in the paper, `rewards.style`).
@@ -188,7 +188,7 @@ def style_coverage(synthetic_NE: Tensor, test_NE: Tensor, train_NE: Tensor) -> f
 
 
 def retrieval(queries_NE: Tensor, train_NE: Tensor) -> float:
-    """IRS at infinitely many queries: the share of a training set that is some query's nearest neighbour (L2)."""
+    """Estimate IRS at infinitely many queries: the share of a training set that is a query's nearest neighbour (L2)."""
     shapes = [list(x.shape) for x in (queries_NE, train_NE)]
     if any(len(shape) != 2 or 0 in shape for shape in shapes) or shapes[0][1] != shapes[1][1]:
         raise ShapeError(
@@ -199,7 +199,7 @@ def retrieval(queries_NE: Tensor, train_NE: Tensor) -> float:
 
 
 def reachable(distinct: int, queries: int, train: int) -> int:
-    """How many pictures s of a training set can be reached, of which n queries hit k: the likeliest s from k to M.
+    """Return how many pictures s of a training set can be reached where n queries hit k: the likeliest s in k..M.
 
     P(k | n, s) = C(s, k) k! S(n, k) / s^n, with Stirling's numbers of the second kind, which do not depend on s: so s
     maximizes lgamma(s + 1) - lgamma(s - k + 1) - n log s. (Image retrieval score, as in BeyondFID.)
@@ -217,7 +217,7 @@ def reachable(distinct: int, queries: int, train: int) -> int:
 
 
 def spatial_diversity(layouts: Sequence[Sequence[Tensor]]) -> float:
-    """SDI: the mean over prompts of 1 - mean similarity of all pairs of a prompt's layouts, in [0, 1].
+    """Compute SDI: the mean over prompts of 1 - mean similarity of all pairs of a prompt's layouts, in [0, 1].
 
     Args:
         layouts: prompt by prompt, the boxes [N, 4] (x0, y0, x1, y1, in any one unit) of the asked object in each of
@@ -235,9 +235,9 @@ def spatial_diversity(layouts: Sequence[Sequence[Tensor]]) -> float:
 
 
 def layout_similarity(one_N4: Tensor, other_N4: Tensor) -> float:
-    """The sum of IoU over the best one-to-one matching of two layouts' boxes, divided by the larger number of boxes.
+    """Return the sum of IoU over the best matching of two layouts' boxes, divided by the larger number of boxes.
 
-    In [0, 1]; two layouts without boxes have 1, one of them without boxes 0.
+    It is in [0, 1]; two layouts without boxes have 1, one of them without boxes 0.
 
     Raises:
         ShapeError: boxes are not [N, 4].
@@ -254,7 +254,7 @@ def layout_similarity(one_N4: Tensor, other_N4: Tensor) -> float:
 
 
 def intersection_over_union(one_N4: Tensor, other_N4: Tensor) -> Tensor:
-    """Of all pairs of boxes, [N, M]; 0 for two boxes without area."""
+    """Return the IoU of all pairs of boxes, [N, M]; 0 for two boxes without area."""
     one, other = one_N4.double()[:, None], other_N4.double()[None]
     sides = torch.minimum(one[..., 2:], other[..., 2:]) - torch.maximum(one[..., :2], other[..., :2])
     shared = sides.clamp_min(0).prod(dim=-1)
@@ -264,7 +264,7 @@ def intersection_over_union(one_N4: Tensor, other_N4: Tensor) -> Tensor:
 
 
 def photographic_variance(images: Iterable[Tensor]) -> float:
-    """PVS = std(s) + std(v) + std(c) over pictures; 0 where all are alike.
+    """Compute PVS = std(s) + std(v) + std(c) over pictures; 0 where all are alike.
 
     Args:
         images: pictures [B, 3, H, W] in [0, 1], batch by batch; batches may differ in size.
@@ -282,7 +282,7 @@ def _spread(tones: Sequence[Tensor]) -> float:
 
 
 def picture_tones(images_BCHW: Tensor) -> Tensor:
-    """Each picture's mean saturation s and value v (HSV), and contrast c: the deviation of its grey levels. [B, 3]"""
+    """Return each picture's mean saturation s and value v (HSV), and contrast c, the deviation of its grey: [B, 3]."""
     require_images(images_BCHW)
     pixels = images_BCHW.double().clamp(0, 1)
     value, least = pixels.amax(dim=1), pixels.amin(dim=1)

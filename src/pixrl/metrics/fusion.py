@@ -1,4 +1,4 @@
-"""Figures of a fusion, from similarities alone: of all its pictures, and of the ones selected."""
+"""The figures of a fusion run, from similarities alone: of all its pictures, and of the ones selected."""
 
 import math
 from collections.abc import Sequence
@@ -12,36 +12,44 @@ from pixrl.equations import fusion_reward, is_candidate
 
 @dataclass(frozen=True)
 class FusionFigures:
-    """What a study compares. nan where nothing is left to take the figure from."""
+    """The figures that a study of fusion compares; nan where there is nothing to take a figure from."""
 
     reward: float
-    """Mean reward of all scored pictures (Eq. 5)."""
+    """The mean reward of all scored pictures (Eq. 5)."""
     similarity: float
-    """Mean over pictures of the mean similarity to the concepts: the paper's Avg. Sim."""
+    """The mean over pictures of the mean similarity to the concepts: the paper's Avg. Sim."""
     balance: float
-    """Mean over pictures of max S - min S: the paper's Balance, lower is better."""
+    """The mean over pictures of max S - min S: the paper's Balance, lower is better."""
     candidate_rate: float
-    """Share of all pictures, failed ones included, that pass both thresholds."""
+    """The share of all pictures, failed ones included, that pass both thresholds."""
     late_reward: float
-    """Mean reward of the last quarter of the pictures: what a learning sampler ends at."""
+    """The mean reward of the last quarter of the pictures, at which a learning sampler ends."""
     best_reward: float
     best_total: float
     """The largest sum of similarities among the candidates."""
     selected_reward: float
-    """Of the picture that is selected first; where none qualifies, of the best reward."""
+    """The reward of the picture that is selected first; where none qualifies, the best reward."""
     selected_similarity: float
     selected_balance: float
     failed: float
-    """Share of pictures that could not be scored."""
+    """The share of pictures that could not be scored."""
 
     def to_json(self) -> dict[str, float | None]:
+        """Return the figures by name, with None for nan."""
         return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
 
 
 def figures(
     similarities_BN: Tensor, alpha: float, presence: float, balance: float, chosen: Sequence[int] = ()
 ) -> FusionFigures:
-    """The figures of a run; `chosen` are its selected pictures, best first."""
+    """Return the figures of a run.
+
+    Args:
+        similarities_BN: of each picture to each concept; a row with nan could not be scored.
+        alpha: of the reward (Eq. 5).
+        presence, balance: the thresholds of a candidate.
+        chosen: the selected pictures, best first.
+    """
     images = len(similarities_BN)
     rewards_B = fusion_reward(similarities_BN, alpha)
     scored_B = ~rewards_B.isnan()
@@ -49,7 +57,9 @@ def figures(
     candidate_B = is_candidate(similarities_BN, presence, balance)
     late_B = scored_B & (torch.arange(images) >= images - max(1, images // 4))
     totals_B = similarities_BN.sum(dim=1)
-    first = _first(rewards_B, chosen)
+    ranked_B = rewards_B.nan_to_num(-math.inf)
+    best = int(ranked_B.argmax()) if bool(ranked_B.isfinite().any()) else None
+    first = chosen[0] if chosen else best
     return FusionFigures(
         reward=_mean(rewards_B[scored_B]),
         similarity=_mean(similarities_BN[scored_B].mean(dim=1)),
@@ -63,13 +73,6 @@ def figures(
         selected_balance=_at(spread_B, first),
         failed=float((~scored_B).float().mean()),
     )
-
-
-def _first(rewards_B: Tensor, chosen: Sequence[int]) -> int | None:
-    if chosen:
-        return chosen[0]
-    scored = rewards_B.nan_to_num(-math.inf)
-    return int(scored.argmax()) if bool(scored.isfinite().any()) else None
 
 
 def _mean(values: Tensor) -> float:

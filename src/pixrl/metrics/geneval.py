@@ -27,21 +27,21 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class GenEvalScores:
-    """Of some pictures; what failed to be scored is left out of every share and counted."""
+    """The figures of some pictures; what failed to be scored is left out of every share and counted."""
 
     tasks: Mapping[str, float]
-    """Task -> share of correct pictures, all six in GenEval's order; nan where none was scored."""
+    """The share of correct pictures in each of the six tasks, in GenEval's order; nan where none was scored."""
     overall: float
-    """The mean of the six, GenEval's score; nan where a task has none."""
+    """The mean of the six, which is GenEval's score; nan where a task has none."""
     images: int
     failed: int
     correct_images: float
-    """Share of all scored pictures."""
+    """The share of scored pictures that are correct."""
     correct_prompts: float
-    """Share of the prompts with a scored picture that have a correct one."""
+    """The share of the prompts with a scored picture that have a correct one."""
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the figures as lines for people."""
         rows = [f"{task:<14} {share:.4f}" for task, share in self.tasks.items()]
         return [
             *rows,
@@ -51,7 +51,7 @@ class GenEvalScores:
 
 
 def geneval_scores(scores: Scores, metadata: Sequence[Mapping[str, object]]) -> GenEvalScores:
-    """The figures of strict scores.
+    """Return the figures of strict scores.
 
     Args:
         scores: of the `geneval` reward, 0 or 1 a picture.
@@ -90,7 +90,7 @@ def geneval_scores(scores: Scores, metadata: Sequence[Mapping[str, object]]) -> 
 
 
 def score_folder(path: Path, reward: Reward, batch: int = BATCH) -> GenEvalScores:
-    """The figures of pictures in GenEval's published layout.
+    """Score pictures in GenEval's published layout and return their figures.
 
     Args:
         path: the folder of numbered folders.
@@ -117,7 +117,7 @@ def score_folder(path: Path, reward: Reward, batch: int = BATCH) -> GenEvalScore
 
 
 def _prompts(path: Path) -> Iterator[tuple[Mapping[str, object], list[Path]]]:
-    """Each prompt's entry and pictures, in the order of the folders' numbers."""
+    """Yield each prompt's entry and pictures, in the order of the folders' numbers."""
     folders = (
         sorted(one for one in path.iterdir() if one.is_dir() and one.name.isdigit()) if path.is_dir() else []
     )

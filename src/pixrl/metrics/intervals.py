@@ -19,9 +19,10 @@ class Interval:
     low: float
     high: float
     count: int
-    """Units: pairs, or seeds."""
+    """The number of units: pairs, or seeds."""
 
     def text(self, digits: int = 3) -> str:
+        """Return the mean with the interval in brackets, where there is one."""
         if self.count == 0:
             return "–"
         if math.isnan(self.low):
@@ -30,6 +31,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether zero lies outside the interval; false of fewer than two units."""
         return self.count > 1 and (self.low > 0 or self.high < 0)
 
 
@@ -37,7 +39,10 @@ Intervals = Callable[[Sequence[float]], Interval]
 
 
 def bootstrap(values: Sequence[float]) -> Interval:
-    """Percentile bootstrap of the mean of one value a unit, 10,000 resamples with a fixed seed; nan is left out."""
+    """Return the percentile bootstrap interval of the mean of one value a unit; nan is left out.
+
+    There are 10,000 resamples with a fixed seed.
+    """
     known = _known(values)
     if not len(known):
         return Interval(math.nan, math.nan, math.nan, 0)
@@ -48,9 +53,9 @@ def bootstrap(values: Sequence[float]) -> Interval:
 
 
 def student(values: Sequence[float]) -> Interval:
-    """Student's t-interval of the mean of one value a unit; nan is left out.
+    """Return Student's t-interval of the mean of one value a unit; nan is left out.
 
-    For few units (three seeds), where a bootstrap has too few different resamples and comes out far too narrow.
+    It is for few units (three seeds), where a bootstrap has too few different resamples and comes out far too narrow.
     """
     known = _known(values)
     if len(known) < 2:
@@ -64,7 +69,7 @@ def student(values: Sequence[float]) -> Interval:
 def by_unit(
     records: Sequence[Mapping[str, object]], variant: str, figure: str, unit: str = "pair"
 ) -> dict[str, float]:
-    """A figure of a variant, one value a unit: the mean over its records. Records without the figure are left out."""
+    """Return a variant's figure for each unit: the mean over its records that have the figure."""
     found: dict[str, list[float]] = {}
     for record in records:
         figures = record["figures"]
@@ -83,7 +88,7 @@ def paired(
     unit: str = "pair",
     interval: Intervals = bootstrap,
 ) -> Interval:
-    """The mean difference first - second over the units that have both."""
+    """Return the mean difference first - second over the units that have both, with its interval."""
     a, b = by_unit(records, first, figure, unit), by_unit(records, second, figure, unit)
     return interval([a[name] - b[name] for name in a if name in b])
 

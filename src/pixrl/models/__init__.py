@@ -1,4 +1,4 @@
-"""Image generators behind two interfaces: `Renderer` draws, `FlowPolicy` can also be trained.
+"""Image generators behind two interfaces: a `Renderer` draws pictures, a `FlowPolicy` can also be trained.
 
 `load("toy:sd3")`, `load("/my/folder")`, `load("stabilityai/sdxl-turbo@main")`, `load("model.safetensors")` and
 `load("my_adapter.py:Mine@/my/folder")` go the same way. Importing this package imports no torch.
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pixrl.config import parse_yaml
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.hub import TOY_PREFIX, Card, Checkpoint, locate, read_card, read_json, resolve, split_adapter
-from pixrl.hub_fetch import split_revision
+from pixrl.hub import TOY_PREFIX, Card, Checkpoint, locate, read_card, resolve, split_adapter, split_revision
+from pixrl.hub_check import read_json
 from pixrl.plugins import Registry
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ RENDERERS = {
     "sdxl": "pixrl.models.sdxl:SDXLRenderer",
     "flux": "pixrl.models.flux:FluxPolicy",
 }
-"""Kind -> adapter."""
+"""The adapter of each kind of generator."""
 REGISTRY = Registry("kind", "pixrl.models", RENDERERS)
-"""All adapters: the table, installed packages' entry points, and classes in files of yours."""
+"""The registry of all adapters: the table, installed packages' entry points, and classes in files of yours."""
 NOT_STATED = "not stated: see the model's page"
 TOY = "Apache-2.0 (part of pixrl)"
-"""Licences of generators where none is known, and of the toy world's."""
+"""The licence of the toy world's generators; `NOT_STATED` stands where none is known."""
 
 
 def load(
@@ -46,7 +46,7 @@ def load(
     plan: "MemoryPlan | None" = None,
     lora: str | Path | None = None,
 ) -> "Renderer":
-    """A generator from `toy:NAME`, a local folder, a hub id with or without `@revision`, or one safetensors file.
+    """Load a generator from `toy:NAME`, a local folder, a hub id with or without `@revision`, or one safetensors file.
 
     Args:
         ref: the checkpoint, as `pixrl.hub` describes.
@@ -85,7 +85,7 @@ def load(
 
 
 def adapter_of(checkpoint: Checkpoint, kind: str | None = None) -> "type[Renderer]":
-    """The class that loads a checkpoint: that of `kind`, else the one it names, else the one for its pipeline's class.
+    """Return the class that loads a checkpoint: by `kind`, else the one it names, else by its pipeline's class.
 
     Raises:
         CheckpointError: no adapter loads pipelines of its class.
@@ -122,7 +122,7 @@ def _find(name: str) -> "type[Renderer]":
 
 
 def generator_licence(ref: str) -> str:
-    """What is known about the licence of a generator's weights: its README's, the published one, or that none is."""
+    """Return the licence of a generator's weights: its README's, the published one, or that none is stated."""
     if ref.startswith(TOY_PREFIX):
         return TOY
     adapter, place = split_adapter(ref)
@@ -133,7 +133,7 @@ def generator_licence(ref: str) -> str:
 
 
 def _front_matter(readme: Path) -> str | None:
-    """`license_name` or `license` of a README's front matter."""
+    """Return `license_name` or `license` of a README's front matter."""
     if not readme.is_file():
         return None
     parts = readme.read_text(encoding="utf-8", errors="replace").split("---", 2)

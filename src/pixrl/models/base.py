@@ -1,6 +1,6 @@
 """The model interfaces: a `Renderer` makes pictures, a `FlowPolicy` is a Renderer that can be trained.
 
-A `ReferencePolicy` is also shown reference pictures, which `on_square` lays out for it.
+A `ReferencePolicy` also takes reference pictures, which `on_square` lays out for it.
 """
 
 from abc import ABC, abstractmethod
@@ -40,12 +40,16 @@ class Conditioning:
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Conditioning":
+        """Return the same rows on a device, in a dtype."""
         return self._map(lambda x: x.to(device=device, dtype=dtype))
 
     def mix(self, weights: Tensor) -> "Conditioning":
-        """The weighted sum over the batch, one row: weights [B] on all columns, or [B, D] column by column.
+        """Return the weighted sum over the batch as one row: weights [B] for all columns, or [B, D] column by column.
 
         With column weights the pooled features take each concept's mean weight.
+
+        Raises:
+            ShapeError: the weights have another shape.
         """
         if weights.shape[0] != len(self) or weights.ndim not in (1, 2):
             raise ShapeError(
@@ -65,7 +69,7 @@ class Conditioning:
         )
 
     def lerp(self, other: "Conditioning", weight: Tensor | float) -> "Conditioning":
-        """(1 - weight) * self + weight * other; weight a number or [B]."""
+        """Return (1 - weight) * self + weight * other; the weight is a number or [B]."""
         w = torch.as_tensor(weight, dtype=self.tokens_BLD.dtype, device=self.tokens_BLD.device)
 
         def blend(a: Tensor, b: Tensor) -> Tensor:
@@ -79,6 +83,7 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
+        """Return all rows of the parts, in order."""
         pooled = [p.pooled_BE for p in parts if p.pooled_BE is not None]
         columns = zip(*(p.references for p in parts), strict=True)
         return Conditioning(
@@ -94,7 +99,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several prompts at once for each picture: what the network predicts for them is averaged at every step.
+    """Several prompts for each picture, for which the network's predictions are averaged at every step.
 
     Attributes:
         parts: N conditionings of B rows each.
@@ -122,7 +127,7 @@ class Mixture:
 
     @property
     def passes(self) -> int:
-        """How often the network is asked in all, counted in pictures: parts without weight are left out."""
+        """The number of the network's evaluations in all, counted in pictures; parts without weight are left out."""
         return sum(len(self.used(step)[0]) for step in range(len(self.weights_S)))
 
     def used(self, step: int) -> tuple[Tensor, Tensor]:
@@ -151,7 +156,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a checkpoint is meant to be sampled: number of steps, guidance scale, picture side in pixels."""
+    """The settings of sampling: number of steps, guidance scale, picture side in pixels."""
 
     steps: int
     guidance: float
@@ -167,15 +172,15 @@ class Renderer(ABC):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
-    """The `_class_name`s of the pipelines that it loads, as a checkpoint's model_index.json has them."""
+    """The `_class_name`s, in a checkpoint's model_index.json, of the pipelines that it loads."""
     pipeline_class: ClassVar[str | None] = None
-    """The class of diffusers around which it is made; None: its memory cannot be estimated before it loads."""
+    """The class of diffusers that it wraps; None: its memory cannot be estimated before it loads."""
     gpu_dtype: ClassVar[DType] = DType.BFLOAT16
-    """What dtype "auto" is on a GPU."""
+    """The dtype that "auto" stands for on a GPU."""
     lora_layout: ClassVar[str | None] = None
-    """Whose names LoRA files for it go by: sd3 or flux; None: none can be merged."""
+    """The family whose names its LoRA files use, sd3 or flux; None: none can be merged."""
     licences: ClassVar[Mapping[str, str]] = {}
-    """Hub id -> the licence of published weights, as known when this was written; the model's page decides."""
+    """The licences of published weights by hub id, as known when this was written; the model's page decides."""
     name: str
     device: torch.device
     settings: SamplingSettings
@@ -184,14 +189,18 @@ class Renderer(ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """One row a prompt; equal prompts give equal rows. Raises UnknownWordError for words outside `vocabulary`."""
+        """Encode each prompt as one row; equal prompts give equal rows.
+
+        Raises:
+            UnknownWordError: a word is outside `vocabulary`.
+        """
 
     @abstractmethod
     def sample(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
-        """Pictures [B, 3, H, W], float32 in [0, 1] on the CPU; picture i depends on row i and seed i alone."""
+        """Draw pictures [B, 3, H, W], float32 in [0, 1] on the CPU; picture i depends on row i and seed i alone."""
 
     def sample_mixture(self, mixture: Mixture, seeds: Sequence[int]) -> Tensor:
-        """Pictures [B, 3, H, W] as from `sample`, from the averages of what is predicted for several prompts.
+        """Draw pictures [B, 3, H, W] as `sample` does, from averaged predictions for several prompts.
 
         Raises:
             InputError: this model cannot do that.
@@ -204,13 +213,13 @@ class Renderer(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A short hash of the weights, for manifests: `pixrl.hub.checkpoint_fingerprint` gives one.
+        """Return a short hash of the weights for manifests, such as `pixrl.hub.checkpoint_fingerprint`.
 
         A run is not resumed with another one. An adapter's own file of Python is part of that of its checkpoint.
         """
 
     def merge_lora(self, place: Path) -> None:
-        """Adds a LoRA to the frozen weights.
+        """Add a LoRA to the frozen weights.
 
         Raises:
             InputError: LoRA files for such a model are not read.
@@ -226,53 +235,53 @@ class FlowPolicy(Renderer):
 
     @abstractmethod
     def schedule(self, steps: int) -> Tensor:
-        """Noise levels from 1 down to 0, [steps + 1]: the same for sampling and for training."""
+        """Return noise levels from 1 down to 0, [steps + 1], the same for sampling and for training."""
 
     @abstractmethod
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """Latent noise, one generator a seed: [B, C, h, w], float32."""
+        """Draw latent noise from one generator a seed: [B, C, h, w], float32."""
 
     @abstractmethod
     def velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        """The model's velocity (noise - data) at x_t; t in [0, 1], 1 is noise."""
+        """Return the model's velocity (noise - data) at x_t [B, C, h, w] and t in [0, 1], where 1 is noise."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to pictures [B, 3, H, W] in [0, 1]; differentiable."""
+        """Decode latents to pictures [B, 3, H, W] in [0, 1], differentiably."""
 
     def text_present(self) -> AbstractContextManager[None]:
-        """Within it the text encoders are on the device; needed only around use of the encoders themselves."""
+        """Keep the text encoders on the device while it is open; needed only around use of the encoders themselves."""
         return nullcontext()
 
     def decoder_present(self) -> AbstractContextManager[None]:
-        """Within it the decoder stays on the device; needed only around a gradient through `decode`."""
+        """Keep the decoder on the device while it is open; needed only around a gradient through `decode`."""
         return nullcontext()
 
     def quick_backward(self) -> AbstractContextManager[None]:
-        """Within it `velocity` may take kernels with a faster backward pass, other ones than in sampling.
+        """Let `velocity` take kernels with a faster backward pass, other ones than in sampling, while it is open.
 
-        Results are equal but for rounding. Not for losses that divide densities by those of sampling.
+        Results are equal but for rounding, which is too much for losses that divide densities by those of sampling.
         """
         return nullcontext()
 
     @abstractmethod
     def slot(self, name: str) -> AbstractContextManager[None]:
-        """Within it, `velocity` uses that LoRA slot: 'current', 'old', 'ema', or 'reference' (adapters off)."""
+        """Let `velocity` use a LoRA slot while it is open: 'current', 'old', 'ema', or 'reference' (adapters off)."""
 
 
 class ReferencePolicy(ABC):
     """A policy whose conditioning may carry reference pictures."""
 
     reference_side: int
-    """Rows and columns of pixels that a reference is laid out on."""
+    """The side in pixels of the square that a reference is laid out on."""
 
     @abstractmethod
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
-        """Clean latents [B, C, h, w] of pictures [B, 3, H, W] in [0, 1]; a row does not depend on the others."""
+        """Encode pictures [B, 3, H, W] in [0, 1] as clean latents [B, C, h, w], each row by itself."""
 
     @abstractmethod
     def with_references(self, conditioning: Conditioning, references: Sequence[Tensor]) -> Conditioning:
-        """The same prompts with reference pictures: each [B, 3, H, W], sides multiples of two latents.
+        """Return the prompts with reference pictures, each [B, 3, H, W] with sides that are multiples of two latents.
 
         Raises:
             ShapeError: another number of pictures than of prompts.
@@ -280,7 +289,7 @@ class ReferencePolicy(ABC):
 
 
 def on_square(image_CHW: Tensor, side: int) -> Tensor:
-    """A picture [3, H, W] of any size on a white square [3, side, side]: nothing cut off, nothing stretched.
+    """Lay a picture [3, H, W] of any size on a white square [3, side, side], neither cut nor stretched.
 
     Raises:
         ShapeError: it is no RGB picture.

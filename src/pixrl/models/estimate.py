@@ -22,11 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixrl.device import Precision, quiet_loading
 from pixrl.errors import CheckpointError
-from pixrl.hub import Checkpoint, components
+from pixrl.hub import Checkpoint
 from pixrl.hub_check import (
     INDEX,
     T5_COMPONENTS,
     TensorHeader,
+    components,
     is_model,
     model_files,
     read_header,
@@ -38,25 +39,25 @@ from pixrl.models.loading import PREFIXES, decoder_dtype, part_class
 DENOISERS = ("transformer", "unet")
 VAE = "vae"
 _T5_KEPT_WIDE = ".wo."
-"""Weights that transformers keeps in float32 where T5 is loaded in float16."""
+"""The weights that transformers keeps in float32 where T5 is loaded in float16."""
 _INTEGERS = ("I", "U", "B")
 CONTRADICTIONS = (
     RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError,
 )  # fmt: skip
-"""What the model libraries raise where a config contradicts itself, other configs or the weights."""
+"""The errors of the model libraries where a config contradicts itself, other configs or the weights."""
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """One part of a checkpoint."""
+    """The size of one part of a checkpoint."""
 
     parameters: int
     bytes: int
-    """As it will lie in memory."""
+    """The bytes that it will take in memory."""
 
 
 def part_sizes(checkpoint: Checkpoint, precision: Precision, *, t5: bool = True) -> dict[str, PartSize]:
-    """Part -> its size in memory, from file headers alone.
+    """Return each part's size in memory, from file headers alone.
 
     Raises:
         CheckpointError: a file is missing or cut short.
@@ -70,7 +71,7 @@ def part_sizes(checkpoint: Checkpoint, precision: Precision, *, t5: bool = True)
 
 
 def headers(checkpoint: Checkpoint, parts: Sequence[str]) -> dict[str, dict[str, TensorHeader]]:
-    """Part -> its tensors, from the folder, or from the single file where that holds the part."""
+    """Return the tensors of each part, from the folder, or from the single file where that holds the part."""
     single = {} if checkpoint.file is None else read_header(checkpoint.file)
     found: dict[str, dict[str, TensorHeader]] = {}
     taken: set[str] = set()
@@ -86,7 +87,7 @@ def headers(checkpoint: Checkpoint, parts: Sequence[str]) -> dict[str, dict[str,
 
 
 def of_folder(folder: Path) -> dict[str, TensorHeader]:
-    """The tensors of a part in its own folder.
+    """Return the tensors of a part in its own folder.
 
     Raises:
         CheckpointError: it holds no weights, or a file is missing or cut short.
@@ -108,43 +109,36 @@ def _size(tensors: Mapping[str, TensorHeader], dtype: torch.dtype, kind: str) ->
 
 
 def empty_pipeline(class_name: str, folder: Path, precision: Precision) -> Any:
-    """A pipeline whose denoiser and VAE have shapes and no content, and which has no text encoders.
+    """Return a pipeline without text encoders, whose denoiser and VAE have shapes and no content.
 
     Raises:
         CheckpointError: a class or a config is not what the installed libraries know.
     """
     import diffusers
 
-    index = read_json(folder / INDEX)
+    index: Mapping[str, Any] = read_json(folder / INDEX)
     with quiet_loading():
-        scheduler_class = part_class(*_entry(index, "scheduler"), folder)
-        parts: dict[str, Any] = {"scheduler": scheduler_class.from_pretrained(str(folder / "scheduler"))}
-        for name in (*DENOISERS, VAE):
-            if name in index:
-                dtype = decoder_dtype(precision) if name == VAE else precision.weights
-                parts[name] = _without_content(part_class(*_entry(index, name), folder), folder / name, dtype)
+        library, scheduler_class = index["scheduler"]
+        scheduler = part_class(library, scheduler_class, folder).from_pretrained(str(folder / "scheduler"))
+        parts: dict[str, Any] = {"scheduler": scheduler}
+        for name in (one for one in (*DENOISERS, VAE) if one in index):
+            library, part_name = index[name]
+            kind = part_class(library, part_name, folder)
+            try:
+                with torch.device("meta"):
+                    model: nn.Module = kind.from_config(read_json(folder / name / "config.json"))
+            except CONTRADICTIONS as error:
+                raise _no_model(folder / name, kind, error) from error
+            dtype = decoder_dtype(precision) if name == VAE else precision.weights
+            parts[name] = model.to(dtype).requires_grad_(False).eval()
         made = getattr(diffusers, class_name)
         needed = inspect.signature(made.__init__).parameters.values()
         others = {p.name: None for p in needed if p.default is p.empty and p.name not in ("self", *parts)}
         return made(**parts, **others)
 
 
-def _entry(index: Mapping[str, Any], name: str) -> tuple[str, str]:
-    library, kind = index[name]
-    return library, kind
-
-
-def _without_content(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            made: nn.Module = kind.from_config(read_json(folder / "config.json"))
-    except CONTRADICTIONS as error:
-        raise _no_model(folder, kind, error) from error
-    return made.to(dtype).requires_grad_(False).eval()
-
-
 def empty_text_encoder(kind: Any, folder: Path) -> nn.Module:
-    """A text encoder of transformers that has shapes and no content.
+    """Return a text encoder of transformers that has shapes and no content.
 
     Raises:
         CheckpointError: its config does not describe a model of that class.
@@ -166,21 +160,21 @@ def _no_model(folder: Path, kind: Any, error: BaseException) -> CheckpointError:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a pass needs beyond the weights."""
+    """The memory that a pass needs beyond the weights."""
 
     first: int
-    """Bytes that one picture takes."""
+    """The bytes that one picture takes."""
     each: int
-    """Bytes that each further one takes."""
+    """The bytes that each further picture takes."""
 
     def bytes(self, pictures: int) -> int:
-        """Of several pictures at a time."""
+        """Return the bytes that several pictures take at a time."""
         return self.first + (pictures - 1) * self.each
 
 
 @contextmanager
 def imagined(*modules: nn.Module) -> Iterator[None]:
-    """Within it everything computes with shapes alone, and so do the modules, whose content lies on no device yet."""
+    """Compute with shapes alone while it is open, also in the modules, whose content lies on no device yet."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (inner for outer in modules for inner in outer.modules()):
             for name, parameter in module.named_parameters(recurse=False):
@@ -193,35 +187,30 @@ def imagined(*modules: nn.Module) -> Iterator[None]:
 
 
 def cost_of(trial: Callable[[int], object], modules: Sequence[nn.Module]) -> Cost:
-    """What a pass over some pictures needs, within `imagined`; from one and from two of them."""
+    """Return what a pass over pictures needs, measured on one and on two of them within `imagined`."""
     peaks = []
     for count in (2, 1):
         meter = PeakMeter()
         with meter:
             trial(count)
         peaks.append(meter.peak)
-        _forget_gradients(modules)
+        for module in modules:
+            module.zero_grad()
     return Cost(peaks[1], max(1, peaks[0] - peaks[1]))
 
 
 def operations_of(trial: Callable[[int], object]) -> int:
-    """Floating point operations of a pass over one picture, within `imagined`.
+    """Return the floating point operations of a pass over one picture, within `imagined`.
 
-    Apart from `cost_of`, since torch's counter keeps tensors alive.
+    It is not part of `cost_of`, since torch's counter keeps tensors alive.
     """
     with FlopCounterMode(display=False) as counter:
         trial(1)
     return int(counter.get_total_flops())
 
 
-def _forget_gradients(modules: Sequence[nn.Module]) -> None:
-    for module in modules:
-        for parameter in module.parameters():
-            parameter.grad = None
-
-
 class PeakMeter(TorchDispatchMode):
-    """Within it, the bytes of tensors that are made, and the most that were alive at a time."""
+    """A counter of the bytes of tensors that are made while it is active, and of the most that were alive at a time."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -234,15 +223,13 @@ class PeakMeter(TorchDispatchMode):
         given = {_address(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
         for x in tree_flatten(result)[0]:
             if isinstance(x, torch.Tensor) and _address(x) not in self._known | given:
-                self._begin(x.untyped_storage())
+                storage = x.untyped_storage()
+                size, address = storage.nbytes(), storage._cdata
+                self._known.add(address)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                finalize(storage, self._end, size, address)
         return result
-
-    def _begin(self, storage: torch.UntypedStorage) -> None:
-        size, address = storage.nbytes(), storage._cdata
-        self._known.add(address)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        finalize(storage, self._end, size, address)
 
     def _end(self, size: int, address: int) -> None:
         self._known.discard(address)

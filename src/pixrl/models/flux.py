@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pixrl.errors import CheckpointError, InputError, ShapeError, did_you_mean
-from pixrl.hub import Checkpoint, read_json
-from pixrl.hub_check import INDEX
+from pixrl.hub import Checkpoint
+from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, ReferencePolicy, SamplingSettings
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import PipelinePart
@@ -30,37 +30,37 @@ from pixrl.models.text import ClipEncoder, PerturbableText
 MAX_SEQUENCE_LENGTH = 512
 SCHNELL_LENGTH = 256
 SCHNELL = SamplingSettings(steps=4, guidance=0.0, resolution=512)
-"""FLUX.1-schnell's own: distilled to four steps, without guidance."""
+"""The settings of FLUX.1-schnell, which is distilled to four steps and has no guidance."""
 KONTEXT_PIPELINE = "FluxKontextPipeline"
-"""Its folder differs from FLUX's in that name alone."""
+"""The pipeline of FLUX.1-Kontext, whose folder differs from FLUX's in that name alone."""
 UNO_SHRINK = 64
-"""UNO counts one token for 16 x 16 latents where FLUX counts one for 2 x 2, which shifts its schedule less."""
+"""The factor by which UNO counts fewer tokens than FLUX, one for 16 x 16 latents: its schedule is shifted less."""
 CACHE_BYTES = 2**28
-"""Of reference latents that are kept."""
+"""The bytes of reference latents that are kept."""
 
 
 class Preset(StrEnum):
-    """How references are placed: `uno` on a diagonal staircase after the target, `kontext` on a plane of their own."""
+    """The places of reference tokens: `uno` on a diagonal staircase after the target, `kontext` on their own plane."""
 
     UNO = "uno"
     KONTEXT = "kontext"
 
 
 class Shift(StrEnum):
-    """How far a schedule that depends on the resolution is shifted; the same for sampling and training."""
+    """The rule that shifts a schedule by the resolution; it is the same for sampling and training."""
 
     FLUX = "flux"
-    """By the picture's tokens, as FluxPipeline: mu = 0.630 at 512 x 512."""
+    """The shift of FluxPipeline by the picture's tokens: mu = 0.630 at 512 x 512."""
     UNO = "uno"
-    """As UNO's published inference: mu = 0.459 at 512 x 512."""
+    """The shift of UNO's published inference: mu = 0.459 at 512 x 512."""
 
 
 Size = tuple[int, int]
-"""(rows, columns), in tokens."""
+"""The size of a picture in tokens: (rows, columns)."""
 
 
 def position_ids(target: Size, references: Sequence[Size], preset: str) -> tuple[Tensor, list[Tensor]]:
-    """Position ids of the target's tokens and of each reference's, float32 [rows * columns, 3].
+    """Return the position ids of the target's tokens and of each reference's, float32 [rows * columns, 3].
 
     The target's ids are (0, row, column). With `uno` the first reference starts at (rows, columns) of the target and
     each next one further by the size of the one before; with `kontext` references lie at no offset with axis 0 at 1.
@@ -84,7 +84,7 @@ def position_ids(target: Size, references: Sequence[Size], preset: str) -> tuple
 
 
 def _checked_size(given: Any) -> Size:
-    """InputError unless it is two whole numbers of at least 1; 2.0 is one."""
+    """Return a size as whole numbers; InputError unless it is two of at least 1 (2.0 is whole)."""
     try:
         rows, columns = given
         size = int(rows), int(columns)
@@ -110,7 +110,7 @@ def _grid(size: Size, *, start: Size = (0, 0), plane: int = 0) -> Tensor:
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """Latents [B, C, H, W] as tokens [B, H/2 * W/2, 4C], two by two as FLUX packs them.
+    """Pack latents [B, C, H, W] as tokens [B, H/2 * W/2, 4C], two by two as FLUX packs them.
 
     Raises:
         ShapeError: an odd side.
@@ -123,7 +123,7 @@ def pack_latents(latents: Tensor) -> Tensor:
 
 
 def unpack_latents(tokens: Tensor, size: Size) -> Tensor:
-    """The inverse: tokens [B, rows * columns, 4C] as latents [B, C, 2 rows, 2 columns].
+    """Unpack tokens [B, rows * columns, 4C] as latents [B, C, 2 rows, 2 columns].
 
     Raises:
         ShapeError: the number of tokens is not rows * columns.
@@ -138,7 +138,10 @@ def unpack_latents(tokens: Tensor, size: Size) -> Tensor:
 
 
 class LatentCache:
-    """Latents of pictures by their content: a group's samples and later steps share them. Oldest first out."""
+    """A cache of the latents of pictures by their content, which a group's samples and later steps share.
+
+    The latents that were used longest ago are dropped first.
+    """
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._limit = limit
@@ -146,7 +149,7 @@ class LatentCache:
         self._bytes = 0
 
     def get(self, image_BCHW: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `make` gives for one picture [1, 3, H, W]."""
+        """Return the latents of one picture [1, 3, H, W], from the cache or by `make`."""
         content = image_BCHW.detach().float().cpu().contiguous().numpy().tobytes()
         key = blake2b(f"{list(image_BCHW.shape)}".encode() + content, digest_size=16).digest()
         row = self._rows.get(key)
@@ -161,7 +164,7 @@ class LatentCache:
 
 
 class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
-    """A FluxPipeline folder; any number of reference pictures. `preset` says how their tokens are placed."""
+    """FLUX as a trainable policy with any number of reference pictures; `preset` says how their tokens are placed."""
 
     pipelines = ("FluxPipeline", KONTEXT_PIPELINE)
     pipeline_class = "FluxPipeline"
@@ -176,14 +179,26 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
     lora_targets = KNOWN_TARGETS
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
-        """`options`: those of `FlowPipelinePolicy`. The preset is the card's, kontext for that pipeline, else uno."""
+        """Load the checkpoint; the options are those of `FlowPipelinePolicy`.
+
+        The preset is the card's; without one it is kontext for that pipeline and uno for others.
+        """
         super().__init__(checkpoint, **options)
-        self.preset = _known_preset(self.card.position_ids, checkpoint.folder)
+        folder, named = checkpoint.folder, self.card.position_ids
+        if named is None:
+            is_kontext = read_json(folder / INDEX).get("_class_name") == KONTEXT_PIPELINE
+            named = Preset.KONTEXT if is_kontext else Preset.UNO
+        if named not in list(Preset):
+            raise CheckpointError(
+                f"{folder}: its card names the position ids {named!r}.{did_you_mean(named, list(Preset))} "
+                f"Known are {', '.join(Preset)}."
+            )
+        self.preset = Preset(named)
         self.shift = Shift.FLUX
         self.reference_side = self.settings.resolution
         self._latents = LatentCache()
 
-    def _published(self, folder: Path) -> SamplingSettings:
+    def _defaults(self, folder: Path) -> SamplingSettings:
         return self.defaults if _is_guided(folder) else SCHNELL
 
     def _check_options(self, guidance: float | None, t5: bool) -> None:
@@ -197,7 +212,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
     def place(
         self, *, preset: Preset | None = None, shift: Shift | None = None, side: int | None = None
     ) -> None:
-        """How references are placed and sized and the schedule is shifted, in place of what the checkpoint says.
+        """Set how references are placed and sized and the schedule is shifted, in place of what the checkpoint says.
 
         Raises:
             InputError: the side is no multiple of two latents, or the shift would have no effect.
@@ -217,7 +232,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         return int(self.pipeline.transformer.config.in_channels) // 4, 2
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """One row a prompt, without references. A toy's words are lower case; other text goes through as it is."""
+        """Encode one row a prompt, without references; a toy model's words are in lower case."""
         if self.vocabulary is not None:
             prompts = [prompt.lower() for prompt in prompts]
         return super().encode(prompts)
@@ -229,28 +244,26 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         return Conditioning(tokens, torch.zeros(1, config.pooled_projection_dim, dtype=dtype))
 
     def blank_reference(self) -> Tensor:
-        """Zeros in the shape of one reference's latents."""
+        """Return zeros in the shape of one reference's latents, [1, C, h, w]."""
         side = self.reference_side // int(self.pipeline.vae_scale_factor)
         return torch.zeros(1, self.latent_shape[0], side, side)
 
     def _encode_one(self, prompt: str) -> Conditioning:
-        tokens, pooled, _ = self.pipeline.encode_prompt(
-            prompt=[prompt],
-            prompt_2=None,
-            device=self.device,
-            max_sequence_length=self.text_length,
-        )
+        with self.text_present():
+            tokens, pooled, _ = self.pipeline.encode_prompt(
+                prompt=[prompt], prompt_2=None, device=self.device, max_sequence_length=self.text_length
+            )
         return Conditioning(tokens, pooled)
 
     @property
     def text_length(self) -> int:
-        """Rows of token features: the card's, 512, or 256 where the model has no guidance embedding (schnell)."""
+        """The number of token features: the card's, 512, or 256 where the model has no guidance embedding (schnell)."""
         if self.card.max_sequence_length is not None:
             return self.card.max_sequence_length
         return MAX_SEQUENCE_LENGTH if self.pipeline.transformer.config.guidance_embeds else SCHNELL_LENGTH
 
     def clip_encoders(self) -> tuple[ClipEncoder, ...]:
-        """CLIP-L, of which FLUX takes the pooled features alone; its token features are T5's and stay as they are."""
+        """Return CLIP-L, of which FLUX takes the pooled features alone; its token features are T5's."""
         model = self.pipeline.text_encoder
         return (
             ClipEncoder(
@@ -270,7 +283,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
             return torch.cat([self._latents.get(image, self._encode_image) for image in images_BCHW.split(1)])
 
     def _encode_image(self, image_BCHW: Tensor) -> Tensor:
-        """Scaled as the transformer takes them; in the VAE's own dtype, since it is done once a picture."""
+        """Encode as the transformer takes latents; in the VAE's own dtype, since it is done once a picture."""
         config = self.pipeline.vae.config
         pixels = image_BCHW.to(self.device, self.pipeline.vae.dtype) * 2 - 1
         mean: Tensor = self.pipeline.vae.encode(pixels).latent_dist.mean.float()
@@ -289,41 +302,33 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         tokens = super()._shift_tokens()
         return tokens if self.shift is Shift.FLUX else tokens // UNO_SHRINK
 
-    def _sigmas(self, steps: int) -> Tensor:
-        scheduler = self.pipeline.scheduler
-        shift = {"mu": self._shift_mu()} if scheduler.config.use_dynamic_shifting else {}
-        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1.0 / steps, steps).tolist(), **shift)
-        sigmas: Tensor = scheduler.sigmas
-        return sigmas
+    def _timesteps(self, steps: int) -> dict[str, Any]:
+        return {"sigmas": torch.linspace(1.0, 1.0 / steps, steps).tolist()}
 
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         size = _token_size(x_t)
         packed = [pack_latents(latents) for latents in (x_t, *conditioning.references)]
+        own, others = position_ids(
+            size, [_token_size(latents) for latents in conditioning.references], self.preset
+        )
+        guidance = None  # a distilled model takes the scale in float32; one without the embedding takes none
+        if self.pipeline.transformer.config.guidance_embeds:
+            guidance = torch.full((len(x_t),), self.settings.guidance, device=self.device)
         tokens: Tensor = self.transformer(
             hidden_states=torch.cat(packed, dim=1),
             timestep=t_B,
-            guidance=self._guidance(len(x_t)),
+            guidance=guidance,
             pooled_projections=self.pooled(conditioning),
             encoder_hidden_states=conditioning.tokens_BLD,
             txt_ids=torch.zeros(conditioning.tokens_BLD.shape[1], 3, device=self.device),
-            img_ids=self._image_ids(size, conditioning.references),
+            img_ids=torch.cat((own, *others)).to(self.device),
             return_dict=False,
         )[0]
         return unpack_latents(tokens[:, : size[0] * size[1]].float(), size)
 
-    def _image_ids(self, target: Size, references: Sequence[Tensor]) -> Tensor:
-        own, others = position_ids(target, [_token_size(latents) for latents in references], self.preset)
-        return torch.cat((own, *others)).to(self.device)
-
-    def _guidance(self, batch: int) -> Tensor | None:
-        """The scale as a distilled model takes it, float32; a model without the embedding takes none."""
-        if not self.pipeline.transformer.config.guidance_embeds:
-            return None
-        return torch.full((batch,), self.settings.guidance, device=self.device)
-
 
 def _check_pictures(images: object, unit: int) -> None:
-    """InputError unless they are RGB pictures in [0, 1] whose sides are multiples of two latents."""
+    """Raise an error unless the images are RGB, in [0, 1], with sides that are multiples of two latents."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
         raise ShapeError(
             f"A reference is RGB pictures [B, 3, H, W], one a prompt, got {_said(images)}. Give a list of them, "
@@ -351,29 +356,17 @@ def _check_pictures(images: object, unit: int) -> None:
 
 
 def _said(given: object) -> str:
-    """What was given, for an error message."""
+    """Describe what was given, for an error message."""
     if isinstance(given, Tensor):
         return f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
     return f"a {type(given).__name__}"
 
 
 def _token_size(latents: Tensor) -> Size:
-    """Rows and columns of the tokens that latents [B, C, h, w] are packed into."""
+    """Return the rows and columns of the tokens that latents [B, C, h, w] are packed into."""
     return latents.shape[2] // 2, latents.shape[3] // 2
 
 
 def _is_guided(folder: Path) -> bool:
-    """Whether the transformer takes the guidance scale as an input, as FLUX.1-dev and Kontext do."""
+    """Return whether the transformer takes the guidance scale as an input, as FLUX.1-dev and Kontext do."""
     return bool(read_json(folder / "transformer" / "config.json").get("guidance_embeds", False))
-
-
-def _known_preset(named: str | None, path: Path) -> Preset:
-    if named is None:
-        is_kontext = read_json(path / INDEX).get("_class_name") == KONTEXT_PIPELINE
-        return Preset.KONTEXT if is_kontext else Preset.UNO
-    if named not in list(Preset):
-        raise CheckpointError(
-            f"{path}: its card names the position ids {named!r}.{did_you_mean(named, list(Preset))} "
-            f"Known are {', '.join(Preset)}."
-        )
-    return Preset(named)

@@ -16,11 +16,12 @@ import torch
 
 from pixrl.device import Precision, quiet_loading
 from pixrl.errors import CheckpointError
-from pixrl.hub import Checkpoint, components, weight_files
+from pixrl.hub import Checkpoint, weight_files
 from pixrl.hub_check import (
     INDEX,
     T5_COMPONENTS,
     Reshaped,
+    components,
     is_model,
     misfits,
     model_files,
@@ -38,35 +39,35 @@ PREFIXES = {
     "text_encoder_2": ("text_encoders.clip_g.", "text_encoders.t5xxl.", "conditioner.embedders.1."),
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
-"""How the names of a part's weights begin in a single file of Stability AI or Black Forest Labs."""
+"""The prefixes of a part's weights in a single file of Stability AI or Black Forest Labs."""
 BACKBONE = "model.diffusion_model."
-"""How the names of the UNet's or the transformer's begin, where other parts are in the file too."""
+"""The prefix of the UNet's or the transformer's weights, where other parts are in the file too."""
 _TRAINING = ("model_ema.", "alphas_cumprod", "betas", "denoiser.", "log_one_minus", "posterior_", "sqrt_")
-"""What Stability AI's training leaves in a file beside the parts."""
+"""The prefixes of what Stability AI's training leaves in a file beside the parts."""
 _MARKS = {
     "joint_blocks.": "SD3",
     "double_blocks.": "FLUX",
     "input_blocks.": "SDXL or an older Stable Diffusion",
 }
 OPTIONAL_PARTS = {"StableDiffusion3Pipeline": T5_COMPONENTS}
-"""Parts that a folder may lack: SD3 draws without its T5 encoder."""
+"""The parts that a folder may lack: SD3 draws without its T5 encoder."""
 _LIBRARIES = ("diffusers", "transformers")
 _HARMLESS = ("position_ids", "decoder.", "lm_head.")
-"""In the names of weights that published text encoders carry and their classes do not use."""
+"""The names of weights that published text encoders carry and their classes do not use."""
 _CONVERTED = ("transformer", "unet", "vae")
-"""Parts whose names in the authors' files are known."""
+"""The parts whose names in the authors' files are known."""
 _FAILURES = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """Names as the file has them, or would."""
+    """The weights in which a file differs from a model, by the names that the file has for them, or would have."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     reshaped: tuple[Reshaped, ...] = ()
     layers: tuple[str, ...] = ()
-    """Those of the unexpected ones that lie in more layers than the model has."""
+    """The unexpected weights that lie in more layers than the model has."""
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.reshaped)
@@ -81,16 +82,22 @@ class Misfit:
 
 
 def load_pipeline(class_name: str, checkpoint: Checkpoint, precision: Precision, *, t5: bool = True) -> Any:
-    """A diffusers pipeline of that class on the CPU, frozen and in evaluation mode.
+    """Load a diffusers pipeline of that class on the CPU, frozen and in evaluation mode.
 
-    `t5`: load SD3's third text encoder where the checkpoint has it.
+    Args:
+        class_name: the pipeline's class in diffusers.
+        checkpoint: the folder, or the single file with a folder of configs.
+        precision: the dtype of the weights.
+        t5: load SD3's third text encoder where the checkpoint has it.
 
     Raises:
         CheckpointError: the weights do not fit the configs, or diffusers cannot read them.
     """
     load = _load_folder if checkpoint.file is None else _load_file
+    present, optional = components(checkpoint.folder), OPTIONAL_PARTS.get(class_name, ())
+    without = {name: None for name in optional if not t5 or name not in present}
     with quiet_loading():
-        pipeline = load(class_name, checkpoint, precision, _left_out(class_name, checkpoint.folder, t5))
+        pipeline = load(class_name, checkpoint, precision, without)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -99,17 +106,21 @@ def load_pipeline(class_name: str, checkpoint: Checkpoint, precision: Precision,
 
 
 def decoder_dtype(precision: Precision) -> torch.dtype:
-    """The VAE's: bfloat16 in place of float16, in which its activations overflow."""
+    """Return the VAE's dtype: bfloat16 in place of float16, in which its activations overflow."""
     return torch.bfloat16 if precision.weights is torch.float16 else precision.weights
 
 
 def has_t5(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint's folder holds SD3's third text encoder."""
+    """Return whether the checkpoint's folder holds SD3's third text encoder."""
     return T5_COMPONENTS[0] in components(checkpoint.folder)
 
 
 def part_class(library: str, class_name: str, source: Path) -> Any:
-    """The class of one component of a model_index.json."""
+    """Return the class of one component of a model_index.json.
+
+    Raises:
+        CheckpointError: the installed libraries have no such class.
+    """
     if library in _LIBRARIES:
         try:
             return getattr(importlib.import_module(library), class_name)  # both load their names on first use
@@ -119,12 +130,6 @@ def part_class(library: str, class_name: str, source: Path) -> Any:
         f"{source}/{INDEX} names {library}.{class_name}, which is not among the classes of the installed "
         f"{' and '.join(_LIBRARIES)}. Install a newer one, or give another checkpoint."
     )
-
-
-def _left_out(class_name: str, folder: Path, t5: bool) -> dict[str, None]:
-    present = components(folder)
-    optional = OPTIONAL_PARTS.get(class_name, ())
-    return {name: None for name in optional if not t5 or name not in present}
 
 
 def _load_folder(
@@ -173,7 +178,7 @@ def _load_part(folder: Path, name: str, entry: Any, dtype: torch.dtype) -> torch
 
 
 def _without_weights(folder: Path, name: str, entry: Any) -> torch.nn.Module:
-    """A part as its config describes it, on the meta device."""
+    """Return a part as its config describes it, on the meta device."""
     library, class_name = entry
     kind = part_class(library, class_name, folder)
     try:
@@ -193,9 +198,10 @@ def _without_weights(folder: Path, name: str, entry: Any) -> torch.nn.Module:
 def _load_file(
     class_name: str, checkpoint: Checkpoint, precision: Precision, without: Mapping[str, None]
 ) -> Any:
-    """Through diffusers' converters; parts that the file lacks come from the folder."""
+    """Load a single file through diffusers' converters; parts that it lacks come from the folder."""
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from transformers import PreTrainedModel
 
     file, folder = checkpoint.file, checkpoint.folder
     assert file is not None
@@ -215,7 +221,12 @@ def _load_file(
         misfit = misfit_of_file(file, {name: _without_weights(folder, name, index[name]) for name in inside})
         raise _no_fit(file, folder, class_name, misfit, str(error)) from error
     made = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    left = [f"{name}.{key}" for name, part in made.items() for key in _without_value(part)]
+    for part in made.values():
+        if isinstance(part, PreTrainedModel):
+            part.tie_weights()  # a weight that is another by another name (T5's embeddings) gets its value
+    left = [
+        f"{name}.{key}" for name, part in made.items() for key, x in part.state_dict().items() if x.is_meta
+    ]
     if left:
         raise _no_fit(file, folder, class_name, Misfit(missing=tuple(left)), "")
     own = {name: made[name] for name in _CONVERTED if name in made and name not in beside}
@@ -226,17 +237,8 @@ def _load_file(
     return pipeline
 
 
-def _without_value(part: torch.nn.Module) -> list[str]:
-    """Weights that a single file did not have. One that is another by another name (T5's embeddings) gets its value."""
-    from transformers import PreTrainedModel
-
-    if isinstance(part, PreTrainedModel):
-        part.tie_weights()
-    return [key for key, tensor in part.state_dict().items() if tensor.is_meta]
-
-
 def _no_fit(file: Path, folder: Path, class_name: str, misfit: Misfit, said: str) -> CheckpointError:
-    """`said`: the loader's own words, for where the names and shapes tell nothing."""
+    """Return the error for a file that does not fit; `said`: the loader's message, where the names tell nothing."""
     what = misfits(misfit.missing, misfit.unexpected, misfit.reshaped) if misfit else said
     looks = family(read_header(file))
     return CheckpointError(
@@ -249,7 +251,7 @@ def _no_fit(file: Path, folder: Path, class_name: str, misfit: Misfit, said: str
 def _parts_beside(
     file: Path, folder: Path, precision: Precision, without: Mapping[str, None]
 ) -> dict[str, torch.nn.Module]:
-    """The parts of a pipeline that its single file lacks, from the folder with its configs."""
+    """Load the parts of a pipeline that its single file lacks from the folder with its configs."""
     keys = read_header(file)
     index = read_json(folder / INDEX)
     parts = {}
@@ -267,7 +269,10 @@ def _parts_beside(
 
 
 def compare(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> Misfit:
-    """Sorted by name. Shapes of as many numbers are the same: a 1 x 1 convolution is a matrix."""
+    """Compare the shapes of a file's weights with a model's, sorted by name.
+
+    Shapes of as many numbers are the same: a 1 x 1 convolution is a matrix.
+    """
     unexpected = sorted(found.keys() - expected.keys())
     layers = {_layer(name) for name in expected}
     lists = {layer.rpartition(".")[0] for layer in layers}
@@ -288,13 +293,13 @@ def compare(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> Misfit
 
 
 def _layer(name: str) -> str:
-    """`single_blocks.3` of all names within; the empty string where there is no number."""
+    """Return `single_blocks.3` for all names within it; the empty string where there is no number."""
     match = re.match(r".*?\.\d+(?=\.)", name)
     return match[0] if match else ""
 
 
 def misfit_of_folder(part: Path, model: torch.nn.Module) -> Misfit:
-    """Between the weights in a part's folder and the model that its config describes.
+    """Compare the weights in a part's folder with the model that its config describes.
 
     Raises:
         CheckpointError: a file is missing or cut short.
@@ -307,7 +312,7 @@ def misfit_of_folder(part: Path, model: torch.nn.Module) -> Misfit:
 
 
 def misfit_of_file(file: Path, models: Mapping[str, torch.nn.Module]) -> Misfit:
-    """Between a single file and the parts of a pipeline whose authors' names are known: its backbone and its VAE.
+    """Compare a single file with the parts of a pipeline whose authors' names are known: its backbone and its VAE.
 
     Args:
         file: a safetensors file.
@@ -321,7 +326,8 @@ def misfit_of_file(file: Path, models: Mapping[str, torch.nn.Module]) -> Misfit:
     for name, model in models.items():
         prefix, own = _own(header, name)
         shapes = _shapes(model)
-        names = authors_names(type(model).__name__, _config(model), shapes)
+        config: Any = model.config
+        names = authors_names(type(model).__name__, config, shapes)
         if not names:
             continue
         authors = _joined(shapes, names)
@@ -334,12 +340,12 @@ def misfit_of_file(file: Path, models: Mapping[str, torch.nn.Module]) -> Misfit:
 
 
 def family(names: Iterable[str]) -> str | None:
-    """Whose file it looks like by the names of its weights; None where that cannot be told."""
+    """Return the model family of a file by the names of its weights; None where that cannot be told."""
     return next((family for name in names for mark, family in _MARKS.items() if mark in name), None)
 
 
 def _own(header: Mapping[str, Shape], part: str) -> tuple[str, dict[str, Shape]]:
-    """The prefix and the weights of one part of a file; of the backbone, where it is no known part."""
+    """Return the prefix and the weights of one part of a file; of the backbone, where it is no known part."""
     if part in PREFIXES:
         prefix = next((p for p in PREFIXES[part] if any(name.startswith(p) for name in header)), "")
     else:
@@ -353,7 +359,7 @@ def _own(header: Mapping[str, Shape], part: str) -> tuple[str, dict[str, Shape]]
 
 
 def _joined(shapes: Mapping[str, Shape], names: Mapping[str, str]) -> dict[str, Shape]:
-    """The authors' shapes: matrices with one name lie one above the other."""
+    """Return the shapes by the authors' names; matrices with one name lie one above the other."""
     found: dict[str, Shape] = {}
     for ours, theirs in names.items():
         shape = shapes[ours]
@@ -363,8 +369,3 @@ def _joined(shapes: Mapping[str, Shape], names: Mapping[str, str]) -> dict[str, 
 
 def _shapes(model: torch.nn.Module) -> dict[str, Shape]:
     return {name: tuple(x.shape) for name, x in model.state_dict().items()}
-
-
-def _config(model: Any) -> Mapping[str, Any]:
-    config: Mapping[str, Any] = model.config
-    return config

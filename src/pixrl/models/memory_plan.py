@@ -1,4 +1,4 @@
-"""How memory is saved, as settings; placement.py does it. Loads no torch.
+"""The settings that save memory, which placement.py carries out; importing them loads no torch.
 
 | plan | on the device | costs |
 |---|---|---|
@@ -20,13 +20,13 @@ from pixrl.config import Settings, Side
 
 
 class Offload(StrEnum):
-    """What waits on the CPU while it is not needed."""
+    """The parts of a pipeline that wait on the CPU while they are not needed."""
 
     NONE = "none"
     PARTS = "parts"
-    """Text encoders and VAE."""
+    """The text encoders and the VAE wait on the CPU."""
     SEQUENTIAL = "sequential"
-    """Every layer."""
+    """Every layer of the denoiser waits on the CPU."""
 
 
 class MemoryPlan(Settings):

@@ -1,8 +1,9 @@
-"""What the adapters of diffusers pipelines share; `FlowPipelinePolicy` is all of SD3 and FLUX that is not their own.
+"""What adapters of diffusers pipelines share: all of them `PipelineRenderer`, SD3 and FLUX `FlowPipelinePolicy`.
 
 First the helpers of every adapter: settings, seeded noise, micro-batches, decoding. Then two ways to a faster update:
-plain attention on a CPU, and torch.compile. Then the policy: one Euler loop, placement, LoRA slots. A family adds how
-it encodes a prompt, its schedule and its velocity. loading.py loads the weights.
+plain attention on a CPU, and torch.compile. Then the renderer (card, settings, sampling in pieces) and the policy (one
+Euler loop, placement, LoRA slots). A family adds how it encodes a prompt, its schedule and its velocity. loading.py
+loads the weights.
 """
 
 from abc import abstractmethod
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pixrl.device import choose_device, choose_precision
 from pixrl.errors import ConfigError, InputError, RunError, ShapeError, did_you_mean
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
-from pixrl.models.base import Conditioning, FlowPolicy, Mixture, SamplingSettings
+from pixrl.models.base import Conditioning, FlowPolicy, Mixture, Renderer, SamplingSettings
 from pixrl.models.loading import load_pipeline
 from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import MemoryPlan
@@ -34,7 +35,11 @@ from pixrl.models.text import PromptCache, check_words
 def make_settings(
     card: Card, default: SamplingSettings, steps: int | None, guidance: float | None, resolution: int | None
 ) -> SamplingSettings:
-    """The caller's value, else the card's, else the adapter's default."""
+    """Return the sampling settings: of each the caller's value, else the card's, else the adapter's default.
+
+    Raises:
+        InputError: fewer than one step, or a negative guidance scale.
+    """
 
     def first(*values: float | None) -> float:
         return next(value for value in values if value is not None)
@@ -50,7 +55,11 @@ def make_settings(
 
 
 def latent_side(resolution: int, vae_factor: int, patch: int = 1) -> int:
-    """Rows and columns of the latents of a square picture."""
+    """Return the rows, and columns, of the latents of a square picture.
+
+    Raises:
+        InputError: the resolution is no multiple of a latent's pixels, or of a token's.
+    """
     if resolution < 1 or resolution % (vae_factor * patch):
         raise InputError(
             f"resolution {resolution} must be a multiple of {vae_factor * patch} for this checkpoint."
@@ -59,17 +68,17 @@ def latent_side(resolution: int, vae_factor: int, patch: int = 1) -> int:
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator a seed, so that noise depends on neither the batch nor the device."""
+    """Return one CPU generator for each seed, so that noise depends on neither the batch nor the device."""
     return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
 
 
 def draw(generators_B: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise, float32 on the CPU: row i from generator i alone."""
+    """Draw standard normal noise, float32 [B, *shape] on the CPU; row i comes from generator i alone."""
     return torch.stack([torch.randn(shape, generator=one) for one in generators_B])
 
 
 def check_pairs(source: Conditioning | Mixture, seeds: Sequence[int], steps: int | None = None) -> None:
-    """ShapeError unless there are as many rows as seeds, at least one, and a mixture has weights for `steps` steps."""
+    """Raise ShapeError unless each row has a seed, there is one, and a mixture has weights for `steps` steps."""
     if len(source) != len(seeds) or not seeds:
         raise ShapeError(f"sample: {len(source)} conditionings for {len(seeds)} seeds; give one seed a row.")
     if isinstance(source, Mixture) and len(source.weights_S) != steps:
@@ -79,24 +88,24 @@ def check_pairs(source: Conditioning | Mixture, seeds: Sequence[int], steps: int
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices that cut `count` rows into pieces of at most `size`."""
+    """Return slices that cut `count` rows into pieces of at most `size`."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def micro_batch_for(device: torch.device, resolution: int) -> int:
-    """How many pictures go through the model at once: small enough for the cache on a CPU, for memory on a GPU."""
+    """Return how many pictures go through the model at once: what fits a CPU's cache, or a GPU's memory."""
     if device.type == "cpu":
         return max(1, 32 * 64 * 64 // (resolution * resolution))
     return max(1, 64 * 512 * 512 // (resolution * resolution))
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """How convolutions are stored: channels last is faster on GPUs; on CPUs it was slower (docs/log.md)."""
+    """Return how convolutions are stored: channels last is faster on GPUs; on CPUs it was slower (docs/log.md)."""
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Latents to pictures in [0, 1]: undo the VAE's scaling and shift, decode, map [-1, 1] to [0, 1].
+    """Decode latents to pictures in [0, 1]: undo the VAE's scaling and shift, decode, map [-1, 1] to [0, 1].
 
     Within float16 autocast the decoder runs in bfloat16, since its activations overflow in float16.
     """
@@ -118,12 +127,12 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
 
 
 SHORT = 256
-"""Tokens of a picture up to which the table of all pairs is small beside the other activations."""
+"""The number of image tokens up to which the table of all pairs is small beside the other activations."""
 
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Within it `scaled_dot_product_attention` is plain matrix products in the dtype that it is given.
+    """Make `scaled_dot_product_attention` plain matrix products, in the dtype that it is given, while it is open.
 
     torch's fused kernel saves memory that short sequences do not need, and its backward pass is slow in bfloat16 on a
     CPU. In an update plain matrix products are faster and no farther from float32; forwards alone, the fused kernel is
@@ -139,11 +148,13 @@ def plain_attention() -> Iterator[None]:
 
 
 VARIANTS = 256
-"""How often one block may be compiled: slots x gradients x kinds of block x sizes. torch's own limit is 8."""
+"""The most times that one block may be compiled: slots x gradients x kinds of block x sizes. torch's own limit is 8."""
 
 
 def compile_blocks(transformer: nn.Module, backend: str) -> int:
-    """Compiles every transformer block in place by torch.compile; how many. LoRA layers must be attached already.
+    """Compile every transformer block in place by torch.compile and return how many there are.
+
+    LoRA layers must be attached already.
 
     The blocks of a transformer are alike, so one compiled block serves all of them: minutes less to wait than for the
     whole model, at the speed of the whole. What differs between calls is compiled anew: each LoRA slot, with gradients
@@ -181,15 +192,15 @@ class Merged:
 
     digest: str
     said: str
-    """What it is, in words."""
+    """The place it came from, and its modules, ranks and strength, as a report prints them."""
 
 
-class FlowPipelinePolicy(FlowPolicy):
-    """A flow pipeline folder, sampled by Euler steps on the pipeline's own schedule."""
+class PipelineRenderer(Renderer):
+    """A checkpoint of a diffusers pipeline with its card, its settings, a cache of prompts and sampling in pieces."""
 
     pipeline_class: ClassVar[str]
     defaults: ClassVar[SamplingSettings]
-    lora_targets: ClassVar[tuple[str, ...]]
+    """How a checkpoint of this family without a card is sampled."""
 
     def __init__(
         self,
@@ -205,7 +216,10 @@ class FlowPipelinePolicy(FlowPolicy):
         plan: MemoryPlan | None = None,
         pipeline: Any = None,
     ) -> None:
-        """`pipeline`: one that was made already, in place of the checkpoint's weights. Others as `models.load`.
+        """Load the checkpoint; the options are those of `models.load`.
+
+        Args:
+            pipeline: a pipeline that is on its device already, in place of the checkpoint's weights.
 
         Raises:
             InputError: an option would have no effect on this checkpoint.
@@ -216,74 +230,105 @@ class FlowPipelinePolicy(FlowPolicy):
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype, on_gpu=self.gpu_dtype)
         self._check_options(guidance, t5)
-        defaults = self._published(checkpoint.folder)
+        defaults = self._defaults(checkpoint.folder)
         self.settings = make_settings(self.card, defaults, steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
         self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision, t5=t5)
-        self.transformer: nn.Module = self.pipeline.transformer
         self.vae: nn.Module = self.pipeline.vae.to(memory_format=memory_format(self.device))
         plan = plan or MemoryPlan()
         set_decoding(self.vae, plan, self.settings.resolution)
-        is_made = pipeline is not None
-        self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=is_made)
-        self.lora: LoraSlots | None = None
-        self.compiled = False
-        self.merged: tuple[Merged, ...] = ()
+        self.offload = plan.offload
+        self._place(plan, placed=pipeline is not None)
         channels, patch = self._latent_geometry()
         side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor, patch)
         self.latent_shape = (channels, side, side)
         self.micro_batch = micro_batch_for(self.device, self.settings.resolution)
-        self._cache = PromptCache(self._encode_row)
+        self._cache = PromptCache(self._encode_one)
 
-    def _published(self, folder: Path) -> SamplingSettings:
-        """How a checkpoint without a card is sampled, by its configs."""
+    def _defaults(self, folder: Path) -> SamplingSettings:
+        """Return how a checkpoint without a card is sampled; a family may look into the folder's configs."""
         return self.defaults
 
     def _check_options(self, guidance: float | None, t5: bool) -> None:
-        """InputError for an option that this checkpoint takes no notice of."""
+        """Raise InputError for an option that has no effect on this checkpoint."""
         if not t5:
             raise InputError(f"t5 has no effect: {self.name} is no SD3 checkpoint. Leave it out.")
 
     @abstractmethod
-    def _latent_geometry(self) -> tuple[int, int]:
-        """Channels of the latents, and the rows and columns of them in one image token."""
+    def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
+        """Move the pipeline to where the plan wants it, unless it was `placed` before."""
 
     @abstractmethod
-    def blank(self) -> Conditioning:
-        """Zeros in the shape of one row of `encode`, for measurements; the text encoders are not needed."""
+    def _latent_geometry(self) -> tuple[int, int]:
+        """Return the channels of the latents, and the rows and columns of them in one image token."""
 
     @abstractmethod
     def _encode_one(self, prompt: str) -> Conditioning:
-        """One row; called without gradients and once a prompt."""
+        """Encode one prompt as one row; called without gradients and once a prompt."""
 
     @abstractmethod
-    def _sigmas(self, steps: int) -> Tensor:
-        """The noise levels of the pipeline's scheduler, [steps + 1]."""
-
-    @abstractmethod
-    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity of tensors that are on the device and fit each other, within the model's autocast."""
+    def _draw(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
+        """Return pictures of as many rows as go through the model at once, without gradients."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         check_words(prompts, self.vocabulary, self.name)
         with torch.no_grad():
             return self._cache.rows(prompts)
 
-    def _encode_row(self, prompt: str) -> Conditioning:
-        with self.present(PipelinePart.TEXT):
-            return self._encode_one(prompt)
+    def sample(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
+        return self._sample(conditioning, seeds, self.micro_batch)
+
+    def sample_mixture(self, mixture: Mixture, seeds: Sequence[int]) -> Tensor:
+        return self._sample(mixture, seeds, max(1, self.micro_batch // len(mixture.parts)))
+
+    def _sample(self, source: Conditioning | Mixture, seeds: Sequence[int], size: int) -> Tensor:
+        check_pairs(source, seeds, self.settings.steps)
+        side = self.settings.resolution
+        images = torch.empty(len(seeds), 3, side, side)
+        with without_gradients(self.offload):
+            for rows in chunks(len(seeds), size):
+                images[rows] = self._draw(source[rows], seeds[rows]).cpu()
+        return images
+
+    def fingerprint(self) -> str:
+        return self._files_fingerprint
+
+    @cached_property
+    def _files_fingerprint(self) -> str:
+        return checkpoint_fingerprint(self.checkpoint)
+
+
+class FlowPipelinePolicy(PipelineRenderer, FlowPolicy):
+    """A trainable flow pipeline, sampled by Euler steps on the pipeline's own schedule."""
+
+    lora_targets: ClassVar[tuple[str, ...]]
+
+    def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
+        self.transformer: nn.Module = self.pipeline.transformer
+        self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=placed)
+        self.lora: LoraSlots | None = None
+        self.compiled = False
+        self.merged: tuple[Merged, ...] = ()
+
+    @abstractmethod
+    def blank(self) -> Conditioning:
+        """Return zeros in the shape of one row of `encode`, for measurements without the text encoders."""
+
+    @abstractmethod
+    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the velocity of tensors that are on the device and fit each other, within the model's autocast."""
 
     def checkpoint_gradients(self) -> None:
         """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
         self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def compile(self, backend: str) -> None:
-        """torch.compile for every transformer block; LoRA must be attached. Raises as `compile_blocks`."""
+        """Compile every transformer block as `compile_blocks` does; LoRA must be attached already."""
         compile_blocks(self.transformer, backend)
         self.compiled = True
 
     def drop_text(self, prompts: Sequence[str]) -> None:
-        """Encodes these prompts and the empty one, keeps their rows on the CPU, and frees the text encoders for good.
+        """Encode these prompts and the empty one, keep their rows on the CPU and free the text encoders for good.
 
         Raises:
             InputError: the rows would not fit into memory.
@@ -295,7 +340,7 @@ class FlowPipelinePolicy(FlowPolicy):
         self.placement.drop_text()
 
     def present(self, part: PipelinePart) -> AbstractContextManager[None]:
-        """Within it the text encoders, or the VAE, are on the device."""
+        """Keep the text encoders, or the VAE, on the device while it is open."""
         placement = self.placement
         return nullcontext() if part in placement.on_device else placement.moved(part)
 
@@ -306,17 +351,25 @@ class FlowPipelinePolicy(FlowPolicy):
         return self.present(PipelinePart.VAE)
 
     def schedule(self, steps: int) -> Tensor:
-        return self._sigmas(steps).to(device="cpu", dtype=torch.float32).clone()
+        scheduler = self.pipeline.scheduler
+        shift = {"mu": self._shift_mu()} if scheduler.config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(**self._timesteps(steps), **shift)
+        sigmas: Tensor = scheduler.sigmas
+        return sigmas.to(device="cpu", dtype=torch.float32).clone()
+
+    def _timesteps(self, steps: int) -> dict[str, Any]:
+        """Return how the scheduler is asked for so many steps, as the pipeline of diffusers asks it."""
+        return {"num_inference_steps": steps}
 
     def _shift_mu(self) -> float:
-        """The resolution-dependent schedule shift: linear in the number of the picture's tokens."""
+        """Return the schedule's shift, which is linear in the number of the picture's tokens."""
         config = self.pipeline.scheduler.config
         rise = config.max_shift - config.base_shift
         run = config.max_image_seq_len - config.base_image_seq_len
         return float(config.base_shift + rise / run * (self._shift_tokens() - config.base_image_seq_len))
 
     def _shift_tokens(self) -> int:
-        """Tokens of a picture; references do not count."""
+        """Return the number of a picture's tokens; references do not count."""
         patch = self._latent_geometry()[1]
         return (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
 
@@ -341,29 +394,20 @@ class FlowPipelinePolicy(FlowPolicy):
         return plain_attention() if quick else nullcontext()
 
     def pooled(self, conditioning: Conditioning) -> Tensor:
-        """The pooled text features, which these models cannot do without."""
+        """Return the pooled text features [B, E], without which these models cannot run.
+
+        Raises:
+            ShapeError: the conditioning has none.
+        """
         if conditioning.pooled_BE is None:
             raise ShapeError(f"{self.name} needs pooled text features; take conditionings from encode().")
         return conditioning.pooled_BE
 
-    def sample(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
-        check_pairs(conditioning, seeds)
-        return self._sample(conditioning, seeds, self.micro_batch)
-
-    def sample_mixture(self, mixture: Mixture, seeds: Sequence[int]) -> Tensor:
-        check_pairs(mixture, seeds, self.settings.steps)
-        return self._sample(mixture, seeds, max(1, self.micro_batch // len(mixture.parts)))
-
-    def _sample(self, source: Conditioning | Mixture, seeds: Sequence[int], size: int) -> Tensor:
-        side = self.settings.resolution
-        images = torch.empty(len(seeds), 3, side, side)
-        with without_gradients(self.placement.offload):
-            for rows in chunks(len(seeds), size):
-                images[rows] = self.decode(self._integrate(source[rows], seeds[rows])).cpu()
-        return images
+    def _draw(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
+        return self.decode(self._integrate(source, seeds))
 
     def _integrate(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
-        """Euler steps from noise to data: x + (sigma_next - sigma) v."""
+        """Take Euler steps from noise to data, x + (sigma_next - sigma) v, and return the latents."""
         sigmas = self.schedule(self.settings.steps)
         x = self.initial_noise(seeds)
         for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.unbind())):
@@ -381,7 +425,7 @@ class FlowPipelinePolicy(FlowPolicy):
             return decode_latents(self.vae, latents.to(self.device))
 
     def merge_lora(self, place: Path) -> None:
-        """Adds a LoRA to the frozen weights: a file or folder as `lora_files.open_lora` reads it.
+        """Add a LoRA to the frozen weights: a file or folder as `lora_files.open_lora` reads it.
 
         Raises:
             RunError: slots are attached already.
@@ -400,7 +444,12 @@ class FlowPipelinePolicy(FlowPolicy):
     def attach_lora(
         self, *, rank: int = 32, alpha: float = 64.0, targets: tuple[str, ...] | None = None, seed: int = 0
     ) -> LoraSlots:
-        """Adds the trainable slots; until then `current` is the backbone. The pictures do not change by it."""
+        """Add the trainable slots and return them; the pictures do not change by it.
+
+        Raises:
+            RunError: there are slots already.
+            InputError: the rank is below 1, or a target names no layer.
+        """
         if self.lora is not None:
             raise RunError("This policy already has LoRA slots. Load the model again to attach others.")
         wanted = self.lora_targets if targets is None else targets
@@ -417,21 +466,19 @@ class FlowPipelinePolicy(FlowPolicy):
         return nullcontext()
 
     def fingerprint(self) -> str:
-        """Of the checkpoint's files, and of the `current` slot where there is one."""
+        """Return a hash of the checkpoint's files, and of the `current` slot where there is one."""
         if self.lora is None:
             return self.backbone_fingerprint
         return sha256(f"{self.backbone_fingerprint}{_digest(self.lora.state())}".encode()).hexdigest()[:16]
 
     @property
     def backbone_fingerprint(self) -> str:
-        """Of the checkpoint's files and of what was merged into them."""
+        """A hash of the checkpoint's files and of what was merged into them."""
         if not self.merged:
-            return self._files
-        return sha256(" ".join((self._files, *(one.digest for one in self.merged))).encode()).hexdigest()[:16]
-
-    @cached_property
-    def _files(self) -> str:
-        return checkpoint_fingerprint(self.checkpoint)
+            return self._files_fingerprint
+        return sha256(
+            " ".join((self._files_fingerprint, *(one.digest for one in self.merged))).encode()
+        ).hexdigest()[:16]
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

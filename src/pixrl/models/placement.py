@@ -1,4 +1,4 @@
-"""Where the parts of a pipeline are, and how its VAE decodes, by a memory plan."""
+"""Placing the parts of a pipeline on its device, and setting how its VAE decodes, by a memory plan."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,14 +17,14 @@ _LORA = "lora_"
 
 
 class PipelinePart(StrEnum):
-    """What need not be on the device all the time."""
+    """A part of a pipeline that need not be on the device all the time."""
 
     TEXT = "text"
     VAE = "vae"
 
 
 class Placement:
-    """Where the parts of a pipeline are."""
+    """The places of the parts of a pipeline: what is on the device now, and what waits on the CPU."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Placement:
         *,
         placed: bool = False,
     ) -> None:
-        """`placed`: every part lies where it should already; otherwise all are on the CPU and are moved.
+        """Move the parts from the CPU to where the plan wants them, unless they were `placed` before.
 
         Raises:
             InputError: the plan has no effect on this device.
@@ -70,7 +70,7 @@ class Placement:
 
     @contextmanager
     def changing_layers(self) -> Iterator[None]:
-        """Around a change of the denoiser's layers, such as adding LoRA: streaming stops and begins anew."""
+        """Stop streaming for a change of the denoiser's layers, such as adding LoRA, and begin anew after it."""
         if self.offload is not Offload.SEQUENTIAL:
             yield
             return
@@ -79,7 +79,7 @@ class Placement:
         stream_weights(self.denoiser, self.device)
 
     def drop_text(self) -> None:
-        """Frees the text encoders for good."""
+        """Free the text encoders for good."""
         self.pipeline.register_modules(
             **{name: None for name in TEXT_PARTS if self.pipeline.components.get(name) is not None}
         )
@@ -94,7 +94,7 @@ class Placement:
 
 
 def stream_weights(module: nn.Module, device: torch.device) -> None:
-    """From now on frozen weights are kept on the CPU, and each layer's are on `device` only while it computes.
+    """Keep frozen weights on the CPU from now on, and each layer's on `device` only while it computes.
 
     LoRA layers and buffers move to the device and stay there.
     """
@@ -110,18 +110,25 @@ def stream_weights(module: nn.Module, device: torch.device) -> None:
 
 
 def unstream_weights(module: nn.Module) -> None:
-    """Puts all weights back on the CPU, and ends `stream_weights`."""
+    """Put all weights back on the CPU and end `stream_weights`."""
     for layer in module.modules():
         remove_hook_from_module(layer)
 
 
 def without_gradients(offload: Offload) -> AbstractContextManager[None]:
-    """For drawing. Weights that move within torch's inference mode could not be trained with afterwards."""
+    """Return a context for drawing: torch's inference mode, or no_grad where weights are offloaded.
+
+    Weights that move within inference mode could not be trained with afterwards.
+    """
     return torch.inference_mode() if offload is Offload.NONE else torch.no_grad()
 
 
 def offload_pipeline(pipeline: Any, offload: Offload, device: torch.device) -> None:
-    """The same for a pipeline that only draws, by diffusers' own hooks."""
+    """Offload a pipeline that only draws, by diffusers' own hooks.
+
+    Raises:
+        InputError: the plan has no effect on this device.
+    """
     if offload is Offload.NONE:
         pipeline.to(device)
     elif device.type == "cpu":
@@ -133,7 +140,7 @@ def offload_pipeline(pipeline: Any, offload: Offload, device: torch.device) -> N
 
 
 def set_decoding(vae: Any, plan: MemoryPlan, resolution: int) -> None:
-    """How a VAE decodes, and encodes references.
+    """Set how a VAE decodes, and encodes references: slice by slice, tile by tile, or whole.
 
     Raises:
         InputError: tiles as large as the pictures, or no multiple of a latent, or too small for one.

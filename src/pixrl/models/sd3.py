@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pixrl.errors import InputError
-from pixrl.hub import Checkpoint, read_json
+from pixrl.hub import Checkpoint
+from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.loading import has_t5
 from pixrl.models.pipeline import FlowPipelinePolicy
@@ -24,7 +25,7 @@ CLIP_LENGTH = 77
 
 
 class SD3Policy(FlowPipelinePolicy, PerturbableText):
-    """A StableDiffusion3Pipeline folder, with or without its T5 encoder."""
+    """Stable Diffusion 3 or 3.5 as a trainable policy, with or without its T5 encoder."""
 
     pipelines = ("StableDiffusion3Pipeline",)
     pipeline_class = "StableDiffusion3Pipeline"
@@ -39,7 +40,7 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
     lora_targets = KNOWN_TARGETS
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
-        """`options`: those of `FlowPipelinePolicy`.
+        """Load the checkpoint; the options are those of `FlowPipelinePolicy`.
 
         Raises:
             InputError: an option would have no effect, or the resolution is beyond the table of positions.
@@ -62,7 +63,7 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
 
     @property
     def text_length(self) -> int:
-        """Rows of T5's token features, behind those of CLIP: the card's, or 256."""
+        """The number of T5's token features, which follow those of CLIP: the card's, or 256."""
         length = self.card.max_sequence_length
         return MAX_SEQUENCE_LENGTH if length is None else length
 
@@ -75,18 +76,19 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
         return Conditioning(tokens, torch.zeros(1, config.pooled_projection_dim, dtype=dtype))
 
     def _encode_one(self, prompt: str) -> Conditioning:
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt=[prompt],
-            prompt_2=None,
-            prompt_3=None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.text_length,
-        )
+        with self.text_present():
+            tokens, _, pooled, _ = self.pipeline.encode_prompt(
+                prompt=[prompt],
+                prompt_2=None,
+                prompt_3=None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.text_length,
+            )
         return Conditioning(tokens, pooled)
 
     def clip_encoders(self) -> tuple[ClipEncoder, ...]:
-        """CLIP-L and CLIP-G: tokens side by side in the first rows, pooled features one after the other."""
+        """Return CLIP-L and CLIP-G: tokens side by side in the first rows, pooled features one after the other."""
         pipeline, tokens, pooled = self.pipeline, 0, 0
         found = []
         for name, model, tokenizer in (
@@ -107,13 +109,6 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
             )
             tokens, pooled = tokens + width, pooled + projection
         return tuple(found)
-
-    def _sigmas(self, steps: int) -> Tensor:
-        scheduler = self.pipeline.scheduler
-        shift = {"mu": self._shift_mu()} if scheduler.config.use_dynamic_shifting else {}
-        scheduler.set_timesteps(steps, **shift)
-        sigmas: Tensor = scheduler.sigmas
-        return sigmas
 
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         if self.settings.guidance <= 1:

@@ -16,87 +16,47 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pixrl.device import DType, choose_device, choose_precision
-from pixrl.errors import InputError, ShapeError
-from pixrl.hub import Checkpoint, checkpoint_fingerprint, read_card, read_json
-from pixrl.models.base import Conditioning, Mixture, Renderer, SamplingSettings
-from pixrl.models.loading import load_pipeline
+from pixrl.device import DType
+from pixrl.errors import ShapeError
+from pixrl.hub_check import read_json
+from pixrl.models.base import Conditioning, Mixture, SamplingSettings
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.pipeline import (
-    check_pairs,
-    chunks,
-    decode_latents,
-    draw,
-    generators,
-    latent_side,
-    make_settings,
-    memory_format,
-    micro_batch_for,
-)
-from pixrl.models.placement import offload_pipeline, set_decoding, without_gradients
-from pixrl.models.text import PromptCache, check_words
+from pixrl.models.pipeline import PipelineRenderer, decode_latents, draw, generators, memory_format
+from pixrl.models.placement import offload_pipeline
 
 TEXT_LENGTH = 77
 SIZES = 6
-"""Numbers of a picture's size and crop that the UNet is told."""
+"""The numbers of a picture's size and crop that are an input of the UNet."""
 TURBO = SamplingSettings(steps=4, guidance=0.0, resolution=512)
 BASE = SamplingSettings(steps=50, guidance=5.0, resolution=1024)
-"""The published pipeline's own."""
+"""The defaults of the published pipeline."""
 
 
-class SDXLRenderer(Renderer):
-    """A StableDiffusionXLPipeline folder."""
+class SDXLRenderer(PipelineRenderer):
+    """SDXL or SDXL-Turbo as a StableDiffusionXLPipeline, which is sampled and not trained."""
 
     pipelines = ("StableDiffusionXLPipeline",)
     pipeline_class = "StableDiffusionXLPipeline"
     gpu_dtype = DType.FLOAT16
+    defaults = BASE
     licences: ClassVar[Mapping[str, str]] = {
         "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
         "stabilityai/sdxl-turbo": "Stability AI Non-Commercial Research Community License",
     }
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        name: str = "",
-        device: str = "auto",
-        dtype: str = "auto",
-        steps: int | None = None,
-        guidance: float | None = None,
-        resolution: int | None = None,
-        t5: bool = True,
-        plan: MemoryPlan | None = None,
-        pipeline: Any = None,
-    ) -> None:
-        """`pipeline`: one that was made already, in place of the checkpoint's weights. Others as `models.load`."""
-        self.name = name or checkpoint.folder.name
-        if not t5:
-            raise InputError(f"t5 has no effect: {self.name} is no SD3 checkpoint. Leave it out.")
-        self.checkpoint = checkpoint
-        self.card = read_card(checkpoint.folder)
-        self.device = choose_device(device)
-        self.precision = choose_precision(self.device, dtype, on_gpu=self.gpu_dtype)
-        self.settings = make_settings(self.card, published(checkpoint.folder), steps, guidance, resolution)
-        self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
-        self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision)
+    def _defaults(self, folder: Path) -> SamplingSettings:
+        """Return Turbo's settings where the timesteps are trailing; those of the base model are leading."""
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        return TURBO if scheduler.get("timestep_spacing") == "trailing" else self.defaults
+
+    def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
         self.pipeline.unet.to(memory_format=memory_format(self.device))
-        self.vae = self.pipeline.vae.to(memory_format=memory_format(self.device))
-        plan = plan or MemoryPlan()
-        set_decoding(self.vae, plan, self.settings.resolution)
-        self.offload = plan.offload
-        if pipeline is None:
+        if not placed:
             offload_pipeline(self.pipeline, plan.offload, self.device)
-        side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor)
-        self.latent_shape = (int(self.pipeline.unet.config.in_channels), side, side)
-        self.micro_batch = micro_batch_for(self.device, self.settings.resolution)
-        self._cache = PromptCache(self._encode_one)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        check_words(prompts, self.vocabulary, self.name)
-        return self._cache.rows(prompts)
+    def _latent_geometry(self) -> tuple[int, int]:
+        return int(self.pipeline.unet.config.in_channels), 1
 
-    @torch.no_grad()
     def _encode_one(self, prompt: str) -> Conditioning:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=[prompt], device=self.device, do_classifier_free_guidance=False
@@ -105,7 +65,7 @@ class SDXLRenderer(Renderer):
 
     @cached_property
     def _negative(self) -> Conditioning:
-        """What guidance leads away from: zeros or the empty prompt, as the checkpoint's config says."""
+        """The conditioning that guidance leads away from: zeros or the empty prompt, by the checkpoint's config."""
         with torch.no_grad():
             _, tokens, _, pooled = self.pipeline.encode_prompt(
                 prompt=[""], device=self.device, do_classifier_free_guidance=True
@@ -114,7 +74,7 @@ class SDXLRenderer(Renderer):
 
     @torch.no_grad()
     def trial(self, count: int) -> Tensor:
-        """One denoising pass with the decoder, on zeros: for measurements of what pictures need."""
+        """Run one denoising pass and the decoder on zeros for `count` pictures, to measure what they need."""
         config, dtype = self.pipeline.unet.config, self.precision.weights
         passes = 2 * count if self.settings.guidance > 1 else count
         pooled = config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim
@@ -133,27 +93,14 @@ class SDXLRenderer(Renderer):
             )[0]
             return decode_latents(self.vae, latents[:count])
 
-    def sample(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
-        check_pairs(conditioning, seeds)
-        return self._sample(conditioning, seeds, self.micro_batch)
-
-    def sample_mixture(self, mixture: Mixture, seeds: Sequence[int]) -> Tensor:
-        check_pairs(mixture, seeds, self.settings.steps)
-        return self._sample(mixture, seeds, max(1, self.micro_batch // len(mixture.parts)))
-
-    def _sample(self, source: Conditioning | Mixture, seeds: Sequence[int], size: int) -> Tensor:
-        side = self.settings.resolution
-        images = torch.empty(len(seeds), 3, side, side)
-        with without_gradients(self.offload), self.precision.context(self.device):
-            for rows in chunks(len(seeds), size):
-                piece = source[rows]
-                if isinstance(piece, Mixture):
-                    with averaging(self.pipeline.unet, piece, self.device, self.precision.weights):
-                        latents = self._denoise(piece.parts[0], seeds[rows])
-                else:
-                    latents = self._denoise(piece, seeds[rows])
-                images[rows] = decode_latents(self.vae, latents).cpu()
-        return images
+    def _draw(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
+        with self.precision.context(self.device):
+            if isinstance(source, Mixture):
+                with averaging(self.pipeline.unet, source, self.device, self.precision.weights):
+                    latents = self._denoise(source.parts[0], seeds)
+            else:
+                latents = self._denoise(source, seeds)
+            return decode_latents(self.vae, latents)
 
     def _denoise(self, conditioning: Conditioning, seeds: Sequence[int]) -> Tensor:
         if conditioning.pooled_BE is None:
@@ -178,17 +125,10 @@ class SDXLRenderer(Renderer):
         )[0]
         return latents
 
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return checkpoint_fingerprint(self.checkpoint)
-
 
 @contextmanager
 def averaging(unet: nn.Module, mixture: Mixture, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Within it every call of the UNet is a step of `mixture`: it predicts for all its prompts, and averages.
+    """Make every call of the UNet a step of `mixture`, which predicts for all its prompts and averages.
 
     With guidance the first half of a call's rows is the negative prompt's, which stays as it is: the guided prediction
     is linear in the conditional one, so that averaging before guidance or after it is the same.
@@ -226,9 +166,3 @@ def averaging(unet: nn.Module, mixture: Mixture, device: torch.device, dtype: to
     finally:
         for handle in handles:
             handle.remove()
-
-
-def published(folder: Path) -> SamplingSettings:
-    """How a checkpoint without a card is meant to be sampled. Turbo's timesteps are trailing, the base's leading."""
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    return TURBO if scheduler.get("timestep_spacing") == "trailing" else BASE

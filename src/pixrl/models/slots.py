@@ -18,13 +18,13 @@ from pixrl.errors import CheckpointError, InputError, RunError, did_you_mean
 from pixrl.libraries import check_torchvision
 
 Lora = Mapping[str, tuple[Tensor, Tensor]]
-"""Module of the transformer -> (down [r, in], up [out, r]), whose product up @ down is added to its weight."""
+"""A mapping of the transformer's modules to (down [r, in], up [out, r]), whose product is added to the weight."""
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-"""How peft ends the names of both."""
+"""The endings that peft gives the names of both."""
 
 
 class Slot(StrEnum):
-    """The weights that `velocity` uses."""
+    """The LoRA weights that `velocity` uses."""
 
     CURRENT = "current"
     OLD = "old"
@@ -36,12 +36,16 @@ KNOWN_TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
-"""The attention of SD3 and FLUX."""
+"""The attention projections of SD3 and FLUX, which are trained where no targets are named."""
 ADAPTERS = (Slot.CURRENT, Slot.OLD, Slot.EMA)
 
 
 def parse_slot(name: str) -> Slot:
-    """The slot of that name."""
+    """Return the slot of that name.
+
+    Raises:
+        InputError: there is none.
+    """
     if name not in list(Slot):
         raise InputError(f"Unknown slot {name!r}. There are {', '.join(Slot)}.")
     return Slot(name)
@@ -81,7 +85,7 @@ class LoraSlots:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Within it the backbone runs with that slot; the one before comes back after, also on an error."""
+        """Run the backbone with that slot while it is open; the one before comes back after, also on an error."""
         before = self._active
         self._activate(parse_slot(name))
         try:
@@ -95,12 +99,12 @@ class LoraSlots:
         return self._active
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer trains: the parameters of `current`."""
+        """Return what an optimizer trains: the parameters of `current`."""
         return list(self._tensors[Slot.CURRENT].values())
 
     @torch.no_grad()
     def blend(self, target: str, source: str, decay: float) -> None:
-        """target <- decay * target + (1 - decay) * source; decay 0 copies."""
+        """Set target to decay * target + (1 - decay) * source; decay 0 copies."""
         if not 0 <= decay <= 1:
             raise InputError(f"decay must be in [0, 1], got {decay}.")
         into, out_of = self._adapter(target), self._adapter(source)
@@ -108,7 +112,7 @@ class LoraSlots:
             tensor.lerp_(out_of[name], 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
-        """Every adapter's tensors for a checkpoint, 'SLOT/PARAMETER' -> a copy on the CPU."""
+        """Return copies of every adapter's tensors on the CPU, by 'SLOT/PARAMETER', for a checkpoint."""
         return {
             f"{slot.value}/{name}": tensor.detach().cpu().clone()
             for slot, tensors in self._tensors.items()
@@ -117,7 +121,11 @@ class LoraSlots:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `state` gave; names and shapes must be the same."""
+        """Put back what `state` gave.
+
+        Raises:
+            CheckpointError: names or shapes are not the same.
+        """
         own = {
             f"{slot.value}/{name}": t
             for slot, tensors in self._tensors.items()
@@ -155,7 +163,7 @@ class LoraSlots:
 
 
 def slot_sizes(backbone: nn.Module, targets: Sequence[str], rank: int) -> list[int]:
-    """How many values each trainable tensor of one slot will have; of a backbone that has none yet.
+    """Return how many values each trainable tensor of one slot will have, for a backbone that has none yet.
 
     Raises:
         InputError: a target is no layer that LoRA can change.
@@ -178,7 +186,7 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
 
 
 def _require_targets(backbone: nn.Module, targets: Sequence[str]) -> None:
-    """InputError where none of the targets, or one that the caller names wrongly, is a layer that LoRA can change."""
+    """Raise InputError where no target, or not one that the caller names, is a layer that LoRA can change."""
     if not targets:
         raise InputError("lora.targets is empty, so nothing would be trained. Leave it out, or name layers.")
     layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -194,7 +202,7 @@ def _require_targets(backbone: nn.Module, targets: Sequence[str]) -> None:
 
 
 def _end(name: str) -> str:
-    """What tells a layer from others of its block: attn.to_q of transformer_blocks.3.attn.to_q."""
+    """Return a layer's name within its block: attn.to_q of transformer_blocks.3.attn.to_q."""
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts[:-1]) if part.isdigit()]
     first = numbers[0] + 1 if numbers else 0
@@ -202,7 +210,7 @@ def _end(name: str) -> str:
 
 
 def _collect(backbone: nn.Module, slot: Slot) -> dict[str, nn.Parameter]:
-    """One adapter's parameters by a name that is the same in every slot; kept in float32 on any backbone."""
+    """Return one adapter's parameters by a name that is the same in every slot; in float32 on any backbone."""
     found = {}
     for name, parameter in backbone.named_parameters():
         if f".{slot.value}." in name and "lora_" in name:
@@ -214,7 +222,7 @@ def _collect(backbone: nn.Module, slot: Slot) -> dict[str, nn.Parameter]:
 
 
 def fitting_layers(backbone: nn.Module, lora: Lora, name: str) -> dict[str, nn.Linear]:
-    """The layers that a LoRA changes; the weights' values are not looked at.
+    """Return the layers that a LoRA changes, by the shapes of its weights.
 
     Raises:
         CheckpointError: a module does not exist or has another shape.
@@ -235,7 +243,7 @@ def fitting_layers(backbone: nn.Module, lora: Lora, name: str) -> dict[str, nn.L
 
 @torch.no_grad()
 def merge(backbone: nn.Module, lora: Lora, name: str) -> None:
-    """Adds a LoRA to a backbone's weights; each sum is rounded once to the weights' dtype.
+    """Add a LoRA to a backbone's weights; each sum is rounded once to the weights' dtype.
 
     Raises:
         CheckpointError: as `fitting_layers`; nothing was changed.
@@ -246,7 +254,7 @@ def merge(backbone: nn.Module, lora: Lora, name: str) -> None:
 
 
 def digest(lora: Lora) -> str:
-    """16 hex digits of a LoRA's content."""
+    """Return a hash of a LoRA's content, 16 hex digits."""
     total = hashlib.sha256()
     for module, pair in sorted(lora.items()):
         for x in pair:
@@ -255,14 +263,14 @@ def digest(lora: Lora) -> str:
 
 
 def slot_lora(state: Mapping[str, Tensor], slot: str, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """One slot of `LoraSlots.state()` as `Lora`; `scale` is alpha / rank, put into the ups."""
+    """Return one slot of `LoraSlots.state()` as a `Lora`, with `scale` = alpha / rank put into the ups."""
     own = {key.removeprefix(f"{slot}/"): x for key, x in state.items() if key.startswith(f"{slot}/")}
     modules = [key.removesuffix(DOWN) for key in own if key.endswith(DOWN)]
     return {module: (own[module + DOWN].float(), own[module + UP].float() * scale) for module in modules}
 
 
 def added(loras: Sequence[Lora]) -> dict[str, tuple[Tensor, Tensor]]:
-    """One LoRA whose change is the sum of several: an imported one and what was trained on top."""
+    """Return one LoRA whose change is the sum of several, such as an imported one and what was trained on top."""
     modules = dict.fromkeys(module for lora in loras for module in lora)
     return {
         module: (

@@ -8,8 +8,7 @@ are then written over the encoder's own part of what `encode` gave; the other en
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,12 +22,14 @@ from pixrl.models.base import Conditioning
 from pixrl.text import require_text
 
 CACHE_BYTES = 2**30
+"""The bytes of prompt rows that are kept."""
 
 
 def check_words(prompts: Sequence[str], vocabulary: frozenset[str] | None, name: str) -> None:
-    """Raises UnknownWordError for the first word outside the vocabulary; None allows every word.
+    """Check that prompts are text and hold no word outside the vocabulary; None allows every word.
 
     Raises:
+        UnknownWordError: a word is outside the vocabulary.
         InputError: one string instead of a list; or a prompt holds what is no text, such as half an emoji.
     """
     if isinstance(prompts, str):
@@ -50,7 +51,7 @@ def check_words(prompts: Sequence[str], vocabulary: frozenset[str] | None, name:
 
 
 class PromptCache:
-    """Prompt -> conditioning row, least recently used first out past `limit_bytes`.
+    """A cache of the conditioning rows of prompts, which drops the least recently used past `limit_bytes`.
 
     Each prompt is encoded alone, so that its row does not depend on what it was asked with, and a resumed run (whose
     cache starts empty) sees exactly the rows of the unbroken one.
@@ -66,9 +67,11 @@ class PromptCache:
         return len(self._rows)
 
     def keep(self, prompts: Sequence[str], room: int | None = None) -> None:
-        """Encodes prompts, keeps their rows on the CPU for good, and encodes nothing else from now on.
+        """Encode prompts, keep their rows on the CPU for good, and encode nothing else from now on.
 
-        `room`: bytes; None: half of the memory that is free.
+        Args:
+            prompts: at least one.
+            room: the most bytes that the rows may take; None: half of the memory that is free.
 
         Raises:
             InputError: the rows would not fit.
@@ -94,7 +97,11 @@ class PromptCache:
         self._bytes = 0
 
     def rows(self, prompts: Sequence[str]) -> Conditioning:
-        """One row a prompt, in order."""
+        """Return one row for each prompt, in order.
+
+        Raises:
+            InputError: there is no prompt.
+        """
         if not prompts:
             raise InputError("encode was given no prompts.")
         found = {prompt: self._row(prompt) for prompt in dict.fromkeys(prompts)}
@@ -126,25 +133,25 @@ def _size(row: Conditioning) -> int:
 
 @dataclass(frozen=True)
 class ClipText:
-    """A prompt as one CLIP encoder sees it."""
+    """A prompt as the input of one CLIP encoder."""
 
     ids_L: Tensor
-    """Token ids, padded to the pipeline's length, on the encoder's device."""
+    """The token ids, padded to the pipeline's length, on the encoder's device."""
     content_L: Tensor
-    """bool, true on the words: neither start, nor end, nor padding."""
+    """A mask (bool) that is true on the words: neither start, nor end, nor padding."""
     embeddings_LD: Tensor
     """The static input embeddings, float32, before positions are added."""
     end: int
-    """Position of the first end token, where the encoder pools."""
+    """The position of the first end token, where the encoder pools."""
 
 
 @dataclass(frozen=True)
 class ClipFeatures:
-    """What a pipeline takes from one CLIP encoder, one row a variant."""
+    """The features that a pipeline takes from one CLIP encoder, one row for each variant of a prompt."""
 
     pooled_KE: Tensor
     tokens_KLD: Tensor | None
-    """None where the pipeline uses the pooled features alone (FLUX)."""
+    """The token features; None where the pipeline uses the pooled features alone (FLUX)."""
 
     def __getitem__(self, rows: Tensor) -> "ClipFeatures":
         tokens = None if self.tokens_KLD is None else self.tokens_KLD[rows]
@@ -152,7 +159,7 @@ class ClipFeatures:
 
     @staticmethod
     def cat(parts: "list[ClipFeatures]") -> "ClipFeatures":
-        """All rows of the parts, in order."""
+        """Return all rows of the parts, in order."""
         tokens = [part.tokens_KLD for part in parts if part.tokens_KLD is not None]
         return ClipFeatures(
             torch.cat([part.pooled_KE for part in parts]), torch.cat(tokens) if tokens else None
@@ -164,20 +171,20 @@ class ClipEncoder:
     """One frozen CLIP text encoder of a pipeline and where its features stand in a `Conditioning`."""
 
     name: str
-    """`clip_l` or `clip_g`, as the papers call them."""
+    """The name of the encoder in the papers: `clip_l` or `clip_g`."""
     model: Any
     """A CLIPTextModelWithProjection or CLIPTextModel of transformers."""
     tokenizer: Any
     length: int
-    """Tokens that every prompt is padded or cut to."""
+    """The number of tokens that every prompt is padded or cut to."""
     projected: bool
     """Whether the pooled features are the projected ones (SD3) or the raw end token's (FLUX)."""
     pooled_columns: slice
     token_columns: slice | None
-    """Columns of the first `length` token rows; None where the pipeline takes no tokens from this encoder."""
+    """The columns of the first `length` token rows; None where the pipeline takes no tokens from this encoder."""
 
     def read(self, prompt: str) -> ClipText:
-        """A prompt's ids, content mask and static embeddings.
+        """Return a prompt's ids, content mask and static embeddings.
 
         Raises:
             InputError: the prompt has no word that could be perturbed.
@@ -202,14 +209,14 @@ class ClipEncoder:
         return ClipText(ids[0], content, embeddings, end)
 
     def pooled(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> Tensor:
-        """The pooled features [B, E] alone, float32; see `features`.
+        """Return the pooled features [B, E] alone, float32, as `features` computes them.
 
         L may be cut after the first end tokens: under the causal mask later ones cannot reach them.
         """
         return self._pooled(self._run(ids_BL, embeddings_BLD, tokens=False)).float()
 
     def features(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> ClipFeatures:
-        """Pooled and token features, in the model's dtype, differentiable in the embeddings.
+        """Return pooled and token features, in the model's dtype, differentiable in the embeddings.
 
         Args:
             ids_BL: token ids, which say where the end token stands.
@@ -223,7 +230,7 @@ class ClipEncoder:
         return ClipFeatures(self._pooled(output), tokens)
 
     def blend(self, conditioning: Conditioning, features: ClipFeatures, weight_B: Tensor) -> Conditioning:
-        """A conditioning whose part of this encoder is (1 - weight) of its own and weight of the features.
+        """Return a conditioning whose part of this encoder is (1 - weight) of its own and weight of the features.
 
         Args:
             conditioning: B rows; not changed.
@@ -254,8 +261,12 @@ class ClipEncoder:
                 f"{self.name} takes embeddings {list(wanted)} for ids {list(ids_BL.shape)}, "
                 f"got {list(embeddings_BLD.shape)}."
             )
-        with _instead(self.model.get_input_embeddings(), embeddings_BLD.to(self.model.dtype)):
+        embeddings = embeddings_BLD.to(self.model.dtype)
+        handle = self.model.get_input_embeddings().register_forward_hook(lambda *_: embeddings)
+        try:
             return self.model(ids_BL, output_hidden_states=tokens)
+        finally:
+            handle.remove()
 
     def _pooled(self, output: Any) -> Tensor:
         pooled: Tensor = output.text_embeds if self.projected else output.pooler_output
@@ -267,20 +278,10 @@ class PerturbableText(ABC):
 
     @abstractmethod
     def clip_encoders(self) -> tuple[ClipEncoder, ...]:
-        """CLIP-L first, then CLIP-G where there is one, in the layout of `encode`."""
-
-
-@contextmanager
-def _instead(table: nn.Module, output: Tensor) -> Iterator[None]:
-    """Within it, an embedding table gives `output` whatever it is asked for."""
-    handle = table.register_forward_hook(lambda *_: output)
-    try:
-        yield
-    finally:
-        handle.remove()
+        """Return CLIP-L, and then CLIP-G where there is one, in the layout of `encode`."""
 
 
 def _lerp(part: Tensor, other: Tensor, weight_B: Tensor) -> None:
-    """Moves a view toward `other`, row by row; exact at the weights 0 and 1."""
+    """Move a view toward `other`, row by row; exact at the weights 0 and 1."""
     weight = weight_B.to(device=part.device, dtype=part.dtype).view(-1, *[1] * (part.ndim - 1))
     part.copy_(torch.lerp(part, other.to(device=part.device, dtype=part.dtype), weight))

@@ -18,7 +18,7 @@ from pixrl.hub import TOY_PREFIX
 from pixrl.metrics.intervals import Interval, bootstrap
 from pixrl.report import describe
 from pixrl.report.charts import Curve, lines_chart
-from pixrl.report.page import THUMBNAIL, Picture, inline, render
+from pixrl.report.page import THUMBNAIL, inline, render
 from pixrl.runs.config import ALIGN, PERSONALIZE, AlignConfig, read_config, require_kind
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow, RunFolder
@@ -46,16 +46,16 @@ class Pair:
 
     prompt: str
     seed: int
-    before: Picture
-    after: Picture
-    reference: Picture | None = None
+    before: str
+    after: str
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
 class Cell:
     """One picture of a group and its reward."""
 
-    image: Picture
+    image: str
     caption: str
 
 

@@ -91,7 +91,7 @@ def reward_chart(rewards: Sequence[float], batch: int, pool: int | None = None) 
     if learning < len(rewards):
         body += (
             f'<line class="edge" x1="{x(learning)}" x2="{x(learning)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-            f'<text x="{x(learning) + 5}" y="{TOP + 11}">pool</text>'
+            f'<text x="{x(learning) + 5}" y="{HEIGHT - BOTTOM - 7}">pool</text>'
         )
     return _frame(
         body, x, y, "pictures", "reward", _legend([("dot", "picture"), *[(c.css, c.label) for c in curves]])

@@ -18,7 +18,7 @@ from pixrl.config import Settings
 from pixrl.fusion.select import SCORE, similarities_of
 from pixrl.metrics.fusion import FusionFigures, figures
 from pixrl.report import charts
-from pixrl.report.page import FULL, THUMBNAIL, Picture, inline, render
+from pixrl.report.page import FULL, THUMBNAIL, inline, render
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs.config import FuseConfig, resolve_options
 from pixrl.runs.files import write_atomic
@@ -51,7 +51,7 @@ class Child:
     index: int
     step: int
     seed: int
-    image: Picture
+    image: str
     parts: tuple[ParentShare, ...]
     reward: float
     balance: float
@@ -73,7 +73,7 @@ class Parent:
     concept: str
     place: int
     prompt: str
-    images: tuple[Picture, ...]
+    images: tuple[str, ...]
     usable: int
     percent: float | None
     similarity: float | None
@@ -100,7 +100,8 @@ def fuse_view(run: FinishedRun) -> dict[str, Any]:
     environment, facts = run_facts(run)
     return {
         "concepts": config.concepts,
-        "images": selection.images,
+        "images": len(run.rows),
+        "pool": selection.images if selection.pool else 0,
         "sampler": str(config.sampler),
         "model": config.model,
         "seed": config.seed,

@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,30 +14,22 @@ from PIL import Image
 from pixrl.untrusted import encodable
 
 SMALL = 128
-"""Pictures up to this side are enlarged in blocks, not smoothed, and embedded as they are."""
+"""Pictures up to this side are embedded as they are; the browser enlarges them smoothly."""
 THUMBNAIL, FULL = 256, 768
 """Longest side in pixels of a picture among others, and of one that stands alone."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture inside the page, as a data URI; `pixel`: it is enlarged in blocks."""
-
-    uri: str
-    pixel: bool
-
-
-def inline(path: Path, side: int) -> Picture:
+def inline(path: Path, side: int) -> str:
     """Return a picture as a data URI: small ones as they are, large ones scaled down to `side` pixels."""
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as picture:
         if max(picture.size) <= SMALL:
-            return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", True)
+            return f"data:image/png;base64,{base64.b64encode(content).decode()}"
         smaller = picture.convert("RGB")
         smaller.thumbnail((side, side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         smaller.save(buffer, format="WEBP", quality=86)
-    return Picture(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", False)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def render(template: str, view: dict[str, Any]) -> str:
