@@ -388,7 +388,11 @@ def _peft_problem(settings: Any) -> str | None:
     if "lora_alpha" not in settings:
         return "says no lora_alpha, so its strength is not known. Save it again with peft or diffusers."
     patterns = [settings.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
-    if not all(isinstance(pattern, dict) and _are_patterns(pattern) for pattern in patterns):
+    try:
+        are_patterns = all(isinstance(one, dict) and all(map(re.compile, one)) for one in patterns)
+    except (re.error, TypeError):
+        are_patterns = False
+    if not are_patterns:
         return "cannot be read: alpha_pattern and rank_pattern must map names of modules to numbers. Save it again."
     numbers = [settings["lora_alpha"], settings.get("r", 1), *(x for one in patterns for x in one.values())]
     if not all(_is_positive(x) for x in numbers):
@@ -396,14 +400,6 @@ def _peft_problem(settings: Any) -> str | None:
             "cannot be read: lora_alpha, r and those of the patterns must be numbers above 0. Save it again."
         )
     return None
-
-
-def _are_patterns(names: Iterable[Any]) -> bool:
-    """Return whether peft can look modules up by these patterns."""
-    try:
-        return all(re.compile(name) for name in names)
-    except (re.error, TypeError):
-        return False
 
 
 def _is_positive(value: object) -> bool:
