@@ -18,7 +18,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pixrl import hub, models
+from pixrl import hub, hub_check, models
 from pixrl.models.flux import FluxPolicy
 
 WIDTH, HEADS = 3072, 24
@@ -109,7 +109,7 @@ def main() -> None:
     """The command."""
     with tempfile.TemporaryDirectory(prefix="pixrl-flux-") as place:
         folder = Path(place) / "flux"
-        shutil.copytree(hub.folder("toy:flux", hub.Layout.PIPELINE), folder)
+        shutil.copytree(hub.folder("toy:flux", hub_check.Layout.PIPELINE), folder)
         shutil.rmtree(folder / "transformer")
         (folder / "transformer").mkdir()
         (folder / "transformer" / "config.json").write_text(json.dumps(CONFIG))

@@ -15,8 +15,7 @@ from pixrl.rewards.python import to_pil
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.toy.drawn_sheet import generated_sheet, personal_sheet
-from pixrl.toy.sheet import contact_sheet
+from pixrl.toy.sheet import contact_sheet, generated_sheet, personal_sheet
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 TILE, GAP, LABEL = 128, 8, 20

@@ -4,14 +4,14 @@
 import json
 from typing import Any
 
+from pixrl.hub import TOY_NAMES
 from pixrl.toy import CHECKPOINTS
-from toy_build.first_edition import STAGES
 
 
 def main() -> None:
     print("| checkpoint | figure | measured | gate | |")
     print("|---|---|---|---|---|")
-    for name in STAGES:
+    for name in TOY_NAMES:
         path = CHECKPOINTS / name / "provenance.json"
         if not path.exists():
             print(f"| `{name}` | | | | not built |")

@@ -10,13 +10,15 @@ A checkpoint reference is one of
     path/to/file.py:Name@REFERENCE    any of these, loaded by an adapter of yours; or module:Name@REFERENCE
 
 All end as a local folder, which `check_folder` (hub_check.py) refuses when it is half written, before anything heavy
-is imported; hub_fetch.py downloads. This module imports neither torch nor the model libraries.
+is imported. With HF_HUB_OFFLINE=1, or without a connection, what lies in the hub's cache is taken. This module imports
+neither torch nor the model libraries, and the hub's library only where something is fetched.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,40 +27,14 @@ from pixrl import hub_check
 from pixrl.errors import CheckpointError, InputError, did_you_mean
 from pixrl.hub_check import (
     T5_COMPONENTS,
-    TOY_ROOT,
     Layout,
     check_folder,
-    components,
     read_header,
     read_json,
     remedy,
 )
-from pixrl.hub_fetch import CONFIG_FILES, SAFETENSORS, fetch_files, fetch_model, fetch_pipeline, is_hub_id
+from pixrl.libraries import check_torchvision
 from pixrl.text import require_path
-
-__all__ = [
-    "CARD_FILE",
-    "TOY_NAMES",
-    "TOY_PREFIX",
-    "TOY_ROOT",
-    "Card",
-    "Checkpoint",
-    "Layout",
-    "Presence",
-    "check_folder",
-    "checkpoint_fingerprint",
-    "components",
-    "fingerprint",
-    "folder",
-    "full_path",
-    "locate",
-    "read_card",
-    "read_json",
-    "resolve",
-    "split_adapter",
-    "split_single_file",
-    "weight_files",
-]
 
 TOY_PREFIX = "toy:"
 TOY_NAMES = ("clip", "vae", "segmenter", "identity", "preference", "sd3", "flux")
@@ -71,6 +47,12 @@ _BESIDE_WEIGHTS = (
     "README.md",
 )  # fmt: skip
 """What a transformers folder holds beside its weights."""
+CONFIG_FILES = ("*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model")
+"""What describes a pipeline and its tokenizers, without weights."""
+SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+BINS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+"""The weights of a transformers model, whole or in shards."""
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Presence(BaseModel):
@@ -113,13 +95,13 @@ class Checkpoint:
     folder: Path
     """Its configs and, but for what `file` holds, its weights."""
     file: Path | None = None
-    """The one file that holds the weights, in the layout of the model's authors."""
+    """The one file that holds the weights, in the layout of the model's authors, where there is such a file."""
     adapter: str | None = None
     """The class that the reference names to load it; None: the one that loads pipelines of its class."""
 
 
 def resolve(ref: str | Path, layout: Layout | None = None) -> Path | str:
-    """The folder of `toy:NAME` or of a local path; a hub id is given back as it is. Nothing is downloaded.
+    """Return the folder of `toy:NAME` or of a local path, and a hub id as it is. Nothing is downloaded.
 
     `layout`: PIPELINE where a generator is wanted; then messages offer toy generators alone.
 
@@ -128,29 +110,37 @@ def resolve(ref: str | Path, layout: Layout | None = None) -> Path | str:
         InputError: the reference is none of the kinds.
     """
     text = split_adapter(ref)[1]
-    toys = TOY_GENERATORS if layout is Layout.PIPELINE else TOY_NAMES
+    toys = [f"{TOY_PREFIX}{name}" for name in (TOY_GENERATORS if layout is Layout.PIPELINE else TOY_NAMES)]
     if text.startswith(TOY_PREFIX):
-        return _toy_folder(text.removeprefix(TOY_PREFIX), toys)
+        name = text.removeprefix(TOY_PREFIX)
+        place = hub_check.TOY_ROOT / name
+        if name not in TOY_NAMES:
+            near = did_you_mean(text, toys)
+            raise InputError(f"There is no toy checkpoint {name!r}.{near} There are {', '.join(toys)}.")
+        if not place.is_dir():
+            raise CheckpointError(
+                f"The toy checkpoint {name!r} is not in {hub_check.TOY_ROOT}. {remedy(place)}"
+            )
+        return place
     path = Path(require_path(text, "the name of a checkpoint")).expanduser()
     if text and path.is_dir():
         return path
     if isinstance(ref, Path) or text.startswith((".", "/", "~")) or "\\" in text or path.exists():
         raise CheckpointError(
             f"The checkpoint folder {text!r} does not exist. Give a folder with a model_index.json or config.json, "
-            f"a hub id such as 'stabilityai/sdxl-turbo', or one of {_toy_list(toys)}."
+            f"a hub id such as 'stabilityai/sdxl-turbo', or one of {', '.join(toys)}."
         )
     if is_hub_id(text):
         return text
-    refs = _toy_refs(toys)
-    near = did_you_mean(text, refs) or did_you_mean(f"{TOY_PREFIX}{text}", refs)
+    near = did_you_mean(text, toys) or did_you_mean(f"{TOY_PREFIX}{text}", toys)
     raise InputError(
         f"{text!r} is not a checkpoint reference.{near} "
-        f"Give {_toy_list(toys)}, a local folder, or a hub id 'owner/name' or 'owner/name@revision'."
+        f"Give {', '.join(toys)}, a local folder, or a hub id 'owner/name' or 'owner/name@revision'."
     )
 
 
 def folder(ref: str | Path, layout: Layout, *, without: Sequence[str] = ()) -> Path:
-    """The complete local folder of a reference, downloaded where it is a hub id and not yet in the cache.
+    """Return the complete folder of a reference, downloaded where it is a hub id and not yet in the cache.
 
     `without`: components of a pipeline that are not downloaded.
     """
@@ -168,7 +158,7 @@ def folder(ref: str | Path, layout: Layout, *, without: Sequence[str] = ()) -> P
 
 
 def locate(ref: str | Path, *, t5: bool = True) -> Checkpoint:
-    """The pipeline of any reference, complete on the disk. `t5` False: SD3's third text encoder is not downloaded.
+    """Return the pipeline of any reference, complete on the disk; SD3's third text encoder only where `t5` is true.
 
     Raises:
         CheckpointError: it is missing, half written, or cannot be fetched.
@@ -190,7 +180,7 @@ def locate(ref: str | Path, *, t5: bool = True) -> Checkpoint:
 
 
 def split_adapter(ref: str | Path) -> tuple[str | None, str]:
-    """The adapter, where one is named, and the checkpoint of `path/to/file.py:Name@REFERENCE`.
+    """Return the adapter, where one is named, and the checkpoint of `path/to/file.py:Name@REFERENCE`.
 
     Raises:
         InputError: a file of Python is named, and no checkpoint.
@@ -206,7 +196,7 @@ def split_adapter(ref: str | Path) -> tuple[str | None, str]:
 
 
 def split_single_file(ref: str | Path) -> tuple[Path, str | None] | None:
-    """The file and the CONFIG of `FILE.safetensors@CONFIG`; None for every other kind of reference."""
+    """Return the file and the CONFIG of `FILE.safetensors@CONFIG`; None for every other kind of reference."""
     text = split_adapter(ref)[1]
     name, at, config = text.partition(f"{SINGLE_FILE}@")
     if at:
@@ -215,7 +205,7 @@ def split_single_file(ref: str | Path) -> tuple[Path, str | None] | None:
 
 
 def full_path(ref: str) -> str:
-    """A reference to a checkpoint or to data, what it names on this disk by its whole path; all else as it is.
+    """Return a reference to a checkpoint or to data with the whole path of what it names on this disk.
 
     A run records such references, so that it means the same files from whichever folder it is resumed.
     """
@@ -235,7 +225,7 @@ def full_path(ref: str) -> str:
 
 
 def _config_of(file: Path) -> Path:
-    """The folder that describes a single file where none is named."""
+    """Return the folder that describes a single file where none is named."""
     beside = file.with_suffix("")
     if not beside.is_dir():
         raise CheckpointError(
@@ -246,7 +236,7 @@ def _config_of(file: Path) -> Path:
 
 
 def read_card(ref: str | Path, layout: Layout | None = None) -> Card:
-    """The card of a toy or local checkpoint; an empty one where there is none or the reference is a hub id.
+    """Return the card of a toy or local checkpoint; an empty one where there is none, and for a hub id.
 
     Raises:
         CheckpointError, InputError: as `resolve`; CheckpointError, too, where the card is wrong.
@@ -265,12 +255,12 @@ def read_card(ref: str | Path, layout: Layout | None = None) -> Card:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Every safetensors file under a checkpoint's folder, sorted."""
+    """Return every safetensors file under a checkpoint's folder, sorted."""
     return sorted(path.rglob("*.safetensors"))
 
 
 def fingerprint(path: Path, files: Iterable[Path] | None = None) -> str:
-    """16 hex digits from the contents of a checkpoint's safetensors files, or of the given ones in its folder.
+    """Return 16 hex digits from the contents of a checkpoint's safetensors files, or of the given ones in its folder.
 
     Files in the hub's cache are links to blobs named by their sha256, which is then taken instead of reading them.
     """
@@ -281,7 +271,7 @@ def fingerprint(path: Path, files: Iterable[Path] | None = None) -> str:
 
 
 def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
-    """16 hex digits from all weights of a pipeline, its single file and an adapter's file of Python among them."""
+    """Return 16 hex digits from a pipeline's weights, its single file and its adapter's file of Python among them."""
     own = fingerprint(checkpoint.folder)
     code = Path((checkpoint.adapter or "").rpartition(":")[0])
     files = [checkpoint.file, code if code.suffix == ".py" else None]
@@ -299,20 +289,193 @@ def _content_hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _toy_refs(toys: Sequence[str]) -> list[str]:
-    return [f"{TOY_PREFIX}{name}" for name in toys]
+def is_hub_id(text: str) -> bool:
+    """Return whether a text reads as `owner/name` or `owner/name@revision`."""
+    repo, at, revision = text.partition("@")
+    return _REPO.fullmatch(repo) is not None and (not at or bool(re.fullmatch(r"[\w./-]+", revision)))
 
 
-def _toy_list(toys: Sequence[str]) -> str:
-    return ", ".join(_toy_refs(toys))
+def split_revision(ref: str) -> tuple[str, str | None]:
+    """Return the repository and the revision of `owner/name@revision`; None where nothing is pinned."""
+    repo, _, revision = ref.partition("@")
+    return repo, revision or None
 
 
-def _toy_folder(name: str, toys: Sequence[str]) -> Path:
-    """`toys`: what is offered where there is none of that name."""
-    path = hub_check.TOY_ROOT / name
-    if name not in TOY_NAMES:
-        near = did_you_mean(f"{TOY_PREFIX}{name}", _toy_refs(toys))
-        raise InputError(f"There is no toy checkpoint {name!r}.{near} There are {_toy_list(toys)}.")
-    if not path.is_dir():
-        raise CheckpointError(f"The toy checkpoint {name!r} is not in {hub_check.TOY_ROOT}. {remedy(path)}")
-    return path
+def download_command(ref: str) -> str:
+    """Return the command that downloads a repository, at its pinned revision where it has one."""
+    repo, revision = split_revision(ref)
+    return f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+
+
+def fetch_pipeline(ref: str, without: Sequence[str] = ()) -> Path:
+    """Return the folder of a pipeline, downloaded but for the components `without` where it is not yet in the cache.
+
+    Raises:
+        CheckpointError: it cannot be had; says why and what to do.
+    """
+    repo, revision = split_revision(ref)
+    check_torchvision()
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(
+            DiffusionPipeline.download(
+                repo, revision=revision, use_safetensors=True, **dict.fromkeys(without)
+            )
+        )
+    except _failures() as error:
+        raise explained(ref, error) from error
+
+
+def fetch_files(ref: str, patterns: Sequence[str]) -> Path:
+    """Return the folder of a repository with the files that match, downloaded where the cache lacks them.
+
+    Raises:
+        CheckpointError: it cannot be had; says why and what to do.
+    """
+    repo, revision = split_revision(ref)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except _failures() as error:
+        raise explained(ref, error) from error
+
+
+def fetch_model(ref: str, beside: Sequence[str]) -> Path:
+    """Return the folder of a model: the files that match, and its safetensors, or pytorch_model.bin where it has none.
+
+    Which of them the repository has is told by what came, so it works with the cache alone, too. Never both are
+    downloaded.
+
+    Raises:
+        CheckpointError: it cannot be had; says why and what to do.
+    """
+    folder = fetch_files(ref, (*beside, *SAFETENSORS))
+    has_safetensors = any(file for pattern in SAFETENSORS for file in folder.glob(pattern))
+    return folder if has_safetensors else fetch_files(ref, BINS)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return what the hub's library raises; without a connection that may be its transport's own error."""
+    from huggingface_hub.errors import HTTPError
+
+    return (OSError, ValueError, HTTPError)
+
+
+def cached_folder(ref: str) -> Path | None:
+    """Return where the cache holds a repository, complete or not, or None; nothing is asked of the hub."""
+    repo, revision = split_revision(ref)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise InputError(f"{ref!r} is no hub id: {error}") from None
+
+
+def explained(ref: str, error: BaseException) -> CheckpointError:
+    """Return an error of the hub's library as one that says what to do."""
+    from huggingface_hub import get_token, is_offline_mode
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo, revision = split_revision(ref)
+    page = f"https://huggingface.co/{repo}"
+    causes: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None:
+        causes.append(current)
+        current = current.__cause__ or current.__context__
+
+    def any_is(kind: type[BaseException]) -> bool:
+        return any(isinstance(one, kind) for one in causes)
+
+    if any_is(GatedRepoError) and get_token():
+        said = (
+            f"{repo} is gated, and your token has no access: accept its licence at {page} with the token's account "
+            "(hf auth whoami), then run the same command again."
+        )
+    elif any_is(GatedRepoError):
+        said = (
+            f"{repo} is gated, and no token is set: accept its licence at {page}, make a read token at "
+            "https://huggingface.co/settings/tokens, and type: hf auth login (or set HF_TOKEN)."
+        )
+    elif any_is(RevisionNotFoundError):
+        said = f"{repo} has no revision {revision!r}. Give a branch, a tag or a commit that {page}/commits/main lists."
+    elif any_is(RepositoryNotFoundError):
+        hint = "" if get_token() else " If it is private, give a token: hf auth login"
+        said = f"The hub has no repository {repo!r}, or none that you may see.{hint}"
+    elif is_offline_mode() or not any_is(HfHubHTTPError):
+        why = str(error).strip()
+        if is_offline_mode():
+            why = "HF_HUB_OFFLINE is set, and the cache does not hold all of it"
+        said = (
+            f"The checkpoint {ref!r} could not be fetched from the hub: {why}. Check the name and the connection, "
+            f"download it once where there is one: {download_command(ref)}, or give a local folder."
+        )
+    else:
+        said = f"The hub did not give {ref!r}: {error}. Try again, or download it: {download_command(ref)}"
+    return CheckpointError(said)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the hub says of a repository that is not in the cache."""
+
+    weights: int
+    """Bytes of those of its weights that would be downloaded."""
+
+
+def ask(ref: str) -> Remote:
+    """Ask the hub whether a repository can be downloaded, and how large it is; nothing is downloaded.
+
+    Raises:
+        CheckpointError: it cannot be; says why and what to do.
+    """
+    from huggingface_hub import HfApi, is_offline_mode
+
+    if is_offline_mode():
+        raise CheckpointError(
+            f"{ref!r} is not in the cache, and HF_HUB_OFFLINE is set. Where there is a connection, type: "
+            f"{download_command(ref)}"
+        )
+    repo, revision = split_revision(ref)
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        if info.gated:
+            HfApi().auth_check(repo)
+    except _failures() as error:
+        raise explained(ref, error) from error
+    sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+    return Remote(sum(sizes[name] for name in _downloaded(list(sizes))))
+
+
+def _downloaded(names: Sequence[str]) -> list[str]:
+    """Return the weights among a repository's files that are fetched.
+
+    They are a pipeline's in its parts' folders, else those of one model; of several variants (fp16) the plain one.
+    Whole pipelines in one file are not fetched.
+    """
+    if "model_index.json" not in names:
+        patterns = next((some for some in (SAFETENSORS, BINS) if _matching(names, some)), ("*.safetensors",))
+        return _matching(names, patterns)
+    found: list[str] = []
+    for folder in (name.removesuffix("config.json") for name in names if name.count("/") == 1):
+        inside = _matching(names, (f"{folder}*.safetensors",)) if folder.endswith("/") else []
+        plain = [name for name in inside if name.removeprefix(folder).count(".") == 1]
+        found += plain or inside
+    return found
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Return the weights among the names that one of the patterns fits."""
+    fitting = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    return [name for name in fitting if name.endswith((".safetensors", ".bin"))]

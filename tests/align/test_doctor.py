@@ -19,7 +19,7 @@ from pixrl.doctor import estimate as doctor
 from pixrl.doctor import needs as doctor_needs
 from pixrl.doctor.diagnosis import Diagnosis, Need
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.hub_fetch import Remote
+from pixrl.hub import Remote
 from pixrl.models import loading
 from pixrl.models.estimate import Cost, PartSize, PeakMeter
 from pixrl.models.memory_plan import MemoryPlan

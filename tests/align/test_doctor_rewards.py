@@ -14,7 +14,7 @@ from pixrl.doctor import needs as doctor_needs
 from pixrl.doctor.diagnosis import Findings, Need
 from pixrl.doctor.rewards import find_rewards
 from pixrl.errors import CheckpointError, PixrlError
-from pixrl.hub_fetch import Remote
+from pixrl.hub import Remote
 from pixrl.rewards import REWARDS as TABLE
 from pixrl.rewards import checked_options, kind_of, load
 from pixrl.rewards.base import path_options

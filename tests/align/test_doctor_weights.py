@@ -14,7 +14,7 @@ from pixrl.device import Precision
 from pixrl.doctor import estimate as doctor_work
 from pixrl.doctor import needs as doctor_needs
 from pixrl.doctor.diagnosis import Diagnosis, Need
-from pixrl.hub_fetch import Remote
+from pixrl.hub import Remote
 from tests import published, tiny
 from tests.align.test_doctor import needs, toy
 

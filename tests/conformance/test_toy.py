@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pixrl import hub, models, rewards
+from pixrl import hub_check, models, rewards
 from pixrl.conformance import check_policy, check_reward
 from pixrl.models.base import FlowPolicy
 from pixrl.toy.language import caption, held_out_prompts, parse
@@ -15,7 +15,7 @@ TASKS = [task for task in Task if task is not Task.SUBJECT]
 
 
 def need(*names: str) -> None:
-    missing = [name for name in names if not (hub.TOY_ROOT / name / "provenance.json").is_file()]
+    missing = [name for name in names if not (hub_check.TOY_ROOT / name / "provenance.json").is_file()]
     if missing:
         pytest.skip(f"toy checkpoints not built: {', '.join(missing)}; type: pixrl toy build")
 

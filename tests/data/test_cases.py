@@ -16,12 +16,11 @@ from PIL import Image, ImageCms
 from typer.testing import CliRunner
 
 from pixrl import cli, config
-from pixrl.data.dreambench import read_classes
 from pixrl.data.pairs import read_pairs
 from pixrl.data.pictures import read_picture
 from pixrl.data.prompts import Prompt, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
-from pixrl.data.subjects import load_subjects
+from pixrl.data.subjects import load_subjects, read_classes
 from pixrl.errors import ConfigError, InputError
 from pixrl.report.describe import class_word
 from pixrl.runs.config import AlignConfig, PersonalizeConfig

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.fuzz.budget import ANY_BYTES, fuzz, soup, unless_refused
 
-from pixrl.data.dreambench import read_classes
+from pixrl.data.subjects import read_classes
 
 WORD = st.text("abcdefgh", min_size=1, max_size=8)
 SOUP = soup(

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.models.test_sd3 import diffusers_pictures
 from tests.tolerance import PICTURE, agree
 
-from pixrl import hub_check, hub_fetch, models
+from pixrl import hub, hub_check, models
 from pixrl.errors import CheckpointError, InputError
 from pixrl.models.flux import FluxPolicy, Preset
 from pixrl.models.sd3 import SD3Policy
@@ -315,7 +315,7 @@ def test_the_hub_says_no(
             raise OSError("Cannot load model owner/name") from error
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", refuse)
-    monkeypatch.setattr(hub_fetch, "has_token", lambda: token is not None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     with pytest.raises(CheckpointError, match=message):
         models.load("owner/name@v9")
     assert (seen["repo"], seen["revision"]) == ("owner/name", "v9")
@@ -340,7 +340,7 @@ def test_no_connection_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", unreachable)
-    for reach in (hub_fetch.ask, hub_fetch.fetch_pipeline, lambda ref: hub_fetch.fetch_files(ref, ["*"])):
+    for reach in (hub.ask, hub.fetch_pipeline, lambda ref: hub.fetch_files(ref, ["*"])):
         with pytest.raises(CheckpointError, match=r"Name or service not known.*hf download owner/name"):
             reach("owner/name")
 
@@ -349,17 +349,17 @@ def test_a_pinned_revision_comes_from_the_cache(
     sd3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = cached(sd3_folder, tmp_path, monkeypatch, {"v1": COMMIT}, repo="owner/name")
-    assert hub_fetch.cached_folder("owner/name@v1") == folder
-    assert hub_fetch.cached_folder("owner/name@v2") is None
-    assert hub_fetch.fetch_files("owner/name@v1", ["*"]) == folder
+    assert hub.cached_folder("owner/name@v1") == folder
+    assert hub.cached_folder("owner/name@v2") is None
+    assert hub.fetch_files("owner/name@v1", ["*"]) == folder
     for revision in ("v1", COMMIT):
-        assert hub_fetch.fetch_pipeline(f"owner/name@{revision}") == folder
+        assert hub.fetch_pipeline(f"owner/name@{revision}") == folder
         assert models.load(f"owner/name@{revision}").name == f"owner/name@{revision}"
     for ref in ("owner/name", "owner/name@v2"):  # another revision than the one in the cache
         with pytest.raises(
             CheckpointError, match="HF_HUB_OFFLINE is set, and the cache does not hold all of it"
         ):
-            hub_fetch.fetch_pipeline(ref)
+            hub.fetch_pipeline(ref)
 
 
 PIPELINE_FILES = {
@@ -400,4 +400,4 @@ def test_the_size_of_a_download_counts_what_is_downloaded(
     info = SimpleNamespace(gated=False, siblings=siblings)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
-    assert hub_fetch.ask("owner/name").weights == size
+    assert hub.ask("owner/name").weights == size

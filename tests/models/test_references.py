@@ -27,7 +27,7 @@ def test_an_unknown_toy_name_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize("ref", ["toysd3", "toy:sd4", "./nowhere"])
 def test_where_a_generator_is_wanted_only_generators_are_offered(ref: str) -> None:
-    for ask in (lambda: models.load(ref), lambda: hub.read_card(ref, hub.Layout.PIPELINE)):
+    for ask in (lambda: models.load(ref), lambda: hub.read_card(ref, hub_check.Layout.PIPELINE)):
         with pytest.raises(PixrlError, match=r"toy:sd3, toy:flux") as refused:
             ask()
         assert "toy:clip" not in str(refused.value) and "toy:vae" not in str(refused.value)
@@ -191,7 +191,7 @@ def test_t5_may_be_left_out_of_a_published_folder(sd3_folder: Path, tmp_path: Pa
         ["transformers", "T5Tokenizer"],
     )
     (folder / "model_index.json").write_text(json.dumps(index))
-    assert "text_encoder_3" not in hub.components(folder)
+    assert "text_encoder_3" not in hub_check.components(folder)
     assert len(models.load(folder).encode(["owl"])) == 1
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError
-from pixrl.hub import Layout, check_folder, fingerprint
+from pixrl.hub import Remote, ask, fingerprint
 from pixrl.hub import folder as hub_folder
-from pixrl.hub_fetch import Remote, ask
+from pixrl.hub_check import Layout, check_folder
 from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder
 from pixrl.rewards.segmentation import Segmenter, load_back_end
 from pixrl.rewards.weights import weight_shards

@@ -16,7 +16,6 @@ LAYERS = [
         "config",
         "hub",
         "hub_check",
-        "hub_fetch",
         "device",
         "libraries",
         "plugins",
@@ -49,7 +48,6 @@ TORCH_FREE = [
     "untrusted",
     "hub",
     "hub_check",
-    "hub_fetch",
     "__init__",
     "__main__",
 ]

@@ -17,7 +17,7 @@ CALLS = """
 import torch
 from pixrl import rewards
 from pixrl.errors import RunError
-from pixrl.hub_fetch import fetch_pipeline
+from pixrl.hub import fetch_pipeline
 from pixrl.models.slots import LoraSlots
 
 def slots():

@@ -201,10 +201,10 @@ def toy_build(
     device: Annotated[str, option("cpu, cuda or mps.", default="cpu")] = "cpu",
 ) -> None:
     """Train the toy world's checkpoints from nothing: hours on two cores, minutes on a GPU."""
+    check_torchvision()
     first_edition = from_checkout(
         "toy_build.first_edition", "Builds of the toy checkpoints", "pixrl toy build"
     )
-    check_torchvision()
     try:
         folder = first_edition.build(stage or [], resume=resume, out=out, device=device)
     except KeyboardInterrupt:

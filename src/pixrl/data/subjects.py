@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from pixrl.data.dreambench import CLASSES_FILE, read_classes
 from pixrl.data.pictures import (
     holds_pictures,
     is_junk,
@@ -37,9 +36,11 @@ from pixrl.data.toy import toy_subjects
 from pixrl.errors import InputError, did_you_mean
 from pixrl.hub import TOY_PREFIX
 from pixrl.text import comparable, parse_json, read_text, require_path, shown_name
+from pixrl.text import lines as lines_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 CLASS_FILE, PROMPTS_FILE = "class.txt", "prompts.txt"
 _LAYOUT = (
@@ -344,3 +345,84 @@ def _naming(word: str) -> re.Pattern[str]:
     if re.search("[A-Za-z]", word):
         return re.compile(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", re.IGNORECASE)
     return re.compile(re.escape(word), re.IGNORECASE)
+
+
+# DreamBench's prompts_and_classes.txt (Ruiz et al. 2023, DreamBooth): thirty subjects with their classes, and two lists
+# of prompts. Those are templates `a {0} {1} in the jungle` of a rare token and the class word; with reference pictures
+# the rare token says nothing and is left out, as in UNO's list.
+
+CLASSES_FILE = "prompts_and_classes.txt"
+LIVE_CLASSES = ("cat", "dog")
+"""Classes that are asked the live prompts; the others are objects."""
+_HEADER = "subject_name,class"
+_OBJECT, _LIVE = "Object Prompts", "Live Subject Prompts"
+_CLASS, _TOKEN = "{1}", "{0} "
+"""In a template: where the class word goes, and the rare token before it."""
+_TEMPLATE = re.compile(r"""^\s*(['"])(?P<text>.*)\1\.format\(""")
+_DREAMBENCH_REMEDY = "Take the file from a checkout of google/dreambooth."
+
+
+def read_classes(path: Path) -> tuple[list[tuple[str, str, tuple[str, ...]]], list[str]]:
+    """Return each subject's name, class word and prompts, in the file's order, and a note of each repeated line.
+
+    Raises:
+        InputError: the file is not as google/dreambooth has it; says which part is missing, or which line is wrong.
+    """
+    lines = [line.strip() for line in lines_of(read_text(path))]
+    notes: list[str] = []
+    subjects = _listed_subjects(path, lines, notes)
+    templates = {title: _listed_templates(path, lines, title, notes) for title in (_OBJECT, _LIVE)}
+    listed = []
+    for name, word in subjects.items():
+        asked = templates[_LIVE if word in LIVE_CLASSES else _OBJECT]
+        listed.append((name, word, tuple(text.replace(_CLASS, word) for text in asked)))
+    return listed, notes
+
+
+def _listed_subjects(path: Path, lines: list[str], notes: list[str]) -> dict[str, str]:
+    """Return the class word of each subject."""
+    if _HEADER not in lines:
+        raise InputError(f"{path} has no line {_HEADER!r} before its subjects. {_DREAMBENCH_REMEDY}")
+    start = lines.index(_HEADER) + 1
+    end = next((k for k in range(start, len(lines)) if not lines[k]), len(lines))
+    if start == end:
+        raise InputError(f"{path} lists no subject under {_HEADER!r}. {_DREAMBENCH_REMEDY}")
+    found: dict[str, str] = {}
+    for number in range(start, end):
+        name, word = (part.strip() for part in lines[number].partition(",")[::2])
+        if not name or not word:
+            raise InputError(
+                f"{path}, line {number + 1}: {lines[number]!r} is not 'name,class'. {_DREAMBENCH_REMEDY}"
+            )
+        if name in found and found[name] != word:
+            raise InputError(
+                f"{path}, line {number + 1} calls {name!r} {word!r}, and a line before {found[name]!r}. Delete one."
+            )
+        if name in found:
+            notes.append(f"{path}: line {number + 1} repeats the subject {name!r}")
+        found[name] = word
+    return found
+
+
+def _listed_templates(path: Path, lines: list[str], title: str, notes: list[str]) -> list[str]:
+    """Return the prompts under a title, without the rare token and with {1} where the class word goes."""
+    if title not in lines:
+        raise InputError(f"{path} has no section {title!r}. {_DREAMBENCH_REMEDY}")
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines[lines.index(title) + 1 :], lines.index(title) + 2):
+        if line == "]":
+            break
+        match = _TEMPLATE.match(line)
+        if match:
+            text = match["text"].replace(_TOKEN, "")
+            if set("{}") & set(text.replace(_CLASS, "")):
+                raise InputError(
+                    f"{path}, line {number}: {match['text']!r} has braces other than {{0}}, with a space after it, for "
+                    "the rare token and {1} for the class. Write it like 'a {0} {1} in the snow'."
+                )
+            if comparable(text) in found:
+                notes.append(f"{path}: line {number} repeats the prompt {match['text']!r}")
+            found.setdefault(comparable(text), text)
+    if not found:
+        raise InputError(f"{path} has no prompts under {title!r}. {_DREAMBENCH_REMEDY}")
+    return list(found.values())

@@ -15,19 +15,13 @@ from pixrl.device import Precision, quiet_loading
 from pixrl.doctor.diagnosis import Findings, Need
 from pixrl.doctor.needs import note_download, require_pieces, shortened
 from pixrl.errors import CheckpointError, PixrlError
-from pixrl.hub import (
-    Checkpoint,
-    Layout,
-    components,
-    locate,
-    resolve,
-    split_adapter,
-    split_single_file,
-)
+from pixrl.hub import Checkpoint, cached_folder, locate, resolve, split_adapter, split_single_file
 from pixrl.hub_check import (
     INDEX,
     T5_COMPONENTS,
+    Layout,
     check_folder,
+    components,
     is_model,
     model_files,
     read_header,
@@ -35,7 +29,6 @@ from pixrl.hub_check import (
     refuse_misfits,
     remedy,
 )
-from pixrl.hub_fetch import cached_folder
 from pixrl.models import adapter_of, lora_files
 from pixrl.models.estimate import CONTRADICTIONS, DENOISERS, VAE, PartSize, empty_text_encoder, part_sizes
 from pixrl.models.loading import PREFIXES, family, misfit_of_file, misfit_of_folder, part_class

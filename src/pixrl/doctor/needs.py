@@ -13,12 +13,8 @@ from pixrl.algorithms.optim import EIGHT_BIT_EXTRA, EIGHT_BIT_PACKAGE
 from pixrl.device import choose_device
 from pixrl.doctor.diagnosis import Findings, Need, size
 from pixrl.errors import CheckpointError, InputError, PixrlError, RunError
-from pixrl.hub import (
-    Layout,
-    resolve,
-)
-from pixrl.hub_check import check_folder, read_header
-from pixrl.hub_fetch import ask, cache_place, cached_folder, split_revision
+from pixrl.hub import ask, cached_folder, download_command, resolve
+from pixrl.hub_check import Layout, check_folder, read_header
 from pixrl.rewards.weights import is_weight_file, weight_shards
 from pixrl.runs.files import free_bytes
 from pixrl.runs.place import require_free
@@ -187,17 +183,18 @@ def note_download(ref: str, findings: Findings, *, weights: bool = True, is_gene
         is_gated = "is gated" in str(error)
         findings.miss(Need.TOKEN if is_gated else Need.WEIGHTS, error)
         return
-    place = cache_place()
+    from huggingface_hub import constants
+
+    place = cache = Path(constants.HF_HUB_CACHE)
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if weights and remote.weights > free:
         findings.miss(
             Need.DISK,
-            f"{ref} has {size(remote.weights)} of weights, and {size(free)} are free in {cache_place()}.",
+            f"{ref} has {size(remote.weights)} of weights, and {size(free)} are free in {cache}.",
         )
-    repo, revision = split_revision(ref)
-    download = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    download = download_command(ref)
     if is_generator:
         findings.notes.append(
             f"{ref} will be downloaded ({size(remote.weights)} of weights). Its parameters, memory and micro-batches "

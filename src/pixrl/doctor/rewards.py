@@ -27,7 +27,8 @@ from pixrl.doctor.needs import (
     shortened,
 )
 from pixrl.errors import CheckpointError, ConfigError, InputError, PixrlError, RunError, ServiceError
-from pixrl.hub import TOY_PREFIX, TOY_ROOT, read_json, resolve
+from pixrl.hub import TOY_PREFIX, resolve
+from pixrl.hub_check import TOY_ROOT, read_json
 from pixrl.models.base import Renderer
 from pixrl.rewards.base import Form, Options, Read, Reward
 from pixrl.rewards.http import key_from

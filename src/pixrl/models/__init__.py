@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pixrl.config import parse_yaml
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.hub import TOY_PREFIX, Card, Checkpoint, locate, read_card, read_json, resolve, split_adapter
-from pixrl.hub_fetch import split_revision
+from pixrl.hub import TOY_PREFIX, Card, Checkpoint, locate, read_card, resolve, split_adapter, split_revision
+from pixrl.hub_check import read_json
 from pixrl.plugins import Registry
 
 if TYPE_CHECKING:

@@ -22,11 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixrl.device import Precision, quiet_loading
 from pixrl.errors import CheckpointError
-from pixrl.hub import Checkpoint, components
+from pixrl.hub import Checkpoint
 from pixrl.hub_check import (
     INDEX,
     T5_COMPONENTS,
     TensorHeader,
+    components,
     is_model,
     model_files,
     read_header,

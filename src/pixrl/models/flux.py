@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pixrl.errors import CheckpointError, InputError, ShapeError, did_you_mean
-from pixrl.hub import Checkpoint, read_json
-from pixrl.hub_check import INDEX
+from pixrl.hub import Checkpoint
+from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, ReferencePolicy, SamplingSettings
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import PipelinePart

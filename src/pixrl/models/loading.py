@@ -16,11 +16,12 @@ import torch
 
 from pixrl.device import Precision, quiet_loading
 from pixrl.errors import CheckpointError
-from pixrl.hub import Checkpoint, components, weight_files
+from pixrl.hub import Checkpoint, weight_files
 from pixrl.hub_check import (
     INDEX,
     T5_COMPONENTS,
     Reshaped,
+    components,
     is_model,
     misfits,
     model_files,

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from pixrl.device import quiet_loading
 from pixrl.errors import CheckpointError
+from pixrl.hub import is_hub_id
 from pixrl.hub_check import read_header
-from pixrl.hub_fetch import is_hub_id
 from pixrl.models.lora_export import ADAPTER_METADATA, PREFIX
 from pixrl.models.published_names import from_published
 from pixrl.models.slots import DOWN, UP, Lora

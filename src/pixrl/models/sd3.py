@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pixrl.errors import InputError
-from pixrl.hub import Checkpoint, read_json
+from pixrl.hub import Checkpoint
+from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.loading import has_t5
 from pixrl.models.pipeline import FlowPipelinePolicy

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pixrl.device import DType
 from pixrl.errors import ShapeError
-from pixrl.hub import read_json
+from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, Mixture, SamplingSettings
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.pipeline import PipelineRenderer, decode_latents, draw, generators, memory_format

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
-from pixrl.hub import components, locate
-from pixrl.hub_check import read_json
+from pixrl.hub import locate
+from pixrl.hub_check import components, read_json
 from pixrl.models.loading import OPTIONAL_PARTS
 from pixrl.models.lora_export import (
     COMFY_PREFIX,

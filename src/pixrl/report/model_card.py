@@ -14,9 +14,8 @@ from urllib.parse import quote
 
 import yaml
 
-from pixrl.hub import TOY_PREFIX, split_adapter, split_single_file
+from pixrl.hub import TOY_PREFIX, is_hub_id, split_adapter, split_revision, split_single_file
 from pixrl.hub_check import INDEX, read_json
-from pixrl.hub_fetch import is_hub_id, split_revision
 from pixrl.models import NOT_STATED, generator_licence
 from pixrl.report import describe
 from pixrl.report.align import Change, changes_of, failures, is_unseen, warnings

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pixrl.device import Precision, choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, InputError
-from pixrl.hub import Layout, folder, read_json
+from pixrl.hub import folder
+from pixrl.hub_check import Layout, read_json
 from pixrl.rewards.preprocess import InputPreprocessing, Preprocessing, batches, require_images
 from pixrl.rewards.weights import (
     LOADING_ERRORS,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pixrl.device import quiet_loading
 from pixrl.errors import CheckpointError, ShapeError
-from pixrl.hub import read_json
+from pixrl.hub_check import read_json
 from pixrl.libraries import require
 from pixrl.types import RewardBatch, Scores
 

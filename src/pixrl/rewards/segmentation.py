@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, InputError, ShapeError
-from pixrl.hub import Layout, folder, read_card
+from pixrl.hub import folder, read_card
+from pixrl.hub_check import Layout
 from pixrl.rewards.preprocess import Preprocessing, batches, require_images
 from pixrl.rewards.weights import class_in, describe, describe_function, load_folder
 from pixrl.rewards.zoo.birefnet import BiRefNetForeground, is_birefnet

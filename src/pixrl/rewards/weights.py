@@ -23,9 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError
-from pixrl.hub import fingerprint, read_json, resolve
-from pixrl.hub_check import BIN, BIN_INDEX, misfits, some
-from pixrl.hub_fetch import fetch_files, fetch_model
+from pixrl.hub import fetch_files, fetch_model, fingerprint, resolve
+from pixrl.hub_check import BIN, BIN_INDEX, misfits, read_json, some
 from pixrl.plugins import Caught
 from pixrl.untrusted import plain
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError
-from pixrl.hub import Layout, folder, read_card, read_json
+from pixrl.hub import folder, read_card
+from pixrl.hub_check import Layout, read_json
 from pixrl.rewards.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,

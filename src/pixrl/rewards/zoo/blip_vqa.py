@@ -24,7 +24,8 @@ from torch import Tensor
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, RunError
-from pixrl.hub import Layout, folder, read_json
+from pixrl.hub import folder
+from pixrl.hub_check import Layout, read_json
 from pixrl.libraries import require
 from pixrl.rewards.base import Options, Read, Reward
 from pixrl.rewards.preprocess import Preprocessing, load_tokenizer, require_images

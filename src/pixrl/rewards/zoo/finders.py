@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pixrl.device import choose_device, quiet_loading
 from pixrl.errors import CheckpointError, ShapeError
-from pixrl.hub import Layout, folder, read_json, weight_files
+from pixrl.hub import folder, weight_files
+from pixrl.hub_check import Layout, read_json
 from pixrl.rewards.geneval import Detector
 from pixrl.rewards.preprocess import require_images
 from pixrl.rewards.python import to_pil

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-from pixrl.hub import read_json
+from pixrl.hub_check import read_json
 from pixrl.rewards.base import Form, Options, Read
 from pixrl.rewards.clip import PromptCosineReward
 from pixrl.rewards.encoders import ClipSimilarity

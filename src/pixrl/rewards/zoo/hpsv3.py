@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, ShapeError
-from pixrl.hub import read_json
+from pixrl.hub_check import read_json
 from pixrl.rewards.base import DifferentiableReward, Form, Options, Read
 from pixrl.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocessing, load_tokenizer, score_pairs
 from pixrl.rewards.weights import (

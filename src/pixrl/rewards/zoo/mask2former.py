@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pixrl.device import choose_device, quiet_loading
 from pixrl.errors import CheckpointError
-from pixrl.hub import Layout, folder, read_card, read_json
+from pixrl.hub import folder, read_card
+from pixrl.hub_check import Layout, read_json
 from pixrl.rewards.preprocess import batches, require_images, to_grey_levels
 from pixrl.rewards.segmentation import Instance
 from pixrl.rewards.weights import folder_arguments, from_pretrained, origin, refuse_misfits, weight_shards

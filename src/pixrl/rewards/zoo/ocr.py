@@ -28,7 +28,8 @@ from torch import Tensor
 
 from pixrl.device import Precision, choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.hub import Layout, folder, read_json
+from pixrl.hub import folder
+from pixrl.hub_check import Layout, read_json
 from pixrl.rewards.base import Options, Read, Reward
 from pixrl.rewards.preprocess import score_pairs, to_grey_levels
 from pixrl.rewards.weights import describe, load_folder, part

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pixrl.device import choose_device, choose_precision, quiet_loading
 from pixrl.errors import CheckpointError
-from pixrl.hub import read_json
+from pixrl.hub_check import read_json
 from pixrl.rewards.base import DifferentiableReward, Form, Options, Read
 from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.preprocess import Preprocessing, load_tokenizer, score_pairs, to_grey_levels
