@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from pixrl.algorithms.sampling import Solver
 from pixrl.config import Settings
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, did_you_mean
+from pixrl.report.describe import images_of, updates_of
 from pixrl.rewards.settings import RewardSetting, check_rewards
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, load_recipe
 from pixrl.runs.evaluation import spread_evenly
 from pixrl.runs.fuse import slug
-from studies.budget import check_budgets
 from studies.grid import Study, Task, check_differences
 from studies.style import PALETTE
 
@@ -27,11 +28,11 @@ _SHARED = (
 )  # fmt: skip
 """What must be the same in all variants, for their figures to mean the same."""
 _SHARED_SUBJECTS = ("references",)
-"""And where they have subjects."""
+"""What must be the same as well where variants have subjects."""
 
 
 class Variant(Settings):
-    """One method."""
+    """A method that is compared: a recipe and what is changed in it."""
 
     recipe: str
     """A YAML file, or a name under recipes/."""
@@ -40,7 +41,7 @@ class Variant(Settings):
 
 
 class Measuring(Settings, ABC):
-    """How every variant, and the base, is measured in the end: the same prompts and noise for all of a seed."""
+    """How the base and every trained variant are measured: by the same prompts and noise for all of a seed."""
 
     per_prompt: int = Field(8, ge=2)
     """Pictures of each prompt; two or more, or there would be no diversity."""
@@ -48,9 +49,9 @@ class Measuring(Settings, ABC):
     """Sampling steps."""
     solver: Solver = Solver.DPM
     features: str = "toy:identity"
-    """The encoder of the diversity: a CLIP or DINO checkpoint, best one that is no reward."""
+    """The encoder by which diversity is measured: a CLIP or DINO checkpoint, best one that is no reward."""
     segmenter: str | None = "toy:segmenter"
-    """Whose detections make layouts; none: no layouts."""
+    """The checkpoint whose detections make layouts; with none, layouts are not measured."""
     rewards: tuple[RewardSetting, ...] = ()
     """Rewards that no variant trains on or logs: only the study judges by them. Say held_out: true."""
 
@@ -67,18 +68,18 @@ class Measuring(Settings, ABC):
 
     @abstractmethod
     def choose(self, held_out: PromptSet) -> tuple[Prompt, ...]:
-        """The prompts that are drawn."""
+        """Return the prompts that are drawn."""
 
     @abstractmethod
     def in_words(self) -> str:
-        """Which prompts those are."""
+        """Say in words which prompts `choose` takes."""
 
 
 class PromptMeasuring(Measuring):
-    """By prompts that are spread evenly over the held-out ones, which may be sorted by task."""
+    """Measuring by prompts that are spread evenly over the held-out ones, which may be sorted by task."""
 
     prompts: int = Field(48, ge=1)
-    """How many."""
+    """Number of prompts."""
 
     def choose(self, held_out: PromptSet) -> tuple[Prompt, ...]:
         return spread_evenly(held_out, self.prompts)
@@ -91,20 +92,20 @@ class Projection(Settings):
     """Pictures of the base explored by one variant and by noise alone, in two dimensions."""
 
     variant: str
-    """One with perturbed exploration."""
+    """A variant with perturbed exploration."""
     prompts: int = Field(3, ge=1)
-    """One figure each."""
+    """Number of prompts, with a figure for each."""
     rounds: int = Field(2, ge=1)
     """Groups drawn of each prompt."""
 
 
 class RunStudyConfig(Study):
-    """Every variant with every seed, and the base. What both kinds of study share."""
+    """A study of run folders: every variant, and the base, with every seed."""
 
     variants: dict[str, Variant]
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Dotted name -> value, for all variants."""
+    """Dotted name -> value: what is changed in the recipes of all variants."""
     measuring: Measuring
     projection: Projection | None = None
     reuse: Path | None = None
@@ -128,36 +129,36 @@ class RunStudyConfig(Study):
         return variants
 
     def names(self) -> list[str]:
-        """The base and every variant."""
+        """Return the names of the base and of every variant."""
         return [BASE, *self.variants]
 
     def drawn(self) -> Sequence[str]:
-        """The variants whose curves figures show."""
+        """Return the variants whose curves the figures show."""
         return list(self.variants)
 
     def configs(self) -> dict[str, AlignConfig]:
-        """Every variant's recipe with the first seed."""
+        """Return every variant's recipe with the first seed."""
         return {name: self.recipe((name, self.seeds[0])) for name in self.variants}
 
     def tasks(self) -> Iterator[Task]:
-        """Every run, seed by seed, so that a broken-off study has whole seeds."""
+        """Yield every run, seed by seed, so that a broken-off study has whole seeds."""
         for seed in self.seeds:
             for variant in self.names():
                 yield variant, seed
 
     def recipe(self, task: Task) -> AlignConfig:
-        """The run of a task; of the base: that of the first variant, with which it shares model and prompts."""
+        """Return the recipe of a task; the base has the first variant's, with which it shares model and prompts."""
         name, seed = task
         variant = next(iter(self.variants.values())) if name == BASE else self._variant(name)
         values = {**self.settings, **variant.settings, "seed": seed}
         return load_recipe(variant.recipe, values=values)
 
     def judged(self, config: AlignConfig) -> AlignConfig:
-        """A variant's recipe with the rewards that only the study judges by."""
+        """Add to a variant's recipe the rewards that only the study judges by."""
         return config.model_copy(update={"rewards": (*config.rewards, *self.measuring.rewards)})
 
     def check(self) -> None:
-        """ConfigError for what cannot be, or would be no fair comparison."""
+        """Raise ConfigError for what cannot be, or would be no fair comparison."""
         configs = self.configs()
         _check_shared(configs)
         check_budgets(configs)
@@ -186,10 +187,64 @@ class RunStudyConfig(Study):
 
 
 class AlignStudyConfig(RunStudyConfig):
-    """Alignments, measured on held-out prompts."""
+    """A study of alignments, measured on held-out prompts."""
 
     kind = "align-study"
     measuring: PromptMeasuring = PromptMeasuring()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run spends, so that methods are compared at equal budgets and the rest of what differs is said.
+
+    Two figures must be equal in a study: pictures and updates. Not every method draws its pictures itself:
+
+    | method       | its pictures are                                           | their scores are for             |
+    |--------------|------------------------------------------------------------|----------------------------------|
+    | clipped, nft | drawn by the model in training                             | learning, every one              |
+    | draft        | drawn by the model in training, the last K steps twice     | the log; learns from gradients   |
+    | rpo          | drawn by the frozen base                                   | finding a group's best and worst |
+    | sft          | targets of the data set, each with G noises of its own     | the log alone                    |
+
+    So equal pictures mean equal numbers of (picture, noise) pairs, not equal costs; a study's table has the minutes.
+    """
+
+    images: int
+    """The number of pictures: steps x prompts x G x K."""
+    source: str
+    """Who draws the pictures."""
+    scores: int
+    """Pictures whose scores say what is learned."""
+    gradient_terms: int
+    """Pairs of a picture and a noise level that go through a gradient."""
+    updates: int
+    """Optimizer steps."""
+
+    @property
+    def comparable(self) -> tuple[int, int]:
+        """What a study holds equal."""
+        return self.images, self.updates
+
+
+def budget_of(config: AlignConfig) -> Budget:
+    """Return what a recipe's run spends."""
+    images, updates, groups = images_of(config), updates_of(config), config.steps * config.prompts.per_step
+    spent = config.loss.spending(images, groups, config.sampling)
+    return Budget(images, spent.source, spent.scores, spent.gradient_terms, updates)
+
+
+def check_budgets(configs: Mapping[str, AlignConfig]) -> None:
+    """Raise ConfigError, with the sizes of all, unless variants have equal pictures and equal updates."""
+    budgets = {name: budget_of(config).comparable for name, config in configs.items()}
+    if len(set(budgets.values())) > 1:
+        listed = "\n  ".join(
+            f"{name}: {images} images, {updates} updates" for name, (images, updates) in budgets.items()
+        )
+        raise ConfigError(
+            f"The variants are not compared at equal images and equal updates:\n  {listed}\n"
+            "images = steps × prompts.per_step × G × K, updates = steps × optimizer.updates. "
+            "Change them in the variants' settings."
+        )
 
 
 def _check_shared(configs: Mapping[str, AlignConfig]) -> None:
@@ -206,7 +261,7 @@ def _check_shared(configs: Mapping[str, AlignConfig]) -> None:
 
 
 def _at(config: AlignConfig, path: str) -> object:
-    """A setting by its dotted path; of rewards all but their weights, which are a method's own and change no score."""
+    """Look up a setting by its dotted path; weights of rewards, which change no score, are left out."""
     found: Any = config.model_dump(mode="json")
     for reward in found["rewards"]:
         del reward["weight"]
@@ -216,20 +271,20 @@ def _at(config: AlignConfig, path: str) -> object:
 
 
 SUBJECT = "subject"
-"""What the metadata of a prompt calls its subject."""
+"""The key of a prompt's metadata that holds its subject."""
 
 
 class SubjectMeasuring(Measuring):
-    """By the held-out subjects: DreamBench's protocol, which is all subjects x all their prompts x 4 pictures."""
+    """Measuring by the held-out subjects, as DreamBench does: all subjects x all their prompts x 4 pictures."""
 
     per_prompt: int = Field(4, ge=2)
     """Pictures of each prompt; two or more, or there would be no diversity."""
     segmenter: str | None = None
-    """Whose detections make layouts; none: no layouts, which say little of pictures of one subject."""
+    """The checkpoint whose detections make layouts; none by default, since they say little of one subject."""
     subjects: int | None = Field(None, ge=1)
-    """How many, spread evenly; none: all."""
+    """Number of subjects, spread evenly; with none, all."""
     per_subject: int | None = Field(None, ge=1)
-    """Prompts of each, other ones for each; none: all."""
+    """Number of prompts of each subject, other ones for each; with none, all."""
 
     def choose(self, held_out: PromptSet) -> tuple[Prompt, ...]:
         return spread_over_subjects(held_out, self.subjects, self.per_subject)
@@ -243,7 +298,7 @@ class SubjectMeasuring(Measuring):
 def spread_over_subjects(
     prompts: PromptSet, subjects: int | None, per_subject: int | None
 ) -> tuple[Prompt, ...]:
-    """Some prompts of some subjects, at even distances; None: all.
+    """Choose some prompts of some subjects, at even distances; all where the number is None.
 
     Each subject's places begin at its own number, so that subjects with the same list of prompts show different ones.
     """
@@ -260,29 +315,29 @@ def spread_over_subjects(
 
 
 def _spread(total: int, wanted: int | None) -> list[int]:
-    """Places at even distances, as many as there are at most."""
+    """Return places at even distances, as many as there are at most."""
     count = total if wanted is None else min(wanted, total)
     return [place * total // count for place in range(count)]
 
 
 class Table(Settings):
-    """Some variants under each other: a table of the paper, and a trade-off figure of the same rows."""
+    """A table of the paper: some variants under each other, and a trade-off figure of the same rows."""
 
     title: str = Field(min_length=1)
     rows: tuple[str, ...] = Field(min_length=1)
-    """Variants, or the base."""
+    """The variants of the rows; the base may be one."""
 
     def names(self) -> list[str]:
-        """All variants that it shows."""
+        """Return all variants that it shows."""
         return list(self.rows)
 
 
 class CrossedTable(Settings):
-    """Two settings against each other: identity and prompt reward of each column, and their paths in one figure."""
+    """A table of two settings against each other, with both rewards of each column, and their paths in one figure."""
 
     title: str = Field(min_length=1)
     corner: str = Field(min_length=1)
-    """What the rows are."""
+    """The heading of the column that names the rows."""
     columns: dict[str, dict[str, str]] = Field(min_length=1)
     """Column -> row -> variant."""
 
@@ -299,7 +354,7 @@ class CrossedTable(Settings):
         return self
 
     def names(self) -> list[str]:
-        """All variants that it shows."""
+        """Return all variants that it shows."""
         return [variant for cells in self.columns.values() for variant in cells.values()]
 
 
@@ -309,13 +364,13 @@ class Ordering(Settings):
     better: str
     worse: str
     rewards: tuple[str, ...] = Field(min_length=1)
-    """By which rewards, one claim each."""
+    """The rewards by which it is better, with a verdict for each."""
     paper: str = ""
-    """Where the paper says so, with its numbers."""
+    """The place where the paper says so, with its numbers."""
 
 
 class SpectrumSettings(Settings):
-    """The paper's Fig. 4, of the base: energy of the predicted picture by frequency over the sampling steps."""
+    """The settings of Fig. 4: energy of the base's predicted picture by frequency over the sampling steps."""
 
     per_subject: int = Field(2, ge=1)
     """Pictures of each held-out subject, each of another prompt."""
@@ -324,33 +379,33 @@ class SpectrumSettings(Settings):
     cut: float = Field(0.125, gt=0, lt=0.5)
     """Cycles a pixel up to which a frequency counts as low; 0.125 is a wave of eight pixels."""
     shown: int = Field(4, ge=1)
-    """Rows of the picture of the path."""
+    """Number of rows of the picture of the path."""
 
 
 class GallerySettings(Settings):
-    """Subjects by several variants from the same noise: reference | base | naive | ours."""
+    """The settings of the gallery: subjects as several variants draw them from the same noise."""
 
     variants: tuple[str, ...] = Field(min_length=1)
-    """Columns behind the reference; the base may be one."""
+    """The variants of the columns behind the reference; the base may be one."""
     subjects: int = Field(10, ge=1)
-    """Rows, spread evenly over the held-out subjects; the prompt of each is not chosen by hand either."""
+    """Number of rows, spread evenly over the held-out subjects; nobody chooses the prompts by hand either."""
 
 
 class PersonalizeStudyConfig(RunStudyConfig):
-    """Personalizations, measured on held-out subjects."""
+    """A study of personalizations, measured on held-out subjects."""
 
     kind = "personalize-study"
     measuring: SubjectMeasuring = SubjectMeasuring()
     identity: str = "identity"
     """The reward that judges the identity: one axis of the trade-off."""
     prompt: str = "preference"
-    """The reward that judges the prompt: the other one."""
+    """The reward that judges the prompt: the other axis."""
     curves: tuple[str, ...] = ()
-    """Variants whose curves are drawn, at most as many as there are colours; none: all."""
+    """The variants whose curves are drawn, at most as many as there are colours; with none, all."""
     tables: tuple[Table, ...] = ()
     crossed: tuple[CrossedTable, ...] = ()
     orderings: tuple[Ordering, ...] = ()
-    """What the paper claims; the study says which hold here."""
+    """The paper's claims; the study says which hold here."""
     spectrum: SpectrumSettings | None = None
     gallery: GallerySettings | None = None
 
@@ -395,7 +450,7 @@ class PersonalizeStudyConfig(RunStudyConfig):
                 raise ConfigError(f"Two tables would have the same file, tradeoff-{title}.svg; rename one.")
 
     def _named(self) -> Iterator[tuple[str, str]]:
-        """Where a variant is named, and which."""
+        """Yield every place where a variant is named, and the name."""
         yield from (("curves", name) for name in self.curves)
         for table in self._all_tables():
             yield from ((f"the table {table.title!r}", name) for name in table.names())

@@ -45,7 +45,7 @@ def write_figures(study: RunStudyConfig, records: Records, out: Path) -> list[Pa
 
 
 def curve_figures(study: RunStudyConfig, records: Records) -> dict[str, Figure | None]:
-    """File -> figure of one curve: what training logged, and every reward on training and on fixed prompts."""
+    """Map file -> figure of one curve: what training logged, and every reward on training and on fixed prompts."""
     logged = {
         "group-std": ("group_std", "Group standard deviation"),
         "zero-std-share": ("zero_std_share", "Share of groups without a signal"),
@@ -63,7 +63,7 @@ def curve_figures(study: RunStudyConfig, records: Records) -> dict[str, Figure |
 
 
 def subject_figures(study: PersonalizeStudyConfig, records: Records) -> dict[str, Figure | None]:
-    """File -> figure of identity against prompt reward, and of whether the two agree."""
+    """Map file -> figure of identity against prompt reward, and of whether the two agree."""
     rewards = (study.identity, study.prompt)
     training, fixed = (
         {reward: form.format(reward) for reward in rewards} for form in ("reward/{}/mean", "fixed/{}")
@@ -84,7 +84,7 @@ def subject_figures(study: PersonalizeStudyConfig, records: Records) -> dict[str
 
 
 def curves_of(variants: Sequence[str], records: Records, name: str, smoothed: bool) -> list[Curve]:
-    """The mean over seeds of a curve with the range of the seeds, for each variant that has it."""
+    """Return the mean over seeds of a curve with the range of the seeds, for each variant that has it."""
     found = []
     for place, variant in enumerate(variants):
         seeds = [record["curves"].get(name, []) for record in records if record["variant"] == variant]
@@ -98,7 +98,7 @@ def curves_of(variants: Sequence[str], records: Records, name: str, smoothed: bo
 
 
 def over_seeds(runs: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float, float, float]]:
-    """The abscissa, the mean, the least and the greatest ordinate wherever all runs have a point."""
+    """Return (x, mean, least, greatest) over runs wherever all of them have a point."""
     tables = [{point[0]: point[1] for point in run} for run in runs]
     shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     rows = ((x, [table[x] for table in tables]) for x in shared)
@@ -106,7 +106,7 @@ def over_seeds(runs: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, f
 
 
 def conflict(study: PersonalizeStudyConfig, records: Records) -> Figure | None:
-    """How often the advantages of identity and prompt reward have opposite signs, and how they correlate."""
+    """Plot how often the advantages of identity and prompt reward have opposite signs, and how they correlate."""
     names = {"conflict share": "conflict_share", "correlation of the advantages": "reward_correlation"}
     levels = {"conflict share": 0.5, "correlation of the advantages": 0.0}
     note = "share of samples whose two advantages have opposite signs; "
@@ -124,7 +124,7 @@ def _curves(
     note: str = "",
     levels: Mapping[str, float] | None = None,
 ) -> Figure | None:
-    """Panels side by side, of the curve `names[label]` under each label, with a dotted level where `levels` has one."""
+    """Plot side by side the curve `names[label]` under each label, with a dotted level where `levels` has one."""
     panels = []
     for label, name in names.items():
         curves = curves_of(study.drawn(), records, name, smoothed=smoothed)
@@ -142,14 +142,14 @@ def _curves(
 def tradeoff(
     study: PersonalizeStudyConfig, records: Records, names: Sequence[str], title: str
 ) -> Figure | None:
-    """A dot with its intervals for each variant that was measured."""
+    """Plot a dot with its intervals for each variant that was measured."""
     colours = colours_of(study, names)
     marks = marks_of(study, records, {name: (name, colours[name]) for name in names})
     return figure([Panel(*_axes(study), marks)], title, CROSSES) if marks else None
 
 
 def crossed_tradeoff(study: PersonalizeStudyConfig, records: Records, crossed: CrossedTable) -> Figure | None:
-    """A path for each column with a dot for each row; the ends of the paths are named by their rows."""
+    """Plot a path for each column with a dot for each row; the ends of the paths are named by their rows."""
     content: list[Curve | Mark] = []
     for colour, (column, cells) in enumerate(crossed.columns.items()):
         wanted = {name: (row, colour) for row, name in cells.items()}
@@ -165,7 +165,7 @@ def crossed_tradeoff(study: PersonalizeStudyConfig, records: Records, crossed: C
 def marks_of(
     study: PersonalizeStudyConfig, records: Records, wanted: Mapping[str, tuple[str, int]]
 ) -> list[Mark]:
-    """The marks of the variants that were measured; `wanted` has a label and the number of a colour for each."""
+    """Return the marks of the variants that were measured; `wanted` has a label and the number of a colour for each."""
     found = []
     for name, (label, colour) in wanted.items():
         x, y = (reward_interval(records, name, reward) for reward in (study.prompt, study.identity))
@@ -175,7 +175,7 @@ def marks_of(
 
 
 def colours_of(study: PersonalizeStudyConfig, names: Sequence[str]) -> dict[str, int]:
-    """Numbers of colours: a variant with a curve has the curve's, the base grey, and others what is left."""
+    """Number the colours: a variant with a curve has the curve's, the base grey, and others what is left."""
     drawn = {name: place for place, name in enumerate(study.drawn())}
     found = {name: drawn[name] for name in names if name in drawn}
     free = [colour for colour in range(len(PALETTE)) if colour not in found.values()]

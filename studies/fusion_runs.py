@@ -39,41 +39,41 @@ FusionStep = Step[FusionRollouts, FusionScores]
 
 
 class StudyConfig(Study):
-    """What is compared: every variant on every pair with every seed."""
+    """A study of fusions: every variant on every pair with every seed."""
 
     kind = "fuse-study"
     pairs: tuple[str, ...]
-    """`a & b`, one a pair."""
+    """Pairs of concepts, each as `a & b`."""
     variants: dict[str, dict[str, Any]]
-    """Name -> what it changes in `fuse`."""
+    """Name -> what the variant changes in `fuse`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     fuse: dict[str, Any] = Field(default_factory=dict)
-    """What all variants share, as a `fuse` recipe."""
+    """The `fuse` recipe that all variants share."""
     alpha: float = 5.0
     """The balance weight that all rewards are reported with, whatever a variant learns from."""
     heldout: str | None = None
     """An encoder that is not the reward: a CLIP or DINO checkpoint."""
 
     def tasks(self) -> Iterator[Task]:
-        """Every run, pair by pair, so that a broken-off study has whole pairs."""
+        """Yield every run, pair by pair, so that a broken-off study has whole pairs."""
         for pair in self.pairs:
             for seed in self.seeds:
                 for variant in self.variants:
                     yield pair, variant, seed
 
     def concepts(self) -> tuple[str, ...]:
-        """Every concept once."""
+        """Return every concept once."""
         return parse_pairs(self.pairs, "the study's pairs").concepts
 
     def recipe(self, task: Task) -> FuseConfig:
-        """The fusion of one task."""
+        """Return the recipe of one task."""
         pair, variant, seed = task
         concepts = parse_pairs([pair], "the study's pairs").pairs[0]
         values = {**self.fuse, **self.variants[variant], "concepts": concepts, "seed": seed}
         return recipes.load(FuseConfig, values)
 
     def check(self) -> None:
-        """ConfigError for a pair, a variant or a difference that cannot be."""
+        """Raise ConfigError for a pair, a variant or a difference that cannot be."""
         parse_pairs(self.pairs, "the study's pairs")
         check_differences(self.differences, self.variants)
         for variant in self.variants:
@@ -89,7 +89,7 @@ class HeldOut:
         self._features: dict[tuple[str, int], Tensor] = {}
 
     def similarities(self, images_BCHW: Tensor, exemplars: Sequence[Exemplars]) -> Tensor:
-        """Similarity of every picture to every concept, [B, N]."""
+        """Return the similarity of every picture to every concept, [B, N]."""
         features = [self._features_of(one) for one in exemplars]
         return self.scorer.similarities(images_BCHW, features).similarities_BN.float().cpu()
 
@@ -103,7 +103,7 @@ class HeldOut:
 
 @lru_cache(maxsize=2)
 def load_heldout(world: FusionWorld, ref: str, concepts: tuple[str, ...]) -> HeldOut:
-    """A CLIP or DINO checkpoint as held-out encoder of a world; thresholds come from pictures of the concepts."""
+    """Load a CLIP or DINO checkpoint as a world's held-out encoder, with thresholds from pictures of the concepts."""
     if ref == world.clip:
         raise InputError(f"{ref!r} is the reward's own encoder; a held-out one must be another.")
     scorer = FusionScorer(load_encoder(ref), Foreground(world.segmenter))
@@ -113,7 +113,7 @@ def load_heldout(world: FusionWorld, ref: str, concepts: tuple[str, ...]) -> Hel
 
 
 def run_task(study: StudyConfig, task: Task, world: FusionWorld, heldout: HeldOut | None) -> dict[str, Any]:
-    """One fusion and its figures."""
+    """Run one fusion and return its record."""
     begun = time.perf_counter()
     config = study.recipe(task)
     session = FusionSession(world, config)
@@ -145,7 +145,7 @@ def _heldout_figures(
     chosen: Sequence[int],
     heldout: HeldOut,
 ) -> dict[str, float | None]:
-    """The same figures by the other encoder; the selected picture stays the one that the reward chose."""
+    """Measure the figures by the other encoder; the selected picture stays the one that the reward chose."""
     images_BCHW = torch.cat([step.rollouts.images_BCHW for step in steps])
     similarities_BN = heldout.similarities(images_BCHW, session.exemplars)
     limits = (heldout.calibration.threshold, heldout.calibration.balance)
@@ -159,7 +159,7 @@ def _best(steps: Sequence[FusionStep]) -> tuple[int, ...]:
 
 
 def run_cell(study: StudyConfig, task: Task, out: Path) -> Record:
-    """One fusion in this process; the models are loaded once."""
+    """Run one fusion in this process, which loads the models once."""
     config = study.recipe(task)
     world = load_world(*config.world)
     heldout = load_heldout(world, study.heldout, study.concepts()) if study.heldout else None
@@ -186,7 +186,7 @@ def write_results(study: StudyConfig, records: list[Record], out: Path) -> str:
 
 
 def _calibration(study: StudyConfig) -> dict[str, Any]:
-    """The thresholds of both encoders."""
+    """Return the thresholds of both encoders."""
     if study.heldout is None:
         return {}
     world = load_world(*study.recipe(next(study.tasks())).world)

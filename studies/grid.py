@@ -25,7 +25,7 @@ from pixrl.runs.folder import JsonLines
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
 Record = dict[str, Any]
 Task = tuple[Any, ...]
-"""What names a cell: variant and seed, and the pair before them where concepts are fused."""
+"""The name of a cell: variant and seed, and the pair before them where concepts are fused."""
 
 
 class Study(Settings, ABC):
@@ -42,7 +42,7 @@ class Study(Settings, ABC):
 
     @abstractmethod
     def tasks(self) -> Iterator[Task]:
-        """Every cell, in the order in which they are run."""
+        """Yield every cell, in the order in which they are run."""
 
     @abstractmethod
     def check(self) -> None:
@@ -53,7 +53,7 @@ StudyT = TypeVar("StudyT", bound=Study)
 
 
 def check_differences(differences: Sequence[tuple[str, str]], variants: Collection[str]) -> None:
-    """ConfigError for a difference of what is no variant."""
+    """Raise ConfigError for a difference of what is no variant."""
     for names in differences:
         for name in names:
             if name not in variants:
@@ -63,7 +63,7 @@ def check_differences(differences: Sequence[tuple[str, str]], variants: Collecti
 
 
 def open_records(study: Settings, kind: str, out: Path) -> JsonLines:
-    """The study's records. ConfigError for the folder of another study."""
+    """Open the study's records; raise ConfigError for the folder of another study."""
     out.mkdir(parents=True, exist_ok=True)
     text = f"kind: {kind}\n{recipes.dump(study)}"
     path = out / RECIPE
@@ -80,17 +80,17 @@ class Kind(Generic[StudyT]):
     """A kind of study: all that differs between them but their tables' layouts."""
 
     model: type[StudyT]
-    """Its settings."""
+    """The class of its settings."""
     key: tuple[str, ...]
     """The fields of a record that name its cell."""
     cell: Callable[[StudyT, Task, Path], Record]
-    """Runs and measures one cell; picklable."""
+    """Runs and measures one cell; must be picklable."""
     finish: Callable[[StudyT, list[Record], Path], None]
-    """What is drawn of the whole study once all of its cells are there."""
+    """Draws what the whole study shows once all of its cells are there."""
     tables: Callable[[StudyT, list[Record], Path], str]
     """Writes table.md, summary.json and charts of the records so far; returns the Markdown."""
     say_every: int = 1
-    """Cells between two lines on standard error."""
+    """The number of cells between two lines on standard error."""
 
 
 def run_grid(

@@ -31,26 +31,23 @@ from pixrl.runs.measure import (
     open_run,
 )
 from pixrl.runs.place import is_run
-from studies.budget import draws_its_own
 from studies.config import BASE, PersonalizeStudyConfig, RunStudyConfig
 from studies.figures import write_figures
-from studies.gallery import write_gallery
 from studies.grid import Record, Task
-from studies.projection import write_projection
+from studies.pictures import write_gallery, write_projection, write_spectrum
 from studies.runs_tables import write_tables
-from studies.spectrum import write_spectrum
 
 RUNS = "runs"
 OWN = ("group_std", "zero_std_share", "diversity", "conflict_share", "reward_correlation", "advantage_mean")
 """Figures of metrics.jsonl that a record keeps step by step where they are of the trained model's own pictures."""
 SUMMED_UP = ("group_std", "zero_std_share", "conflict_share", "reward_correlation")
-"""Those of them whose means over training a record has."""
+"""Those figures of `OWN` whose means over training a record has."""
 LATE = 0.25
-"""The share of steps that 'end' means."""
+"""The share of steps, at the end of training, of which 'end' is the mean."""
 
 
 def run_task(study: RunStudyConfig, task: Task, out: Path) -> Record:
-    """One variant with one seed: trained, unless it is the base, then measured."""
+    """Train one variant with one seed, unless it is the base, then measure it."""
     name, seed = task
     config = study.recipe(task)
     if name == BASE:
@@ -66,7 +63,7 @@ def run_task(study: RunStudyConfig, task: Task, out: Path) -> Record:
 
 
 def finished_run(study: Path | None, config: AlignConfig) -> Path | None:
-    """A run of another study's folder that has this very recipe, seed included, and was played to its end."""
+    """Find a run of another study's folder that has this very recipe, seed included, and came to its end."""
     if study is None:
         return None
     for path in sorted(study.absolute().glob(f"{RUNS}/*/seed-{config.seed}")):
@@ -79,7 +76,7 @@ def finished_run(study: Path | None, config: AlignConfig) -> Path | None:
 
 
 def train(config: AlignConfig, path: Path) -> Path:
-    """A run from its start, or from where it was broken off, to its end; with its report."""
+    """Train from the start, or from where the run was broken off, to the end, and write the report."""
     if is_run(path):
         align_job.go_on(path)
     else:
@@ -89,7 +86,7 @@ def train(config: AlignConfig, path: Path) -> Path:
 
 
 def measure(study: RunStudyConfig, shop: LoadedRun, slot: Slot, seed: int) -> Evaluation:
-    """The same prompts and noise for every variant of a seed, and for the base."""
+    """Measure a slot by the prompts and noise that all variants of a seed, and the base, have in common."""
     m = study.measuring
     micro_batches, _ = plan_batches(shop)
     drawing = Drawing(m.per_prompt, m.steps, m.solver, seed, micro_batches.rollout)
@@ -100,11 +97,12 @@ def measure(study: RunStudyConfig, shop: LoadedRun, slot: Slot, seed: int) -> Ev
 def training_record(
     config: AlignConfig, metrics: Sequence[Mapping[str, float]], evaluated: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What is kept of a run's logs: totals, means over training, and curves over pictures drawn.
+    """Return what is kept of a run's logs: totals, means over training, and curves over pictures drawn.
 
-    Of sft and rpo the figures of training's pictures are left out: those pictures are not the trained model's.
+    Rewards, group std and conflicts of sft and rpo are left out: their pictures are targets or the frozen base's, and
+    say nothing of what is learned.
     """
-    per_step, own = config.prompts.per_step * config.group_size, draws_its_own(config)
+    per_step, own = config.prompts.per_step * config.group_size, config.loss.draws_its_own
     of_pictures = [*OWN, *(f"reward/{setting.name}/mean" for setting in config.rewards)]
     names = ["kl", *(of_pictures if own else [])]
     curves = {
@@ -132,7 +130,7 @@ def training_record(
 
 
 def training_figures(metrics: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
-    """Means of `SUMMED_UP` over all of training and over its last quarter; those that were logged."""
+    """Return the means over all of training, and over its last quarter, of what was logged of `SUMMED_UP`."""
     late = metrics[len(metrics) - max(1, round(len(metrics) * LATE)) :]
     return {
         f"{name}{suffix}": _mean([row.get(name, math.nan) for row in rows])

@@ -9,12 +9,19 @@ from pixrl import untrusted
 from pixrl.metrics.intervals import Interval, student
 from pixrl.report.describe import images_of, updates_of
 from pixrl.runs.config import AlignConfig
-from studies.budget import budget_of, budget_table
-from studies.config import CrossedTable, PersonalizeStudyConfig, RunStudyConfig
+from studies.config import CrossedTable, PersonalizeStudyConfig, RunStudyConfig, budget_of
 from studies.tables import Grid, Records, Row, layout_of, markdown, text_table, write
 
 GENEVAL = "geneval"
 HOLDS, REVERSED, OPEN, MISSING = "holds", "reversed", "not decided", "not measured"
+SPENT = {
+    "images": "pictures",
+    "source": "they are",
+    "scores": "scores learned from",
+    "gradient_terms": "gradient terms",
+    "updates": "updates",
+}
+"""Field of a budget -> heading of its column."""
 LAYOUT = layout_of("runs")
 SECTIONS = LAYOUT.sections
 
@@ -43,12 +50,14 @@ def write_tables(study: RunStudyConfig, records: Records, out: Path) -> str:
     for name, columns in tasks.items():
         rows = grid.layout.rows(records, study.names(), list(columns))
         parts += [f"### {name}, by task", markdown(rows, "variant", columns)]
-    parts += ["### What a run spends", budget_table(configs)]
+    budgets = {name: budget_of(one) for name, one in configs.items()}
+    spent = [[name, *(str(getattr(budget, field)) for field in SPENT)] for name, budget in budgets.items()]
+    parts += ["### What a run spends", text_table(["variant", *SPENT.values()], spent)]
     summary = {
         "runs": len(records),
         "images": images_of(config),
         "updates": updates_of(config),
-        "budgets": {name: asdict(budget_of(one)) for name, one in configs.items()},
+        "budgets": {name: asdict(budget) for name, budget in budgets.items()},
         **grid.summary([name for columns in tasks.values() for name in columns]),
     }
     if isinstance(study, PersonalizeStudyConfig):
@@ -62,7 +71,7 @@ def write_tables(study: RunStudyConfig, records: Records, out: Path) -> str:
 
 
 def _tasks(records: Records, config: AlignConfig) -> dict[str, dict[str, str]]:
-    """Reward -> figure -> task, for GenEval rewards whose prompts name tasks."""
+    """Map reward -> figure -> task, for GenEval rewards whose prompts name tasks."""
     found: dict[str, dict[str, str]] = {}
     for setting in config.rewards:
         if setting.reward != GENEVAL:
@@ -74,7 +83,7 @@ def _tasks(records: Records, config: AlignConfig) -> dict[str, dict[str, str]]:
 
 
 def sections(study: PersonalizeStudyConfig, records: Records) -> list[str]:
-    """Markdown of what a study of subjects adds: its own tables, conflict of rewards, orderings."""
+    """Return the Markdown of what a study of subjects adds: its own tables, conflict of rewards, orderings."""
     config = study.judged(next(iter(study.configs().values())))
     uses = {setting.name: "held out" if setting.held_out else "trained" for setting in config.rewards}
     titles = Grid(LAYOUT, records, (), (), {}, uses).titles(SECTIONS["rewards"])
@@ -105,7 +114,7 @@ def sections(study: PersonalizeStudyConfig, records: Records) -> list[str]:
 
 
 def crossed_table(study: PersonalizeStudyConfig, crossed: CrossedTable, records: Records) -> str:
-    """Identity and prompt reward, side by side for every column."""
+    """Return a table of identity and prompt reward, side by side for every column."""
     figures = (study.identity, study.prompt)
     ((_, title),) = SECTIONS["crossed"].columns.items()
     heads = [title.format(column=column, reward=figure) for column in crossed.columns for figure in figures]
@@ -124,12 +133,12 @@ def crossed_table(study: PersonalizeStudyConfig, crossed: CrossedTable, records:
 
 
 def reward_interval(records: Records, variant: str, reward: str) -> Interval:
-    """A reward of a variant after training, over seeds."""
+    """Return a variant's reward after training with its interval over seeds."""
     return LAYOUT.mean(records, variant, f"reward/{reward}")
 
 
 def conflict_rows(study: PersonalizeStudyConfig, records: Records) -> dict[str, Row]:
-    """Variant -> share, correlation and the share that the correlation alone gives; those that have them."""
+    """Map each variant that has them -> conflict share, correlation, and the share that the correlation alone gives."""
     found = {}
     for name in study.variants:
         own = [record for record in records if record["variant"] == name]
@@ -146,7 +155,7 @@ def conflict_rows(study: PersonalizeStudyConfig, records: Records) -> dict[str, 
 
 
 def expected_conflict(correlation: float) -> float:
-    """Share of samples of two centred normal figures with this correlation whose signs differ: arccos(ρ)/π.
+    """Return the share of samples of two centred normal figures with this correlation whose signs differ: arccos(ρ)/π.
 
     Source: Sheppard 1899, the quadrant probability of the bivariate normal distribution.
     """
@@ -154,7 +163,7 @@ def expected_conflict(correlation: float) -> float:
 
 
 def orderings(study: PersonalizeStudyConfig, records: Records) -> list[dict[str, Any]]:
-    """Each ordering of the paper by each of its rewards: the paired difference, and whether it holds here."""
+    """Return each ordering of the paper by each of its rewards: the paired difference, and whether it holds here."""
     return [
         {
             "better": one.better,
@@ -171,7 +180,7 @@ def orderings(study: PersonalizeStudyConfig, records: Records) -> list[dict[str,
 
 
 def verdict(difference: Interval) -> str:
-    """What an interval of better - worse says."""
+    """Say in words what an interval of better - worse means."""
     if difference.count == 0:
         return MISSING
     if not difference.excludes_zero:

@@ -148,7 +148,7 @@ class Panel:
 
 
 def figure(panels: Sequence[Panel], title: str, note: str = "") -> Figure:
-    """Panels side by side under a title and a note, and one legend for all below, each label once."""
+    """Draw panels side by side under a title and a note, with one legend for all below."""
     with matplotlib.style.context(STYLE, after_reset=True):
         width = WIDTH * len(panels)
         made = Figure()
@@ -191,7 +191,7 @@ def figure(panels: Sequence[Panel], title: str, note: str = "") -> Figure:
 
 
 def svg(made: Figure) -> bytes:
-    """A figure as an SVG file, whose words are set in the fonts of the reports' pages."""
+    """Return a figure as an SVG file, whose words are set in the fonts of the reports' pages."""
     buffer = io.StringIO()
     with matplotlib.style.context(STYLE, after_reset=True):
         made.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -27,45 +27,45 @@ class TableLayout(Settings):
     title: str = ""
     note: str = ""
     needs: str = ""
-    """The word without which the table is left out."""
+    """The key of the study's words without which the table is left out."""
     columns: dict[str, str]
     """Figure of the records -> heading."""
     measured: bool = False
-    """Leave out columns that no record has a figure for."""
+    """Whether columns that no record has a figure for are left out."""
 
 
 class StudyLayout(Settings):
     """The tables of one kind of study."""
 
     unit: Literal["pair", "seed"]
-    """What intervals are over; several records of a unit are averaged."""
+    """The unit that intervals are over; several records of a unit are averaged."""
     interval: Literal["bootstrap", "student"]
     minus: str
-    """What stands between the names of a difference in summary.json."""
+    """The word between the names of a difference in summary.json."""
     caption: str
     tables: tuple[TableLayout, ...]
     sections: dict[str, TableLayout] = Field(default_factory=dict)
     """Further tables, whose rows are worked out in code."""
 
     def rows(self, records: Records, variants: Sequence[str], names: Sequence[str]) -> dict[str, Row]:
-        """Variant -> figure -> mean over units with its interval."""
+        """Map variant -> figure -> mean over units with its interval."""
         return {v: {name: self.mean(records, v, name) for name in names} for v in variants}
 
     def mean(self, records: Records, variant: str, name: str) -> Interval:
-        """A figure of a variant over units."""
+        """Return the mean of a variant's figure over units with its interval."""
         return INTERVALS[self.interval](list(by_unit(records, variant, name, self.unit).values()))
 
     def difference(self, records: Records, first: str, second: str, name: str) -> Interval:
-        """The paired difference of two variants over units."""
+        """Return the paired difference of two variants over units."""
         return paired(records, first, second, name, self.unit, INTERVALS[self.interval])
 
     def to_json(self, one: Interval) -> dict[str, float | int | None]:
-        """An interval; bounds that are not known are None."""
+        """Return an interval as JSON; bounds that are not known are None."""
         low, high = (None if math.isnan(x) else x for x in (one.low, one.high))
         return {"mean": one.mean, "low": low, "high": high, f"{self.unit}s": one.count}
 
     def summary(self, rows: Mapping[str, Row]) -> dict[str, Any]:
-        """Rows as JSON; figures that no unit has are left out."""
+        """Return rows as JSON; figures that no unit has are left out."""
         return {
             name: {figure: self.to_json(one) for figure, one in row.items() if one.count}
             for name, row in rows.items()
@@ -74,7 +74,7 @@ class StudyLayout(Settings):
 
 @cache
 def layout_of(name: str) -> StudyLayout:
-    """The layout of studies of fusions, or of runs."""
+    """Return the layout of studies of `fusions` or of `runs`."""
     return StudyLayout.model_validate(parse_yaml(LAYOUTS.read_text(encoding="utf-8"), str(LAYOUTS))[name])
 
 
@@ -104,7 +104,7 @@ class Grid:
         self.differences, self.words, self.rewards = differences, words, rewards or {}
 
     def titles(self, table: TableLayout) -> dict[str, str]:
-        """Figure -> heading of a table's columns."""
+        """Map the figures of a table's columns -> their headings."""
         known = {n for record in self.records for n, value in record["figures"].items() if value is not None}
         found: dict[str, str] = {}
         for name, title in table.columns.items():
@@ -116,14 +116,14 @@ class Grid:
         return found
 
     def difference_rows(self, names: Sequence[str], minus: str = "−") -> dict[str, Row]:
-        """'first − second' -> figure -> the paired difference."""
+        """Map 'first − second' -> figure -> the paired difference."""
         return {
             f"{a} {minus} {b}": {name: self.layout.difference(self.records, a, b, name) for name in names}
             for a, b in self.differences
         }
 
     def markdown(self) -> list[str]:
-        """The caption and all tables with their differences."""
+        """Return the caption and all tables with their differences."""
         parts = [self.layout.caption.format(**self.words)]
         for table in self.layout.tables:
             if table.needs and self.words.get(table.needs) is None:
@@ -140,7 +140,7 @@ class Grid:
         return parts
 
     def summary(self, more: Sequence[str] = ()) -> dict[str, Any]:
-        """The same as JSON, of `more` figures the variants alone."""
+        """Return the numbers of all tables as JSON; `more` figures are added for the variants alone."""
         names = [name for table in self.layout.tables for name in self.titles(table)]
         rows = self.layout.rows(self.records, self.variants, [*names, *more])
         return {
@@ -150,7 +150,7 @@ class Grid:
 
 
 def markdown(rows: Mapping[str, Row], corner: str, titles: Mapping[str, str], mark: bool = False) -> str:
-    """A table of intervals; with `mark`, values whose interval excludes zero are bold."""
+    """Return a Markdown table of intervals; with `mark`, values whose interval excludes zero are bold."""
     cells = [
         [name, *(f"**{x.text()}**" if mark and x.excludes_zero else x.text() for x in row.values())]
         for name, row in rows.items()
@@ -159,7 +159,7 @@ def markdown(rows: Mapping[str, Row], corner: str, titles: Mapping[str, str], ma
 
 
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; its headings and its first column may be anybody's words."""
+    """Return a Markdown table; its headings and its first column may be anybody's words."""
     lines = [f"| {' | '.join(map(untrusted.markdown, heads))} |", f"|---|{'---|' * (len(heads) - 1)}"]
     lines += [f"| {' | '.join([untrusted.markdown(first), *rest])} |" for first, *rest in rows]
     return "\n".join(lines)

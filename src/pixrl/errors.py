@@ -40,6 +40,10 @@ class RunError(PixrlError):
     """Error of a run that cannot start or go on (folder exists, too many failed scores, disk full ...)."""
 
 
+class FailedScoresError(RunError):
+    """Error of a larger share of pictures without a score than a run bears."""
+
+
 class ServiceError(RunError):
     """Error of a service that stayed away, refuses the run or has become another one: the run stops, to go on later."""
 

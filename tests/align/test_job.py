@@ -18,7 +18,7 @@ import pixrl
 from pixrl import api, cli
 from pixrl.cli import options
 from pixrl.data.prompts import Prompt, PromptSet
-from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
+from pixrl.errors import CheckpointError, ConfigError, FailedScoresError, InputError, RunError
 from pixrl.report.align import write_align_report
 from pixrl.runs import align as align_job
 from pixrl.runs.config import AlignConfig
@@ -273,6 +273,21 @@ def test_a_reward_that_fails_stops_the_run_with_its_reason(
     with pytest.raises(RunError, match="failed for 4 of 4 pictures") as error:
         pixrl.align(settings, out=tmp_path / "run")
     assert reason in str(error.value)
+
+
+def test_a_run_that_stopped_at_failed_scores_says_how_it_goes_on(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path
+) -> None:
+    settings = recipe(sd3_folder, prompt_file, **with_reward("some_fail"), scoring={"max_failed_share": 0.1})
+    run = tmp_path / "run"
+    with pytest.raises(FailedScoresError, match=r"share 0\.1 that scoring\.max_failed_share allows") as error:
+        pixrl.align(settings, out=run)
+    *_, mend, bear = str(error.value).splitlines()
+    assert mend.endswith(f"type: pixrl resume {run}")
+    _, _, command = bear.partition(f"pixrl resume {run} --set ")
+    assert command == "scoring.max_failed_share=1"
+    align_job.go_on(run, overrides=[command])
+    assert len(RunFolder.open(run).metrics()) == settings["steps"]
 
 
 @pytest.mark.parametrize("function", ["some_fail", "all_equal"])

@@ -210,7 +210,9 @@ def test_too_many_failures_stop_the_run_with_the_reason_and_everything_saved(tmp
     world = fake_world(broken=frozenset(range(32)))
     with pytest.raises(RunError, match="no foreground found") as caught:
         start(config(), tmp_path / "run", world=world)
-    assert "failed for 8 of 8 pictures" in str(caught.value)
+    assert "failed for 8 of 8 pictures, more than the share 0.5 that max_failed_share allows" in str(
+        caught.value
+    )
     assert len(RunFolder.open(tmp_path / "run").manifest()) == 8
 
 

@@ -19,7 +19,7 @@ from pixrl.report.align import Change, _by_prompt
 from pixrl.rewards.segmentation import Instance
 from pixrl.runs.measure import EPOCH, Drawing, draw, evaluated_slot, reward_figures
 from pixrl.types import Scores, sample_seed
-from studies.projection import shift
+from studies.pictures import shift
 
 T_OF_TWO = 4.302653
 """Student's t(0.975) with two degrees of freedom."""

@@ -133,7 +133,11 @@ def test_past_the_failed_share_the_run_stops_with_the_reasons() -> None:
     assert one(gives(nan, nan, 1, 2), share=0.5).score(BATCH)["one"].values_B.isnan().sum() == 2
     with pytest.raises(RunError) as caught:
         one(gives(nan, nan, nan, 2), share=0.5).score(BATCH)
-    for part in ("'one' failed for 3 of 4", "0.5", "max_failed_share", "3 x it is nan"):
+    for part in (
+        "'one' failed for 3 of 4",
+        "share 0.5 that scoring.max_failed_share allows",
+        "3 x it is nan",
+    ):
         assert part in str(caught.value)
 
 

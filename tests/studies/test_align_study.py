@@ -21,7 +21,7 @@ from pixrl.runs import align as align_job
 from studies import runs as align_study
 from studies.config import AlignStudyConfig
 from studies.figures import over_seeds
-from studies.projection import principal_plane, sheet, shift
+from studies.pictures import mosaic, principal_plane, shift
 from studies.runs import training_figures, training_record
 
 
@@ -211,10 +211,10 @@ def test_the_shift_compares_each_variant_with_the_prompt_at_the_same_noise() -> 
     assert shift(torch.stack([e[0], e[1], e[0], e[1]]).repeat(3, 1), noises=2, variants=2) == 0
 
 
-def test_a_sheet_has_a_row_a_variant() -> None:
+def test_a_mosaic_has_a_row_a_variant() -> None:
     images = torch.zeros(6, 3, 4, 4)
     images[5] = 0.5
-    found = sheet(images, 3)
+    found = mosaic(images, 3)
     assert found.shape == (3, 4 * 2 + 2, 4 * 3 + 4)
     assert torch.equal(found[:, -4:, -4:], images[5]) and found[0, 4, 0] == 1
 

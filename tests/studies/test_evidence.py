@@ -1,4 +1,5 @@
-"""The committed evidence: each study's tables and summary are made again from its records, equal to the byte."""
+"""The committed evidence: each study's tables and summary are made again from its records, equal to the byte,
+and every figure that follows from records is there."""
 
 import json
 from pathlib import Path
@@ -30,6 +31,11 @@ def test_the_committed_tables_follow_from_the_committed_records(
     text = kind.tables(study, records, tmp_path)
     assert text.encode() == (folder / "table.md").read_bytes() == (tmp_path / "table.md").read_bytes()
     assert (tmp_path / "summary.json").read_bytes() == (folder / "summary.json").read_bytes()
+    drawn = {path.name for path in tmp_path.glob("figures/*.svg")}
+    committed = {path.name for path in folder.glob("figures/*.svg")}
+    assert drawn == {
+        name for name in committed if not name.startswith(("projection-", "spectrum"))
+    }  # by models
 
 
 def test_there_is_evidence_of_every_kind() -> None:

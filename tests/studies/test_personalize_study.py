@@ -24,8 +24,7 @@ from pixrl.runs import align as align_job
 from pixrl.runs.config import load_recipe
 from pixrl.runs.loaded import load_run
 from studies import runs as align_study
-from studies.budget import budget_of
-from studies.config import PersonalizeStudyConfig, spread_over_subjects
+from studies.config import PersonalizeStudyConfig, budget_of, spread_over_subjects
 from studies.figures import (
     INDEPENDENT,
     colours_of,
@@ -36,7 +35,7 @@ from studies.figures import (
     tradeoff,
     write_figures,
 )
-from studies.gallery import GAP, HEAD, TILE, WORDS, write_gallery
+from studies.pictures import GAP, HEAD, TILE, WORDS, write_gallery
 from studies.runs_tables import (
     conflict_rows,
     expected_conflict,

@@ -13,8 +13,8 @@ from pixrl.data.prompts import Prompt
 from pixrl.errors import InputError
 from pixrl.models.flux import FluxPolicy
 from studies.config import SpectrumSettings
-from studies.spectrum import (
-    EPOCH,
+from studies.pictures import (
+    SPECTRUM_EPOCH,
     band_energies,
     predicted_pictures,
     share_of,
@@ -94,7 +94,7 @@ def test_a_path_ends_in_the_picture_that_sampling_gives(policy: FluxPolicy) -> N
     prompts = [Prompt(f"a {word}", {"shown": [torch.rand(3, 40, 32)]}) for word in ("cat", "dog", "owl")]
     with policy.slot("reference"):
         path = predicted_pictures(policy, prompts, steps=3, seed=5, micro_batch=2)
-    groups = [Group(n, EPOCH, n, one.text, one.metadata) for n, one in enumerate(prompts)]
+    groups = [Group(n, SPECTRUM_EPOCH, n, one.text, one.metadata) for n, one in enumerate(prompts)]
     assert path.shape == (3, 3, 3, 32, 32)
     seeds = Samples.of(groups, 1, 1, 5).seeds
     condition = prepare(NoiseOnly(), policy, groups).anchor

@@ -9,7 +9,7 @@ from tests.align.synthetic import settings
 
 from pixrl.errors import ConfigError
 from pixrl.metrics.intervals import Interval
-from studies.budget import budget_of, check_budgets, draws_its_own
+from studies.config import budget_of, check_budgets
 from studies.figures import INDEPENDENT, conflict, marks_of, over_seeds
 from studies.runs import training_figures, training_record
 from studies.runs_tables import (
@@ -119,7 +119,7 @@ def test_the_end_of_training_is_its_last_quarter() -> None:
 
 def test_pictures_of_sft_and_rpo_are_not_the_trained_models() -> None:
     losses = ("nft", "sft", "rpo")
-    assert [draws_its_own(config(loss={"kind": kind})) for kind in losses] == [True, False, False]
+    assert [config(loss={"kind": kind}).loss.draws_its_own for kind in losses] == [True, False, False]
     found = training_record(config(loss={"kind": "rpo"}), [{"step": 0, "kl": 0.1, "group_std": 1.0}], [])
     assert not found["curves"].get("group_std") and found["curves"]["kl"] == [[6, 0.1]]
 

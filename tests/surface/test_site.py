@@ -50,4 +50,4 @@ def test_formulas_and_docstrings_are_rendered(site: Path) -> None:
     assert equations.count('class="arithmatex"') > 40
     assert "$$" not in equations
     reference = (site / "api" / "equations.html").read_text(encoding="utf-8")
-    assert "The probability that a sample is optimal" in reference
+    assert "the probability that a sample is optimal" in reference

@@ -153,6 +153,7 @@ class TimeSettings(Settings):
 
 def pairwise_synergy(parts: Mapping[str, Tensor], kind: SynergyKind) -> Tensor:
     """Return Eq. 11's signed synergy [P, S]: S, or -S where both advantages are bad; a mean over pairs of rewards."""
+    # with both weights 0 and alpha 1, Eq. 11 is its last term alone: so the sign rule stands in one place
     terms = [
         shape_advantage(one, other, 0.0, 0.0, 1.0, kind.value)
         for one, other in combinations(parts.values(), 2)

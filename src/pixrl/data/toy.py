@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from typing import Any
 
 from pixrl.errors import InputError, did_you_mean
@@ -105,25 +106,19 @@ def toy_subjects(name: str, *, held_out: bool) -> list[ToySubject]:
     Raises:
         InputError: the name is not `subjects`.
     """
+    import numpy as np
+
     if name != SUBJECTS:
         raise InputError(
             f"The toy world has no subjects {name!r}.{did_you_mean(name, [SUBJECTS])} Type toy:{SUBJECTS}"
         )
-    chosen = list(part("SUBJECTS")) if held_out else _training_subjects()
+    if held_out:
+        chosen = part("SUBJECTS")
+    else:
+        rng = np.random.default_rng((SEED, 2))
+        drawn = iter(lambda: part("random_subject")(rng), None)
+        chosen = islice((one for one in drawn if not part("resembles_held_out")(one)), TRAINING_SUBJECTS)
     return [_toy_subject(number, subject, held_out) for number, subject in enumerate(chosen)]
-
-
-def _training_subjects() -> list[Any]:
-    import numpy as np
-
-    rng = np.random.default_rng((SEED, 2))
-    random_subject, resembles_held_out = part("random_subject"), part("resembles_held_out")
-    found: list[Any] = []
-    while len(found) < TRAINING_SUBJECTS:
-        subject = random_subject(rng)
-        if not resembles_held_out(subject):
-            found.append(subject)
-    return found
 
 
 def _toy_subject(number: int, subject: Any, held_out: bool) -> ToySubject:

@@ -1,4 +1,4 @@
-"""Customized-GRPO: synergy-aware reward shaping (SARS) and timestep-aware dynamic weighting (TDW).
+"""Customized-GRPO: synergy-aware reward shaping (SARS) and time-aware dynamic weighting (TDW).
 
 | paper                    | here                         |
 |--------------------------|------------------------------|

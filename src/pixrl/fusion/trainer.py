@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pixrl.algorithms.fusion.base import Feedback, Proposal, Sampler
-from pixrl.errors import RunError
+from pixrl.errors import FailedScoresError
 from pixrl.fusion.world import FusionSession
 from pixrl.rewards.set import Failures
 from pixrl.runs.config import FuseConfig, resolve_options, sampler_of
@@ -175,12 +175,12 @@ class FailureWatch:
         self.failures = _failures(reasons)
 
     def check(self, scores: FusionScores) -> None:
-        """RunError when the share of failed pictures is above the limit, over the whole run so far."""
+        """FailedScoresError when the share of failed pictures is above the limit, over the whole run so far."""
         self.failures += _failures(scores.reasons)
         try:
-            self.failures.require_at_most(self.limit, "fusion")
-        except RunError as error:
-            raise RunError(
+            self.failures.require_at_most(self.limit, "fusion", "max_failed_share")
+        except FailedScoresError as error:
+            raise FailedScoresError(
                 f"{error}\nWhat is done is saved. Go on all the same with a higher limit in a new run: "
                 "--set max_failed_share=0.9"
             ) from None

@@ -1,4 +1,4 @@
-"""LoRA files for other programs: in UNO's layout of FLUX, in diffusers', and in the authors' own, which ComfyUI reads.
+"""Writing LoRA files for other programs: in UNO's layout of FLUX, in diffusers', and in the one that ComfyUI reads.
 
 lora_files.py reads all of them.
 
@@ -24,7 +24,7 @@ the downs one above the other, the ups as blocks on a diagonal, rows of zeros wh
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from pixrl.models.slots import DOWN, UP, Lora
 
 PREFIX = "transformer."
 ADAPTER_METADATA = "lora_adapter_metadata"
-"""Where diffusers writes peft's configuration into the header of a file, as JSON."""
+"""The key in a file's header under which diffusers writes peft's configuration, as JSON."""
 COMFY_PREFIX = "lora_unet_"
 _QKV = ("to_q", "to_k", "to_v")
 _TEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -51,12 +51,12 @@ _LAYOUT = {
     ("single_transformer_blocks", "", ("proj_out",)): ("single_blocks", "proj_lora"),
 }
 _IN_PROJ_OUT = 5
-"""A single block's proj_out reads the attention and an MLP of four times its width."""
+"""The input width of a single block's proj_out: the attention, and an MLP of four times its width."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How many blocks of both kinds a FLUX has, and their width: 19, 38 and 3072 in FLUX.1-dev."""
+    """The numbers of blocks of both kinds in a FLUX, and their width: 19, 38 and 3072 in FLUX.1-dev."""
 
     double: int
     single: int
@@ -64,7 +64,7 @@ class Blocks:
 
 
 def to_uno(lora: Lora, blocks: Blocks) -> dict[str, Tensor]:
-    """A LoRA in UNO's published key layout: every processor of every block, those without a LoRA as zeros.
+    """Return a LoRA in UNO's published layout: every processor of every block, those without a LoRA as zeros.
 
     Args:
         lora: module -> (down [r, in], up [out, r]).
@@ -81,9 +81,18 @@ def to_uno(lora: Lora, blocks: Blocks) -> dict[str, Tensor]:
     for (ours, inner, names), (published, processor) in _LAYOUT.items():
         for number in range(blocks.double if published == "double_blocks" else blocks.single):
             keys = [".".join(part for part in (ours, str(number), inner, name) if part) for name in names]
-            parts = [left.pop(key, None) for key in keys]
-            empty = all(part is None for part in parts)
-            pair = _nothing(names, blocks.width) if empty else _side_by_side(keys, parts)
+            parts = {key: left.pop(key) for key in keys if key in left}
+            if not parts:  # a LoRA of rank 0
+                into = _IN_PROJ_OUT * blocks.width if names == ("proj_out",) else blocks.width
+                pair = torch.zeros(0, into), torch.zeros(len(names) * blocks.width, 0)
+            elif missing := [key for key in keys if key not in parts]:
+                raise CheckpointError(
+                    f"UNO's layout needs q, k and v together, but {missing[0]} has no LoRA. "
+                    "Train all three (lora.targets left out), or write diffusers' layout."
+                )
+            else:
+                downs, ups = zip(*parts.values(), strict=True)
+                pair = torch.cat(downs), torch.block_diag(*ups)
             found[f"{published}.{number}.processor.{processor}"] = pair
     if left:
         raise CheckpointError(
@@ -97,30 +106,8 @@ def to_uno(lora: Lora, blocks: Blocks) -> dict[str, Tensor]:
     }
 
 
-def _nothing(names: Sequence[str], width: int) -> tuple[Tensor, Tensor]:
-    """The LoRA of rank 0 on these modules."""
-    into = _IN_PROJ_OUT * width if names == ("proj_out",) else width
-    return torch.zeros(0, into), torch.zeros(len(names) * width, 0)
-
-
-def _side_by_side(
-    keys: Sequence[str], parts: Sequence[tuple[Tensor, Tensor] | None]
-) -> tuple[Tensor, Tensor]:
-    """Modules with one input as one module: downs one above the other, ups as blocks on a diagonal."""
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
-        missing = next(key for key, part in zip(keys, parts, strict=True) if part is None)
-        raise CheckpointError(
-            f"UNO's layout needs q, k and v together, but {missing} has no LoRA. "
-            "Train all three (lora.targets left out), or write diffusers' layout."
-        )
-    if len(known) == 1:
-        return known[0]
-    return torch.cat([down for down, _ in known]), torch.block_diag(*(up for _, up in known))
-
-
 def of_one_rank(lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
-    """The same changes, lower ranks filled up with zeros: a reader that knows one rank takes nothing for another."""
+    """Fill lower ranks up with zeros, for readers that know one rank; the changes stay the same."""
     rank = max(len(down) for down, _ in lora.values())
     return {
         name: (
@@ -132,7 +119,7 @@ def of_one_rank(lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def to_diffusers(lora: Lora) -> dict[str, Tensor]:
-    """A LoRA as `load_lora_weights` of diffusers' pipelines takes it, of one rank, without alphas."""
+    """Return a LoRA as `load_lora_weights` of diffusers' pipelines takes it, of one rank, without alphas."""
     return {
         f"{PREFIX}{module}{end}": x
         for module, pair in of_one_rank(lora).items()
@@ -141,14 +128,14 @@ def to_diffusers(lora: Lora) -> dict[str, Tensor]:
 
 
 def adapter_metadata(lora: Lora) -> dict[str, str]:
-    """What a header says of `to_diffusers`: peft's configuration, with an alpha that is the rank."""
+    """Return the header of a file of `to_diffusers`: peft's configuration, with an alpha that is the rank."""
     rank = max(len(down) for down, _ in lora.values())
     settings = {"r": rank, "lora_alpha": rank, "target_modules": sorted(lora)}
     return {ADAPTER_METADATA: json.dumps({f"{PREFIX}{name}": value for name, value in settings.items()})}
 
 
 def to_comfyui(lora: Lora, kind: str) -> dict[str, Tensor]:
-    """The tensors of a ComfyUI LoRA file.
+    """Return the tensors of a ComfyUI LoRA file.
 
     Args:
         lora: module of diffusers' transformer -> (down, up), scales put into the ups.
@@ -173,7 +160,7 @@ def to_comfyui(lora: Lora, kind: str) -> dict[str, Tensor]:
 
 
 def _joined(parts: Mapping[int, tuple[Tensor, Tensor]], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Modules with one input as one module."""
+    """Join modules with one input: downs one above the other, ups as blocks on a diagonal."""
     if len(rows) == 1:
         return parts[0]
     some, (_, up) = next(iter(parts.items()))
@@ -187,7 +174,7 @@ def _joined(parts: Mapping[int, tuple[Tensor, Tensor]], rows: tuple[int, ...]) -
 
 
 def write_lora(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Saves `to_uno`, `to_diffusers` or `to_comfyui`: all of it, or nothing."""
+    """Save the tensors of `to_uno`, `to_diffusers` or `to_comfyui`: all of them, or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""LoRA files and PEFT folders as trainers write them, read for one transformer.
+"""Reading LoRA files and PEFT folders, as trainers write them, for one transformer.
 
 A module's change is strength * up @ down, and the strength is alpha / rank (alpha / sqrt(rank) with rank-stabilized
 LoRA). Where its alpha may stand, by who writes it there:
@@ -39,59 +39,59 @@ from pixrl.models.slots import DOWN, UP, Lora
 from pixrl.untrusted import parse_json, plain
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""What peft's save_pretrained writes into a folder."""
+"""The files that peft's save_pretrained writes into a folder."""
 _PEFT_PREFIX = "base_model.model."
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ALPHA = ".alpha"
 _KOHYA = (".lora_down.weight", ".lora_up.weight")
 _PAIRS = ((DOWN, UP), _KOHYA, (".down.weight", ".up.weight"))
 _SUFFIXES = (*(side for pair in _PAIRS for side in pair), _ALPHA)
-"""How the keys of all LoRA layouts end that are read; another key is of something that is not."""
+"""The endings of the keys of all LoRA layouts that are read; another key is of something that is not."""
 _TEXT_ENCODERS = ("text_encoder", "lora_te")
 _DOWN_UP_NAMES = (("transformer.",), ("lora_transformer_",), ("lora_unet_", "diffusion_model."))
-"""How keys of FLUX's files with lora_down begin: of the first of these in a file, diffusers drops all others."""
+"""The prefixes of keys in FLUX's files with lora_down; diffusers drops all but those of the first in a file."""
 _PUBLISHED_NAMES = ("lora_unet_", "model.diffusion_model.", "diffusion_model.")
-"""How keys begin whose module goes by the name that the models' authors gave it."""
+"""The prefixes of keys whose module has the name that the models' authors gave it."""
 _ALPHA_KEY = re.compile(r"(ss_)?(network_|lora_|linear_)?alpha")
 _RANK_KEYS = ("r", "rank", "lora_rank", "lora_dim", "network_dim", "network_rank", "ss_network_dim")
 _READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "init_lora_weights"}
-"""Of peft's configuration: what is applied."""
+"""The settings of peft's configuration that are applied."""
 _WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "loftq_config",
     "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
 }  # fmt: skip
-"""Of peft's configuration: what says nothing about how a finished adapter is added."""
+"""The settings of peft's configuration without effect on how a finished adapter is added."""
 _CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Initializations that take something out of the base model, without which the adapter means nothing."""
+"""The initializations that take something out of the base model, without which the adapter means nothing."""
 _CONVERTERS_FAILURES = (
     ValueError, KeyError, IndexError, AssertionError, AttributeError, RuntimeError, NotImplementedError,
 )  # fmt: skip
 _SHOWN = 700
-"""Characters of what is said about a file."""
+"""The most characters of a message about a file."""
 _DEPTH = 3
-"""How many mappings within each other are looked into for an alpha."""
+"""The depth of mappings within each other that are searched for an alpha."""
 _SAME = 2.0**-8
-"""Relative difference of strengths that counts as none: alphas are saved in bfloat16, too."""
+"""The relative difference of strengths that counts as none: alphas are saved in bfloat16, too."""
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What was read."""
+    """A LoRA that was read from a file, with a description."""
 
     lora: Lora
-    """Module of the transformer -> (down, up), float32, strengths put into the ups."""
+    """The modules of the transformer with (down, up), float32, strengths put into the ups."""
     said: str
-    """In words: how many modules, of what rank and strength, and where that strength is said."""
+    """A description: how many modules, of what rank and strength, and where the strength is stated."""
 
 
 def read_lora(place: Path, kind: str) -> Lora:
-    """The LoRA of `open_lora` alone."""
+    """Read a LoRA as `open_lora` does, without its description."""
     return open_lora(place, kind).lora
 
 
 def open_lora(place: Path, kind: str) -> LoraFile:
-    """Reads a LoRA.
+    """Read a LoRA.
 
     Args:
         place: a .safetensors file, or a folder that holds one: peft's, diffusers' or an export of pixrl.
@@ -107,7 +107,14 @@ def open_lora(place: Path, kind: str) -> LoraFile:
     _refuse(file, "are there twice", _repeated(keys.values()))
     modules = _grouped({keys[key]: x for key, x in tensors.items()}, file, kind)
     has_alphas = any(module.alpha is not None for module in modules)
-    sources = [*_of_config(config), *_of_header(header, file, has_alphas=has_alphas)]
+    sources = []
+    if config is not None:
+        try:
+            settings = parse_json(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{config} cannot be read: {error}. Download it again.") from error
+        sources.append(_peft_source(CONFIG, settings, config))
+    sources += _of_header(header, file, has_alphas=has_alphas)
     if has_alphas and not sources:
         _refuse(file, "have no alpha, but others do", (x.name for x in modules if x.alpha is None))
     strengths = [_strength(module, sources, file) for module in modules]
@@ -116,13 +123,9 @@ def open_lora(place: Path, kind: str) -> LoraFile:
     ]
     lora = _of_flux(scaled, file) if kind == "flux" else _of_sd3(scaled, file)
     places = [*(["its alpha tensors"] if has_alphas else []), *(source.place for source in sources)]
-    return LoraFile(lora, _in_words([len(module.down) for module in modules], strengths, places))
-
-
-def _in_words(ranks: Sequence[int], strengths: Sequence[float], places: Sequence[str]) -> str:
-    """How many modules, of what rank and strength, and who says so."""
     by = f"by {' and '.join(places)}" if places else "for it has no alpha"
-    return f"{len(ranks)} LoRA modules of rank {_span(ranks)} and strength {_span(strengths)}, {by}"
+    rank, strength = _span([len(module.down) for module in modules]), _span(strengths)
+    return LoraFile(lora, f"{len(modules)} LoRA modules of rank {rank} and strength {strength}, {by}")
 
 
 def _span(values: Sequence[float]) -> str:
@@ -131,7 +134,11 @@ def _span(values: Sequence[float]) -> str:
 
 
 def find_lora(place: Path) -> tuple[Path, Path | None]:
-    """The file of a LoRA, and peft's configuration where one lies beside. CheckpointError where there is none."""
+    """Return the file of a LoRA, and peft's configuration where one lies beside it.
+
+    Raises:
+        CheckpointError: there is none, or it is a pickle.
+    """
     try:
         place = place.expanduser()
         if place.is_dir():
@@ -191,7 +198,7 @@ def _pickled(file: Path) -> CheckpointError:
 
 
 def _opened(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors in float32, and the header."""
+    """Return tensors in float32, and the header."""
     try:
         read_header(file)
         with safe_open(file, "pt") as opened:
@@ -202,18 +209,18 @@ def _opened(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _without_peft(key: str) -> str:
-    """A key without what peft puts before a model's names; the authors' names of FLUX keep it for diffusers."""
+    """Return a key without peft's prefix; the authors' names of FLUX keep it for diffusers."""
     own = key.removeprefix(_PEFT_PREFIX)
     return key if own.startswith(("double_blocks.", "single_blocks.")) else own
 
 
 def _wrong(file: Path, what: str) -> CheckpointError:
-    """What is wrong with a file; of its own names what can be shown, on one line."""
+    """Return an error about a file, on one line; names in it are shown as far as they can be."""
     return CheckpointError(f"{file}: {plain(what, _SHOWN)}")
 
 
 def _refuse(file: Path, problem: str, keys: Iterable[str]) -> None:
-    """CheckpointError that names some of the keys, if there are any: a part of a file must not be lost in silence."""
+    """Raise CheckpointError for keys, if there are any, and name some: nothing of a file must be lost in silence."""
     found = sorted(keys)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -225,36 +232,28 @@ def _refuse(file: Path, problem: str, keys: Iterable[str]) -> None:
         )
 
 
-def _dropped(raw: Iterable[str]) -> list[str]:
-    """Keys that diffusers' reader of files with lora_down leaves out without a word."""
-    keys = list(raw)
-    if not any(_KOHYA[0] in key for key in keys):
-        return []
-    own = next((names for names in _DOWN_UP_NAMES if any(key.startswith(names) for key in keys)), ())
-    return [key for key in keys if not key.startswith(own)]
-
-
 @dataclass(frozen=True)
 class _Module:
-    """One module's LoRA, by the file's own name for it."""
+    """One module's LoRA, by the file's name for the module."""
 
     name: str
     ends: tuple[str, str]
-    """How the keys of down and up end."""
+    """The endings of the keys of down and up."""
     down: Tensor
     up: Tensor
     alpha: float | None
 
 
 def _grouped(raw: Mapping[str, Tensor], file: Path, kind: str) -> list[_Module]:
-    """The modules of a file; a key that is of none is refused."""
+    """Return the modules of a file; a key that is of none is refused."""
     others = [key for key in raw if not key.endswith(_SUFFIXES)]
     if len(others) == len(raw):
         raise CheckpointError(f"{file} holds no LoRA of {kind.upper()}'s transformer.")
     _refuse(file, "are no LoRA layers", others)
     _refuse(file, "are not of the transformer", (key for key in raw if key.startswith(_TEXT_ENCODERS)))
-    if kind == "flux":
-        _refuse(file, "are of another layout than the rest", _dropped(raw))
+    if kind == "flux" and any(_KOHYA[0] in key for key in raw):  # diffusers would drop others without a word
+        own = next((names for names in _DOWN_UP_NAMES if any(key.startswith(names) for key in raw)), ())
+        _refuse(file, "are of another layout than the rest", (key for key in raw if not key.startswith(own)))
     _refuse(file, "are not finite", (key for key, x in raw.items() if not x.isfinite().all()))
     modules = [
         _Module(name, ends, raw[name + ends[0]], raw[name + ends[1]], _alpha(raw, name, file))
@@ -274,7 +273,7 @@ def _grouped(raw: Mapping[str, Tensor], file: Path, kind: str) -> list[_Module]:
 
 
 def _alpha(raw: Mapping[str, Tensor], name: str, file: Path) -> float | None:
-    """A module's own alpha."""
+    """Return a module's own alpha, or None."""
     alpha = raw.get(name + _ALPHA)
     if alpha is None:
         return None
@@ -285,13 +284,13 @@ def _alpha(raw: Mapping[str, Tensor], name: str, file: Path) -> float | None:
 
 @dataclass(frozen=True)
 class _Source:
-    """What one place says of all modules, by peft's names."""
+    """The settings that one place states for all modules, by peft's names."""
 
     place: str
     settings: Mapping[str, Any]
 
     def strength(self, module: _Module, file: Path) -> float:
-        """What up @ down is multiplied by. CheckpointError where the rank is another one than the file has."""
+        """Return the factor of up @ down; CheckpointError where the rank is another one than the file has."""
         rank, said = len(module.down), self._of_pattern("rank_pattern", module, self.settings.get("r"))
         if said is not None and module.alpha is None and float(said) != rank:
             raise _wrong(
@@ -310,7 +309,7 @@ class _Source:
 
 
 def _strength(module: _Module, sources: Iterable[_Source], file: Path) -> float:
-    """The one strength that all places agree on; 1 where none says any."""
+    """Return the one strength that all places agree on; 1 where none states any."""
     own = {} if module.alpha is None else {f"{module.name}{_ALPHA}": module.alpha / len(module.down)}
     found = own | {source.place: source.strength(module, file) for source in sources}
     for (one, first), (other, second) in pairwise(found.items()):
@@ -323,21 +322,16 @@ def _strength(module: _Module, sources: Iterable[_Source], file: Path) -> float:
     return next(iter(found.values()), 1.0)
 
 
-def _of_config(config: Path | None) -> Iterator[_Source]:
-    """What peft's configuration beside the weights says."""
-    if config is None:
-        return
-    try:
-        settings = parse_json(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config} cannot be read: {error}. Download it again.") from error
-    yield _peft_source(CONFIG, settings, config)
-
-
 def _of_header(header: Mapping[str, str], file: Path, *, has_alphas: bool) -> Iterator[_Source]:
-    """What each key of a file's header says."""
+    """Yield the settings that the keys of a file's header state."""
     if ADAPTER_METADATA in header:
-        yield _peft_source(f"its header's {ADAPTER_METADATA}", _metadata(header, file), file)
+        try:
+            stated = parse_json(header[ADAPTER_METADATA])
+            own = {key.removeprefix(PREFIX): x for key, x in stated.items() if key.startswith(PREFIX)}
+            own = own or {key: x for key, x in stated.items() if not key.startswith(_TEXT_ENCODERS)}
+        except (ValueError, AttributeError) as error:
+            raise _wrong(file, f"its {ADAPTER_METADATA} cannot be read: {error}. Save it again.") from error
+        yield _peft_source(f"its header's {ADAPTER_METADATA}", own, file)
     flat = {key: _literal(text) for key, text in header.items() if key != ADAPTER_METADATA}
     own = {key.removeprefix(PREFIX): value for key, value in flat.items() if key.startswith(PREFIX)}
     if own.keys() & {"r", "lora_alpha"}:
@@ -362,7 +356,7 @@ def _of_header(header: Mapping[str, str], file: Path, *, has_alphas: bool) -> It
 
 
 def _alphas_within(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Keys that speak of an alpha, and what they say: of a header any, within JSON only those that name the LoRA's."""
+    """Yield keys of an alpha with their values: of a header any, within JSON only those that name the LoRA's."""
     for key, inner in value.items():
         if isinstance(inner, dict) and len(path) < _DEPTH:
             yield from _alphas_within(inner, (*path, str(key)))
@@ -370,18 +364,8 @@ def _alphas_within(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tup
             yield (*path, str(key)), inner
 
 
-def _metadata(header: Mapping[str, str], file: Path) -> Any:
-    """peft's configuration of the transformer's adapter, by plain names."""
-    try:
-        found = parse_json(header[ADAPTER_METADATA])
-        own = {key.removeprefix(PREFIX): x for key, x in found.items() if key.startswith(PREFIX)}
-        return own or {key: x for key, x in found.items() if not key.startswith(_TEXT_ENCODERS)}
-    except (ValueError, AttributeError) as error:
-        raise _wrong(file, f"its {ADAPTER_METADATA} cannot be read: {error}. Save it again.") from error
-
-
 def _peft_source(place: str, settings: Any, file: Path) -> _Source:
-    """What peft's configuration says. CheckpointError where it is of more than plain LoRA, or cannot be read."""
+    """Return peft's configuration as a source; CheckpointError where it is of more than plain LoRA or unreadable."""
     problem = _peft_problem(settings)
     if problem is not None:
         raise _wrong(file, f"{place} {problem}")
@@ -404,7 +388,11 @@ def _peft_problem(settings: Any) -> str | None:
     if "lora_alpha" not in settings:
         return "says no lora_alpha, so its strength is not known. Save it again with peft or diffusers."
     patterns = [settings.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
-    if not all(isinstance(pattern, dict) and _are_patterns(pattern) for pattern in patterns):
+    try:
+        are_patterns = all(isinstance(one, dict) and all(map(re.compile, one)) for one in patterns)
+    except (re.error, TypeError):
+        are_patterns = False
+    if not are_patterns:
         return "cannot be read: alpha_pattern and rank_pattern must map names of modules to numbers. Save it again."
     numbers = [settings["lora_alpha"], settings.get("r", 1), *(x for one in patterns for x in one.values())]
     if not all(_is_positive(x) for x in numbers):
@@ -414,16 +402,8 @@ def _peft_problem(settings: Any) -> str | None:
     return None
 
 
-def _are_patterns(names: Iterable[Any]) -> bool:
-    """Whether peft can look modules up by them."""
-    try:
-        return all(re.compile(name) for name in names)
-    except (re.error, TypeError):
-        return False
-
-
 def _is_positive(value: object) -> bool:
-    """Whether it is a finite number above 0, or its text."""
+    """Return whether a value is a finite number above 0, or its text."""
     try:
         return not isinstance(value, bool) and 0 < float(str(value)) < math.inf
     except ValueError:
@@ -431,7 +411,7 @@ def _is_positive(value: object) -> bool:
 
 
 def _literal(text: str) -> Any:
-    """A header's text as what it says: JSON, a Python literal, or itself."""
+    """Parse a header's text as JSON or as a Python literal; other text is itself."""
     for parse in (parse_json, ast.literal_eval):
         try:
             return parse(text)
@@ -441,7 +421,7 @@ def _literal(text: str) -> Any:
 
 
 def _of_sd3(modules: Iterable[_Module], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """By diffusers' names, the only ones that diffusers reads of SD3; the authors' are translated by their table."""
+    """Rename to diffusers' names, the only ones that it reads of SD3; the authors' are translated by their table."""
     ours: list[tuple[str, tuple[Tensor, Tensor]]] = []
     unknown = []
     for module in modules:
@@ -463,7 +443,7 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 
 def _of_flux(modules: Iterable[_Module], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """By diffusers' names, through its own converters."""
+    """Rename to diffusers' names through its own converters."""
     given: dict[str, Tensor] = {}
     for module in modules:
         given |= {module.name + module.ends[0]: module.down, module.name + module.ends[1]: module.up}

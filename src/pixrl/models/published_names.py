@@ -1,4 +1,4 @@
-"""How a model's authors name its weights in a single file: diffusers' converters, read backwards.
+"""The names that a model's authors give its weights in a single file: diffusers' converters, read backwards.
 
 In these files q, k and v (and the MLP of FLUX's single blocks) are one matrix. The names serve messages about a file
 that does not fit, and LoRA files, whose modules go by them; diffusers converts the weights themselves.
@@ -14,12 +14,12 @@ from torch import Tensor
 from pixrl.errors import CheckpointError
 
 MLP_RATIO = 4
-"""Of FLUX's single blocks: rows of the MLP in linear1, per row of q."""
+"""The rows of the MLP in linear1 of FLUX's single blocks, per row of q."""
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where a module's rows lie: the published module, which of its parts, of how many rows each in those of q."""
+    """The place of a module's rows: the published module, which of its parts, and the parts' rows per row of q."""
 
     module: str
     part: int = 0
@@ -68,7 +68,7 @@ _BLOCKS: Mapping[str, Mapping[str, tuple[str, Mapping[str, _Rows]]]] = {
         "single_transformer_blocks": ("single_blocks", _FLUX_SINGLE_LAYERS),
     },
 }
-"""Kind -> our block list -> the published one, and where a block's modules lie in it."""
+"""For each kind and block list of diffusers the published list, and the places of a block's modules in it."""
 
 _ENDS = (
     "timestep_embedder.linear_1",
@@ -142,7 +142,7 @@ _VAE = (
 
 
 def authors_names(kind: str, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """A weight's name in diffusers -> in the authors' file, without the part's prefix.
+    """Map the names of weights in diffusers to those in the authors' file, without the part's prefix.
 
     Args:
         kind: a diffusers class: SD3Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel or AutoencoderKL.
@@ -211,7 +211,7 @@ def _unet(name: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _vae(name: str, config: Mapping[str, Any]) -> str | None:
-    """The decoder's blocks are counted from the other end."""
+    """Rename a weight of the VAE, whose decoder's blocks are counted from the other end."""
     last = len(config["block_out_channels"]) - 1
     name = re.sub(
         r"up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.",
@@ -232,6 +232,11 @@ _CHANGES: Mapping[str, Callable[[str, Mapping[str, Any]], str | None]] = {
 
 
 def place_of(module: str, kind: str) -> tuple[str, _Rows]:
+    """Return the published name of a module's matrix, and the place of the module's rows in it.
+
+    Raises:
+        CheckpointError: the module has no place in the published layout.
+    """
     match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", module)
     if match is not None and match[1] in _BLOCKS.get(kind, {}):
         published, places = _BLOCKS[kind][match[1]]
@@ -245,28 +250,21 @@ def place_of(module: str, kind: str) -> tuple[str, _Rows]:
 
 
 def from_published(theirs: str, pair: tuple[Tensor, Tensor], kind: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Our modules' LoRA, of one on a module by the published file's name, with dots or underscores.
+    """Return the LoRA by diffusers' modules of one on a published module, named with dots or underscores.
 
-    A module that holds several of ours shares its down with them, and each takes its rows of the up. Nothing where
-    the name is not known, or its rows cannot be shared out.
+    A module that holds several of ours shares its down with them, and each takes its rows of the up. It is empty
+    where the name is not known, or its rows cannot be shared out.
     """
     down, up = pair
-    parts = _parts_of(theirs.replace(".", "_"), kind)
+    parts = [
+        (f"{ours}.{match[1]}.{name}", place)
+        for ours, (published, places) in _BLOCKS.get(kind, {}).items()
+        if (match := re.fullmatch(rf"{published}_(\d+)_(.+)", theirs.replace(".", "_")))
+        for name, place in places.items()
+        if place.module.replace(".", "_") == match[2]
+    ]
     rows = parts[0][1].rows if parts else (1,)
     if len(up) % sum(rows):
         return {}
     pieces = up.split([len(up) // sum(rows) * count for count in rows])
     return {ours: (down, pieces[place.part]) for ours, place in parts}
-
-
-def _parts_of(theirs: str, kind: str) -> list[tuple[str, _Rows]]:
-    """Our modules that a published one holds, its name written with underscores."""
-    for ours, (published, places) in _BLOCKS.get(kind, {}).items():
-        match = re.fullmatch(rf"{published}_(\d+)_(.+)", theirs)
-        if match is not None:
-            return [
-                (f"{ours}.{match[1]}.{name}", place)
-                for name, place in places.items()
-                if place.module.replace(".", "_") == match[2]
-            ]
-    return []

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 import torch
 
 from pixrl import rewards
-from pixrl.errors import ConfigError, Failure, InputError, RunError, ShapeError
+from pixrl.errors import ConfigError, FailedScoresError, Failure, InputError, ShapeError
 from pixrl.plugins import Caught
 from pixrl.rewards.base import DifferentiableReward, Reward
 from pixrl.rewards.references import ReferenceReward
@@ -25,6 +25,8 @@ from pixrl.types import RewardBatch, Scores
 
 __all__ = ["RewardSet", "RewardSetting", "Stage"]
 
+MAX_FAILED_SHARE = "scoring.max_failed_share"
+"""The setting of a recipe that limits the share of failed scores in a `RewardSet`."""
 REASONS_SHOWN = 3
 """The number of reasons in the message about failed scores."""
 Gather = Callable[[Mapping[str, "Failures"]], Iterable[Mapping[str, "Failures"]]]
@@ -48,20 +50,25 @@ class Failures:
     def __add__(self, other: "Failures") -> "Failures":
         return Failures(self.pictures + other.pictures, self.reasons + other.reasons)
 
-    def require_at_most(self, share: float, reward: str) -> None:
+    def require_at_most(self, share: float, reward: str, setting: str) -> None:
         """Require that at most this share of the pictures has no score.
 
+        Args:
+            share: the limit, from 0 to 1.
+            reward: the reward's name, for the message.
+            setting: the recipe's setting that gives the limit, for the message.
+
         Raises:
-            RunError: a larger share has none; names the reward and the most frequent reasons.
+            FailedScoresError: a larger share has none; names the reward and the most frequent reasons.
         """
         failed = self.reasons.total()
         if failed <= share * self.pictures:
             return
         shown = [f"{number} x {reason}" for reason, number in self.reasons.most_common(REASONS_SHOWN)]
         others = len(self.reasons) - REASONS_SHOWN
-        raise RunError(
+        raise FailedScoresError(
             f"The reward {reward!r} failed for {failed} of {self.pictures} pictures, more than the share "
-            f"{share:g} that max_failed_share allows:\n  "
+            f"{share:g} that {setting} allows:\n  "
             + "\n  ".join([*shown, *([f"{others} other reasons"] if others > 0 else [])])
         )
 
@@ -142,8 +149,8 @@ class RewardSet:
                 processes call together, those without pictures too.
 
         Raises:
-            RunError: more than `max_failed_share` of all processes' pictures failed, on every process alike; names the
-                reward and the reasons.
+            FailedScoresError: more than `max_failed_share` of all processes' pictures failed, on every process alike;
+                names the reward and the reasons.
             ServiceError, ShapeError: as `score_some`.
         """
         if gather is None or len(batch.images_BCHW):
@@ -178,13 +185,13 @@ class RewardSet:
         """Check the share of a step's failures over all processes, reward by reward.
 
         Raises:
-            RunError: more than `max_failed_share` of the pictures failed; names the reward and the reasons.
+            FailedScoresError: more than `max_failed_share` of the pictures failed; names the reward and the reasons.
         """
         whole = {name: Failures(0, Counter()) for name in self.names}
         for tallies in everywhere:
             whole = {name: one + tallies[name] for name, one in whole.items()}
         for name, one in whole.items():
-            one.require_at_most(self.max_failed_share, name)
+            one.require_at_most(self.max_failed_share, name, MAX_FAILED_SHARE)
 
     def _score(self, name: str, batch: RewardBatch, count: int) -> Scores:
         answer = self._ask(name, lambda reward: reward.score(batch), count)

@@ -17,8 +17,8 @@ from pixrl.algorithms.world import Team
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Findings, require
 from pixrl.doctor.examine import examine_training, try_rewards
-from pixrl.errors import InputError
-from pixrl.rewards.set import RewardSet
+from pixrl.errors import FailedScoresError, InputError
+from pixrl.rewards.set import MAX_FAILED_SHARE, RewardSet
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.display import Extent, Monitor, Silent
@@ -251,4 +251,11 @@ def _play(
     monitor.begin(folder.path.name, Extent(config.steps, step), folder.metrics())
     for note in notes:
         monitor.say(note)
-    loop.run(folder.path, step, images)
+    try:
+        loop.run(folder.path, step, images)
+    except FailedScoresError as error:
+        raise FailedScoresError(
+            f"{error}\nThe run is kept up to its last checkpoint. Mend the cause, then type: "
+            f"pixrl resume {folder.path}\n"
+            f"Or go on all the same with a higher limit, up to 1: pixrl resume {folder.path} --set {MAX_FAILED_SHARE}=1"
+        ) from None

@@ -65,7 +65,8 @@ class ScoringSettings(Settings):
     time_limit: float | None = Field(300.0, gt=0, le=LONGEST_WAIT)
     """Seconds that one reward may take for a step's pictures; none: no limit."""
     max_failed_share: float = Field(0.5, ge=0, le=1)
-    """The run stops when more than this share of a step's pictures has no score."""
+    """The run stops when one reward, held out or not, has no score for more than this share of a step's (or an
+    evaluation's) pictures."""
 
 
 class LoraSettings(Settings):

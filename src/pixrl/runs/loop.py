@@ -139,7 +139,11 @@ class Loop(Generic[R, S]):
     evaluate: Callable[[int], Mapping[str, float]] | None = None
     """Evaluates on held-out prompts before a training step and returns the figures; None where nothing is held out."""
     watch: Callable[[S], None] | None = None
-    """Looks at a step's scores after the step is saved, and raises a RunError where the run had better stop."""
+    """Looks at a step's scores after the step is saved, and raises a RunError where the run had better stop.
+
+    Fuse alone has one. Align and personalize check earlier: `Algorithm.score` raises (`RewardSet.score`) before
+    anything is learned from the step, which is then not saved.
+    """
     world: World = field(default_factory=Alone)
 
     def run(self, folder: Path, start: int, images: int) -> None:
