@@ -87,6 +87,8 @@ def test_select_and_report_generate_nothing(pixrl: Pixrl) -> None:
     assert Path("run/report.html").is_file()
     done = pixrl("select", "run", "--presence", "-0.9", "--balance", "1.9", "--keep", "1")
     assert done.exit_code == 0
+    assert "2 of 2 pictures of the pool are candidates" in done.output
+    done = pixrl("select", "run", "--presence", "-0.9", "--balance", "1.9", "--keep", "1", "--everywhere")
     assert "8 of 8 pictures are candidates" in done.output
     assert Path("run", MANIFEST).read_bytes() == before
 
