@@ -18,7 +18,7 @@ from pixrl.runs.folder import EVALUATIONS, MANIFEST, METRICS, JsonLines, RunFold
 from studies import grid as study_runner
 from tests.fuse.world import fake_world
 
-CONFIG = FuseConfig(concepts=("owl", "snail"), budget=12, batch=4, exemplars=1)
+CONFIG = FuseConfig(concepts=("owl", "snail"), budget=12, batch=4, exemplars=1, pool=0)
 
 
 @pytest.fixture(autouse=True)
