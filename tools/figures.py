@@ -46,8 +46,8 @@ def main() -> None:
 
 
 def demo_sheet(out: Path) -> Image.Image:
-    """The pairs of `pixrl demo`: a row each, the parents and then the best children."""
-    api.run_pairs(config.load(FuseConfig), demo.DEMO_PAIRS, out)
+    """The pairs of `pixrl demo`: a row each, the parents and then the best children among all pictures."""
+    api.run_pairs(config.load(FuseConfig, {"pool": 0}), demo.DEMO_PAIRS, out)
     runs = [RunFolder.open(path) for path in sorted((out / "runs").iterdir())]
     pairs = parse_pairs(demo.DEMO_PAIRS).pairs
     rows = [_row(run, concepts) for run, concepts in zip(runs, pairs, strict=True)]
