@@ -419,7 +419,10 @@ def test_another_error_of_the_measuring_pass_comes_through(
         (Image.new("RGB", (32, 32)), "got a Image"),
         (torch.full((1, 3, 32, 32), 255, dtype=torch.uint8), r"got uint8.*images\.float\(\) / 255"),
         (torch.linspace(0, 255, 3 * 32 * 32).view(1, 3, 32, 32), r"in \[0, 1\], got 0 to 255.*images / 255"),
-        (torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32), r"in \[0, 1\], got -1 to 1.*\(images \+ 1\) / 2"),
+        (
+            torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32),
+            r"in \[0, 1\], got -1 to 1.*\(images \+ 1\) / 2",
+        ),
         (torch.full((1, 3, 32, 32), float("nan")), "not finite"),
         (torch.full((1, 3, 32, 32), float("inf")), "not finite"),
     ],
