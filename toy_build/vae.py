@@ -1,8 +1,9 @@
 """`vae`: an AutoencoderKL that shrinks pictures eightfold, shared by all three generators.
 
 It learns on crops that show ink, then on whole pictures; then the decoder alone learns in two rounds against a small
-critic of patches (Isola et al. 2017), which counts more in the second, so that edges are sharp. The first three latent channels are held to twice the
-eightfold shrunk picture: such latents are smooth, and generators learn them faster (docs/log.md, "Anchored latents").
+critic of patches (Isola et al. 2017), which counts more in the second, so that edges are sharp. The first three latent
+channels are held to twice the eightfold shrunk picture: such latents are smooth, and generators learn them faster
+(docs/log.md, "Anchored latents").
 """
 
 from collections.abc import Callable
