@@ -24,10 +24,10 @@ import torch
 from sdxl_shaped import Sizes, build
 from torch import Tensor
 
+from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.world import FusionWorld, Scored, load_world
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.runs import fuse as fuse_job
-from pixrl.runs.config import FuseConfig
 
 CONCEPTS = ("owl", "snail")
 

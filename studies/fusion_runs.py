@@ -15,6 +15,7 @@ from torch import Tensor
 from pixrl import config as recipes
 from pixrl.data.pairs import parse_pairs
 from pixrl.errors import InputError
+from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.select import choose, choose_thresholds
 from pixrl.fusion.trainer import FusionRollouts, FusionScores, FusionTrainer
 from pixrl.fusion.world import (
@@ -30,7 +31,6 @@ from pixrl.metrics.fusion import figures
 from pixrl.rewards.clip import FusionScorer
 from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.segmentation import Foreground
-from pixrl.runs.config import FuseConfig
 from pixrl.runs.loop import Step, take_step
 from studies.grid import Record, Study, Task, check_differences
 from studies.tables import Grid, layout_of, write

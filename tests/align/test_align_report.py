@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pixrl.errors import CheckpointError, RunError
+from pixrl.fusion.config import FuseConfig
 from pixrl.metrics.intervals import Interval
 from pixrl.report import charts
 from pixrl.report.align import (
@@ -25,7 +26,6 @@ from pixrl.report.align import (
     write_align_report,
 )
 from pixrl.report.describe import facts
-from pixrl.runs.config import FuseConfig
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.log import SCORES, samples_of
 from tests.align.synthetic import PROMPTS, run_folder, settings

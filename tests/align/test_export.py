@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 import pixrl
 from pixrl import cli, hub, models
 from pixrl.errors import ConfigError, InputError, RunError
+from pixrl.fusion.config import FuseConfig
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
 from pixrl.report.align import Change
 from pixrl.report.export import Format, export, parse_format
 from pixrl.report.model_card import Facts, artefacts, shown_pairs, write_card
 from pixrl.runs import checkpoint
-from pixrl.runs.config import FuseConfig, read_config
+from pixrl.runs.config import read_config
 from pixrl.runs.folder import ManifestRow, RunFolder
 from tests import published, tiny
 from tests.align.parts import recipe

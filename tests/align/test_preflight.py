@@ -19,12 +19,12 @@ from pixrl.doctor.diagnosis import Findings, Need
 from pixrl.doctor.needs import require_out
 from pixrl.doctor.rewards import require_metadata
 from pixrl.errors import ConfigError, PixrlError, did_you_mean
+from pixrl.fusion.config import FuseConfig
 from pixrl.models import loading
 from pixrl.models.slots import LoraSlots, slot_sizes
 from pixrl.rewards import kind_of
 from pixrl.rewards.python import find_function
 from pixrl.rewards.settings import RewardSetting, import_path, is_importable
-from pixrl.runs.config import FuseConfig
 from tests.align.parts import JUDGE, recipe
 
 GENEVAL = {"name": "geneval", "options": {"segmenter": "toy:segmenter", "clip": "toy:clip"}}

@@ -5,7 +5,7 @@ import pytest
 from pixrl import config as recipes
 from pixrl.algorithms import SAMPLERS
 from pixrl.errors import ConfigError
-from pixrl.runs.config import FuseConfig
+from pixrl.fusion.config import FuseConfig
 
 PAIR = {"concepts": ["owl", "snail"]}
 

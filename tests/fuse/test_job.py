@@ -11,12 +11,13 @@ import torch
 
 from pixrl import api
 from pixrl.algorithms import SAMPLERS
+from pixrl.algorithms.fusion.mixing import Pooled
 from pixrl.errors import CheckpointError, InputError, RunError, UnknownWordError
+from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.select import one_a_noise_first
 from pixrl.fusion.world import FusionSession
 from pixrl.runs import checkpoint
 from pixrl.runs import fuse as fuse_job
-from pixrl.runs.config import FuseConfig, Pooled
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.fuse import go_on, select_again, start
 from pixrl.runs.log import load_coefficients

@@ -23,9 +23,9 @@ from pixrl.algorithms.fusion.mixing import (
     turns,
 )
 from pixrl.errors import CheckpointError, ConfigError, InputError
+from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.world import FusionSession
 from pixrl.models.base import Conditioning, Mixture
-from pixrl.runs.config import FuseConfig
 from pixrl.runs.fuse import go_on, start
 from pixrl.runs.log import load_coefficients
 from tests.fuse.test_job import config
@@ -167,7 +167,7 @@ def test_coefficients_outside_the_simplex_still_make_masks() -> None:
 @pytest.mark.parametrize("sampler", [*SAMPLERS.entries])
 def test_any_sampler_acts_on_any_mixing(kind: str, sampler: str) -> None:
     from pixrl.algorithms.fusion.base import Feedback, FusionTask
-    from pixrl.runs.config import resolve_options, sampler_of
+    from pixrl.fusion.config import resolve_options, sampler_of
 
     mixing = made({"kind": kind})
     task = FusionTask(mixing.features_ND, seed=0, budget=16, batch=8)

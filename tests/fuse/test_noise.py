@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pixrl.algorithms.fusion.base import Feedback
+from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.noise import Noise, NoisePlan
-from pixrl.runs.config import FuseConfig
 from pixrl.runs.fuse import go_on, start
 from tests.fuse.test_job import same_run
 from tests.fuse.test_samplers import sampler_of, task

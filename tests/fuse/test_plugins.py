@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.runs.config import FuseConfig
+from pixrl.fusion.config import FuseConfig
 from pixrl.runs.fuse import go_on, start
 from tests.fuse.world import fake_world
 

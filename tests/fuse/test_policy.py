@@ -10,9 +10,9 @@ from pixrl.algorithms.fusion.baselines import FusionPPO
 from pixrl.algorithms.fusion.policy import CompactPolicy, PublishedPolicy
 from pixrl.algorithms.fusion.rmler import RMLer
 from pixrl.errors import ShapeError
+from pixrl.fusion.config import FuseConfig, resolve_options
 from pixrl.fusion.trainer import FusionTrainer
 from pixrl.fusion.world import FusionSession
-from pixrl.runs.config import FuseConfig, resolve_options
 from pixrl.runs.loop import take_step
 from tests.fuse.test_samplers import sampler_of, scores, task, told
 from tests.fuse.world import fake_world

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from pixrl import algorithms
 from pixrl.algorithms.fusion.base import Feedback, FusionTask, Sampler
 from pixrl.algorithms.fusion.baselines import BASS, BASSSettings, GoldenSection, uniform_simplex
+from pixrl.fusion.config import FuseConfig, resolve_options
 from pixrl.fusion.trainer import FusionTrainer
 from pixrl.fusion.world import FusionSession
-from pixrl.runs.config import FuseConfig, resolve_options
 from pixrl.runs.loop import take_step
 from tests.fuse.world import fake_world
 from tests.tolerance import agree

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tests.fuzz.budget import ANY_BYTES, ANYTHING, fuzz, soup, unless_refused
 
 from pixrl import config
-from pixrl.runs.config import AlignConfig, FuseConfig
+from pixrl.fusion.config import FuseConfig
+from pixrl.runs.config import AlignConfig
 
 REWARDS: dict[str, Any] = {"rewards": [{"name": "geneval"}]}
 NAMES = (

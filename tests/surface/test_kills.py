@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from pixrl import api
+from pixrl.fusion.config import FuseConfig
 from pixrl.runs import align as align_job
 from pixrl.runs import checkpoint
 from pixrl.runs import fuse as fuse_job
 from pixrl.runs.check import check
-from pixrl.runs.config import AlignConfig, FuseConfig, PersonalizeConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
 from tests import kills, tiny
 from tests.align.parts import recipe as align_recipe

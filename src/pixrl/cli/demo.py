@@ -25,7 +25,7 @@ def demo(
     """Fuse three pairs, align a model and keep a subject on the toy world: minutes, no download, three reports."""
     from pixrl import api
     from pixrl.config import load
-    from pixrl.runs.config import FuseConfig
+    from pixrl.fusion.config import FuseConfig
 
     if out is None:
         out, number = Path("pixrl-demo"), 1

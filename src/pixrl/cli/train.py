@@ -93,7 +93,7 @@ def fuse(
     }
     from pixrl import api
     from pixrl import config as recipes
-    from pixrl.runs.config import FuseConfig
+    from pixrl.fusion.config import FuseConfig
 
     values = {name: value for name, value in given.items() if value is not None}
     config = recipes.load(FuseConfig, recipe, set_ or [], values=values, kind="fuse")

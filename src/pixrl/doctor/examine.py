@@ -36,6 +36,7 @@ from pixrl.doctor.rewards import (
     reward_notes,
 )
 from pixrl.errors import CheckpointError, InputError, PixrlError
+from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.world import PUBLISHED_CLIP, PUBLISHED_SEGMENTER
 from pixrl.hub import Checkpoint, read_card
 from pixrl.models import adapter_of
@@ -53,7 +54,7 @@ from pixrl.models.slots import Lora, fitting_layers
 from pixrl.models.text import PromptCache, check_words
 from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet
-from pixrl.runs.config import AlignConfig, FuseConfig, PersonalizeConfig, kind_of
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, kind_of
 from pixrl.runs.loaded import load_rewards, not_trainable, read_prompts, require_trainable, show_references
 from pixrl.runs.planner import (
     trial,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pixrl.equations import is_candidate, select, shortfall
 from pixrl.equations.fusion import BALANCE, PRESENCE
+from pixrl.fusion.config import FuseConfig, resolve_options, sampler_of
 from pixrl.hub import Presence
-from pixrl.runs.config import FuseConfig, resolve_options, sampler_of
 from pixrl.runs.folder import ManifestRow
 
 SCORE = "S/"

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pixrl.algorithms.fusion.base import Feedback, Proposal, Sampler
 from pixrl.errors import FailedScoresError
+from pixrl.fusion.config import FuseConfig, resolve_options, sampler_of
 from pixrl.fusion.world import FusionSession
 from pixrl.rewards.set import Failures
-from pixrl.runs.config import FuseConfig, resolve_options, sampler_of
 from pixrl.runs.loop import Clock
 
 

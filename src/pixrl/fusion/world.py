@@ -22,11 +22,11 @@ from pixrl.algorithms import make_mixing
 from pixrl.algorithms.fusion.base import FusionTask
 from pixrl.algorithms.fusion.mixing import Mixing
 from pixrl.errors import InputError, RunError, ShapeError
+from pixrl.fusion.config import FuseConfig
 from pixrl.hub import Card, read_card
 from pixrl.hub_check import Layout
 from pixrl.models.base import Mixture, Renderer
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.runs.config import FuseConfig
 from pixrl.types import sample_seed
 
 EXEMPLAR_SEED = 42

@@ -15,12 +15,12 @@ import yaml
 from markupsafe import Markup
 
 from pixrl.config import Settings
+from pixrl.fusion.config import FuseConfig, resolve_options
 from pixrl.fusion.select import SCORE, similarities_of
 from pixrl.metrics.fusion import FusionFigures, figures
 from pixrl.report import charts
 from pixrl.report.page import FULL, THUMBNAIL, inline, render
 from pixrl.runs import fuse as fuse_job
-from pixrl.runs.config import FuseConfig, resolve_options
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow
 from pixrl.runs.fuse import FinishedRun

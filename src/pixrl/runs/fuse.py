@@ -18,13 +18,13 @@ from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import require
 from pixrl.doctor.examine import examine_fusion
 from pixrl.errors import CheckpointError, RunError
+from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.select import Selection, choose, choose_thresholds, similarities_of
 from pixrl.fusion.trainer import FailureWatch, FusionTrainer
 from pixrl.fusion.world import FusionSession, FusionWorld, load_world
 from pixrl.hub import Presence
 from pixrl.plugins import changed_files
 from pixrl.runs import checkpoint
-from pixrl.runs.config import FuseConfig
 from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow, RunFolder, png_bytes

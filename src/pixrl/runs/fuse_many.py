@@ -14,10 +14,10 @@ from pixrl.algorithms import SAMPLERS
 from pixrl.config import Settings
 from pixrl.data.pairs import PairList, check_concepts
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
+from pixrl.fusion.config import FuseConfig, SamplerName, sampler_of
 from pixrl.fusion.world import FusionWorld
 from pixrl.plugins import is_path
 from pixrl.runs import fuse as fuse_job
-from pixrl.runs.config import FuseConfig, SamplerName, sampler_of
 from pixrl.runs.display import Monitor
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder

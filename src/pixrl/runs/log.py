@@ -21,10 +21,10 @@ from torch.utils.tensorboard import SummaryWriter
 from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.world import World
 from pixrl.errors import CheckpointError
+from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.select import SCORE
 from pixrl.fusion.trainer import FusionRollouts, FusionScores
 from pixrl.runs import checkpoint
-from pixrl.runs.config import FuseConfig
 from pixrl.runs.files import fsync_folder, remove, write_all_atomic, write_atomic
 from pixrl.runs.folder import EVALUATIONS, JsonLines, ManifestRow, RunFolder, png_bytes
 from pixrl.types import Scores

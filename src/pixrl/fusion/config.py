@@ -1,0 +1,198 @@
+"""What a fusion is made from: the recipe `fuse`, whose method is a sampler."""
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
+
+from pixrl import plugins
+from pixrl.algorithms import MIXINGS, SAMPLERS
+from pixrl.algorithms.fusion.base import Sampler
+from pixrl.algorithms.fusion.mixing import ColumnsSettings, MixingSettings, Pooled
+from pixrl.config import MOST, Count, Seed, Settings, refuse_infinite
+from pixrl.data.pairs import check_concepts
+from pixrl.errors import ConfigError, did_you_mean
+from pixrl.fusion.noise import Noise, NoisePlan
+from pixrl.hub import full_path, split_adapter
+from pixrl.models import REGISTRY as ADAPTERS
+from pixrl.models.memory_plan import MemoryPlan
+from pixrl.plugins import PartOf, checksums, is_path
+
+CHECKPOINTS = ("model", "clip", "segmenter")
+"""Settings that may name a folder."""
+
+
+def _require_sampler(name: object) -> str:
+    """A name of the table, or the path of a sampler of yours."""
+    if not isinstance(name, str) or not (is_path(name) or name in SAMPLERS.names()):
+        *first, last = map(repr, SAMPLERS.names())
+        raise PydanticKnownError("enum", {"expected": f"{', '.join(first)} or {last}"})
+    return name
+
+
+SamplerName = Annotated[str, BeforeValidator(_require_sampler)]
+"""A sampler: a name of `pixrl.algorithms.SAMPLERS`, `path/to/file.py:Name` or `module:Name`."""
+
+
+class FuseConfig(Settings):
+    """One fusion: which concepts, with which model, by which sampler, scored and selected how."""
+
+    concepts: tuple[str, ...] = ()
+    """Two or more different concepts."""
+    model: str = "toy:sd3"
+    """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
+    sampler: SamplerName = "rmler"
+    """How the mixing coefficients are chosen: a name, or path/to/file.py:Name for a sampler of yours."""
+    options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    """The sampler's own settings."""
+    budget: Count = 128
+    """Pictures in all."""
+    pool: int | None = Field(None, ge=0, le=MOST)
+    """Of the budget, the pictures that a learned policy draws when it is done, among which the selection takes place;
+    none: a quarter of it. Samplers without a policy search with all of the budget and select among all."""
+    batch: int = Field(16, ge=2, le=MOST)
+    """Pictures between two updates of the sampler."""
+    exemplars: int = Field(4, ge=1, le=4096)
+    """Pictures of each concept that the children are compared with."""
+    seed: Seed = 0
+    alpha: float = Field(5.0, ge=0, le=MOST)
+    """Weight of the balance in the reward."""
+    keep: Count = 4
+    """How many of the candidates are selected."""
+    presence: float | None = Field(None, gt=-1, lt=1)
+    """A child shows a concept above this similarity; none: the checkpoint's calibration."""
+    balance: float | None = Field(None, gt=0, le=MOST)
+    """A child is balanced below this difference of similarities; none: the checkpoint's calibration."""
+    mixing: Annotated[MixingSettings, PartOf(MIXINGS)] = ColumnsSettings()
+    """What of the concepts is mixed: columns, tokens, steps, velocity or spatial, with its settings."""
+    pooled: Pooled = Pooled.WEIGHT
+    """How the pooled text features are mixed, with the mixings columns and tokens."""
+    noise: Noise = Noise.NARROW
+    max_failed_share: float = Field(0.5, ge=0, lt=1)
+    """The run stops when more than this share of its pictures could not be scored."""
+    clip: str | None = None
+    """The encoder of the similarities; none: the checkpoint's own choice, or CLIP ViT-H/14."""
+    segmenter: str | None = None
+    """The foreground segmentation; none: the checkpoint's own choice."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """Of the generator: auto, float32, bfloat16 or float16 (GPU)."""
+    memory: MemoryPlan = MemoryPlan()
+    """What to do to save memory."""
+
+    @field_validator("concepts")
+    @classmethod
+    def _different(cls, concepts: tuple[str, ...]) -> tuple[str, ...]:
+        return check_concepts(concepts) if concepts else concepts
+
+    @field_validator("options")
+    @classmethod
+    def _resolve_options(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "sampler" not in info.data:
+            return options
+        return resolve_options(info.data["sampler"], options).model_dump(mode="json")
+
+    @model_validator(mode="after")
+    def _one_batch_at_least(self) -> "FuseConfig":
+        refuse_infinite(self)
+        if self.pooled is not Pooled.WEIGHT and not MIXINGS.find(self.mixing.kind).mixes_embeddings:
+            raise ValueError(
+                f"pooled={self.pooled} has no effect with mixing={self.mixing.kind}, which mixes no embeddings; leave "
+                "it out"
+            )
+        if self.budget < self.batch:
+            raise ValueError(
+                f"a budget of {self.budget} pictures is below one batch of {self.batch}; "
+                f"raise --budget to {self.batch} or more, or add --set batch={max(2, self.budget)}"
+            )
+        if self.pool is not None and self.budget - self.pool < self.batch:
+            raise ValueError(
+                f"a pool of {self.pool} of {self.budget} pictures leaves less than one batch of {self.batch} to learn "
+                f"from; give --pool {self.budget - self.batch} or less"
+            )
+        return self
+
+    @property
+    def code(self) -> dict[str, str]:
+        """Checksums of the files of yours that hold the sampler and the mixing, for a resume to compare."""
+        adapter = split_adapter(self.model)[0] or ""
+        return checksums([(SAMPLERS, self.sampler), (MIXINGS, self.mixing.kind), (ADAPTERS, adapter)])
+
+    def with_full_paths(self) -> "FuseConfig":
+        """The same, its checkpoints by their whole paths where they are on this disk."""
+        found = {name: full_path(ref) for name in CHECKPOINTS if (ref := self.__dict__[name]) is not None}
+        mixing = self.mixing.model_copy(update={"kind": plugins.full_path(self.mixing.kind)})
+        return self.model_copy(update={**found, "sampler": plugins.full_path(self.sampler), "mixing": mixing})
+
+    @property
+    def world(self) -> tuple[str, str | None, str | None, str, str, MemoryPlan]:
+        """What `fuse_world.load_world` takes."""
+        return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory
+
+    @property
+    def pool_images(self) -> int:
+        """Pictures of the pool, 0 for a sampler without a policy: the last of the run."""
+        if not sampler_of(self.sampler).has_policy:
+            return 0
+        return min(self.budget // 4, self.budget - self.batch) if self.pool is None else self.pool
+
+    @property
+    def learning_images(self) -> int:
+        """Pictures that the sampler learns from: the first of the run."""
+        return self.budget - self.pool_images
+
+    @property
+    def learning_steps(self) -> int:
+        """Batches that the sampler learns from; the last may be smaller."""
+        return -(-self.learning_images // self.batch)
+
+    @property
+    def steps(self) -> int:
+        """Batches in all: those of learning, then those of the pool."""
+        return self.learning_steps + -(-self.pool_images // self.batch)
+
+    def first_index(self, step: int) -> int:
+        """The number of a step's first picture."""
+        if step <= self.learning_steps:
+            return min(step * self.batch, self.learning_images)
+        return min(self.learning_images + (step - self.learning_steps) * self.batch, self.budget)
+
+    def count(self, step: int) -> int:
+        """Pictures of a step."""
+        return self.first_index(step + 1) - self.first_index(step)
+
+    def noise_plan(self) -> NoisePlan:
+        """A run's seeds."""
+        return NoisePlan(self.noise, self.seed, self.learning_steps)
+
+
+def sampler_of(name: str) -> type[Sampler[Any]]:
+    """The sampler of a name or path. ConfigError where a path names something else."""
+    found = SAMPLERS.find(name)
+    if not (isinstance(found, type) and issubclass(found, Sampler)):
+        raise ConfigError(
+            f"{name!r} is no sampler: it must be a class that is derived from {Sampler.__module__}.Sampler."
+        )
+    return found
+
+
+def resolve_options(sampler: str, options: dict[str, Any]) -> Settings:
+    """A sampler's settings, all of them filled; ValueError that names what it knows for an unknown one."""
+    model = sampler_of(sampler).Settings
+    for name in options:
+        if name not in model.model_fields:
+            known = ", ".join(model.model_fields)
+            allowed = f"it has: {known}" if known else "it has none"
+            raise ValueError(
+                f"the sampler {str(sampler)!r} has no option {name!r}.{did_you_mean(name, model.model_fields)} "
+                f"Of its own settings {allowed}"
+            )
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        details = [
+            f"{'.'.join(map(str, d['loc']))} {d['msg'].removeprefix('Value error, ')}".strip()
+            for d in error.errors(include_url=False)
+        ]
+        raise ValueError("; ".join(details)) from None
