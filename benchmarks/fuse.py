@@ -26,8 +26,8 @@ from torch import Tensor
 
 from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.world import FusionWorld, Scored, load_world
+from pixrl.jobs import fuse as fuse_job
 from pixrl.models.base import Conditioning, Renderer
-from pixrl.runs import fuse as fuse_job
 
 CONCEPTS = ("owl", "snail")
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pixrl.jobs.fuse import slug
 from pixrl.report.align import WINDOW, smooth
 from pixrl.runs.files import write_atomic
-from pixrl.runs.fuse import slug
 from studies.config import BASE, CrossedTable, PersonalizeStudyConfig, RunStudyConfig
 from studies.runs_tables import reward_interval
 from studies.style import INK, PALETTE, Curve, Mark, Panel, figure, svg

@@ -17,7 +17,7 @@ from pydantic import field_validator
 from pixrl import config as recipes
 from pixrl.config import Settings
 from pixrl.errors import ConfigError, did_you_mean
-from pixrl.runs.check import RECORDS
+from pixrl.jobs.check import RECORDS
 from pixrl.runs.environment import describe
 from pixrl.runs.files import sha256, write_atomic
 from pixrl.runs.folder import JsonLines

@@ -11,15 +11,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pixrl.jobs import align as align_job
+from pixrl.jobs.fuse import slug
 from pixrl.metrics.diversity import DiversityMeter
 from pixrl.models.slots import Slot
 from pixrl.report.align import write_align_report
 from pixrl.report.describe import images_of, updates_of
-from pixrl.runs import align as align_job
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse import slug
 from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
 from pixrl.runs.log import evaluations
 from pixrl.runs.measure import (

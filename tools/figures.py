@@ -12,8 +12,8 @@ from pixrl.cli import demo
 from pixrl.data.pairs import parse_pairs
 from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.world import FusionSession, load_world
+from pixrl.jobs import fuse as fuse_job
 from pixrl.rewards.python import to_pil
-from pixrl.runs import fuse as fuse_job
 from pixrl.runs.folder import RunFolder
 from pixrl.toy.sheet import contact_sheet, generated_sheet, personal_sheet
 

@@ -16,15 +16,15 @@ from pixrl.doctor.examine import examine_fusion, examine_training, try_out
 from pixrl.errors import ConfigError, InputError
 from pixrl.fusion.config import FuseConfig, resolve_options
 from pixrl.fusion.select import Selection
+from pixrl.jobs import align as align_job
+from pixrl.jobs import fuse as fuse_job
+from pixrl.jobs import fuse_many
+from pixrl.jobs.fuse import FinishedRun
 from pixrl.report.align import write_align_report
 from pixrl.report.fuse import write_fuse_report, write_many_report
-from pixrl.runs import align as align_job
-from pixrl.runs import fuse as fuse_job
-from pixrl.runs import fuse_many
 from pixrl.runs.config import ALIGN, KINDS, PERSONALIZE, AlignConfig, load_recipe
 from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse import FinishedRun
 from pixrl.runs.log import evaluations
 from pixrl.runs.training import Report
 

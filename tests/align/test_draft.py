@@ -18,9 +18,9 @@ from pixrl.algorithms.loss import Advantages, Rollouts
 from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches, OptimizerSettings
 from pixrl.errors import ConfigError, InputError
+from pixrl.jobs import align as align_job
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.base import DifferentiableReward
-from pixrl.runs import align as align_job
 from pixrl.runs.config import AlignConfig
 from pixrl.types import RewardBatch, Scores
 from tests import tiny

@@ -86,7 +86,7 @@ def test_means_leave_nan_out_and_tasks_count_alike_worked_out_by_hand() -> None:
 def test_a_finished_run_is_opened_with_its_trained_slots(
     tmp_path: Path, sd3_folder: Path, prompt_file: Path
 ) -> None:
-    from pixrl.runs import align as align_job
+    from pixrl.jobs import align as align_job
     from pixrl.runs.config import AlignConfig
     from tests.align.parts import final, recipe
 

@@ -19,8 +19,8 @@ from pixrl import api, cli
 from pixrl.cli import options
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError, ConfigError, FailedScoresError, InputError, RunError
+from pixrl.jobs import align as align_job
 from pixrl.report.align import write_align_report
-from pixrl.runs import align as align_job
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.data import PromptSampler
 from pixrl.runs.folder import RunFolder

@@ -10,10 +10,10 @@ import pytest
 from pixrl import api
 from pixrl.config import find_recipe
 from pixrl.errors import CheckpointError
+from pixrl.jobs import align as align_job
+from pixrl.jobs.check import check
 from pixrl.report.describe import gallery_entries
-from pixrl.runs import align as align_job
 from pixrl.runs import checkpoint
-from pixrl.runs.check import check
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.folder import RunFolder

@@ -11,7 +11,7 @@ from pixrl import api, rewards
 from pixrl.conformance import check_reward
 from pixrl.doctor.diagnosis import Need
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.runs import align as align_job
+from pixrl.jobs import align as align_job
 from pixrl.types import RewardBatch
 from tests.align.parts import recipe
 from tests.align.test_doctor import needs

@@ -12,7 +12,7 @@ from pixrl import api
 from pixrl import config as recipes
 from pixrl.algorithms import make_loss
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.runs import align as align_job
+from pixrl.jobs import align as align_job
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.folder import RunFolder
 from tests.align.parts import recipe

@@ -179,7 +179,7 @@ STEPS = 24
 def fork() -> Iterator[Callable[..., BaseProcess]]:
     """Runs a pixrl command in a process of its own, forked from one that has imported everything; all end with it."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["pixrl.runs.align", "diffusers", "transformers", "peft"])
+    server.set_forkserver_preload(["pixrl.jobs.align", "diffusers", "transformers", "peft"])
     begun: list[BaseProcess] = []
 
     def begin(*words: str) -> BaseProcess:

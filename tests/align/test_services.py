@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pixrl
 from pixrl.errors import ServiceError
-from pixrl.runs import align as align_job
+from pixrl.jobs import align as align_job
 from pixrl.runs.folder import RunFolder
 from tests.align.parts import JUDGE, final, recipe, same
 from tests.rewards.services import TOKEN, Process, free_port

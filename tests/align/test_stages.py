@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 import pixrl
-from pixrl.runs import align as align_job
+from pixrl.jobs import align as align_job
 from pixrl.runs import checkpoint
 from pixrl.runs.folder import RunFolder
 from tests.align.parts import JUDGE, recipe, same

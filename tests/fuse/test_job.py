@@ -16,10 +16,10 @@ from pixrl.errors import CheckpointError, InputError, RunError, UnknownWordError
 from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.select import one_a_noise_first
 from pixrl.fusion.world import FusionSession
+from pixrl.jobs import fuse as fuse_job
+from pixrl.jobs.fuse import go_on, select_again, start
 from pixrl.runs import checkpoint
-from pixrl.runs import fuse as fuse_job
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse import go_on, select_again, start
 from pixrl.runs.log import load_coefficients
 from tests.fuse.world import fake_world
 from tests.tolerance import agree, rounding

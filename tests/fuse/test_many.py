@@ -8,8 +8,8 @@ from pixrl import api
 from pixrl.algorithms import SAMPLERS
 from pixrl.errors import ConfigError, InputError, RunError, UnknownWordError
 from pixrl.fusion.config import FuseConfig
-from pixrl.runs import fuse as fuse_job
-from pixrl.runs import fuse_many
+from pixrl.jobs import fuse as fuse_job
+from pixrl.jobs import fuse_many
 from tests.fuse.world import fake_world
 
 SMALL = {"budget": 16, "batch": 8, "exemplars": 1}

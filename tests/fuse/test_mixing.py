@@ -25,8 +25,8 @@ from pixrl.algorithms.fusion.mixing import (
 from pixrl.errors import CheckpointError, ConfigError, InputError
 from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.world import FusionSession
+from pixrl.jobs.fuse import go_on, start
 from pixrl.models.base import Conditioning, Mixture
-from pixrl.runs.fuse import go_on, start
 from pixrl.runs.log import load_coefficients
 from tests.fuse.test_job import config
 from tests.tolerance import agree, rounding

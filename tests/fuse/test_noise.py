@@ -6,7 +6,7 @@ import torch
 from pixrl.algorithms.fusion.base import Feedback
 from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.noise import Noise, NoisePlan
-from pixrl.runs.fuse import go_on, start
+from pixrl.jobs.fuse import go_on, start
 from tests.fuse.test_job import same_run
 from tests.fuse.test_samplers import sampler_of, task
 from tests.fuse.world import fake_world

@@ -7,7 +7,7 @@ import yaml
 
 from pixrl.errors import CheckpointError, ConfigError
 from pixrl.fusion.config import FuseConfig
-from pixrl.runs.fuse import go_on, start
+from pixrl.jobs.fuse import go_on, start
 from tests.fuse.world import fake_world
 
 SAMPLER = '''

@@ -8,8 +8,8 @@ import torch
 
 from pixrl.fusion.trainer import FusionTrainer
 from pixrl.fusion.world import FusionSession
+from pixrl.jobs.fuse import open_run, select_again, start
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse import open_run, select_again, start
 from pixrl.runs.log import load_coefficients
 from pixrl.runs.loop import take_step
 from tests.fuse.test_job import config

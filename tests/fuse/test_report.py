@@ -12,13 +12,13 @@ from PIL import Image
 from rich.console import Console
 
 from pixrl.fusion.config import FuseConfig
+from pixrl.jobs import fuse as fuse_job
+from pixrl.jobs.fuse import select_again, start
 from pixrl.metrics.fusion import figures
 from pixrl.report import charts
 from pixrl.report.fuse import command_line, write_fuse_report
 from pixrl.report.page import inline
-from pixrl.runs import fuse as fuse_job
 from pixrl.runs.display import Extent, LiveView, PlainLines, for_terminal, sparkline
-from pixrl.runs.fuse import select_again, start
 from tests.fuse.world import fake_world
 from tests.tolerance import rounding
 

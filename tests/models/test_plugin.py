@@ -9,8 +9,8 @@ from pixrl import api, models
 from pixrl.conformance import check_renderer
 from pixrl.errors import CheckpointError, ConfigError, InputError
 from pixrl.hub import full_path, split_adapter
+from pixrl.jobs.fuse import go_on
 from pixrl.models import adapter_of
-from pixrl.runs.fuse import go_on
 
 DISCS = '''
 """Draws a disc: of a colour that follows from the words, at a place that follows from the seed."""

@@ -13,7 +13,7 @@ from pixrl import api
 from pixrl.cli.options import resumable
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError
-from pixrl.runs import align as align_job
+from pixrl.jobs import align as align_job
 from pixrl.runs.data import checksum
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.log import evaluations

@@ -20,8 +20,8 @@ import pixrl
 from pixrl import api, cli, models
 from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
 from pixrl.errors import CheckpointError, ConfigError, InputError
+from pixrl.jobs import align as align_job
 from pixrl.models.flux import FluxPolicy, Preset
-from pixrl.runs import align as align_job
 from pixrl.runs.config import PersonalizeConfig, load_recipe
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.measure import open_run

@@ -15,9 +15,9 @@ from tests.tolerance import agree
 
 from pixrl import config as recipes
 from pixrl.errors import ConfigError, ShapeError
+from pixrl.jobs import align as align_job
 from pixrl.metrics.diversity import DiversityMeter, pixel_features
 from pixrl.metrics.intervals import student
-from pixrl.runs import align as align_job
 from studies import runs as align_study
 from studies.config import AlignStudyConfig
 from studies.figures import over_seeds

@@ -19,8 +19,8 @@ from pixrl.algorithms.exploration import prepare
 from pixrl.data.pictures import to_tensors
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, RunError
+from pixrl.jobs import align as align_job
 from pixrl.metrics.diversity import DiversityMeter, pixel_features
-from pixrl.runs import align as align_job
 from pixrl.runs.config import load_recipe
 from pixrl.runs.loaded import load_run
 from studies import runs as align_study

@@ -14,7 +14,7 @@ from pixrl import api, cli, libraries
 from pixrl.cli import demo
 from pixrl.config import find_recipe
 from pixrl.errors import RunError
-from pixrl.runs import fuse as fuse_job
+from pixrl.jobs import fuse as fuse_job
 from pixrl.runs.folder import MANIFEST, RunFolder
 from tests.fuse.world import fake_world
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pixrl import cli
-from pixrl.runs import fuse as fuse_job
+from pixrl.jobs import fuse as fuse_job
 from pixrl.runs.folder import MANIFEST
 from tests.fuse.world import fake_world
 

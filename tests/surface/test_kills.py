@@ -16,10 +16,10 @@ import torch
 
 from pixrl import api
 from pixrl.fusion.config import FuseConfig
-from pixrl.runs import align as align_job
+from pixrl.jobs import align as align_job
+from pixrl.jobs import fuse as fuse_job
+from pixrl.jobs.check import check
 from pixrl.runs import checkpoint
-from pixrl.runs import fuse as fuse_job
-from pixrl.runs.check import check
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
 from tests import kills, tiny

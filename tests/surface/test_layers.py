@@ -35,9 +35,6 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SHARED = (0, 5, len(LAYERS) - 1)
 """Layers whose parts import each other: the foundation; the parts of a run and what it fuses with; the top."""
-JOBS = ("pixrl.runs.align", "pixrl.runs.fuse", "pixrl.runs.fuse_many", "pixrl.runs.check")
-"""The files of runs/ that begin, go on with or check a whole run: they refuse by what doctor finds, so they stand above
-it, and the other files of runs/ below."""
 TOY_MAY_IMPORT = LAYERS[0] | LAYERS[1] | LAYERS[2]
 MAY_IMPORT_TOY = {"toy", "cli"}
 TORCH_FREE = [
@@ -62,8 +59,6 @@ def module_name(path: Path) -> str:
 
 def part_of(module: str) -> str:
     """`models` for pixrl.models.sd3, `__init__` for pixrl itself and for what is no module (`pixrl.__version__`)."""
-    if within(JOBS, module):
-        return "jobs"
     name = module.partition(".")[2].partition(".")[0]
     exists = name in LEVEL or (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
     return name if name and exists else "__init__"
@@ -71,7 +66,7 @@ def part_of(module: str) -> str:
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of each module that a file imports; `from pixrl import models` counts as pixrl.models,
-    and `from pixrl.runs import align` as pixrl.runs.align."""
+    and `from pixrl.runs import align` as pixrl.jobs.align."""
     here = module_name(path).split(".")
     package = here if path.name == "__init__.py" else here[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -80,12 +75,8 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            is_bare = base in ("pixrl", "pixrl.runs")
+            is_bare = base == "pixrl"
             yield from ((node.lineno, f"{base}.{alias.name}" if is_bare else base) for alias in node.names)
-
-
-def within(modules: tuple[str, ...], name: str) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def may_import(part: str, other: str, module: str) -> bool:

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from pixrl import api, cli
 from pixrl.errors import CheckpointError
 from pixrl.fusion.config import FuseConfig
+from pixrl.jobs import fuse as fuse_job
+from pixrl.jobs.check import check
 from pixrl.runs import checkpoint
-from pixrl.runs import fuse as fuse_job
-from pixrl.runs.check import check
 from pixrl.runs.folder import EVALUATIONS, MANIFEST, METRICS, JsonLines, RunFolder
 from studies import grid as study_runner
 from tests.fuse.world import fake_world

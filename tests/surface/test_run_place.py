@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from pixrl import api, cli
 from pixrl.errors import RunError
 from pixrl.fusion.config import FuseConfig
+from pixrl.jobs import fuse as fuse_job
+from pixrl.jobs.check import check
 from pixrl.runs import files
-from pixrl.runs import fuse as fuse_job
 from pixrl.runs import place as run_place
-from pixrl.runs.check import check
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.place import MARKER, REPLACED
 from tests import kills

@@ -230,7 +230,7 @@ def check(
     as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
 ) -> None:
     """Look at every file of a run that nobody is writing to; exit code 1 when something is wrong."""
-    from pixrl.runs import check as run_check
+    from pixrl.jobs import check as run_check
 
     found = run_check.check(run, repair=repair)
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(found.lines()))

@@ -17,14 +17,14 @@ from markupsafe import Markup
 from pixrl.config import Settings
 from pixrl.fusion.config import FuseConfig, resolve_options
 from pixrl.fusion.select import SCORE, similarities_of
+from pixrl.jobs import fuse as fuse_job
+from pixrl.jobs.fuse import FinishedRun
+from pixrl.jobs.fuse_many import COMPARE, FinishedRuns
 from pixrl.metrics.fusion import FusionFigures, figures
 from pixrl.report import charts
 from pixrl.report.page import FULL, THUMBNAIL, inline, render
-from pixrl.runs import fuse as fuse_job
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow
-from pixrl.runs.fuse import FinishedRun
-from pixrl.runs.fuse_many import COMPARE, FinishedRuns
 from pixrl.runs.log import COEFFICIENTS
 
 SHOWN = 8

@@ -16,12 +16,12 @@ from pixrl.data.pairs import PairList, check_concepts
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
 from pixrl.fusion.config import FuseConfig, SamplerName, sampler_of
 from pixrl.fusion.world import FusionWorld
+from pixrl.jobs import fuse as fuse_job
+from pixrl.jobs.fuse import FinishedRun
 from pixrl.plugins import is_path
-from pixrl.runs import fuse as fuse_job
 from pixrl.runs.display import Monitor
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.fuse import FinishedRun
 from pixrl.runs.place import CHILDREN, has_saved, is_run, replacing, require_free
 
 COMPARE = "fuse-compare"

@@ -15,12 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from pixrl.errors import CheckpointError, PixrlError
-from pixrl.runs import checkpoint
-from pixrl.runs import place as run_place
-from pixrl.runs.config import KINDS
-from pixrl.runs.files import remove, write_atomic
-from pixrl.runs.folder import JsonLines, RunFolder
-from pixrl.runs.fuse import (
+from pixrl.jobs.fuse import (
     EXEMPLARS,
     FEATURES,
     KIND,
@@ -30,7 +25,12 @@ from pixrl.runs.fuse import (
     slug,
     world_on_disk,
 )
-from pixrl.runs.fuse_many import COMPARE, FAILURES, PAIRS, read_failures
+from pixrl.jobs.fuse_many import COMPARE, FAILURES, PAIRS, read_failures
+from pixrl.runs import checkpoint
+from pixrl.runs import place as run_place
+from pixrl.runs.config import KINDS
+from pixrl.runs.files import remove, write_atomic
+from pixrl.runs.folder import JsonLines, RunFolder
 from pixrl.runs.log import SCORES, coefficients_file, evaluated_places, step_of_place
 from pixrl.runs.place import CHILDREN, REPLACED
 from pixrl.runs.record import START, gallery_on_disk, start_in_checkpoint, start_on_disk
