@@ -16,7 +16,7 @@ from pixrl.algorithms.trainer import MicroBatches
 from pixrl.device import Precision, choose_precision, free_bytes
 from pixrl.doctor.diagnosis import Batches, Findings, Hardware, Need, Trained, run_name, size
 from pixrl.doctor.generator import require_fit
-from pixrl.doctor.needs import existing_device
+from pixrl.doctor.needs import existing_device, require_quantizer
 from pixrl.errors import InputError, PixrlError
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
@@ -29,9 +29,11 @@ from pixrl.models.estimate import (
     imagined,
     operations_of,
 )
-from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.models.loading import denoiser_of
+from pixrl.models.memory_plan import Base, MemoryPlan, Offload
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import TEXT_PARTS, set_decoding
+from pixrl.models.quantization import linear_layers
 from pixrl.models.slots import slot_sizes
 from pixrl.models.text import PromptCache
 from pixrl.runs.config import AlignConfig, kind_of
@@ -165,6 +167,12 @@ def empty_renderer(
         set_decoding(made.vae, plan, made.settings.resolution)
     except InputError as error:
         findings.miss(Need.SETTING, error)
+    if plan.base is Base.NF4:
+        try:
+            linear_layers(denoiser_of(pipeline), model)
+        except InputError as error:
+            findings.miss(Need.SETTING, error)
+        require_quantizer(findings)
     if plan.offload is not Offload.NONE and device.type == "cpu":
         findings.miss(
             Need.SETTING, f"offload={plan.offload.value} has no effect on a CPU: remove it, or choose a GPU."
