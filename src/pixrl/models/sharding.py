@@ -4,12 +4,11 @@ Each process keeps its part of every weight. A block's weights are gathered befo
 backwards, and given back after it, so that all processes must make the same passes in the same order. LoRA stays whole
 on each: its gradients are summed as without sharding, so slots, optimizer and checkpoints are the same, bit for bit.
 
-Divided with its block, LoRA would be gathered in float32 with every pass, instead of its gradient summed once an update.
+Divided with its block, LoRA would be gathered in float32 with every pass, not its gradient summed once an update.
 """
 
 from collections.abc import Collection
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -52,11 +51,8 @@ def shard(transformer: nn.Module, mesh: DeviceMesh, whole: Collection[nn.Paramet
         ConfigError: it has no list of blocks.
     """
     blocks = require_blocks(transformer)
-    device = torch.device(
-        mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None
-    )
     for parameter in whole:
-        parameter.data = parameter.data.to(device)
+        parameter.data = parameter.data.to(mesh.device_type)
     for module in (*blocks, transformer):
         fully_shard(module, mesh=mesh, ignored_params=set(whole))
 
