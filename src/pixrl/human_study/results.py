@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from pixrl.human_study.study import TIE, Folder, Study, scores_by_reward
 from pixrl.human_study.votes import Participant, Vote, Votes
@@ -24,6 +24,8 @@ RESAMPLES = 1000
 SEED = 0
 LEAST_CHECKS = 0.75
 """Share of a participant's answers to attention checks that must be right."""
+GRADIENT = 1e-5
+"""Largest slope, in votes, at which strengths are taken as found."""
 PRIOR_SD = 5.0
 """Standard deviation of the strengths' normal prior, in logits: weak, and finite for a system that won every time."""
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -181,32 +183,42 @@ class Ballots:
         return found, which.reshape(-1)
 
     def win_rates(self, weights: Array) -> Array:
-        """Return each system's share of the comparisons that showed it, votes weighted; nan where none did."""
+        """Return each system's share of the comparisons that showed it; nan where none did.
+
+        Args:
+            weights: how often each vote counts, [resamples, votes].
+
+        Returns:
+            The shares, [resamples, systems].
+        """
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray((weights @ self.won) / (weights @ self.shown))
 
-    def strengths(self, weights: Array, start: Array | None = None) -> Array:
-        """Return the systems' Bradley-Terry strengths in logits, of mean 0.
+    def strengths(self, weights: Array) -> Array:
+        """Return the systems' Bradley-Terry strengths in logits, of mean 0: [resamples, systems], as `win_rates`.
 
         With more than two systems in a comparison it is Luce's choice model, of which Bradley-Terry is the case of two:
         P(i) = exp(s_i) / sum of exp(s_j) over what is shown. It is the mode under a weak normal prior (`PRIOR_SD`).
         """
         sets, which = self.sets
-        won = np.zeros(sets.shape)
-        np.add.at(won, which, weights[:, None] * self.won)
-        votes = won.sum(axis=1)
+        wins = weights @ self.won
+        votes = weights @ (which[:, None] == np.arange(len(sets))).astype(np.float64)
         hidden = np.where(sets > 0, 0.0, -np.inf)
 
-        def loss(strength: Array) -> tuple[float, Array]:
-            logits = strength + hidden
-            total = special.logsumexp(logits, axis=1)
-            share = np.exp(logits - total[:, None])
-            value = votes @ total - won.sum(axis=0) @ strength + (strength @ strength) / (2 * PRIOR_SD**2)
-            return float(value), votes @ share - won.sum(axis=0) + strength / PRIOR_SD**2
+        def loss(flat: Array) -> tuple[float, Array]:
+            strength = flat.reshape(wins.shape)
+            logits = strength[:, None, :] + hidden
+            total = special.logsumexp(logits, axis=2)
+            expected = np.einsum("rk,rks->rs", votes, np.exp(logits - total[:, :, None]))
+            value = (votes * total).sum() - (wins * strength).sum() + (strength**2).sum() / (2 * PRIOR_SD**2)
+            return float(value), (expected - wins + strength / PRIOR_SD**2).reshape(-1)
 
-        begin = np.zeros(len(self.systems)) if start is None else start
-        found = optimize.minimize(loss, begin, jac=True, method="L-BFGS-B").x
-        return np.asarray(found - found.mean())
+        # the resamples do not touch each other: one minimum of their sum is the minimum of each
+        options = {"ftol": 0.0, "gtol": GRADIENT, "maxiter": 2000, "maxfun": 4000}
+        start = np.zeros(wins.size)
+        found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
+        strengths = found.reshape(wins.shape)
+        return np.asarray(strengths - strengths.mean(axis=1, keepdims=True))
 
 
 def _resampled_weights(ballots: Ballots, count: int) -> Array:
@@ -236,10 +248,9 @@ def _criterion(study: Study, name: str, question: str, answers: Sequence[Answer]
         return CriterionResult(name, question, 0, 0, math.nan, math.nan, (), ())
     ballots = Ballots(study, answers)
     weights = _resampled_weights(ballots, RESAMPLES)
-    even = np.ones(len(answers))
-    rates, strengths = ballots.win_rates(even), ballots.strengths(even)
-    rates_again = np.array([ballots.win_rates(row) for row in weights])
-    strengths_again = np.array([ballots.strengths(row, strengths) for row in weights if row.any()])
+    even = np.ones((1, len(answers)))
+    (rates,), (strengths,) = ballots.win_rates(even), ballots.strengths(even)
+    rates_again, strengths_again = ballots.win_rates(weights), ballots.strengths(weights)
     standings = tuple(
         Standing(
             system,
@@ -252,7 +263,7 @@ def _criterion(study: Study, name: str, question: str, answers: Sequence[Answer]
         _correlation(study, reward, scores, answers) for reward, scores in scores_by_reward(study).items()
     )
     by_strength = sorted(standings, key=lambda one: -one.strength.mean)
-    kept = tuple(one for one in correlations if one.pictures > 1)
+    kept = tuple(one for one in correlations if one.pearson.count > 1)  # scores of one prompt tell nothing
     return CriterionResult(
         name, question, len(answers), ties, alpha(study, answers), first, tuple(by_strength), kept
     )
@@ -299,33 +310,58 @@ def _correlation(
     people = np.array([won[name] / shown[name] for name in names])
     machine = np.array([scores[name] for name in names])
     prompts = [study.items[study.pictures[name].item].prompt for name in names]
+    group = np.unique(prompts, return_inverse=True)[1]
+    count = int(group.max()) + 1 if len(names) else 0
     rng = np.random.default_rng(SEED)
-    groups = [np.flatnonzero(np.array(prompts) == prompt) for prompt in dict.fromkeys(prompts)]
-    draws = [
-        np.concatenate([groups[n] for n in rng.integers(len(groups), size=len(groups))])
-        for _ in range(RESAMPLES if groups else 0)
-    ]
+    even = np.ones((1, len(names)))
+    again = even[:0]
+    if count:
+        again = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)[:, group].astype(np.float64)
     every = [share for shares in agrees.values() for share in shares]
-    sums = np.array([[sum(shares), len(shares)] for shares in agrees.values()], dtype=np.float64)
-    again = sums[rng.integers(len(sums), size=(RESAMPLES, len(sums)))].sum(axis=1)
+    sums = np.array(
+        [[sum(shares), len(shares)] for shares in agrees.values() if shares] or [[0, 0]], np.float64
+    )
+    drawn = sums[rng.integers(len(sums), size=(RESAMPLES, len(sums)))].sum(axis=1)
     with np.errstate(invalid="ignore"):
         agreement = _interval(
-            sum(every) / len(every) if every else math.nan, again[:, 0] / again[:, 1], len(agrees)
+            sum(every) / len(every) if every else math.nan, drawn[:, 0] / drawn[:, 1], len(sums)
         )
     figures = [
-        _interval(figure(people, machine), [figure(people[d], machine[d]) for d in draws], len(groups))
+        _interval(float(figure(people, machine, even)[0]), figure(people, machine, again), count)
         for figure in (pearson, spearman)
     ]
     return Correlation(reward, len(names), figures[0], figures[1], agreement)
 
 
-def pearson(x: Array, y: Array) -> float:
-    """Return Pearson's correlation; nan where one of the two does not vary."""
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
+def pearson(x: Array, y: Array, weights: Array) -> Array:
+    """Return Pearson's correlations; nan where one of the two does not vary.
+
+    Args:
+        x: values, [count] or [resamples, count].
+        y: as x.
+        weights: how often each pair of values counts, [resamples, count].
+
+    Returns:
+        One correlation a resample.
+    """
+    total = weights.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        apart = [z - ((weights * z).sum(axis=1) / total)[:, None] for z in (x, y)]
+        scale = [(weights * z * z).sum(axis=1) for z in apart]
+        found = (weights * apart[0] * apart[1]).sum(axis=1) / np.sqrt(scale[0] * scale[1])
+    return np.where(_varies(x, weights) & _varies(y, weights), found, math.nan)
 
 
-def spearman(x: Array, y: Array) -> float:
-    """Return Spearman's correlation, of ranks in which equal values share theirs."""
-    return pearson(stats.rankdata(x), stats.rankdata(y)) if len(x) > 1 else math.nan
+def _varies(z: Array, weights: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    high = np.where(weights > 0, z, -np.inf).max(axis=1, initial=-np.inf)
+    return np.asarray(high > np.where(weights > 0, z, np.inf).min(axis=1, initial=np.inf))
+
+
+def spearman(x: Array, y: Array, weights: Array) -> Array:
+    """Return Spearman's correlations, of ranks in which equal values share theirs; as `pearson`, x and y [count]."""
+
+    def ranks(z: Array) -> Array:  # of each resample's values, but for a constant
+        before = (z[:, None] < z) + (z[:, None] == z) / 2
+        return np.asarray(weights @ before)
+
+    return pearson(ranks(x), ranks(y), weights)
