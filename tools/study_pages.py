@@ -75,7 +75,7 @@ def _photograph(vote: str, results: str) -> None:
             tab.goto(vote)
             tab.click("#start")
             tab.mouse.move(0, 0)
-            tab.wait_for_function("[...document.querySelectorAll('.pick img')].every((one) => one.complete)")
+            tab.wait_for_load_state("networkidle")
             tab.wait_for_timeout(300)
             tab.screenshot(path=IMAGES / f"{name}.png")
         tab = chromium.new_page(viewport={"width": 1100, "height": 800})

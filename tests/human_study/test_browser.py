@@ -45,7 +45,12 @@ def votes_of(folder: Folder) -> list[Vote]:
 
 
 def at_question(tab: Any, number: int) -> None:
-    tab.wait_for_function(f"document.getElementById('count').textContent.startsWith('{number} /')")
+    tab.locator("#count", has_text=f"{number} /").wait_for()
+
+
+def wait_until_sent(tab: Any) -> None:
+    while tab.evaluate("localStorage.getItem(kept)") != "{}":
+        tab.wait_for_timeout(20)
 
 
 def test_a_participant_votes_by_keys_and_clicks_undoes_and_goes_on(browser: Any, made: Make) -> None:
@@ -70,7 +75,7 @@ def test_a_participant_votes_by_keys_and_clicks_undoes_and_goes_on(browser: Any,
         at_question(tab, 2)
         tab.click("#tie")
         at_question(tab, 3)
-        tab.wait_for_function("localStorage.length === 0 || localStorage.getItem(kept) === '{}'")
+        wait_until_sent(tab)
         page.close()  # and with it all that this browser kept
         tab = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
         tab.goto(link)
@@ -83,9 +88,7 @@ def test_a_participant_votes_by_keys_and_clicks_undoes_and_goes_on(browser: Any,
         at_question(tab, 4)
         tab.click(".option:nth-child(2) .pick")
         tab.wait_for_selector("#end:not([hidden])")
-        tab.wait_for_function(
-            "document.getElementById('thanks').textContent.includes('All your votes are saved')"
-        )
+        tab.locator("#thanks", has_text="All your votes are saved").wait_for()
     finally:
         server.stop()
         thread.join()
