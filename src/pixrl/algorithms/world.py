@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pixrl.device import choose_device
 
@@ -171,6 +172,10 @@ class Team:
             return [value]
         values: list[AnyT] = gather_object([value])
         return values
+
+    def mesh(self) -> DeviceMesh:
+        """Return all processes as torch's mesh of one dimension, for sharding."""
+        return init_device_mesh(self._state.device.type, (self.size,))
 
     def wait(self) -> None:
         """Block until every process has called this."""

@@ -138,6 +138,8 @@ class Diagnosis:
     batches: Batches | None
     needed: int | None
     """Bytes of one process at its peak, with these batches."""
+    sharded: bool
+    """Whether the processes divide the denoiser's weights among them."""
     disk: int | None
     """Bytes that the run's folder may grow to."""
     work: Work

@@ -18,6 +18,7 @@ from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Findings, require
 from pixrl.doctor.examine import examine_training, try_rewards
 from pixrl.errors import FailedScoresError, InputError
+from pixrl.models.memory_plan import Shard
 from pixrl.rewards.set import MAX_FAILED_SHARE, RewardSet
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
@@ -63,8 +64,8 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
         ConfigError, InputError: the recipe, or something that it names, is wrong; nothing was written.
         RunError: the folder is taken, or the run had to stop.
     """
-    config, rewards, found = get_ready(config, out, force=force)
-    run = load_run(config, rewards)
+    config, rewards, sharded, found = get_ready(config, out, force=force)
+    run = load_run(config, rewards, sharded=sharded)
     # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
     prepare(run.method.exploration, run.policy, run.first_groups()[:1])
     left_out = check_references(run)
@@ -85,11 +86,11 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
 
 def get_ready(
     config: AlignConfig, out: Path | None = None, *, force: bool = False
-) -> tuple[AlignConfig, RewardSet, tuple[str, ...]]:
+) -> tuple[AlignConfig, RewardSet, bool, tuple[str, ...]]:
     """Check a recipe and this machine, and load and try the rewards, before the generator is loaded.
 
     Returns:
-        The recipe with whole paths, its rewards, and notes for the user.
+        The recipe with whole paths, its rewards, whether the weights are sharded, and notes for the user.
 
     Raises:
         PixrlError: what `pixrl doctor` says stands against the run, or a reward can score nothing; nothing was
@@ -106,7 +107,17 @@ def get_ready(
     findings = Findings()
     try_rewards(rewards, config, found.side, findings)
     require(findings)
-    return config, rewards, notes
+    return config, rewards, any(team.gather(found.sharded)), notes
+
+
+def _is_sharded(config: AlignConfig) -> bool:
+    """Return whether the processes that go on with a run divide its weights among them; all of them agree."""
+    team = Team(config.machine.device)
+    if config.machine.shard is not Shard.AUTO or team.size == 1:
+        return config.machine.divides
+    with quiet_loading():
+        found = examine_training(config, processes=team.size, about_to_run=True)
+    return any(team.gather(found.sharded))
 
 
 def go_on(
@@ -134,7 +145,7 @@ def go_on(
         require_unedited(folder, accept_changes)
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     config = with_full_paths(config, edited)
-    run = load_run(config)
+    run = load_run(config, sharded=_is_sharded(config))
     evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
     changes += [f"changed: {one}" for one in code]
     step, images, saved = find_place(folder)
@@ -195,8 +206,8 @@ def check(config: AlignConfig) -> Report:
 
     One update is taken and nothing is written.
     """
-    config, rewards, said = get_ready(config)
-    run = load_run(config, rewards)
+    config, rewards, sharded, said = get_ready(config)
+    run = load_run(config, rewards, sharded=sharded)
     micro_batches, planned = plan_batches(run)
     notes = tuple(dict.fromkeys((*said, *planned)))
     aligner = run.aligner(micro_batches)

@@ -233,6 +233,9 @@ class Renderer(ABC):
 class FlowPolicy(Renderer):
     """A trainable rectified-flow generator."""
 
+    in_step: bool = False
+    """Whether every process must make the same passes in the same order, since each holds a part of the weights."""
+
     @abstractmethod
     def schedule(self, steps: int) -> Tensor:
         """Return noise levels from 1 down to 0, [steps + 1], the same for sampling and for training."""

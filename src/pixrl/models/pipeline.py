@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixrl.device import choose_device, choose_precision
@@ -28,6 +29,7 @@ from pixrl.models.loading import load_pipeline
 from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.placement import PipelinePart, Placement, set_decoding, without_gradients
+from pixrl.models.sharding import shard, transformer_blocks
 from pixrl.models.slots import LoraSlots, Slot, digest, merge, parse_slot
 from pixrl.models.text import PromptCache, check_words
 
@@ -174,7 +176,7 @@ def compile_blocks(transformer: nn.Module, backend: str) -> int:
             f"torch.compile has no backend {backend!r} here.{did_you_mean(backend, known)} Usual is inductor; "
             f"there are {', '.join(sorted(known))}."
         )
-    blocks = [one for part in transformer.children() if isinstance(part, nn.ModuleList) for one in part]
+    blocks = transformer_blocks(transformer)
     if not blocks:
         raise ConfigError(
             f"{type(transformer).__name__} has no list of blocks to compile. Leave out machine.compile."
@@ -285,10 +287,14 @@ class PipelineRenderer(Renderer):
         check_pairs(source, seeds, self.settings.steps)
         side = self.settings.resolution
         images = torch.empty(len(seeds), 3, side, side)
-        with without_gradients(self.offload):
+        with self._without_gradients():
             for rows in chunks(len(seeds), size):
                 images[rows] = self._draw(source[rows], seeds[rows]).cpu()
         return images
+
+    def _without_gradients(self) -> AbstractContextManager[None]:
+        """Return the context for drawing."""
+        return without_gradients(self.offload)
 
     def fingerprint(self) -> str:
         return self._files_fingerprint
@@ -326,6 +332,15 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy):
         """Compile every transformer block as `compile_blocks` does; LoRA must be attached already."""
         compile_blocks(self.transformer, backend)
         self.compiled = True
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Divide the transformer's weights among processes as `sharding.shard` does; LoRA must be attached already."""
+        shard(self.transformer, mesh, () if self.lora is None else self.lora.all_parameters())
+        self.in_step = True
+
+    def _without_gradients(self) -> AbstractContextManager[None]:
+        # weights that were gathered in inference mode could not be trained through afterwards
+        return torch.no_grad() if self.in_step else super()._without_gradients()
 
     def drop_text(self, prompts: Sequence[str]) -> None:
         """Encode these prompts and the empty one, keep their rows on the CPU and free the text encoders for good.

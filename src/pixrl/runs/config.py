@@ -30,7 +30,7 @@ from pixrl.errors import RunError
 from pixrl.hub import split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
 from pixrl.models.flux import Preset, Shift
-from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.models.memory_plan import MemoryPlan, Offload, Shard
 from pixrl.plugins import PartOf, checksums
 from pixrl.rewards import REGISTRY as REWARDS
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
@@ -106,8 +106,14 @@ class MachineSettings(MemoryPlan):
     """Recompute activations: less memory, about a third more time."""
     drop_text_encoders: bool = False
     """Encode every prompt at the start, then free the text encoders; the embeddings wait on the CPU."""
+    shard: Shard = Shard.AUTO
+    """Divide the frozen denoiser among a run's processes by FSDP2: auto (where it does not fit whole), none or full."""
     compile: str | None = None
     """Compile the transformer's blocks by this backend of torch.compile, such as inductor; none: not compiled."""
+
+    @property
+    def divides(self) -> bool:
+        return self.shard is Shard.FULL
 
 
 class OutputSettings(Settings):
@@ -227,6 +233,11 @@ class AlignConfig(Settings):
             raise ValueError(
                 "machine.offload=sequential saves nothing in training unless activations are computed again: "
                 "add machine.gradient_checkpointing=true"
+            )
+        if machine.offload is Offload.SEQUENTIAL and machine.divides:
+            raise ValueError(
+                "machine.shard=full: layers that come from the CPU one by one cannot be divided among processes too; "
+                "take machine.offload=parts"
             )
         if machine.offload is Offload.SEQUENTIAL and machine.compile is not None:
             raise ValueError(

@@ -17,6 +17,7 @@ from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.metrics.diversity import Features, pixel_features
 from pixrl.models.flux import FluxPolicy
+from pixrl.models.memory_plan import Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.slots import LoraSlots, Slot
 from pixrl.models.text import check_words
@@ -26,7 +27,7 @@ from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, ReferenceSettings
 from pixrl.runs.data import PromptSampler, share, what_is_asked
 from pixrl.runs.evaluation import Evaluator, spread_evenly
-from pixrl.runs.planner import plan, require_room
+from pixrl.runs.planner import plan, require_equal_shares, require_room
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,28 @@ def load_rewards(config: AlignConfig, device: str) -> RewardSet:
     )
 
 
-def load_run(config: AlignConfig, rewards: RewardSet | None = None) -> LoadedRun:
+def load_run(config: AlignConfig, rewards: RewardSet | None = None, *, sharded: bool = False) -> LoadedRun:
     """Loads the model, the rewards and the prompts of a recipe, and checks that they fit.
 
-    `rewards`: those of the recipe, where they are loaded already.
+    Args:
+        config: the recipe.
+        rewards: those of the recipe, where they are loaded already.
+        sharded: whether the processes divide the model's weights among them.
     """
     team = Team(config.machine.device)
     limit_threads(team.size)
     prompts, held_out = (read_prompts(config, split) for split in Split)
-    policy = load_policy(config, team)
+    if sharded:
+        require_equal_shares(config, team.size, len(held_out))
+    policy = load_policy(config, team, sharded=sharded)
     for one in (prompts, held_out):
         check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
     if config.machine.drop_text_encoders:
         policy.drop_text([prompt.text for one in (prompts, held_out) for prompt in one])
     lora = config.lora
     slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    if sharded:
+        policy.shard(team.mesh())
     if config.machine.compile is not None:
         policy.compile(config.machine.compile)
     rewards = load_rewards(config, team.device) if rewards is None else rewards
@@ -132,8 +140,9 @@ def read_prompts(config: AlignConfig, split: Split) -> PromptSet:
     return load_prompts(source, split=split, column=column)
 
 
-def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
-    """The model of a recipe. ConfigError when it cannot be trained."""
+def load_policy(config: AlignConfig, team: Team, *, sharded: bool = False) -> FlowPipelinePolicy:
+    """The model of a recipe; `sharded`: its denoiser stays on the CPU. ConfigError when it cannot be trained."""
+    machine = config.machine.model_copy(update={"shard": Shard.FULL if sharded else Shard.NONE})
     policy = models.load(
         config.model,
         device=team.device,
@@ -142,7 +151,7 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
         guidance=config.guidance,
         resolution=config.resolution,
         t5=config.t5,
-        plan=config.machine,
+        plan=machine,
         lora=config.lora.base,
     )
     policy = require_trainable(policy, config.model)
@@ -261,6 +270,7 @@ def plan_batches(run: LoadedRun) -> tuple[MicroBatches, tuple[str, ...]]:
     sizes = team.gather(found.micro_batches)
     common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))
     spread = f"{config.prompts.per_step} groups of {run.method.group_size} over {team.size} process(es)"
+    spread += ", which divide the denoiser's weights among them" if run.policy.in_step else ""
     read = dict.fromkeys([*run.prompts.prompts.notes, *run.held_out.notes])
     merged = (f"merged into the model: {one.said}" for one in run.policy.merged)
     return common, (spread, *read, *merged, *_overlap(run), *found.reasons)

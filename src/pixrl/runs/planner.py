@@ -6,11 +6,13 @@ are then made equal, and the plan says what was chosen and why.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.device import free_bytes
@@ -19,6 +21,7 @@ from pixrl.models.base import Conditioning
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.memory_plan import Offload
 from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.sharding import transformer_blocks
 from pixrl.runs.config import AlignConfig
 
 
@@ -160,6 +163,36 @@ def _peak(policy: FlowPipelinePolicy, attempt: Callable[[int], None], count: int
 
 SAFE_SHARE = 0.8
 """Of the free memory that may be used."""
+
+
+def require_equal_shares(config: AlignConfig, processes: int, held_out: int) -> None:
+    """Refuse to shard what processes cannot do in step: each must draw as many pictures as the others.
+
+    Args:
+        config: the recipe.
+        processes: how many share the run.
+        held_out: the prompts that the evaluation chooses from.
+
+    Raises:
+        InputError: there is one process, or the prompts of a step or of the evaluation are no multiple of them.
+    """
+    if processes == 1:
+        raise InputError(
+            "machine.shard=full divides the model among processes, and here is one. Start several (torchrun "
+            "--nproc-per-node 2 -m pixrl ...), or take --set machine.shard=none."
+        )
+    shown = min(config.evaluation.prompts, held_out)
+    for name, count in (("prompts.per_step", config.prompts.per_step), ("evaluation.prompts", shown)):
+        if count % processes:
+            fit = count // processes * processes or processes
+            is_short = count is shown and fit > held_out
+            remedy = f"an evaluation.source of {fit} or more" if is_short else f"--set {name}={fit}"
+            raise InputError(
+                f"{name}: {count} prompts cannot be shared out evenly to {processes} processes, which sharded weights "
+                f"(machine.shard) need, since all processes gather them together. Give {remedy}"
+            )
+
+
 _EXHAUSTED = ("DefaultCPUAllocator", "ALLOC_FAILED", "out of memory")
 """How a RuntimeError of torch's CPU allocator, cuBLAS or cuDNN says that memory is used up."""
 
@@ -254,17 +287,25 @@ def _remedy(fit: int) -> str:
 
 def kept_bytes(policy: FlowPipelinePolicy, condition: Conditioning) -> int:
     """Bytes that one picture's backward pass keeps, weights not counted."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.transformer.parameters()}
+    weights: set[int] = set()
     sizes: dict[int, int] = {}
+
+    def note(module: nn.Module, given: object) -> None:
+        own = (x for x in module.parameters() if not isinstance(x, DTensor))  # those are other processes' too
+        weights.update(x.untyped_storage()._cdata for x in own)
 
     def count(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            sizes[storage._cdata] = storage.nbytes()
         return x
 
     x = policy.initial_noise([0])
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda kept: kept):
+    with ExitStack() as hooks, torch.autograd.graph.saved_tensors_hooks(count, lambda kept: kept):
+        for module in (policy.transformer, *transformer_blocks(policy.transformer)):
+            hooks.enter_context(
+                module.register_forward_pre_hook(note)
+            )  # sharded weights are gathered by then
         velocity = policy.velocity(x, x.new_full((1,), 0.5), condition)
     del velocity  # only now: what it kept must not have been freed and counted again under the same address
     return sum(sizes.values())
