@@ -37,6 +37,7 @@ from pixrl.doctor.rewards import (
 )
 from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.fusion.config import FuseConfig
+from pixrl.fusion.learned import read_policy
 from pixrl.fusion.world import PUBLISHED_CLIP, PUBLISHED_SEGMENTER
 from pixrl.hub import Checkpoint, read_card
 from pixrl.models import adapter_of
@@ -318,6 +319,11 @@ def examine_fusion(
     """
     findings = Findings()
     require_out(out, force, findings)
+    if config.policy_from is not None:
+        try:
+            read_policy(Path(config.policy_from)).require_fits(config)
+        except PixrlError as error:
+            findings.miss(Need.SETTING, error)
     checkpoint = find_pipeline(config.model, findings, fetch=about_to_run)
     adapter = None if checkpoint is None else adapter_of(checkpoint)
     device, place, precision = find_place(
