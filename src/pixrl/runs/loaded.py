@@ -96,7 +96,7 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None, *, sharded: 
         sharded: whether the processes divide the model's weights among them.
     """
     team = Team(config.machine.device)
-    limit_threads(team.size)
+    limit_threads(team.local)
     prompts, held_out = (read_prompts(config, split) for split in Split)
     if sharded:
         require_equal_shares(config, team.size, len(held_out))
