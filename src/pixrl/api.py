@@ -14,7 +14,9 @@ from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Diagnosis
 from pixrl.doctor.examine import examine_fusion, examine_training, try_out
 from pixrl.errors import ConfigError, InputError
-from pixrl.fusion.config import FuseConfig, resolve_options
+from pixrl.fusion.config import COMPARE, PAIRS, FuseConfig, resolve_options
+from pixrl.fusion.config import KIND as FUSE
+from pixrl.fusion.learned import read_policy, settings_of
 from pixrl.fusion.select import Selection
 from pixrl.jobs import align as align_job
 from pixrl.jobs import fuse as fuse_job
@@ -208,7 +210,7 @@ def resume(
         return _finish(done)
     if overrides or accept_changes:
         raise InputError(f"{run} is a run of kind {kind!r}, whose settings are fixed once it began.")
-    if kind == fuse_job.KIND:
+    if kind == FUSE:
         return _finish_fusion(fuse_job.go_on(run, monitor=_monitor(live)))
     return write_many_report(fuse_many.go_on_many(run, monitor=lambda: _monitor(live))).parent
 
@@ -296,6 +298,7 @@ def fuse(
     model: str = "toy:sd3",
     out: Path | str | None = None,
     *,
+    policy: Path | str | None = None,
     force: bool = False,
     live: bool = False,
     **settings: Any,
@@ -309,6 +312,8 @@ def fuse(
         sampler: rmler, ppo, grpo, random, mean, bass, agswap, golden, search, bisect or cmaes.
         model: toy:NAME, a folder in diffusers' layout, or a hub id.
         out: the run's folder; None makes a new one under runs/.
+        policy: a finished fusion whose learned policy this one begins with, or a folder of fusions of pairs; model,
+            sampler, its options and the mixing are that run's then.
         force: replace a run that is there already.
         live: show progress.
         settings: any other setting of `FuseConfig`, such as alpha=3 or options={"lr": 0.1}.
@@ -319,9 +324,19 @@ def fuse(
         )
     if not isinstance(concepts, Iterable):
         raise InputError(f'concepts is a list of names, got {concepts!r}: fuse(["owl", "snail"])')
-    given = {"concepts": tuple(concepts), "budget": budget, "seed": seed, "sampler": sampler, "model": model}
-    config = recipes.load(FuseConfig, {**given, **settings})
+    given = {"concepts": tuple(concepts), "budget": budget, "seed": seed}
+    own = {"sampler": sampler, "model": model} if policy is None else with_policy(Path(policy))
+    config = recipes.load(FuseConfig, {**own, **given, **settings})
     return run_fuse(config, None if out is None else Path(out), force=force, live=live)
+
+
+def with_policy(run: Path) -> dict[str, Any]:
+    """The settings of a fusion that begins with what a finished one has learned.
+
+    Raises:
+        InputError: the run is not finished, or what it learned serves its own concepts alone.
+    """
+    return {**settings_of(read_policy(run)), "policy_from": str(run)}
 
 
 def run_fuse(
@@ -346,7 +361,7 @@ def run_compare(
     given = {name: value for name, value in config.options.items() if value != usual.get(name)}
     many = fuse_many.compare_config(config, samplers, given)
     place = out or default_fuse_out(config, compare=True)
-    runs = fuse_many.start_many(many, fuse_many.COMPARE, place, force=force, monitor=lambda: _monitor(live))
+    runs = fuse_many.start_many(many, COMPARE, place, force=force, monitor=lambda: _monitor(live))
     write_many_report(runs)
     return runs.folder.path
 
@@ -356,16 +371,20 @@ def run_pairs(
     pairs: Path | Sequence[str],
     out: Path | None = None,
     *,
+    carry: bool = False,
     force: bool = False,
     live: bool = True,
 ) -> Path:
-    """Every line of a file, or of a list of `a & b`, as a fusion of its own; the folder."""
+    """Every line of a file, or of a list of `a & b`, as a fusion of its own; the folder.
+
+    With `carry` each begins with the policy that the one before it has learned.
+    """
     if config.concepts:
         raise InputError("The concepts come from the list of pairs: leave them out of the recipe.")
     found = read_pairs(pairs) if isinstance(pairs, Path) else parse_pairs(pairs)
-    many = fuse_many.pairs_config(config, found)
+    many = fuse_many.pairs_config(config, found, carry)
     place = out or default_fuse_out(config, pairs=pairs if isinstance(pairs, Path) else None)
-    runs = fuse_many.start_many(many, fuse_many.PAIRS, place, force=force, monitor=lambda: _monitor(live))
+    runs = fuse_many.start_many(many, PAIRS, place, force=force, monitor=lambda: _monitor(live))
     write_many_report(runs)
     return runs.folder.path
 
@@ -395,7 +414,7 @@ def write_report(run: Path) -> Path:
     kind = RunFolder.open(run).kind
     if kind in KINDS:
         return write_align_report(run)
-    if kind == fuse_job.KIND:
+    if kind == FUSE:
         return write_fuse_report(fuse_job.open_finished(run))
     return write_many_report(fuse_many.finished_runs(run))
 
@@ -469,14 +488,14 @@ def _settings(
     if recipe is None or subject is not None:
         return load_either(recipe, overrides, subject=subject, steps=steps, seed=seed)
     kind = recipes.kind_of(recipe) or ALIGN
-    if kind == fuse_job.KIND:
+    if kind == FUSE:
         if steps is not None:
             raise ConfigError("A fusion has no training steps: leave --steps out, and set budget=N.")
         values = {} if seed is None else {"seed": seed}
-        return recipes.load(FuseConfig, recipe, overrides, values=values, kind=fuse_job.KIND)
+        return recipes.load(FuseConfig, recipe, overrides, values=values, kind=FUSE)
     if kind not in KINDS:
         raise ConfigError(
             f"{recipe} is a recipe for {kind!r}, not for one run. doctor takes those of "
-            f"{fuse_job.KIND}, {', '.join(KINDS)}."
+            f"{FUSE}, {', '.join(KINDS)}."
         )
     return load(recipe, overrides, steps=steps, seed=seed)

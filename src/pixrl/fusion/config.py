@@ -1,23 +1,27 @@
 """What a fusion is made from: the recipe `fuse`, whose method is a sampler."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
+from pixrl import config as recipes
 from pixrl import plugins
 from pixrl.algorithms import MIXINGS, SAMPLERS
 from pixrl.algorithms.fusion.base import Sampler
 from pixrl.algorithms.fusion.mixing import ColumnsSettings, MixingSettings, Pooled
 from pixrl.config import MOST, Count, Seed, Settings, refuse_infinite
 from pixrl.data.pairs import check_concepts
-from pixrl.errors import ConfigError, did_you_mean
+from pixrl.errors import ConfigError, RunError, did_you_mean
 from pixrl.fusion.noise import Noise, NoisePlan
 from pixrl.hub import full_path, split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.plugins import PartOf, checksums, is_path
+from pixrl.runs.folder import RunFolder
 
+KIND, COMPARE, PAIRS = "fuse", "fuse-compare", "fuse-pairs"
 CHECKPOINTS = ("model", "clip", "segmenter")
 """Settings that may name a folder."""
 
@@ -63,6 +67,8 @@ class FuseConfig(Settings):
     """A child shows a concept above this similarity; none: the checkpoint's calibration."""
     balance: float | None = Field(None, gt=0, le=MOST)
     """A child is balanced below this difference of similarities; none: the checkpoint's calibration."""
+    policy_from: str | None = None
+    """A finished fusion whose learned policy this one begins with (`policy: conditional`), or a folder of them."""
     mixing: Annotated[MixingSettings, PartOf(MIXINGS)] = ColumnsSettings()
     """What of the concepts is mixed: columns, tokens, steps, velocity or spatial, with its settings."""
     pooled: Pooled = Pooled.WEIGHT
@@ -106,7 +112,8 @@ class FuseConfig(Settings):
                 f"a budget of {self.budget} pictures is below one batch of {self.batch}; "
                 f"raise --budget to {self.batch} or more, or add --set batch={max(2, self.budget)}"
             )
-        if self.pool is not None and self.budget - self.pool < self.batch:
+        only_draws = self.policy_from is not None and self.pool == self.budget
+        if self.pool is not None and self.budget - self.pool < self.batch and not only_draws:
             raise ValueError(
                 f"a pool of {self.pool} of {self.budget} pictures leaves less than one batch of {self.batch} to learn "
                 f"from; give --pool {self.budget - self.batch} or less"
@@ -123,6 +130,8 @@ class FuseConfig(Settings):
         """The same, its checkpoints by their whole paths where they are on this disk."""
         found = {name: full_path(ref) for name in CHECKPOINTS if (ref := self.__dict__[name]) is not None}
         mixing = self.mixing.model_copy(update={"kind": plugins.full_path(self.mixing.kind)})
+        if self.policy_from is not None:
+            found["policy_from"] = str(Path(self.policy_from).resolve())
         return self.model_copy(update={**found, "sampler": plugins.full_path(self.sampler), "mixing": mixing})
 
     @property
@@ -196,3 +205,12 @@ def resolve_options(sampler: str, options: dict[str, Any]) -> Settings:
             for d in error.errors(include_url=False)
         ]
         raise ValueError("; ".join(details)) from None
+
+
+def open_run(path: Path) -> tuple[RunFolder, FuseConfig]:
+    """A fusion's folder and recipe, both checked."""
+    folder = RunFolder.open(path)
+    if folder.kind != KIND:
+        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")
+    recipe = {"pool": 0, **folder.recipe()}  # runs of before there was a pool select among all pictures
+    return folder, recipes.load(FuseConfig, recipe, kind=KIND)

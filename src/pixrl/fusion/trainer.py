@@ -86,7 +86,7 @@ class FusionTrainer:
         """The sampler's coefficients, rendered; in the pool those of its best state."""
         count = self.config.count(step)
         with clock.phase("sampler"):
-            if step >= self.config.learning_steps and self.best is not None:
+            if step == self.config.learning_steps and self.best is not None:
                 self.sampler.restore(self.best.tensors, self.best.state)
             proposal = self.sampler.ask(count, step)
             wanted = proposal.noises_B
@@ -107,6 +107,7 @@ class FusionTrainer:
         passes = self.session.passes(rollouts.proposal.coefficients_BND)
         figures["network_passes"] = float(passes)
         if rollouts.step >= self.config.learning_steps:
+            self.sampler.observe(scores.feedback)
             return figures | ({} if self.best is None else {"pool/from_step": float(self.best.step)})
         with clock.phase("sampler"):
             if self.config.pool_images:

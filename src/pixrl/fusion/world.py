@@ -21,6 +21,8 @@ from torch import Tensor
 from pixrl.algorithms import make_mixing
 from pixrl.algorithms.fusion.base import FusionTask
 from pixrl.algorithms.fusion.mixing import Mixing
+from pixrl.algorithms.fusion.policy import UNMIXED
+from pixrl.equations.fusion import BALANCE
 from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.fusion.config import FuseConfig
 from pixrl.hub import Card, read_card
@@ -184,7 +186,7 @@ class FusionSession:
 
 PROBE_SEED = 43
 """The seed of the calibration's pictures: not the exemplars', so that no picture is compared with itself."""
-BALANCE_SHARE = 0.05 / ((0.2380 + 0.2205) / 2)
+BALANCE_SHARE = BALANCE / UNMIXED
 """The published balance threshold as a share of the imbalance of unmixed prompts."""
 
 

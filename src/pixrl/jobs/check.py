@@ -15,17 +15,17 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from pixrl.errors import CheckpointError, PixrlError
+from pixrl.fusion.config import COMPARE, KIND, PAIRS
 from pixrl.jobs.fuse import (
     EXEMPLARS,
     FEATURES,
-    KIND,
     SELECTION,
     WORLD,
     read_selection,
     slug,
     world_on_disk,
 )
-from pixrl.jobs.fuse_many import COMPARE, FAILURES, PAIRS, read_failures
+from pixrl.jobs.fuse_many import FAILURES, read_failures
 from pixrl.runs import checkpoint
 from pixrl.runs import place as run_place
 from pixrl.runs.config import KINDS

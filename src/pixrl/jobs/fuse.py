@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pixrl import config as recipes
+from pixrl.algorithms.fusion.policy import PolicySampler
 from pixrl.data.pairs import check_concepts
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import require
 from pixrl.doctor.examine import examine_fusion
 from pixrl.errors import CheckpointError, RunError
-from pixrl.fusion.config import FuseConfig
+from pixrl.fusion.config import KIND, FuseConfig, open_run
+from pixrl.fusion.learned import read_policy
 from pixrl.fusion.select import Selection, choose, choose_thresholds, similarities_of
 from pixrl.fusion.trainer import FailureWatch, FusionTrainer
 from pixrl.fusion.world import FusionSession, FusionWorld, load_world
@@ -33,7 +35,6 @@ from pixrl.runs.loop import Loop, Pace
 from pixrl.runs.place import replacing, require_free
 
 _log = logging.getLogger("pixrl")
-KIND = "fuse"
 SELECTION = "selection.json"
 EXEMPLARS = "exemplars"
 FEATURES = "features.safetensors"
@@ -101,6 +102,8 @@ def start(
     config = config.with_full_paths()
     world = world or world_of(config)
     world.mixing(config)  # unknown words and a mixing that does not fit, before any folder
+    if config.policy_from is not None:
+        read_policy(Path(config.policy_from)).require_same_generator(world.renderer.fingerprint())
     folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
     with replacing(folder.path):
         return _run(folder, config, world, START, monitor or Silent())
@@ -167,15 +170,6 @@ def world_of(config: FuseConfig) -> FusionWorld:
     return load_world(*config.world)
 
 
-def open_run(path: Path) -> tuple[RunFolder, FuseConfig]:
-    """A fusion's folder and recipe, both checked."""
-    folder = RunFolder.open(path)
-    if folder.kind != KIND:
-        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")
-    recipe = {"pool": 0, **folder.recipe()}  # runs of before there was a pool select among all pictures
-    return folder, recipes.load(FuseConfig, recipe, kind=KIND)
-
-
 def find_place(folder: RunFolder) -> ResumePoint:
     """The newest whole checkpoint whose pictures are all in the manifest; the start where there is none."""
     rows = len(folder.manifest())
@@ -209,6 +203,11 @@ def _run(
     trainer = FusionTrainer(session, config)
     if place is not START:
         trainer.restore(place.tensors, place.state)
+    elif config.policy_from is not None:
+        learned = read_policy(Path(config.policy_from))
+        learned.require_same_generator(world.renderer.fingerprint())
+        assert isinstance(trainer.sampler, PolicySampler)  # require_fits
+        trainer.sampler.adopt(learned.tensors)
     record = _record(world, session, config)
     _write_world(folder, record, session, place)
     loop = Loop(

@@ -11,10 +11,11 @@ from pydantic import Field
 
 from pixrl import config as recipes
 from pixrl.algorithms import SAMPLERS
+from pixrl.algorithms.fusion.policy import PolicyKind
 from pixrl.config import Settings
 from pixrl.data.pairs import PairList, check_concepts
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
-from pixrl.fusion.config import FuseConfig, SamplerName, sampler_of
+from pixrl.fusion.config import COMPARE, PAIRS, FuseConfig, SamplerName, sampler_of
 from pixrl.fusion.world import FusionWorld
 from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs.fuse import FinishedRun
@@ -24,8 +25,6 @@ from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.place import CHILDREN, has_saved, is_run, replacing, require_free
 
-COMPARE = "fuse-compare"
-PAIRS = "fuse-pairs"
 FAILURES = "failures.json"
 ALL = "all"
 _log = logging.getLogger("pixrl")
@@ -40,6 +39,8 @@ class ManyConfig(Settings):
     """What all of them share, as a `fuse` recipe."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Samplers' own settings; each goes to the samplers that know it."""
+    carry: bool = False
+    """Whether each fusion begins with the policy that the one before it has learned."""
     notes: tuple[str, ...] = ()
     """What was left out of the list of pairs."""
 
@@ -90,11 +91,25 @@ def compare_config(base: FuseConfig, samplers: Sequence[str] | str, given: dict[
     return ManyConfig(concepts=(base.concepts,), samplers=tuple(names), fuse=_shared(base), options=given)
 
 
-def pairs_config(base: FuseConfig, pairs: PairList) -> ManyConfig:
-    """One sampler on every line of a list."""
+def pairs_config(base: FuseConfig, pairs: PairList, carry: bool = False) -> ManyConfig:
+    """One sampler on every line of a list; with `carry`, one policy that goes on learning from line to line.
+
+    Raises:
+        InputError: the sampler has no policy that could be carried over.
+    """
+    if carry and base.options.get("policy") != PolicyKind.CONDITIONAL:
+        raise InputError(
+            f"--carry needs a policy that serves other concepts too, and sampler {base.sampler} with "
+            f"{base.options or 'no options'} has none: add --sampler rmler --set options.policy=conditional."
+        )
     options = dict(base.options)
     return ManyConfig(
-        concepts=pairs.pairs, samplers=(base.sampler,), fuse=_shared(base), options=options, notes=pairs.notes
+        concepts=pairs.pairs,
+        samplers=(base.sampler,),
+        fuse=_shared(base),
+        options=options,
+        carry=carry,
+        notes=pairs.notes,
     )
 
 
@@ -166,16 +181,21 @@ def _run_all(
 ) -> FinishedRuns:
     failures: dict[str, str] = {}
     (folder.path / CHILDREN).mkdir(exist_ok=True)
+    before: Path | None = None
     for name, child in config.children():
         place = folder.path / CHILDREN / name
         if (place / fuse_job.SELECTION).is_file():
+            before = place
             continue
+        if config.carry and before is not None:
+            child = child.model_copy(update={"policy_from": str(before)})
         shown = monitor() if monitor else None
         try:
             if is_run(place):
                 fuse_job.go_on(place, monitor=shown, world=world)
             else:
                 fuse_job.start(child, place, monitor=shown, world=world)
+            before = place
         except RunError as error:
             _log.warning("%s stopped: %s", name, error)
             failures[name] = str(error)

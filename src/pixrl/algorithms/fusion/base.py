@@ -119,6 +119,10 @@ class Sampler(ABC, Generic[SettingsT]):
         """Learn from the scores of a proposal; figures for the log."""
         return {}
 
+    def observe(self, feedback: Feedback) -> None:
+        """See the scores of a batch without learning from them."""
+        return None
+
     @staticmethod
     def shortlist(settings: Any, similarities_BN: Tensor) -> Tensor:
         """Which pictures of a run the method itself would pass on to the selection, bool [B]."""

@@ -8,6 +8,7 @@
 A learned policy that does not beat `RandomMix` is a finding.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -208,8 +209,9 @@ class FusionPPO(PolicySampler[FusionPPOSettings]):
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.value_lr)
 
     def value(self, states_BD: Tensor) -> Tensor:
-        """V(s), [B]."""
-        values_B: Tensor = self.critic((states_BD - self.center_D) / self.spread)[:, 0]
+        """V(s), [B], of states [B, D] or, with the similarities that the critic does not look at, [B, S]."""
+        embeddings_BD = states_BD[:, : len(self.center_D)]
+        values_B: Tensor = self.critic((embeddings_BD - self.center_D) / self.spread)[:, 0]
         return values_B
 
     def advantages(self, proposal: Proposal, feedback: Feedback) -> Tensor:
@@ -223,7 +225,7 @@ class FusionPPO(PolicySampler[FusionPPOSettings]):
         A failed picture takes the mean reward here, so that its neighbours' estimates stand; it is not trained on.
         """
         filled_B = rewards_B.nan_to_num(float(rewards_B.nanmean()))
-        values_B = self.value(proposal.trace["states_BD"])
+        values_B = self.value(proposal.trace["states_BS"])
         next_B = torch.cat((values_B[1:], self.value(proposal.trace["next_D"][None])))
         advantages_B = torch.zeros_like(filled_B)
         running = torch.zeros(())
@@ -240,7 +242,7 @@ class FusionPPO(PolicySampler[FusionPPOSettings]):
         returns_B = self.estimate(proposal, feedback.rewards_B)[1]
         figures = super().tell(proposal, feedback)
         for _ in range(self.settings.epochs):
-            loss = (self.value(proposal.trace["states_BD"]) - returns_B)[scored_B].square().mean()
+            loss = (self.value(proposal.trace["states_BS"]) - returns_B)[scored_B].square().mean()
             self.critic_optimizer.zero_grad()
             torch.autograd.backward(loss)
             self.critic_optimizer.step()
@@ -268,8 +270,11 @@ class FusionGRPO(PolicySampler[FusionGRPOSettings]):
 
     def __init__(self, task: FusionTask, settings: FusionGRPOSettings) -> None:
         super().__init__(task, settings)
-        with torch.no_grad():
-            self.first = self.policy.gaussian(self.state_D[None])
+        self.first = copy.deepcopy(self.policy).requires_grad_(False)
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        super().adopt(tensors)
+        self.first = copy.deepcopy(self.policy).requires_grad_(False)
 
     def transition(self, coefficients_ND: Tensor) -> Tensor:
         return self.state_D
@@ -278,15 +283,25 @@ class FusionGRPO(PolicySampler[FusionGRPOSettings]):
         advantages_PG = group_advantages(feedback.by_noise())
         return advantages_PG.sum(dim=0)
 
-    def penalty(self, states_BD: Tensor) -> Tensor | None:
+    def penalty(self, states_BS: Tensor) -> Tensor | None:
         if self.settings.kl == 0:
             return None
-        mean_BX, log_std_BX = self.policy.gaussian(states_BD)
-        first_mean_X, first_log_std_X = self.first
-        variance_ratio_BX = (2 * (log_std_BX - first_log_std_X)).exp()
-        distance_BX = ((mean_BX - first_mean_X) * (-first_log_std_X).exp()) ** 2
-        kl_BX = 0.5 * (variance_ratio_BX + distance_BX - 1) - (log_std_BX - first_log_std_X)
+        mean_BX, log_std_BX = self.policy.gaussian(states_BS)
+        first_mean_BX, first_log_std_BX = self.first.gaussian(states_BS)
+        variance_ratio_BX = (2 * (log_std_BX - first_log_std_BX)).exp()
+        distance_BX = ((mean_BX - first_mean_BX) * (-first_log_std_BX).exp()) ** 2
+        kl_BX = 0.5 * (variance_ratio_BX + distance_BX - 1) - (log_std_BX - first_log_std_BX)
         return self.settings.kl * kl_BX.sum(dim=1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        first = {f"first/{name}": x for name, x in self.first.state_dict().items()}
+        return super().tensors() | first
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        super().restore(tensors, state)
+        first = {name.removeprefix("first/"): x for name, x in tensors.items() if name.startswith("first/")}
+        if first:  # runs of before it was kept began with the one that the seed gives
+            self.first.load_state_dict(first)
 
 
 class BASSSettings(Settings):

@@ -34,6 +34,8 @@ Deviations:
 7. A picture whose scoring failed leaves the batch; it never counts as a reward of 0.
 8. "The best-performing checkpoint" that draws at inference is the state that drew the batch of the highest mean reward;
    the pool that it draws is a part of the budget (`pool`, a quarter). The paper says neither.
+9. `policy: conditional` sees, beside the embedding, the concepts themselves and the mean similarities of the last
+   batch; the paper's state is the fused embedding alone, from which neither can be told.
 """
 
 from enum import StrEnum
