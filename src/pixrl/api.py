@@ -426,7 +426,7 @@ def draw(
     name = fuse_job.slug(
         f"{Path(what).name}-{seed}" if child is None else f"{Path(what).name}-{child}-{seed}"
     )
-    request = draw_job.Request(prompt, n, size, seed, subject, child, model, device)
+    request = draw_job.DrawRequest(prompt, n, size, seed, subject, child, model, device)
     with quiet_loading():
         return Pictures(draw_job.draw(what, request, _free(name, DRAWN) if out is None else Path(out)))
 

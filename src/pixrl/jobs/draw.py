@@ -47,7 +47,7 @@ _SLOTS = "slots/"
 
 
 @dataclass(frozen=True)
-class Request:
+class DrawRequest:
     """What is to be drawn."""
 
     prompt: str | None = None
@@ -80,7 +80,7 @@ class Source:
     """What the manifest says of every picture."""
 
 
-def draw(what: str | Path, request: Request, out: Path) -> tuple[Path, ...]:
+def draw(what: str | Path, request: DrawRequest, out: Path) -> tuple[Path, ...]:
     """Draw PNGs and their manifest into a new folder; return the pictures' paths.
 
     Args:
@@ -112,7 +112,7 @@ def draw(what: str | Path, request: Request, out: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def _source(what: str | Path, request: Request) -> Source:
+def _source(what: str | Path, request: DrawRequest) -> Source:
     """Return what draws, after every check that needs no picture."""
     place = Path(what)
     if not (place / RECIPE).is_file():
@@ -141,13 +141,13 @@ def _source(what: str | Path, request: Request) -> Source:
     return _of_run(folder, request)
 
 
-def _require_prompt(request: Request) -> None:
+def _require_prompt(request: DrawRequest) -> None:
     if not (request.prompt or "").strip():
         raise InputError('There is no prompt. Type: pixrl draw RUN "a photo of an owl"')
     require_text(str(request.prompt), f"the prompt {request.prompt!r}")
 
 
-def _of_model(what: str, request: Request) -> Source:
+def _of_model(what: str, request: DrawRequest) -> Source:
     """A model as it is, or with a LoRA merged into it."""
     ref, lora = (what, None) if request.base is None else (request.base, what)
     if lora is None and not (Path(what) / INDEX).is_file() and any(Path(what).glob("*lora*.safetensors")):
@@ -159,7 +159,7 @@ def _of_model(what: str, request: Request) -> Source:
     return Source(lambda seed: renderer.sample(row, [seed])[0], request.seeds(), about | _how(renderer))
 
 
-def _of_run(folder: RunFolder, request: Request) -> Source:
+def _of_run(folder: RunFolder, request: DrawRequest) -> Source:
     """What a run learned, drawn as its evaluation draws: its slot, steps, solver and references."""
     saved = checkpoint.latest(folder.path)
     if saved is None:
@@ -196,7 +196,7 @@ def _of_run(folder: RunFolder, request: Request) -> Source:
     return Source(picture, request.seeds(), about | _how(policy))
 
 
-def _as_drawn(config: AlignConfig, request: Request) -> AlignConfig:
+def _as_drawn(config: AlignConfig, request: DrawRequest) -> AlignConfig:
     """Return a run's settings with the evaluation's steps and what was asked for."""
     steps = config.evaluation.steps or config.sampling.steps
     machine = {"gradient_checkpointing": False} | (
@@ -223,7 +223,7 @@ def _subject(config: PersonalizeConfig, name: str | None) -> Subject:
     return known[name]
 
 
-def _of_child(path: Path, request: Request) -> Source:
+def _of_child(path: Path, request: DrawRequest) -> Source:
     """A child of a fusion again: its own noise first, then others."""
     if request.prompt is not None or request.subject is not None:
         wrong = "a prompt" if request.prompt is not None else "--subject"
