@@ -19,7 +19,7 @@ from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sharding import require_blocks, sharded_bytes, transformer_blocks
 from pixrl.runs.config import AlignConfig
-from pixrl.runs.planner import require_equal_shares
+from pixrl.runs.planner import kept_bytes, require_equal_shares
 from pixrl.runs.record import START
 from tests.align.launching import Launch
 from tests.align.parts import (
@@ -73,7 +73,7 @@ def test_sharded_is_whole_bit_for_bit(
 def test_a_run_goes_on_with_shards_and_without(
     tmp_path: Path, sd3_folder: Path, prompt_file: Path, launch: Launch
 ) -> None:
-    """Two processes with shards, then one without, then two with shards again end as one that did all of it."""
+    """Two processes with shards, one without, two with shards, and two that fit: they end as one that did all of it."""
     settings = recipe(sd3_folder, prompt_file, optimizer={"lr": 1e-3, "eps": EPS})
     settings["machine"] |= {"gradient_checkpointing": True}
     file = write_recipe(tmp_path, settings)
@@ -84,7 +84,9 @@ def test_a_run_goes_on_with_shards_and_without(
     assert not is_divided(mixed)
     assert launch(2, "resume", str(mixed), "--set", "steps=3", *FULL) == [0, 0]
     assert is_divided(mixed)
-    assert launch(1, "align", file, "--out", str(whole)) == [0]
+    assert launch(2, "resume", str(mixed), "--set", "steps=4", "--set", "machine.shard=auto") == [0, 0]
+    assert not is_divided(mixed)
+    assert launch(1, "align", file, "--out", str(whole), "--steps", "4") == [0]
     assert_trained_alike(mixed, whole)
 
 
@@ -101,7 +103,10 @@ def _hold(folder: str) -> None:
     rest = total - sum(bytes_of.values())
     most = sharded_bytes(policy.transformer, 2)
     slots = policy.attach_lora(rank=4, alpha=8)
+    condition = policy.encode(["a cat"])
+    kept = kept_bytes(policy, condition)
     policy.shard(Team("cpu").mesh())
+    assert kept_bytes(policy, condition) == kept > 0
     lora = {id(x) for x in slots.all_parameters()}
     seen: list[int] = []
 
@@ -115,7 +120,7 @@ def _hold(folder: str) -> None:
     for block in transformer_blocks(policy.transformer):
         block.register_forward_pre_hook(look)
     x = policy.initial_noise([1])
-    velocity = policy.velocity(x, x.new_full((1,), 0.5), policy.encode(["a cat"]))
+    velocity = policy.velocity(x, x.new_full((1,), 0.5), condition)
     velocity.square().mean().backward()
     assert len(seen) == len(bytes_of) and max(seen) <= most < 2 * max(seen)
     assert all(not isinstance(x, DTensor) and x.grad is not None for x in slots.parameters())
