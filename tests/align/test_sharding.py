@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 import yaml
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -90,7 +91,6 @@ def test_a_run_goes_on_with_shards_and_without(
     assert_trained_alike(mixed, whole)
 
 
-@pytest.mark.slow
 def test_each_process_holds_its_part_and_one_block(sd3_folder: Path, launch: Launch) -> None:
     assert launch(2, str(sd3_folder), act=_hold) == [0, 0]
 
@@ -207,6 +207,17 @@ def load(ref: str) -> FlowPipelinePolicy:
     return policy
 
 
+def test_the_bytes_of_a_part_by_hand() -> None:
+    """Blocks of 100, 64 and 36 numbers and 5 outside: half of 205, the 5, and the two largest blocks."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Linear(side, side, bias=False) for side in (8, 10, 6))
+    model.out = nn.Linear(5, 1, bias=False)
+    assert sharded_bytes(model, 2) == 4 * 103 - 2 + 4 * (5 + 100 + 64)
+    assert sharded_bytes(model.bfloat16(), 5) == 2 * (41 + 5 + 100 + 64)
+    model.blocks.append(nn.ModuleDict({"lora_A": nn.Linear(50, 50)}))
+    assert sharded_bytes(model, 5) == 2 * (41 + 5 + 100 + 64)
+
+
 @pytest.mark.parametrize(
     ("processes", "per_step", "shown", "held_out", "message"),
     [
@@ -237,9 +248,18 @@ def test_the_doctor_says_so_before_anything_loads() -> None:
     assert "here is one" in said[Need.SETTING]
 
 
-def test_a_model_without_blocks_and_streamed_layers_are_refused() -> None:
+def test_models_without_blocks_quantized_weights_and_streamed_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"Linear has no list of blocks.*machine.shard=none"):
         require_blocks(nn.Linear(2, 2))
+    quantized = nn.Module()
+    quantized.blocks = nn.ModuleList([nn.Linear(2, 2)])
+    assert len(require_blocks(quantized)) == 1
+    packed = torch.zeros(2, dtype=torch.uint8)
+    quantized.blocks[0].weight = nn.Parameter(packed, requires_grad=False)  # type: ignore[union-attr]
+    with pytest.raises(
+        ConfigError, match=r"1 quantized weights, first blocks.0.weight, .*machine.shard=none"
+    ):
+        require_blocks(quantized)
     streamed = {"offload": "sequential", "gradient_checkpointing": True, "shard": "full"}
     with pytest.raises(ConfigError, match=r"machine.shard=full: .*take machine.offload=parts"):
         examined(2, **streamed)
