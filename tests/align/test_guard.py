@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 from pixrl.runs.guard import Looked, MonitorSettings, Signal, compare
 
@@ -71,6 +72,23 @@ def test_each_signal_has_a_direction_and_a_bound(by: dict[str, float], wanted: s
     assert found(signals(first, moved(first, **by))) == wanted
 
 
+def test_trained_rewards_that_stay_disagree_with_nothing() -> None:
+    first = looked()
+    fallen = moved(first, kept=-0.25)
+    assert found(signals(first, fallen, shift=0.1, fall=9.0)) == set()
+    assert "disagreement/kept" in found(
+        signals(first, moved(first, trained=0.3, kept=-0.25), shift=0.1, fall=9.0)
+    )
+
+
+def test_a_prompt_counts_once_however_many_pictures_it_has() -> None:
+    first = looked()
+    now = moved(first, brightness=0.3)
+    change_P = (now.statistics["brightness"] - first.statistics["brightness"]).mean(dim=1)
+    expected = 2 * stats.ttest_1samp(change_P.numpy(), 0, alternative="greater").pvalue
+    assert signals(first, now)["picture/brightness"].p == pytest.approx(expected)
+
+
 def test_a_far_move_of_few_prompts_is_chance() -> None:
     first = looked()
     now = moved(first)
@@ -96,6 +114,8 @@ def test_scores_that_failed_are_left_out() -> None:
     now.scores["kept"][:3] = math.nan
     seen = signals(first, now)["reward/kept"]
     assert seen.found and math.isfinite(seen.after)
+    change_P = (first.scores["kept"] - now.scores["kept"]).mean(dim=1)[3:]
+    assert seen.p == pytest.approx(stats.ttest_1samp(change_P.numpy(), 0, alternative="greater").pvalue)
     now.scores["kept"][3:] = math.nan
     assert not signals(first, now)["reward/kept"].found
 
