@@ -1,21 +1,15 @@
 """Weights divided among processes change nothing: the same pictures, checkpoints, resumes; else it is refused."""
 
 import json
-import multiprocessing
-import os
-import random
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import torch
 import yaml
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pixrl import api, cli, models
+from pixrl import api, models
 from pixrl.algorithms.world import Team
 from pixrl.doctor import estimate as doctor
 from pixrl.doctor.diagnosis import Diagnosis, Need
@@ -27,6 +21,7 @@ from pixrl.models.sharding import require_blocks, sharded_bytes, transformer_blo
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.planner import require_equal_shares
 from pixrl.runs.record import START
+from tests.align.launching import Launch
 from tests.align.parts import (
     CLIPPED,
     GRPO,
@@ -42,48 +37,8 @@ from tests.align.parts import (
 from tests.align.test_processes import EPS, assert_trained_alike
 
 T = TypeVar("T")
-Launch = Callable[..., list[int | None]]
 FULL, NONE = ("--set", "machine.shard=full"), ("--set", "machine.shard=none")
 DIVIDED = "divide the denoiser's weights among them"
-
-
-@pytest.fixture(scope="module")
-def launch() -> Iterator[Launch]:
-    """Runs a pixrl command, or a function, in processes that know each other as torchrun's do; returns exit codes."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["pixrl.jobs.align", "diffusers", "transformers", "peft"])
-    begun: list[BaseProcess] = []
-
-    def run(processes: int, *words: str, act: Callable[..., None] = _command) -> list[int | None]:
-        port = random.SystemRandom().randint(20000, 40000)
-        own = [
-            server.Process(target=_play, args=(act, words, rank, processes, port))
-            for rank in range(processes)
-        ]
-        begun.extend(own)
-        for process in own:
-            process.start()
-        for process in own:
-            process.join(600)
-        return [process.exitcode for process in own]
-
-    yield run
-    for process in begun:
-        process.kill()
-        process.join(60)
-
-
-def _play(act: Callable[..., None], words: Sequence[str], rank: int, processes: int, port: int) -> None:
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
-    if processes > 1:
-        os.environ |= {name: str(number) for name, number in place.items()}
-    act(*words)
-
-
-def _command(*words: str) -> None:
-    cli.app(list(words), standalone_mode=False)
 
 
 def write_recipe(folder: Path, settings: dict[str, Any]) -> str:

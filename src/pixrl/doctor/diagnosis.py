@@ -75,6 +75,8 @@ class Hardware:
     """The dtype of matrix products."""
     free: int
     """Bytes that are free on the device now."""
+    local: int
+    """Number of processes on this host, which share its main memory."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from pixrl import models
 from pixrl.algorithms.optim import moment_bytes
 from pixrl.algorithms.trainer import MicroBatches
+from pixrl.algorithms.world import sharers
 from pixrl.device import Precision, choose_precision, free_bytes
 from pixrl.doctor.diagnosis import Batches, Findings, Hardware, Need, Trained, run_name, size
 from pixrl.doctor.generator import require_fit
@@ -64,12 +65,18 @@ _PHASE = "seconds/"
 
 
 def find_place(
-    device: str, dtype: str, processes: int, findings: Findings, *, on_gpu: str = "auto"
+    device: str,
+    dtype: str,
+    processes: int,
+    findings: Findings,
+    *,
+    local: int | None = None,
+    on_gpu: str = "auto",
 ) -> tuple[torch.device, Hardware, Precision]:
     """Return where the run would compute, and with which precision.
 
     What is asked for and is not there is a problem; the estimates go on without it. `on_gpu` is the dtype that "auto"
-    stands for on a GPU.
+    stands for on a GPU; `local`: the processes on this host, None: all.
     """
     asked = dtype
     try:
@@ -88,7 +95,7 @@ def find_place(
             precision = choose_precision(torch.device("cuda"), dtype)
     computing = precision.autocast or precision.weights
     names = (str(precision.weights).removeprefix("torch."), str(computing).removeprefix("torch."))
-    return chosen, Hardware(str(chosen), processes, *names, free_bytes(chosen)), precision
+    return chosen, Hardware(str(chosen), processes, *names, free_bytes(chosen), local or processes), precision
 
 
 class Estimate:
@@ -232,9 +239,10 @@ def fit_batches(
     """
     if estimate is None:
         return None, None, config.machine.divides
-    free = place.free // (place.processes if device.type == "cpu" else 1)
+    free = place.free // (place.local if device.type == "cpu" else 1)
+    each = sharers(place.processes, place.local)
     for sharded in _ways_to_hold(config, place, estimate):
-        resident = _resident(config, parts, rewards, estimate, place.processes if sharded else 1)
+        resident = _resident(config, parts, rewards, estimate, each if sharded else 1)
         batches = _batches(config, device, place, estimate, free - resident)
         peak = resident + _higher(estimate.drawing, estimate.training, (batches.rollout, batches.train or 1))
         if peak <= free:
@@ -243,10 +251,10 @@ def fit_batches(
         findings.miss(Need.MEMORY, _too_much(config, estimate, batches, resident, peak, free))
     elif sharded and not config.machine.divides:
         findings.note(
-            f"machine.shard: the weights do not fit whole into {size(free)}, so {place.processes} processes divide the "
-            "denoiser among them"
+            f"machine.shard: the weights do not fit whole into {size(free)}, so every {each} processes divide a "
+            "copy of the denoiser among them"
         )
-    host = sum(part.bytes for part in parts.values()) * place.processes
+    host = sum(part.bytes for part in parts.values()) * place.local
     if device.type != "cpu" and host > free_bytes(torch.device("cpu")):
         findings.miss(Need.MEMORY, f"Weights pass through main memory, which needs {size(host)} free.")
     return batches, peak, sharded

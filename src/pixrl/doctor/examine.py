@@ -68,6 +68,7 @@ def examine_training(
     config: AlignConfig,
     *,
     processes: int = 1,
+    local: int | None = None,
     out: Path | None = None,
     force: bool = False,
     about_to_run: bool = False,
@@ -79,6 +80,7 @@ def examine_training(
     Args:
         config: the recipe.
         processes: number of processes that would share its steps.
+        local: number of them on this host; None: all.
         out: the run's folder; None: a new one.
         force: whether a run that lies there would be replaced.
         about_to_run: download what is missing of the generator; time and memory are left to the run itself where a
@@ -90,7 +92,8 @@ def examine_training(
     except InputError as error:
         findings.miss(Need.SETTING, error)
     require_out(out, force, findings)
-    device, place, precision = find_place(config.machine.device, config.machine.dtype, processes, findings)
+    machine = config.machine
+    device, place, precision = find_place(machine.device, machine.dtype, processes, findings, local=local)
     prompts, shown = _prompts(config, findings)
     rewards = find_rewards(config.rewards, prompts + shown, findings)
     sets = {"prompts.source": prompts, "evaluation.source": shown}
@@ -117,7 +120,7 @@ def examine_training(
         require_own_world(estimate.policy, parameters_of(parts), judges.items(), findings)
     weighed = estimate if estimate is not None and estimate.weighed else None
     batches, needed, sharded = fit_batches(config, device, place, parts, rewards, weighed, findings)
-    if sharded or config.machine.divides:
+    if sharded or machine.divides:
         _require_shardable(config, processes, len(shown), estimate, findings)
     disk = None if estimate is None else _disk(config, estimate)
     if disk is not None:

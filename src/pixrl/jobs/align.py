@@ -17,7 +17,7 @@ from pixrl.algorithms.world import Team
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Findings, require
 from pixrl.doctor.examine import examine_training, try_rewards
-from pixrl.errors import FailedScoresError, InputError
+from pixrl.errors import FailedScoresError, InputError, RunError
 from pixrl.models.memory_plan import Shard
 from pixrl.rewards.set import MAX_FAILED_SHARE, RewardSet
 from pixrl.runs.config import AlignConfig, kind_of, read_config
@@ -79,10 +79,23 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
     with replacing(out) if team.leads else nullcontext():
         if team.leads:
             write_start(RunFolder.open(out), run, micro_batches, notes)
-        team.wait()
+        _require_seen(out, team)
         folder = RunFolder.open(out)
         _play(folder, run, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
     return folder.path
+
+
+def _require_seen(out: Path, team: Team) -> None:
+    """Wait for the run's folder, and raise a RunError on all processes where one of them does not see it."""
+    team.wait()
+    # by listing: a network disk may remember that the folder was not there
+    is_there = out.parent.is_dir() and any(one.name == out.name for one in out.parent.iterdir())
+    seen = team.gather(is_there)
+    if not all(seen):
+        raise RunError(
+            f"Process 0 made {out}, and process {seen.index(False)} does not see it there. All hosts of a run write "
+            "into one folder: give --out as a full path on a disk that they share."
+        )
 
 
 def get_ready(
@@ -100,7 +113,12 @@ def get_ready(
     team = Team(config.machine.device)
     with quiet_loading():
         found = examine_training(
-            config, processes=team.size, out=out if team.leads else None, force=force, about_to_run=True
+            config,
+            processes=team.size,
+            local=team.local,
+            out=out if team.leads else None,
+            force=force,
+            about_to_run=True,
         )
     notes = require(found)
     config = with_full_paths(config)
@@ -117,7 +135,7 @@ def _is_sharded(config: AlignConfig) -> bool:
     if config.machine.shard is not Shard.AUTO or team.size == 1:
         return config.machine.divides
     with quiet_loading():
-        found = examine_training(config, processes=team.size, about_to_run=True)
+        found = examine_training(config, processes=team.size, local=team.local, about_to_run=True)
     return any(team.gather(found.sharded))
 
 

@@ -3,7 +3,7 @@
 A method is the combination of four of its parts:
 
 exploration (noise, perturbed) x sampling (solver, random steps) x advantage (weights, synergy, time) x loss (clipped,
-nft, draft; sft and rpo as baselines).
+nft, draft, dpo; sft and rpo as baselines).
 
 Customized-GRPO is noise exploration x random steps x (synergy, time weights) x clipped; every other combination runs.
 A personalize recipe is an align recipe whose prompts come with subjects. `fusion/config.py` has the recipe of `fuse`.
@@ -169,7 +169,7 @@ class AlignConfig(Settings):
         self.loss.check_rewards(self.rewards)
         for _, weights in weights_by_stage(self.rewards, self.stages):
             self.advantage.check_rewards(weights)
-        if self.exploration.varies_conditions and self.loss.needs_targets:
+        if self.exploration.varies_conditions and (self.loss.needs_targets or self.loss.needs_pairs):
             raise ValueError(
                 f"exploration: {self.exploration.kind} has no effect with loss: {self.loss.kind}, which draws nothing: "
                 "set exploration.kind to noise"
@@ -179,6 +179,7 @@ class AlignConfig(Settings):
                 "exploration makes groups of one sample, which have nothing to be compared with: raise "
                 "exploration.noises to 2 or more"
             )
+        self.loss.check_group(self.group_size)
         if self.exploration.starts_at_one_noise and self.sampling.noise is StepNoise.NONE:
             raise ValueError(
                 "exploration.shared_start: without random steps all samples of a group would be the same picture: set "
