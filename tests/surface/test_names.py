@@ -30,6 +30,7 @@ PIXRL = [
     "rewards",
 ]
 EQUATIONS = [
+    "Preference",
     "SDEStep",
     "Shortfall",
     "anchor_loss",
@@ -38,6 +39,7 @@ EQUATIONS = [
     "cps_step",
     "dance_step",
     "diversity_loss",
+    "dpo_loss",
     "flow_sde_step",
     "fuse",
     "fusion_reward",
