@@ -31,6 +31,7 @@ PIXRL = [
     "rewards",
 ]
 EQUATIONS = [
+    "Preference",
     "SDEStep",
     "Shortfall",
     "anchor_loss",
@@ -39,6 +40,7 @@ EQUATIONS = [
     "cps_step",
     "dance_step",
     "diversity_loss",
+    "dpo_loss",
     "flow_sde_step",
     "fuse",
     "fusion_reward",

@@ -22,6 +22,7 @@ LOSSES = Registry(
         "clipped": "pixrl.algorithms.grpo:GRPOLoss",
         "nft": "pixrl.algorithms.nft:NFTLoss",
         "sft": "pixrl.algorithms.sft:SFTLoss",
+        "dpo": "pixrl.algorithms.dpo:DPOLoss",
         "rpo": "pixrl.algorithms.rpo:RPOLoss",
         "draft": "pixrl.algorithms.draft:DRaFTLoss",
     },

@@ -64,6 +64,8 @@ class LossSettings(Settings):
     conflicts say nothing of what is learned."""
     needs_targets: ClassVar[bool] = False
     """Whether every prompt of training must come with a picture that shows how it should be."""
+    needs_pairs: ClassVar[bool] = False
+    """Whether every prompt of training must come with two pictures, of which one was preferred."""
     compares_samples: ClassVar[bool] = True
     """Whether a group of one sample teaches nothing."""
     through_decoder: ClassVar[bool] = False
@@ -77,6 +79,9 @@ class LossSettings(Settings):
 
     def check_updates(self, updates: int) -> None:
         """ValueError for settings that do not fit this number of optimizer steps a training step."""
+
+    def check_group(self, size: int) -> None:
+        """ValueError where the loss cannot learn from groups of this size, above 1."""
 
     def check_rewards(self, rewards: Sequence[RewardSetting]) -> None:
         """ValueError where the loss cannot learn from these rewards. Loads no model."""

@@ -1,6 +1,6 @@
 """What adapters of diffusers pipelines share: all of them `PipelineRenderer`, SD3 and FLUX `FlowPipelinePolicy`.
 
-First the helpers of every adapter: settings, seeded noise, micro-batches, decoding. Then two ways to a faster update:
+First the helpers of every adapter: settings, seeded noise, micro-batches. Then two ways to a faster update:
 plain attention on a CPU, and torch.compile. Then the renderer (card, settings, sampling in pieces) and the policy (one
 Euler loop, placement, LoRA slots). A family adds how it encodes a prompt, its schedule and its velocity. loading.py
 loads the weights.
@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pixrl.device import choose_device, choose_precision
 from pixrl.errors import ConfigError, InputError, RunError, ShapeError, did_you_mean
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
-from pixrl.models.base import Conditioning, FlowPolicy, Mixture, Renderer, SamplingSettings
+from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, Renderer, SamplingSettings
+from pixrl.models.latents import LatentCache, decode_latents, encode_latents, memory_format
 from pixrl.models.loading import load_pipeline
 from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import MemoryPlan
@@ -99,33 +100,6 @@ def micro_batch_for(device: torch.device, resolution: int) -> int:
     if device.type == "cpu":
         return max(1, 32 * 64 * 64 // (resolution * resolution))
     return max(1, 64 * 512 * 512 // (resolution * resolution))
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Return how convolutions are stored: channels last is faster on GPUs; on CPUs it was slower (docs/log.md)."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents to pictures in [0, 1]: undo the VAE's scaling and shift, decode, map [-1, 1] to [0, 1].
-
-    Within float16 autocast the decoder runs in bfloat16, since its activations overflow in float16.
-    """
-    config = vae.config
-    latents = latents.float()
-    if config.latents_mean is not None and config.latents_std is not None:
-        mean, std = (
-            latents.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
-        )
-        latents = latents * std / config.scaling_factor + mean
-    else:
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-    latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device))
-    kind = latents.device.type  # the VAE's own may be another until its hooks have moved it
-    narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
-    with torch.autocast(kind, dtype=torch.bfloat16) if narrow else nullcontext():
-        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
-    return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
 SHORT = 256
@@ -304,7 +278,7 @@ class PipelineRenderer(Renderer):
         return checkpoint_fingerprint(self.checkpoint)
 
 
-class FlowPipelinePolicy(PipelineRenderer, FlowPolicy):
+class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     """A trainable flow pipeline, sampled by Euler steps on the pipeline's own schedule."""
 
     lora_targets: ClassVar[tuple[str, ...]]
@@ -314,6 +288,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy):
         self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=placed)
         self.lora: LoraSlots | None = None
         self.compiled = False
+        self._latents = LatentCache()
         self.merged: tuple[Merged, ...] = ()
 
     @abstractmethod
@@ -438,6 +413,14 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy):
     def decode(self, latents: Tensor) -> Tensor:
         with self.present(PipelinePart.VAE), self.precision.context(self.device):
             return decode_latents(self.vae, latents.to(self.device))
+
+    @torch.no_grad()
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        with self.present(PipelinePart.VAE):
+            return torch.cat([self._latents.get(image, self._encode_image) for image in images_BCHW.split(1)])
+
+    def _encode_image(self, image_BCHW: Tensor) -> Tensor:
+        return encode_latents(self.vae, image_BCHW.to(self.device))
 
     def merge_lora(self, place: Path) -> None:
         """Add a LoRA to the frozen weights: a file or folder as `lora_files.open_lora` reads it.

@@ -11,6 +11,7 @@ from pixrl.algorithms import make_advantage, make_exploration, make_loss
 from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
 from pixrl.algorithms.world import Team, limit_threads
+from pixrl.data.preferences import load_pairs
 from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
@@ -132,11 +133,17 @@ def read_prompts(config: AlignConfig, split: Split) -> PromptSet:
         subjects = load_subjects(source, split=split)
         if config.loss.needs_targets and split is Split.TRAIN:
             check_targets(subjects)
+        if config.loss.needs_pairs:
+            raise ConfigError(
+                f"loss: {config.loss.kind} learns from pairs of pictures, which subjects have not: pixrl align"
+            )
         return subject_prompts(subjects, count=config.references.count)
     if config.loss.needs_targets:
         raise ConfigError(
             f"loss: {config.loss.kind} learns from target pictures, which only subjects have: pixrl personalize toy/sft"
         )
+    if config.loss.needs_pairs and split is Split.TRAIN:
+        return load_pairs(source, column=column)
     return load_prompts(source, split=split, column=column)
 
 
