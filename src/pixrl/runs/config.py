@@ -35,6 +35,7 @@ from pixrl.plugins import PartOf, checksums
 from pixrl.rewards import REGISTRY as REWARDS
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.guard import Action, MonitorSettings
 
 MOST_RANK, MOST_GUIDANCE = 4096, 1000
 LONGEST_WAIT = 86400.0
@@ -156,6 +157,7 @@ class AlignConfig(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     machine: MachineSettings = MachineSettings()
     output: OutputSettings = OutputSettings()
+    monitor: MonitorSettings = MonitorSettings()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "AlignConfig":
@@ -194,6 +196,7 @@ class AlignConfig(Settings):
                 "evaluation.column names a column of evaluation.source, which is not given: give it, or leave both out"
             )
         self._memory_fits()
+        self._guard_can_act()
         return self
 
     @property
@@ -221,6 +224,26 @@ class AlignConfig(Settings):
         if split is Split.TRAIN or self.evaluation.source is None:
             return self.prompts.source, self.prompts.column
         return self.evaluation.source, self.evaluation.column
+
+    def _guard_can_act(self) -> None:
+        """ValueError where the guard's action would have no effect, or nothing to go back to."""
+        action, every, output = self.monitor.action, self.evaluation.every, self.output
+        if action in (Action.STOP, Action.RAISE_KL) and (every is None or every >= self.steps):
+            raise ValueError(
+                f"monitor.action: {action} acts when an evaluation during the run finds something, and there is none: "
+                "set evaluation.every to a few training steps, or leave the action at warn"
+            )
+        if action is Action.RAISE_KL and not self.loss.model_dump().get("kl"):
+            raise ValueError(
+                "monitor.action: raise_kl multiplies loss.kl, which is not above 0 here: set it, or take stop or "
+                "rollback"
+            )
+        reach = (output.keep_checkpoints - 1) * output.checkpoint_every
+        if action is Action.ROLLBACK and reach < (every or self.steps):
+            raise ValueError(
+                f"monitor.action: rollback needs the checkpoint of the evaluation before, {every or self.steps} steps "
+                f"back, and the kept ones reach back {reach}: raise output.keep_checkpoints or evaluate more often"
+            )
 
     def _memory_fits(self) -> None:
         """ValueError for ways of saving memory that the method cannot bear."""
