@@ -22,7 +22,7 @@ from pixrl.human_study.make import make
 from pixrl.human_study.results import compute
 from pixrl.human_study.server import StudyServer
 from pixrl.human_study.sources import parse_systems
-from pixrl.human_study.study import Folder, StudySettings, Task
+from pixrl.human_study.study import Comparison, Folder, StudySettings
 from pixrl.human_study.votes import Vote, Votes
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
@@ -58,7 +58,7 @@ def main(systems: list[str]) -> None:
             thread.join()
 
 
-def _choice(folder: Folder, number: int, task: Task) -> str:
+def _choice(folder: Folder, number: int, task: Comparison) -> str:
     draw = random.Random(f"{number} {task}")
     if number == VOTERS - 1 or (task.check is None and draw.random() < ERROR):
         return draw.choice(task.pictures)

@@ -14,13 +14,13 @@ from pixrl.human_study import sources
 from pixrl.human_study.criteria import PRESETS, parse_criteria
 from pixrl.human_study.make import make
 from pixrl.human_study.page import state_of, vote_page, write_bundle
-from pixrl.human_study.study import STUDY, StudySettings, Task, open_study, plan, spoil, units
+from pixrl.human_study.study import STUDY, Comparison, StudySettings, open_study, plan, spoil, units
 from pixrl.human_study.votes import Votes
 from pixrl.runs.folder import ManifestRow
 from tests.human_study.conftest import PROMPTS, SYSTEMS, Make, write_system
 
 
-def real(tasks: list[Task]) -> list[Task]:
+def real(tasks: list[Comparison]) -> list[Comparison]:
     return [task for task in tasks if task.check is None]
 
 

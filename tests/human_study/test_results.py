@@ -14,13 +14,13 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from pixrl import cli
-from pixrl.human_study.results import PRIOR_SD, Answer, Ballots, Results, alpha, compute, pearson, spearman
-from pixrl.human_study.study import TIE, Folder, Study, Task
+from pixrl.human_study.results import PRIOR_SD, Ballot, Ballots, Results, alpha, compute, pearson, spearman
+from pixrl.human_study.study import TIE, Comparison, Folder, Study
 from pixrl.human_study.votes import Vote, Votes
 from tests.human_study.conftest import PROMPTS, SYSTEMS, Make
 from tests.tolerance import rounding
 
-Taste = Callable[[Task], str]
+Taste = Callable[[Comparison], str]
 OURS, BASE, CLOSED = SYSTEMS
 
 
@@ -35,7 +35,7 @@ def vote_all(folder: Folder, taste: Taste, people: Sequence[int], criterion: str
 def prefers(study: Study, order: Sequence[str]) -> Taste:
     """Chooses by an order of the systems, and passes checks."""
 
-    def taste(task: Task) -> str:
+    def taste(task: Comparison) -> str:
         if task.check is not None:
             return task.check
         return min(task.pictures, key=lambda name: order.index(study.pictures[name].system))
@@ -47,10 +47,10 @@ def means(results: Results, figure: str) -> dict[str, float]:
     return {one.system: getattr(one, figure).mean for one in results.criteria[0].standings}
 
 
-def answer(study: Study, left: str, right: str, choice: str, person: int = 0, item: int = 0) -> Answer:
+def answer(study: Study, left: str, right: str, choice: str, person: int = 0, item: int = 0) -> Ballot:
     names = study.picture_of()
     shown = (names[item, left], names[item, right])
-    return Answer(person, item, "harmony", shown, TIE if choice == TIE else names[item, choice], 1.0, None)
+    return Ballot(person, item, "harmony", shown, TIE if choice == TIE else names[item, choice], 1.0, None)
 
 
 def test_one_taste_gives_its_order_full_agreement_and_certain_rates(made: Make) -> None:
@@ -145,7 +145,7 @@ def test_the_best_of_three_gives_the_shares_of_the_choice_model(made: Make) -> N
     shown = tuple(names[0, system] for system in SYSTEMS)
     counts = {OURS: 50, BASE: 30, CLOSED: 20}
     rows = [
-        Answer(0, 0, "harmony", shown, names[0, system], 1.0, None)
+        Ballot(0, 0, "harmony", shown, names[0, system], 1.0, None)
         for system, count in counts.items()
         for _ in range(count)
     ]

@@ -27,7 +27,7 @@ class Criterion(Settings):
     """What participants read."""
 
 
-class Preset(Settings):
+class Questionnaire(Settings):
     """The criteria of one published study."""
 
     criteria: tuple[Criterion, ...]
@@ -40,7 +40,7 @@ def _criteria(**questions: str) -> tuple[Criterion, ...]:
 
 
 PRESETS = {
-    "e2po": Preset(
+    "e2po": Questionnaire(
         criteria=_criteria(
             alignment="Which picture shows best what the text says?",
             detail="Which picture has the cleanest details, with the fewest errors?",
@@ -49,11 +49,11 @@ PRESETS = {
         ),
         ties=False,
     ),
-    "rmler": Preset(
+    "rmler": Questionnaire(
         criteria=_criteria(harmony="Which picture joins the concepts most harmoniously into one new object?"),
         ties=False,
     ),
-    "customized-grpo": Preset(
+    "customized-grpo": Questionnaire(
         criteria=_criteria(
             identity="Which picture keeps the look of the subject in the reference better?",
             prompt="Which picture follows the text better, and looks better?",
@@ -63,7 +63,7 @@ PRESETS = {
 }
 
 
-def parse_criteria(given: Sequence[str]) -> Preset:
+def parse_criteria(given: Sequence[str]) -> Questionnaire:
     """Return the criteria that were asked for: names of presets, and questions of one's own as `name=question`.
 
     Ties are allowed where any of the named presets allows them.
@@ -96,4 +96,4 @@ def parse_criteria(given: Sequence[str]) -> Preset:
         raise InputError(f"The criterion {twice!r} is given twice. Give each one another name.")
     if not criteria:
         raise InputError(f"A study asks something. Type: --criteria {' or --criteria '.join(PRESETS)}")
-    return Preset(criteria=tuple(criteria), ties=ties)
+    return Questionnaire(criteria=tuple(criteria), ties=ties)

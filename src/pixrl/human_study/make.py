@@ -11,7 +11,7 @@ from PIL import Image
 from pixrl.data.pictures import read_picture
 from pixrl.errors import InputError
 from pixrl.human_study import sources, votes
-from pixrl.human_study.sources import Source
+from pixrl.human_study.sources import SystemPicture
 from pixrl.human_study.study import (
     PICTURES,
     STUDY,
@@ -91,7 +91,7 @@ def _write(
     place: Path,
     settings: StudySettings,
     systems: Sequence[str],
-    found: Mapping[sources.Item, Mapping[str, Source]],
+    found: Mapping[sources.Item, Mapping[str, SystemPicture]],
 ) -> Study:
     items: list[Item] = []
     pictures: dict[str, Picture] = {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pixrl.human_study.results import Answer, CriterionResult, People, Results
+from pixrl.human_study.results import Ballot, CriterionResult, People, Results
 from pixrl.human_study.study import TIE, Folder
 from pixrl.metrics.intervals import Interval
 from pixrl.report.page import FULL, inline, render
@@ -196,7 +196,7 @@ def _votes(folder: Folder, results: Results) -> list[list[object]]:
     of = {name: picture.system for name, picture in study.pictures.items()}
     of |= {name: f"{of[original]} (spoilt)" for name, original in study.spoilt.items()}
 
-    def row(answer: Answer) -> list[object]:
+    def row(answer: Ballot) -> list[object]:
         seconds = math.nan if answer.seconds is None else answer.seconds
         return [
             answer.participant + 1,

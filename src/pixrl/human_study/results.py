@@ -32,7 +32,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Ballot:
     """One vote with what it was about."""
 
     participant: int
@@ -101,7 +101,7 @@ class Results:
 
     people: People
     criteria: tuple[CriterionResult, ...]
-    answers: tuple[Answer, ...] = field(repr=False)
+    answers: tuple[Ballot, ...] = field(repr=False)
     """Every vote, of those left out too, and attention checks."""
 
 
@@ -127,9 +127,9 @@ def compute(folder: Folder, *, least_checks: float = LEAST_CHECKS) -> Results:
     return Results(counted, criteria, tuple(answers))
 
 
-def _answers(who: Participant, votes: Sequence[Vote]) -> list[Answer]:
+def _answers(who: Participant, votes: Sequence[Vote]) -> list[Ballot]:
     return [
-        Answer(
+        Ballot(
             who.number,
             who.tasks[vote.task].item,
             vote.criterion,
@@ -142,7 +142,7 @@ def _answers(who: Participant, votes: Sequence[Vote]) -> list[Answer]:
     ]
 
 
-def _people(people: Sequence[Participant], answers: Sequence[Answer], least: float) -> People:
+def _people(people: Sequence[Participant], answers: Sequence[Ballot], least: float) -> People:
     right: dict[int, list[bool]] = {answer.participant: [] for answer in answers}
     for answer in answers:
         if answer.check is not None:
@@ -157,7 +157,7 @@ def _people(people: Sequence[Participant], answers: Sequence[Answer], least: flo
 class Ballots:
     """The votes of one criterion as arrays: one row a vote, one column a system."""
 
-    def __init__(self, study: Study, answers: Sequence[Answer]) -> None:
+    def __init__(self, study: Study, answers: Sequence[Ballot]) -> None:
         self.systems = study.systems
         column = {name: n for n, name in enumerate(study.systems)}
         of = {name: column[picture.system] for name, picture in study.pictures.items()}
@@ -236,11 +236,11 @@ def _interval(value: float, resampled: Sequence[float] | Array, count: int) -> I
     known = known[np.isfinite(known)]
     if not len(known) or count < 2 or not math.isfinite(value):
         return Interval(value, math.nan, math.nan, count)
-    low, high = np.quantile(known, (0.025, 0.975))
+    low, high = np.quantile(known, [0.025, 0.975])
     return Interval(value, float(low), float(high), count)
 
 
-def _criterion(study: Study, name: str, question: str, answers: Sequence[Answer]) -> CriterionResult:
+def _criterion(study: Study, name: str, question: str, answers: Sequence[Ballot]) -> CriterionResult:
     ties = sum(answer.choice == TIE for answer in answers)
     clear = [answer for answer in answers if answer.choice != TIE]
     first = sum(answer.choice == answer.pictures[0] for answer in clear) / len(clear) if clear else math.nan
@@ -269,7 +269,7 @@ def _criterion(study: Study, name: str, question: str, answers: Sequence[Answer]
     )
 
 
-def alpha(study: Study, answers: Sequence[Answer]) -> float:
+def alpha(study: Study, answers: Sequence[Ballot]) -> float:
     """Return Krippendorff's alpha of votes by one criterion; nan where it is not defined.
 
     A comparison's answers are coded by the place in an order of its pictures that is the same for all participants and
@@ -292,7 +292,7 @@ def alpha(study: Study, answers: Sequence[Answer]) -> float:
 
 
 def _correlation(
-    study: Study, reward: str, scores: Mapping[str, float], answers: Sequence[Answer]
+    study: Study, reward: str, scores: Mapping[str, float], answers: Sequence[Ballot]
 ) -> Correlation:
     """Correlate a reward with the share of its comparisons that each picture won, and with single choices."""
     won: dict[str, float] = dict.fromkeys(study.pictures, 0.0)

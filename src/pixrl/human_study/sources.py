@@ -32,7 +32,7 @@ SELECTION = "selection.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class SystemPicture:
     """One picture of a system."""
 
     file: Path
@@ -74,7 +74,7 @@ def parse_systems(given: Sequence[str]) -> dict[str, Path]:
     return systems
 
 
-def read_system(path: Path) -> list[Source]:
+def read_system(path: Path) -> list[SystemPicture]:
     """Return a system's pictures in order.
 
     Raises:
@@ -91,7 +91,7 @@ def read_system(path: Path) -> list[Source]:
     return _of_run(RunFolder.open(path)) if is_run(path) else _of_folder(path)
 
 
-def _of_run(run: RunFolder) -> list[Source]:
+def _of_run(run: RunFolder) -> list[SystemPicture]:
     if run.kind == "fuse":
         return _of_fusion(run)
     places = [place for place in evaluated_places(run) if any(place.glob("[0-9]*.png"))]
@@ -103,7 +103,7 @@ def _of_run(run: RunFolder) -> list[Source]:
     return _of_evaluation(run, places[-1])
 
 
-def _of_evaluation(run: RunFolder, place: Path) -> list[Source]:
+def _of_evaluation(run: RunFolder, place: Path) -> list[SystemPicture]:
     gallery = gallery_on_disk(run)
     if gallery is None:
         raise RunError(
@@ -117,7 +117,7 @@ def _of_evaluation(run: RunFolder, place: Path) -> list[Source]:
         reference = run.samples_dir / "references" / f"{number:04d}.png"
         found = {name: values[number] for name, values in scores.items() if number < len(values)}
         sources.append(
-            Source(
+            SystemPicture(
                 place / f"{number:04d}.png",
                 row["prompt"],
                 {name: x for name, x in found.items() if x is not None},
@@ -127,7 +127,7 @@ def _of_evaluation(run: RunFolder, place: Path) -> list[Source]:
     return sources
 
 
-def _of_fusion(run: RunFolder) -> list[Source]:
+def _of_fusion(run: RunFolder) -> list[SystemPicture]:
     rows = {row.index: row for row in run.manifest() if row.file is not None}
     file = run.path / SELECTION
     chosen: list[int] = []
@@ -139,7 +139,7 @@ def _of_fusion(run: RunFolder) -> list[Source]:
             raise RunError(f"{run.path} has no picture with a score. Let it run on: pixrl resume {run.path}")
         chosen = [max(scored, key=lambda row: row.scores[REWARD] or 0.0).index]
     return [
-        Source(
+        SystemPicture(
             run.path / str(rows[n].file),
             " + ".join(rows[n].concepts or ()),
             {name: x for name, x in rows[n].scores.items() if x is not None},
@@ -148,12 +148,12 @@ def _of_fusion(run: RunFolder) -> list[Source]:
     ]
 
 
-def _of_folder(path: Path) -> list[Source]:
+def _of_folder(path: Path) -> list[SystemPicture]:
     files = list_pictures(path)
     if not files:
         raise InputError(f"{path} holds no pictures. Give a run, or a folder of PNG, JPEG or WebP files.")
     scores = _scores_beside(path)
-    return [Source(file, _caption(file), scores.get(file.name, {})) for file in files]
+    return [SystemPicture(file, _caption(file), scores.get(file.name, {})) for file in files]
 
 
 def _caption(file: Path) -> str:
@@ -180,7 +180,9 @@ Item = tuple[str, int]
 """A prompt's key, and which of its pictures."""
 
 
-def match(systems: Mapping[str, Sequence[Source]], *, only_matched: bool) -> dict[Item, dict[str, Source]]:
+def match(
+    systems: Mapping[str, Sequence[SystemPicture]], *, only_matched: bool
+) -> dict[Item, dict[str, SystemPicture]]:
     """Return, in the first system's order, what every system drew of each prompt: item -> system -> picture.
 
     Args:
@@ -211,7 +213,7 @@ def match(systems: Mapping[str, Sequence[Source]], *, only_matched: bool) -> dic
     return {item: {name: found[item] for name, found in drawn.items()} for item in matched}
 
 
-def _items(sources: Sequence[Source]) -> Iterator[tuple[Item, Source]]:
+def _items(sources: Sequence[SystemPicture]) -> Iterator[tuple[Item, SystemPicture]]:
     seen: dict[str, int] = {}
     for source in sources:
         count = seen.get(source.key, 0)

@@ -110,7 +110,7 @@ class Study(Settings):
         return {(one.item, one.system): name for name, one in self.pictures.items()}
 
 
-class Task(Settings):
+class Comparison(Settings):
     """One comparison of one participant."""
 
     item: int
@@ -168,7 +168,7 @@ def units(study: Study) -> list[tuple[int, int]]:
     return [(item, (lap + place) % count) for lap in range(count) for place, item in enumerate(order)]
 
 
-def plan(study: Study, number: int) -> list[Task]:
+def plan(study: Study, number: int) -> list[Comparison]:
     """Return what participant `number` (0, 1, 2 ...) is shown, in order."""
     circle = units(study)
     length = min(study.settings.comparisons, len(circle))
@@ -179,7 +179,7 @@ def plan(study: Study, number: int) -> list[Task]:
         lap, place = divmod(visit, len(circle))
         item = circle[place][0]
         shown = _order(study, circle, place, lap)
-        tasks.append(Task(item=item, pictures=tuple(names[item, system] for system in shown)))
+        tasks.append(Comparison(item=item, pictures=tuple(names[item, system] for system in shown)))
     draw.shuffle(tasks)
     for check in _checks(study, number, draw):
         tasks.insert(draw.randrange(len(tasks) + 1), check)
@@ -201,7 +201,7 @@ def _order(study: Study, circle: Sequence[tuple[int, int]], place: int, lap: int
     return (*systems[turn:], *systems[:turn])
 
 
-def _checks(study: Study, number: int, draw: random.Random) -> Iterator[Task]:
+def _checks(study: Study, number: int, draw: random.Random) -> Iterator[Comparison]:
     """Yield a participant's attention checks: one whole picture among spoilt ones of the same prompt."""
     spoilt: dict[int, list[str]] = {}
     for name, original in study.spoilt.items():
@@ -214,7 +214,7 @@ def _checks(study: Study, number: int, draw: random.Random) -> Iterator[Task]:
         good = draw.choice(whole[item])
         shown = [good, *draw.sample(sorted(spoilt[item]), size - 1)]
         draw.shuffle(shown)
-        yield Task(item=item, pictures=tuple(shown), check=good)
+        yield Comparison(item=item, pictures=tuple(shown), check=good)
 
 
 def spoil(picture: Image.Image, seed: str) -> Image.Image:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pixrl.errors import CheckpointError, RunError
-from pixrl.human_study.study import TIE, Folder, Study, Task, plan
+from pixrl.human_study.study import TIE, Comparison, Folder, Study, plan
 
 TOKEN_BYTES = 24
 """Random bytes of a participant's token: 192 bits."""
@@ -36,7 +36,7 @@ class Participant:
 
     number: int
     token: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[Comparison, ...]
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _participant(row: tuple[object, ...]) -> Participant:
     number, token, tasks = row
     assert isinstance(number, int)
     return Participant(
-        number, str(token), tuple(Task.model_validate(task) for task in json.loads(str(tasks)))
+        number, str(token), tuple(Comparison.model_validate(task) for task in json.loads(str(tasks)))
     )
 
 
