@@ -19,6 +19,7 @@ from pixrl.fusion.config import KIND as FUSE
 from pixrl.fusion.learned import read_policy, settings_of
 from pixrl.fusion.select import Selection
 from pixrl.jobs import align as align_job
+from pixrl.jobs import draw as draw_job
 from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs import fuse_many
 from pixrl.jobs.fuse import FinishedRun
@@ -31,6 +32,8 @@ from pixrl.runs.log import evaluations
 from pixrl.runs.training import Report
 
 RUNS = Path("runs")
+DRAWN = Path("drawn")
+"""Where `pixrl draw` puts its folders."""
 PERSONALIZE_RECIPE = "toy/customized-nft"
 """What `pixrl personalize` does where no recipe is given."""
 SUBJECT_RECIPE = "toy/subject"
@@ -232,12 +235,12 @@ def _finish(run: Path) -> AlignResult:
     return AlignResult(run)
 
 
-def _free(name: str) -> Path:
-    """`name` under runs/, with a number behind where it is taken."""
-    number, place = 1, RUNS / name
+def _free(name: str, below: Path = RUNS) -> Path:
+    """`name` under runs/, or another folder, with a number behind where it is taken."""
+    number, place = 1, below / name
     while place.exists():
         number += 1
-        place = RUNS / f"{name}-{number}"
+        place = below / f"{name}-{number}"
     return place
 
 
@@ -387,6 +390,45 @@ def run_pairs(
     runs = fuse_many.start_many(many, PAIRS, place, force=force, monitor=lambda: _monitor(live))
     write_many_report(runs)
     return runs.folder.path
+
+
+def draw(
+    what: str | Path,
+    prompt: str | None = None,
+    n: int = 4,
+    size: int | None = None,
+    seed: int = 0,
+    out: Path | str | None = None,
+    *,
+    model: str | None = None,
+    subject: str | None = None,
+    child: int | None = None,
+    device: str | None = None,
+) -> Pictures:
+    """Draw with what a run has learned, by a LoRA or a plain model; or draw a child of a fusion again.
+
+    Args:
+        what: a run's folder; a LoRA's file or folder, with `model`; or a model.
+        prompt: what to draw; None for a fusion.
+        n: how many pictures.
+        size: their side in pixels; None: the run's, or the model's.
+        seed: of the noises; picture i is the same for any n.
+        out: a new folder for PNGs and manifest.jsonl; None: one under drawn/.
+        model: the one that a LoRA belongs to.
+        subject: of a personalization of several subjects: whose references the model is shown.
+        child: of a fusion: the number of the child, whose own noise comes first.
+        device: auto, cpu, cuda or cuda:1; None: the run's.
+
+    Raises:
+        InputError: an argument does not fit, the model does not know a word, or `out` is taken.
+        RunError, CheckpointError: what was learned is not there, is damaged, or belongs to another model.
+    """
+    name = fuse_job.slug(
+        f"{Path(what).name}-{seed}" if child is None else f"{Path(what).name}-{child}-{seed}"
+    )
+    request = draw_job.DrawRequest(prompt, n, size, seed, subject, child, model, device)
+    with quiet_loading():
+        return Pictures(draw_job.draw(what, request, _free(name, DRAWN) if out is None else Path(out)))
 
 
 def select_run(

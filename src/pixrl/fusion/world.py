@@ -100,8 +100,7 @@ class FusionWorld:
             UnknownWordError: a concept is outside the generator's vocabulary.
             InputError: the mixing does not fit the generator.
         """
-        sources = self.renderer.encode([self.prompt(concept) for concept in config.concepts])
-        return make_mixing(config.mixing, sources, self.renderer.settings.steps, config.pooled)
+        return mixing_of(self.renderer, self.card, config)
 
     def _draw_exemplars(self, concept: str, count: int) -> Exemplars:
         prompt = self.prompt(concept)
@@ -141,6 +140,20 @@ def load_world(
     )
 
 
+def mixing_of(renderer: Renderer, card: Card, config: FuseConfig) -> Mixing[Any]:
+    """What of the recipe's concepts a generator mixes, and how; raises as `FusionWorld.mixing`."""
+    prompts = [card.exemplar_prompt.format(concept=concept) for concept in config.concepts]
+    return make_mixing(config.mixing, renderer.encode(prompts), renderer.settings.steps, config.pooled)
+
+
+def render(renderer: Renderer, mixing: Mixing[Any], coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
+    """The pictures [B, 3, H, W] that a generator draws of mixed concepts."""
+    source = mixing.mix(coefficients_BND)
+    if isinstance(source, Mixture):
+        return renderer.sample_mixture(source, seeds)
+    return renderer.sample(source, seeds)
+
+
 class FusionSession:
     """One set of concepts in a world: mixes their embeddings, renders and scores."""
 
@@ -158,10 +171,7 @@ class FusionSession:
 
     def render(self, coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
         """The pictures of a proposal, [B, 3, H, W]."""
-        source = self.mixing.mix(coefficients_BND)
-        if isinstance(source, Mixture):
-            return self.world.renderer.sample_mixture(source, seeds)
-        return self.world.renderer.sample(source, seeds)
+        return render(self.world.renderer, self.mixing, coefficients_BND, seeds)
 
     def passes(self, coefficients_BND: Tensor) -> int:
         """How often the generator's network is asked for these pictures, counted in pictures."""

@@ -126,7 +126,7 @@ def go_on(path: Path, *, monitor: Monitor | None = None, world: FusionWorld | No
 
     A finished run is chosen from anew.
     """
-    _require_same_code(path)
+    require_same_code(path)
     folder, config = open_run(path)
     world = world or world_of(config)
     place = find_place(folder)
@@ -276,7 +276,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text.casefold()).strip("._") or "_"
 
 
-def _require_same_code(path: Path) -> None:
+def require_same_code(path: Path) -> None:
     """CheckpointError where a file that holds a part of the run was changed. Runs nothing of it."""
     began = world_on_disk(RunFolder.open(path))
     changes = [] if began is None else changed_files(began.code)
