@@ -48,7 +48,7 @@ _SLOTS = "slots/"
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """What is to be drawn."""
+    """The request of what is to be drawn."""
 
     prompt: str | None = None
     """None for a child of a fusion, which has no prompt."""
@@ -72,7 +72,7 @@ class DrawRequest:
 
 @dataclass(frozen=True)
 class Source:
-    """What draws: one picture [3, H, W] in [0, 1] a seed."""
+    """A source of pictures: one [3, H, W] in [0, 1] a seed."""
 
     picture: Callable[[int], Tensor]
     seeds: tuple[int, ...]

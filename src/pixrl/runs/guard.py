@@ -59,7 +59,7 @@ class Action(StrEnum):
 
 
 class MonitorSettings(Settings):
-    """When the guard finds that a run games its reward, and what it does then."""
+    """The bounds by which the guard finds that a run games its reward, and what it does then."""
 
     action: Action = Action.WARN
     """warn; stop: end the run; rollback: end it at the weights of the last evaluation in which nothing was found;
@@ -171,7 +171,7 @@ def compare(
 
 
 class Guard:
-    """Looks at every evaluation of a run, writes down what it finds, and acts as the recipe says."""
+    """A guard that looks at every evaluation of a run, writes down what it finds, and acts as the recipe says."""
 
     def __init__(
         self,
