@@ -14,9 +14,12 @@ from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Diagnosis
 from pixrl.doctor.examine import examine_fusion, examine_training, try_out
 from pixrl.errors import ConfigError, InputError
-from pixrl.fusion.config import FuseConfig, resolve_options
+from pixrl.fusion.config import COMPARE, PAIRS, FuseConfig, resolve_options
+from pixrl.fusion.config import KIND as FUSE
+from pixrl.fusion.learned import read_policy, settings_of
 from pixrl.fusion.select import Selection
 from pixrl.jobs import align as align_job
+from pixrl.jobs import draw as draw_job
 from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs import fuse_many
 from pixrl.jobs.fuse import FinishedRun
@@ -29,6 +32,8 @@ from pixrl.runs.log import evaluations
 from pixrl.runs.training import Report
 
 RUNS = Path("runs")
+DRAWN = Path("drawn")
+"""Where `pixrl draw` puts its folders."""
 PERSONALIZE_RECIPE = "toy/customized-nft"
 """What `pixrl personalize` does where no recipe is given."""
 SUBJECT_RECIPE = "toy/subject"
@@ -44,12 +49,12 @@ class AlignResult:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """One line a training step."""
+        """The figures of each training step, one row a step."""
         return RunFolder.open(self.run).metrics()
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Scores of held-out prompts, before training first and after it last."""
+        """The scores of held-out prompts, those of before training first and those of after it last."""
         return evaluations(self.run)
 
     @property
@@ -130,7 +135,7 @@ def load_personalize(
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[AlignConfig, str | Path | Mapping[str, Any]]:
-    """The settings of a personalization, and what to name its folder after."""
+    """Load the settings of a personalization, and what to name its folder after."""
     chosen = {text.partition("=")[0].strip() for text in overrides}
     sources = () if subject is None else ("prompts.source", "evaluation.source")
     own = {name: str(subject) for name in sources if name not in chosen}
@@ -151,7 +156,7 @@ def load(
     settings: Mapping[str, Any] | None = None,
     kind: str | None = None,
 ) -> AlignConfig:
-    """The settings of a recipe with what was given besides; `kind`: the job to do, none: the recipe's own."""
+    """Load a recipe with what was given besides; `kind`: the job to do, none: the recipe's own."""
     given = {"steps": steps, "seed": seed, **(settings or {})}
     values = {name: value for name, value in given.items() if value is not None}
     return load_recipe(recipe, overrides, values=values, kind=kind)
@@ -165,7 +170,7 @@ def load_either(
     steps: int | None = None,
     seed: int | None = None,
 ) -> AlignConfig:
-    """The settings that `pixrl align RECIPE` or `pixrl personalize --subject SUBJECT` would train with.
+    """Load the settings that `pixrl align RECIPE` or `pixrl personalize --subject SUBJECT` would train with.
 
     Raises:
         ConfigError: neither a recipe nor a subject, or the recipe is wrong.
@@ -178,14 +183,14 @@ def load_either(
 
 
 def run_align(config: AlignConfig, out: Path, *, force: bool = False, live: bool = True) -> AlignResult:
-    """One alignment from the start, with its report."""
+    """Run one alignment from the start, with its report."""
     return _finish(align_job.start(config, out, force=force, monitor=_monitor(live)))
 
 
 def resume(
     run: Path, overrides: Sequence[str] = (), *, accept_changes: bool = False, live: bool = True
 ) -> "AlignResult | FusionResult | Path":
-    """Goes on with an interrupted run of any kind, or chooses again in a finished fusion.
+    """Go on with an interrupted run of any kind, or choose again in a finished fusion.
 
     Args:
         run: the run's folder.
@@ -208,18 +213,18 @@ def resume(
         return _finish(done)
     if overrides or accept_changes:
         raise InputError(f"{run} is a run of kind {kind!r}, whose settings are fixed once it began.")
-    if kind == fuse_job.KIND:
+    if kind == FUSE:
         return _finish_fusion(fuse_job.go_on(run, monitor=_monitor(live)))
     return write_many_report(fuse_many.go_on_many(run, monitor=lambda: _monitor(live))).parent
 
 
 def selfcheck(config: AlignConfig) -> Report:
-    """Whether a run of this recipe can be trusted, before it starts."""
+    """Check whether a run of this recipe can be trusted, before it starts."""
     return align_job.check(config)
 
 
 def default_out(recipe: str | Path | Mapping[str, Any], config: AlignConfig) -> Path:
-    """A folder under runs/ that does not exist yet."""
+    """Name a folder under runs/ that does not exist yet."""
     name = "align" if isinstance(recipe, Mapping) else Path(recipe).with_suffix("").name
     return _free(f"{name}-{config.seed}")
 
@@ -230,12 +235,12 @@ def _finish(run: Path) -> AlignResult:
     return AlignResult(run)
 
 
-def _free(name: str) -> Path:
-    """`name` under runs/, with a number behind where it is taken."""
-    number, place = 1, RUNS / name
+def _free(name: str, below: Path = RUNS) -> Path:
+    """`name` under runs/, or another folder, with a number behind where it is taken."""
+    number, place = 1, below / name
     while place.exists():
         number += 1
-        place = RUNS / f"{name}-{number}"
+        place = below / f"{name}-{number}"
     return place
 
 
@@ -244,7 +249,7 @@ def _monitor(live: bool) -> Monitor:
 
 
 class Pictures(Sequence[Image.Image]):
-    """A run's pictures, read from its folder when asked for."""
+    """The pictures of a run, read from its folder when asked for."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
@@ -296,6 +301,7 @@ def fuse(
     model: str = "toy:sd3",
     out: Path | str | None = None,
     *,
+    policy: Path | str | None = None,
     force: bool = False,
     live: bool = False,
     **settings: Any,
@@ -309,6 +315,8 @@ def fuse(
         sampler: rmler, ppo, grpo, random, mean, bass, agswap, golden, search, bisect or cmaes.
         model: toy:NAME, a folder in diffusers' layout, or a hub id.
         out: the run's folder; None makes a new one under runs/.
+        policy: a finished fusion whose learned policy this one begins with, or a folder of fusions of pairs; model,
+            sampler, its options and the mixing are that run's then.
         force: replace a run that is there already.
         live: show progress.
         settings: any other setting of `FuseConfig`, such as alpha=3 or options={"lr": 0.1}.
@@ -319,15 +327,25 @@ def fuse(
         )
     if not isinstance(concepts, Iterable):
         raise InputError(f'concepts is a list of names, got {concepts!r}: fuse(["owl", "snail"])')
-    given = {"concepts": tuple(concepts), "budget": budget, "seed": seed, "sampler": sampler, "model": model}
-    config = recipes.load(FuseConfig, {**given, **settings})
+    given = {"concepts": tuple(concepts), "budget": budget, "seed": seed}
+    own = {"sampler": sampler, "model": model} if policy is None else with_policy(Path(policy))
+    config = recipes.load(FuseConfig, {**own, **given, **settings})
     return run_fuse(config, None if out is None else Path(out), force=force, live=live)
+
+
+def with_policy(run: Path) -> dict[str, Any]:
+    """Return the settings of a fusion that begins with what a finished one has learned.
+
+    Raises:
+        InputError: the run is not finished, or what it learned serves its own concepts alone.
+    """
+    return {**settings_of(read_policy(run)), "policy_from": str(run)}
 
 
 def run_fuse(
     config: FuseConfig, out: Path | None = None, *, force: bool = False, live: bool = True
 ) -> FusionResult:
-    """One fusion from the start, with its report."""
+    """Run one fusion from the start, with its report."""
     check_concepts(config.concepts)
     run = fuse_job.start(config, out or default_fuse_out(config), force=force, monitor=_monitor(live))
     return _finish_fusion(run)
@@ -341,12 +359,15 @@ def run_compare(
     force: bool = False,
     live: bool = True,
 ) -> Path:
-    """The same concepts with several samplers, or "all"; the folder. Options go to the samplers that know them."""
+    """Fuse the same concepts by several samplers, or "all" of them, and return the folder.
+
+    Options go to the samplers that know them.
+    """
     usual = resolve_options(config.sampler, {}).model_dump(mode="json")
     given = {name: value for name, value in config.options.items() if value != usual.get(name)}
     many = fuse_many.compare_config(config, samplers, given)
     place = out or default_fuse_out(config, compare=True)
-    runs = fuse_many.start_many(many, fuse_many.COMPARE, place, force=force, monitor=lambda: _monitor(live))
+    runs = fuse_many.start_many(many, COMPARE, place, force=force, monitor=lambda: _monitor(live))
     write_many_report(runs)
     return runs.folder.path
 
@@ -356,18 +377,61 @@ def run_pairs(
     pairs: Path | Sequence[str],
     out: Path | None = None,
     *,
+    carry: bool = False,
     force: bool = False,
     live: bool = True,
 ) -> Path:
-    """Every line of a file, or of a list of `a & b`, as a fusion of its own; the folder."""
+    """Fuse every line of a file, or of a list of `a & b`, in a run of its own, and return the folder.
+
+    With `carry` each begins with the policy that the one before it has learned.
+    """
     if config.concepts:
         raise InputError("The concepts come from the list of pairs: leave them out of the recipe.")
     found = read_pairs(pairs) if isinstance(pairs, Path) else parse_pairs(pairs)
-    many = fuse_many.pairs_config(config, found)
+    many = fuse_many.pairs_config(config, found, carry)
     place = out or default_fuse_out(config, pairs=pairs if isinstance(pairs, Path) else None)
-    runs = fuse_many.start_many(many, fuse_many.PAIRS, place, force=force, monitor=lambda: _monitor(live))
+    runs = fuse_many.start_many(many, PAIRS, place, force=force, monitor=lambda: _monitor(live))
     write_many_report(runs)
     return runs.folder.path
+
+
+def draw(
+    what: str | Path,
+    prompt: str | None = None,
+    n: int = 4,
+    size: int | None = None,
+    seed: int = 0,
+    out: Path | str | None = None,
+    *,
+    model: str | None = None,
+    subject: str | None = None,
+    child: int | None = None,
+    device: str | None = None,
+) -> Pictures:
+    """Draw with what a run has learned, by a LoRA or a plain model; or draw a child of a fusion again.
+
+    Args:
+        what: a run's folder; a LoRA's file or folder, with `model`; or a model.
+        prompt: what to draw; None for a fusion.
+        n: how many pictures.
+        size: their side in pixels; None: the run's, or the model's.
+        seed: of the noises; picture i is the same for any n.
+        out: a new folder for PNGs and manifest.jsonl; None: one under drawn/.
+        model: the one that a LoRA belongs to.
+        subject: of a personalization of several subjects: whose references the model is shown.
+        child: of a fusion: the number of the child, whose own noise comes first.
+        device: auto, cpu, cuda or cuda:1; None: the run's.
+
+    Raises:
+        InputError: an argument does not fit, the model does not know a word, or `out` is taken.
+        RunError, CheckpointError: what was learned is not there, is damaged, or belongs to another model.
+    """
+    name = fuse_job.slug(
+        f"{Path(what).name}-{seed}" if child is None else f"{Path(what).name}-{child}-{seed}"
+    )
+    request = draw_job.DrawRequest(prompt, n, size, seed, subject, child, model, device)
+    with quiet_loading():
+        return Pictures(draw_job.draw(what, request, _free(name, DRAWN) if out is None else Path(out)))
 
 
 def select_run(
@@ -391,17 +455,17 @@ def select_run(
 
 
 def write_report(run: Path) -> Path:
-    """Writes the report of a run again: of a finished fusion, of a folder of them, or of an alignment so far."""
+    """Write the report of a run again: of a finished fusion, of a folder of them, or of an alignment so far."""
     kind = RunFolder.open(run).kind
     if kind in KINDS:
         return write_align_report(run)
-    if kind == fuse_job.KIND:
+    if kind == FUSE:
         return write_fuse_report(fuse_job.open_finished(run))
     return write_many_report(fuse_many.finished_runs(run))
 
 
 def default_fuse_out(config: FuseConfig, *, pairs: Path | None = None, compare: bool = False) -> Path:
-    """A folder for a fusion under runs/ that does not exist yet."""
+    """Name a folder for a fusion under runs/ that does not exist yet."""
     name = fuse_job.slug("+".join(config.concepts)) if pairs is None else fuse_job.slug(pairs.stem)
     return _free(f"{name}-{'compare' if compare else config.sampler}-{config.seed}")
 
@@ -430,7 +494,7 @@ def examine(
     force: bool = False,
     score: bool = False,
 ) -> Diagnosis:
-    """What a recipe needs and what is missing here: what a run of it would be refused for.
+    """Find what a recipe needs and what is missing here, for which a run of it would be refused.
 
     Args:
         recipe: a YAML file, a name under recipes/, or the settings themselves, with `kind`: align where it has none.
@@ -469,14 +533,14 @@ def _settings(
     if recipe is None or subject is not None:
         return load_either(recipe, overrides, subject=subject, steps=steps, seed=seed)
     kind = recipes.kind_of(recipe) or ALIGN
-    if kind == fuse_job.KIND:
+    if kind == FUSE:
         if steps is not None:
             raise ConfigError("A fusion has no training steps: leave --steps out, and set budget=N.")
         values = {} if seed is None else {"seed": seed}
-        return recipes.load(FuseConfig, recipe, overrides, values=values, kind=fuse_job.KIND)
+        return recipes.load(FuseConfig, recipe, overrides, values=values, kind=FUSE)
     if kind not in KINDS:
         raise ConfigError(
             f"{recipe} is a recipe for {kind!r}, not for one run. doctor takes those of "
-            f"{fuse_job.KIND}, {', '.join(KINDS)}."
+            f"{FUSE}, {', '.join(KINDS)}."
         )
     return load(recipe, overrides, steps=steps, seed=seed)

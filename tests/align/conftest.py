@@ -1,5 +1,6 @@
 """A tiny random SD3 with LoRA slots."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from pixrl import models
 from pixrl.models.sd3 import SD3Policy
 from tests import tiny
+from tests.align.launching import Launch, launching
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +29,8 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("a red owl\ntwo blue snails\na cat\na green house\na fish\n")
     return file
+
+
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Launch]:
+    yield from launching()

@@ -85,6 +85,17 @@ def test_toy_methods_draw_equally_many_pictures() -> None:
             {"loss": {"kind": "sft"}, "exploration": {"kind": "perturbed", "noises": 2, "variants": 2}},
             "perturbed has no effect with loss: sft",
         ),
+        (
+            {"loss": {"kind": "dpo"}, "exploration": {"kind": "noise", "noises": 3}},
+            "noises is 3, but loss: dpo .* give an even number",
+        ),
+        (
+            {"loss": {"kind": "dpo"}, "exploration": {"kind": "perturbed", "noises": 2, "variants": 2}},
+            "perturbed has no effect with loss: dpo",
+        ),
+        ({"loss": {"kind": "dpo"}, "advantage": {"clamp": 3.0}}, "advantage has no effect with loss: dpo"),
+        ({"loss": {"kind": "dpo"}, "sampling": {"noise": "cps"}}, "loss: dpo, which draws nothing"),
+        ({"loss": {"kind": "dpo", "timesteps": 30}}, "10 sampling steps have only as many noise levels"),
         ({"optimizer": {"decay_steps": "some"}}, r"optimizer\.decay_steps"),
         ({"optimiser": {"lr": 1}}, "Unknown setting optimiser. Did you mean 'optimizer'"),
         ({"steps": 0}, "steps"),

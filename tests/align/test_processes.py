@@ -26,6 +26,7 @@ from pixrl import cli
 from pixrl.runs.folder import METRICS, RunFolder
 from pixrl.runs.log import sample_scores, samples_of
 from pixrl.runs.record import START
+from tests.align.launching import Launch
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 from tests.tolerance import GRADIENT, PICTURE, agree_after_adam, rounding
 
@@ -142,6 +143,26 @@ def test_two_processes_end_as_one(
         assert all(len(list(samples_of(folder, step).glob("*.png"))) == 4 for folder in folders)
         known = [sample_scores(folder, step)["python"] for folder in folders]
         assert known[0] == pytest.approx(known[1], abs=level) and len(set(known[0])) == 4
+
+
+@pytest.mark.slow
+def test_pictures_are_the_same_bit_for_bit_on_any_number_of_processes(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, launch: Launch
+) -> None:
+    """A group at a time, so that no process computes with another batch; shared out as 3, 1 and 2, and 1, 1 and 1."""
+    settings = recipe(sd3_folder, prompt_file, steps=1)
+    settings["prompts"]["per_step"] = 3
+    settings["machine"]["rollout_batch"] = 3
+    file = str(write_recipe(tmp_path, settings))
+    runs = [tmp_path / str(processes) for processes in (1, 2, 3)]
+    for processes, run in enumerate(runs, 1):
+        assert launch(processes, "align", file, "--out", str(run)) == [0] * processes
+        assert processes_of(run) == processes
+    rows = [RunFolder.open(run).manifest() for run in runs]
+    assert len(rows[0]) == 9
+    for same_row in zip(*rows, strict=True):
+        pictures = [(run / str(row.file)).read_bytes() for run, row in zip(runs, same_row, strict=True)]
+        assert pictures[0] == pictures[1] == pictures[2]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pixrl.equations as equations
 
 FOLDER = Path(equations.__file__).parent
 PAGE = Path(__file__).parents[2] / "docs" / "equations.md"
-MODULES = ["flow", "sde", "surrogate", "advantage", "shaping", "nft", "perturbation", "fusion"]
+MODULES = ["flow", "sde", "surrogate", "advantage", "shaping", "nft", "preference", "perturbation", "fusion"]
 
 SIGNATURES = {
     "interpolate": "x0, noise, t",
@@ -31,6 +31,7 @@ SIGNATURES = {
     "implicit_velocities": "v, v_old, beta",
     "nft_loss": "x_t, t, x0, v, v_old, r, beta",
     "old_policy_decay": "step, kind",
+    "dpo_loss": "won, lost, won_ref, lost_ref, beta",
     "content_mask": "input_ids, special_ids",
     "perturb": "embeddings_LD, delta, mask",
     "diversity_loss": "h_KD",
@@ -58,7 +59,7 @@ def test_signatures_are_fixed(name: str) -> None:
 
 def test_everything_public_is_exported_once() -> None:
     assert equations.__all__ == sorted(equations.__all__)
-    assert set(equations.__all__) == {*SIGNATURES, "SDEStep", "Shortfall"}
+    assert set(equations.__all__) == {*SIGNATURES, "Preference", "SDEStep", "Shortfall"}
     homes = {equations.__dict__[name].__module__ for name in equations.__all__}
     assert homes == {f"pixrl.equations.{module}" for module in MODULES}
 

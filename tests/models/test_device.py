@@ -9,7 +9,8 @@ from tests.tolerance import STORES, agree_in_norm
 from pixrl import device, models
 from pixrl.device import DType, Precision, choose_device, choose_precision
 from pixrl.errors import InputError
-from pixrl.models.pipeline import decode_latents, micro_batch_for
+from pixrl.models.latents import decode_latents
+from pixrl.models.pipeline import micro_batch_for
 from pixrl.models.sd3 import SD3Policy
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

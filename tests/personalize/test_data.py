@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from pixrl import rewards
+from pixrl.data.picture_store import PictureStore
 from pixrl.data.pictures import to_tensors
 from pixrl.data.prompts import Prompt, PromptSet
-from pixrl.data.subject_prompts import _Store, subject_prompts
+from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import Subject, SubjectSet, check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.rewards.references import of_subject
@@ -52,7 +53,7 @@ def test_every_prompt_of_every_subject(subjects: Path) -> None:
 
 
 def test_pictures_are_read_once(subjects: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixrl.data import subject_prompts as module
+    from pixrl.data import picture_store as module
 
     found = subject_prompts(load_subjects(subjects), count=2)
     reads: list[Path] = []
@@ -129,7 +130,7 @@ def test_small_references_are_kept_bit_for_bit(subjects: Path) -> None:
 def test_more_pictures_than_fit_as_floats_are_not_decoded_again() -> None:
     pictures = [Image.new("RGB", (40, 40), (k, 0, 0)) for k in range(4)]
     each = 3 * 40 * 40
-    store, read = _Store(levels=4 * each, floats=2 * 4 * each), []
+    store, read = PictureStore(levels=4 * each, floats=2 * 4 * each), []
 
     def ask(number: int) -> Tensor:
         return store.get((number,), lambda: read.append(number) or pictures[number])  # type: ignore[func-returns-value]

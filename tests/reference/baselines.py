@@ -1,4 +1,4 @@
-"""SFT, RPO and DRaFT as plain loops: one sample after the other, all losses of an optimizer step averaged."""
+"""SFT, DPO, RPO and DRaFT as plain loops: one sample after the other, all losses of an optimizer step averaged."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +49,50 @@ def sft(
             plain.reward_figures(scores, trained, "group", 1e-4)
             | {"lr": adam.rate(step), "skipped_updates": 0.0, "grad_norm": plain.mean(norms)}
             | {"loss": plain.mean(losses_all), "kl": plain.mean(kls)}
+        )
+    return {"current": current, "old": old, "ema": ema}, log
+
+
+def dpo(
+    *, seed: int, steps: Sequence[int], noises: int, optimizer: Mapping[str, object], timesteps: int,
+    sampling_steps: int, rewards: Sequence[str], trained: Mapping[str, float], beta: float, kl_rows: int,
+) -> Found:  # fmt: skip
+    """Diffusion-DPO on given pairs: every other place of a group is its winner, with noises of that place's own."""
+    current = {name: x.requires_grad_() for name, x in world.added("current").items()}
+    old, ema = world.added("old"), world.added("ema")
+    adam, sigmas, log = AdamW(current, **optimizer), world.noise_levels(sampling_steps), []
+    for step in steps:
+        scenes = world.scenes(step)
+        wins = [[s % 2 == 0 for s in range(noises)] for _ in scenes]
+        losses_all, accuracies, kls, norms = [], [], [], []
+        for number in range(adam.updates):
+            losses = []
+            for place, (p, s) in enumerate(plain.shared_out(seed, step, number, adam.updates, wins)):
+                scene, c0 = scenes[p], plain.anchor(scenes[p])
+                order = plain.shuffled_levels(seed, scene, s, 0, sampling_steps)
+                for part in range(timesteps):
+                    t, eps = sigmas[order[part]], plain.later_noise(seed, scene, s, 2, part)
+                    gains = []
+                    for image in scene.pair:
+                        x0 = world.encoded(plain.white_square(image, 2 * world.SIDE)[None])[0]
+                        x_t = (1 - t) * x0 + t * eps
+                        v, v_ref = plain.velocity(current, x_t, t, c0), plain.velocity(None, x_t, t, c0)
+                        better = ((v_ref - (eps - x0)) ** 2).mean() - ((v - (eps - x0)) ** 2).mean()
+                        gains.append(better)
+                        if len(gains) == 1 and number == 0 and place < kl_rows:
+                            kls.append(((v - v_ref) ** 2).mean().item())
+                    margin = beta * (gains[0] - gains[1]) / 2
+                    losses.append(torch.log1p(torch.exp(-margin)))
+                    accuracies.append(float(gains[0] > gains[1]))
+            norms.append(adam.descend(step, losses))
+            losses_all += [loss.item() for loss in losses]
+        if adam.ema is not None:
+            ema = plain.blended(ema, current, adam.ema)
+        scores = {name: world.scores(name, step, noises).tolist() for name in rewards}
+        log.append(
+            plain.reward_figures(scores, trained, "group", 1e-4)
+            | {"lr": adam.rate(step), "skipped_updates": 0.0, "grad_norm": plain.mean(norms)}
+            | {"loss": plain.mean(losses_all), "kl": plain.mean(kls), "pair_accuracy": plain.mean(accuracies)}
         )
     return {"current": current, "old": old, "ema": ema}, log
 

@@ -69,7 +69,7 @@ class Compact:
         self.shares = {"head.bias": 1.0, "head.weight": 1 / hidden}
         self.shares |= dict.fromkeys(("trunk.weight", "trunk.bias"), 1 / slower["trunk"])
 
-    def gaussian(self, weights: Weights, state: Tensor) -> tuple[Tensor, Tensor]:
+    def gaussian(self, weights: Weights, state: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the deviation, [X] each."""
         hidden = torch.tanh(
             weights["trunk.weight"] @ ((state - self.middle) / self.spread) + weights["trunk.bias"]
@@ -85,6 +85,48 @@ class Compact:
             share = 1 / (1 + torch.exp(-logits[0]))
             return torch.stack([share, 1 - share])
         return torch.exp(logits) / torch.exp(logits).sum(dim=0)
+
+
+class Conditional:
+    """One network for every concept, which sees it, what all have in common, how they are mixed and what is missing."""
+
+    def __init__(
+        self, features_ND: Tensor, seed: int, groups: int, hidden: int, std: float, balance_std: float
+    ) -> None:
+        self.concepts, columns = features_ND.shape
+        generator = plain.drawer(seed, -2, 0, 0)
+        self.groups = min(groups, columns)
+        self.group_D = torch.randperm(columns, generator=generator) % self.groups
+        self.size = self.concepts * (1 + self.groups)
+        self.middle = features_ND.mean(dim=0)
+        self.spread = ((features_ND - self.middle) ** 2).mean().sqrt()
+        self.own = [(one - self.middle) / self.spread for one in features_ND]
+        self.common = self.middle / (self.middle**2).mean().sqrt()
+        inputs = 3 * columns + 1
+        stds = [balance_std / math.sqrt(2), *[std / math.sqrt(2)] * self.groups]
+        self.weights: Weights = {
+            "trunk.weight": xavier(hidden, inputs, generator), "trunk.bias": zeros(hidden),
+            "head.weight": torch.zeros(2 * (1 + self.groups), hidden, dtype=torch.float64),
+            "head.bias": torch.cat([zeros(1 + self.groups), torch.log(torch.tensor(stds, dtype=torch.float64))]),
+        }  # fmt: skip
+        self.shares = {"head.bias": 1.0, "head.weight": 1 / hidden}
+        self.shares |= dict.fromkeys(("trunk.weight", "trunk.bias"), 1 / inputs)
+
+    def gaussian(self, weights: Weights, state: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        means, log_stds = [], []
+        for n in range(self.concepts):
+            missing = (seen.mean() - seen[n]) / 0.22925
+            given = torch.cat([self.own[n], self.common, (state - self.middle) / self.spread, missing[None]])
+            hidden = torch.tanh(weights["trunk.weight"] @ given + weights["trunk.bias"])
+            both = weights["head.weight"] @ hidden + weights["head.bias"]
+            means.append(both[: 1 + self.groups])
+            log_stds.append(both[1 + self.groups :])
+        return torch.cat(means), torch.cat(log_stds)
+
+    def coefficients(self, action: Tensor) -> Tensor:
+        numbers = action.view(self.concepts, -1)
+        powers = torch.stack([numbers[:, 0] + numbers[:, 1 + group] for group in self.group_D], dim=1).exp()
+        return powers / powers.sum(dim=0)
 
 
 class Paper:
@@ -103,7 +145,7 @@ class Paper:
                 self.weights[f"{net}.{layer}.bias"] = zeros(rows)
         self.shares = dict.fromkeys(self.weights, 1.0)
 
-    def gaussian(self, weights: Weights, state: Tensor) -> tuple[Tensor, Tensor]:
+    def gaussian(self, weights: Weights, state: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
         for net in ("mean_net", "std_net"):
             x = state
@@ -167,8 +209,8 @@ def compared(step: int, count: int) -> list[list[int]]:
 
 
 def train(
-    kind: str, features_ND: Tensor, *, seed: int, batch: int, steps: int, policy: Compact | Paper, lr: float,
-    epochs: int, clip: float, alpha: float, baseline: str = "leave_one_out", kl: float = 0.0,
+    kind: str, features_ND: Tensor, *, seed: int, batch: int, steps: int, policy: "Compact | Conditional | Paper",
+    lr: float, epochs: int, clip: float, alpha: float, baseline: str = "leave_one_out", kl: float = 0.0,
     gamma: float = 0.0, lam: float = 0.0, value_lr: float = 0.0,
 ) -> tuple[dict[str, Tensor], list[Tensor], list[dict[str, float]]]:  # fmt: skip
     """The trained tensors by the product's names, the coefficients of every step, and each step's figures.
@@ -179,7 +221,8 @@ def train(
     adam = Adam(weights, {name: lr * share for name, share in policy.shares.items()})
     critic = Critic(features_ND, seed, value_lr) if kind == "ppo" else None
     state = features_ND.mean(dim=0)
-    first = [x.detach() for x in policy.gaussian(weights, state)]
+    first = {name: x.detach().clone() for name, x in weights.items()}
+    seen = zeros(len(features_ND))
     proposed, log = [], []
     for step in range(steps):
         noise = torch.randn(
@@ -187,7 +230,7 @@ def train(
         )
         states, actions, coefficients, old = [], [], [], []
         for b in range(batch):
-            mean, log_std = (x.detach() for x in policy.gaussian(weights, state))
+            mean, log_std = (x.detach() for x in policy.gaussian(weights, state, seen))
             action = mean + log_std.exp() * noise[b]
             mixed = policy.coefficients(action)
             states.append(state)
@@ -197,11 +240,11 @@ def train(
             if kind != "grpo":  # its states are all s_0
                 state = sum(features_ND[n] * mixed[n] for n in range(len(features_ND)))
         proposed.append(torch.stack(coefficients))
-        rewards = {}
+        rewards, scores = {}, {}
         for b in range(batch):
             if not failed(step, b):
-                seen = similarities(step, coefficients[b])
-                rewards[b] = sum(seen) - alpha * (max(seen) - min(seen))
+                scores[b] = similarities(step, coefficients[b])
+                rewards[b] = sum(scores[b]) - alpha * (max(scores[b]) - min(scores[b]))
         returns: dict[int, float] = {}
         if critic is not None:
             estimates, returns = critic.estimate(states, state, rewards, gamma, lam)
@@ -224,29 +267,31 @@ def train(
         for epoch in range(epochs):
             losses, ratios = [], []
             for b, advantage in advantages.items():
-                gaussian = policy.gaussian(weights, states[b])
+                gaussian = policy.gaussian(weights, states[b], seen)
                 ratio = (log_density(gaussian, actions[b]) - old[b]).exp()
                 loss = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip, 1 + clip))
-                losses.append(loss + (kl * divergence(gaussian, first) if kl else 0.0))
+                begun = policy.gaussian(first, states[b], seen)
+                losses.append(loss + (kl * divergence(gaussian, begun) if kl else 0.0))
                 ratios.append(ratio.item())
             figures["grad_norm"] = adam.descend(sum(losses) / len(losses))
             if epoch == 0:
                 figures["ratio_first"] = plain.mean(ratios)
             figures["ratio_mean"] = plain.mean(ratios)
             figures["clipped_share"] = plain.mean([float(abs(r - 1) > clip) for r in ratios])
-        stds = [policy.gaussian(weights, one)[1].detach().exp().mean().item() for one in states]
+        stds = [policy.gaussian(weights, one, seen)[1].detach().exp().mean().item() for one in states]
         figures["policy_std"] = plain.mean(stds)
         if critic is not None:
             for _ in range(epochs):
                 figures["value_loss"] = critic.fit(states, returns)
         log.append(figures)
-    found = {"state_D": state} | {f"policy/{name}": x.detach() for name, x in weights.items()}
+        seen = torch.tensor(list(scores.values()), dtype=torch.float64).mean(dim=0)
+    found = {"state_D": state, "seen_N": seen} | {f"policy/{name}": x.detach() for name, x in weights.items()}
     if critic is not None:
         found |= {f"critic/{name}": x.detach() for name, x in critic.weights.items()}
     return found, proposed, log
 
 
-def divergence(gaussian: tuple[Tensor, Tensor], first: list[Tensor]) -> Tensor:
+def divergence(gaussian: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor]) -> Tensor:
     """KL of the policy from the first one, summed over the action's numbers."""
     (mean, log_std), (mean_0, log_std_0) = gaussian, first
     variance, variance_0 = (2 * log_std).exp(), (2 * log_std_0).exp()

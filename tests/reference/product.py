@@ -14,6 +14,7 @@ from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.sft import TARGET
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
 from pixrl.algorithms.world import Alone, World
+from pixrl.data.preferences import LOSER, WINNER
 from pixrl.runs.data import share
 from pixrl.types import Scores
 from tests.reference import world
@@ -50,6 +51,7 @@ def group_of(scene: Scene) -> Group:
     classes = {"subjects": [{"class": scene.word}, {"class": "cup"}]} if several else {"class": scene.word}
     metadata = {**classes, SHOWN: scene.shown}
     metadata |= {} if scene.target is None else {TARGET: scene.target}
+    metadata |= dict(zip((WINNER, LOSER), scene.pair, strict=True))
     return Group(scene.place, scene.epoch, scene.index, scene.prompt, metadata)
 
 

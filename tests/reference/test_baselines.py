@@ -1,4 +1,4 @@
-"""SFT, RPO and DRaFT against plain loops: the same weights after three training steps."""
+"""SFT, DPO, RPO and DRaFT against plain loops: the same weights after three training steps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pixrl.algorithms import make_loss
 from pixrl.algorithms.advantages import AdvantageSettings, GroupAdvantage
+from pixrl.algorithms.dpo import DPOSettings
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.exploration import NoiseOnly
 from pixrl.algorithms.loss import LossSettings
@@ -70,6 +71,16 @@ def test_sft_equals_the_plain_loop() -> None:
         expected,
         LOGGED,
     )
+
+
+@pytest.mark.parametrize(("beta", "timesteps"), [(3.0, 1), (20.0, 3)])
+def test_dpo_equals_the_plain_loop(beta: float, timesteps: int) -> None:
+    expected = baselines.dpo(
+        seed=SEED, steps=range(1, 4), noises=NOISES, optimizer=OPTIMIZER, timesteps=timesteps, sampling_steps=5,
+        rewards=REWARDS, trained=BOTH, beta=beta, kl_rows=MICRO.train,
+    )  # fmt: skip
+    loss = DPOSettings(beta=beta, timesteps=timesteps)
+    compare(lambda: run_of(loss, {"steps": 5}, "group", 0, lambda step: BOTH), expected, LOGGED)
 
 
 # of RPO; name -> what the recipe says

@@ -121,6 +121,11 @@ LEARNED: dict[str, dict[str, Any]] = {
         "variants": 3, "weighted": "anchor", "target": 0.6, "margin": 0.05, "weight": 7.0, "norm": "relative",
         "max_norm": 0.5, "encoders": "both", "anchored": False, "steps": 12, "lr": 0.02, "sigma_init": 0.02,
     },
+    # some variants begin above the band, some in it, some below
+    "around_the_band": {
+        "variants": 4, "weighted": "anchor", "target": 0.7, "margin": 0.15, "weight": 7.0, "max_norm": 2.0, "steps": 6,
+        "lr": 0.02, "sigma_init": 0.6,
+    },
     "single": {"variants": 2, "steps": 6, "lr": 0.05, "seed": 9},
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from pixrl.algorithms.dpo import DPOSettings
 from pixrl.algorithms.draft import DraftSettings
 from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.sft import SFTSettings
@@ -107,6 +108,10 @@ def velocities_apart(run: Run, other: Weights | None) -> tuple[float, float]:
 RUNS = {
     "nft": (test_nft.product_run(test_nft.CASES["published"]), "old"),
     "rpo": (test_baselines.product_run(test_baselines.CASES["from_the_prompt"]), None),
+    "dpo": (
+        test_baselines.run_of(DPOSettings(timesteps=2), {"steps": 5}, "group", 0, lambda step: test_baselines.BOTH),
+        None,
+    ),
     "sft": (
         test_baselines.run_of(SFTSettings(timesteps=2), {"steps": 5}, "group", 1, lambda step: test_baselines.BOTH),
         None,

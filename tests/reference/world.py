@@ -154,6 +154,8 @@ class Scene:
     """Reference pictures [3, H, W] that the model is shown."""
     target: Tensor | None = None
     """The picture that it should give."""
+    pair: tuple[Tensor, ...] = ()
+    """The picture that was preferred, and the one that was not."""
     word: str = ""
     """Class of what the first reference shows."""
 
@@ -175,7 +177,8 @@ def scenes(step: int, references: int = 0) -> list[Scene]:
         shown = tuple(picture(f"shown {index} {which}")[:, :, which:] for which in range(references))
         target = picture(f"target {index}")[:, 2:] if references else None
         word = ("owl", "snail", "cat", "house", "fish", "cup")[index]
-        found.append(Scene(place, number // len(PROMPTS), index, PROMPTS[index], shown, target, word))
+        pair = tuple(picture(f"{side} {index}")[:, 1:] for side in ("winner", "loser"))
+        found.append(Scene(place, number // len(PROMPTS), index, PROMPTS[index], shown, target, pair, word))
     return found
 
 

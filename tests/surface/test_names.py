@@ -23,6 +23,7 @@ PIXRL = [
     "PixrlError",
     "__version__",
     "align",
+    "draw",
     "equations",
     "fuse",
     "models",
@@ -30,6 +31,7 @@ PIXRL = [
     "rewards",
 ]
 EQUATIONS = [
+    "Preference",
     "SDEStep",
     "Shortfall",
     "anchor_loss",
@@ -38,6 +40,7 @@ EQUATIONS = [
     "cps_step",
     "dance_step",
     "diversity_loss",
+    "dpo_loss",
     "flow_sde_step",
     "fuse",
     "fusion_reward",

@@ -17,9 +17,7 @@ Deviations:
 1. RPO's two rewards are cosines of one model; ours have scales of their own. Each is normalized in its group and put
    into (0, 1) by the logistic function first, since a harmonic mean needs positive numbers of one scale.
 2. Pairs are drawn anew each step instead of once beforehand: the base is frozen, so their distribution is the same.
-3. Log-probabilities of a flow are the usual bound by its regression error (Wallace et al. 2024, Diffusion-DPO); winner
-   and loser share their noise and its level, which lowers the variance.
-4. d is a mean over pixels, not a sum; beta belongs to that.
+3. DPO on pairs of pictures is that of dpo.py, with its deviations 1 to 3.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +25,6 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -38,6 +35,7 @@ from pixrl.algorithms.advantages import (
     EstimatorSettings,
     normalized,
 )
+from pixrl.algorithms.dpo import preference_terms, velocity_error
 from pixrl.algorithms.exploration import Group, Variants
 from pixrl.algorithms.loss import (
     Advantages,
@@ -54,7 +52,7 @@ from pixrl.algorithms.loss import (
 from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepPlan, roll_out
 from pixrl.equations import interpolate
 from pixrl.errors import InputError
-from pixrl.models.base import Conditioning, FlowPolicy
+from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
 
 
@@ -166,28 +164,16 @@ class RPOLoss(Loss):
         part: int,
         with_kl: bool,
     ) -> Terms:
-        assert rollouts.rival_B is not None
-        x_t, t_B, x0, noise = noised(policy, rollouts, rows, part)
-        lost = rollouts.x0_B[rollouts.rival_B[list(rows)]]
-        condition = rollouts.conditioning(rows)
-        both = Conditioning.cat([condition, condition])
-        x_2t = torch.cat([x_t, interpolate(lost, noise, t_B)])
-        wanted = torch.cat([noise - x0, noise - lost])
-        velocity = policy.velocity(x_2t, torch.cat([t_B, t_B]), both)
-        with torch.no_grad(), policy.slot(Slot.REFERENCE):
-            reference = policy.velocity(x_2t, torch.cat([t_B, t_B]), both)
-        gain = _error(velocity, wanted) - _error(reference, wanted)
-        won_B, lost_B = gain.chunk(2)
-        margin_B = -self.settings.beta / 2 * (won_B - lost_B)
-        loss_B = -F.logsigmoid(margin_B)
-        figures = {"pair_accuracy": (margin_B.detach() > 0).float()}
-        if self.settings.similarity > 0:
-            similarity_B = self._similarity(policy, rollouts, rows, t_B, noise)
-            loss_B = loss_B + self.settings.similarity * similarity_B
-            figures["similarity_loss"] = similarity_B.detach()
-        if with_kl:
-            figures["kl"] = _error(velocity.detach(), reference).chunk(2)[0]
-        return Terms(loss_B, figures)
+        noisy = noised(policy, rollouts, rows, part)
+        terms = preference_terms(policy, rollouts, rows, noisy, self.settings.beta, with_kl)
+        if self.settings.similarity == 0:
+            return terms
+        _, t_B, _, noise = noisy
+        similarity_B = self._similarity(policy, rollouts, rows, t_B, noise)
+        return Terms(
+            terms.loss_B + self.settings.similarity * similarity_B,
+            {**terms.figures, "similarity_loss": similarity_B.detach()},
+        )
 
     def _similarity(
         self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], t_B: Tensor, noise: Tensor
@@ -207,7 +193,7 @@ class RPOLoss(Loss):
         with policy.text_present():
             condition = replace(policy.encode(asked), references=references)
         x_t = interpolate(x0, noise, t_B)
-        return _error(policy.velocity(x_t, t_B, condition), noise - x0)
+        return velocity_error(policy.velocity(x_t, t_B, condition), noise - x0)
 
     def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
         return velocity_deviation(policy, rollouts, rows, Slot.REFERENCE)
@@ -242,7 +228,3 @@ def class_prompt(group: Group) -> str:
             'Give one: a folder\'s class.txt, or "classes" in a UNO list; or set loss.similarity to 0.'
         )
     return f"a photo of {'an' if word[0].lower() in 'aeiou' else 'a'} {word}"
-
-
-def _error(velocity: Tensor, wanted: Tensor) -> Tensor:
-    return (velocity - wanted).square().flatten(1).mean(dim=1)

@@ -263,19 +263,33 @@ class Aligner:
         if count == 0:
             return 0.0
         self.optimizer.zero_grad()
-        not_finite = 0
+        not_finite, pieces = 0, self._pieces(rollouts, rows)
         for part in range(parts):
-            for piece in chunks(len(rows), self.micro_batches.train):
-                own = rows[piece]
-                first = with_kl and piece.start == 0
+            for number, (own, weight) in enumerate(pieces):
                 advantage_B = advantage_TB[loss.steps(rollouts, own, part), list(own)]
-                terms = loss.terms(self.policy, rollouts, own, advantage_B, part, first)
-                if not bool(terms.loss_B.isfinite().all()):
-                    not_finite += 1
-                    continue
-                self.scaler.scale(terms.loss_B.sum() / count).backward()
-                tally.add({"loss": terms.loss_B, **terms.figures})
+                if not weight:
+                    advantage_B = advantage_B.nan_to_num()
+                terms = loss.terms(self.policy, rollouts, own, advantage_B, part, with_kl and number == 0)
+                is_finite = bool(terms.loss_B.isfinite().all())
+                if is_finite or self.policy.in_step:  # others wait for this pass
+                    self.scaler.scale(terms.loss_B.sum() * weight / count).backward()
+                not_finite += not is_finite
+                if is_finite and weight:
+                    tally.add({"loss": terms.loss_B, **terms.figures})
         return self._step_together(not_finite)
+
+    def _pieces(self, rollouts: Rollouts, rows: Sequence[int]) -> list[tuple[Sequence[int], int]]:
+        """Return micro-batches of some rows, each with the weight 1.
+
+        Where processes must make the same passes and this one has fewer rows to train than another, since pictures of
+        it failed, it repeats a row with the weight 0 to have as many.
+        """
+        pieces = [(rows[piece], 1) for piece in chunks(len(rows), self.micro_batches.train)]
+        if self.policy.in_step:
+            spare = list(rows[:1]) or list(range(len(rollouts)))[:1]
+            missing = max(self.world.gather(len(pieces))) - len(pieces)
+            pieces += [(spare, 0)] * missing
+        return pieces
 
     def _step_together(self, not_finite: int) -> float | None:
         """Sum the gradients of all processes, clip them and step; every process decides alike."""

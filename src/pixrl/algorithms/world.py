@@ -1,10 +1,17 @@
 """The processes that share a training step: joining them, and sums and statistics over all of them.
 
-Several are started by `torchrun` or `accelerate launch` and talk by gloo on CPUs and NCCL on GPUs; one process needs no
-launcher. On a machine without a GPU, `accelerate launch` starts several only with `--multi_gpu`.
+Several are started by `torchrun` or `accelerate launch`, on one host or more (docs/scaling.md), and talk by gloo on
+CPUs and NCCL on GPUs; one process needs no launcher. On a machine without a GPU, `accelerate launch` starts several
+only with `--multi_gpu`.
+
+Gradients are summed once an update by accelerate's `reduce`, and no DistributedDataParallel wraps the model. It was
+tried on two gloo processes (docs/log.md): its mean over processes is off by a quarter where they hold one picture and
+two; it sums in every backward pass, so that a process whose pictures all failed, or that has fewer micro-batches,
+leaves the other waiting until it times out; and what it would hide is one sum of LoRA's gradients an update.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -13,6 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pixrl.device import choose_device
 
@@ -156,6 +164,11 @@ class Team:
         return int(self._state.num_processes)
 
     @property
+    def local(self) -> int:
+        """The number of processes on this host, as the launcher says."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
+    @property
     def leads(self) -> bool:
         """Whether this process (rank 0) writes logs and checkpoints."""
         return self.rank == 0
@@ -172,12 +185,28 @@ class Team:
         values: list[AnyT] = gather_object([value])
         return values
 
+    def mesh(self) -> DeviceMesh:
+        """Return the processes that divide a model among them, as torch's mesh of one dimension: see `sharers`."""
+        each = sharers(self.size, self.local)
+        hosts = init_device_mesh(
+            self._state.device.type, (self.size // each, each), mesh_dim_names=("host", "part")
+        )
+        return hosts["part"]
+
     def wait(self) -> None:
         """Block until every process has called this."""
         self._state.wait_for_everyone()
 
 
+def sharers(size: int, local: int) -> int:
+    """Return how many processes divide one copy of a model: those of a host, whose links are fast; all, if it has one.
+
+    Frozen weights have no gradients, so hosts with copies of their own have nothing more to tell each other.
+    """
+    return local if local > 1 and size % local == 0 else size
+
+
 def limit_threads(size: int) -> None:
-    """Divide torch's threads among `size` CPU processes, which would otherwise each take every core."""
+    """Divide torch's threads among the `size` CPU processes of a host, which would otherwise each take every core."""
     if size > 1 and not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // size))

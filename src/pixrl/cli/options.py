@@ -74,6 +74,16 @@ Mixing = Annotated[
     str | None,
     option("What of the concepts is mixed: columns, tokens, steps, velocity or spatial.", HOW, "columns"),
 ]
+Policy = Annotated[
+    Path | None,
+    option(
+        "Begin with what a finished fusion has learned (with options.policy=conditional); a folder of pairs: its last.",
+        HOW,
+    ),
+]
+Carry = Annotated[
+    bool, option("With --pairs: one conditional policy, which goes on learning from pair to pair.", HOW)
+]
 Compare = Annotated[str | None, option("Samplers side by side at equal budget: all, or rmler,random.", HOW)]
 Budget = Annotated[int | None, option("Pictures in all.", HOW, "128")]
 Pool = Annotated[

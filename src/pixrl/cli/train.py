@@ -12,6 +12,7 @@ from pixrl.cli.options import (
     Alpha,
     Balance,
     Budget,
+    Carry,
     CheckedRecipe,
     Compare,
     Concepts,
@@ -25,6 +26,7 @@ from pixrl.cli.options import (
     Out,
     Pairs,
     PersonalizeRecipe,
+    Policy,
     Pool,
     Presence,
     Recipe,
@@ -58,6 +60,8 @@ def fuse(
     sampler: Sampler = None,
     mixing: Mixing = None,
     compare: Compare = None,
+    policy: Policy = None,
+    carry: Carry = False,
     budget: Budget = None,
     pool: Pool = None,
     exemplars: Exemplars = None,
@@ -76,6 +80,10 @@ def fuse(
         raise InputError("--pairs names the concepts and runs one sampler: leave out CONCEPTS and --compare.")
     if compare is not None and sampler is not None:
         raise InputError("--sampler names one sampler and --compare several: give one of them.")
+    if carry and pairs is None:
+        raise InputError("--carry takes one policy from pair to pair: name them with --pairs FILE.")
+    if compare is not None and policy is not None:
+        raise InputError("--policy begins one sampler with what it has learned: leave out --compare.")
     given = {
         "concepts": concepts or None,
         "model": model,
@@ -95,12 +103,13 @@ def fuse(
     from pixrl import config as recipes
     from pixrl.fusion.config import FuseConfig
 
-    values = {name: value for name, value in given.items() if value is not None}
+    learned = {} if policy is None else api.with_policy(policy)
+    values = learned | {name: value for name, value in given.items() if value is not None}
     config = recipes.load(FuseConfig, recipe, set_ or [], values=values, kind="fuse")
     if pairs is not None:
         out = out or api.default_fuse_out(config, pairs=pairs)
         with resumable(out):
-            api.run_pairs(config, pairs, out, force=force)
+            api.run_pairs(config, pairs, out, carry=carry, force=force)
     elif compare is not None:
         names = "all" if compare == "all" else [name.strip() for name in compare.split(",")]
         out = out or api.default_fuse_out(config, compare=True)

@@ -13,30 +13,17 @@
 Pictures are read when they are asked for, and the last ones are kept.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from pixrl.data.pictures import as_floats, read_picture, to_levels
+from pixrl.data.picture_store import PictureStore, opened
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.data.subjects import Subject, SubjectSet
 from pixrl.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LEVEL_BYTES = 2**29
-"""The bytes of 8-bit pictures that are kept, 170 of the largest ones: DreamBench has 158."""
-CACHE_BYTES = 2**28
-"""The bytes of the same pictures that are kept as float32."""
-LARGEST = 1024
-"""The pixels of a reference's longer side, to which larger ones are reduced: no reward or model looks at more."""
-
-_Key = tuple[object, ...]
 
 
 def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet:
@@ -63,7 +50,7 @@ def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet
             f"references.count is {count}, but the subject {fewest.name!r} has {have}. Give it more pictures, or "
             f"type: --set references.count={have}"
         )
-    store = _Store()
+    store = PictureStore()
     return PromptSet(
         subjects.name,
         tuple(
@@ -75,42 +62,12 @@ def subject_prompts(subjects: SubjectSet, *, count: int | None = 1) -> PromptSet
     )
 
 
-class _Kept:
-    """A cache of pictures as tensors up to so many bytes, which drops the least recently used."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._tensors: OrderedDict[_Key, Tensor] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, key: _Key, make: Callable[[], "Tensor"]) -> "Tensor":
-        found = self._tensors.get(key)
-        if found is None:
-            found = make()
-            self._bytes += found.nbytes
-        self._tensors[key] = found
-        self._tensors.move_to_end(key)
-        while self._bytes > self._limit and len(self._tensors) > 1:
-            self._bytes -= self._tensors.popitem(last=False)[1].nbytes
-        return found
-
-
-class _Store:
-    """A cache of pictures in 8 bits, and of the last ones as float tensors: the same tensor costs a reward nothing."""
-
-    def __init__(self, levels: int = LEVEL_BYTES, floats: int = CACHE_BYTES) -> None:
-        self._levels = _Kept(levels)
-        self._floats = _Kept(floats)
-
-    def get(self, key: _Key, read: Callable[[], Image.Image]) -> "Tensor":
-        """Return the picture of a key, float32 [3, H, W]."""
-        return self._floats.get(key, lambda: as_floats(self._levels.get(key, lambda: to_levels(read()))))
-
-
 class _About(Mapping[str, object]):
     """One prompt's metadata, whose pictures are read when they are asked for."""
 
-    def __init__(self, store: _Store, index: int, subject: Subject, number: int, count: int | None) -> None:
+    def __init__(
+        self, store: PictureStore, index: int, subject: Subject, number: int, count: int | None
+    ) -> None:
         self._store = store
         self._index = index
         self._subject = subject
@@ -158,14 +115,5 @@ class _About(Mapping[str, object]):
     def _pictures(self, count: int | None) -> "list[Tensor]":
         chosen = self._subject.references[:count]
         return [
-            self._store.get((self._index, number), partial(_opened, one)) for number, one in enumerate(chosen)
+            self._store.get((self._index, number), partial(opened, one)) for number, one in enumerate(chosen)
         ]
-
-
-def _opened(picture: Path | Image.Image) -> Image.Image:
-    found = picture if isinstance(picture, Image.Image) else read_picture(picture)
-    if max(found.size) <= LARGEST:
-        return found
-    smaller = found.copy()
-    smaller.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    return smaller

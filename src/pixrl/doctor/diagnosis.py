@@ -75,6 +75,8 @@ class Hardware:
     """The dtype of matrix products."""
     free: int
     """Bytes that are free on the device now."""
+    local: int
+    """Number of processes on this host, which share its main memory."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class Diagnosis:
     batches: Batches | None
     needed: int | None
     """Bytes of one process at its peak, with these batches."""
+    sharded: bool
+    """Whether the processes divide the denoiser's weights among them."""
     disk: int | None
     """Bytes that the run's folder may grow to."""
     work: Work
@@ -199,7 +203,8 @@ class Diagnosis:
             why = "what is missing comes first" if self.parts else "it is not known before the model is there"
             yield f"{'memory':<12}not checked: {why}"
         else:
-            yield f"{'memory':<12}{size(self.needed)} at the peak of a process, {size(self.place.free)} free"
+            how = ", the denoiser sharded" if self.sharded else ""
+            yield f"{'memory':<12}{size(self.needed)} at the peak of a process{how}, {size(self.place.free)} free"
 
     def _work(self) -> Iterator[str]:
         work = self.work

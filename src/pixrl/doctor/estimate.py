@@ -13,6 +13,7 @@ import torch
 from pixrl import models
 from pixrl.algorithms.optim import moment_bytes
 from pixrl.algorithms.trainer import MicroBatches
+from pixrl.algorithms.world import sharers
 from pixrl.device import Precision, choose_precision, free_bytes
 from pixrl.doctor.diagnosis import Batches, Findings, Hardware, Need, Trained, run_name, size
 from pixrl.doctor.generator import require_fit
@@ -22,6 +23,7 @@ from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.estimate import (
+    DENOISERS,
     Cost,
     PartSize,
     cost_of,
@@ -30,10 +32,11 @@ from pixrl.models.estimate import (
     operations_of,
 )
 from pixrl.models.loading import denoiser_of
-from pixrl.models.memory_plan import Base, MemoryPlan, Offload
+from pixrl.models.memory_plan import Base, MemoryPlan, Offload, Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import TEXT_PARTS, set_decoding
 from pixrl.models.quantization import linear_layers
+from pixrl.models.sharding import sharded_bytes, transformer_blocks
 from pixrl.models.slots import slot_sizes
 from pixrl.models.text import PromptCache
 from pixrl.runs.config import AlignConfig, kind_of
@@ -64,12 +67,18 @@ _PHASE = "seconds/"
 
 
 def find_place(
-    device: str, dtype: str, processes: int, findings: Findings, *, on_gpu: str = "auto"
+    device: str,
+    dtype: str,
+    processes: int,
+    findings: Findings,
+    *,
+    local: int | None = None,
+    on_gpu: str = "auto",
 ) -> tuple[torch.device, Hardware, Precision]:
     """Return where the run would compute, and with which precision.
 
     What is asked for and is not there is a problem; the estimates go on without it. `on_gpu` is the dtype that "auto"
-    stands for on a GPU.
+    stands for on a GPU; `local`: the processes on this host, None: all.
     """
     asked = dtype
     try:
@@ -88,7 +97,7 @@ def find_place(
             precision = choose_precision(torch.device("cuda"), dtype)
     computing = precision.autocast or precision.weights
     names = (str(precision.weights).removeprefix("torch."), str(computing).removeprefix("torch."))
-    return chosen, Hardware(str(chosen), processes, *names, free_bytes(chosen)), precision
+    return chosen, Hardware(str(chosen), processes, *names, free_bytes(chosen), local or processes), precision
 
 
 class Estimate:
@@ -229,14 +238,67 @@ def fit_batches(
     rewards: dict[str, int],
     estimate: Estimate | None,
     findings: Findings,
-) -> tuple[Batches | None, int | None]:
-    """Return the micro-batches, and the bytes of a process at its peak with them; a lack of memory is a problem."""
+) -> tuple[Batches | None, int | None, bool]:
+    """Fit a run into memory: weights whole if they fit, else sharded where the recipe and the model allow it.
+
+    Returns:
+        The micro-batches, the bytes of a process at its peak with them, and whether the weights are sharded. A lack of
+        memory is a problem, sharding that the recipe does not name is noted.
+    """
     if estimate is None:
-        return None, None
+        return None, None, config.machine.divides
+    free = place.free // (place.local if device.type == "cpu" else 1)
+    each = sharers(place.processes, place.local)
+    for sharded in _ways_to_hold(config, place, estimate):
+        resident = _resident(config, parts, rewards, estimate, each if sharded else 1)
+        batches = _batches(config, device, place, estimate, free - resident)
+        peak = resident + _higher(estimate.drawing, estimate.training, (batches.rollout, batches.train or 1))
+        if peak <= free:
+            break
+    if peak > free:
+        findings.miss(Need.MEMORY, _too_much(config, estimate, batches, resident, peak, free))
+    elif sharded and not config.machine.divides:
+        findings.note(
+            f"machine.shard: the weights do not fit whole into {size(free)}, so every {each} processes divide a "
+            "copy of the denoiser among them"
+        )
+    host = sum(part.bytes for part in parts.values()) * place.local
+    if device.type != "cpu" and host > free_bytes(torch.device("cpu")):
+        findings.miss(Need.MEMORY, f"Weights pass through main memory, which needs {size(host)} free.")
+    return batches, peak, sharded
+
+
+def _ways_to_hold(config: AlignConfig, place: Hardware, estimate: Estimate) -> tuple[bool, ...]:
+    """Return whether weights may be sharded: the better way first, the one that takes less memory last."""
+    machine = config.machine
+    can_wait = machine.offload is not Offload.SEQUENTIAL and machine.base is not Base.NF4
+    is_possible = place.processes > 1 and can_wait
+    if machine.shard is Shard.NONE or not is_possible or not transformer_blocks(estimate.policy.transformer):
+        return (False,)
+    return (True,) if machine.divides else (False, True)
+
+
+def _resident(
+    config: AlignConfig,
+    parts: dict[str, PartSize],
+    rewards: dict[str, int],
+    estimate: Estimate,
+    sharers: int,
+) -> int:
+    """Return the bytes that lie on the device all the time, the denoiser divided among so many processes."""
     machine, trained = config.machine, estimate.trained
     weights = on_device(parts, machine, text_dropped=machine.drop_text_encoders)
-    resident = weights + sum(rewards.values()) + trained.lora + 2 * trained.gradients + trained.optimizer
-    free = place.free // (place.processes if device.type == "cpu" else 1)
+    if sharers > 1:
+        whole = sum(part.bytes for name, part in parts.items() if name in DENOISERS)
+        weights += sharded_bytes(estimate.policy.transformer, sharers) - whole
+    return weights + sum(rewards.values()) + trained.lora + 2 * trained.gradients + trained.optimizer
+
+
+def _batches(
+    config: AlignConfig, device: torch.device, place: Hardware, estimate: Estimate, room: int
+) -> Batches:
+    """Return the micro-batches for so many bytes of room, and why."""
+    machine = config.machine
     groups = -(-config.prompts.per_step // place.processes)
     drawn = groups * config.group_size
     counts = (drawn, -(-drawn // config.optimizer.updates))
@@ -245,26 +307,26 @@ def fit_batches(
         ("rollout", counts[0], estimate.drawing, machine.rollout_batch),
         ("training", counts[1], estimate.training, machine.train_batch),
     ):
-        most, why = _most(device, cost, free - resident, estimate.cpu_batch, given)
+        most, why = _most(device, cost, room, estimate.cpu_batch, given)
         chosen.append(evened(count, most))
         reasons.append(
             f"{name}: {-(-count // chosen[-1])} x {chosen[-1]} for {count} pictures; at most {most} ({why})"
         )
-    peak = resident + _higher(estimate.drawing, estimate.training, chosen)
-    if peak > free:
-        ways = [*(smaller_references(estimate.policy) if estimate.references else ()), *smaller_runs(config)]
-        if estimate.references > 1:
-            one = _higher(*estimate.costs(1), chosen)
-            each = -(-(peak - resident - one) // (estimate.references - 1))
-            fit = fitting(one, max(1, each), free - resident)
-            ways.insert(0, fewer_references(fit, estimate.references))
-        said = f"{size(peak)} are needed and {size(free)} are free. Save memory with {', '.join(ways)}."
-        findings.miss(Need.MEMORY, said)
-    host = sum(part.bytes for part in parts.values()) * place.processes
-    if device.type != "cpu" and host > free_bytes(torch.device("cpu")):
-        findings.miss(Need.MEMORY, f"Weights pass through main memory, which needs {size(host)} free.")
     micro = MicroBatches(*chosen)
-    return Batches(micro.rollout, micro.train, tuple(reasons)), peak
+    return Batches(micro.rollout, micro.train, tuple(reasons))
+
+
+def _too_much(
+    config: AlignConfig, estimate: Estimate, batches: Batches, resident: int, peak: int, free: int
+) -> str:
+    """Return the message on a run that does not fit, with what would make it smaller."""
+    ways = [*(smaller_references(estimate.policy) if estimate.references else ()), *smaller_runs(config)]
+    if estimate.references > 1:
+        one = _higher(*estimate.costs(1), (batches.rollout, batches.train or 1))
+        each = -(-(peak - resident - one) // (estimate.references - 1))
+        fit = fitting(one, max(1, each), free - resident)
+        ways.insert(0, fewer_references(fit, estimate.references))
+    return f"{size(peak)} are needed and {size(free)} are free. Save memory with {', '.join(ways)}."
 
 
 def _most(device: torch.device, cost: Cost, room: int, cpu_batch: int, given: int | None) -> tuple[int, str]:

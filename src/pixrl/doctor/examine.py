@@ -37,6 +37,7 @@ from pixrl.doctor.rewards import (
 )
 from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.fusion.config import FuseConfig
+from pixrl.fusion.learned import read_policy
 from pixrl.fusion.world import PUBLISHED_CLIP, PUBLISHED_SEGMENTER
 from pixrl.hub import Checkpoint, read_card
 from pixrl.models import adapter_of
@@ -50,15 +51,14 @@ from pixrl.models.estimate import (
 )
 from pixrl.models.pipeline import FlowPipelinePolicy, micro_batch_for
 from pixrl.models.sdxl import SDXLRenderer
+from pixrl.models.sharding import require_blocks
 from pixrl.models.slots import Lora, fitting_layers
 from pixrl.models.text import PromptCache, check_words
 from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, kind_of
 from pixrl.runs.loaded import load_rewards, not_trainable, read_prompts, require_trainable, show_references
-from pixrl.runs.planner import (
-    trial,
-)
+from pixrl.runs.planner import require_equal_shares, trial
 
 USUAL_SIDE = 512
 """Side in pixels of the synthetic pictures where the generator's own is not known."""
@@ -68,6 +68,7 @@ def examine_training(
     config: AlignConfig,
     *,
     processes: int = 1,
+    local: int | None = None,
     out: Path | None = None,
     force: bool = False,
     about_to_run: bool = False,
@@ -79,6 +80,7 @@ def examine_training(
     Args:
         config: the recipe.
         processes: number of processes that would share its steps.
+        local: number of them on this host; None: all.
         out: the run's folder; None: a new one.
         force: whether a run that lies there would be replaced.
         about_to_run: download what is missing of the generator; time and memory are left to the run itself where a
@@ -90,7 +92,8 @@ def examine_training(
     except InputError as error:
         findings.miss(Need.SETTING, error)
     require_out(out, force, findings)
-    device, place, precision = find_place(config.machine.device, config.machine.dtype, processes, findings)
+    machine = config.machine
+    device, place, precision = find_place(machine.device, machine.dtype, processes, findings, local=local)
     prompts, shown = _prompts(config, findings)
     rewards = find_rewards(config.rewards, prompts + shown, findings)
     sets = {"prompts.source": prompts, "evaluation.source": shown}
@@ -116,7 +119,9 @@ def examine_training(
         judges = named_models(config.rewards) | {"output.features": config.output.features}
         require_own_world(estimate.policy, parameters_of(parts), judges.items(), findings)
     weighed = estimate if estimate is not None and estimate.weighed else None
-    batches, needed = fit_batches(config, device, place, parts, rewards, weighed, findings)
+    batches, needed, sharded = fit_batches(config, device, place, parts, rewards, weighed, findings)
+    if sharded or machine.divides:
+        _require_shardable(config, processes, len(shown), estimate, findings)
     disk = None if estimate is None else _disk(config, estimate)
     if disk is not None:
         require_disk(disk, findings)
@@ -132,11 +137,24 @@ def examine_training(
         training=None if weighed is None else weighed.training,
         batches=batches,
         needed=needed,
+        sharded=sharded,
         disk=disk,
         work=_work(config, device, precision, prompts, weighed, processes, timed=not about_to_run),
         problems=findings.problems,
         notes=findings.notes,
     )
+
+
+def _require_shardable(
+    config: AlignConfig, processes: int, held_out: int, estimate: Estimate | None, findings: Findings
+) -> None:
+    """Report a model, or a number of processes or prompts, with which weights cannot be sharded."""
+    try:
+        require_equal_shares(config, processes, held_out)
+        if estimate is not None:
+            require_blocks(estimate.policy.transformer)
+    except PixrlError as error:
+        findings.miss(Need.SETTING, error)
 
 
 def _prompts(config: AlignConfig, findings: Findings) -> tuple[list[Prompt], list[Prompt]]:
@@ -301,6 +319,11 @@ def examine_fusion(
     """
     findings = Findings()
     require_out(out, force, findings)
+    if config.policy_from is not None:
+        try:
+            read_policy(Path(config.policy_from)).require_fits(config)
+        except PixrlError as error:
+            findings.miss(Need.SETTING, error)
     checkpoint = find_pipeline(config.model, findings, fetch=about_to_run)
     adapter = None if checkpoint is None else adapter_of(checkpoint)
     device, place, precision = find_place(
@@ -354,6 +377,7 @@ def examine_fusion(
         training=None,
         batches=None if cost is None else Batches(batch, None, (reason,)),
         needed=needed,
+        sharded=False,
         disk=disk,
         work=Work(None, config.batch, None, None, config.budget),
         problems=findings.problems,

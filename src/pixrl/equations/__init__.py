@@ -21,11 +21,13 @@ from pixrl.equations.perturbation import (
     project_delta,
     variant_weight,
 )
+from pixrl.equations.preference import Preference, dpo_loss
 from pixrl.equations.sde import SDEStep, cps_step, dance_step, flow_sde_step
 from pixrl.equations.shaping import prompt_weight, shape_advantage, synergy
 from pixrl.equations.surrogate import clipped_surrogate, gaussian_kl
 
 __all__ = [
+    "Preference",
     "SDEStep",
     "Shortfall",
     "anchor_loss",
@@ -34,6 +36,7 @@ __all__ = [
     "cps_step",
     "dance_step",
     "diversity_loss",
+    "dpo_loss",
     "flow_sde_step",
     "fuse",
     "fusion_reward",

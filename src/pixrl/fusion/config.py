@@ -1,23 +1,27 @@
 """What a fusion is made from: the recipe `fuse`, whose method is a sampler."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
+from pixrl import config as recipes
 from pixrl import plugins
 from pixrl.algorithms import MIXINGS, SAMPLERS
 from pixrl.algorithms.fusion.base import Sampler
 from pixrl.algorithms.fusion.mixing import ColumnsSettings, MixingSettings, Pooled
 from pixrl.config import MOST, Count, Seed, Settings, refuse_infinite
 from pixrl.data.pairs import check_concepts
-from pixrl.errors import ConfigError, did_you_mean
+from pixrl.errors import ConfigError, RunError, did_you_mean
 from pixrl.fusion.noise import Noise, NoisePlan
 from pixrl.hub import full_path, split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.plugins import PartOf, checksums, is_path
+from pixrl.runs.folder import RunFolder
 
+KIND, COMPARE, PAIRS = "fuse", "fuse-compare", "fuse-pairs"
 CHECKPOINTS = ("model", "clip", "segmenter")
 """Settings that may name a folder."""
 
@@ -35,7 +39,7 @@ SamplerName = Annotated[str, BeforeValidator(_require_sampler)]
 
 
 class FuseConfig(Settings):
-    """One fusion: which concepts, with which model, by which sampler, scored and selected how."""
+    """The recipe of one fusion: its concepts, model and sampler, and how its pictures are scored and selected."""
 
     concepts: tuple[str, ...] = ()
     """Two or more different concepts."""
@@ -63,6 +67,8 @@ class FuseConfig(Settings):
     """A child shows a concept above this similarity; none: the checkpoint's calibration."""
     balance: float | None = Field(None, gt=0, le=MOST)
     """A child is balanced below this difference of similarities; none: the checkpoint's calibration."""
+    policy_from: str | None = None
+    """A finished fusion whose learned policy this one begins with (`policy: conditional`), or a folder of them."""
     mixing: Annotated[MixingSettings, PartOf(MIXINGS)] = ColumnsSettings()
     """What of the concepts is mixed: columns, tokens, steps, velocity or spatial, with its settings."""
     pooled: Pooled = Pooled.WEIGHT
@@ -106,7 +112,8 @@ class FuseConfig(Settings):
                 f"a budget of {self.budget} pictures is below one batch of {self.batch}; "
                 f"raise --budget to {self.batch} or more, or add --set batch={max(2, self.budget)}"
             )
-        if self.pool is not None and self.budget - self.pool < self.batch:
+        only_draws = self.policy_from is not None and self.pool == self.budget
+        if self.pool is not None and self.budget - self.pool < self.batch and not only_draws:
             raise ValueError(
                 f"a pool of {self.pool} of {self.budget} pictures leaves less than one batch of {self.batch} to learn "
                 f"from; give --pool {self.budget - self.batch} or less"
@@ -115,60 +122,62 @@ class FuseConfig(Settings):
 
     @property
     def code(self) -> dict[str, str]:
-        """Checksums of the files of yours that hold the sampler and the mixing, for a resume to compare."""
+        """Checksums of the user's files that hold the sampler and the mixing, for a resume to compare."""
         adapter = split_adapter(self.model)[0] or ""
         return checksums([(SAMPLERS, self.sampler), (MIXINGS, self.mixing.kind), (ADAPTERS, adapter)])
 
     def with_full_paths(self) -> "FuseConfig":
-        """The same, its checkpoints by their whole paths where they are on this disk."""
+        """Return the same recipe with absolute paths of the checkpoints that lie on this disk."""
         found = {name: full_path(ref) for name in CHECKPOINTS if (ref := self.__dict__[name]) is not None}
         mixing = self.mixing.model_copy(update={"kind": plugins.full_path(self.mixing.kind)})
+        if self.policy_from is not None:
+            found["policy_from"] = str(Path(self.policy_from).resolve())
         return self.model_copy(update={**found, "sampler": plugins.full_path(self.sampler), "mixing": mixing})
 
     @property
     def world(self) -> tuple[str, str | None, str | None, str, str, MemoryPlan]:
-        """What `fuse_world.load_world` takes."""
+        """The arguments of `fusion.world.load_world`."""
         return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory
 
     @property
     def pool_images(self) -> int:
-        """Pictures of the pool, 0 for a sampler without a policy: the last of the run."""
+        """The number of pictures in the pool, which are the last of the run; 0 for a sampler without a policy."""
         if not sampler_of(self.sampler).has_policy:
             return 0
         return min(self.budget // 4, self.budget - self.batch) if self.pool is None else self.pool
 
     @property
     def learning_images(self) -> int:
-        """Pictures that the sampler learns from: the first of the run."""
+        """The number of pictures that the sampler learns from, which are the first of the run."""
         return self.budget - self.pool_images
 
     @property
     def learning_steps(self) -> int:
-        """Batches that the sampler learns from; the last may be smaller."""
+        """The number of batches that the sampler learns from; the last may be smaller."""
         return -(-self.learning_images // self.batch)
 
     @property
     def steps(self) -> int:
-        """Batches in all: those of learning, then those of the pool."""
+        """The number of batches in all: those of learning, then those of the pool."""
         return self.learning_steps + -(-self.pool_images // self.batch)
 
     def first_index(self, step: int) -> int:
-        """The number of a step's first picture."""
+        """Return the number of a step's first picture."""
         if step <= self.learning_steps:
             return min(step * self.batch, self.learning_images)
         return min(self.learning_images + (step - self.learning_steps) * self.batch, self.budget)
 
     def count(self, step: int) -> int:
-        """Pictures of a step."""
+        """Return the number of pictures of a step."""
         return self.first_index(step + 1) - self.first_index(step)
 
     def noise_plan(self) -> NoisePlan:
-        """A run's seeds."""
+        """Make the plan that hands out the seeds of a run."""
         return NoisePlan(self.noise, self.seed, self.learning_steps)
 
 
 def sampler_of(name: str) -> type[Sampler[Any]]:
-    """The sampler of a name or path. ConfigError where a path names something else."""
+    """Find the class of a sampler by name or path. Raises ConfigError where a path names something else."""
     found = SAMPLERS.find(name)
     if not (isinstance(found, type) and issubclass(found, Sampler)):
         raise ConfigError(
@@ -178,7 +187,7 @@ def sampler_of(name: str) -> type[Sampler[Any]]:
 
 
 def resolve_options(sampler: str, options: dict[str, Any]) -> Settings:
-    """A sampler's settings, all of them filled; ValueError that names what it knows for an unknown one."""
+    """Fill in a sampler's settings. Raises a ValueError that lists the known ones where one is unknown."""
     model = sampler_of(sampler).Settings
     for name in options:
         if name not in model.model_fields:
@@ -196,3 +205,12 @@ def resolve_options(sampler: str, options: dict[str, Any]) -> Settings:
             for d in error.errors(include_url=False)
         ]
         raise ValueError("; ".join(details)) from None
+
+
+def open_run(path: Path) -> tuple[RunFolder, FuseConfig]:
+    """Open a fusion's folder and read its recipe; both are checked."""
+    folder = RunFolder.open(path)
+    if folder.kind != KIND:
+        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")
+    recipe = {"pool": 0, **folder.recipe()}  # runs of before there was a pool select among all pictures
+    return folder, recipes.load(FuseConfig, recipe, kind=KIND)

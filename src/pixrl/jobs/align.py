@@ -17,12 +17,14 @@ from pixrl.algorithms.world import Team
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Findings, require
 from pixrl.doctor.examine import examine_training, try_rewards
-from pixrl.errors import FailedScoresError, InputError
+from pixrl.errors import FailedScoresError, InputError, RunError
+from pixrl.models.memory_plan import Shard
 from pixrl.rewards.set import MAX_FAILED_SHARE, RewardSet
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.guard import Guard
 from pixrl.runs.loaded import (
     LoadedRun,
     check_references,
@@ -63,8 +65,8 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
         ConfigError, InputError: the recipe, or something that it names, is wrong; nothing was written.
         RunError: the folder is taken, or the run had to stop.
     """
-    config, rewards, found = get_ready(config, out, force=force)
-    run = load_run(config, rewards)
+    config, rewards, sharded, found = get_ready(config, out, force=force)
+    run = load_run(config, rewards, sharded=sharded)
     # what an exploration needs and the model lacks shows here, before there is a folder; what it learns is kept
     prepare(run.method.exploration, run.policy, run.first_groups()[:1])
     left_out = check_references(run)
@@ -77,19 +79,32 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
     with replacing(out) if team.leads else nullcontext():
         if team.leads:
             write_start(RunFolder.open(out), run, micro_batches, notes)
-        team.wait()
+        _require_seen(out, team)
         folder = RunFolder.open(out)
         _play(folder, run, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
     return folder.path
 
 
+def _require_seen(out: Path, team: Team) -> None:
+    """Wait for the run's folder, and raise a RunError on all processes where one of them does not see it."""
+    team.wait()
+    # by listing: a network disk may remember that the folder was not there
+    is_there = out.parent.is_dir() and any(one.name == out.name for one in out.parent.iterdir())
+    seen = team.gather(is_there)
+    if not all(seen):
+        raise RunError(
+            f"Process 0 made {out}, and process {seen.index(False)} does not see it there. All hosts of a run write "
+            "into one folder: give --out as a full path on a disk that they share."
+        )
+
+
 def get_ready(
     config: AlignConfig, out: Path | None = None, *, force: bool = False
-) -> tuple[AlignConfig, RewardSet, tuple[str, ...]]:
+) -> tuple[AlignConfig, RewardSet, bool, tuple[str, ...]]:
     """Check a recipe and this machine, and load and try the rewards, before the generator is loaded.
 
     Returns:
-        The recipe with whole paths, its rewards, and notes for the user.
+        The recipe with whole paths, its rewards, whether the weights are sharded, and notes for the user.
 
     Raises:
         PixrlError: what `pixrl doctor` says stands against the run, or a reward can score nothing; nothing was
@@ -98,7 +113,12 @@ def get_ready(
     team = Team(config.machine.device)
     with quiet_loading():
         found = examine_training(
-            config, processes=team.size, out=out if team.leads else None, force=force, about_to_run=True
+            config,
+            processes=team.size,
+            local=team.local,
+            out=out if team.leads else None,
+            force=force,
+            about_to_run=True,
         )
     notes = require(found)
     config = with_full_paths(config)
@@ -106,7 +126,17 @@ def get_ready(
     findings = Findings()
     try_rewards(rewards, config, found.side, findings)
     require(findings)
-    return config, rewards, notes
+    return config, rewards, any(team.gather(found.sharded)), notes
+
+
+def _is_sharded(config: AlignConfig) -> bool:
+    """Return whether the processes that go on with a run divide its weights among them; all of them agree."""
+    team = Team(config.machine.device)
+    if config.machine.shard is not Shard.AUTO or team.size == 1:
+        return config.machine.divides
+    with quiet_loading():
+        found = examine_training(config, processes=team.size, local=team.local, about_to_run=True)
+    return any(team.gather(found.sharded))
 
 
 def go_on(
@@ -134,7 +164,7 @@ def go_on(
         require_unedited(folder, accept_changes)
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     config = with_full_paths(config, edited)
-    run = load_run(config)
+    run = load_run(config, sharded=_is_sharded(config))
     evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
     changes += [f"changed: {one}" for one in code]
     step, images, saved = find_place(folder)
@@ -195,8 +225,8 @@ def check(config: AlignConfig) -> Report:
 
     One update is taken and nothing is written.
     """
-    config, rewards, said = get_ready(config)
-    run = load_run(config, rewards)
+    config, rewards, sharded, said = get_ready(config)
+    run = load_run(config, rewards, sharded=sharded)
     micro_batches, planned = plan_batches(run)
     notes = tuple(dict.fromkeys((*said, *planned)))
     aligner = run.aligner(micro_batches)
@@ -239,13 +269,30 @@ def _play(
         images=images,
     )
     evaluator = make_evaluator(run, micro_batches)
+    began = read_start(folder)
+    guard = Guard(
+        folder,
+        config.monitor,
+        {setting.name: setting.held_out for setting in config.rewards},
+        per_prompt=config.evaluation.per_prompt,
+        first=began.get("evaluated_from", 0),
+        world=team,
+        say=monitor.say,
+        raise_kl=training.raise_kl,
+    )
+
+    def evaluate(step: int) -> Mapping[str, float]:
+        figures = evaluator.run(log, step)
+        guard.look(step, is_last=step == config.steps)
+        return figures
+
     loop = Loop(
         algorithm=training,
         record=log,
         monitor=monitor,
         pace=Pace(config.steps, output.checkpoint_every, config.evaluation.every),
-        kept={"start": read_start(folder)},
-        evaluate=lambda step: evaluator.run(log, step),
+        kept={"start": began},
+        evaluate=evaluate,
         world=team,
     )
     monitor.begin(folder.path.name, Extent(config.steps, step), folder.metrics())

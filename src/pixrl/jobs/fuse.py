@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pixrl import config as recipes
+from pixrl.algorithms.fusion.policy import PolicySampler
 from pixrl.data.pairs import check_concepts
 from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import require
 from pixrl.doctor.examine import examine_fusion
 from pixrl.errors import CheckpointError, RunError
-from pixrl.fusion.config import FuseConfig
+from pixrl.fusion.config import KIND, FuseConfig, open_run
+from pixrl.fusion.learned import read_policy
 from pixrl.fusion.select import Selection, choose, choose_thresholds, similarities_of
 from pixrl.fusion.trainer import FailureWatch, FusionTrainer
 from pixrl.fusion.world import FusionSession, FusionWorld, load_world
@@ -33,7 +35,6 @@ from pixrl.runs.loop import Loop, Pace
 from pixrl.runs.place import replacing, require_free
 
 _log = logging.getLogger("pixrl")
-KIND = "fuse"
 SELECTION = "selection.json"
 EXEMPLARS = "exemplars"
 FEATURES = "features.safetensors"
@@ -54,7 +55,7 @@ class FinishedRun:
 
 
 class WorldRecord(BaseModel):
-    """What a run's pictures were made and scored with: `world.json`."""
+    """The record of what a run's pictures were made and scored with: `world.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     model: str
@@ -74,7 +75,7 @@ class WorldRecord(BaseModel):
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """How far a run has come."""
+    """The place from which a run goes on."""
 
     step: int
     images: int
@@ -93,7 +94,7 @@ def start(
     monitor: Monitor | None = None,
     world: FusionWorld | None = None,
 ) -> FinishedRun:
-    """A new run. Ctrl-C leaves a folder that `go_on` finishes."""
+    """Begin a run, train it to its end and select. Ctrl-C leaves a folder that `go_on` finishes."""
     check_concepts(config.concepts)
     if world is None:
         get_ready(config, config.concepts, out, force=force)
@@ -101,13 +102,15 @@ def start(
     config = config.with_full_paths()
     world = world or world_of(config)
     world.mixing(config)  # unknown words and a mixing that does not fit, before any folder
+    if config.policy_from is not None:
+        read_policy(Path(config.policy_from)).require_same_generator(world.renderer.fingerprint())
     folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
     with replacing(folder.path):
         return _run(folder, config, world, START, monitor or Silent())
 
 
 def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: bool = False) -> None:
-    """Refuses what `pixrl doctor` refuses, before a model loads or a folder is made.
+    """Refuse what `pixrl doctor` refuses, before a model loads or a folder is made.
 
     Raises:
         PixrlError: something stands against the run.
@@ -119,11 +122,11 @@ def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: 
 
 
 def go_on(path: Path, *, monitor: Monitor | None = None, world: FusionWorld | None = None) -> FinishedRun:
-    """Finishes a broken-off run, wherever it was broken off: its manifest ends as that of an unbroken one.
+    """Finish an interrupted run, wherever it was interrupted: its manifest ends as that of an uninterrupted one.
 
     A finished run is chosen from anew.
     """
-    _require_same_code(path)
+    require_same_code(path)
     folder, config = open_run(path)
     world = world or world_of(config)
     place = find_place(folder)
@@ -157,27 +160,18 @@ def select_again(
 
 
 def open_finished(path: Path) -> FinishedRun:
-    """A finished run as it lies in its folder."""
+    """Open a finished run."""
     folder, config = open_run(path)
     return FinishedRun(folder, config, tuple(folder.manifest()), read_selection(folder))
 
 
 def world_of(config: FuseConfig) -> FusionWorld:
-    """The generator and scorer that a recipe names."""
+    """Load the generator and the scorer that a recipe names."""
     return load_world(*config.world)
 
 
-def open_run(path: Path) -> tuple[RunFolder, FuseConfig]:
-    """A fusion's folder and recipe, both checked."""
-    folder = RunFolder.open(path)
-    if folder.kind != KIND:
-        raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")
-    recipe = {"pool": 0, **folder.recipe()}  # runs of before there was a pool select among all pictures
-    return folder, recipes.load(FuseConfig, recipe, kind=KIND)
-
-
 def find_place(folder: RunFolder) -> ResumePoint:
-    """The newest whole checkpoint whose pictures are all in the manifest; the start where there is none."""
+    """Find the newest whole checkpoint whose pictures are all in the manifest; the start where there is none."""
     rows = len(folder.manifest())
     found = checkpoint.latest(folder.path)
     while found is not None:
@@ -190,7 +184,7 @@ def find_place(folder: RunFolder) -> ResumePoint:
 
 
 def read_selection(folder: RunFolder) -> Selection:
-    """The choice that the run ended with, or that `select` made last."""
+    """Read the selection that the run ended with, or that `select` made last."""
     path = folder.path / SELECTION
     if not path.is_file():
         raise RunError(f"{folder.path} is not finished. Type: pixrl resume {folder.path}")
@@ -209,6 +203,11 @@ def _run(
     trainer = FusionTrainer(session, config)
     if place is not START:
         trainer.restore(place.tensors, place.state)
+    elif config.policy_from is not None:
+        learned = read_policy(Path(config.policy_from))
+        learned.require_same_generator(world.renderer.fingerprint())
+        assert isinstance(trainer.sampler, PolicySampler)  # require_fits
+        trainer.sampler.adopt(learned.tensors)
     record = _record(world, session, config)
     _write_world(folder, record, session, place)
     loop = Loop(
@@ -250,7 +249,7 @@ def _copy_selected(folder: RunFolder, rows: list[ManifestRow], selection: Select
 
 
 def read_world(folder: RunFolder) -> WorldRecord:
-    """The record of a run's models, calibration and exemplars."""
+    """Read the record of a run's models, calibration and exemplars."""
     found = world_on_disk(folder)
     if found is None:
         raise CheckpointError(
@@ -260,7 +259,7 @@ def read_world(folder: RunFolder) -> WorldRecord:
 
 
 def world_on_disk(folder: RunFolder) -> WorldRecord | None:
-    """The same; None where the file is missing or damaged."""
+    """Read world.json; None where the file is missing or damaged."""
     try:
         return WorldRecord.model_validate_json((folder.path / WORLD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -268,17 +267,17 @@ def world_on_disk(folder: RunFolder) -> WorldRecord | None:
 
 
 def exemplar_files(folder: RunFolder, concept: str) -> list[Path]:
-    """The pictures of a concept alone."""
+    """List the pictures of a concept alone."""
     return sorted((folder.path / EXEMPLARS).glob(f"{slug(concept)}-[0-9][0-9].png"))
 
 
 def slug(text: str) -> str:
-    """A name as part of a file's name."""
+    """Turn a name into a part of a file's name."""
     return re.sub(r"[^\w.+-]+", "_", text.casefold()).strip("._") or "_"
 
 
-def _require_same_code(path: Path) -> None:
-    """CheckpointError where a file that holds a part of the run was changed. Runs nothing of it."""
+def require_same_code(path: Path) -> None:
+    """Raise a CheckpointError where a file of the user's code has changed. None of it is executed."""
     began = world_on_disk(RunFolder.open(path))
     changes = [] if began is None else changed_files(began.code)
     if changes:

@@ -11,10 +11,11 @@ from pydantic import Field
 
 from pixrl import config as recipes
 from pixrl.algorithms import SAMPLERS
+from pixrl.algorithms.fusion.policy import PolicyKind
 from pixrl.config import Settings
 from pixrl.data.pairs import PairList, check_concepts
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
-from pixrl.fusion.config import FuseConfig, SamplerName, sampler_of
+from pixrl.fusion.config import COMPARE, PAIRS, FuseConfig, SamplerName, sampler_of
 from pixrl.fusion.world import FusionWorld
 from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs.fuse import FinishedRun
@@ -24,15 +25,13 @@ from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.place import CHILDREN, has_saved, is_run, replacing, require_free
 
-COMPARE = "fuse-compare"
-PAIRS = "fuse-pairs"
 FAILURES = "failures.json"
 ALL = "all"
 _log = logging.getLogger("pixrl")
 
 
 class ManyConfig(Settings):
-    """The recipe of a folder of fusions: every list of concepts with every sampler."""
+    """The recipe of a folder of fusions, which has every list of concepts with every sampler."""
 
     concepts: tuple[tuple[str, ...], ...]
     samplers: tuple[SamplerName, ...]
@@ -40,11 +39,13 @@ class ManyConfig(Settings):
     """What all of them share, as a `fuse` recipe."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Samplers' own settings; each goes to the samplers that know it."""
+    carry: bool = False
+    """Whether each fusion begins with the policy that the one before it has learned."""
     notes: tuple[str, ...] = ()
     """What was left out of the list of pairs."""
 
     def children(self) -> Iterator[tuple[str, FuseConfig]]:
-        """Folder name and recipe of each fusion, in order."""
+        """Yield the folder's name and the recipe of each fusion, in order."""
         width = len(str(len(self.concepts)))
         for number, concepts in enumerate(self.concepts, 1):
             for sampler in self.samplers:
@@ -65,7 +66,7 @@ class ManyConfig(Settings):
 
 @dataclass(frozen=True)
 class FinishedRuns:
-    """A folder of fusions, and why some of them stopped."""
+    """The finished fusions of a folder, and the reasons of those that stopped."""
 
     folder: RunFolder
     config: ManyConfig
@@ -74,7 +75,7 @@ class FinishedRuns:
 
 
 def compare_config(base: FuseConfig, samplers: Sequence[str] | str, given: dict[str, Any]) -> ManyConfig:
-    """The same concepts with several samplers; `given` are options for those that know them."""
+    """Make the recipe of the same concepts with several samplers; `given` are options for those that know them."""
     check_concepts(base.concepts)
     names = [*SAMPLERS.entries] if samplers == ALL else [_require_sampler(name) for name in samplers]
     if len(names) < 2:
@@ -90,11 +91,25 @@ def compare_config(base: FuseConfig, samplers: Sequence[str] | str, given: dict[
     return ManyConfig(concepts=(base.concepts,), samplers=tuple(names), fuse=_shared(base), options=given)
 
 
-def pairs_config(base: FuseConfig, pairs: PairList) -> ManyConfig:
-    """One sampler on every line of a list."""
+def pairs_config(base: FuseConfig, pairs: PairList, carry: bool = False) -> ManyConfig:
+    """Make the recipe of one sampler on every line of a list; with `carry`, one policy learns from line to line.
+
+    Raises:
+        InputError: the sampler has no policy that could be carried over.
+    """
+    if carry and base.options.get("policy") != PolicyKind.CONDITIONAL:
+        raise InputError(
+            f"--carry needs a policy that serves other concepts too, and sampler {base.sampler} with "
+            f"{base.options or 'no options'} has none: add --sampler rmler --set options.policy=conditional."
+        )
     options = dict(base.options)
     return ManyConfig(
-        concepts=pairs.pairs, samplers=(base.sampler,), fuse=_shared(base), options=options, notes=pairs.notes
+        concepts=pairs.pairs,
+        samplers=(base.sampler,),
+        fuse=_shared(base),
+        options=options,
+        carry=carry,
+        notes=pairs.notes,
     )
 
 
@@ -107,7 +122,7 @@ def start_many(
     monitor: Callable[[], Monitor] | None = None,
     world: FusionWorld | None = None,
 ) -> FinishedRuns:
-    """Runs all of them, one after the other. One that stops with an error does not stop the others."""
+    """Run all fusions, one after the other. One that stops with an error does not stop the others."""
     require_free(out, force)
     first = next(config.children())[1]
     names = dict.fromkeys(concept for concepts in config.concepts for concept in concepts)
@@ -124,14 +139,14 @@ def start_many(
 def go_on_many(
     path: Path, *, monitor: Callable[[], Monitor] | None = None, world: FusionWorld | None = None
 ) -> FinishedRuns:
-    """Finishes what is not finished, and tries again what failed."""
+    """Finish the fusions that are not finished, and try again those that failed."""
     folder, config = open_many(path)
     folder.tidy()
     return _run_all(folder, config, monitor, world or fuse_job.world_of(next(config.children())[1]))
 
 
 def open_many(path: Path) -> tuple[RunFolder, ManyConfig]:
-    """A folder of fusions and its recipe."""
+    """Open a folder of fusions and read its recipe."""
     folder = RunFolder.open(path)
     if folder.kind not in (COMPARE, PAIRS):
         raise RunError(f"{path} is a run of kind {folder.kind!r}, not a folder of fusions.")
@@ -139,7 +154,7 @@ def open_many(path: Path) -> tuple[RunFolder, ManyConfig]:
 
 
 def finished_runs(path: Path) -> FinishedRuns:
-    """What is finished in a folder of fusions."""
+    """Return the finished fusions of a folder."""
     folder, config = open_many(path)
     runs = [
         fuse_job.open_finished(place)
@@ -150,7 +165,7 @@ def finished_runs(path: Path) -> FinishedRuns:
 
 
 def read_failures(folder: RunFolder) -> dict[str, str]:
-    """Which fusions stopped, and why; {} before all had their turn. CheckpointError where the file is damaged."""
+    """Read which fusions stopped, and why; {} before all had their turn. Raises CheckpointError for a damaged file."""
     path = folder.path / FAILURES
     try:
         found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -166,16 +181,21 @@ def _run_all(
 ) -> FinishedRuns:
     failures: dict[str, str] = {}
     (folder.path / CHILDREN).mkdir(exist_ok=True)
+    before: Path | None = None
     for name, child in config.children():
         place = folder.path / CHILDREN / name
         if (place / fuse_job.SELECTION).is_file():
+            before = place
             continue
+        if config.carry and before is not None:
+            child = child.model_copy(update={"policy_from": str(before)})
         shown = monitor() if monitor else None
         try:
             if is_run(place):
                 fuse_job.go_on(place, monitor=shown, world=world)
             else:
                 fuse_job.start(child, place, monitor=shown, world=world)
+            before = place
         except RunError as error:
             _log.warning("%s stopped: %s", name, error)
             failures[name] = str(error)

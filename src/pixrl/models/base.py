@@ -236,6 +236,9 @@ class Renderer(ABC):
 class FlowPolicy(Renderer):
     """A trainable rectified-flow generator."""
 
+    in_step: bool = False
+    """Whether every process must make the same passes in the same order, since each holds a part of the weights."""
+
     @abstractmethod
     def schedule(self, steps: int) -> Tensor:
         """Return noise levels from 1 down to 0, [steps + 1], the same for sampling and for training."""
@@ -272,15 +275,19 @@ class FlowPolicy(Renderer):
         """Let `velocity` use a LoRA slot while it is open: 'current', 'old', 'ema', or 'reference' (adapters off)."""
 
 
-class ReferencePolicy(ABC):
-    """A policy whose conditioning may carry reference pictures."""
-
-    reference_side: int
-    """The side in pixels of the square that a reference is laid out on."""
+class ImageEncoder(ABC):
+    """A model that takes pictures of any origin as clean latents."""
 
     @abstractmethod
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
         """Encode pictures [B, 3, H, W] in [0, 1] as clean latents [B, C, h, w], each row by itself."""
+
+
+class ReferencePolicy(ImageEncoder):
+    """A policy whose conditioning may carry reference pictures."""
+
+    reference_side: int
+    """The side in pixels of the square that a reference is laid out on."""
 
     @abstractmethod
     def with_references(self, conditioning: Conditioning, references: Sequence[Tensor]) -> Conditioning:

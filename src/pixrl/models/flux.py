@@ -6,11 +6,9 @@ an input of the distilled model, not a second pass. Reference tokens follow the 
 transformer attends to them as to any other token; position ids tell them apart.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
-from hashlib import blake2b
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +21,6 @@ from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, ReferencePolicy, SamplingSettings
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.models.placement import PipelinePart
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
 
@@ -35,8 +32,6 @@ KONTEXT_PIPELINE = "FluxKontextPipeline"
 """The pipeline of FLUX.1-Kontext, whose folder differs from FLUX's in that name alone."""
 UNO_SHRINK = 64
 """The factor by which UNO counts fewer tokens than FLUX, one for 16 x 16 latents: its schedule is shifted less."""
-CACHE_BYTES = 2**28
-"""The bytes of reference latents that are kept."""
 
 
 class Preset(StrEnum):
@@ -137,32 +132,6 @@ def unpack_latents(tokens: Tensor, size: Size) -> Tensor:
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), tokens.shape[2] // 4, 2 * rows, 2 * columns)
 
 
-class LatentCache:
-    """A cache of the latents of pictures by their content, which a group's samples and later steps share.
-
-    The latents that were used longest ago are dropped first.
-    """
-
-    def __init__(self, limit: int = CACHE_BYTES) -> None:
-        self._limit = limit
-        self._rows: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, image_BCHW: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the latents of one picture [1, 3, H, W], from the cache or by `make`."""
-        content = image_BCHW.detach().float().cpu().contiguous().numpy().tobytes()
-        key = blake2b(f"{list(image_BCHW.shape)}".encode() + content, digest_size=16).digest()
-        row = self._rows.get(key)
-        if row is None:
-            row = make(image_BCHW)
-            self._bytes += row.nbytes
-        self._rows[key] = row
-        self._rows.move_to_end(key)
-        while self._bytes > self._limit and len(self._rows) > 1:
-            self._bytes -= self._rows.popitem(last=False)[1].nbytes
-        return row
-
-
 class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
     """FLUX as a trainable policy with any number of reference pictures; `preset` says how their tokens are placed."""
 
@@ -196,7 +165,6 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         self.preset = Preset(named)
         self.shift = Shift.FLUX
         self.reference_side = self.settings.resolution
-        self._latents = LatentCache()
 
     def _defaults(self, folder: Path) -> SamplingSettings:
         return self.defaults if _is_guided(folder) else SCHNELL
@@ -276,18 +244,6 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
                 token_columns=None,
             ),
         )
-
-    @torch.no_grad()
-    def encode_images(self, images_BCHW: Tensor) -> Tensor:
-        with self.present(PipelinePart.VAE):
-            return torch.cat([self._latents.get(image, self._encode_image) for image in images_BCHW.split(1)])
-
-    def _encode_image(self, image_BCHW: Tensor) -> Tensor:
-        """Encode as the transformer takes latents; in the VAE's own dtype, since it is done once a picture."""
-        config = self.pipeline.vae.config
-        pixels = image_BCHW.to(self.device, self.pipeline.vae.dtype) * 2 - 1
-        mean: Tensor = self.pipeline.vae.encode(pixels).latent_dist.mean.float()
-        return (mean - (config.shift_factor or 0.0)) * float(config.scaling_factor)
 
     def with_references(self, conditioning: Conditioning, references: Sequence[Tensor]) -> Conditioning:
         for images in references:

@@ -6,6 +6,7 @@
 | offload: parts | the denoiser; text encoders and VAE while they are used | moving them, once a step at most |
 | offload: sequential | LoRA, buffers, and each layer of the denoiser while it computes | moving all weights each pass |
 | base: nf4 | the denoiser's linear layers in 4 bits, a layer whole while it computes | their rounding; unpacking them |
+| shard: full | this process's part of the denoiser, and each block while it computes | gathering them each pass |
 | vae_slicing | one picture's decoder activations at a time | a little time |
 | vae_tiling: N | the activations of N x N pixels at a time | blended seams: the pictures change a little |
 
@@ -39,6 +40,17 @@ class Base(StrEnum):
     """4 bits (quantization.py)."""
 
 
+class Shard(StrEnum):
+    """Whether the processes of a run divide the denoiser's frozen weights among them."""
+
+    AUTO = "auto"
+    """Where the whole denoiser does not fit."""
+    NONE = "none"
+    """Every process holds all of them."""
+    FULL = "full"
+    """Each process holds its part, and gathers each block while it computes."""
+
+
 class MemoryPlan(Settings):
     """How memory is saved; no result depends on it but for rounding, nf4's most, and for the seams of tiles."""
 
@@ -51,6 +63,11 @@ class MemoryPlan(Settings):
     """Decode one picture at a time."""
     vae_tiling: Side | None = None
     """Decode in tiles of this many pixels a side; none: whole pictures."""
+
+    @property
+    def divides(self) -> bool:
+        """Whether the denoiser waits on the CPU until it is divided among processes."""
+        return False
 
     @field_validator("offload", mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """What adapters of diffusers pipelines share: all of them `PipelineRenderer`, SD3 and FLUX `FlowPipelinePolicy`.
 
-First the helpers of every adapter: settings, seeded noise, micro-batches, decoding. Then two ways to a faster update:
+First the helpers of every adapter: settings, seeded noise, micro-batches. Then two ways to a faster update:
 plain attention on a CPU, and torch.compile. Then the renderer (card, settings, sampling in pieces) and the policy (one
 Euler loop, placement, LoRA slots). A family adds how it encodes a prompt, its schedule and its velocity. loading.py
 loads the weights.
@@ -18,17 +18,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixrl.device import choose_device, choose_precision
 from pixrl.errors import ConfigError, InputError, RunError, ShapeError, did_you_mean
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
-from pixrl.models.base import Conditioning, FlowPolicy, Mixture, Renderer, SamplingSettings
+from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, Renderer, SamplingSettings
+from pixrl.models.latents import LatentCache, decode_latents, encode_latents, memory_format
 from pixrl.models.loading import denoiser_of, load_pipeline
 from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import Base, MemoryPlan
 from pixrl.models.placement import PipelinePart, Placement, set_decoding, without_gradients
 from pixrl.models.quantization import quantize
+from pixrl.models.sharding import shard, transformer_blocks
 from pixrl.models.slots import LoraSlots, Slot, digest, merge, parse_slot
 from pixrl.models.text import PromptCache, check_words
 
@@ -100,33 +103,6 @@ def micro_batch_for(device: torch.device, resolution: int) -> int:
     return max(1, 64 * 512 * 512 // (resolution * resolution))
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Return how convolutions are stored: channels last is faster on GPUs; on CPUs it was slower (docs/log.md)."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents to pictures in [0, 1]: undo the VAE's scaling and shift, decode, map [-1, 1] to [0, 1].
-
-    Within float16 autocast the decoder runs in bfloat16, since its activations overflow in float16.
-    """
-    config = vae.config
-    latents = latents.float()
-    if config.latents_mean is not None and config.latents_std is not None:
-        mean, std = (
-            latents.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
-        )
-        latents = latents * std / config.scaling_factor + mean
-    else:
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-    latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device))
-    kind = latents.device.type  # the VAE's own may be another until its hooks have moved it
-    narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
-    with torch.autocast(kind, dtype=torch.bfloat16) if narrow else nullcontext():
-        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
-    return (pixels.float() / 2 + 0.5).clamp(0, 1)
-
-
 SHORT = 256
 """The number of image tokens up to which the table of all pairs is small beside the other activations."""
 
@@ -175,7 +151,7 @@ def compile_blocks(transformer: nn.Module, backend: str) -> int:
             f"torch.compile has no backend {backend!r} here.{did_you_mean(backend, known)} Usual is inductor; "
             f"there are {', '.join(sorted(known))}."
         )
-    blocks = [one for part in transformer.children() if isinstance(part, nn.ModuleList) for one in part]
+    blocks = transformer_blocks(transformer)
     if not blocks:
         raise ConfigError(
             f"{type(transformer).__name__} has no list of blocks to compile. Leave out machine.compile."
@@ -289,10 +265,14 @@ class PipelineRenderer(Renderer):
         check_pairs(source, seeds, self.settings.steps)
         side = self.settings.resolution
         images = torch.empty(len(seeds), 3, side, side)
-        with without_gradients(self.offload):
+        with self._without_gradients():
             for rows in chunks(len(seeds), size):
                 images[rows] = self._draw(source[rows], seeds[rows]).cpu()
         return images
+
+    def _without_gradients(self) -> AbstractContextManager[None]:
+        """Return the context for drawing."""
+        return without_gradients(self.offload)
 
     def fingerprint(self) -> str:
         return self._files_fingerprint
@@ -305,7 +285,7 @@ class PipelineRenderer(Renderer):
         return sha256(f"{files} {self.base.value}".encode()).hexdigest()[:16]
 
 
-class FlowPipelinePolicy(PipelineRenderer, FlowPolicy):
+class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     """A trainable flow pipeline, sampled by Euler steps on the pipeline's own schedule."""
 
     lora_targets: ClassVar[tuple[str, ...]]
@@ -315,6 +295,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy):
         self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=placed)
         self.lora: LoraSlots | None = None
         self.compiled = False
+        self._latents = LatentCache()
         self.merged: tuple[Merged, ...] = ()
 
     @abstractmethod
@@ -333,6 +314,15 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy):
         """Compile every transformer block as `compile_blocks` does; LoRA must be attached already."""
         compile_blocks(self.transformer, backend)
         self.compiled = True
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Divide the transformer's weights among processes as `sharding.shard` does; LoRA must be attached already."""
+        shard(self.transformer, mesh, () if self.lora is None else self.lora.all_parameters())
+        self.in_step = True
+
+    def _without_gradients(self) -> AbstractContextManager[None]:
+        # weights that were gathered in inference mode could not be trained through afterwards
+        return torch.no_grad() if self.in_step else super()._without_gradients()
 
     def drop_text(self, prompts: Sequence[str]) -> None:
         """Encode these prompts and the empty one, keep their rows on the CPU and free the text encoders for good.
@@ -430,6 +420,14 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy):
     def decode(self, latents: Tensor) -> Tensor:
         with self.present(PipelinePart.VAE), self.precision.context(self.device):
             return decode_latents(self.vae, latents.to(self.device))
+
+    @torch.no_grad()
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        with self.present(PipelinePart.VAE):
+            return torch.cat([self._latents.get(image, self._encode_image) for image in images_BCHW.split(1)])
+
+    def _encode_image(self, image_BCHW: Tensor) -> Tensor:
+        return encode_latents(self.vae, image_BCHW.to(self.device))
 
     def merge_lora(self, place: Path) -> None:
         """Add a LoRA to the frozen weights: a file or folder as `lora_files.open_lora` reads it.

@@ -54,7 +54,8 @@ class Placement:
         if plan.offload is Offload.SEQUENTIAL:
             stream_weights(denoiser, device)
             return
-        denoiser.to(device)
+        if not plan.divides:
+            denoiser.to(device)
         if plan.offload is Offload.NONE:
             for part in PipelinePart:
                 self._move(part, device)

@@ -20,8 +20,9 @@ from pixrl.device import DType
 from pixrl.errors import ShapeError
 from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, Mixture, SamplingSettings
+from pixrl.models.latents import decode_latents, memory_format
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.pipeline import PipelineRenderer, decode_latents, draw, generators, memory_format
+from pixrl.models.pipeline import PipelineRenderer, draw, generators
 from pixrl.models.placement import offload_pipeline
 
 TEXT_LENGTH = 77

@@ -103,6 +103,10 @@ class LoraSlots:
         """Return what an optimizer trains: the parameters of `current`."""
         return list(self._tensors[Slot.CURRENT].values())
 
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of every slot."""
+        return [parameter for tensors in self._tensors.values() for parameter in tensors.values()]
+
     @torch.no_grad()
     def blend(self, target: str, source: str, decay: float) -> None:
         """Set target to decay * target + (1 - decay) * source; decay 0 copies."""

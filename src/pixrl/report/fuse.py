@@ -15,11 +15,11 @@ import yaml
 from markupsafe import Markup
 
 from pixrl.config import Settings
-from pixrl.fusion.config import FuseConfig, resolve_options
+from pixrl.fusion.config import COMPARE, FuseConfig, resolve_options
 from pixrl.fusion.select import SCORE, similarities_of
 from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs.fuse import FinishedRun
-from pixrl.jobs.fuse_many import COMPARE, FinishedRuns
+from pixrl.jobs.fuse_many import FinishedRuns
 from pixrl.metrics.fusion import FusionFigures, figures
 from pixrl.report import charts
 from pixrl.report.page import FULL, THUMBNAIL, inline, render

@@ -15,6 +15,7 @@ from torch import Tensor
 from pixrl import plugins
 from pixrl.algorithms.exploration import Group
 from pixrl.algorithms.sft import TARGET
+from pixrl.data.preferences import LOSER, WINNER
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.hub import full_path
 from pixrl.rewards.references import KEY
@@ -54,6 +55,9 @@ def with_full_paths(config: ConfigT, known: AlignConfig | None = None) -> Config
     return changed.model_copy(update={"rewards": tuple(one.with_full_paths() for one in config.rewards)})
 
 
+_READ_ONCE = (TARGET, WINNER, LOSER)
+
+
 class _Hash(Protocol):
     def update(self, data: bytes, /) -> None: ...
 
@@ -69,7 +73,8 @@ def data_checksums(training: PromptSet, evaluation: PromptSet) -> dict[str, str]
 def checksum(prompts: Iterable[Prompt]) -> str:
     """Compute a checksum of texts and metadata in their order.
 
-    The pictures of a subject are read once, and targets never, since they are many.
+    The pictures of a subject are read once, and targets and pairs never, since they are many; a pair's `checksums` are
+    of its files.
     """
     total, known = hashlib.sha256(), set()
     for prompt in prompts:
@@ -78,7 +83,7 @@ def checksum(prompts: Iterable[Prompt]) -> str:
         pictures_too = subject is None or subject not in known
         known.add(subject)
         for key in sorted(prompt.metadata):
-            if key != TARGET and (pictures_too or key == SUBJECT):
+            if key not in _READ_ONCE and (pictures_too or key == SUBJECT):
                 total.update(key.encode())
                 _add(total, prompt.metadata[key])
     return total.hexdigest()[:16]

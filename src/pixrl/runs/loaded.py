@@ -11,12 +11,14 @@ from pixrl.algorithms import make_advantage, make_exploration, make_loss
 from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
 from pixrl.algorithms.world import Team, limit_threads
+from pixrl.data.preferences import load_pairs
 from pixrl.data.prompts import Prompt, PromptSet, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.metrics.diversity import Features, pixel_features
 from pixrl.models.flux import FluxPolicy
+from pixrl.models.memory_plan import Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.slots import LoraSlots, Slot
 from pixrl.models.text import check_words
@@ -26,7 +28,7 @@ from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, ReferenceSettings
 from pixrl.runs.data import PromptSampler, share, what_is_asked
 from pixrl.runs.evaluation import Evaluator, spread_evenly
-from pixrl.runs.planner import plan, require_room
+from pixrl.runs.planner import plan, require_equal_shares, require_room
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,25 @@ class LoadedRun:
     features: Features
 
     def groups(self, step: int) -> list[Group]:
-        """This process's groups of a step."""
+        """Return this process's groups of a step."""
         groups = self.prompts.groups(step)
         return groups[share(len(groups), self.team.rank, self.team.size)]
 
     def first_groups(self) -> list[Group]:
-        """This process's groups of the first step, or any one."""
+        """Return this process's groups of the first step, or any group where it has none."""
         return self.groups(0) or self.prompts.groups(0)[:1]
 
     def evaluated(self) -> tuple[Prompt, ...]:
-        """What the evaluation draws."""
+        """Return the prompts of the evaluation."""
         return spread_evenly(self.held_out, self.config.evaluation.prompts)
 
     def trained_on(self) -> int:
-        """How many of the evaluation's prompts are trained on too; of a subject, those whose subject is."""
+        """Count the evaluation's prompts that are trained on too; of subjects, those whose subject is."""
         known = set(what_is_asked(self.prompts.prompts))
         return sum(one in known for one in what_is_asked(self.evaluated()))
 
     def aligner(self, micro_batches: MicroBatches) -> Aligner:
-        """The algorithm before its first step."""
+        """Make the algorithm, before its first step."""
         return Aligner(
             self.policy,
             self.slots,
@@ -75,7 +77,7 @@ class LoadedRun:
 
 
 def load_rewards(config: AlignConfig, device: str) -> RewardSet:
-    """The rewards of a recipe, computing on a device where their own options do not say where."""
+    """Load the rewards of a recipe, on a device where their own options do not say where."""
     scoring = config.scoring
     return RewardSet(
         [placed(setting, device) for setting in config.rewards],
@@ -85,21 +87,28 @@ def load_rewards(config: AlignConfig, device: str) -> RewardSet:
     )
 
 
-def load_run(config: AlignConfig, rewards: RewardSet | None = None) -> LoadedRun:
-    """Loads the model, the rewards and the prompts of a recipe, and checks that they fit.
+def load_run(config: AlignConfig, rewards: RewardSet | None = None, *, sharded: bool = False) -> LoadedRun:
+    """Load the model, the rewards and the prompts of a recipe, and check that they fit.
 
-    `rewards`: those of the recipe, where they are loaded already.
+    Args:
+        config: the recipe.
+        rewards: those of the recipe, where they are loaded already.
+        sharded: whether the processes divide the model's weights among them.
     """
     team = Team(config.machine.device)
-    limit_threads(team.size)
+    limit_threads(team.local)
     prompts, held_out = (read_prompts(config, split) for split in Split)
-    policy = load_policy(config, team)
+    if sharded:
+        require_equal_shares(config, team.size, len(held_out))
+    policy = load_policy(config, team, sharded=sharded)
     for one in (prompts, held_out):
         check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
     if config.machine.drop_text_encoders:
         policy.drop_text([prompt.text for one in (prompts, held_out) for prompt in one])
     lora = config.lora
     slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    if sharded:
+        policy.shard(team.mesh())
     if config.machine.compile is not None:
         policy.compile(config.machine.compile)
     rewards = load_rewards(config, team.device) if rewards is None else rewards
@@ -118,22 +127,29 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None) -> LoadedRun
 
 
 def read_prompts(config: AlignConfig, split: Split) -> PromptSet:
-    """The prompts of training or of the evaluation, with their subjects where the recipe is one of subjects."""
+    """Read the prompts of training or of the evaluation, with their subjects where the recipe is one of subjects."""
     source, column = config.prompts_of(split)
     if isinstance(config, PersonalizeConfig):
         subjects = load_subjects(source, split=split)
         if config.loss.needs_targets and split is Split.TRAIN:
             check_targets(subjects)
+        if config.loss.needs_pairs:
+            raise ConfigError(
+                f"loss: {config.loss.kind} learns from pairs of pictures, which subjects have not: pixrl align"
+            )
         return subject_prompts(subjects, count=config.references.count)
     if config.loss.needs_targets:
         raise ConfigError(
             f"loss: {config.loss.kind} learns from target pictures, which only subjects have: pixrl personalize toy/sft"
         )
+    if config.loss.needs_pairs and split is Split.TRAIN:
+        return load_pairs(source, column=column)
     return load_prompts(source, split=split, column=column)
 
 
-def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
-    """The model of a recipe. ConfigError when it cannot be trained."""
+def load_policy(config: AlignConfig, team: Team, *, sharded: bool = False) -> FlowPipelinePolicy:
+    """Load a recipe's model; `sharded`: its denoiser stays on the CPU. Raises ConfigError if it cannot be trained."""
+    machine = config.machine.model_copy(update={"shard": Shard.FULL if sharded else Shard.NONE})
     policy = models.load(
         config.model,
         device=team.device,
@@ -142,7 +158,7 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
         guidance=config.guidance,
         resolution=config.resolution,
         t5=config.t5,
-        plan=config.machine,
+        plan=machine,
         lora=config.lora.base,
     )
     policy = require_trainable(policy, config.model)
@@ -154,14 +170,14 @@ def load_policy(config: AlignConfig, team: Team) -> FlowPipelinePolicy:
 
 
 def require_trainable(renderer: object, name: str) -> FlowPipelinePolicy:
-    """The model as one that can be trained. ConfigError when it cannot be."""
+    """Return the model as one that can be trained. Raises ConfigError where it cannot be."""
     if not isinstance(renderer, FlowPipelinePolicy):
         raise not_trainable(type(renderer), name)
     return renderer
 
 
 def not_trainable(adapter: type, name: str) -> ConfigError:
-    """What is said of a model whose adapter only draws."""
+    """Make the error of a model whose adapter only draws."""
     return ConfigError(
         f"{name} is a {adapter.__name__}: it draws pictures but has no velocity and no LoRA slots to train. "
         "Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
@@ -169,7 +185,7 @@ def not_trainable(adapter: type, name: str) -> ConfigError:
 
 
 def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> FluxPolicy:
-    """The model, set up for reference pictures. ConfigError when it takes none."""
+    """Set up the model for reference pictures. Raises ConfigError where it takes none."""
     if not isinstance(policy, FluxPolicy):
         raise ConfigError(
             f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a FLUX model: "
@@ -180,7 +196,7 @@ def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> 
 
 
 def placed(setting: RewardSetting, device: str) -> RewardSetting:
-    """A reward that computes where the process does, unless its options say where."""
+    """Let a reward compute where the process does, unless its options say where."""
     if "device" in setting.options or not rewards_table.takes(setting.reward, "device"):
         return setting
     return setting.model_copy(update={"options": {**setting.options, "device": device}})
@@ -191,7 +207,7 @@ def _features(ref: str | None, device: str) -> Features:
 
 
 def check_references(run: LoadedRun) -> tuple[str, ...]:
-    """Refuses subjects by whose references a reward can judge nothing, before anything is drawn.
+    """Refuse subjects by whose references a reward can judge nothing, before anything is drawn.
 
     Returns:
         What is to be said of references that a reward leaves out, because it finds nothing in them to compare with.
@@ -243,7 +259,7 @@ def _left_out(subjects: Sequence[tuple[str, Mapping[str, object]]], rewards: Rew
 
 
 def plan_batches(run: LoadedRun) -> tuple[MicroBatches, tuple[str, ...]]:
-    """Micro-batches that fit every process, and why."""
+    """Plan micro-batches that fit every process, and say why."""
     config, team = run.config, run.team
     groups = -(-config.prompts.per_step // team.size)
     rollouts = groups * run.method.group_size
@@ -261,6 +277,7 @@ def plan_batches(run: LoadedRun) -> tuple[MicroBatches, tuple[str, ...]]:
     sizes = team.gather(found.micro_batches)
     common = MicroBatches(min(one.rollout for one in sizes), min(one.train for one in sizes))
     spread = f"{config.prompts.per_step} groups of {run.method.group_size} over {team.size} process(es)"
+    spread += ", which divide the denoiser's weights among them" if run.policy.in_step else ""
     read = dict.fromkeys([*run.prompts.prompts.notes, *run.held_out.notes])
     merged = (f"merged into the model: {one.said}" for one in run.policy.merged)
     return common, (spread, *read, *merged, *_overlap(run), *found.reasons)
@@ -283,7 +300,7 @@ def _overlap(run: LoadedRun) -> Iterator[str]:
 
 
 def make_evaluator(run: LoadedRun, micro_batches: MicroBatches) -> Evaluator:
-    """Of the averaged weights where there are any, with training's solver."""
+    """Make the evaluator of the averaged weights, or else the trained ones, with the solver of training."""
     settings = run.config.evaluation
     return Evaluator(
         policy=run.policy,

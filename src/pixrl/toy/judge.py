@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from pixrl.models.pipeline import decode_latents
+from pixrl.models.latents import decode_latents
 from pixrl.toy.pictures import draw, to_tensor, training_subject
 from pixrl.toy.scene import Scene, subject_scene
 from pixrl.toy.vocabulary import ACCESSORIES, BACKGROUNDS

@@ -8,6 +8,7 @@
 A learned policy that does not beat `RandomMix` is a finding.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -32,14 +33,14 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class RandomMix(Sampler[NoSettings]):
-    """Every column's coefficients uniform on the simplex (uniform in [0, 1] for two concepts)."""
+    """Random mixing: every column's coefficients are uniform on the simplex (in [0, 1] for two concepts)."""
 
     def ask(self, count: int, step: int) -> Proposal:
         return Proposal(uniform_simplex(count, self.task, self.task.generator(step)))
 
 
 class MeanMix(Sampler[NoSettings]):
-    """The mean of the sources every time; only the noise differs."""
+    """The mean of the sources for every picture; only the noise differs."""
 
     def ask(self, count: int, step: int) -> Proposal:
         shape = (count, self.task.concepts, self.task.columns)
@@ -167,7 +168,7 @@ class RewardSearch(Sampler[SearchSettings]):
 
 
 def uniform_simplex(count: int, task: FusionTask, generator: torch.Generator) -> Tensor:
-    """Coefficients [B, N, D], uniform on the simplex in every column."""
+    """Draw coefficients [B, N, D], uniform on the simplex in every column."""
     if task.concepts == 2:
         a_BD = torch.rand(count, task.columns, generator=generator)
         return torch.stack((a_BD, 1 - a_BD), dim=1)
@@ -181,7 +182,7 @@ _CRITIC = -3
 
 
 class FusionPPOSettings(PolicySettings):
-    """PPO's own settings; gamma and lam are those of RMLer's released, unused, GAE.
+    """The settings of PPO; gamma and lam are those of RMLer's released, unused, GAE.
 
     All else is RMLer's, so that the two differ by the critic alone, as in the paper's Table 1.
     """
@@ -208,8 +209,9 @@ class FusionPPO(PolicySampler[FusionPPOSettings]):
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.value_lr)
 
     def value(self, states_BD: Tensor) -> Tensor:
-        """V(s), [B]."""
-        values_B: Tensor = self.critic((states_BD - self.center_D) / self.spread)[:, 0]
+        """Return V(s), [B], of states [B, D] or, with the similarities that the critic does not look at, [B, S]."""
+        embeddings_BD = states_BD[:, : len(self.center_D)]
+        values_B: Tensor = self.critic((embeddings_BD - self.center_D) / self.spread)[:, 0]
         return values_B
 
     def advantages(self, proposal: Proposal, feedback: Feedback) -> Tensor:
@@ -218,12 +220,12 @@ class FusionPPO(PolicySampler[FusionPPOSettings]):
 
     @torch.no_grad()
     def estimate(self, proposal: Proposal, rewards_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Generalized advantages and the returns that the critic should predict, [B] each.
+        """Estimate generalized advantages and the returns that the critic should predict, [B] each.
 
         A failed picture takes the mean reward here, so that its neighbours' estimates stand; it is not trained on.
         """
         filled_B = rewards_B.nan_to_num(float(rewards_B.nanmean()))
-        values_B = self.value(proposal.trace["states_BD"])
+        values_B = self.value(proposal.trace["states_BS"])
         next_B = torch.cat((values_B[1:], self.value(proposal.trace["next_D"][None])))
         advantages_B = torch.zeros_like(filled_B)
         running = torch.zeros(())
@@ -240,7 +242,7 @@ class FusionPPO(PolicySampler[FusionPPOSettings]):
         returns_B = self.estimate(proposal, feedback.rewards_B)[1]
         figures = super().tell(proposal, feedback)
         for _ in range(self.settings.epochs):
-            loss = (self.value(proposal.trace["states_BD"]) - returns_B)[scored_B].square().mean()
+            loss = (self.value(proposal.trace["states_BS"]) - returns_B)[scored_B].square().mean()
             self.critic_optimizer.zero_grad()
             torch.autograd.backward(loss)
             self.critic_optimizer.step()
@@ -255,21 +257,24 @@ class FusionPPO(PolicySampler[FusionPPOSettings]):
 
 
 class FusionGRPOSettings(PolicySettings):
-    """GRPO's own settings."""
+    """The settings of GRPO over coefficients."""
 
     kl: float = Field(0.01, ge=0)
     """Weight of the KL divergence to the first policy."""
 
 
 class FusionGRPO(PolicySampler[FusionGRPOSettings]):
-    """One state, s_0, for all; a group is a batch, or the pictures of one noise; KL to the first policy."""
+    """GRPO: one state, s_0, for all; a group is a batch, or the pictures of one noise; KL to the first policy."""
 
     Settings = FusionGRPOSettings
 
     def __init__(self, task: FusionTask, settings: FusionGRPOSettings) -> None:
         super().__init__(task, settings)
-        with torch.no_grad():
-            self.first = self.policy.gaussian(self.state_D[None])
+        self.first = copy.deepcopy(self.policy).requires_grad_(False)
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        super().adopt(tensors)
+        self.first = copy.deepcopy(self.policy).requires_grad_(False)
 
     def transition(self, coefficients_ND: Tensor) -> Tensor:
         return self.state_D
@@ -278,19 +283,29 @@ class FusionGRPO(PolicySampler[FusionGRPOSettings]):
         advantages_PG = group_advantages(feedback.by_noise())
         return advantages_PG.sum(dim=0)
 
-    def penalty(self, states_BD: Tensor) -> Tensor | None:
+    def penalty(self, states_BS: Tensor) -> Tensor | None:
         if self.settings.kl == 0:
             return None
-        mean_BX, log_std_BX = self.policy.gaussian(states_BD)
-        first_mean_X, first_log_std_X = self.first
-        variance_ratio_BX = (2 * (log_std_BX - first_log_std_X)).exp()
-        distance_BX = ((mean_BX - first_mean_X) * (-first_log_std_X).exp()) ** 2
-        kl_BX = 0.5 * (variance_ratio_BX + distance_BX - 1) - (log_std_BX - first_log_std_X)
+        mean_BX, log_std_BX = self.policy.gaussian(states_BS)
+        first_mean_BX, first_log_std_BX = self.first.gaussian(states_BS)
+        variance_ratio_BX = (2 * (log_std_BX - first_log_std_BX)).exp()
+        distance_BX = ((mean_BX - first_mean_BX) * (-first_log_std_BX).exp()) ** 2
+        kl_BX = 0.5 * (variance_ratio_BX + distance_BX - 1) - (log_std_BX - first_log_std_BX)
         return self.settings.kl * kl_BX.sum(dim=1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        first = {f"first/{name}": x for name, x in self.first.state_dict().items()}
+        return super().tensors() | first
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        super().restore(tensors, state)
+        first = {name.removeprefix("first/"): x for name, x in tensors.items() if name.startswith("first/")}
+        if first:  # runs of before it was kept began with the one that the seed gives
+            self.first.load_state_dict(first)
 
 
 class BASSSettings(Settings):
-    """BASS' own settings."""
+    """The settings of BASS."""
 
     quantile: float = Field(0.5, gt=0, le=1)
     """Of the run's own pictures: those at most this far out in imbalance, and in distance, are kept."""
@@ -365,5 +380,5 @@ class AGSwap(Sampler[NoSettings]):
 
 
 def one_owner(owner_BD: Tensor, concepts: int) -> Tensor:
-    """Coefficients [B, N, D]: 1 for the concept that owns the column, 0 for the others."""
+    """Return coefficients [B, N, D]: 1 for the concept that owns the column, 0 for the others."""
     return torch.nn.functional.one_hot(owner_BD, concepts).movedim(2, 1).float()

@@ -2,11 +2,11 @@
 
 | paper                 | here                                                    |
 |-----------------------|---------------------------------------------------------|
-| s_t (h x w)           | `states_BD`, averaged over the h tokens                 |
+| s_t (h x w)           | `states_BS`: the fused embedding, averaged over the h tokens, and the last similarities |
 | a_t (w)               | `coefficients_BND`, a_t of the first concept and the rest |
-| pi_theta(a_t given s_t) | `log_prob(states_BD, actions_BX)`, [B]                |
+| pi_theta(a_t given s_t) | `log_prob(states_BS, actions_BX)`, [B]                |
 
-X is the size of an action. Log-probabilities are of u, summed over X, in float32.
+S = D + N is the size of a state, X that of an action. Log-probabilities are of u, summed over X, in float32.
 
 `PolicySampler` rolls a policy out over a batch and improves it by the clipped surrogate. The transition of the fusion
 MDP depends on the action alone (s_{t+1} = fuse(a_t), always from the sources), so a batch of actions can be drawn one
@@ -38,32 +38,32 @@ class FusionPolicy(nn.Module, ABC):
     action_size: int
 
     @abstractmethod
-    def gaussian(self, states_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the standard deviation, [B, X] each."""
+    def gaussian(self, states_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the logarithm of the standard deviation, [B, X] each."""
 
     @abstractmethod
     def coefficients(self, actions_BX: Tensor) -> Tensor:
-        """The mixing coefficients [B, N, D] that actions stand for."""
+        """Return the mixing coefficients [B, N, D] that actions stand for."""
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Parameters and their learning rates, for the optimizer."""
+        """Return the parameters and their learning rates, for the optimizer."""
         return [{"params": list(self.parameters()), "lr": lr}]
 
-    def draw(self, states_BD: Tensor, noise_BX: Tensor) -> Tensor:
-        """Actions from standard normal noise."""
-        mean_BX, log_std_BX = self.gaussian(states_BD)
+    def draw(self, states_BS: Tensor, noise_BX: Tensor) -> Tensor:
+        """Draw actions [B, X] from standard normal noise."""
+        mean_BX, log_std_BX = self.gaussian(states_BS)
         return mean_BX + log_std_BX.exp() * noise_BX
 
-    def log_prob(self, states_BD: Tensor, actions_BX: Tensor) -> Tensor:
-        """log pi(u given s), [B]: one action for each state, never one against all."""
-        mean_BX, log_std_BX = self.gaussian(states_BD)
+    def log_prob(self, states_BS: Tensor, actions_BX: Tensor) -> Tensor:
+        """Return log pi(u given s), [B]: one action for each state, never one against all."""
+        mean_BX, log_std_BX = self.gaussian(states_BS)
         if actions_BX.shape != mean_BX.shape:
             raise ShapeError(
                 f"actions_BX is {list(actions_BX.shape)}, the states want {list(mean_BX.shape)}."
             )
         scaled_BX = (actions_BX - mean_BX) * (-log_std_BX).exp()
         log_prob_B = -(0.5 * scaled_BX**2 + log_std_BX + 0.5 * _LOG_2PI).sum(dim=1)
-        assert log_prob_B.shape == (states_BD.shape[0],)
+        assert log_prob_B.shape == (states_BS.shape[0],)
         return log_prob_B
 
 
@@ -104,15 +104,10 @@ class CompactPolicy(FusionPolicy):
             self.head.bias[self.action_size :] = std_L.log().repeat(self.logits)
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Weights learn more slowly by their fan-in, so that a step moves the mean by about lr at any width."""
-        return [
-            {"params": [self.head.bias], "lr": lr},
-            {"params": [self.head.weight], "lr": lr / self.head.in_features},
-            {"params": list(self.trunk.parameters()), "lr": lr / self.trunk.in_features},
-        ]
+        return by_fan_in(self.trunk, self.head, lr)
 
-    def gaussian(self, states_BD: Tensor) -> tuple[Tensor, Tensor]:
-        scaled_BD = (states_BD - self._center_D) / self._spread
+    def gaussian(self, states_BS: Tensor) -> tuple[Tensor, Tensor]:
+        scaled_BD = (states_BS[:, : len(self._center_D)] - self._center_D) / self._spread
         mean_BX, log_std_BX = self.head(torch.tanh(self.trunk(scaled_BD))).chunk(2, dim=1)
         return mean_BX, log_std_BX
 
@@ -123,6 +118,69 @@ class CompactPolicy(FusionPolicy):
             return logits_BMD.softmax(dim=1)
         a_BD = torch.sigmoid(logits_BMD[:, 0])
         return torch.stack((a_BD, 1 - a_BD), dim=1)
+
+
+UNMIXED = (0.2380 + 0.2205) / 2
+"""The imbalance of pictures of one concept alone that RMLer reports (its Table 2): the unit of what a policy sees."""
+
+
+class ConditionalPolicy(FusionPolicy):
+    """One network for any concepts: it is shown each of them, how they are mixed now, and how much of each was seen.
+
+    Every concept's numbers come from the same network, so that naming the concepts in another order gives the same
+    mixtures, and what is learned on one pair of concepts can serve another. u has 1 + G numbers a concept, as in
+    `CompactPolicy`; the softmax over the concepts makes the coefficients.
+    """
+
+    _group_D: Tensor
+    _concepts_NI: Tensor
+    _center_D: Tensor
+    _spread: Tensor
+
+    def __init__(
+        self, task: FusionTask, *, groups: int, hidden: int, std: float, balance_std: float, seed: int
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.concepts, self.columns = task.features_ND.shape
+        self.groups = min(groups, self.columns)
+        self.action_size = self.concepts * (1 + self.groups)
+        # kept with the weights: they mean something for this partition alone
+        self.register_buffer("_group_D", torch.randperm(self.columns, generator=generator) % self.groups)
+        center_D = task.features_ND.mean(dim=0)
+        spread = (task.features_ND - center_D).square().mean().sqrt().clamp_min(1e-6)
+        common_D = center_D / center_D.square().mean().sqrt().clamp_min(1e-6)
+        own_ND = (task.features_ND - center_D) / spread
+        concepts_NI = torch.cat((own_ND, common_D.expand_as(own_ND)), dim=1)
+        self.register_buffer("_concepts_NI", concepts_NI, persistent=False)
+        self.register_buffer("_center_D", center_D, persistent=False)
+        self.register_buffer("_spread", spread, persistent=False)
+        self.trunk = linear(3 * self.columns + 1, hidden, generator)
+        self.head = linear(hidden, 2 * (1 + self.groups), generator)
+        nn.init.zeros_(self.head.weight)
+        # the difference of two concepts' logits has the given spread
+        deviations = torch.tensor([balance_std, *[std] * self.groups]) / math.sqrt(2)
+        with torch.no_grad():
+            self.head.bias[1 + self.groups :] = deviations.log()
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        return by_fan_in(self.trunk, self.head, lr)
+
+    def gaussian(self, states_BS: Tensor) -> tuple[Tensor, Tensor]:
+        states_BD, seen_BN = states_BS[:, : self.columns], states_BS[:, self.columns :]
+        mixed_BD = (states_BD - self._center_D) / self._spread
+        missing_BN = (seen_BN.mean(dim=1, keepdim=True) - seen_BN) / UNMIXED
+        shape = (len(states_BS), self.concepts, -1)
+        given_BNI = torch.cat(
+            (self._concepts_NI.expand(shape), mixed_BD[:, None].expand(shape), missing_BN[..., None]), dim=2
+        )
+        numbers_BNX = self.head(torch.tanh(self.trunk(given_BNI)))
+        mean_BNX, log_std_BNX = numbers_BNX.chunk(2, dim=2)
+        return mean_BNX.flatten(1), log_std_BNX.flatten(1)
+
+    def coefficients(self, actions_BX: Tensor) -> Tensor:
+        u_BNX = actions_BX.view(len(actions_BX), self.concepts, 1 + self.groups)
+        return (u_BNX[:, :, :1] + u_BNX[:, :, 1:][:, :, self._group_D]).softmax(dim=1)
 
 
 class PublishedPolicy(FusionPolicy):
@@ -145,7 +203,8 @@ class PublishedPolicy(FusionPolicy):
         self.mean_net = _mlp(columns, hidden, self.action_size, generator)
         self.std_net = _mlp(columns, hidden, self.action_size, generator)
 
-    def gaussian(self, states_BD: Tensor) -> tuple[Tensor, Tensor]:
+    def gaussian(self, states_BS: Tensor) -> tuple[Tensor, Tensor]:
+        states_BD = states_BS[:, : self.columns]
         mean_BX = torch.sigmoid(self.mean_net(states_BD)) * self._share
         return mean_BX, 0.1 * nn.functional.softplus(self.std_net(states_BD))
 
@@ -154,8 +213,17 @@ class PublishedPolicy(FusionPolicy):
         return torch.cat((a_BMD, 1 - a_BMD.sum(dim=1, keepdim=True)), dim=1)
 
 
+def by_fan_in(trunk: nn.Linear, head: nn.Linear, lr: float) -> list[dict[str, Any]]:
+    """Let weights learn more slowly by their fan-in, so that a step moves the mean by about lr at any width."""
+    return [
+        {"params": [head.bias], "lr": lr},
+        {"params": [head.weight], "lr": lr / head.in_features},
+        {"params": list(trunk.parameters()), "lr": lr / trunk.in_features},
+    ]
+
+
 def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    """A layer with Xavier weights from the generator and zero bias; torch's global random state is not touched."""
+    """Make a layer with Xavier weights from the generator and zero bias; torch's global random state stays."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     assert isinstance(layer, nn.Linear)
     nn.init.xavier_uniform_(layer.weight, generator=generator)
@@ -178,23 +246,29 @@ _INIT = -2
 
 
 class PolicyKind(StrEnum):
-    """Which network proposes the coefficients."""
+    """The network that proposes the coefficients."""
 
     COMPACT = "compact"
+    """Few numbers, for the concepts of one run."""
+    CONDITIONAL = "conditional"
+    """As few, from what the concepts are and from what was seen of them: it can serve other concepts too."""
     PAPER = "paper"
+    """The published network."""
 
 
 Defaults = dict[PolicyKind, dict[str, Any]]
 
+SMALL = {"lr": 0.07, "epochs": 8, "hidden": 32, "groups": 4, "std": 0.3, "balance_std": 0.5}
 DEFAULTS: Defaults = {
-    PolicyKind.COMPACT: {"lr": 0.07, "epochs": 8, "hidden": 32, "groups": 4, "std": 0.3, "balance_std": 0.5},
+    PolicyKind.COMPACT: SMALL,
+    PolicyKind.CONDITIONAL: SMALL,
     PolicyKind.PAPER: {"lr": 3e-6, "epochs": 1, "hidden": 4096},
 }
 """Chosen by measurement on the toy world (docs/log.md)."""
 
 
 class PolicySettings(Settings):
-    """A policy and how it is updated. What is not given takes the policy's own default."""
+    """The settings of a policy and its updates. What is not given takes the policy's own default."""
 
     defaults: ClassVar[Defaults] = DEFAULTS
 
@@ -208,11 +282,11 @@ class PolicySettings(Settings):
     hidden: int = Field(ge=1, le=65536)
     """Width of the hidden layers."""
     groups: int | None = Field(None, ge=1)
-    """compact: groups of columns that share a coefficient."""
+    """compact, conditional: groups of columns that share a coefficient."""
     std: float | None = Field(None, gt=0)
-    """compact: first standard deviation of a group's offset."""
+    """compact, conditional: first standard deviation of a group's offset."""
     balance_std: float | None = Field(None, gt=0)
-    """compact: first standard deviation of the balance."""
+    """compact, conditional: first standard deviation of the balance."""
 
     @model_validator(mode="before")
     @classmethod
@@ -234,7 +308,7 @@ PolicySettingsT = TypeVar("PolicySettingsT", bound=PolicySettings)
 
 
 class PolicySampler(Sampler[PolicySettingsT]):
-    """Draws coefficients from a policy and improves it after every batch."""
+    """A sampler that draws coefficients from a policy and improves it after every batch."""
 
     Settings = PolicySettings
     has_policy = True
@@ -244,7 +318,9 @@ class PolicySampler(Sampler[PolicySettingsT]):
         self.policy = _build(task, settings)
         self.optimizer = torch.optim.Adam(self.policy.parameter_groups(settings.lr))
         self.state_D = task.features_ND.mean(dim=0)
-        """s_t: the fused embedding that the last action made; at first the mean of the sources."""
+        """Of s_t: the fused embedding that the last action made; at first the mean of the sources."""
+        self.seen_N = torch.zeros(task.concepts)
+        """Of s_t: the mean similarities of the last batch; at first 0."""
 
     def ask(self, count: int, step: int) -> Proposal:
         noise_BX = torch.randn(count, self.policy.action_size, generator=self.task.generator(step))
@@ -252,16 +328,17 @@ class PolicySampler(Sampler[PolicySettingsT]):
         state_D = self.state_D
         with torch.no_grad():
             for noise_X in noise_BX:
-                action_BX = self.policy.draw(state_D[None], noise_X[None])
+                state_S = torch.cat((state_D, self.seen_N))
+                action_BX = self.policy.draw(state_S[None], noise_X[None])
                 coefficients_ND = self.policy.coefficients(action_BX)[0]
-                states.append(state_D)
+                states.append(state_S)
                 actions.append(action_BX[0])
                 coefficients.append(coefficients_ND)
                 state_D = self.transition(coefficients_ND)
-            states_BD, actions_BX = torch.stack(states), torch.stack(actions)
-            log_prob_B = self.policy.log_prob(states_BD, actions_BX)
+            states_BS, actions_BX = torch.stack(states), torch.stack(actions)
+            log_prob_B = self.policy.log_prob(states_BS, actions_BX)
         trace = {
-            "states_BD": states_BD,
+            "states_BS": states_BS,
             "actions_BX": actions_BX,
             "log_prob_B": log_prob_B,
             "next_D": state_D,
@@ -269,32 +346,44 @@ class PolicySampler(Sampler[PolicySettingsT]):
         return Proposal(torch.stack(coefficients), trace)
 
     def transition(self, coefficients_ND: Tensor) -> Tensor:
-        """s_{t+1}: the sources, mixed anew."""
+        """Return the embedding of s_{t+1}: the sources, mixed anew."""
         return fuse(self.task.features_ND[:, None], coefficients_ND)[0]
 
     def tell(self, proposal: Proposal, feedback: Feedback) -> dict[str, float]:
         scored_B = ~feedback.rewards_B.isnan()
         self.state_D = proposal.trace["next_D"]
+        self.observe(feedback)
         if int(scored_B.sum()) < 2:
             return {}
         return self.improve(proposal, self.advantages(proposal, feedback), scored_B)
 
+    def observe(self, feedback: Feedback) -> None:
+        scored_B = ~feedback.rewards_B.isnan()
+        if bool(scored_B.any()):
+            self.seen_N = feedback.similarities_BN[scored_B].mean(dim=0)
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin with the policy of another run's sampler; state and optimizer stay this run's own."""
+        prefix = "policy/"
+        own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        self.policy.load_state_dict(own)
+
     @abstractmethod
     def advantages(self, proposal: Proposal, feedback: Feedback) -> Tensor:
-        """How much better each action was than expected, [B]; 0 where scoring failed."""
+        """Return how much better each action was than expected, [B]; 0 where scoring failed."""
 
-    def penalty(self, states_BD: Tensor) -> Tensor | None:
-        """A further term of the loss, [B]."""
+    def penalty(self, states_BS: Tensor) -> Tensor | None:
+        """Return a further term of the loss, [B]; None where there is none."""
         return None
 
     def improve(self, proposal: Proposal, advantages_B: Tensor, scored_B: Tensor) -> dict[str, float]:
-        """Several epochs of the clipped surrogate over one batch, failed samples left out."""
-        states_BD, actions_BX, old_B = (proposal.trace[k] for k in ("states_BD", "actions_BX", "log_prob_B"))
+        """Take several epochs of the clipped surrogate (Eq. 4) over one batch, failed samples left out."""
+        states_BS, actions_BX, old_B = (proposal.trace[k] for k in ("states_BS", "actions_BX", "log_prob_B"))
         figures: dict[str, float] = {}
         for epoch in range(self.settings.epochs):
-            log_prob_B = self.policy.log_prob(states_BD, actions_BX)
+            log_prob_B = self.policy.log_prob(states_BS, actions_BX)
             loss_B = clipped_surrogate(log_prob_B, old_B, advantages_B, self.settings.clip)
-            penalty_B = self.penalty(states_BD)
+            penalty_B = self.penalty(states_BS)
             if penalty_B is not None:
                 loss_B = loss_B + penalty_B
             self.optimizer.zero_grad()
@@ -310,14 +399,16 @@ class PolicySampler(Sampler[PolicySettingsT]):
             figures["clipped_share"] = float(((ratio_B - 1).abs() > self.settings.clip).float().mean())
             figures["grad_norm"] = float(grad_norm)
         with torch.no_grad():
-            figures["policy_std"] = float(self.policy.gaussian(states_BD)[1].exp().mean())
+            figures["policy_std"] = float(self.policy.gaussian(states_BS)[1].exp().mean())
         return figures
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"state_D": self.state_D} | module_tensors("policy", self.policy, self.optimizer)
+        state = {"state_D": self.state_D, "seen_N": self.seen_N}
+        return state | module_tensors("policy", self.policy, self.optimizer)
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         self.state_D = tensors["state_D"]
+        self.seen_N = tensors.get("seen_N", self.seen_N)  # runs of before policies saw it have none
         restore_module("policy", self.policy, self.optimizer, tensors)
 
 
@@ -326,7 +417,8 @@ def _build(task: FusionTask, settings: PolicySettings) -> FusionPolicy:
     if settings.policy is PolicyKind.PAPER:
         return PublishedPolicy(task, hidden=settings.hidden, seed=seed)
     assert settings.groups is not None and settings.std is not None and settings.balance_std is not None
-    return CompactPolicy(
+    kind = ConditionalPolicy if settings.policy is PolicyKind.CONDITIONAL else CompactPolicy
+    return kind(
         task,
         groups=settings.groups,
         hidden=settings.hidden,
@@ -337,7 +429,7 @@ def _build(task: FusionTask, settings: PolicySettings) -> FusionPolicy:
 
 
 def module_tensors(name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """A module's parameters and its optimizer's moments under flat names."""
+    """Return a module's parameters and its optimizer's moments under flat names."""
     found = {f"{name}/{key}": value for key, value in module.state_dict().items()}
     for row, moments in optimizer.state_dict()["state"].items():
         found |= {f"{name}.optimizer/{row}/{key}": value for key, value in moments.items()}
@@ -347,7 +439,7 @@ def module_tensors(name: str, module: nn.Module, optimizer: torch.optim.Optimize
 def restore_module(
     name: str, module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `module_tensors`."""
+    """Put back what `module_tensors` returned."""
     prefix = f"{name}/"
     module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     moments: dict[int, dict[str, Tensor]] = {}

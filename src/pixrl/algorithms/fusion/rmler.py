@@ -34,6 +34,8 @@ Deviations:
 7. A picture whose scoring failed leaves the batch; it never counts as a reward of 0.
 8. "The best-performing checkpoint" that draws at inference is the state that drew the batch of the highest mean reward;
    the pool that it draws is a part of the budget (`pool`, a quarter). The paper says neither.
+9. `policy: conditional` sees, beside the embedding, the concepts themselves and the mean similarities of the last
+   batch; the paper's state is the fused embedding alone, from which neither can be told.
 """
 
 from enum import StrEnum
@@ -47,14 +49,14 @@ from pixrl.equations import group_advantages, leave_one_out
 
 
 class Baseline(StrEnum):
-    """What a reward is compared with."""
+    """The baseline that a reward is compared with."""
 
     LEAVE_ONE_OUT = "leave_one_out"
     NONE = "none"
 
 
 class RMLerSettings(PolicySettings):
-    """RMLer's own settings."""
+    """The settings of RMLer."""
 
     baseline: Baseline = Baseline.LEAVE_ONE_OUT
     """leave_one_out: standardized, minus the mean of the others; none: the paper's raw reward."""

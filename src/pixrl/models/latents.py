@@ -1,0 +1,81 @@
+"""Pictures as a VAE's latents and back."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CACHE_BYTES = 2**28
+"""The bytes of pictures' latents that are kept."""
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return how convolutions are stored: channels last is faster on GPUs; on CPUs it was slower (docs/log.md)."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents to pictures in [0, 1]: undo the VAE's scaling and shift, decode, map [-1, 1] to [0, 1].
+
+    Within float16 autocast the decoder runs in bfloat16, since its activations overflow in float16.
+    """
+    config = vae.config
+    latents = latents.float()
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean, std = (
+            latents.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
+        )
+        latents = latents * std / config.scaling_factor + mean
+    else:
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+    latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device))
+    kind = latents.device.type  # the VAE's own may be another until its hooks have moved it
+    narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
+    with torch.autocast(kind, dtype=torch.bfloat16) if narrow else nullcontext():
+        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+def encode_latents(vae: Any, images_BCHW: Tensor) -> Tensor:
+    """Encode pictures in [0, 1] as the transformer takes latents; in the VAE's own dtype, since it is done once each.
+
+    The VAE's distribution gives its mean.
+    """
+    config = vae.config
+    mean: Tensor = vae.encode(images_BCHW.to(vae.dtype) * 2 - 1).latent_dist.mean.float()
+    if config.latents_mean is not None and config.latents_std is not None:
+        middle, spread = (
+            mean.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
+        )
+        return (mean - middle) * float(config.scaling_factor) / spread
+    return (mean - (config.shift_factor or 0.0)) * float(config.scaling_factor)
+
+
+class LatentCache:
+    """A cache of the latents of pictures by their content, which a group's samples and later steps share.
+
+    The latents that were used longest ago are dropped first.
+    """
+
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
+        self._limit = limit
+        self._rows: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, image_BCHW: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the latents of one picture [1, 3, H, W], from the cache or by `make`."""
+        content = image_BCHW.detach().float().cpu().contiguous().numpy().tobytes()
+        key = blake2b(f"{list(image_BCHW.shape)}".encode() + content, digest_size=16).digest()
+        row = self._rows.get(key)
+        if row is None:
+            row = make(image_BCHW)
+            self._bytes += row.nbytes
+        self._rows[key] = row
+        self._rows.move_to_end(key)
+        while self._bytes > self._limit and len(self._rows) > 1:
+            self._bytes -= self._rows.popitem(last=False)[1].nbytes
+        return row

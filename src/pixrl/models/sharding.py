@@ -1,0 +1,81 @@
+"""A transformer whose frozen weights are divided among processes, by torch's `fully_shard` (FSDP2), block by block.
+
+Each process keeps its part of every weight. A block's weights are gathered before the block computes, forwards and
+backwards, and given back after it, so that all processes must make the same passes in the same order. LoRA stays whole
+on each: its gradients are summed as without sharding, so slots, optimizer and checkpoints are the same, bit for bit.
+
+Divided with its block, LoRA would be gathered in float32 with every pass, not its gradient summed once an update.
+"""
+
+from collections.abc import Collection
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from pixrl.errors import ConfigError
+
+GATHERED = 2
+"""Blocks whose weights are whole at a time: the one that computes, and the next one, gathered meanwhile."""
+
+
+def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a transformer that keeps them in lists, as those of diffusers do; [] of another model."""
+    return [one for part in transformer.children() if isinstance(part, nn.ModuleList) for one in part]
+
+
+def require_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """Return the blocks that can be sharded one by one.
+
+    Raises:
+        ConfigError: there are none, or weights are quantized, whose scales FSDP2 would not gather with them.
+    """
+    blocks = transformer_blocks(transformer)
+    if not blocks:
+        raise ConfigError(
+            f"machine.shard: {type(transformer).__name__} has no list of blocks, by which its weights would be divided "
+            "among processes. Set machine.shard=none."
+        )
+    quantized = [name for name, x in transformer.named_parameters() if not x.is_floating_point()]
+    if quantized:
+        raise ConfigError(
+            f"machine.shard: {len(quantized)} quantized weights, first {quantized[0]}, cannot be divided among "
+            "processes. Set machine.shard=none, or take the weights as they are published."
+        )
+    return blocks
+
+
+def shard(transformer: nn.Module, mesh: DeviceMesh, whole: Collection[nn.Parameter]) -> None:
+    """Divide the weights of a transformer among the processes of a mesh and move this process's part to its device.
+
+    Args:
+        transformer: with the LoRA layers already attached; may lie on the CPU.
+        mesh: one dimension, over all processes.
+        whole: the parameters that every process keeps whole: LoRA's.
+
+    Raises:
+        ConfigError: it has no list of blocks.
+    """
+    blocks = require_blocks(transformer)
+    for parameter in whole:
+        parameter.data = parameter.data.to(mesh.device_type)
+    for module in (*blocks, transformer):
+        fully_shard(module, mesh=mesh, ignored_params=set(whole))
+
+
+def sharded_bytes(transformer: nn.Module, processes: int) -> int:
+    """Return the most bytes of its weights on one process: its part, what is no block, and the blocks in use.
+
+    What belongs to no block (embeddings, the output layers) stays gathered from its first use on.
+
+    Raises:
+        ConfigError: it has no list of blocks.
+    """
+    sizes = [_bytes(block) for block in require_blocks(transformer)]
+    total = _bytes(transformer)
+    return -(-total // processes) + total - sum(sizes) + sum(sorted(sizes)[-GATHERED:])
+
+
+def _bytes(module: nn.Module) -> int:
+    frozen = (x for name, x in module.named_parameters() if "lora_" not in name)
+    return sum(x.numel() * x.element_size() for x in frozen)
