@@ -23,7 +23,6 @@ from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.estimate import (
-    DENOISERS,
     Cost,
     PartSize,
     cost_of,
@@ -31,7 +30,7 @@ from pixrl.models.estimate import (
     imagined,
     operations_of,
 )
-from pixrl.models.loading import denoiser_of
+from pixrl.models.loading import DENOISERS, denoiser_of
 from pixrl.models.memory_plan import Base, MemoryPlan, Offload, Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import TEXT_PARTS, set_decoding
