@@ -31,8 +31,7 @@ SPECTRUM = Plan(
 )
 CRITIC_RATE, CRITIC_FROM, CRITIC_WEIGHT = 4e-4, 200, 0.02
 SPECTRUM_WEIGHT, BANDS = 0.2, 8
-"""Beside the reconstruction. The critic alone reached 0.82 of the drawings' high frequencies, and 0.81 at four times its
-weight (docs/log.md)."""
+"""Beside the reconstruction. The critic alone reached 0.82 of the drawings' high frequencies (docs/log.md)."""
 
 
 def new_vae() -> AutoencoderKL:
