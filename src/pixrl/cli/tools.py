@@ -1,5 +1,6 @@
 """Commands around runs: doctor, export, draw, serve-rewards, study; and toy build, toy verify."""
 
+import contextlib
 import json
 import logging
 import math
@@ -172,10 +173,9 @@ def serve_rewards(
     if open_to_others:
         typer.echo("Other machines can reach it, and nothing is encrypted: use a network that you trust.")
     typer.echo(f"Serving rewards at {server.url}; Ctrl-C stops it.")
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # which a shell's background jobs are never given
         server.serve()
-    except KeyboardInterrupt:
-        typer.echo("\nStopped. Runs that use it wait for it to come back.")
+    typer.echo("\nStopped. Runs that use it wait for it to come back.")
 
 
 def _token(variable: str, open_to_others: bool) -> tuple[str, bool]:

@@ -282,8 +282,8 @@ def _play(
     )
 
     def evaluate(step: int) -> Mapping[str, float]:
-        figures = evaluator.run(log, step)
-        guard.look(step, is_last=step == config.steps)
+        figures = evaluator.run(log, step, guard.look)
+        guard.act(step, is_last=step == config.steps)
         return figures
 
     loop = Loop(

@@ -142,10 +142,10 @@ def compare(
     chance = CHANCE / len(names)
     found = []
     for name, before_PS in first.statistics.items():
-        spread = max(float(before_PS.std()), FLOORS.get(name, FLOOR))
+        spread = max(float(before_PS.std(correction=0)), FLOORS.get(name, FLOOR))
         change_P = (now.statistics[name] - before_PS).mean(dim=1)
         moved = float(change_P.mean()) / spread
-        p = _p_value(change_P if moved > 0 else -change_P) * 2
+        p = min(1.0, 2 * _p_value(change_P if moved > 0 else -change_P))
         means = float(before_PS.mean()), float(now.statistics[name].mean())
         found.append(Signal(f"picture/{name}", *means, moved, p, abs(moved) > settings.shift and p < chance))
     gain_P = torch.stack([_gain(first, now, name) for name in trained]).mean(dim=0) if trained else None
@@ -192,7 +192,7 @@ class Guard:
             settings: bounds and action.
             rewards: name -> whether it is held out.
             per_prompt: pictures of a prompt in an evaluation.
-            first: the step of the evaluation that the others are held against.
+            first: the step from which on evaluations draw the same pictures; later ones are held against its first.
             world: the processes; the leading one looks, all act alike.
             say: tells the user what was found.
             raise_kl: multiplies the weight of the loss's KL and returns it.
@@ -202,25 +202,30 @@ class Guard:
         self.held_out = [name for name, only_logged in rewards.items() if only_logged]
         self.per_prompt, self.first = per_prompt, first
         self.say, self.raise_kl = say, raise_kl
+        self.found: list[Signal] = []
 
-    def look(self, step: int, *, is_last: bool = False) -> None:
-        """Look at the evaluation before training step `step`, and act on what is found.
+    def look(self, step: int) -> None:
+        """Look at the pictures of the evaluation before training step `step`, and write down what is found.
+
+        It comes before the evaluation's line in the log, so that a run that has the line has been looked at.
+        """
+        signals: tuple[Signal, ...] = ()
+        if self.world.rank == 0 and (first := self._baseline(step)) is not None:
+            sides = [Looked.of(self.folder, at, self.per_prompt) for at in (first, step)]
+            signals = compare(sides[0], sides[1], self.settings, self.trained, self.held_out)
+            content = json.dumps([_finite(asdict(one)) for one in signals], indent=1)
+            write_atomic(samples_of(self.folder, step) / FINDINGS, content.encode() + b"\n")
+        self.found = [one for one in self.world.gather(signals)[0] if one.found]
+
+    def act(self, step: int, *, is_last: bool = False) -> None:
+        """Act on what was found in the evaluation before training step `step`.
 
         Raises:
             GuardError: the recipe says that the run ends here; its newest checkpoint is the one to go on from.
         """
-        if step <= self.first:
+        if not self.found:
             return
-        signals: tuple[Signal, ...] = ()
-        if self.world.rank == 0:
-            sides = [Looked.of(self.folder, at, self.per_prompt) for at in (self.first, step)]
-            signals = compare(sides[0], sides[1], self.settings, self.trained, self.held_out)
-            content = json.dumps([_finite(asdict(one)) for one in signals], indent=1)
-            write_atomic(samples_of(self.folder, step) / FINDINGS, content.encode() + b"\n")
-        found = [one for one in self.world.gather(signals)[0] if one.found]
-        if not found:
-            return
-        what = f"The guard, step {step}: {'; '.join(one.text() for one in found)}."
+        what = f"The guard, step {step}: {'; '.join(one.text() for one in self.found)}."
         action = self.settings.action
         if action is Action.WARN or (is_last and action is not Action.ROLLBACK):
             self.say(f"{what} The run may be gaming its reward: look at its pictures.")
@@ -232,6 +237,13 @@ class Guard:
                 f"{what} The run ends here, as monitor.action={action} says. {where} To go on all the same: pixrl "
                 f"resume {self.folder.path} --set monitor.action=warn"
             )
+
+    def _baseline(self, step: int) -> int | None:
+        """Return the step of the first comparable evaluation; None where this one is it."""
+        steps = [
+            at for place in evaluated_places(self.folder) if self.first <= (at := step_of_place(place)) < step
+        ]
+        return min(steps, default=None)
 
     def _roll_back(self, step: int) -> str:
         """Drop everything after the checkpoint of the last evaluation in which nothing was found."""
