@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from tests.align.parts import GRPO, recipe
-from tests.align.test_doctor import toy
 from tests.tolerance import MODEL, rounding
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.quantization import dense_weight, linear_layers, quantize
 from pixrl.models.sdxl import SDXLRenderer
 from pixrl.models.slots import merge
-from pixrl.runs.config import MachineSettings
+from pixrl.report.export import export
 
 NF4 = MemoryPlan(base=Base.NF4)
 FULL = Precision(torch.float32, None)
@@ -29,15 +28,22 @@ LARGEST_GAP = 0.15191
 """Half the widest gap of NF4's 16 values, from -1 to -0.6962 (QLoRA, appendix E), as a share of a block's largest."""
 
 
-def policies(ref: str | Path) -> list[FlowPipelinePolicy]:
-    """The model as it is, and with a base in 4 bits."""
-    found = [models.load(ref, device="cpu", dtype="float32", plan=plan) for plan in (None, NF4)]
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red owl\ntwo blue snails\n")
+    return file
+
+
+def policies(ref: str | Path, lora: Path | None = None) -> list[FlowPipelinePolicy]:
+    """The model as it is, and with a base in 4 bits; with a LoRA merged."""
+    found = [models.load(ref, device="cpu", dtype="float32", lora=lora, plan=plan) for plan in (None, NF4)]
     assert all(isinstance(one, FlowPipelinePolicy) for one in found)
     return found  # type: ignore[return-value]
 
 
 def distance(near: Tensor, exact: Tensor) -> float:
-    return float((near - exact).norm() / exact.norm())
+    return float((near.detach() - exact.detach()).norm() / exact.detach().norm())
 
 
 def within_nf4(near: Tensor, exact: Tensor) -> bool:
@@ -167,45 +173,81 @@ def test_the_estimate_is_the_bytes_of_the_tensors() -> None:
     assert {name: x for name, x in sizes.items() if name != "transformer"} == {
         name: x for name, x in whole.items() if name != "transformer"
     }
-    small = api.examine(toy(machine={"base": "nf4", "device": "cpu", "dtype": "float32"}))
-    large = api.examine(toy(machine={"device": "cpu", "dtype": "float32"}))
-    assert small.parts["transformer"] == sizes["transformer"]
+
+
+def test_the_doctor_counts_a_packed_denoiser(sd3_folder: Path, prompts: Path) -> None:
+    found = []
+    for base in ("nf4", "dtype"):
+        made = recipe(sd3_folder, prompts)
+        made["machine"] |= {"base": base}
+        found.append(api.examine(made))
+    small, large = found
+    sizes = [one.parts["transformer"].bytes for one in found]
+    assert small.can_run
+    assert sizes[0] < sizes[1]
     assert small.needed is not None
     assert large.needed is not None
-    assert large.needed - small.needed == whole["transformer"].bytes - sizes["transformer"].bytes
+    assert large.needed - small.needed == sizes[1] - sizes[0]
 
 
-def test_a_run_is_on_policy_and_goes_on_as_if_unbroken(sd3_folder: Path, tmp_path: Path) -> None:
-    prompt_file = tmp_path / "prompts.txt"
-    prompt_file.write_text("a red owl\ntwo blue snails\n")
-    made = recipe(sd3_folder, prompt_file, steps=3, **GRPO)
+def test_a_run_is_on_policy_goes_on_as_if_unbroken_and_its_export_fits_either_base(
+    sd3_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    made = recipe(sd3_folder, prompts, steps=3, **GRPO)
     made["machine"] |= {"base": "nf4"}
     made["optimizer"] |= {"updates": 1}
+    made["loss"] = {"kind": "clipped", "kl": 0.04}
+    made["lora"] |= {"targets": ["ff.net.2"]}  # of a tiny model's layers only these are 64 wide
     whole = pixrl.align(made, out=tmp_path / "whole")
     for row in whole.metrics:
         assert row["ratio_mean"] == pytest.approx(1, abs=rounding(torch.float32, MODEL))
+    assert whole.metrics[0]["on_policy_deviation/float32/batch_1"] < rounding(torch.float32, MODEL)
     pixrl.align({**made, "steps": 1}, out=tmp_path / "run")
     api.resume(tmp_path / "run", ["steps=3"])
     folders = [tmp_path / name / "checkpoints/step-000003" for name in ("whole", "run")]
     whole_files, files = (sorted(folder.glob("*.safetensors")) for folder in folders)
     assert len(files) > 0
     assert [file.read_bytes() for file in whole_files] == [file.read_bytes() for file in files]
+    lora = export(tmp_path / "run", out=tmp_path / "lora").file
+    exact, near = policies(sd3_folder)
+    merged = policies(sd3_folder, lora)
+    for name in linear_layers(exact.transformer, "x"):
+        before, after, packed, packed_after = (
+            dense_weight(one.transformer.get_submodule(name))  # type: ignore[arg-type]
+            for one in (exact, merged[0], near, merged[1])
+        )
+        assert within_nf4(packed_after, packed + (after - before))
+        assert torch.equal(after, before) == ("ff.net.2" not in name)
+    x, t = exact.initial_noise([1]), torch.tensor([0.6])
+    v, v_near, v_merged, v_near_merged = (
+        one.velocity(x, t, one.encode(["a red owl"])) for one in (exact, near, *merged)
+    )
+    assert distance(v_merged, v) > 0
+    assert distance(v_near_merged, v_merged) < 2 * distance(v_near, v)
 
 
-def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_quantized(sd3_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         InputError, match="base=nf4 has no effect on a model: its Conv2d has no linear layers of 64"
     ):
         quantize(nn.Conv2d(3, 3, 1), "a model", CPU, FULL)
-    with pytest.raises(ConfigError, match="nf4 layers cannot be streamed"):
-        pixrl.config.load(MachineSettings, {"base": "nf4", "offload": "sequential"}, kind=None)  # type: ignore[attr-defined]
+    for settings, said in (
+        ({"offload": "sequential"}, "nf4 layers cannot be streamed"),
+        ({"shard": "full"}, "machine.shard=full: weights of machine.base=nf4 cannot be divided"),
+    ):
+        made = recipe(sd3_folder, prompts)
+        made["machine"] |= {"base": "nf4", "gradient_checkpointing": True, **settings}
+        with pytest.raises(ConfigError, match=said):
+            api.examine(made)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     said = r"base=nf4 needs bitsandbytes.*pip install 'pixrl\[quantized\]'"
     with pytest.raises(RunError, match=said):
         models.load("toy:sd3", device="cpu", plan=NF4)
-    found = api.examine(toy(machine={"base": "nf4", "device": "cpu"}))
-    assert [problem.need.value for problem in found.problems] == ["package"]
-    assert found.problems[0].error == "RunError"
+    made = recipe(sd3_folder, prompts)
+    made["machine"] |= {"base": "nf4"}
+    with pytest.raises(RunError, match=said):
+        pixrl.align(made, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 PLUGIN = """
