@@ -226,7 +226,9 @@ def test_a_run_is_on_policy_goes_on_as_if_unbroken_and_its_export_fits_either_ba
     assert distance(v_near_merged, v_merged) < 2 * distance(v_near, v)
 
 
-def test_what_cannot_be_quantized(sd3_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_quantized(
+    sd3_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(
         InputError, match="base=nf4 has no effect on a model: its Conv2d has no linear layers of 64"
     ):
