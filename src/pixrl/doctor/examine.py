@@ -195,14 +195,14 @@ def _estimate(
         if adapter.pipeline_class is None:
             raise not_trainable(adapter, config.model)
         policy = empty_renderer(
-            config.model, checkpoint, precision, device, config.machine, findings, **options
+            config.model, checkpoint, precision, device, config.machine, findings, weights=True, **options
         )
         policy = require_trainable(policy, config.model)
         check_words(texts, policy.vocabulary, policy.name)
         if lora is not None:
             fitting_layers(policy.transformer, lora, str(config.lora.base))
         require_texts(policy, checkpoint, texts, findings, t5=config.t5)
-        return Estimate(policy, _condition(policy, config, prompts), config, precision, weighed=weighed)
+        return Estimate(policy, condition_row(policy, config, prompts), config, precision, weighed=weighed)
     except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets of a kind that it does not know
         findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
     except CONTRADICTIONS as error:
@@ -210,7 +210,7 @@ def _estimate(
     return None
 
 
-def _condition(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequence[Prompt]) -> Conditioning:
+def condition_row(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequence[Prompt]) -> Conditioning:
     """Return one row of the conditioning as training will have it, with its reference pictures."""
     row = policy.blank()
     if not isinstance(config, PersonalizeConfig):
