@@ -41,7 +41,7 @@ _PCIE4, _PCIE5 = 31.5e9, 63e9
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """A graphics card, by its maker's figures: rates without sparsity, in floating point operations a second."""
 
     name: str
@@ -64,19 +64,19 @@ class Card:
 CARDS = {
     one.name: one
     for one in (
-        Card("3090", 24, 71e12, 35.6e12, _PCIE4, _AMPERE),
-        Card("4090", 24, 165.2e12, 82.6e12, _PCIE4, _ADA),
-        Card("5090", 32, 209.5e12, 104.8e12, _PCIE5, _BLACKWELL),
-        Card("a100-40", 40, 312e12, 19.5e12, _PCIE4, "NVIDIA A100 data sheet"),
-        Card("l40s", 48, 362e12, 91.6e12, _PCIE4, "NVIDIA L40S data sheet"),
-        Card("a100-80", 80, 312e12, 19.5e12, _PCIE4, "NVIDIA A100 data sheet"),
-        Card("h100", 80, 989e12, 67e12, _PCIE5, "NVIDIA H100 SXM data sheet"),
-        Card("h200", 141, 989e12, 67e12, _PCIE5, "NVIDIA H200 SXM data sheet"),
+        Gpu("3090", 24, 71e12, 35.6e12, _PCIE4, _AMPERE),
+        Gpu("4090", 24, 165.2e12, 82.6e12, _PCIE4, _ADA),
+        Gpu("5090", 32, 209.5e12, 104.8e12, _PCIE5, _BLACKWELL),
+        Gpu("a100-40", 40, 312e12, 19.5e12, _PCIE4, "NVIDIA A100 data sheet"),
+        Gpu("l40s", 48, 362e12, 91.6e12, _PCIE4, "NVIDIA L40S data sheet"),
+        Gpu("a100-80", 80, 312e12, 19.5e12, _PCIE4, "NVIDIA A100 data sheet"),
+        Gpu("h100", 80, 989e12, 67e12, _PCIE5, "NVIDIA H100 SXM data sheet"),
+        Gpu("h200", 141, 989e12, 67e12, _PCIE5, "NVIDIA H200 SXM data sheet"),
     )
 }  # fmt: skip
 
 
-def parse_card(text: str) -> Card:
+def parse_card(text: str) -> Gpu:
     """Return the card of a name, or one of a size in GiB, as fast as the slowest card in the table that is as large.
 
     Raises:
@@ -137,7 +137,7 @@ class CardPlans:
 
     kind: str
     model: str
-    card: Card
+    card: Gpu
     processes: int
     dtype: str
     """Of the weights, as the recipe has it."""
@@ -216,7 +216,7 @@ class CardPlans:
         return " ".join([command, *(f"--set {change}" for change in plan.changes)])
 
 
-def plans_for(config: AlignConfig, card: Card, processes: int = 1) -> CardPlans:
+def plans_for(config: AlignConfig, card: Gpu, processes: int = 1) -> CardPlans:
     """Find the plans with which a recipe fits a card.
 
     Args:
@@ -321,7 +321,7 @@ def weigh(config: AlignConfig, checkpoint: Checkpoint, precision: Precision) -> 
 def _plan(
     config: AlignConfig,
     changes: tuple[str, ...],
-    card: Card,
+    card: Gpu,
     processes: int,
     rewards: dict[str, int],
     weighed: Weighed,
