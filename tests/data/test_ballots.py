@@ -1,0 +1,112 @@
+"""Votes on groups of pictures: what they say, and that none is lost or counted twice."""
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from pixrl.data.ballots import Ballots, preferred, rewards_of
+from pixrl.errors import CheckpointError, InputError, RunError
+
+PICTURES = [{"file": f"0/{name}.png", "seed": seed} for seed, name in enumerate("abc")]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    with Ballots(tmp_path / "votes.sqlite") as ballots:
+        ballots.add(0, [("an owl", PICTURES), ("a cat", PICTURES[:2])])
+    return tmp_path / "votes.sqlite"
+
+
+def test_rewards() -> None:
+    assert rewards_of([0, 1, 2]) == [1, 0, -1]
+    assert rewards_of([1, 0, 1]) == [-0.5, 1, -0.5]  # best of three
+    assert rewards_of([0, 1]) == [1, -1] and rewards_of([0, 0]) == [0, 0]
+
+
+def test_a_vote_is_kept_once_and_can_be_taken_back_until_it_is_learned_from(file: Path) -> None:
+    with Ballots(file) as one, Ballots(file) as other:
+        assert one.vote(1, [1, 0, 1]) and not other.vote(1, [0, 1, 1])
+        assert other.all()[0].ranks == (1, 0, 1)
+        assert other.undo(1) and not other.undo(1) and one.all()[0].ranks is None
+        assert other.vote(1, [0, 1, 2])
+        assert [ballot.ranks for ballot in one.learn(0)] == [(0, 1, 2), None]
+        assert not one.undo(1)
+        one.add(0, [("another", PICTURES)])
+        assert [ballot.prompt for ballot in one.all()] == ["an owl", "a cat"]
+
+
+def test_pairs(file: Path) -> None:
+    with Ballots(file) as ballots:
+        ballots.vote(1, [1, 0, 1])
+        rows = preferred(ballots.all())
+    assert [(row["winner"], row["loser"]) for row in rows] == [("0/b.png", "0/a.png"), ("0/b.png", "0/c.png")]
+    assert rows[0]["prompt"] == "an owl" and (rows[1]["winner_seed"], rows[1]["loser_seed"]) == (1, 2)
+
+
+@pytest.mark.parametrize("ranks", [[0, 1], [1, 1, 1], [0, 1, 3], [-1, 0, 1]])
+def test_bad_votes(file: Path, ranks: list[int]) -> None:
+    with Ballots(file) as ballots:
+        with pytest.raises(InputError, match="one rank for each of the 3 pictures"):
+            ballots.vote(1, ranks)
+        with pytest.raises(InputError, match="Reload the page"):
+            ballots.vote(9, [0, 1])
+        assert all(ballot.ranks is None for ballot in ballots.all())
+
+
+def test_what_is_no_file_of_votes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("no database, but long enough to be taken for one" * 20)
+    with pytest.raises(CheckpointError, match="no file of votes, or damaged"):
+        Ballots(tmp_path / "x")
+
+
+def test_a_full_disk_keeps_what_was_voted(file: Path) -> None:
+    with Ballots(file) as ballots:
+        assert ballots.vote(2, [1, 0])
+        pages = ballots._base.execute("PRAGMA page_count").fetchone()[0]
+        ballots._base.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(RunError, match=r"votes\.sqlite cannot be written .*earlier votes are kept"):
+            ballots.add(1, [("long " * 4000, PICTURES)])
+        assert [ballot.ranks for ballot in ballots.all()] == [None, (1, 0)]
+        ballots._base.execute("PRAGMA max_page_count = 100000")
+        assert ballots.vote(1, [0, 1, 1])
+
+
+def _vote_on(path: Path, offset: int, answers: Connection) -> None:
+    with Ballots(path) as ballots:
+        for number in range(1 + offset, 1001, 2):
+            ballots.vote(number, [0, 1])
+            answers.send(number)
+
+
+def test_two_voters_at_once_of_whom_one_is_killed(tmp_path: Path) -> None:
+    """Every vote that was answered is there, with real processes."""
+    path = tmp_path / "votes.sqlite"
+    with Ballots(path) as ballots:
+        ballots.add(0, [("an owl", PICTURES[:2])] * 1000)
+    context = multiprocessing.get_context("spawn")
+    ends, voters = [], []
+    for offset in range(2):
+        mine, theirs = context.Pipe(duplex=False)
+        voters.append(context.Process(target=_vote_on, args=(path, offset, theirs)))
+        voters[-1].start()
+        theirs.close()
+        ends.append(mine)
+    answered = [[ends[offset].recv() for _ in range(20)] for offset in range(2)]
+    pid = voters[1].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    for offset in range(2):
+        try:
+            while True:
+                answered[offset].append(ends[offset].recv())
+        except EOFError:
+            voters[offset].join()
+    assert voters[0].exitcode == 0 and len(answered[0]) == 500
+    with Ballots(path) as ballots:
+        kept = {ballot.number for ballot in ballots.all() if ballot.ranks == (0, 1)}
+    assert set(answered[0]) | set(answered[1]) <= kept
+    assert len(kept - set(answered[0]) - set(answered[1])) <= 1  # written, but killed before it was said
