@@ -1,9 +1,9 @@
 """`vae`: an AutoencoderKL that shrinks pictures eightfold, shared by all three generators.
 
 It learns on crops that show ink, then on whole pictures; then the decoder alone learns in two rounds against a small
-critic of patches (Isola et al. 2017), which counts more in the second, so that edges are sharp. The first three latent
-channels are held to twice the eightfold shrunk picture: such latents are smooth, and generators learn them faster
-(docs/log.md, "Anchored latents").
+critic of patches (Isola et al. 2017), in the second also to keep the spectrum's power, so that edges are sharp. The
+first three latent channels are held to twice the eightfold shrunk picture: such latents are smooth, and generators
+learn them faster (docs/log.md, "Anchored latents").
 """
 
 from collections.abc import Callable
@@ -26,12 +26,12 @@ WHOLE = Plan(steps=1_500, batch=8, lr=6e-4, warmup=50, weight_decay=0.0, level=0
 SHARP = Plan(
     steps=3_000, batch=8, lr=4e-4, warmup=50, weight_decay=0.0, level=0.5, ema=0.998, betas=(0.5, 0.95)
 )
-SHARPER = Plan(
-    steps=1_500, batch=8, lr=3e-4, warmup=50, weight_decay=0.0, level=0.5, ema=0.997, betas=(0.5, 0.95)
+SPECTRUM = Plan(
+    steps=1_000, batch=8, lr=3e-4, warmup=30, weight_decay=0.0, level=0.3, ema=0.99, betas=(0.5, 0.95)
 )
-CRITIC_RATE, CRITIC_FROM = 4e-4, 200
-CRITIC_WEIGHTS = {"vae_sharp": 0.02, "vae_sharper": 0.08}
-"""Beside the reconstruction. With 0.02 the decoder reached 0.82 of the drawings' high frequencies (docs/log.md)."""
+CRITIC_RATE, CRITIC_FROM, CRITIC_WEIGHT = 4e-4, 200, 0.02
+SPECTRUM_WEIGHT, BANDS = 0.2, 8
+"""Beside the reconstruction. The critic alone reached 0.82 of the drawings' high frequencies (docs/log.md)."""
 
 
 def new_vae() -> AutoencoderKL:
@@ -67,6 +67,25 @@ def reconstruction(decoded: Tensor, target: Tensor) -> Tensor:
     """The distance of pictures in [-1, 1]: absolute, squared, and that of their edges."""
     error = F.l1_loss(decoded, target) + F.mse_loss(decoded, target)
     return error + 0.5 * F.l1_loss(edges(decoded), edges(target))
+
+
+def spectrum_error(decoded: Tensor, target: Tensor) -> Tensor:
+    """How far apart the power of pictures [B, 3, H, W] is in rings of the spectrum, as a mean absolute log ratio.
+
+    The rings divide the frequencies from a quarter of the Nyquist frequency up to it.
+    """
+    rows, columns = (
+        torch.fft.fftfreq(size, device=target.device).abs() * 2 for size in target.shape[-2:]
+    )  # in shares of the Nyquist frequency
+    radius = (rows[:, None].square() + columns[None, :].square()).sqrt()
+    ring = ((radius - 0.25) / 0.75 * BANDS).floor().clamp(-1, BANDS)
+    rings = torch.stack([(ring == k).float() for k in range(BANDS)])
+
+    def power(images: Tensor) -> Tensor:
+        spectrum = torch.fft.fft2(images.mean(1), norm="ortho").abs().square()
+        return torch.einsum("bhw,khw->bk", spectrum, rings) / rings.sum((1, 2)) + 1e-5
+
+    return (power(decoded).log() - power(target).log()).abs().mean()
 
 
 class Critic(nn.Module):
@@ -120,8 +139,8 @@ def build_vae(build: Build) -> None:
 
     build.fit("vae_crops", vae, CROPS, crop_lesson, both)
     build.fit("vae_whole", vae, WHOLE, whole_lesson, both)
-    _sharpen(build, vae, chosen, "vae_sharp", SHARP)
-    _sharpen(build, vae, chosen, "vae_sharper", SHARPER)
+    _sharpen(build, vae, chosen, "vae_sharp", SHARP, 0.0)
+    _sharpen(build, vae, chosen, "vae_spectrum", SPECTRUM, SPECTRUM_WEIGHT)
     vae.eval()
     with torch.no_grad():
         rows = list(range(512))
@@ -132,12 +151,17 @@ def build_vae(build: Build) -> None:
     vae.register_to_config(scaling_factor=scaling, shift_factor=shift)
     save_half(vae, build.out / "vae")
     build.provenance(
-        "vae", {"vae_crops": CROPS, "vae_whole": WHOLE, "vae_sharp": SHARP, "vae_sharper": SHARPER}
+        "vae", {"vae_crops": CROPS, "vae_whole": WHOLE, "vae_sharp": SHARP, "vae_spectrum": SPECTRUM}
     )
 
 
 def _sharpen(
-    build: Build, vae: AutoencoderKL, chosen: Callable[[Draw], Pictures], stage: str, plan: Plan
+    build: Build,
+    vae: AutoencoderKL,
+    chosen: Callable[[Draw], Pictures],
+    stage: str,
+    plan: Plan,
+    spectrum_weight: float,
 ) -> None:
     """A last round: the encoder stays, the decoder learns to pass for a drawing."""
     vae.encoder.requires_grad_(False)
@@ -160,8 +184,10 @@ def _sharpen(
         optimizer.step()
         critic.requires_grad_(False)
         error = reconstruction(decoded, target)
+        if spectrum_weight:
+            error = error + spectrum_weight * spectrum_error(decoded, target)
         if seen > CRITIC_FROM:
-            error = error - CRITIC_WEIGHTS[stage] * critic(decoded).mean()
+            error = error - CRITIC_WEIGHT * critic(decoded).mean()
         critic.requires_grad_(True)
         return error
 

@@ -14,7 +14,7 @@ from pixrl.errors import PixrlError
 
 if TYPE_CHECKING:
     from pixrl import equations, models, rewards
-    from pixrl.api import AlignResult, FusionResult, align, fuse, personalize
+    from pixrl.api import AlignResult, FusionResult, align, draw, fuse, personalize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "PixrlError",
     "__version__",
     "align",
+    "draw",
     "equations",
     "fuse",
     "models",
@@ -34,6 +35,7 @@ _LAZY = {
     "AlignResult": "pixrl.api",
     "FusionResult": "pixrl.api",
     "align": "pixrl.api",
+    "draw": "pixrl.api",
     "fuse": "pixrl.api",
     "personalize": "pixrl.api",
 }

@@ -19,6 +19,7 @@ from pixrl.fusion.config import KIND as FUSE
 from pixrl.fusion.learned import read_policy, settings_of
 from pixrl.fusion.select import Selection
 from pixrl.jobs import align as align_job
+from pixrl.jobs import draw as draw_job
 from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs import fuse_many
 from pixrl.jobs.fuse import FinishedRun
@@ -31,6 +32,8 @@ from pixrl.runs.log import evaluations
 from pixrl.runs.training import Report
 
 RUNS = Path("runs")
+DRAWN = Path("drawn")
+"""Where `pixrl draw` puts its folders."""
 PERSONALIZE_RECIPE = "toy/customized-nft"
 """What `pixrl personalize` does where no recipe is given."""
 SUBJECT_RECIPE = "toy/subject"
@@ -46,12 +49,12 @@ class AlignResult:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """One line a training step."""
+        """The figures of each training step, one row a step."""
         return RunFolder.open(self.run).metrics()
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Scores of held-out prompts, before training first and after it last."""
+        """The scores of held-out prompts, those of before training first and those of after it last."""
         return evaluations(self.run)
 
     @property
@@ -132,7 +135,7 @@ def load_personalize(
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[AlignConfig, str | Path | Mapping[str, Any]]:
-    """The settings of a personalization, and what to name its folder after."""
+    """Load the settings of a personalization, and what to name its folder after."""
     chosen = {text.partition("=")[0].strip() for text in overrides}
     sources = () if subject is None else ("prompts.source", "evaluation.source")
     own = {name: str(subject) for name in sources if name not in chosen}
@@ -153,7 +156,7 @@ def load(
     settings: Mapping[str, Any] | None = None,
     kind: str | None = None,
 ) -> AlignConfig:
-    """The settings of a recipe with what was given besides; `kind`: the job to do, none: the recipe's own."""
+    """Load a recipe with what was given besides; `kind`: the job to do, none: the recipe's own."""
     given = {"steps": steps, "seed": seed, **(settings or {})}
     values = {name: value for name, value in given.items() if value is not None}
     return load_recipe(recipe, overrides, values=values, kind=kind)
@@ -167,7 +170,7 @@ def load_either(
     steps: int | None = None,
     seed: int | None = None,
 ) -> AlignConfig:
-    """The settings that `pixrl align RECIPE` or `pixrl personalize --subject SUBJECT` would train with.
+    """Load the settings that `pixrl align RECIPE` or `pixrl personalize --subject SUBJECT` would train with.
 
     Raises:
         ConfigError: neither a recipe nor a subject, or the recipe is wrong.
@@ -180,14 +183,14 @@ def load_either(
 
 
 def run_align(config: AlignConfig, out: Path, *, force: bool = False, live: bool = True) -> AlignResult:
-    """One alignment from the start, with its report."""
+    """Run one alignment from the start, with its report."""
     return _finish(align_job.start(config, out, force=force, monitor=_monitor(live)))
 
 
 def resume(
     run: Path, overrides: Sequence[str] = (), *, accept_changes: bool = False, live: bool = True
 ) -> "AlignResult | FusionResult | Path":
-    """Goes on with an interrupted run of any kind, or chooses again in a finished fusion.
+    """Go on with an interrupted run of any kind, or choose again in a finished fusion.
 
     Args:
         run: the run's folder.
@@ -216,12 +219,12 @@ def resume(
 
 
 def selfcheck(config: AlignConfig) -> Report:
-    """Whether a run of this recipe can be trusted, before it starts."""
+    """Check whether a run of this recipe can be trusted, before it starts."""
     return align_job.check(config)
 
 
 def default_out(recipe: str | Path | Mapping[str, Any], config: AlignConfig) -> Path:
-    """A folder under runs/ that does not exist yet."""
+    """Name a folder under runs/ that does not exist yet."""
     name = "align" if isinstance(recipe, Mapping) else Path(recipe).with_suffix("").name
     return _free(f"{name}-{config.seed}")
 
@@ -232,12 +235,12 @@ def _finish(run: Path) -> AlignResult:
     return AlignResult(run)
 
 
-def _free(name: str) -> Path:
-    """`name` under runs/, with a number behind where it is taken."""
-    number, place = 1, RUNS / name
+def _free(name: str, below: Path = RUNS) -> Path:
+    """`name` under runs/, or another folder, with a number behind where it is taken."""
+    number, place = 1, below / name
     while place.exists():
         number += 1
-        place = RUNS / f"{name}-{number}"
+        place = below / f"{name}-{number}"
     return place
 
 
@@ -246,7 +249,7 @@ def _monitor(live: bool) -> Monitor:
 
 
 class Pictures(Sequence[Image.Image]):
-    """A run's pictures, read from its folder when asked for."""
+    """The pictures of a run, read from its folder when asked for."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
@@ -331,7 +334,7 @@ def fuse(
 
 
 def with_policy(run: Path) -> dict[str, Any]:
-    """The settings of a fusion that begins with what a finished one has learned.
+    """Return the settings of a fusion that begins with what a finished one has learned.
 
     Raises:
         InputError: the run is not finished, or what it learned serves its own concepts alone.
@@ -342,7 +345,7 @@ def with_policy(run: Path) -> dict[str, Any]:
 def run_fuse(
     config: FuseConfig, out: Path | None = None, *, force: bool = False, live: bool = True
 ) -> FusionResult:
-    """One fusion from the start, with its report."""
+    """Run one fusion from the start, with its report."""
     check_concepts(config.concepts)
     run = fuse_job.start(config, out or default_fuse_out(config), force=force, monitor=_monitor(live))
     return _finish_fusion(run)
@@ -356,7 +359,10 @@ def run_compare(
     force: bool = False,
     live: bool = True,
 ) -> Path:
-    """The same concepts with several samplers, or "all"; the folder. Options go to the samplers that know them."""
+    """Fuse the same concepts by several samplers, or "all" of them, and return the folder.
+
+    Options go to the samplers that know them.
+    """
     usual = resolve_options(config.sampler, {}).model_dump(mode="json")
     given = {name: value for name, value in config.options.items() if value != usual.get(name)}
     many = fuse_many.compare_config(config, samplers, given)
@@ -375,7 +381,7 @@ def run_pairs(
     force: bool = False,
     live: bool = True,
 ) -> Path:
-    """Every line of a file, or of a list of `a & b`, as a fusion of its own; the folder.
+    """Fuse every line of a file, or of a list of `a & b`, in a run of its own, and return the folder.
 
     With `carry` each begins with the policy that the one before it has learned.
     """
@@ -387,6 +393,45 @@ def run_pairs(
     runs = fuse_many.start_many(many, PAIRS, place, force=force, monitor=lambda: _monitor(live))
     write_many_report(runs)
     return runs.folder.path
+
+
+def draw(
+    what: str | Path,
+    prompt: str | None = None,
+    n: int = 4,
+    size: int | None = None,
+    seed: int = 0,
+    out: Path | str | None = None,
+    *,
+    model: str | None = None,
+    subject: str | None = None,
+    child: int | None = None,
+    device: str | None = None,
+) -> Pictures:
+    """Draw with what a run has learned, by a LoRA or a plain model; or draw a child of a fusion again.
+
+    Args:
+        what: a run's folder; a LoRA's file or folder, with `model`; or a model.
+        prompt: what to draw; None for a fusion.
+        n: how many pictures.
+        size: their side in pixels; None: the run's, or the model's.
+        seed: of the noises; picture i is the same for any n.
+        out: a new folder for PNGs and manifest.jsonl; None: one under drawn/.
+        model: the one that a LoRA belongs to.
+        subject: of a personalization of several subjects: whose references the model is shown.
+        child: of a fusion: the number of the child, whose own noise comes first.
+        device: auto, cpu, cuda or cuda:1; None: the run's.
+
+    Raises:
+        InputError: an argument does not fit, the model does not know a word, or `out` is taken.
+        RunError, CheckpointError: what was learned is not there, is damaged, or belongs to another model.
+    """
+    name = fuse_job.slug(
+        f"{Path(what).name}-{seed}" if child is None else f"{Path(what).name}-{child}-{seed}"
+    )
+    request = draw_job.DrawRequest(prompt, n, size, seed, subject, child, model, device)
+    with quiet_loading():
+        return Pictures(draw_job.draw(what, request, _free(name, DRAWN) if out is None else Path(out)))
 
 
 def select_run(
@@ -410,7 +455,7 @@ def select_run(
 
 
 def write_report(run: Path) -> Path:
-    """Writes the report of a run again: of a finished fusion, of a folder of them, or of an alignment so far."""
+    """Write the report of a run again: of a finished fusion, of a folder of them, or of an alignment so far."""
     kind = RunFolder.open(run).kind
     if kind in KINDS:
         return write_align_report(run)
@@ -420,7 +465,7 @@ def write_report(run: Path) -> Path:
 
 
 def default_fuse_out(config: FuseConfig, *, pairs: Path | None = None, compare: bool = False) -> Path:
-    """A folder for a fusion under runs/ that does not exist yet."""
+    """Name a folder for a fusion under runs/ that does not exist yet."""
     name = fuse_job.slug("+".join(config.concepts)) if pairs is None else fuse_job.slug(pairs.stem)
     return _free(f"{name}-{'compare' if compare else config.sampler}-{config.seed}")
 
@@ -449,7 +494,7 @@ def examine(
     force: bool = False,
     score: bool = False,
 ) -> Diagnosis:
-    """What a recipe needs and what is missing here: what a run of it would be refused for.
+    """Find what a recipe needs and what is missing here, for which a run of it would be refused.
 
     Args:
         recipe: a YAML file, a name under recipes/, or the settings themselves, with `kind`: align where it has none.

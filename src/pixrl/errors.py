@@ -44,6 +44,10 @@ class FailedScoresError(RunError):
     """Error of a larger share of pictures without a score than a run bears."""
 
 
+class GuardError(RunError):
+    """Error of a run that the guard ended, since it was gaming its reward."""
+
+
 class ServiceError(RunError):
     """Error of a service that stayed away, refuses the run or has become another one: the run stops, to go on later."""
 

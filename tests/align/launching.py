@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 
 import torch
+import torch.distributed as dist
 
 from pixrl import cli
 
@@ -52,6 +53,8 @@ def _play(act: Callable[..., None], words: Sequence[str], rank: int, processes: 
     if processes > 1:
         os.environ |= {name: str(number) for name, number in place.items()}
     act(*words)
+    if dist.is_initialized():
+        dist.barrier()  # the store ends with rank 0, which may be done while the others still make their groups
 
 
 def _command(*words: str) -> None:

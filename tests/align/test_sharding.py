@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 import yaml
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,7 +20,7 @@ from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sharding import require_blocks, sharded_bytes, transformer_blocks
 from pixrl.runs.config import AlignConfig
-from pixrl.runs.planner import require_equal_shares
+from pixrl.runs.planner import kept_bytes, require_equal_shares
 from pixrl.runs.record import START
 from tests.align.launching import Launch
 from tests.align.parts import (
@@ -73,7 +74,7 @@ def test_sharded_is_whole_bit_for_bit(
 def test_a_run_goes_on_with_shards_and_without(
     tmp_path: Path, sd3_folder: Path, prompt_file: Path, launch: Launch
 ) -> None:
-    """Two processes with shards, then one without, then two with shards again end as one that did all of it."""
+    """Two processes with shards, one without, two with shards, and two that fit: they end as one that did all of it."""
     settings = recipe(sd3_folder, prompt_file, optimizer={"lr": 1e-3, "eps": EPS})
     settings["machine"] |= {"gradient_checkpointing": True}
     file = write_recipe(tmp_path, settings)
@@ -84,11 +85,12 @@ def test_a_run_goes_on_with_shards_and_without(
     assert not is_divided(mixed)
     assert launch(2, "resume", str(mixed), "--set", "steps=3", *FULL) == [0, 0]
     assert is_divided(mixed)
-    assert launch(1, "align", file, "--out", str(whole)) == [0]
+    assert launch(2, "resume", str(mixed), "--set", "steps=4", "--set", "machine.shard=auto") == [0, 0]
+    assert not is_divided(mixed)
+    assert launch(1, "align", file, "--out", str(whole), "--steps", "4") == [0]
     assert_trained_alike(mixed, whole)
 
 
-@pytest.mark.slow
 def test_each_process_holds_its_part_and_one_block(sd3_folder: Path, launch: Launch) -> None:
     assert launch(2, str(sd3_folder), act=_hold) == [0, 0]
 
@@ -101,7 +103,10 @@ def _hold(folder: str) -> None:
     rest = total - sum(bytes_of.values())
     most = sharded_bytes(policy.transformer, 2)
     slots = policy.attach_lora(rank=4, alpha=8)
+    condition = policy.encode(["a cat"])
+    kept = kept_bytes(policy, condition)
     policy.shard(Team("cpu").mesh())
+    assert kept_bytes(policy, condition) == kept > 0
     lora = {id(x) for x in slots.all_parameters()}
     seen: list[int] = []
 
@@ -115,7 +120,7 @@ def _hold(folder: str) -> None:
     for block in transformer_blocks(policy.transformer):
         block.register_forward_pre_hook(look)
     x = policy.initial_noise([1])
-    velocity = policy.velocity(x, x.new_full((1,), 0.5), policy.encode(["a cat"]))
+    velocity = policy.velocity(x, x.new_full((1,), 0.5), condition)
     velocity.square().mean().backward()
     assert len(seen) == len(bytes_of) and max(seen) <= most < 2 * max(seen)
     assert all(not isinstance(x, DTensor) and x.grad is not None for x in slots.parameters())
@@ -202,6 +207,17 @@ def load(ref: str) -> FlowPipelinePolicy:
     return policy
 
 
+def test_the_bytes_of_a_part_by_hand() -> None:
+    """Blocks of 100, 64 and 36 numbers and 5 outside: half of 205, the 5, and the two largest blocks."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Linear(side, side, bias=False) for side in (8, 10, 6))
+    model.out = nn.Linear(5, 1, bias=False)
+    assert sharded_bytes(model, 2) == 4 * 103 - 2 + 4 * (5 + 100 + 64)
+    assert sharded_bytes(model.bfloat16(), 5) == 2 * (41 + 5 + 100 + 64)
+    model.blocks.append(nn.ModuleDict({"lora_A": nn.Linear(50, 50)}))
+    assert sharded_bytes(model, 5) == 2 * (41 + 5 + 100 + 64)
+
+
 @pytest.mark.parametrize(
     ("processes", "per_step", "shown", "held_out", "message"),
     [
@@ -232,9 +248,18 @@ def test_the_doctor_says_so_before_anything_loads() -> None:
     assert "here is one" in said[Need.SETTING]
 
 
-def test_a_model_without_blocks_and_streamed_layers_are_refused() -> None:
+def test_models_without_blocks_quantized_weights_and_streamed_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"Linear has no list of blocks.*machine.shard=none"):
         require_blocks(nn.Linear(2, 2))
+    quantized = nn.Module()
+    quantized.blocks = nn.ModuleList([nn.Linear(2, 2)])
+    assert len(require_blocks(quantized)) == 1
+    packed = torch.zeros(2, dtype=torch.uint8)
+    quantized.blocks[0].weight = nn.Parameter(packed, requires_grad=False)  # type: ignore[union-attr]
+    with pytest.raises(
+        ConfigError, match=r"1 quantized weights, first blocks.0.weight, .*machine.shard=none"
+    ):
+        require_blocks(quantized)
     streamed = {"offload": "sequential", "gradient_checkpointing": True, "shard": "full"}
     with pytest.raises(ConfigError, match=r"machine.shard=full: .*take machine.offload=parts"):
         examined(2, **streamed)

@@ -20,7 +20,7 @@ PROGRAM = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pixrl import cli
-from pixrl.runs import fuse as fuse_job
+from pixrl.jobs import fuse as fuse_job
 from tests.fuse.world import FakeRenderer, fake_world
 paint = FakeRenderer.sample
 FakeRenderer.sample = lambda *given: (time.sleep({pause}), paint(*given))[1]

@@ -67,7 +67,7 @@ def play(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     settings = _align(tmp_path) if request.param == "align" else _personalize(tmp_path)
     # the model is loaded once: each child has a copy of its own; the checks before the first update write nothing
     shop = align_job.load_run(settings)
-    monkeypatch.setattr(align_job, "load_run", lambda config, *rest: shop)
+    monkeypatch.setattr(align_job, "load_run", lambda config, *rest, **more: shop)
     monkeypatch.setattr(align_job.Training, "_check_on_policy", lambda *given: {})
     return Play(
         lambda run: api.run_align(settings, run, live=False),

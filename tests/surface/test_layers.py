@@ -30,6 +30,7 @@ LAYERS = [
     {"doctor"},
     {"jobs"},
     {"report", "serve"},
+    {"human_study"},
     {"api", "studio", "__init__", "__main__"} | {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -23,6 +23,7 @@ PIXRL = [
     "PixrlError",
     "__version__",
     "align",
+    "draw",
     "equations",
     "fuse",
     "models",

@@ -96,6 +96,6 @@ def make_advantage(settings: EstimatorSettings) -> AdvantageEstimator:
 
 
 def make_mixing(settings: MixingSettings, sources: Conditioning, steps: int, pooled: Pooled) -> Mixing[Any]:
-    """The mixing that the settings describe, for the concepts of `sources`."""
+    """Return the mixing that the settings describe, for the concepts of `sources`."""
     made: Mixing[Any] = MIXINGS.find(settings.kind)(settings, sources, steps=steps, pooled=pooled)
     return made

@@ -197,7 +197,7 @@ def velocity_error(velocity: Tensor, wanted: Tensor) -> Tensor:
 
 
 def pair_of(metadata: Mapping[str, object], prompt: str) -> tuple[Tensor, Tensor]:
-    """Return winner and loser of one prompt. InputError where there is none."""
+    """Return winner and loser of one prompt. Raises InputError where there is none."""
     winner, loser = metadata.get(WINNER), metadata.get(LOSER)
     if not (isinstance(winner, Tensor) and isinstance(loser, Tensor)):
         raise InputError(

@@ -72,19 +72,19 @@ class LossSettings(Settings):
     """Whether the gradient passes the decoder, which takes memory."""
 
     def check_sampling(self, sampling: RolloutSettings) -> None:
-        """ValueError where the loss cannot learn from rollouts that are sampled so."""
+        """Raise a ValueError where the loss cannot learn from rollouts that are sampled so."""
 
     def check_advantage(self, advantage: EstimatorSettings) -> None:
-        """ValueError for settings of advantages that the loss would not read."""
+        """Raise a ValueError for settings of advantages that the loss would not read."""
 
     def check_updates(self, updates: int) -> None:
-        """ValueError for settings that do not fit this number of optimizer steps a training step."""
+        """Raise a ValueError for settings that do not fit this number of optimizer steps a training step."""
 
     def check_group(self, size: int) -> None:
-        """ValueError where the loss cannot learn from groups of this size, above 1."""
+        """Raise a ValueError where the loss cannot learn from groups of this size, above 1."""
 
     def check_rewards(self, rewards: Sequence[RewardSetting]) -> None:
-        """ValueError where the loss cannot learn from these rewards. Loads no model."""
+        """Raise a ValueError where the loss cannot learn from these rewards. No model is loaded."""
 
     def trained_levels(self, sampling: RolloutSettings) -> int:
         """Return the number of noise levels that each picture is trained at."""
@@ -243,7 +243,7 @@ class Loss(ABC):
 
 
 def require_levels(timesteps: int, sampling: RolloutSettings) -> None:
-    """ValueError where the schedule has fewer noise levels than a loss is trained at."""
+    """Raise a ValueError where the schedule has fewer noise levels than a loss is trained at."""
     if timesteps > sampling.steps:
         raise ValueError(
             f"loss.timesteps is {timesteps}, but {sampling.steps} sampling steps have only as many noise levels"

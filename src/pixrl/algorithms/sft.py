@@ -150,7 +150,7 @@ class SFTLoss(Loss):
 
 
 def target_of(metadata: Mapping[str, object], prompt: str) -> Tensor:
-    """Return the target picture of one prompt. InputError where there is none."""
+    """Return the target picture of one prompt. Raises InputError where there is none."""
     target = metadata.get(TARGET)
     if not isinstance(target, Tensor):
         raise InputError(

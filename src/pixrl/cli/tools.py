@@ -1,5 +1,6 @@
-"""Commands around runs: doctor, export, serve-rewards, study; and toy build, toy verify."""
+"""Commands around runs: doctor, export, draw, serve-rewards, study; and toy build, toy verify."""
 
+import contextlib
 import json
 import logging
 import math
@@ -93,6 +94,40 @@ def export(
     typer.echo(f"Card: {done.card}")
 
 
+@commands.command()
+def draw(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="A run's folder; a LoRA with --model; or a model.", show_default=False
+        ),
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="What to draw; none for a fusion.", show_default=False),
+    ] = None,
+    n: Annotated[int, option("How many pictures.", HOW, "4", flag="--n")] = 4,
+    size: Annotated[int | None, option("Their side in pixels.", HOW, "the run's, or the model's")] = None,
+    seed: Annotated[int, option("Of the noises.", HOW, "0")] = 0,
+    child: Annotated[
+        int | None, option("Of a fusion: the child to draw again, its own noise first, then others.", HOW)
+    ] = None,
+    subject: Annotated[
+        str | None, option("Of a personalization: whose references are shown.", HOW, "its only subject")
+    ] = None,
+    model: Annotated[str | None, option("The model that a LoRA belongs to.", HOW)] = None,
+    out: Annotated[Path | None, option("A new folder.", WHERE, "one under drawn/")] = None,
+    device: Annotated[str | None, option("auto, cpu, cuda or cuda:1.", WHERE, "the run's")] = None,
+) -> None:
+    """Draw with what a run has learned, or a child of a fusion again."""
+    from pixrl import api
+
+    drawn = api.draw(
+        what, prompt, n, size, seed, out, model=model, subject=subject, child=child, device=device
+    )
+    typer.echo(f"{len(drawn)} pictures: {drawn.files[0].parent}")
+
+
 TOKEN_ENV = "PIXRL_REWARD_TOKEN"
 
 
@@ -138,10 +173,9 @@ def serve_rewards(
     if open_to_others:
         typer.echo("Other machines can reach it, and nothing is encrypted: use a network that you trust.")
     typer.echo(f"Serving rewards at {server.url}; Ctrl-C stops it.")
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # which a shell's background jobs are never given
         server.serve()
-    except KeyboardInterrupt:
-        typer.echo("\nStopped. Runs that use it wait for it to come back.")
+    typer.echo("\nStopped. Runs that use it wait for it to come back.")
 
 
 def _token(variable: str, open_to_others: bool) -> tuple[str, bool]:

@@ -203,7 +203,8 @@ class Diagnosis:
             why = "what is missing comes first" if self.parts else "it is not known before the model is there"
             yield f"{'memory':<12}not checked: {why}"
         else:
-            yield f"{'memory':<12}{size(self.needed)} at the peak of a process, {size(self.place.free)} free"
+            how = ", the denoiser sharded" if self.sharded else ""
+            yield f"{'memory':<12}{size(self.needed)} at the peak of a process{how}, {size(self.place.free)} free"
 
     def _work(self) -> Iterator[str]:
         work = self.work

@@ -39,7 +39,7 @@ SamplerName = Annotated[str, BeforeValidator(_require_sampler)]
 
 
 class FuseConfig(Settings):
-    """One fusion: which concepts, with which model, by which sampler, scored and selected how."""
+    """The recipe of one fusion: its concepts, model and sampler, and how its pictures are scored and selected."""
 
     concepts: tuple[str, ...] = ()
     """Two or more different concepts."""
@@ -122,12 +122,12 @@ class FuseConfig(Settings):
 
     @property
     def code(self) -> dict[str, str]:
-        """Checksums of the files of yours that hold the sampler and the mixing, for a resume to compare."""
+        """Checksums of the user's files that hold the sampler and the mixing, for a resume to compare."""
         adapter = split_adapter(self.model)[0] or ""
         return checksums([(SAMPLERS, self.sampler), (MIXINGS, self.mixing.kind), (ADAPTERS, adapter)])
 
     def with_full_paths(self) -> "FuseConfig":
-        """The same, its checkpoints by their whole paths where they are on this disk."""
+        """Return the same recipe with absolute paths of the checkpoints that lie on this disk."""
         found = {name: full_path(ref) for name in CHECKPOINTS if (ref := self.__dict__[name]) is not None}
         mixing = self.mixing.model_copy(update={"kind": plugins.full_path(self.mixing.kind)})
         if self.policy_from is not None:
@@ -136,48 +136,48 @@ class FuseConfig(Settings):
 
     @property
     def world(self) -> tuple[str, str | None, str | None, str, str, MemoryPlan]:
-        """What `fuse_world.load_world` takes."""
+        """The arguments of `fusion.world.load_world`."""
         return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory
 
     @property
     def pool_images(self) -> int:
-        """Pictures of the pool, 0 for a sampler without a policy: the last of the run."""
+        """The number of pictures in the pool, which are the last of the run; 0 for a sampler without a policy."""
         if not sampler_of(self.sampler).has_policy:
             return 0
         return min(self.budget // 4, self.budget - self.batch) if self.pool is None else self.pool
 
     @property
     def learning_images(self) -> int:
-        """Pictures that the sampler learns from: the first of the run."""
+        """The number of pictures that the sampler learns from, which are the first of the run."""
         return self.budget - self.pool_images
 
     @property
     def learning_steps(self) -> int:
-        """Batches that the sampler learns from; the last may be smaller."""
+        """The number of batches that the sampler learns from; the last may be smaller."""
         return -(-self.learning_images // self.batch)
 
     @property
     def steps(self) -> int:
-        """Batches in all: those of learning, then those of the pool."""
+        """The number of batches in all: those of learning, then those of the pool."""
         return self.learning_steps + -(-self.pool_images // self.batch)
 
     def first_index(self, step: int) -> int:
-        """The number of a step's first picture."""
+        """Return the number of a step's first picture."""
         if step <= self.learning_steps:
             return min(step * self.batch, self.learning_images)
         return min(self.learning_images + (step - self.learning_steps) * self.batch, self.budget)
 
     def count(self, step: int) -> int:
-        """Pictures of a step."""
+        """Return the number of pictures of a step."""
         return self.first_index(step + 1) - self.first_index(step)
 
     def noise_plan(self) -> NoisePlan:
-        """A run's seeds."""
+        """Make the plan that hands out the seeds of a run."""
         return NoisePlan(self.noise, self.seed, self.learning_steps)
 
 
 def sampler_of(name: str) -> type[Sampler[Any]]:
-    """The sampler of a name or path. ConfigError where a path names something else."""
+    """Find the class of a sampler by name or path. Raises ConfigError where a path names something else."""
     found = SAMPLERS.find(name)
     if not (isinstance(found, type) and issubclass(found, Sampler)):
         raise ConfigError(
@@ -187,7 +187,7 @@ def sampler_of(name: str) -> type[Sampler[Any]]:
 
 
 def resolve_options(sampler: str, options: dict[str, Any]) -> Settings:
-    """A sampler's settings, all of them filled; ValueError that names what it knows for an unknown one."""
+    """Fill in a sampler's settings. Raises a ValueError that lists the known ones where one is unknown."""
     model = sampler_of(sampler).Settings
     for name in options:
         if name not in model.model_fields:
@@ -208,7 +208,7 @@ def resolve_options(sampler: str, options: dict[str, Any]) -> Settings:
 
 
 def open_run(path: Path) -> tuple[RunFolder, FuseConfig]:
-    """A fusion's folder and recipe, both checked."""
+    """Open a fusion's folder and read its recipe; both are checked."""
     folder = RunFolder.open(path)
     if folder.kind != KIND:
         raise RunError(f"{path} is a run of kind {folder.kind!r}, not {KIND!r}.")

@@ -34,7 +34,7 @@ class LearnedPolicy:
     """The sampler's, of the state that drew the best batch; of the last state where the run had no pool."""
 
     def require_fits(self, config: FuseConfig) -> None:
-        """InputError where a run of this recipe cannot begin with the policy."""
+        """Raise an InputError where a run of this recipe cannot begin with the policy."""
         old, new = _what_it_is(self.config), _what_it_is(config)
         differing = [name for name in old if old[name] != new[name]]
         if differing:
@@ -45,7 +45,7 @@ class LearnedPolicy:
             )
 
     def require_same_generator(self, fingerprint: str) -> None:
-        """InputError where the generator is another one than it was learned with."""
+        """Raise an InputError where the generator is not the one that the policy was learned with."""
         if fingerprint != self.fingerprint:
             raise InputError(
                 f"--policy {self.run}: it was learned with a generator whose fingerprint is {self.fingerprint}, and "
@@ -54,7 +54,7 @@ class LearnedPolicy:
 
 
 def settings_of(learned: LearnedPolicy) -> dict[str, object]:
-    """What a run that begins with a policy takes over, where nothing else is given."""
+    """Return the settings that a run takes over from the policy's run, where nothing else is given."""
     config = learned.config
     return {
         "model": config.model,

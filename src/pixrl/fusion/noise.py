@@ -32,7 +32,7 @@ class Noise(StrEnum):
 
 
 class NoisePlan:
-    """Hands out seeds. They know nothing of the concepts: a pair's run in a list is its run alone."""
+    """A plan that hands out seeds. They do not depend on the concepts: a pair's run in a list is its run alone."""
 
     def __init__(self, kind: Noise, run_seed: int, batches: int) -> None:
         self.kind = kind
@@ -43,7 +43,7 @@ class NoisePlan:
         """`narrow`: the best reward of each noise so far."""
 
     def seeds(self, step: int, count: int) -> tuple[int, ...]:
-        """The seeds of a step's pictures."""
+        """Return the seeds of a step's pictures."""
         if self.kind is Noise.RUN:
             return (sample_seed(self.run_seed, 0, 0, 0),) * count
         if self.kind is Noise.BATCH:

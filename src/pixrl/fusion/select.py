@@ -23,7 +23,7 @@ SCORE = "S/"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What makes a candidate, and where the numbers come from."""
+    """The thresholds of a candidate, and where they come from."""
 
     presence: float
     balance: float
@@ -42,7 +42,7 @@ class Near:
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome: picture indices, best first, and how many there were to choose from."""
+    """The selected pictures by index, best first, and how many there were to choose from."""
 
     thresholds: Thresholds
     keep: int
@@ -55,7 +55,7 @@ class Selection:
     """Whether the choice was among the pool, the pictures that a policy drew when it had learned."""
 
     def summary(self, run: Path | None = None) -> str:
-        """One or two sentences for the end of a run, with its folder in the command that they advise."""
+        """Return one or two sentences for the end of a run; `run` is the folder in the command that they advise."""
         t = self.thresholds
         test = f"presence > {t.presence:.3f} ({t.presence_source}), balance < {t.balance:.3f} ({t.balance_source})"
         where = " of the pool" if self.pool else ""
@@ -96,7 +96,7 @@ class Selection:
 
 
 def choose_thresholds(config: FuseConfig, calibrated: Presence | None) -> Thresholds:
-    """The recipe's own numbers, else the checkpoint's calibration, else the published ones."""
+    """Return the recipe's own thresholds, else the checkpoint's calibration, else the published ones."""
     if config.clip is not None or config.segmenter is not None:
         calibrated = None  # it holds for the checkpoint's own encoder and segmentation only
     published = "published for CLIP ViT-H/14 on photographs"
@@ -146,7 +146,7 @@ def choose(
 
 
 def one_a_noise_first(ranked: Sequence[int], seeds: Sequence[int]) -> list[int]:
-    """The ranking with each noise's best picture in front of every noise's second best, and so on."""
+    """Order a ranking so that each noise's best picture comes before every noise's second best, and so on."""
     places: Counter[int] = Counter()
     order = []
     for rank, index in enumerate(ranked):
@@ -156,13 +156,13 @@ def one_a_noise_first(ranked: Sequence[int], seeds: Sequence[int]) -> list[int]:
 
 
 def shortlist(similarities_BN: Tensor, config: FuseConfig) -> Tensor:
-    """Which pictures the sampler's method passes on, bool [B]."""
+    """Return which pictures the sampler's method passes on to the selection, bool [B]."""
     options = resolve_options(config.sampler, config.options)
     return sampler_of(config.sampler).shortlist(options, similarities_BN)
 
 
 def similarities_of(rows: Sequence[ManifestRow], concepts: Sequence[str]) -> Tensor:
-    """The similarities [B, N] that a manifest holds; nan where scoring failed."""
+    """Return the similarities [B, N] that a manifest holds; nan where scoring failed."""
     values = [[row.scores.get(f"{SCORE}{concept}") for concept in concepts] for row in rows]
     numbers = [[math.nan if value is None else value for value in row] for row in values]
     return torch.tensor(numbers, dtype=torch.float32).reshape(len(rows), len(concepts))

@@ -38,7 +38,7 @@ class FusionRollouts:
 
 @dataclass(frozen=True)
 class FusionScores:
-    """Similarities and rewards of a step's pictures, and why a picture has none."""
+    """The similarities and rewards of a step's pictures, and the reasons of pictures that have none."""
 
     feedback: Feedback
     reasons: tuple[str | None, ...]
@@ -63,13 +63,13 @@ class Snapshot:
 
 
 def make_sampler(config: FuseConfig, session: FusionSession) -> Sampler[Any]:
-    """The sampler that the recipe names, before its first picture."""
+    """Make the sampler that the recipe names."""
     options = resolve_options(config.sampler, config.options)
     return sampler_of(config.sampler)(session.task(), options)
 
 
 class FusionTrainer:
-    """One fusion's sampler, noises, generator and scorer."""
+    """Fusion as an algorithm of the loop: its sampler, noises, generator and scorer."""
 
     def __init__(self, session: FusionSession, config: FuseConfig) -> None:
         self.session = session
@@ -83,7 +83,7 @@ class FusionTrainer:
         return self.config.count(step)
 
     def collect(self, step: int, clock: Clock) -> FusionRollouts:
-        """The sampler's coefficients, rendered; in the pool those of its best state."""
+        """Render the pictures of the sampler's coefficients; in the pool, of those of its best state."""
         count = self.config.count(step)
         with clock.phase("sampler"):
             if step == self.config.learning_steps and self.best is not None:
@@ -96,13 +96,13 @@ class FusionTrainer:
         return FusionRollouts(step, self.config.first_index(step), proposal, seeds, images_BCHW)
 
     def score(self, rollouts: FusionRollouts, clock: Clock) -> FusionScores:
-        """Similarity to each concept, and RMLer's reward."""
+        """Score pictures by their similarity to each concept, and by RMLer's reward (Eq. 5)."""
         with clock.phase("score"):
             similarities_BN, reasons = self.session.score(rollouts.images_BCHW)
         return FusionScores(Feedback.of(similarities_BN, self.config.alpha, rollouts.seeds), reasons)
 
     def update(self, rollouts: FusionRollouts, scores: FusionScores, clock: Clock) -> dict[str, float]:
-        """The sampler and the choice of noises learn from the rewards; nothing learns in the pool."""
+        """Let the sampler and the choice of noises learn from the rewards; in the pool nothing learns."""
         figures = step_figures(scores)
         passes = self.session.passes(rollouts.proposal.coefficients_BND)
         figures["network_passes"] = float(passes)
@@ -150,7 +150,7 @@ class FusionTrainer:
 
 
 def step_figures(scores: FusionScores) -> dict[str, float]:
-    """A step's figures: rewards, similarities and balance of the pictures that were scored."""
+    """Return a step's figures: rewards, similarities and balance of the pictures that were scored."""
     rewards_B = scores.feedback.rewards_B
     scored_B = ~rewards_B.isnan()
     rewards = rewards_B[scored_B]
@@ -168,7 +168,7 @@ def step_figures(scores: FusionScores) -> dict[str, float]:
 
 
 class FailureWatch:
-    """Stops a run of which too many pictures could not be scored."""
+    """A watch that stops a run of which too many pictures could not be scored."""
 
     def __init__(self, config: FuseConfig, reasons: Sequence[str | None]) -> None:
         """`reasons`: of the pictures that are made already."""
@@ -176,7 +176,7 @@ class FailureWatch:
         self.failures = _failures(reasons)
 
     def check(self, scores: FusionScores) -> None:
-        """FailedScoresError when the share of failed pictures is above the limit, over the whole run so far."""
+        """Raise a FailedScoresError where the share of failed pictures of the whole run so far is above the limit."""
         self.failures += _failures(scores.reasons)
         try:
             self.failures.require_at_most(self.limit, "fusion", "max_failed_share")

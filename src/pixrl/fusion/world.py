@@ -38,7 +38,7 @@ PUBLISHED_SEGMENTER = "ZhengPeng7/BiRefNet"
 
 
 class Scored(Protocol):
-    """Similarity of B pictures to N concepts, nan with a reason where scoring failed."""
+    """The similarities of B pictures to N concepts; nan with a reason where scoring failed."""
 
     @property
     def similarities_BN(self) -> Tensor: ...
@@ -48,7 +48,7 @@ class Scored(Protocol):
 
 
 class Scorer(Protocol):
-    """What `pixrl.rewards.clip.FusionScorer` offers."""
+    """The interface of a scorer, which `pixrl.rewards.clip.FusionScorer` has."""
 
     @property
     def provenance(self) -> Mapping[str, str]: ...
@@ -60,7 +60,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Exemplars:
-    """Pictures of one concept alone, and their features, [M, E]."""
+    """The pictures of one concept alone, and their features [M, E]."""
 
     concept: str
     prompt: str
@@ -70,7 +70,7 @@ class Exemplars:
 
 
 class FusionWorld:
-    """A frozen generator and a scorer; remembers the exemplars it made."""
+    """A frozen generator and a scorer, with the exemplars that they have made."""
 
     def __init__(
         self, renderer: Renderer, scorer: Scorer, card: Card, *, clip: str = "", segmenter: str = ""
@@ -83,25 +83,24 @@ class FusionWorld:
         self._exemplars: dict[tuple[str, int], Exemplars] = {}
 
     def prompt(self, concept: str) -> str:
-        """The prompt of one concept, for its exemplars and for the embeddings that are mixed."""
+        """Return the prompt of one concept, for its exemplars and for the embeddings that are mixed."""
         return self.card.exemplar_prompt.format(concept=concept)
 
     def exemplars(self, concept: str, count: int) -> Exemplars:
-        """Pictures of a concept: the same for every run, seed and sampler."""
+        """Return the exemplars of a concept, which are the same for every run, seed and sampler."""
         key = (concept, count)
         if key not in self._exemplars:
             self._exemplars[key] = self._draw_exemplars(concept, count)
         return self._exemplars[key]
 
     def mixing(self, config: FuseConfig) -> Mixing[Any]:
-        """What of the recipe's concepts is mixed, and how.
+        """Return the mixing of the recipe's concepts.
 
         Raises:
             UnknownWordError: a concept is outside the generator's vocabulary.
             InputError: the mixing does not fit the generator.
         """
-        sources = self.renderer.encode([self.prompt(concept) for concept in config.concepts])
-        return make_mixing(config.mixing, sources, self.renderer.settings.steps, config.pooled)
+        return mixing_of(self.renderer, self.card, config)
 
     def _draw_exemplars(self, concept: str, count: int) -> Exemplars:
         prompt = self.prompt(concept)
@@ -126,7 +125,7 @@ def load_world(
     dtype: str = "auto",
     memory: MemoryPlan | None = None,
 ) -> FusionWorld:
-    """The world of a checkpoint; a second call in one process gives the same one."""
+    """Load the world of a checkpoint; a second call in one process returns the same one."""
     from pixrl.models import load
     from pixrl.rewards.clip import FusionScorer
     from pixrl.rewards.encoders import ClipSimilarity
@@ -141,8 +140,22 @@ def load_world(
     )
 
 
+def mixing_of(renderer: Renderer, card: Card, config: FuseConfig) -> Mixing[Any]:
+    """Return the mixing of the recipe's concepts by a generator; raises as `FusionWorld.mixing` does."""
+    prompts = [card.exemplar_prompt.format(concept=concept) for concept in config.concepts]
+    return make_mixing(config.mixing, renderer.encode(prompts), renderer.settings.steps, config.pooled)
+
+
+def render(renderer: Renderer, mixing: Mixing[Any], coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Draw the pictures [B, 3, H, W] of mixed concepts."""
+    source = mixing.mix(coefficients_BND)
+    if isinstance(source, Mixture):
+        return renderer.sample_mixture(source, seeds)
+    return renderer.sample(source, seeds)
+
+
 class FusionSession:
-    """One set of concepts in a world: mixes their embeddings, renders and scores."""
+    """One set of concepts in a world, which mixes their embeddings, renders and scores."""
 
     def __init__(self, world: FusionWorld, config: FuseConfig) -> None:
         self.world = world
@@ -151,25 +164,22 @@ class FusionSession:
         self.exemplars = tuple(world.exemplars(concept, config.exemplars) for concept in config.concepts)
 
     def task(self) -> FusionTask:
-        """What the sampler sees: the concepts' features, one column for each coefficient of the mixing."""
+        """Return what the sampler sees: the concepts' features, one column for each coefficient of the mixing."""
         return FusionTask(
             self.mixing.features_ND, self.config.seed, self.config.learning_images, self.config.batch
         )
 
     def render(self, coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
-        """The pictures of a proposal, [B, 3, H, W]."""
-        source = self.mixing.mix(coefficients_BND)
-        if isinstance(source, Mixture):
-            return self.world.renderer.sample_mixture(source, seeds)
-        return self.world.renderer.sample(source, seeds)
+        """Render the pictures of a proposal, [B, 3, H, W]."""
+        return render(self.world.renderer, self.mixing, coefficients_BND, seeds)
 
     def passes(self, coefficients_BND: Tensor) -> int:
-        """How often the generator's network is asked for these pictures, counted in pictures."""
+        """Count the passes of pictures through the generator's network that a proposal costs."""
         source = self.mixing.mix(coefficients_BND)
         return source.passes if isinstance(source, Mixture) else len(source) * self.mixing.steps
 
     def score(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[str | None, ...]]:
-        """Similarity to each concept, [B, N] on the CPU, and why a row has none."""
+        """Return the similarity to each concept, [B, N] on the CPU, and the reason of each row that has none."""
         scored = self.world.scorer.similarities(images_BCHW, [e.features_ME for e in self.exemplars])
         similarities_BN = scored.similarities_BN.detach().float().cpu()
         expected = (images_BCHW.shape[0], len(self.exemplars))
@@ -192,7 +202,7 @@ BALANCE_SHARE = BALANCE / UNMIXED
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds, and the similarities behind them."""
+    """The calibrated thresholds, and the similarities behind them."""
 
     threshold: float
     balance: float
@@ -210,7 +220,7 @@ class Calibration:
     probes: int
 
     def to_card(self) -> dict[str, Any]:
-        """The entry `presence` of a checkpoint's pixrl.json."""
+        """Return the entry `presence` of a checkpoint's pixrl.json."""
         return {name: round(x, 4) if isinstance(x, float) else x for name, x in asdict(self).items()}
 
 
@@ -222,7 +232,7 @@ def calibrate_presence(
     probes: int = 8,
     quantile: float = 0.95,
 ) -> Calibration:
-    """Thresholds from `probes` pictures of each concept against `exemplars` pictures of every concept.
+    """Measure thresholds from `probes` pictures of each concept against `exemplars` pictures of every concept.
 
     Raises:
         InputError: fewer than two concepts, or a quantile outside (0, 1).

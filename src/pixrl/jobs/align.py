@@ -24,6 +24,7 @@ from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.guard import Guard
 from pixrl.runs.loaded import (
     LoadedRun,
     check_references,
@@ -268,13 +269,30 @@ def _play(
         images=images,
     )
     evaluator = make_evaluator(run, micro_batches)
+    began = read_start(folder)
+    guard = Guard(
+        folder,
+        config.monitor,
+        {setting.name: setting.held_out for setting in config.rewards},
+        per_prompt=config.evaluation.per_prompt,
+        first=began.get("evaluated_from", 0),
+        world=team,
+        say=monitor.say,
+        raise_kl=training.raise_kl,
+    )
+
+    def evaluate(step: int) -> Mapping[str, float]:
+        figures = evaluator.run(log, step, guard.look)
+        guard.act(step, is_last=step == config.steps)
+        return figures
+
     loop = Loop(
         algorithm=training,
         record=log,
         monitor=monitor,
         pace=Pace(config.steps, output.checkpoint_every, config.evaluation.every),
-        kept={"start": read_start(folder)},
-        evaluate=lambda step: evaluator.run(log, step),
+        kept={"start": began},
+        evaluate=evaluate,
         world=team,
     )
     monitor.begin(folder.path.name, Extent(config.steps, step), folder.metrics())

@@ -42,7 +42,7 @@ RESUMED = "pixrl resume writes it again"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One thing that is wrong with a run."""
 
     file: str
     """Relative to the run's folder."""
@@ -56,7 +56,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found in a run."""
+    """The result of a check: everything that was found in a run."""
 
     run: Path
     kind: str
@@ -72,7 +72,7 @@ class Checked:
         return all(one.repaired for one in self.findings)
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Return the findings as lines of text."""
         for one in self.findings:
             done = "mended: " if one.repaired else ("--repair: " if one.mend else "")
             yield f"{one.file}: {one.problem} ({done}{one.remedy})"
@@ -82,7 +82,7 @@ class Checked:
         yield f"{self.run} ({self.kind}): looked at {self.files} files, {verdict}."
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the findings as `pixrl check --json` prints them."""
         return {
             "run": str(self.run),
             "kind": self.kind,
@@ -97,7 +97,7 @@ class Checked:
 
 
 def check(run: Path, *, repair: bool = False) -> Checked:
-    """Looks at every file of a run, and with `repair` mends what can be mended.
+    """Look at every file of a run, and with `repair` mend what can be mended.
 
     Raises:
         RunError: there is no run.
@@ -122,7 +122,7 @@ class _Inspection:
         self.notes: list[str] = []
 
     def look(self) -> None:
-        """Everything in the order in which one damage hides another: leftovers, logs, checkpoints, pictures."""
+        """Look at everything in the order in which one damage hides another: leftovers, logs, checkpoints, pictures."""
         self._leftovers()
         rows = [self._log(log) for log in self.folder.logs()]
         self._log(JsonLines(self.path / RECORDS, self.path))

@@ -55,7 +55,7 @@ class FinishedRun:
 
 
 class WorldRecord(BaseModel):
-    """What a run's pictures were made and scored with: `world.json`."""
+    """The record of what a run's pictures were made and scored with: `world.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     model: str
@@ -75,7 +75,7 @@ class WorldRecord(BaseModel):
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """How far a run has come."""
+    """The place from which a run goes on."""
 
     step: int
     images: int
@@ -94,7 +94,7 @@ def start(
     monitor: Monitor | None = None,
     world: FusionWorld | None = None,
 ) -> FinishedRun:
-    """A new run. Ctrl-C leaves a folder that `go_on` finishes."""
+    """Begin a run, train it to its end and select. Ctrl-C leaves a folder that `go_on` finishes."""
     check_concepts(config.concepts)
     if world is None:
         get_ready(config, config.concepts, out, force=force)
@@ -110,7 +110,7 @@ def start(
 
 
 def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: bool = False) -> None:
-    """Refuses what `pixrl doctor` refuses, before a model loads or a folder is made.
+    """Refuse what `pixrl doctor` refuses, before a model loads or a folder is made.
 
     Raises:
         PixrlError: something stands against the run.
@@ -122,11 +122,11 @@ def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: 
 
 
 def go_on(path: Path, *, monitor: Monitor | None = None, world: FusionWorld | None = None) -> FinishedRun:
-    """Finishes a broken-off run, wherever it was broken off: its manifest ends as that of an unbroken one.
+    """Finish an interrupted run, wherever it was interrupted: its manifest ends as that of an uninterrupted one.
 
     A finished run is chosen from anew.
     """
-    _require_same_code(path)
+    require_same_code(path)
     folder, config = open_run(path)
     world = world or world_of(config)
     place = find_place(folder)
@@ -160,18 +160,18 @@ def select_again(
 
 
 def open_finished(path: Path) -> FinishedRun:
-    """A finished run as it lies in its folder."""
+    """Open a finished run."""
     folder, config = open_run(path)
     return FinishedRun(folder, config, tuple(folder.manifest()), read_selection(folder))
 
 
 def world_of(config: FuseConfig) -> FusionWorld:
-    """The generator and scorer that a recipe names."""
+    """Load the generator and the scorer that a recipe names."""
     return load_world(*config.world)
 
 
 def find_place(folder: RunFolder) -> ResumePoint:
-    """The newest whole checkpoint whose pictures are all in the manifest; the start where there is none."""
+    """Find the newest whole checkpoint whose pictures are all in the manifest; the start where there is none."""
     rows = len(folder.manifest())
     found = checkpoint.latest(folder.path)
     while found is not None:
@@ -184,7 +184,7 @@ def find_place(folder: RunFolder) -> ResumePoint:
 
 
 def read_selection(folder: RunFolder) -> Selection:
-    """The choice that the run ended with, or that `select` made last."""
+    """Read the selection that the run ended with, or that `select` made last."""
     path = folder.path / SELECTION
     if not path.is_file():
         raise RunError(f"{folder.path} is not finished. Type: pixrl resume {folder.path}")
@@ -249,7 +249,7 @@ def _copy_selected(folder: RunFolder, rows: list[ManifestRow], selection: Select
 
 
 def read_world(folder: RunFolder) -> WorldRecord:
-    """The record of a run's models, calibration and exemplars."""
+    """Read the record of a run's models, calibration and exemplars."""
     found = world_on_disk(folder)
     if found is None:
         raise CheckpointError(
@@ -259,7 +259,7 @@ def read_world(folder: RunFolder) -> WorldRecord:
 
 
 def world_on_disk(folder: RunFolder) -> WorldRecord | None:
-    """The same; None where the file is missing or damaged."""
+    """Read world.json; None where the file is missing or damaged."""
     try:
         return WorldRecord.model_validate_json((folder.path / WORLD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -267,17 +267,17 @@ def world_on_disk(folder: RunFolder) -> WorldRecord | None:
 
 
 def exemplar_files(folder: RunFolder, concept: str) -> list[Path]:
-    """The pictures of a concept alone."""
+    """List the pictures of a concept alone."""
     return sorted((folder.path / EXEMPLARS).glob(f"{slug(concept)}-[0-9][0-9].png"))
 
 
 def slug(text: str) -> str:
-    """A name as part of a file's name."""
+    """Turn a name into a part of a file's name."""
     return re.sub(r"[^\w.+-]+", "_", text.casefold()).strip("._") or "_"
 
 
-def _require_same_code(path: Path) -> None:
-    """CheckpointError where a file that holds a part of the run was changed. Runs nothing of it."""
+def require_same_code(path: Path) -> None:
+    """Raise a CheckpointError where a file of the user's code has changed. None of it is executed."""
     began = world_on_disk(RunFolder.open(path))
     changes = [] if began is None else changed_files(began.code)
     if changes:

@@ -31,7 +31,7 @@ _log = logging.getLogger("pixrl")
 
 
 class ManyConfig(Settings):
-    """The recipe of a folder of fusions: every list of concepts with every sampler."""
+    """The recipe of a folder of fusions, which has every list of concepts with every sampler."""
 
     concepts: tuple[tuple[str, ...], ...]
     samplers: tuple[SamplerName, ...]
@@ -45,7 +45,7 @@ class ManyConfig(Settings):
     """What was left out of the list of pairs."""
 
     def children(self) -> Iterator[tuple[str, FuseConfig]]:
-        """Folder name and recipe of each fusion, in order."""
+        """Yield the folder's name and the recipe of each fusion, in order."""
         width = len(str(len(self.concepts)))
         for number, concepts in enumerate(self.concepts, 1):
             for sampler in self.samplers:
@@ -66,7 +66,7 @@ class ManyConfig(Settings):
 
 @dataclass(frozen=True)
 class FinishedRuns:
-    """A folder of fusions, and why some of them stopped."""
+    """The finished fusions of a folder, and the reasons of those that stopped."""
 
     folder: RunFolder
     config: ManyConfig
@@ -75,7 +75,7 @@ class FinishedRuns:
 
 
 def compare_config(base: FuseConfig, samplers: Sequence[str] | str, given: dict[str, Any]) -> ManyConfig:
-    """The same concepts with several samplers; `given` are options for those that know them."""
+    """Make the recipe of the same concepts with several samplers; `given` are options for those that know them."""
     check_concepts(base.concepts)
     names = [*SAMPLERS.entries] if samplers == ALL else [_require_sampler(name) for name in samplers]
     if len(names) < 2:
@@ -92,7 +92,7 @@ def compare_config(base: FuseConfig, samplers: Sequence[str] | str, given: dict[
 
 
 def pairs_config(base: FuseConfig, pairs: PairList, carry: bool = False) -> ManyConfig:
-    """One sampler on every line of a list; with `carry`, one policy that goes on learning from line to line.
+    """Make the recipe of one sampler on every line of a list; with `carry`, one policy learns from line to line.
 
     Raises:
         InputError: the sampler has no policy that could be carried over.
@@ -122,7 +122,7 @@ def start_many(
     monitor: Callable[[], Monitor] | None = None,
     world: FusionWorld | None = None,
 ) -> FinishedRuns:
-    """Runs all of them, one after the other. One that stops with an error does not stop the others."""
+    """Run all fusions, one after the other. One that stops with an error does not stop the others."""
     require_free(out, force)
     first = next(config.children())[1]
     names = dict.fromkeys(concept for concepts in config.concepts for concept in concepts)
@@ -139,14 +139,14 @@ def start_many(
 def go_on_many(
     path: Path, *, monitor: Callable[[], Monitor] | None = None, world: FusionWorld | None = None
 ) -> FinishedRuns:
-    """Finishes what is not finished, and tries again what failed."""
+    """Finish the fusions that are not finished, and try again those that failed."""
     folder, config = open_many(path)
     folder.tidy()
     return _run_all(folder, config, monitor, world or fuse_job.world_of(next(config.children())[1]))
 
 
 def open_many(path: Path) -> tuple[RunFolder, ManyConfig]:
-    """A folder of fusions and its recipe."""
+    """Open a folder of fusions and read its recipe."""
     folder = RunFolder.open(path)
     if folder.kind not in (COMPARE, PAIRS):
         raise RunError(f"{path} is a run of kind {folder.kind!r}, not a folder of fusions.")
@@ -154,7 +154,7 @@ def open_many(path: Path) -> tuple[RunFolder, ManyConfig]:
 
 
 def finished_runs(path: Path) -> FinishedRuns:
-    """What is finished in a folder of fusions."""
+    """Return the finished fusions of a folder."""
     folder, config = open_many(path)
     runs = [
         fuse_job.open_finished(place)
@@ -165,7 +165,7 @@ def finished_runs(path: Path) -> FinishedRuns:
 
 
 def read_failures(folder: RunFolder) -> dict[str, str]:
-    """Which fusions stopped, and why; {} before all had their turn. CheckpointError where the file is damaged."""
+    """Read which fusions stopped, and why; {} before all had their turn. Raises CheckpointError for a damaged file."""
     path = folder.path / FAILURES
     try:
         found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -28,13 +28,19 @@ def require_blocks(transformer: nn.Module) -> list[nn.Module]:
     """Return the blocks that can be sharded one by one.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or weights are quantized, whose scales FSDP2 would not gather with them.
     """
     blocks = transformer_blocks(transformer)
     if not blocks:
         raise ConfigError(
             f"machine.shard: {type(transformer).__name__} has no list of blocks, by which its weights would be divided "
             "among processes. Set machine.shard=none."
+        )
+    quantized = [name for name, x in transformer.named_parameters() if not x.is_floating_point()]
+    if quantized:
+        raise ConfigError(
+            f"machine.shard: {len(quantized)} quantized weights, first {quantized[0]}, cannot be divided among "
+            "processes. Set machine.shard=none, or take the weights as they are published."
         )
     return blocks
 

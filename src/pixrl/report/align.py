@@ -22,7 +22,8 @@ from pixrl.report.page import THUMBNAIL, inline, render
 from pixrl.runs.config import ALIGN, PERSONALIZE, AlignConfig, read_config, require_kind
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow, RunFolder
-from pixrl.runs.log import sample_scores
+from pixrl.runs.guard import read_findings
+from pixrl.runs.log import evaluated_places, sample_scores, step_of_place
 from pixrl.runs.record import base_and_last, comparable_evaluations, start_if_any
 
 SHOWN = 32
@@ -206,6 +207,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "group_note": describe.training_pictures(config),
         "phases": phases(metrics),
         "failures": failures(manifest),
+        "guard": guard_findings(folder),
         "facts": describe.facts(config, start),
         "machine": describe.machine_facts(environment),
         "recipe": folder.recipe_text(),
@@ -267,6 +269,13 @@ def phases(metrics: Sequence[Mapping[str, float]]) -> list[tuple[str, float, flo
     seconds = {name.removeprefix(prefix): math.fsum(row.get(name, 0.0) for row in metrics) for name in names}
     whole = math.fsum(seconds.values()) or 1.0
     return [(name, spent, 100 * spent / whole) for name, spent in seconds.items()]
+
+
+def guard_findings(folder: RunFolder) -> list[tuple[int, str]]:
+    """Return the evaluations in which the guard found something, by step, and what it found."""
+    steps = map(step_of_place, evaluated_places(folder))
+    found = [(step, [one.text() for one in read_findings(folder, step) if one.found]) for step in steps]
+    return [(step, "; ".join(texts)) for step, texts in found if texts]
 
 
 def failures(manifest: Sequence[ManifestRow]) -> list[tuple[str, int]]:

@@ -30,11 +30,12 @@ from pixrl.errors import RunError
 from pixrl.hub import split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
 from pixrl.models.flux import Preset, Shift
-from pixrl.models.memory_plan import MemoryPlan, Offload, Shard
+from pixrl.models.memory_plan import Base, MemoryPlan, Offload, Shard
 from pixrl.plugins import PartOf, checksums
 from pixrl.rewards import REGISTRY as REWARDS
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.guard import Action, MonitorSettings
 
 MOST_RANK, MOST_GUIDANCE = 4096, 1000
 LONGEST_WAIT = 86400.0
@@ -42,7 +43,7 @@ LONGEST_WAIT = 86400.0
 
 
 class PromptSettings(Settings):
-    """What is drawn."""
+    """The prompts of training."""
 
     source: str = "toy:geneval"
     """toy:geneval, toy:geneval/counting,colors, a .txt, .jsonl, .json, .csv, .tsv or .parquet file, or a folder of
@@ -54,7 +55,7 @@ class PromptSettings(Settings):
 
 
 class ScoringSettings(Settings):
-    """How much trouble with rewards a run bears."""
+    """The limits of trouble with rewards that a run bears."""
 
     time_limit: float | None = Field(300.0, gt=0, le=LONGEST_WAIT)
     """Seconds that one reward may take for a step's pictures; none: no limit."""
@@ -75,7 +76,7 @@ class LoraSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Pictures at fixed seeds, drawn before, during and after training, and scored by every reward."""
+    """The evaluation: pictures at fixed seeds, drawn before, during and after training, scored by every reward."""
 
     every: Count | None = None
     """Training steps between two; none: before and after alone."""
@@ -92,7 +93,7 @@ class EvaluationSettings(Settings):
 
 
 class MachineSettings(MemoryPlan):
-    """Where and how the run computes; no result depends on it but for rounding, and for the seams of VAE tiles."""
+    """The place and manner of computing; no result depends on it but for rounding (nf4's most) and seams of tiles."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -117,7 +118,7 @@ class MachineSettings(MemoryPlan):
 
 
 class OutputSettings(Settings):
-    """What the run's folder keeps."""
+    """The files that the run's folder keeps."""
 
     checkpoint_every: Count = 10
     """Training steps."""
@@ -129,7 +130,7 @@ class OutputSettings(Settings):
 
 
 class AlignConfig(Settings):
-    """One alignment run."""
+    """The recipe of one alignment."""
 
     model: str = "toy:sd3"
     """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
@@ -156,6 +157,7 @@ class AlignConfig(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     machine: MachineSettings = MachineSettings()
     output: OutputSettings = OutputSettings()
+    monitor: MonitorSettings = MonitorSettings()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "AlignConfig":
@@ -194,6 +196,7 @@ class AlignConfig(Settings):
                 "evaluation.column names a column of evaluation.source, which is not given: give it, or leave both out"
             )
         self._memory_fits()
+        self._guard_can_act()
         return self
 
     @property
@@ -203,7 +206,7 @@ class AlignConfig(Settings):
 
     @property
     def code(self) -> dict[str, str]:
-        """Checksums of the files of yours that hold parts of the method, for a resume to compare."""
+        """Checksums of the user's files that hold parts of the method, for a resume to compare."""
         functions = [reward.options.get("function") for reward in self.rewards]
         return checksums(
             [
@@ -217,10 +220,30 @@ class AlignConfig(Settings):
         )
 
     def prompts_of(self, split: Split) -> tuple[str, str | None]:
-        """Source and column of the prompts of training, or of the evaluation."""
+        """Return the source and the column of the prompts of training, or of the evaluation."""
         if split is Split.TRAIN or self.evaluation.source is None:
             return self.prompts.source, self.prompts.column
         return self.evaluation.source, self.evaluation.column
+
+    def _guard_can_act(self) -> None:
+        """ValueError where the guard's action would have no effect, or nothing to go back to."""
+        action, every, output = self.monitor.action, self.evaluation.every, self.output
+        if action in (Action.STOP, Action.RAISE_KL) and (every is None or every >= self.steps):
+            raise ValueError(
+                f"monitor.action: {action} acts when an evaluation during the run finds something, and there is none: "
+                "set evaluation.every to a few training steps, or leave the action at warn"
+            )
+        if action is Action.RAISE_KL and not self.loss.model_dump().get("kl"):
+            raise ValueError(
+                "monitor.action: raise_kl multiplies loss.kl, which is not above 0 here: set it, or take stop or "
+                "rollback"
+            )
+        reach = (output.keep_checkpoints - 1) * output.checkpoint_every
+        if action is Action.ROLLBACK and reach < (every or self.steps):
+            raise ValueError(
+                f"monitor.action: rollback needs the checkpoint of the evaluation before, {every or self.steps} steps "
+                f"back, and the kept ones reach back {reach}: raise output.keep_checkpoints or evaluate more often"
+            )
 
     def _memory_fits(self) -> None:
         """ValueError for ways of saving memory that the method cannot bear."""
@@ -235,6 +258,11 @@ class AlignConfig(Settings):
                 "machine.offload=sequential saves nothing in training unless activations are computed again: "
                 "add machine.gradient_checkpointing=true"
             )
+        if machine.divides and machine.base is not Base.DTYPE:
+            raise ValueError(
+                f"machine.shard=full: weights of machine.base={machine.base} cannot be divided among processes; leave "
+                "machine.shard out, or take base: dtype"
+            )
         if machine.offload is Offload.SEQUENTIAL and machine.divides:
             raise ValueError(
                 "machine.shard=full: layers that come from the CPU one by one cannot be divided among processes too; "
@@ -248,7 +276,7 @@ class AlignConfig(Settings):
 
 
 class SubjectSettings(PromptSettings):
-    """Which subjects, with which prompts; each pair of them makes one group."""
+    """The subjects and their prompts; each pair of them makes one group."""
 
     source: str = "toy:subjects"
     """toy:subjects, a subject's folder, a folder of such folders, DreamBench, or a UNO list (docs/data.md)."""
@@ -257,7 +285,7 @@ class SubjectSettings(PromptSettings):
 
 
 class ReferenceSettings(Settings):
-    """How the model is shown a subject."""
+    """The way in which the model is shown a subject."""
 
     count: int | None = Field(1, ge=1, le=64)
     """Pictures of each subject, the first ones; none: all."""
@@ -270,7 +298,7 @@ class ReferenceSettings(Settings):
 
 
 class PersonalizeConfig(AlignConfig):
-    """One personalization run."""
+    """The recipe of one personalization."""
 
     model: str = "toy:flux"
     """toy:flux, a FLUX folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
@@ -309,7 +337,7 @@ KINDS: Mapping[str, type[AlignConfig]] = {ALIGN: AlignConfig, PERSONALIZE: Perso
 
 
 def kind_of(config: AlignConfig) -> str:
-    """What its recipe calls it."""
+    """Return the kind of a recipe, as its `kind` says it."""
     return next(kind for kind, settings in KINDS.items() if type(config) is settings)
 
 
@@ -320,7 +348,7 @@ def load_recipe(
     values: Mapping[str, Any] | None = None,
     kind: str | None = None,
 ) -> AlignConfig:
-    """A recipe as what its own `kind` says it is.
+    """Load a recipe as what its own `kind` says it is.
 
     Args:
         recipe: a YAML file, a name under recipes/, or a mapping.
@@ -335,7 +363,7 @@ def load_recipe(
 
 
 def require_kind(folder: RunFolder) -> str:
-    """A run's kind. RunError where the loop did not play it."""
+    """Return a run's kind. Raises RunError where it is neither an alignment nor a personalization."""
     if folder.kind not in KINDS:
         raise RunError(
             f"{folder.path} is a run of kind {folder.kind!r}, not {' or '.join(map(repr, KINDS))}. "
@@ -345,5 +373,5 @@ def require_kind(folder: RunFolder) -> str:
 
 
 def read_config(folder: RunFolder) -> AlignConfig:
-    """The recipe of a run of one of these kinds."""
+    """Read the recipe of an alignment or a personalization."""
     return load_recipe(folder.recipe(), kind=require_kind(folder))

@@ -1,6 +1,6 @@
 """Evaluation: pictures of held-out prompts at fixed seeds, drawn and scored before, during and after training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +37,13 @@ class Evaluator:
     micro_batch: int
     seed: int
 
-    def run(self, log: AlignLog, step: int) -> dict[str, float]:
+    def run(self, log: AlignLog, step: int, look: Callable[[int], None]) -> dict[str, float]:
         """Draw and score the pictures, log them, and return the figures.
 
         Args:
             log: takes the pictures, their scores and the figures.
             step: the training step before which this is.
+            look: looks at the pictures and scores when they are written, before the figures are.
 
         Returns:
             `NAME/mean` and `NAME/failed_share` of each reward, and `diversity` where a prompt has several pictures.
@@ -65,6 +66,7 @@ class Evaluator:
             figures[f"{name}/failed_share"] = self._mean(one.values_B.isnan().float())
         if self.per_prompt > 1:
             figures["diversity"] = self._mean(group_diversity(images, self.per_prompt, self.features))
+        look(step)
         log.evaluation(step, figures)
         return figures
 

@@ -46,25 +46,25 @@ class LoadedRun:
     features: Features
 
     def groups(self, step: int) -> list[Group]:
-        """This process's groups of a step."""
+        """Return this process's groups of a step."""
         groups = self.prompts.groups(step)
         return groups[share(len(groups), self.team.rank, self.team.size)]
 
     def first_groups(self) -> list[Group]:
-        """This process's groups of the first step, or any one."""
+        """Return this process's groups of the first step, or any group where it has none."""
         return self.groups(0) or self.prompts.groups(0)[:1]
 
     def evaluated(self) -> tuple[Prompt, ...]:
-        """What the evaluation draws."""
+        """Return the prompts of the evaluation."""
         return spread_evenly(self.held_out, self.config.evaluation.prompts)
 
     def trained_on(self) -> int:
-        """How many of the evaluation's prompts are trained on too; of a subject, those whose subject is."""
+        """Count the evaluation's prompts that are trained on too; of subjects, those whose subject is."""
         known = set(what_is_asked(self.prompts.prompts))
         return sum(one in known for one in what_is_asked(self.evaluated()))
 
     def aligner(self, micro_batches: MicroBatches) -> Aligner:
-        """The algorithm before its first step."""
+        """Make the algorithm, before its first step."""
         return Aligner(
             self.policy,
             self.slots,
@@ -77,7 +77,7 @@ class LoadedRun:
 
 
 def load_rewards(config: AlignConfig, device: str) -> RewardSet:
-    """The rewards of a recipe, computing on a device where their own options do not say where."""
+    """Load the rewards of a recipe, on a device where their own options do not say where."""
     scoring = config.scoring
     return RewardSet(
         [placed(setting, device) for setting in config.rewards],
@@ -88,7 +88,7 @@ def load_rewards(config: AlignConfig, device: str) -> RewardSet:
 
 
 def load_run(config: AlignConfig, rewards: RewardSet | None = None, *, sharded: bool = False) -> LoadedRun:
-    """Loads the model, the rewards and the prompts of a recipe, and checks that they fit.
+    """Load the model, the rewards and the prompts of a recipe, and check that they fit.
 
     Args:
         config: the recipe.
@@ -127,7 +127,7 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None, *, sharded: 
 
 
 def read_prompts(config: AlignConfig, split: Split) -> PromptSet:
-    """The prompts of training or of the evaluation, with their subjects where the recipe is one of subjects."""
+    """Read the prompts of training or of the evaluation, with their subjects where the recipe is one of subjects."""
     source, column = config.prompts_of(split)
     if isinstance(config, PersonalizeConfig):
         subjects = load_subjects(source, split=split)
@@ -148,7 +148,7 @@ def read_prompts(config: AlignConfig, split: Split) -> PromptSet:
 
 
 def load_policy(config: AlignConfig, team: Team, *, sharded: bool = False) -> FlowPipelinePolicy:
-    """The model of a recipe; `sharded`: its denoiser stays on the CPU. ConfigError when it cannot be trained."""
+    """Load a recipe's model; `sharded`: its denoiser stays on the CPU. Raises ConfigError if it cannot be trained."""
     machine = config.machine.model_copy(update={"shard": Shard.FULL if sharded else Shard.NONE})
     policy = models.load(
         config.model,
@@ -170,14 +170,14 @@ def load_policy(config: AlignConfig, team: Team, *, sharded: bool = False) -> Fl
 
 
 def require_trainable(renderer: object, name: str) -> FlowPipelinePolicy:
-    """The model as one that can be trained. ConfigError when it cannot be."""
+    """Return the model as one that can be trained. Raises ConfigError where it cannot be."""
     if not isinstance(renderer, FlowPipelinePolicy):
         raise not_trainable(type(renderer), name)
     return renderer
 
 
 def not_trainable(adapter: type, name: str) -> ConfigError:
-    """What is said of a model whose adapter only draws."""
+    """Make the error of a model whose adapter only draws."""
     return ConfigError(
         f"{name} is a {adapter.__name__}: it draws pictures but has no velocity and no LoRA slots to train. "
         "Give a flow model: --set model=toy:sd3, or an SD3 or FLUX checkpoint."
@@ -185,7 +185,7 @@ def not_trainable(adapter: type, name: str) -> ConfigError:
 
 
 def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> FluxPolicy:
-    """The model, set up for reference pictures. ConfigError when it takes none."""
+    """Set up the model for reference pictures. Raises ConfigError where it takes none."""
     if not isinstance(policy, FluxPolicy):
         raise ConfigError(
             f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a FLUX model: "
@@ -196,7 +196,7 @@ def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> 
 
 
 def placed(setting: RewardSetting, device: str) -> RewardSetting:
-    """A reward that computes where the process does, unless its options say where."""
+    """Let a reward compute where the process does, unless its options say where."""
     if "device" in setting.options or not rewards_table.takes(setting.reward, "device"):
         return setting
     return setting.model_copy(update={"options": {**setting.options, "device": device}})
@@ -207,7 +207,7 @@ def _features(ref: str | None, device: str) -> Features:
 
 
 def check_references(run: LoadedRun) -> tuple[str, ...]:
-    """Refuses subjects by whose references a reward can judge nothing, before anything is drawn.
+    """Refuse subjects by whose references a reward can judge nothing, before anything is drawn.
 
     Returns:
         What is to be said of references that a reward leaves out, because it finds nothing in them to compare with.
@@ -259,7 +259,7 @@ def _left_out(subjects: Sequence[tuple[str, Mapping[str, object]]], rewards: Rew
 
 
 def plan_batches(run: LoadedRun) -> tuple[MicroBatches, tuple[str, ...]]:
-    """Micro-batches that fit every process, and why."""
+    """Plan micro-batches that fit every process, and say why."""
     config, team = run.config, run.team
     groups = -(-config.prompts.per_step // team.size)
     rollouts = groups * run.method.group_size
@@ -300,7 +300,7 @@ def _overlap(run: LoadedRun) -> Iterator[str]:
 
 
 def make_evaluator(run: LoadedRun, micro_batches: MicroBatches) -> Evaluator:
-    """Of the averaged weights where there are any, with training's solver."""
+    """Make the evaluator of the averaged weights, or else the trained ones, with the solver of training."""
     settings = run.config.evaluation
     return Evaluator(
         policy=run.policy,

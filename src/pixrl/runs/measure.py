@@ -38,7 +38,7 @@ _SLOTS = "slots/"
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn."""
+    """The settings by which pictures are drawn."""
 
     per_prompt: int
     steps: int
@@ -49,7 +49,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures of some prompts, `per_prompt` each, prompt by prompt."""
+    """The pictures of some prompts, `per_prompt` each, prompt by prompt."""
 
     samples: Samples
     images_BCHW: Tensor
@@ -58,7 +58,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class RewardFigures:
-    """One reward's figures; nan where nothing was scored."""
+    """The figures of one reward; nan where nothing was scored."""
 
     held_out: bool
     """Only logged, never trained on."""
@@ -76,7 +76,7 @@ class RewardFigures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A slot's figures on held-out prompts."""
+    """The figures of a slot on held-out prompts."""
 
     slot: str
     prompts: int
@@ -92,7 +92,7 @@ class Evaluation:
     """Of drawing alone."""
 
     def figures(self) -> dict[str, float | None]:
-        """Flat: reward/NAME, reward/NAME/failed, reward/NAME/TASK, diversity, layouts; None for nan."""
+        """Return the figures by name: reward/NAME, reward/NAME/failed or TASK, diversity, layouts; None for nan."""
         found: dict[str, float] = {"diversity": self.distance, "layouts": self.layouts}
         for name, one in self.rewards.items():
             found[f"reward/{name}"] = one.mean
@@ -101,12 +101,12 @@ class Evaluation:
         return {name: None if math.isnan(x) else x for name, x in found.items()}
 
     def to_json(self) -> dict[str, object]:
-        """All of it, None for nan."""
+        """Return the evaluation as JSON values, with None for nan."""
         return {name: _without_nan(value) for name, value in asdict(self).items()}
 
 
 def draw(policy: FlowPolicy, slot: Slot, prompts: Sequence[Prompt], drawing: Drawing) -> Drawn:
-    """Pictures of prompts by one slot, without exploration and without random steps.
+    """Draw pictures of prompts by one slot, without exploration and without random steps.
 
     `drawing.micro_batch` changes them by rounding at most.
     """
@@ -124,7 +124,7 @@ def draw(policy: FlowPolicy, slot: Slot, prompts: Sequence[Prompt], drawing: Dra
 def sample(
     policy: FlowPolicy, conditioning: Conditioning, seeds: Sequence[int], *, solver: str = "euler"
 ) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1], drawn as a run's evaluation draws: `policy.sample` with the solver of a recipe.
+    """Draw pictures [B, 3, H, W] in [0, 1] as a run's evaluation does: `policy.sample` with a recipe's solver.
 
     Args:
         policy: draws with `policy.settings.steps` steps, with the weights of the moment.
@@ -147,7 +147,7 @@ def evaluate(
     rewards: RewardSet,
     meter: DiversityMeter,
 ) -> Evaluation:
-    """Draws and scores.
+    """Draw and score pictures of prompts.
 
     Raises:
         RunError: too many pictures could not be scored (`RewardSet`).
@@ -172,7 +172,7 @@ def evaluate(
 
 
 def reward_figures(scores: Scores, tasks: Sequence[str | None], held_out: bool) -> RewardFigures:
-    """Figures of scores [P S], the same number of each prompt; `tasks` names each prompt's task.
+    """Return the figures of scores [P S], the same number of each prompt; `tasks` names each prompt's task.
 
     A score that is nan is left out of every mean and counted.
     """
@@ -192,13 +192,13 @@ def reward_figures(scores: Scores, tasks: Sequence[str | None], held_out: bool) 
 
 
 def load_meter(features: str, segmenter: str | None) -> DiversityMeter:
-    """A CLIP or DINO checkpoint as eyes, and a segmentation checkpoint for layouts."""
+    """Load a meter that compares by a CLIP or DINO checkpoint, and finds layouts by a segmentation checkpoint."""
     detector = None if segmenter is None else Segmenter(segmenter)
     return DiversityMeter(load_encoder(features).image_features, detector)
 
 
 def open_run(path: Path, rewards: Sequence[RewardSetting] = ()) -> LoadedRun:
-    """A run's recipe, loaded, with the slots of its newest checkpoint; before the first one they are the base.
+    """Load a run with the slots of its newest checkpoint; before the first one they are the base.
 
     Args:
         path: the run's folder.
@@ -220,7 +220,7 @@ def open_run(path: Path, rewards: Sequence[RewardSetting] = ()) -> LoadedRun:
 
 
 def evaluated_slot(config: AlignConfig) -> Slot:
-    """The averaged weights where a run has any, else the trained ones."""
+    """Return the slot of the averaged weights where a run has any, else that of the trained ones."""
     return Slot.CURRENT if config.optimizer.ema is None else Slot.EMA
 
 

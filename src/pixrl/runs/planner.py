@@ -27,7 +27,7 @@ from pixrl.runs.config import AlignConfig
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The chosen sizes, in words too."""
+    """The chosen sizes of micro-batches, and the reasons in words."""
 
     micro_batches: MicroBatches
     reasons: tuple[str, ...]
@@ -35,7 +35,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Limit:
-    """The largest size, and what sets it."""
+    """The largest size that fits, and what sets it."""
 
     size: int
     because: str
@@ -51,7 +51,7 @@ def plan(
     train_batch: int | None = None,
     through_decoder: bool = False,
 ) -> BatchPlan:
-    """Sizes for a process that draws `rollouts` pictures a step and takes optimizer steps of about `trained` pictures.
+    """Plan sizes for a process that draws `rollouts` pictures a step and takes optimizer steps of about `trained`.
 
     `rollout_batch`, `train_batch`: what the recipe asks for. `through_decoder`: the gradient passes the decoder too.
     `condition`: one row, with references as all have,
@@ -67,7 +67,7 @@ def plan(
 
 
 def evened(count: int, most: int) -> int:
-    """The size of equal pieces of at most `most`: 24 by at most 10 is 8, not 10, 10 and 4."""
+    """Return the size of equal pieces of at most `most`: 24 by at most 10 is 8, not 10, 10 and 4."""
     pieces = -(-count // most) or 1
     return -(-count // pieces) or 1
 
@@ -100,7 +100,7 @@ def _limits(
 def trial(
     policy: FlowPipelinePolicy, condition: Conditioning, *, train: bool = False, decode: bool = True
 ) -> Callable[[int], None]:
-    """One pass of some pictures through the model, to the decoded picture or not, and with its gradient or not."""
+    """Take some pictures through the model once, to the decoded picture or not, and with the gradient or not."""
 
     def velocity(count: int) -> Tensor:
         x = policy.initial_noise(range(count))
@@ -126,7 +126,7 @@ def _measured(policy: FlowPipelinePolicy, attempt: Callable[[int], None]) -> Lim
 
 
 def largest(one: int | None, two: int | None, free: int) -> Limit:
-    """The largest batch within the free memory, from the peaks of one and of two pictures.
+    """Return the largest batch within the free memory, from the peaks of one and of two pictures.
 
     Args:
         one, two: bytes; None where memory was used up.
@@ -198,7 +198,7 @@ _EXHAUSTED = ("DefaultCPUAllocator", "ALLOC_FAILED", "out of memory")
 
 
 def require_room(policy: FlowPipelinePolicy, condition: Conditioning, room: int | None = None) -> None:
-    """InputError, with the number that fits, when one picture with all its references does not fit into memory.
+    """Raise an InputError with the number of references that fit, where one picture with all of them does not.
 
     What its backward pass keeps is counted with one reference and with two, and grows by the same amount with each
     further one. Where not even that pass fits, its failure is the answer.
@@ -232,17 +232,17 @@ def require_room(policy: FlowPipelinePolicy, condition: Conditioning, room: int 
 
 
 def fitting(one: int, each: int, room: int) -> int:
-    """How many references fit, from the bytes with one and those of each further one; 0: not even one."""
+    """Return how many references fit, from the bytes with one and those of each further one; 0 if not even one does."""
     return 0 if room < one else 1 + (room - one) // each
 
 
 def fewer_references(fit: int, count: int) -> str:
-    """The setting that shows the model as many references as fit, or one where not even that is enough."""
+    """Return the setting that shows the model as many references as fit, or one where not even that is enough."""
     return f"references.count={max(1, fit)} ({f'{fit} of {count} fit' if fit else 'not enough alone'})"
 
 
 def smaller_references(policy: FlowPipelinePolicy) -> Iterator[str]:
-    """The setting that halves the side of references, where there is a smaller one."""
+    """Return the setting that halves the side of references, where there is a smaller one."""
     assert isinstance(policy, FluxPolicy)
     unit = 2 * int(policy.pipeline.vae_scale_factor)
     half = policy.reference_side // 2 // unit * unit
@@ -251,7 +251,7 @@ def smaller_references(policy: FlowPipelinePolicy) -> Iterator[str]:
 
 
 def smaller_runs(config: AlignConfig) -> list[str]:
-    """The settings by which a run of this recipe would need less memory."""
+    """Return the settings by which a run of this recipe would need less memory."""
     machine = config.machine
     ways = {
         "machine.gradient_checkpointing=true": not machine.gradient_checkpointing,
@@ -264,7 +264,7 @@ def smaller_runs(config: AlignConfig) -> list[str]:
 
 
 def unless_exhausted(measure: Callable[[], int]) -> int | None:
-    """What it measures; None where memory is used up before it can. Other errors come through.
+    """Return what a measurement gives; None where memory is used up before. Other errors come through.
 
     The error is let go before the memory is given back: its frames hold the tensors of the pass.
     """
@@ -286,7 +286,7 @@ def _remedy(fit: int) -> str:
 
 
 def kept_bytes(policy: FlowPipelinePolicy, condition: Conditioning) -> int:
-    """Bytes that one picture's backward pass keeps, weights not counted."""
+    """Measure the bytes that one picture's backward pass keeps, weights not counted."""
     weights: set[int] = set()
     sizes: dict[int, int] = {}
 

@@ -134,13 +134,13 @@ def _read_json(path: Path, kind: type[JsonT]) -> JsonT | None:
 
 
 def comparable_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
-    """The evaluations of the pictures that the gallery lists, in order."""
+    """Return the evaluations of the pictures that the gallery lists, in order."""
     since = start_if_any(folder).get("evaluated_from", 0)
     return [row for row in evaluations(folder.path) if row["step"] >= since]
 
 
 def base_and_last(folder: RunFolder) -> list[dict[str, Any]]:
-    """The base's evaluation and the newest one of the same pictures; [] where there are not both."""
+    """Return the base's evaluation and the newest one of the same pictures; [] where there are not both."""
     rows = comparable_evaluations(folder)
     return [rows[0], rows[-1]] if len(rows) > 1 and rows[0]["step"] == 0 else []
 

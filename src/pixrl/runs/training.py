@@ -5,9 +5,10 @@ ratio is 1 and NFT's trained and old velocity are the same; what is left is roun
 size and must stay below the clip range to leave a signal.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class Training:
     aligner: Aligner
     say: Callable[[str], None]
     first: int
+    kl_raised: float = 1.0
+    """What the guard has multiplied the weight of the loss's KL by."""
 
     def images(self, step: int) -> int:
         return self.run.config.prompts.per_step * self.run.method.group_size
@@ -70,14 +73,27 @@ class Training:
             metrics["diversity"] = self._diversity(rollouts)
         return metrics | checks
 
+    def raise_kl(self, factor: float) -> float:
+        """Multiply the weight of the loss's KL from here on, and return it."""
+        self.kl_raised *= factor
+        method = self.run.method
+        loss = copy.copy(method.loss)
+        kl = float(loss.settings.model_dump()["kl"]) * self.kl_raised
+        loss.settings = loss.settings.model_copy(update={"kl": kl})
+        self.aligner.method = replace(method, loss=loss)
+        return kl
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.aligner.tensors()
 
     def state(self) -> dict[str, Any]:
-        return {"algorithm": self.aligner.state()}
+        raised = {} if self.kl_raised == 1 else {"kl_raised": self.kl_raised}
+        return {"algorithm": self.aligner.state(), **raised}
 
     def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         self.aligner.restore(tensors, state["algorithm"])
+        if "kl_raised" in state:
+            self.raise_kl(state["kl_raised"])
 
     def _check_on_policy(self, rollouts: Rollouts) -> dict[str, float]:
         """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""

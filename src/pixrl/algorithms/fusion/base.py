@@ -30,7 +30,7 @@ class NoSettings(Settings):
 
 @dataclass(frozen=True)
 class FusionTask:
-    """What a sampler knows before the first picture.
+    """The task of a sampler, which is all that it knows before the first picture.
 
     `features_ND` is each concept's embedding averaged over its tokens: mixing columns and averaging tokens commute,
     so the mean over tokens of a fused embedding is `fuse(features_ND[:, None], coefficients_ND)`.
@@ -54,13 +54,13 @@ class FusionTask:
         return self.features_ND.shape[1]
 
     def generator(self, step: int) -> torch.Generator:
-        """The sampler's random numbers of one step."""
+        """Make the generator of the sampler's random numbers of one step."""
         return torch.Generator().manual_seed(sample_seed(self.seed, step, _SALT, 0))
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Coefficients for B pictures, [B, N, D], and what the sampler needs again in `tell`."""
+    """The coefficients of B pictures, [B, N, D], and what the sampler needs again in `tell`."""
 
     coefficients_BND: Tensor
     trace: Mapping[str, Tensor] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the pictures of a proposal scored; nan in the rows whose scoring failed."""
+    """The scores of a proposal's pictures; nan in the rows whose scoring failed."""
 
     similarities_BN: Tensor
     rewards_B: Tensor
@@ -82,14 +82,14 @@ class Feedback:
 
     @staticmethod
     def of(similarities_BN: Tensor, alpha: float, seeds: Sequence[int] = ()) -> "Feedback":
-        """From similarities and the noises' seeds, all different when none are given."""
+        """Make the feedback of similarities and the noises' seeds, which are all different when none are given."""
         count = len(similarities_BN)
         first = {seed: place for place, seed in reversed(list(enumerate(seeds or range(count))))}
         noise_B = torch.tensor([first[seed] for seed in seeds or range(count)], dtype=torch.long)
         return Feedback(similarities_BN, fusion_reward(similarities_BN, alpha), noise_B)
 
     def by_noise(self) -> Tensor:
-        """Rewards [P, G], one row a noise that several pictures share, the others together in one; nan elsewhere.
+        """Return rewards [P, G], one row a noise that several pictures share, all others in one row; nan elsewhere.
 
         Row p, column b holds picture b's reward if it belongs to row p.
         """
@@ -100,7 +100,7 @@ class Feedback:
 
 
 class Sampler(ABC, Generic[SettingsT]):
-    """Proposes coefficients and learns, or not, from what they scored."""
+    """A sampler, which proposes coefficients and learns, or not, from what they scored."""
 
     Settings: ClassVar[type[Settings]] = NoSettings
     """Its own settings, the `options` of a fuse recipe."""
@@ -113,10 +113,10 @@ class Sampler(ABC, Generic[SettingsT]):
 
     @abstractmethod
     def ask(self, count: int, step: int) -> Proposal:
-        """Coefficients for `count` pictures of a step. Asking again for a step gives the same ones."""
+        """Propose coefficients for `count` pictures of a step. Asking again for a step gives the same ones."""
 
     def tell(self, proposal: Proposal, feedback: Feedback) -> dict[str, float]:
-        """Learn from the scores of a proposal; figures for the log."""
+        """Learn from the scores of a proposal, and return figures for the log."""
         return {}
 
     def observe(self, feedback: Feedback) -> None:
@@ -125,15 +125,15 @@ class Sampler(ABC, Generic[SettingsT]):
 
     @staticmethod
     def shortlist(settings: Any, similarities_BN: Tensor) -> Tensor:
-        """Which pictures of a run the method itself would pass on to the selection, bool [B]."""
+        """Return which pictures of a run the method itself would pass on to the selection, bool [B]."""
         return torch.ones(len(similarities_BN), dtype=torch.bool)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the state, for a checkpoint."""
+        """Return the tensors of the state, for a checkpoint."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """The rest of the state, as JSON."""
+        """Return the rest of the state as JSON values."""
         return {}
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

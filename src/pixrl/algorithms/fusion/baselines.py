@@ -33,14 +33,14 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class RandomMix(Sampler[NoSettings]):
-    """Every column's coefficients uniform on the simplex (uniform in [0, 1] for two concepts)."""
+    """Random mixing: every column's coefficients are uniform on the simplex (in [0, 1] for two concepts)."""
 
     def ask(self, count: int, step: int) -> Proposal:
         return Proposal(uniform_simplex(count, self.task, self.task.generator(step)))
 
 
 class MeanMix(Sampler[NoSettings]):
-    """The mean of the sources every time; only the noise differs."""
+    """The mean of the sources for every picture; only the noise differs."""
 
     def ask(self, count: int, step: int) -> Proposal:
         shape = (count, self.task.concepts, self.task.columns)
@@ -168,7 +168,7 @@ class RewardSearch(Sampler[SearchSettings]):
 
 
 def uniform_simplex(count: int, task: FusionTask, generator: torch.Generator) -> Tensor:
-    """Coefficients [B, N, D], uniform on the simplex in every column."""
+    """Draw coefficients [B, N, D], uniform on the simplex in every column."""
     if task.concepts == 2:
         a_BD = torch.rand(count, task.columns, generator=generator)
         return torch.stack((a_BD, 1 - a_BD), dim=1)
@@ -182,7 +182,7 @@ _CRITIC = -3
 
 
 class FusionPPOSettings(PolicySettings):
-    """PPO's own settings; gamma and lam are those of RMLer's released, unused, GAE.
+    """The settings of PPO; gamma and lam are those of RMLer's released, unused, GAE.
 
     All else is RMLer's, so that the two differ by the critic alone, as in the paper's Table 1.
     """
@@ -209,7 +209,7 @@ class FusionPPO(PolicySampler[FusionPPOSettings]):
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.value_lr)
 
     def value(self, states_BD: Tensor) -> Tensor:
-        """V(s), [B], of states [B, D] or, with the similarities that the critic does not look at, [B, S]."""
+        """Return V(s), [B], of states [B, D] or, with the similarities that the critic does not look at, [B, S]."""
         embeddings_BD = states_BD[:, : len(self.center_D)]
         values_B: Tensor = self.critic((embeddings_BD - self.center_D) / self.spread)[:, 0]
         return values_B
@@ -220,7 +220,7 @@ class FusionPPO(PolicySampler[FusionPPOSettings]):
 
     @torch.no_grad()
     def estimate(self, proposal: Proposal, rewards_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Generalized advantages and the returns that the critic should predict, [B] each.
+        """Estimate generalized advantages and the returns that the critic should predict, [B] each.
 
         A failed picture takes the mean reward here, so that its neighbours' estimates stand; it is not trained on.
         """
@@ -257,14 +257,14 @@ class FusionPPO(PolicySampler[FusionPPOSettings]):
 
 
 class FusionGRPOSettings(PolicySettings):
-    """GRPO's own settings."""
+    """The settings of GRPO over coefficients."""
 
     kl: float = Field(0.01, ge=0)
     """Weight of the KL divergence to the first policy."""
 
 
 class FusionGRPO(PolicySampler[FusionGRPOSettings]):
-    """One state, s_0, for all; a group is a batch, or the pictures of one noise; KL to the first policy."""
+    """GRPO: one state, s_0, for all; a group is a batch, or the pictures of one noise; KL to the first policy."""
 
     Settings = FusionGRPOSettings
 
@@ -305,7 +305,7 @@ class FusionGRPO(PolicySampler[FusionGRPOSettings]):
 
 
 class BASSSettings(Settings):
-    """BASS' own settings."""
+    """The settings of BASS."""
 
     quantile: float = Field(0.5, gt=0, le=1)
     """Of the run's own pictures: those at most this far out in imbalance, and in distance, are kept."""
@@ -380,5 +380,5 @@ class AGSwap(Sampler[NoSettings]):
 
 
 def one_owner(owner_BD: Tensor, concepts: int) -> Tensor:
-    """Coefficients [B, N, D]: 1 for the concept that owns the column, 0 for the others."""
+    """Return coefficients [B, N, D]: 1 for the concept that owns the column, 0 for the others."""
     return torch.nn.functional.one_hot(owner_BD, concepts).movedim(2, 1).float()

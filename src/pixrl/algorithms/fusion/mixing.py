@@ -38,7 +38,7 @@ SOFT, CELLS = 0.25, 4
 
 
 class Pooled(StrEnum):
-    """How the pooled text features are mixed, where the embedding is."""
+    """The way in which the pooled text features are mixed, where the embedding is."""
 
     AVERAGE = "average"
     """1/N each, whatever the coefficients: the paper's code."""
@@ -58,7 +58,7 @@ MixingSettingsT = TypeVar("MixingSettingsT", bound=MixingSettings)
 
 
 class Mixing(ABC, Generic[MixingSettingsT]):
-    """Turns coefficients into what a generator draws from.
+    """A mixing, which turns coefficients into what a generator draws from.
 
     Attributes:
         features_ND: what the samplers see of the concepts, one column for each coefficient.
@@ -169,7 +169,7 @@ class Tokens(Mixing[TokensSettings]):
 
 
 class StepOrder(StrEnum):
-    """Which steps are a concept's."""
+    """The order in which concepts take their sampling steps."""
 
     SEQUENCE = "sequence"
     """The first concept's come first; the shares of the steps are the coefficients. The step at a border is shared."""
@@ -180,7 +180,7 @@ class StepOrder(StrEnum):
 
 
 class StepsSettings(MixingSettings):
-    """How the sampling steps are divided among the concepts."""
+    """The division of the sampling steps among the concepts."""
 
     kind: Literal["steps"] = "steps"
     order: StepOrder = StepOrder.SEQUENCE
@@ -232,7 +232,7 @@ class Velocity(Mixing[VelocitySettings]):
 
 
 class Shape(StrEnum):
-    """Where in the picture the concepts lie."""
+    """The shape of the concepts' parts of the picture."""
 
     TOP_DOWN = "top_down"
     """The first concept on top; the border lies where its coefficient says."""
@@ -245,7 +245,7 @@ class Shape(StrEnum):
 
 
 class SpatialSettings(MixingSettings):
-    """Where each concept's prediction counts."""
+    """The part of the picture in which each concept's prediction counts."""
 
     kind: Literal["spatial"] = "spatial"
     shape: Shape = Shape.TOP_DOWN

@@ -39,23 +39,23 @@ class FusionPolicy(nn.Module, ABC):
 
     @abstractmethod
     def gaussian(self, states_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the standard deviation, [B, X] each."""
+        """Return the mean and the logarithm of the standard deviation, [B, X] each."""
 
     @abstractmethod
     def coefficients(self, actions_BX: Tensor) -> Tensor:
-        """The mixing coefficients [B, N, D] that actions stand for."""
+        """Return the mixing coefficients [B, N, D] that actions stand for."""
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Parameters and their learning rates, for the optimizer."""
+        """Return the parameters and their learning rates, for the optimizer."""
         return [{"params": list(self.parameters()), "lr": lr}]
 
     def draw(self, states_BS: Tensor, noise_BX: Tensor) -> Tensor:
-        """Actions from standard normal noise."""
+        """Draw actions [B, X] from standard normal noise."""
         mean_BX, log_std_BX = self.gaussian(states_BS)
         return mean_BX + log_std_BX.exp() * noise_BX
 
     def log_prob(self, states_BS: Tensor, actions_BX: Tensor) -> Tensor:
-        """log pi(u given s), [B]: one action for each state, never one against all."""
+        """Return log pi(u given s), [B]: one action for each state, never one against all."""
         mean_BX, log_std_BX = self.gaussian(states_BS)
         if actions_BX.shape != mean_BX.shape:
             raise ShapeError(
@@ -214,7 +214,7 @@ class PublishedPolicy(FusionPolicy):
 
 
 def by_fan_in(trunk: nn.Linear, head: nn.Linear, lr: float) -> list[dict[str, Any]]:
-    """Weights learn more slowly by their fan-in, so that a step moves the mean by about lr at any width."""
+    """Let weights learn more slowly by their fan-in, so that a step moves the mean by about lr at any width."""
     return [
         {"params": [head.bias], "lr": lr},
         {"params": [head.weight], "lr": lr / head.in_features},
@@ -223,7 +223,7 @@ def by_fan_in(trunk: nn.Linear, head: nn.Linear, lr: float) -> list[dict[str, An
 
 
 def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    """A layer with Xavier weights from the generator and zero bias; torch's global random state is not touched."""
+    """Make a layer with Xavier weights from the generator and zero bias; torch's global random state stays."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     assert isinstance(layer, nn.Linear)
     nn.init.xavier_uniform_(layer.weight, generator=generator)
@@ -246,7 +246,7 @@ _INIT = -2
 
 
 class PolicyKind(StrEnum):
-    """Which network proposes the coefficients."""
+    """The network that proposes the coefficients."""
 
     COMPACT = "compact"
     """Few numbers, for the concepts of one run."""
@@ -268,7 +268,7 @@ DEFAULTS: Defaults = {
 
 
 class PolicySettings(Settings):
-    """A policy and how it is updated. What is not given takes the policy's own default."""
+    """The settings of a policy and its updates. What is not given takes the policy's own default."""
 
     defaults: ClassVar[Defaults] = DEFAULTS
 
@@ -308,7 +308,7 @@ PolicySettingsT = TypeVar("PolicySettingsT", bound=PolicySettings)
 
 
 class PolicySampler(Sampler[PolicySettingsT]):
-    """Draws coefficients from a policy and improves it after every batch."""
+    """A sampler that draws coefficients from a policy and improves it after every batch."""
 
     Settings = PolicySettings
     has_policy = True
@@ -346,7 +346,7 @@ class PolicySampler(Sampler[PolicySettingsT]):
         return Proposal(torch.stack(coefficients), trace)
 
     def transition(self, coefficients_ND: Tensor) -> Tensor:
-        """s_{t+1}: the sources, mixed anew."""
+        """Return the embedding of s_{t+1}: the sources, mixed anew."""
         return fuse(self.task.features_ND[:, None], coefficients_ND)[0]
 
     def tell(self, proposal: Proposal, feedback: Feedback) -> dict[str, float]:
@@ -370,14 +370,14 @@ class PolicySampler(Sampler[PolicySettingsT]):
 
     @abstractmethod
     def advantages(self, proposal: Proposal, feedback: Feedback) -> Tensor:
-        """How much better each action was than expected, [B]; 0 where scoring failed."""
+        """Return how much better each action was than expected, [B]; 0 where scoring failed."""
 
     def penalty(self, states_BS: Tensor) -> Tensor | None:
-        """A further term of the loss, [B]."""
+        """Return a further term of the loss, [B]; None where there is none."""
         return None
 
     def improve(self, proposal: Proposal, advantages_B: Tensor, scored_B: Tensor) -> dict[str, float]:
-        """Several epochs of the clipped surrogate over one batch, failed samples left out."""
+        """Take several epochs of the clipped surrogate (Eq. 4) over one batch, failed samples left out."""
         states_BS, actions_BX, old_B = (proposal.trace[k] for k in ("states_BS", "actions_BX", "log_prob_B"))
         figures: dict[str, float] = {}
         for epoch in range(self.settings.epochs):
@@ -429,7 +429,7 @@ def _build(task: FusionTask, settings: PolicySettings) -> FusionPolicy:
 
 
 def module_tensors(name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """A module's parameters and its optimizer's moments under flat names."""
+    """Return a module's parameters and its optimizer's moments under flat names."""
     found = {f"{name}/{key}": value for key, value in module.state_dict().items()}
     for row, moments in optimizer.state_dict()["state"].items():
         found |= {f"{name}.optimizer/{row}/{key}": value for key, value in moments.items()}
@@ -439,7 +439,7 @@ def module_tensors(name: str, module: nn.Module, optimizer: torch.optim.Optimize
 def restore_module(
     name: str, module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `module_tensors`."""
+    """Put back what `module_tensors` returned."""
     prefix = f"{name}/"
     module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     moments: dict[int, dict[str, Tensor]] = {}

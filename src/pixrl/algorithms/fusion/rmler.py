@@ -49,14 +49,14 @@ from pixrl.equations import group_advantages, leave_one_out
 
 
 class Baseline(StrEnum):
-    """What a reward is compared with."""
+    """The baseline that a reward is compared with."""
 
     LEAVE_ONE_OUT = "leave_one_out"
     NONE = "none"
 
 
 class RMLerSettings(PolicySettings):
-    """RMLer's own settings."""
+    """The settings of RMLer."""
 
     baseline: Baseline = Baseline.LEAVE_ONE_OUT
     """leave_one_out: standardized, minus the mean of the others; none: the paper's raw reward."""

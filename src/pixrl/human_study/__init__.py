@@ -1,0 +1,1 @@
+"""Studies with people: which system's pictures do they prefer, and which automatic reward agrees with them?"""

@@ -1,0 +1,270 @@
+"""`pixrl draw`: further pictures with what a run has learned, by a LoRA or plain model, or of a child of a fusion.
+
+Every picture goes through the model alone, so it depends on its prompt, seed and size, and on nothing beside it: eight
+pictures begin with the four that `--n 4` draws, bit for bit.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pixrl import models
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.world import Team
+from pixrl.data.prompts import Split
+from pixrl.data.subject_prompts import subject_prompts
+from pixrl.data.subjects import Subject, SubjectSet, load_subjects
+from pixrl.errors import CheckpointError, InputError, RunError, did_you_mean
+from pixrl.fusion.config import KIND as FUSE
+from pixrl.fusion.config import open_run as open_fusion
+from pixrl.fusion.world import mixing_of, render
+from pixrl.hub import read_card
+from pixrl.hub_check import Layout
+from pixrl.jobs.fuse import read_world, require_same_code
+from pixrl.models.base import Renderer
+from pixrl.runs import checkpoint
+from pixrl.runs.config import KINDS, AlignConfig, PersonalizeConfig, read_config
+from pixrl.runs.files import fsync_folder, write_atomic
+from pixrl.runs.folder import RunFolder, png_bytes
+from pixrl.runs.loaded import load_policy
+from pixrl.runs.log import coefficients_file, load_coefficients
+from pixrl.runs.measure import evaluated_slot, sample
+from pixrl.runs.place import RECIPE
+from pixrl.runs.record import read_start, require_same_model
+from pixrl.text import require_text
+from pixrl.types import sample_seed
+
+EPOCH = -7
+"""The epoch of these pictures' seeds; training uses 0 and up, evaluations -5 and -6."""
+MANIFEST = "manifest.jsonl"
+INDEX = "model_index.json"
+"""What a folder with a whole model holds, and one with a LoRA alone does not."""
+_SLOTS = "slots/"
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """The request of what is to be drawn."""
+
+    prompt: str | None = None
+    """None for a child of a fusion, which has no prompt."""
+    count: int = 4
+    size: int | None = None
+    """The side in pixels; None: as the run, or else the model, has it."""
+    seed: int = 0
+    subject: str | None = None
+    """Of a personalization: the subject whose references the model is shown; None: its only one."""
+    child: int | None = None
+    """Of a fusion: the number of a picture in its manifest."""
+    base: str | None = None
+    """The model that a LoRA belongs to."""
+    device: str | None = None
+    """None: the run's, or "auto"."""
+
+    def seeds(self, group: int = 0) -> tuple[int, ...]:
+        """Return one seed a picture."""
+        return tuple(sample_seed(self.seed, EPOCH, group, number) for number in range(self.count))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of pictures: one [3, H, W] in [0, 1] a seed."""
+
+    picture: Callable[[int], Tensor]
+    seeds: tuple[int, ...]
+    about: dict[str, object]
+    """What the manifest says of every picture."""
+
+
+def draw(what: str | Path, request: DrawRequest, out: Path) -> tuple[Path, ...]:
+    """Draw PNGs and their manifest into a new folder; return the pictures' paths.
+
+    Args:
+        what: an align, personalize or fuse run's folder; a LoRA's file or folder, with `request.base`; or a model.
+        request: prompt, number, size and seed.
+        out: the folder, which must not exist or be empty.
+
+    Raises:
+        InputError: an argument does not fit `what`, the model does not know a word, or `out` is taken.
+        RunError: the run has no checkpoint yet.
+        CheckpointError: weights are missing, damaged or others than the run began with.
+    """
+    if request.count < 1:
+        raise InputError(f"n must be at least 1, got {request.count}. Type: --n 4")
+    if request.size is not None and request.size < 1:
+        raise InputError(f"size is the side of a picture in pixels, got {request.size}. Type: --size 512")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} is there already, and nothing is overwritten. Give another --out.")
+    source = _source(what, request)
+    out.mkdir(parents=True, exist_ok=True)
+    files, rows = [], []
+    for number, seed in enumerate(source.seeds):
+        file = out / f"{number:04d}.png"
+        write_atomic(file, png_bytes(source.picture(seed)), sync_folder=False)
+        files.append(file)
+        rows.append(json.dumps({"file": file.name, "seed": seed, **source.about}, ensure_ascii=False))
+    write_atomic(out / MANIFEST, ("\n".join(rows) + "\n").encode())
+    fsync_folder(out)
+    return tuple(files)
+
+
+def _source(what: str | Path, request: DrawRequest) -> Source:
+    """Return what draws, after every check that needs no picture."""
+    place = Path(what)
+    if not (place / RECIPE).is_file():
+        _require_prompt(request)
+        if request.subject is not None or request.child is not None:
+            option = "child" if request.subject is None else "subject"
+            raise InputError(
+                f"--{option} is for runs, and {what} is none: leave it out, or give a run's folder."
+            )
+        return _of_model(str(what), request)
+    if request.base is not None:
+        raise InputError(f"{what} is a run, which says its own model: leave --model out.")
+    folder = RunFolder.open(place, allow_changed=True)
+    if folder.kind == FUSE:
+        return _of_child(folder.path, request)
+    if folder.kind not in KINDS:
+        raise InputError(
+            f"{what} is a run of kind {folder.kind!r}, which nothing is drawn with. Give one of its fusions: "
+            f"{what}/children/NAME"
+        )
+    _require_prompt(request)
+    if request.child is not None:
+        raise InputError(
+            f"--child is for fusions, and {what} is a run of kind {folder.kind!r}: leave it out."
+        )
+    return _of_run(folder, request)
+
+
+def _require_prompt(request: DrawRequest) -> None:
+    if not (request.prompt or "").strip():
+        raise InputError('There is no prompt. Type: pixrl draw RUN "a photo of an owl"')
+    require_text(str(request.prompt), f"the prompt {request.prompt!r}")
+
+
+def _of_model(what: str, request: DrawRequest) -> Source:
+    """A model as it is, or with a LoRA merged into it."""
+    ref, lora = (what, None) if request.base is None else (request.base, what)
+    if lora is None and not (Path(what) / INDEX).is_file() and any(Path(what).glob("*lora*.safetensors")):
+        raise InputError(f"{what} holds a LoRA, which draws on its model alone. Add it: --model REF")
+    renderer = models.load(ref, device=request.device or "auto", resolution=request.size, lora=lora)
+    row = renderer.encode([str(request.prompt)])
+    about = {"prompt": request.prompt, "model": ref, "fingerprint": renderer.fingerprint()}
+    about |= {} if lora is None else {"lora": lora}
+    return Source(lambda seed: renderer.sample(row, [seed])[0], request.seeds(), about | _how(renderer))
+
+
+def _of_run(folder: RunFolder, request: DrawRequest) -> Source:
+    """What a run learned, drawn as its evaluation draws: its slot, steps, solver and references."""
+    saved = checkpoint.latest(folder.path)
+    if saved is None:
+        broken = checkpoint.all_folders(folder.path)
+        if broken:
+            checkpoint.load(broken[-1])  # says what is wrong with it
+        raise RunError(f"{folder.path} has no checkpoint yet. Type: pixrl resume {folder.path}")
+    config = _as_drawn(read_config(folder), request)
+    about: dict[str, object] = {}
+    metadata: Mapping[str, object] = {}
+    if isinstance(config, PersonalizeConfig):
+        subject = replace(_subject(config, request.subject), prompts=(str(request.prompt),), targets=())
+        chosen = SubjectSet(subject.name, (subject,))
+        metadata = subject_prompts(chosen, count=config.references.count)[0].metadata
+        about["subject"] = subject.name
+    elif request.subject is not None:
+        raise InputError(f"--subject is for personalizations, and {folder.path} is none: leave it out.")
+    policy = load_policy(config, Team(config.machine.device))
+    require_same_model(folder, read_start(folder), policy)
+    group = Group(0, EPOCH, 0, str(request.prompt), metadata)
+    row = prepare(NoiseOnly(), policy, [group]).anchor
+    lora = config.lora
+    slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    tensors, _ = checkpoint.load(saved)
+    slots.load_state({k.removeprefix(_SLOTS): x for k, x in tensors.items() if k.startswith(_SLOTS)})
+    slot = evaluated_slot(config)
+
+    def picture(seed: int) -> Tensor:
+        with policy.slot(slot):
+            return sample(policy, row, [seed], solver=config.sampling.solver)[0]
+
+    about |= {"prompt": request.prompt, "model": config.model, "run": str(folder.path), "slot": slot.value}
+    about |= {"step": checkpoint.step_of(saved), "solver": config.sampling.solver.value}
+    return Source(picture, request.seeds(), about | _how(policy))
+
+
+def _as_drawn(config: AlignConfig, request: DrawRequest) -> AlignConfig:
+    """Return a run's settings with the evaluation's steps and what was asked for."""
+    steps = config.evaluation.steps or config.sampling.steps
+    machine = {"gradient_checkpointing": False} | (
+        {} if request.device is None else {"device": request.device}
+    )
+    given = {} if request.size is None else {"resolution": request.size}
+    sampling = config.sampling.model_copy(update={"steps": steps})
+    return config.model_copy(
+        update={"sampling": sampling, "machine": config.machine.model_copy(update=machine), **given}
+    )
+
+
+def _subject(config: PersonalizeConfig, name: str | None) -> Subject:
+    """Return the subject of that name among those of the run's evaluation and training; None: the only one."""
+    known: dict[str, Subject] = {}
+    for split in Split:
+        known |= {one.name: one for one in load_subjects(config.prompts_of(split)[0], split=split)}
+    if name is None and len(known) == 1:
+        return next(iter(known.values()))
+    if name not in known:
+        said = "has several subjects" if name is None else f"has no subject {name!r}"
+        meant = "" if name is None else did_you_mean(name, list(known))
+        raise InputError(f"The run {said}.{meant} Give one: --subject {' | '.join(sorted(known))}")
+    return known[name]
+
+
+def _of_child(path: Path, request: DrawRequest) -> Source:
+    """A child of a fusion again: its own noise first, then others."""
+    if request.prompt is not None or request.subject is not None:
+        wrong = "a prompt" if request.prompt is not None else "--subject"
+        raise InputError(
+            f"{path} is a fusion, whose children are mixtures without {wrong}. Leave it out: "
+            f"pixrl draw {path} --child N"
+        )
+    require_same_code(path)
+    folder, config = open_fusion(path)
+    rows = folder.manifest()
+    if request.child is None or not 0 <= request.child < len(rows):
+        given = "No child was given" if request.child is None else f"There is no child {request.child}"
+        raise InputError(
+            f"{given}: {path} has {len(rows)}, numbered from 0 as in its report. "
+            f"Type: pixrl draw {path} --child 0"
+        )
+    row = rows[request.child]
+    file = coefficients_file(folder, row.step)
+    try:
+        of_step_BND = load_coefficients(folder, row.step)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is missing or damaged. Type: pixrl check {path}") from error
+    own = request.child - min(one.index for one in rows if one.step == row.step)
+    coefficients_1ND = of_step_BND[own : own + 1]
+    renderer = models.load(
+        config.model,
+        device=request.device or config.device,
+        dtype=config.dtype,
+        resolution=request.size,
+        plan=config.memory,
+    )
+    if renderer.fingerprint() != read_world(folder).fingerprint:
+        raise CheckpointError(f"{config.model} has changed since {path} was drawn. Put the old one back.")
+    mixing = mixing_of(renderer, read_card(config.model, Layout.PIPELINE), config)
+    about = {"concepts": config.concepts, "child": request.child, "model": config.model, "run": str(path)}
+    seeds = (row.seed, *request.seeds(request.child))[: request.count]
+    return Source(
+        lambda seed: render(renderer, mixing, coefficients_1ND, [seed])[0], seeds, about | _how(renderer)
+    )
+
+
+def _how(renderer: Renderer) -> dict[str, object]:
+    settings = renderer.settings
+    return {"size": settings.resolution, "steps": settings.steps, "guidance": settings.guidance}
