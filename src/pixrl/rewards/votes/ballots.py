@@ -95,6 +95,12 @@ class Ballots(VoteFile):
         """Return the groups that training has not learned from yet, in order, with their votes."""
         return self._ballots("learned = 0")
 
+    def count(self) -> int:
+        """Return the number of votes."""
+        ((count,),) = self._read("SELECT COUNT(*) FROM votes")
+        assert isinstance(count, int)
+        return count
+
     def of(self, number: int) -> Ballot:
         """Return a group.
 
