@@ -109,8 +109,8 @@ def _server(target: str, config: "AlignConfig", run: Path, host: str, port: int)
     if setting is None:
         named = ", ".join(one.name for one in config.rewards)
         raise InputError(
-            f"{target} has no reward that people vote on, only {named}. Add `- {{name: votes}}` to its rewards, or begin "
-            "with: pixrl vote toy/vote"
+            f"{target} has no reward that people vote on, only {named}. Add `- {{name: votes}}` to its rewards, or "
+            "begin with: pixrl vote toy/vote"
         )
     try:
         from pixrl.human_study.live import VoteServer

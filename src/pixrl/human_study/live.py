@@ -1,7 +1,7 @@
 """The server behind `pixrl vote`: a page on which people vote on the groups of a run that waits for them.
 
     GET    /v/TOKEN         the page; the token is new each time, and unguessable
-    GET    /v/TOKEN/state   what the run is doing, and the groups it waits for: opaque names of pictures, no path, no seed
+    GET    /v/TOKEN/state   what the run is doing, and the groups it waits for: opaque names of pictures, no seed
     PUT    /v/TOKEN/vote    {"group": 12, "best": [PICTURE, ...]}; no picture: none is better
     DELETE /v/TOKEN/vote    {"group": 12}
     GET    /v/TOKEN/picture/NAME.png
@@ -37,8 +37,8 @@ GOODBYE = 3.0
 NAME = re.compile(r"[0-9a-f]{32}")
 NO_LINK = "This link is not the one that pixrl vote printed last. Open that one."
 GONE = (
-    "That picture is gone, so the vote was not kept; all earlier ones are. Stop pixrl vote with Ctrl-C and go on with the "
-    "run: it is drawn again."
+    "That picture is gone, so the vote was not kept; all earlier ones are. Stop pixrl vote with Ctrl-C and go on with "
+    "the run: it is drawn again."
 )
 TOO_LATE = "Training has learned from that vote already, so it cannot be taken back."
 _log = logging.getLogger("pixrl")

@@ -4,6 +4,7 @@ let state = null, group = null, chosen = [], mine = [], lit = -1, busy = false;
 
 function show(part) { for (const id of ["wait", "compare"]) $(id).hidden = id !== part; }
 const left = () => state.groups.filter((one) => !one.voted);
+const undoable = () => mine.filter((one) => state.groups.some((other) => other.group === one)); // others are learned from
 
 function draw() { // the group in hand, or the next one that nobody has voted on
   const same = group && left().find((one) => one.group === group.group);
@@ -14,7 +15,7 @@ function draw() { // the group in hand, or the next one that nobody has voted on
   bar.setAttribute("aria-valuemax", state.groups.length); bar.setAttribute("aria-valuenow", done);
   bar.firstElementChild.style.width = `${(100 * done) / state.groups.length}%`;
   $("count").textContent = `step ${state.step + 1} / ${state.steps} · group ${done + 1} / ${state.groups.length}`;
-  $("undo").disabled = !mine.length && !chosen.length;
+  $("undo").disabled = !undoable().length && !chosen.length;
   if (same) return;
   group = next; chosen = []; lit = -1;
   const n = group.pictures.length, order = state.ask === "order" && n > 2;
@@ -33,7 +34,7 @@ function wait() {
   const votes = `${state.votes} ${state.votes === 1 ? "vote" : "votes"} so far.`;
   $("wait-head").textContent = state.ended ? "Thank you" : "One moment";
   $("wait-text").textContent = state.ended || `${state.votes ? "Learning from your votes and drawing the next pictures." : "The first pictures are being drawn."} ${votes}`;
-  $("back").hidden = Boolean(state.ended) || !mine.some((one) => state.groups.some((other) => other.group === one));
+  $("back").hidden = Boolean(state.ended) || !undoable().length;
 }
 
 function choose(name, n) {
@@ -51,7 +52,7 @@ function badges() { // in an order, each chosen picture says its place
     pick.classList.toggle("chosen", place >= 0);
     pick.querySelector("span").textContent = place >= 0 ? `${n + 1} · ${["best", "second", "third"][place] || `${place + 1}th`}` : n + 1;
   });
-  $("undo").disabled = !mine.length && !chosen.length;
+  $("undo").disabled = !undoable().length && !chosen.length;
 }
 
 async function vote(best, n) {
@@ -69,7 +70,7 @@ async function vote(best, n) {
 async function undo() {
   if (busy) return;
   if (chosen.length) { chosen.pop(); return badges(); }
-  if (!mine.length) return;
+  if (!undoable().length) return;
   busy = true;
   const last = mine.pop(), answer = await send("DELETE", { group: last });
   notice(answer.error || "");

@@ -193,9 +193,16 @@ def rewards_of(ranks: Sequence[int]) -> list[float]:
 def preferred(ballots: Sequence[Ballot]) -> list[dict[str, object]]:
     """Return every preference that the votes state, as rows of a file of pairs (`pixrl.data.preferences`)."""
     return [
-        {"prompt": ballot.prompt, "winner": winner.file, "loser": loser.file}
-        | {"winner_seed": winner.seed, "loser_seed": loser.seed}
-        | {"winner_variant": winner.variant, "loser_variant": loser.variant, "step": ballot.step}
+        {
+            "prompt": ballot.prompt,
+            "winner": winner.file,
+            "loser": loser.file,
+            "winner_seed": winner.seed,
+            "loser_seed": loser.seed,
+            "winner_variant": winner.variant,
+            "loser_variant": loser.variant,
+            "step": ballot.step,
+        }
         for ballot in ballots
         for winner, rank in zip(ballot.pictures, ballot.ranks or (), strict=False)
         for loser, below in zip(ballot.pictures, ballot.ranks or (), strict=False)
