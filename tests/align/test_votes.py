@@ -17,7 +17,7 @@ from pixrl.jobs import align as align_job
 from pixrl.rewards.base import Reward
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
-from pixrl.rewards.votes.ballots import BALLOTS, FOLDER, Ballot, Ballots
+from pixrl.rewards.votes.groups import FOLDER, VOTES, GroupVotes, VotedGroup
 from pixrl.rewards.votes.reward import VotesReward
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.folder import RunFolder
@@ -58,14 +58,14 @@ def vote_on_all(file: Path, stop: threading.Event, best: int, seen: list[int]) -
     """A person who finds the picture at one place of each group the best."""
     while not stop.wait(0.02):
         if file.is_file():
-            with Ballots(file, make=True) as ballots:
+            with GroupVotes(file, make=True) as ballots:
                 for ballot in ballots.waiting():
                     if ballot.ranks is None and ballots.vote(ballot.number, [ballot.pictures[best].file]):
                         seen.append(ballot.number)
 
 
-def all_votes(run: Path) -> list[Ballot]:
-    with Ballots(run / FOLDER / BALLOTS) as ballots:
+def all_votes(run: Path) -> list[VotedGroup]:
+    with GroupVotes(run / FOLDER / VOTES) as ballots:
         return ballots.all()
 
 
@@ -105,7 +105,7 @@ def test_people_are_waited_for_and_asked_again_only_about_what_has_no_vote(
 
     def vote_once_and_die(text: str) -> None:
         if "wait for votes" in text:
-            with Ballots(tmp_path / "run" / FOLDER / BALLOTS) as ballots:
+            with GroupVotes(tmp_path / "run" / FOLDER / VOTES) as ballots:
                 first = ballots.waiting()[0]
                 ballots.vote(first.number, [first.pictures[1].file])
             raise KeyboardInterrupt
@@ -120,7 +120,7 @@ def test_people_are_waited_for_and_asked_again_only_about_what_has_no_vote(
     runs, asked = [tmp_path / "run", tmp_path / "unbroken"], []
     for run in runs:
         stop, seen = threading.Event(), list[int]()
-        person = threading.Thread(target=vote_on_all, args=(run / FOLDER / BALLOTS, stop, 1, seen))
+        person = threading.Thread(target=vote_on_all, args=(run / FOLDER / VOTES, stop, 1, seen))
         person.start()
         try:
             api.resume(run, live=False) if run.exists() else align_job.start(config, run)
@@ -179,7 +179,7 @@ def test_a_full_disk_ends_the_run_and_says_that_the_votes_are_kept(tmp_path: Pat
     reward = VotesReward(simulated={"taste": "brightness"})
     reward.attend(tmp_path, {"brightness": Brightness()}, print)
     reward.score(batch_of(2, 2))
-    ballots = reward._ballots
+    ballots = reward._votes
     assert ballots is not None
     pages = ballots._base.execute("PRAGMA page_count").fetchone()[0]
     ballots._base.execute(f"PRAGMA max_page_count = {pages}")

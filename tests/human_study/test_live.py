@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from pixrl import cli
 from pixrl.errors import InputError, RunError
 from pixrl.human_study.live import VoteServer
-from pixrl.rewards.votes.ballots import BALLOTS, FOLDER, Ballot, Ballots, Shown
+from pixrl.rewards.votes.groups import FOLDER, VOTES, GroupVotes, VotedGroup, VotedPicture
 from pixrl.rewards.votes.reward import Ask
 from pixrl.runs.folder import RunFolder
 from tests import tiny
@@ -39,14 +39,17 @@ def groups_of(run: Path, count: int = 3, pictures: int = 3) -> Path:
         names = [f"{(group * 16 + n) * 7919 % 251:032x}" for n in range(pictures)]
         for n, name in enumerate(names):
             Image.new("RGB", (16, 16), (40 * n, 80 * group, 90)).save(place / f"{name}.png")
-        drawn[group] = (f"prompt {group}", [Shown(f"{name}.png", n, n) for n, name in enumerate(names)])
-    with Ballots(place / BALLOTS, make=True) as ballots:
+        drawn[group] = (
+            f"prompt {group}",
+            [VotedPicture(f"{name}.png", n, n) for n, name in enumerate(names)],
+        )
+    with GroupVotes(place / VOTES, make=True) as ballots:
         ballots.add(0, drawn)
     return run
 
 
-def all_votes(run: Path) -> list[Ballot]:
-    with Ballots(run / FOLDER / BALLOTS) as ballots:
+def all_votes(run: Path) -> list[VotedGroup]:
+    with GroupVotes(run / FOLDER / VOTES) as ballots:
         return ballots.all()
 
 
@@ -104,7 +107,7 @@ def test_undo_until_training_has_learned_from_it(live: VoteServer, tmp_path: Pat
     assert undo(live, 1).status_code == 200
     assert all_votes(tmp_path / "secret-run")[0].ranks is None
     assert put(live, 1, []).json() == {"counted": True}
-    with Ballots(tmp_path / "secret-run" / FOLDER / BALLOTS) as ballots:
+    with GroupVotes(tmp_path / "secret-run" / FOLDER / VOTES) as ballots:
         ballots.learn(0, [0], 0)
     answer = undo(live, 1)
     assert answer.status_code == 409 and "learned from that vote already" in answer.json()["error"]
@@ -140,7 +143,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(
         raise RunError(f"{tmp_path}/votes.sqlite cannot be written (database or disk is full)")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Ballots, "vote", full)
+        patched.setattr(GroupVotes, "vote", full)
         answer = put(live, 2, [])
     assert answer.status_code == 503 and "sent again" in answer.json()["error"]
     assert str(tmp_path) not in answer.text

@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from pixrl.errors import InputError, PixrlError
 from pixrl.report.page import render
-from pixrl.rewards.votes.ballots import BALLOTS, FOLDER, Ballot, Ballots
+from pixrl.rewards.votes.groups import FOLDER, VOTES, GroupVotes, VotedGroup
 from pixrl.rewards.votes.reward import Ask
 from pixrl.serve.pages import HEADERS, PICTURE_HEADERS, PageServer, body_of, in_thread
 
@@ -113,12 +113,12 @@ class VoteServer(PageServer):
         best = given.get("best")
         if not isinstance(best, list) or not all(isinstance(name, str) for name in best):
             raise HTTPException(400, "A vote names the best pictures.")
-        counted = await self._kept(lambda ballots: self._save(ballots, number, best))
+        counted = await self._kept(lambda votes: self._save(votes, number, best))
         return JSONResponse({"counted": counted}, headers=HEADERS)
 
     async def _undo(self, request: Request) -> Response:
         number, _ = await self._group(request)
-        if not await self._kept(lambda ballots: ballots.undo(number)):
+        if not await self._kept(lambda votes: votes.undo(number)):
             raise HTTPException(409, TOO_LATE)
         return JSONResponse({"counted": False}, headers=HEADERS)
 
@@ -131,21 +131,21 @@ class VoteServer(PageServer):
 
     def _asked(self) -> dict[str, Any]:
         """Return what the page is told."""
-        groups: list[Ballot] = []
-        votes = 0
-        file = self._place / BALLOTS
+        groups: list[VotedGroup] = []
+        given = 0
+        file = self._place / VOTES
         if file.is_file():
             try:
-                with Ballots(file) as ballots:
-                    groups = ballots.waiting()
-                    votes = ballots.count()
+                with GroupVotes(file) as votes:
+                    groups = votes.waiting()
+                    given = votes.count()
             except PixrlError as error:  # the file is being made
                 _log.debug("%s", error)
         return {
             "ask": self._ask.value,
             "steps": self._steps,
             "step": groups[0].step if groups else None,
-            "votes": votes,
+            "votes": given,
             "ended": self._ended,
             "groups": [
                 {
@@ -159,27 +159,27 @@ class VoteServer(PageServer):
             ],
         }
 
-    def _save(self, ballots: Ballots, number: int, best: Sequence[str]) -> bool:
-        count = len(ballots.of(number).pictures)
+    def _save(self, votes: GroupVotes, number: int, best: Sequence[str]) -> bool:
+        count = len(votes.of(number).pictures)
         if len(best) not in (0, 1 if self._ask is Ask.BEST else count):
             what = "one picture" if self._ask is Ask.BEST else f"all {count} pictures in order"
             raise InputError(f"A vote names {what}, or none where none is better. Reload the page.")
         files = [self._file_of(name) for name in best]
         if not all(file is None or file.is_file() for file in files):
             raise InputError(GONE)
-        return ballots.vote(number, [f"{name}.png" for name in best])
+        return votes.vote(number, [f"{name}.png" for name in best])
 
-    async def _kept(self, act: Callable[[Ballots], bool]) -> bool:
+    async def _kept(self, act: Callable[[GroupVotes], bool]) -> bool:
         """Do something to the votes; a refusal is answered by its sentence, and what may pass by another status."""
 
-        def with_ballots() -> bool:
-            if not (self._place / BALLOTS).is_file():
+        def with_groups() -> bool:
+            if not (self._place / VOTES).is_file():
                 raise InputError("The run has no groups yet. Reload the page.")
-            with Ballots(self._place / BALLOTS) as ballots:
-                return act(ballots)
+            with GroupVotes(self._place / VOTES) as votes:
+                return act(votes)
 
         try:
-            return bool(await in_thread(with_ballots))
+            return bool(await in_thread(with_groups))
         except InputError as refused:
             raise HTTPException(409, str(refused)) from None
         except PixrlError as error:

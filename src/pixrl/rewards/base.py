@@ -141,7 +141,7 @@ class Reward(ABC):
         return self.score(batch)
 
 
-class Comparison(Reward):
+class ComparingReward(Reward):
     """A reward that compares the pictures of a training step's group, and says nothing of a picture alone.
 
     Its `score` is given batches with `origins`. Evaluations, where there are no groups, leave it out.

@@ -20,7 +20,7 @@ import torch
 from pixrl import rewards
 from pixrl.errors import ConfigError, FailedScoresError, Failure, InputError, ShapeError
 from pixrl.plugins import Caught
-from pixrl.rewards.base import Comparison, DifferentiableReward, Reward
+from pixrl.rewards.base import ComparingReward, DifferentiableReward, Reward
 from pixrl.rewards.references import ReferenceReward
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.types import RewardBatch, Scores
@@ -157,8 +157,8 @@ class RewardSet:
             for one in comparing.values():
                 one.leave()
 
-    def _comparisons(self) -> dict[str, Comparison]:
-        return {name: one for name, one in self._rewards.items() if isinstance(one, Comparison)}
+    def _comparisons(self) -> dict[str, ComparingReward]:
+        return {name: one for name, one in self._rewards.items() if isinstance(one, ComparingReward)}
 
     def reference_problems(self, metadata: Mapping[str, object]) -> Mapping[str, str]:
         """Return, by reward, why it can judge no picture by a sample's references, where that is so."""

@@ -19,9 +19,17 @@ from pathlib import Path
 import torch
 
 from pixrl.errors import ConfigError, RunError, ServiceError, did_you_mean
-from pixrl.rewards.base import Comparison, Options, Reward
+from pixrl.rewards.base import ComparingReward, Options, Reward
 from pixrl.rewards.settings import RewardSetting
-from pixrl.rewards.votes.ballots import BALLOTS, FOLDER, Ballot, Ballots, Shown, rewards_of, write_pairs
+from pixrl.rewards.votes.groups import (
+    FOLDER,
+    VOTES,
+    GroupVotes,
+    VotedGroup,
+    VotedPicture,
+    rewards_of,
+    write_pairs,
+)
 from pixrl.rewards.wire import png_of
 from pixrl.types import Origin, RewardBatch, Scores, sample_seed
 
@@ -49,7 +57,7 @@ class Simulated:
     seed: int = 0
 
     def answer(
-        self, ballots: Ballots, groups: Sequence[Ballot], scores: Mapping[int, list[float]], ask: Ask
+        self, ballots: GroupVotes, groups: Sequence[VotedGroup], scores: Mapping[int, list[float]], ask: Ask
     ) -> None:
         """Vote on the groups that have no vote; `scores` are those of each group's pictures by the group's place."""
         for ballot in groups:
@@ -67,7 +75,7 @@ class Simulated:
             ballots.vote(ballot.number, names[:1] if ask is Ask.BEST else names)
 
 
-class VotesReward(Comparison):
+class VotesReward(ComparingReward):
     """What people say of a group's pictures: those that a picture beats less those that beat it, over all others.
 
     Args:
@@ -99,7 +107,7 @@ class VotesReward(Comparison):
             "licence": "the voters' own",
             "question": self.ask.value,
         }
-        self._ballots: Ballots | None = None
+        self._votes: GroupVotes | None = None
         self._taste: Reward | None = None
         self._say: Callable[[str], None] = print
 
@@ -122,14 +130,14 @@ class VotesReward(Comparison):
     def attend(self, folder: Path, others: Mapping[str, Reward], say: Callable[[str], None]) -> None:
         place = folder / FOLDER
         place.mkdir(exist_ok=True)
-        self._ballots = Ballots(place / BALLOTS, make=True)
+        self._votes = GroupVotes(place / VOTES, make=True)
         self._taste = None if self.simulated is None else others[self.simulated.taste]
         self._say = say
 
     def leave(self) -> None:
-        if self._ballots is not None:
-            self._ballots.close()
-            self._ballots = None
+        if self._votes is not None:
+            self._votes.close()
+            self._votes = None
 
     def score(self, batch: RewardBatch) -> Scores:
         """Ask about the batch's groups and wait for the votes; outside a run's folder the pictures' order is the vote.
@@ -140,11 +148,11 @@ class VotesReward(Comparison):
         rows: dict[int, list[int]] = {}
         for row, origin in enumerate(origins):
             rows.setdefault(origin.group, []).append(row)
-        if self._ballots is None:
+        if self._votes is None:
             ranks = {group: tuple(range(len(own))) for group, own in rows.items()}
         else:
             try:
-                ranks = self._vote(self._ballots, batch, rows)
+                ranks = self._vote(self._votes, batch, rows)
             except (OSError, RunError) as error:
                 raise ServiceError(f"The votes cannot be kept: {error}. All earlier ones are.") from error
         values_B = torch.zeros(len(origins))
@@ -153,7 +161,7 @@ class VotesReward(Comparison):
         return Scores(values_B, (None,) * len(origins), provenance=self.provenance)
 
     def _vote(
-        self, ballots: Ballots, batch: RewardBatch, rows: Mapping[int, Sequence[int]]
+        self, ballots: GroupVotes, batch: RewardBatch, rows: Mapping[int, Sequence[int]]
     ) -> dict[int, tuple[int, ...]]:
         step = batch.origins[0].step
         shown = {
@@ -182,7 +190,7 @@ def votes_reward(settings: Sequence[RewardSetting]) -> RewardSetting | None:
     return next((one for one in settings if one.reward == VotesReward.name), None)
 
 
-def _keep(place: Path, batch: RewardBatch, row: int) -> Shown:
+def _keep(place: Path, batch: RewardBatch, row: int) -> VotedPicture:
     """Write a picture under a name that tells nothing of how it was drawn, and is its own for each content."""
     origin, content = batch.origins[row], png_of(batch.images_BCHW[row])
     key = f"{origin.step}/{origin.group}/{row}/".encode()
@@ -191,7 +199,7 @@ def _keep(place: Path, batch: RewardBatch, row: int) -> Shown:
         beside = file.with_suffix(".tmp")
         beside.write_bytes(content)
         beside.replace(file)
-    return Shown(file.name, origin.seed, origin.variant)
+    return VotedPicture(file.name, origin.seed, origin.variant)
 
 
 def _simulated(given: Mapping[str, object]) -> Simulated:

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from pixrl.errors import CheckpointError, InputError, RunError
-from pixrl.rewards.votes.ballots import Ballots, Shown, preferred, rewards_of, write_pairs
+from pixrl.rewards.votes.groups import GroupVotes, VotedPicture, preferred, rewards_of, write_pairs
 
-PICTURES = [Shown(f"{name}.png", seed, 0) for seed, name in enumerate("abc")]
+PICTURES = [VotedPicture(f"{name}.png", seed, 0) for seed, name in enumerate("abc")]
 A, B, C = [one.file for one in PICTURES]
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    with Ballots(tmp_path / "votes.sqlite", make=True) as ballots:
+    with GroupVotes(tmp_path / "votes.sqlite", make=True) as ballots:
         ballots.add(0, {0: ("an owl", PICTURES), 1: ("a cat", PICTURES[:2])})
     return tmp_path / "votes.sqlite"
 
@@ -30,7 +30,7 @@ def test_rewards() -> None:
 
 
 def test_a_vote_is_kept_once_and_can_be_taken_back_until_it_is_learned_from(file: Path) -> None:
-    with Ballots(file) as one, Ballots(file) as other:
+    with GroupVotes(file) as one, GroupVotes(file) as other:
         assert one.vote(1, [B]) and not other.vote(1, [A])
         assert other.all()[0].ranks == (1, 0, 1)
         assert other.undo(1) and not other.undo(1) and one.all()[0].ranks is None
@@ -45,7 +45,7 @@ def test_a_vote_is_kept_once_and_can_be_taken_back_until_it_is_learned_from(file
 
 
 def test_groups_that_are_drawn_again_keep_their_votes_only_if_their_pictures_are_the_same(file: Path) -> None:
-    with Ballots(file) as ballots:
+    with GroupVotes(file) as ballots:
         ballots.vote(1, [A])
         ballots.vote(2, [B])
         ballots.learn(0, [0, 1], 0)
@@ -55,7 +55,7 @@ def test_groups_that_are_drawn_again_keep_their_votes_only_if_their_pictures_are
 
 
 def test_pairs(file: Path) -> None:
-    with Ballots(file) as ballots:
+    with GroupVotes(file) as ballots:
         ballots.vote(1, [B])
         rows = preferred(ballots.all())
         assert write_pairs(ballots).read_text() == ""  # nothing is learned from yet
@@ -67,7 +67,7 @@ def test_pairs(file: Path) -> None:
 
 @pytest.mark.parametrize("best", [["x.png"], [A, A], [A, "x.png"]])
 def test_bad_votes(file: Path, best: list[str]) -> None:
-    with Ballots(file) as ballots:
+    with GroupVotes(file) as ballots:
         with pytest.raises(InputError, match="not one of this group"):
             ballots.vote(1, best)
         with pytest.raises(InputError, match="not one of this run"):
@@ -80,11 +80,11 @@ def test_bad_votes(file: Path, best: list[str]) -> None:
 def test_what_is_no_file_of_votes(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("no database, but long enough to be taken for one" * 20)
     with pytest.raises(CheckpointError, match="no file of votes, or damaged"):
-        Ballots(tmp_path / "x")
+        GroupVotes(tmp_path / "x")
 
 
 def test_a_full_disk_keeps_what_was_voted(file: Path) -> None:
-    with Ballots(file) as ballots:
+    with GroupVotes(file) as ballots:
         assert ballots.vote(2, [B])
         pages = ballots._base.execute("PRAGMA page_count").fetchone()[0]
         ballots._base.execute(f"PRAGMA max_page_count = {pages}")
@@ -96,7 +96,7 @@ def test_a_full_disk_keeps_what_was_voted(file: Path) -> None:
 
 
 def _vote_on(path: Path, offset: int, answers: Connection) -> None:
-    with Ballots(path) as ballots:
+    with GroupVotes(path) as ballots:
         for number in range(1 + offset, 1001, 2):
             ballots.vote(number, [A])
             answers.send(number)
@@ -105,7 +105,7 @@ def _vote_on(path: Path, offset: int, answers: Connection) -> None:
 def test_two_voters_at_once_of_whom_one_is_killed(tmp_path: Path) -> None:
     """Every vote that was answered is there, with real processes."""
     path = tmp_path / "votes.sqlite"
-    with Ballots(path, make=True) as ballots:
+    with GroupVotes(path, make=True) as ballots:
         ballots.add(0, dict.fromkeys(range(1000), ("an owl", PICTURES[:2])))
     context = multiprocessing.get_context("spawn")
     ends, voters = [], []
@@ -126,7 +126,7 @@ def test_two_voters_at_once_of_whom_one_is_killed(tmp_path: Path) -> None:
         except EOFError:
             voters[offset].join()
     assert voters[0].exitcode == 0 and len(answered[0]) == 500
-    with Ballots(path) as ballots:
+    with GroupVotes(path) as ballots:
         kept = {ballot.number for ballot in ballots.all() if ballot.ranks == (0, 1)}
     assert set(answered[0]) | set(answered[1]) <= kept
     assert len(kept - set(answered[0]) - set(answered[1])) <= 1  # written, but killed before it was said

@@ -16,7 +16,7 @@ from pixrl.rewards.votes.file import VoteFile
 
 FOLDER = "votes"
 """The folder of a run that holds the pictures that are voted on, and the files below."""
-BALLOTS = "votes.sqlite"
+VOTES = "votes.sqlite"
 PAIRS = "pairs.jsonl"
 """Every preference that was voted, as `loss: {kind: dpo}` learns from."""
 NO_GROUP = "That group is not one of this run. Reload the page."
@@ -33,7 +33,7 @@ _COLUMNS = "number, step, place, prompt, pictures, learned, ranks, at"
 
 
 @dataclass(frozen=True)
-class Shown:
+class VotedPicture:
     """One picture of a group."""
 
     file: str
@@ -43,7 +43,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Ballot:
+class VotedGroup:
     """A group of pictures of one prompt."""
 
     number: int
@@ -51,7 +51,7 @@ class Ballot:
     place: int
     """The group's number in the step."""
     prompt: str
-    pictures: tuple[Shown, ...]
+    pictures: tuple[VotedPicture, ...]
     learned: bool
     """Whether training has learned from it."""
     ranks: tuple[int, ...] | None = None
@@ -60,13 +60,13 @@ class Ballot:
     """When it was given, in seconds since 1970."""
 
 
-class Ballots(VoteFile):
+class GroupVotes(VoteFile):
     """A connection to a run's file of groups and votes."""
 
     schema = _SCHEMA
     tables = "votes, ballots"
 
-    def add(self, step: int, groups: Mapping[int, tuple[str, Sequence[Shown]]]) -> None:
+    def add(self, step: int, groups: Mapping[int, tuple[str, Sequence[VotedPicture]]]) -> None:
         """Add a step's groups by their place, each a prompt and its pictures.
 
         A group that is there already keeps its vote where its pictures are the same; others are asked about again.
@@ -87,13 +87,13 @@ class Ballots(VoteFile):
                     key,
                 )
 
-    def all(self, step: int | None = None) -> list[Ballot]:
+    def all(self, step: int | None = None) -> list[VotedGroup]:
         """Return the groups of a step, or of all, in order, with their votes."""
-        return self._ballots("? IS NULL OR step = ?", step, step)
+        return self._groups("? IS NULL OR step = ?", step, step)
 
-    def waiting(self) -> list[Ballot]:
+    def waiting(self) -> list[VotedGroup]:
         """Return the groups that training has not learned from yet, in order, with their votes."""
-        return self._ballots("learned = 0")
+        return self._groups("learned = 0")
 
     def count(self) -> int:
         """Return the number of votes."""
@@ -101,18 +101,18 @@ class Ballots(VoteFile):
         assert isinstance(count, int)
         return count
 
-    def of(self, number: int) -> Ballot:
+    def of(self, number: int) -> VotedGroup:
         """Return a group.
 
         Raises:
             InputError: there is none of that number.
         """
-        found = self._ballots("number = ?", number)
+        found = self._groups("number = ?", number)
         if not found:
             raise InputError(NO_GROUP)
         return found[0]
 
-    def _ballots(self, where: str, *given: object) -> list[Ballot]:
+    def _groups(self, where: str, *given: object) -> list[VotedGroup]:
         rows = self._read(
             f"SELECT {_COLUMNS} FROM ballots LEFT JOIN votes ON ballot = number WHERE {where} ORDER BY step, place",
             *given,
@@ -153,7 +153,7 @@ class Ballots(VoteFile):
             )
             return done.rowcount == 1
 
-    def learn(self, step: int, places: Iterable[int], settled: float) -> list[Ballot] | None:
+    def learn(self, step: int, places: Iterable[int], settled: float) -> list[VotedGroup] | None:
         """Return a step's groups of these places with their votes, which from now on nobody can take back.
 
         None: one of them has no vote yet, or one that was given less than `settled` seconds ago.
@@ -172,13 +172,13 @@ class Ballots(VoteFile):
         return found
 
 
-def _ballot(*row: object) -> Ballot:
+def _ballot(*row: object) -> VotedGroup:
     number, step, place, prompt, pictures, learned, ranks, at = row
     assert isinstance(number, int) and isinstance(step, int) and isinstance(place, int)
     assert at is None or isinstance(at, float)
-    shown = tuple(Shown(*one) for one in json.loads(str(pictures)))
+    shown = tuple(VotedPicture(*one) for one in json.loads(str(pictures)))
     voted = None if ranks is None else tuple(json.loads(str(ranks)))
-    return Ballot(number, step, place, str(prompt), shown, bool(learned), voted, at)
+    return VotedGroup(number, step, place, str(prompt), shown, bool(learned), voted, at)
 
 
 def rewards_of(ranks: Sequence[int]) -> list[float]:
@@ -190,7 +190,7 @@ def rewards_of(ranks: Sequence[int]) -> list[float]:
     return [sum((one < rank) - (one > rank) for rank in ranks) / others for one in ranks]
 
 
-def preferred(ballots: Sequence[Ballot]) -> list[dict[str, object]]:
+def preferred(ballots: Sequence[VotedGroup]) -> list[dict[str, object]]:
     """Return every preference that the votes state, as rows of a file of pairs (`pixrl.data.preferences`)."""
     return [
         {
@@ -210,7 +210,7 @@ def preferred(ballots: Sequence[Ballot]) -> list[dict[str, object]]:
     ]
 
 
-def write_pairs(ballots: Ballots) -> Path:
+def write_pairs(ballots: GroupVotes) -> Path:
     """Write the file of pairs beside the file of votes anew, and return its path."""
     file = ballots.path.parent / PAIRS
     beside = file.with_suffix(".tmp")
