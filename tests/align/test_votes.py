@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.guard import JUDGE
-from benchmarks.guard import recipe as toy_recipe
 
 import pixrl
 from pixrl import api
@@ -187,17 +186,3 @@ def test_a_full_disk_ends_the_run_and_says_that_the_votes_are_kept(tmp_path: Pat
         reward.score(replace(batch_of(2, 2, step=1), prompts=["an owl " * 4000] * 4))
     reward.leave()
     assert [ballot.ranks is not None for ballot in all_votes(tmp_path)] == [True, True]
-
-
-@pytest.mark.learning
-@pytest.mark.slow
-@pytest.mark.parametrize("wrong", [0.0, 0.2])
-def test_what_the_voter_likes_rises(wrong: float, tmp_path: Path) -> None:
-    """On the toy world, in its held-out pictures: by more than its spread over them."""
-    settings = toy_recipe(votes(**simulated(wrong))[0], 5, 8e-3)
-    settings |= {"rewards": votes(**simulated(wrong)), "evaluation": {"prompts": 6, "per_prompt": 2}}
-    done = pixrl.align(settings, seed=0, out=tmp_path / "run")
-    before, after = (row["brightness/mean"] for row in done.evaluations)
-    firsts = [row.scores["brightness"] for row in RunFolder.open(done.run).manifest() if row.step == 0]
-    spread = torch.tensor([x for x in firsts if x is not None]).std()
-    assert after - before > spread, f"{before} to {after}, spread {spread}"
