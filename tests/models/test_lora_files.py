@@ -371,7 +371,7 @@ def test_the_config_beside_is_that_of_pefts_own_file(tmp_path: Path) -> None:
 
 def test_what_is_merged_into(sd3: SD3Policy, sdxl_folder: Path, tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match=r"cannot be merged into .*SDXLRenderer"):
+    with pytest.raises(InputError, match=r"cannot be merged into .*SDXLPolicy"):
         models.load(sdxl_folder, device="cpu", lora=tmp_path / "x.safetensors")
     before = sd3.backbone_fingerprint
     sd3.merge_lora(tmp_path / "x.safetensors")

@@ -7,7 +7,7 @@ loads the weights.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +88,18 @@ def check_pairs(source: Conditioning | Mixture, seeds: Sequence[int], steps: int
         raise ShapeError(
             f"sample_mixture: weights for {len(source.weights_S)} steps, but this model takes {steps} steps."
         )
+
+
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""What a network says of latents [B, C, h, w], levels or timesteps [B] and B prompts: the shape of the latents."""
+
+
+def averaged(predict: Predict, x: Tensor, level: Tensor, source: Conditioning | Mixture, step: int) -> Tensor:
+    """Return the prediction at one level for all rows, which is a mixture's average where the source is one."""
+    if isinstance(source, Conditioning):
+        return predict(x, level.expand(len(x)), source)
+    rows = source.used(step)[0]
+    return source.average(step, predict(x[rows], level.expand(len(rows)), source.conditioning(step)))
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
@@ -282,9 +294,11 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     """A trainable flow pipeline, sampled by Euler steps on the pipeline's own schedule."""
 
     lora_targets: ClassVar[tuple[str, ...]]
+    denoiser: ClassVar[str] = "transformer"
+    """The name of the denoising network among the pipeline's parts."""
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
-        self.transformer: nn.Module = self.pipeline.transformer
+        self.transformer: nn.Module = self.pipeline.components[self.denoiser]
         self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=placed)
         self.lora: LoraSlots | None = None
         self.compiled = False
@@ -298,6 +312,22 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     @abstractmethod
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of tensors that are on the device and fit each other, within the model's autocast."""
+
+    def _guided(self, predict: Predict, x: Tensor, level_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return u + scale * (c - u) of the prediction c and the unconditional u; c where the scale is at most 1."""
+        scale = self.settings.guidance
+        if scale <= 1:
+            return predict(x, level_B, conditioning)
+        both = Conditioning.cat([self._unconditional(len(x)).to(device=self.device), conditioning])
+        unconditional, conditional = (
+            predict(torch.cat([x, x]), torch.cat([level_B, level_B]), both).float().chunk(2)
+        )
+        return unconditional + scale * (conditional - unconditional)
+
+    def _unconditional(self, rows: int) -> Conditioning:
+        """Return what guidance leads away from: the empty prompt, of rows of `encode`."""
+        with torch.no_grad():
+            return self._cache.rows([""] * rows)
 
     def checkpoint_gradients(self) -> None:
         """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
@@ -399,15 +429,9 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     def _integrate(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
         """Take Euler steps from noise to data, x + (sigma_next - sigma) v, and return the latents."""
         sigmas = self.schedule(self.settings.steps)
-        x = self.initial_noise(seeds)
+        x = sigmas[0].item() * self.initial_noise(seeds)
         for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.unbind())):
-            if isinstance(source, Mixture):
-                rows = source.used(step)[0]
-                parts = self.velocity(x[rows], sigma.expand(len(rows)), source.conditioning(step))
-                velocity = source.average(step, parts)
-            else:
-                velocity = self.velocity(x, sigma.expand(len(seeds)), source)
-            x = x + (sigma_next - sigma).item() * velocity
+            x = x + (sigma_next - sigma).item() * averaged(self.velocity, x, sigma, source, step)
         return x
 
     def decode(self, latents: Tensor) -> Tensor:
