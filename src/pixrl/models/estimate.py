@@ -34,9 +34,10 @@ from pixrl.hub_check import (
     read_json,
     remedy,
 )
-from pixrl.models.loading import PREFIXES, decoder_dtype, part_class
+from pixrl.models.loading import DENOISERS, PREFIXES, decoder_dtype, part_class
+from pixrl.models.memory_plan import Base
+from pixrl.models.quantization import BLOCK, quantized_bytes
 
-DENOISERS = ("transformer", "unet")
 VAE = "vae"
 _T5_KEPT_WIDE = ".wo."
 """The weights that transformers keeps in float32 where T5 is loaded in float16."""
@@ -56,18 +57,35 @@ class PartSize:
     """The bytes that it will take in memory."""
 
 
-def part_sizes(checkpoint: Checkpoint, precision: Precision, *, t5: bool = True) -> dict[str, PartSize]:
+def part_sizes(
+    checkpoint: Checkpoint, precision: Precision, *, t5: bool = True, base: Base = Base.DTYPE
+) -> dict[str, PartSize]:
     """Return each part's size in memory, from file headers alone.
+
+    Of a quantized denoiser with its largest matrix once more, unpacked, as it is while that layer computes.
 
     Raises:
         CheckpointError: a file is missing or cut short.
     """
     kinds = {name: kind for name, kind in components(checkpoint.folder).items() if is_model(kind)}
     wanted = {name: kind for name, kind in kinds.items() if t5 or name not in T5_COMPONENTS}
-    return {
+    found = headers(checkpoint, list(wanted))
+    sizes = {
         name: _size(tensors, decoder_dtype(precision) if name == VAE else precision.weights, wanted[name])
-        for name, tensors in headers(checkpoint, list(wanted)).items()
+        for name, tensors in found.items()
     }
+    if base is Base.NF4:
+        for name in sizes.keys() & set(DENOISERS):
+            matrices = [math.prod(x.shape) for key, x in found[name].items() if _is_matrix(key, x)]
+            width = precision.weights.itemsize
+            saved = sum(width * values - quantized_bytes(values) for values in matrices)
+            taken = sizes[name].bytes - saved + width * max(matrices, default=0)
+            sizes[name] = PartSize(sizes[name].parameters, taken)
+    return sizes
+
+
+def _is_matrix(name: str, tensor: TensorHeader) -> bool:
+    return name.endswith(".weight") and len(tensor.shape) == 2 and tensor.shape[1] % BLOCK == 0
 
 
 def headers(checkpoint: Checkpoint, parts: Sequence[str]) -> dict[str, dict[str, TensorHeader]]:
