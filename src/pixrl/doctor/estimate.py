@@ -175,11 +175,12 @@ def empty_renderer(
         set_decoding(made.vae, plan, made.settings.resolution)
     except InputError as error:
         findings.miss(Need.SETTING, error)
-    if plan.base is Base.NF4:
+    if plan.base is not Base.DTYPE:
         try:
-            linear_layers(denoiser_of(pipeline), model)
+            linear_layers(denoiser_of(pipeline), model, plan.base)
         except InputError as error:
             findings.miss(Need.SETTING, error)
+    if plan.base is Base.NF4:
         require_quantizer(findings)
     if plan.offload is not Offload.NONE and device.type == "cpu":
         findings.miss(
@@ -270,7 +271,7 @@ def fit_batches(
 def _ways_to_hold(config: AlignConfig, place: Hardware, estimate: Estimate) -> tuple[bool, ...]:
     """Return whether weights may be sharded: the better way first, the one that takes less memory last."""
     machine = config.machine
-    can_wait = machine.offload is not Offload.SEQUENTIAL and machine.base is not Base.NF4
+    can_wait = machine.offload is not Offload.SEQUENTIAL and machine.base is Base.DTYPE
     is_possible = place.processes > 1 and can_wait
     if machine.shard is Shard.NONE or not is_possible or not transformer_blocks(estimate.policy.transformer):
         return (False,)

@@ -36,7 +36,7 @@ from pixrl.hub_check import (
 )
 from pixrl.models.loading import DENOISERS, PREFIXES, decoder_dtype, part_class
 from pixrl.models.memory_plan import Base
-from pixrl.models.quantization import BLOCK, quantized_bytes
+from pixrl.models.quantization import is_quantized, quantized_bytes
 
 VAE = "vae"
 _T5_KEPT_WIDE = ".wo."
@@ -74,18 +74,24 @@ def part_sizes(
         name: _size(tensors, decoder_dtype(precision) if name == VAE else precision.weights, wanted[name])
         for name, tensors in found.items()
     }
-    if base is Base.NF4:
-        for name in sizes.keys() & set(DENOISERS):
-            matrices = [math.prod(x.shape) for key, x in found[name].items() if _is_matrix(key, x)]
-            width = precision.weights.itemsize
-            saved = sum(width * values - quantized_bytes(values) for values in matrices)
-            taken = sizes[name].bytes - saved + width * max(matrices, default=0)
-            sizes[name] = PartSize(sizes[name].parameters, taken)
+    for name in sizes.keys() & set(DENOISERS):
+        shapes = [x.shape for key, x in found[name].items() if key.endswith(".weight") and len(x.shape) == 2]
+        saved = saved_bytes(shapes, precision.weights, base)
+        sizes[name] = PartSize(sizes[name].parameters, sizes[name].bytes - saved)
     return sizes
 
 
-def _is_matrix(name: str, tensor: TensorHeader) -> bool:
-    return name.endswith(".weight") and len(tensor.shape) == 2 and tensor.shape[1] % BLOCK == 0
+def saved_bytes(shapes: Sequence[Sequence[int]], dtype: torch.dtype, base: Base) -> int:
+    """Return the bytes by which quantized linear layers take less than in the dtype, while one of them computes.
+
+    Args:
+        shapes: of the linear layers' weights, each [out, in].
+        dtype: the weights' otherwise.
+        base: the form that they are kept in.
+    """
+    quantized = [shape for shape in shapes if is_quantized(shape, base)]
+    whole = [math.prod(shape) * dtype.itemsize for shape in quantized]
+    return sum(whole) - sum(quantized_bytes(shape, base) for shape in quantized) - max(whole, default=0)
 
 
 def headers(checkpoint: Checkpoint, parts: Sequence[str]) -> dict[str, dict[str, TensorHeader]]:

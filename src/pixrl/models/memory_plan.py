@@ -5,7 +5,7 @@
 | offload: none | everything | nothing |
 | offload: parts | the denoiser; text encoders and VAE while they are used | moving them, once a step at most |
 | offload: sequential | LoRA, buffers, and each layer of the denoiser while it computes | moving all weights each pass |
-| base: nf4 | the denoiser's linear layers in 4 bits, a layer whole while it computes | their rounding; unpacking them |
+| base: int8, nf4 | the denoiser's linear layers in 8 or 4 bits, one whole while it computes | rounding; unpacking |
 | shard: full | this process's part of the denoiser, and each block while it computes | gathering them each pass |
 | vae_slicing | one picture's decoder activations at a time | a little time |
 | vae_tiling: N | the activations of N x N pixels at a time | blended seams: the pictures change a little |
@@ -36,6 +36,8 @@ class Base(StrEnum):
 
     DTYPE = "dtype"
     """The model's dtype."""
+    INT8 = "int8"
+    """8 bits (quantization.py)."""
     NF4 = "nf4"
     """4 bits (quantization.py)."""
 
@@ -52,10 +54,10 @@ class Shard(StrEnum):
 
 
 class MemoryPlan(Settings):
-    """How memory is saved; no result depends on it but for rounding, nf4's most, and for the seams of tiles."""
+    """How memory is saved; results depend on it by rounding (a quantized base's is large) and by tiles' seams."""
 
     base: Base = Base.DTYPE
-    """dtype; nf4: the denoiser's linear layers in 4 bits, by bitsandbytes: another base, close to the first."""
+    """dtype; int8, or nf4 by bitsandbytes: the denoiser's linear layers in 8 or 4 bits: another base, close to it."""
 
     offload: Offload = Offload.NONE
     """none; parts: text encoders and VAE wait on the CPU; sequential: each layer does, slow (GPU). true means parts."""
@@ -78,9 +80,9 @@ class MemoryPlan(Settings):
 
     @model_validator(mode="after")
     def _base_can_wait(self) -> "MemoryPlan":
-        if self.base is Base.NF4 and self.offload is Offload.SEQUENTIAL:
+        if self.base is not Base.DTYPE and self.offload is Offload.SEQUENTIAL:
             raise ValueError(
-                "base: nf4 layers cannot be streamed by offload: sequential, and take a quarter of the room; take "
+                f"base: {self.base} layers cannot be streamed by offload: sequential, and are small without; take "
                 "offload: parts with it, or base: dtype"
             )
         return self

@@ -226,8 +226,8 @@ class PipelineRenderer(Renderer):
         self.vae: nn.Module = self.pipeline.vae.to(memory_format=memory_format(self.device))
         plan = plan or MemoryPlan()
         self.base = plan.base
-        if plan.base is Base.NF4:
-            quantize(denoiser_of(self.pipeline), self.name, self.device, self.precision)
+        if plan.base is not Base.DTYPE:
+            quantize(denoiser_of(self.pipeline), self.name, plan.base, self.device, self.precision)
         set_decoding(self.vae, plan, self.settings.resolution)
         self.offload = plan.offload
         self._place(plan, placed=pipeline is not None)

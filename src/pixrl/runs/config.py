@@ -93,7 +93,7 @@ class EvaluationSettings(Settings):
 
 
 class MachineSettings(MemoryPlan):
-    """The place and manner of computing; no result depends on it but for rounding (nf4's most) and seams of tiles."""
+    """The place and manner of computing; results depend on it by rounding (a quantized base's is large) and tiles."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
