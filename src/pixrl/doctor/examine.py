@@ -198,6 +198,12 @@ def _estimate(
         )
         policy = require_trainable(policy, config.model)
         check_words(texts, policy.vocabulary, policy.name)
+        if policy.distilled_steps is not None:
+            findings.note(
+                f"{policy.name} was distilled to {policy.distilled_steps} steps. Reinforcement learning moves it off "
+                "what the distillation taught, and its pictures blur: train the model that it was distilled from, or "
+                "watch the held-out rewards."
+            )
         if lora is not None:
             fitting_layers(policy.transformer, lora, str(config.lora.base))
         require_texts(policy, checkpoint, texts, findings, t5=config.t5)

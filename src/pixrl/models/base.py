@@ -229,7 +229,7 @@ class Renderer(ABC):
         """
         raise InputError(
             f"The LoRA {place} cannot be merged into {self.name}, a {type(self).__name__}: pixrl reads those of "
-            "SD3 and FLUX. Leave it out."
+            "SD3, FLUX and SDXL. Leave it out."
         )
 
 

@@ -1,4 +1,4 @@
-"""What adapters of diffusers pipelines share: all of them `PipelineRenderer`, SD3 and FLUX `FlowPipelinePolicy`.
+"""What adapters of diffusers pipelines share: `PipelineRenderer` draws, `FlowPipelinePolicy` is trained too.
 
 First the helpers of every adapter: settings, seeded noise, micro-batches. Then two ways to a faster update:
 plain attention on a CPU, and torch.compile. Then the renderer (card, settings, sampling in pieces) and the policy (one
@@ -115,6 +115,8 @@ def micro_batch_for(device: torch.device, resolution: int) -> int:
     return max(1, 64 * 512 * 512 // (resolution * resolution))
 
 
+FEW_STEPS = 8
+"""The most steps of a checkpoint that was distilled to few."""
 SHORT = 256
 """The number of image tokens up to which the table of all pairs is small beside the other activations."""
 
@@ -240,6 +242,12 @@ class PipelineRenderer(Renderer):
     def _defaults(self, folder: Path) -> SamplingSettings:
         """Return how a checkpoint without a card is sampled; a family may look into the folder's configs."""
         return self.defaults
+
+    @property
+    def distilled_steps(self) -> int | None:
+        """The few steps that the checkpoint was distilled to, by its configs; None where it was not, or has a card."""
+        steps = self._defaults(self.checkpoint.folder).steps
+        return steps if self.card.steps is None and steps <= FEW_STEPS else None
 
     def _check_options(self, guidance: float | None, t5: bool) -> None:
         """Raise InputError for an option that has no effect on this checkpoint."""

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from pixrl.device import DType
@@ -131,8 +132,10 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
 
     @property
     def draws_by_euler(self) -> bool:
-        config = self.pipeline.scheduler.config
-        return config._class_name == "EulerDiscreteScheduler" and config.timestep_spacing == "trailing"
+        scheduler = self.pipeline.scheduler
+        return (
+            isinstance(scheduler, EulerDiscreteScheduler) and scheduler.config.timestep_spacing == "trailing"
+        )
 
     def _timesteps_at(self, ratios_B: Tensor) -> Tensor:
         """Return where these levels stand among the UNet's timesteps, between two of them in proportion.
