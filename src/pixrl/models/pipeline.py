@@ -309,11 +309,9 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     """A trainable flow pipeline, sampled by Euler steps on the pipeline's own schedule."""
 
     lora_targets: ClassVar[tuple[str, ...]]
-    denoiser: ClassVar[str] = "transformer"
-    """The name of the denoising network among the pipeline's parts."""
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
-        self.transformer: nn.Module = self.pipeline.components[self.denoiser]
+        self.transformer: nn.Module = denoiser_of(self.pipeline)
         self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=placed)
         self.lora: LoraSlots | None = None
         self.compiled = False

@@ -53,7 +53,6 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
 
     pipelines = ("StableDiffusionXLPipeline",)
     pipeline_class = "StableDiffusionXLPipeline"
-    denoiser = "unet"
     gpu_dtype = DType.FLOAT16
     lora_layout = "sdxl"
     defaults = BASE
