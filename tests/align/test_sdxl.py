@@ -17,6 +17,7 @@ from pixrl.runs import checkpoint
 from pixrl.runs.config import load_recipe
 from tests import tiny
 from tests.align.parts import E2PO, GRPO, final, recipe, same
+from tests.align.test_processes import write_recipe
 from tests.tolerance import PICTURE, agree
 
 OWL = "a red owl"
