@@ -9,15 +9,18 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from tests import tiny
+from tests.align.parts import NFT, aligner, groups
 from tests.tolerance import MODEL, PICTURE, agree
 
 from pixrl import models
+from pixrl.algorithms.sampling import RolloutSettings
 from pixrl.conformance import check_policy
 from pixrl.equations import cps_step
 from pixrl.errors import CheckpointError, ShapeError
 from pixrl.models.base import Conditioning
 from pixrl.models.sdxl import SDXLPolicy
 from pixrl.models.sharding import transformer_blocks
+from pixrl.runs import measure
 
 OWL, SNAIL = "a photo of an owl", "a photo of a snail"
 
@@ -135,6 +138,16 @@ def test_eulers_steps_on_the_velocity_are_the_schedulers(base: SDXLPolicy, guida
         ours = base.decode(x)
     assert agree(ours, theirs, PICTURE)
     assert agree(base.sample(both, [1, 2]), theirs, PICTURE)
+
+
+@pytest.mark.parametrize("base", BASES[:2], indirect=True, ids=map("-".join, BASES[:2]))
+def test_rollouts_and_evaluations_begin_where_a_picture_does(base: SDXLPolicy) -> None:
+    base.attach_lora(rank=2, alpha=4)
+    rollouts = aligner(base, NFT, RolloutSettings(steps=3, solver="euler")).collect(groups(1), 0)
+    prompts, seeds = base.encode(rollouts.samples.prompts), rollouts.samples.seeds
+    pictures = base.sample(prompts, seeds)
+    assert agree(rollouts.images_BCHW, pictures, PICTURE)
+    assert agree(measure.sample(base, prompts, seeds), pictures, PICTURE)
 
 
 @pytest.mark.parametrize("timestep", [1, 250, 999])
