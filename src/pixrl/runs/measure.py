@@ -133,7 +133,7 @@ def sample(
         solver: euler or dpm.
     """
     plan = StepPlan(Schedule.of(policy, policy.settings.steps), Solver(solver))
-    steps, x = ODESolver(plan), policy.initial_noise(seeds)
+    steps, x = ODESolver(plan), plan.schedule.sigmas[0] * policy.initial_noise(seeds)
     for number, sigma in enumerate(plan.schedule.sigmas[:-1]):
         x = steps.step(x, policy.velocity(x, x.new_full((len(x),), sigma), conditioning), number)
     return policy.decode(x).float().cpu()
@@ -154,7 +154,9 @@ def evaluate(
     """
     drawn = draw(policy, slot, prompts, drawing)
     samples = drawn.samples
-    scores = rewards.score(RewardBatch(drawn.images_BCHW, samples.prompts, samples.metadata))
+    scores = rewards.of_single_pictures().score(
+        RewardBatch(drawn.images_BCHW, samples.prompts, samples.metadata)
+    )
     held_out = {setting.name: setting.held_out for setting in rewards.settings}
     diversity = meter.measure(drawn.images_BCHW, samples.prompt_B)
     tasks = [str(prompt.metadata[TAG]) if TAG in prompt.metadata else None for prompt in prompts]
