@@ -28,7 +28,7 @@ from pixrl.report.fuse import write_fuse_report, write_many_report
 from pixrl.runs.config import ALIGN, KINDS, PERSONALIZE, AlignConfig, load_recipe
 from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.log import evaluations
+from pixrl.runs.reading import evaluations
 from pixrl.runs.training import Report
 
 RUNS = Path("runs")
