@@ -23,6 +23,7 @@ from pixrl.report.figures import (
     phases,
     reward_panels,
     smooth,
+    thumbnail,
     warnings,
     window_of,
 )
@@ -164,10 +165,10 @@ def test_the_group_shown_is_the_newest_that_is_whole(tmp_path: Path) -> None:
     config = settings(steps=40)
     folder = run_folder(tmp_path / "run", config, done=12, evaluated=())
     manifest = folder.manifest()
-    shown = newest_group(folder.path, shape_of(config), manifest)
+    shown = newest_group(folder.path, shape_of(config), manifest, thumbnail)
     assert shown is not None and (shown.step, shown.columns) == (10, 4)
     assert [name for name, _ in shown.rows] == ["the prompt itself", "variant 1", "variant 2"]
-    assert newest_group(folder.path, shape_of(config), manifest[:5]) is None
+    assert newest_group(folder.path, shape_of(config), manifest[:5], thumbnail) is None
     assert newest_group(folder.path, shape_of(config), []) is None
 
 

@@ -20,6 +20,7 @@ from pixrl.report.figures import (
     panels,
     phases,
     reward_panels,
+    thumbnail,
     warnings,
 )
 from pixrl.report.page import render
@@ -82,7 +83,7 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "slot": "trained" if config.optimizer.ema is None else "averaged",
         "reward_panels": reward_panels(shape, metrics, evaluated),
         "panels": panels(metrics, evaluated, learned=shape.learned),
-        "group": newest_group(folder.path, shape, manifest),
+        "group": newest_group(folder.path, shape, manifest, thumbnail),
         "group_note": shape.pictures,
         "phases": phases(metrics),
         "failures": failures(manifest),

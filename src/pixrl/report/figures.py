@@ -6,10 +6,10 @@ is chance), pictures before and after, the newest group, and charts of what was 
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from markupsafe import Markup
 
@@ -20,6 +20,7 @@ from pixrl.runs.folder import ManifestRow, RunFolder
 from pixrl.runs.reading import (
     HELD_OUT,
     MEASURED,
+    SIMILARITY,
     TRAINED,
     Shape,
     base_and_last,
@@ -51,6 +52,8 @@ KEPT = 0.8
 
 
 Rows = Sequence[Mapping[str, Any]]
+P = TypeVar("P")
+"""What shows a picture: a data URI in reports, which need nothing but themselves."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +68,23 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Generic[P]):
     """One picture of a group and its reward."""
 
-    image: str
+    image: P
+    """What `show` made of its file."""
     caption: str
 
 
 @dataclass(frozen=True)
-class ShownGroup:
+class ShownGroup(Generic[P]):
     """A training group: rows are semantic variants of the prompt, columns are noises."""
 
     step: int
     prompt: str
     reward: str
     columns: int
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    rows: tuple[tuple[str, tuple[Cell[P], ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,73 @@ class Change:
         return f"{self.gain:+.3f}{bounds}"
 
 
+@dataclass(frozen=True)
+class ParentShare:
+    """The part of one concept in a picture of a fusion."""
+
+    concept: str
+    similarity: float
+    percent: float
+    bar: float
+    """Width of its bar: the shares cut at 0 and scaled to sum to 100."""
+
+
+def parent_shares(row: ManifestRow, concepts: Sequence[str]) -> tuple[ParentShare, ...]:
+    """Return each concept's similarity to a picture of a fusion, and its share of the mixing coefficients."""
+    summary = row.extra.get("coefficients", {"share": {}})
+    shares = [100 * summary["share"].get(concept, math.nan) for concept in concepts]
+    bars = [max(share, 0.0) if math.isfinite(share) else 0.0 for share in shares]
+    whole = sum(bars) or 1.0
+    return tuple(
+        ParentShare(concept, number(row.scores.get(f"{SIMILARITY}{concept}")), share, 100 * bar / whole)
+        for concept, share, bar in zip(concepts, shares, bars, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """One prompt and noise before and after training: its pictures' files, and its scores where they were kept."""
+
+    number: int
+    prompt: str
+    seed: int
+    before: Path
+    after: Path
+    reference: Path | None
+    scores: Mapping[str, tuple[float, float]]
+    """Reward -> score before and after, nan where there is none."""
+
+    def gain(self, reward: str) -> float:
+        """Return the score after minus the score before; nan where one is not known."""
+        before, after = self.scores.get(reward, (math.nan, math.nan))
+        return after - before
+
+
+def scored_pairs(folder: RunFolder, shape: Shape) -> list[ScoredPair]:
+    """Return the evaluation's pictures of the base and of the newest evaluated weights, with their scores."""
+    steps = [row["step"] for row in base_and_last(folder)]
+    sides = [sample_scores(folder, step) for step in steps]
+    found = []
+    for entry, before, after in before_and_after(folder):
+        at = entry["number"]
+        scores = {
+            name: tuple(
+                number(side[name][at]) if at < len(side.get(name, ())) else math.nan for side in sides
+            )
+            for name in shape.roles
+        }
+        reference = folder.path / entry["reference"] if "reference" in entry else None
+        found.append(ScoredPair(at, entry["prompt"], entry["seed"], before, after, reference, scores))
+    return found
+
+
+def by_change(pairs: Sequence[ScoredPair], reward: str, *, falls: bool = False) -> list[ScoredPair]:
+    """Sort pairs by how far a reward rose, or fell; those without both scores come last, in their order."""
+    known = [pair for pair in pairs if not math.isnan(pair.gain(reward))]
+    rest = [pair for pair in pairs if math.isnan(pair.gain(reward))]
+    return [*sorted(known, key=lambda pair: pair.gain(reward), reverse=not falls), *rest]
+
+
 def gallery_pairs(folder: RunFolder) -> list[Pair]:
     """Return the evaluation's pictures of the base and of the newest evaluated weights, from the same noise."""
     return [
@@ -181,8 +252,18 @@ def gallery_pairs(folder: RunFolder) -> list[Pair]:
     ]
 
 
-def newest_group(run: Path, shape: Shape, manifest: Sequence[ManifestRow]) -> ShownGroup | None:
-    """Return the first whole group of the newest step whose pictures were kept; None where there is none."""
+def thumbnail(path: Path) -> str:
+    """Return a picture among others as a data URI."""
+    return inline(path, THUMBNAIL)
+
+
+def newest_group(
+    run: Path, shape: Shape, manifest: Sequence[ManifestRow], show: Callable[[Path], P]
+) -> ShownGroup[P] | None:
+    """Return the first whole group of the newest step whose pictures were kept; None where there is none.
+
+    `show` makes of a picture's file what the page shows.
+    """
     size, noises = shape.group_size, shape.noises
     kept = [row for row in manifest if row.file is not None]
     newest = [row for row in kept if row.step == kept[-1].step][:size]
@@ -191,7 +272,7 @@ def newest_group(run: Path, shape: Shape, manifest: Sequence[ManifestRow]) -> Sh
     reward = next(name for name, role in shape.roles.items() if role != HELD_OUT)
     scores = [row.scores.get(reward) for row in newest]
     cells = [
-        Cell(inline(run / str(row.file), THUMBNAIL), "–" if score is None else f"{score:.3f}")
+        Cell(show(run / str(row.file)), "–" if score is None else f"{score:.3f}")
         for row, score in zip(newest, scores, strict=True)
     ]
     rows = tuple(
@@ -349,14 +430,14 @@ def changes_of(folder: RunFolder, shape: Shape) -> list[Change]:
         Change(
             name,
             role,
-            _number(first.get(f"{name}/mean")),
-            _number(last.get(f"{name}/mean")),
+            number(first.get(f"{name}/mean")),
+            number(last.get(f"{name}/mean")),
             intervals.get(name),
         )
         for name, role in shape.roles.items()
     ]
     if "diversity" in last:
-        changes.append(Change("diversity", "spread", _number(first["diversity"]), _number(last["diversity"])))
+        changes.append(Change("diversity", "spread", number(first["diversity"]), number(last["diversity"])))
     return changes
 
 
@@ -393,5 +474,6 @@ def warnings(changes: Sequence[Change]) -> list[str]:
     return found
 
 
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
+    """Return a score of a log, nan where it has null."""
     return math.nan if value is None else value

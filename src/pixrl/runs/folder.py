@@ -138,7 +138,7 @@ class JsonLines:
             os.fsync(file.fileno())
 
     def _scan(self, strict: bool = True) -> Scan:
-        scan = _scan_bytes(self.path.read_bytes() if self.path.exists() else b"")
+        scan = scan_lines(self.path.read_bytes() if self.path.exists() else b"")
         if strict and scan.bad_line is not None:
             good = (
                 f"Lines 1 to {scan.bad_line - 1} are good"
@@ -152,7 +152,8 @@ class JsonLines:
         return scan
 
 
-def _scan_bytes(content: bytes) -> Scan:
+def scan_lines(content: bytes) -> Scan:
+    """Check the lines of a log, or of a part of one that begins with a line."""
     rows: list[dict[str, Any]] = []
     ends: list[int] = []
     lines = io.BytesIO(content).readlines()
@@ -382,9 +383,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, float]]:
         """Read all lines of metrics.jsonl, null as nan."""
-        return [
-            {name: math.nan if x is None else x for name, x in row.items()} for row in self._metrics.read()
-        ]
+        return [finite_or_nan(row) for row in self._metrics.read()]
 
     def truncate_metrics(self, from_step: int) -> None:
         """Drop the metrics of `from_step` and later, which a resumed run writes again."""
@@ -402,6 +401,11 @@ class RunFolder:
         pictures = (png_bytes(image_CHW) for image_CHW in images_CHW)
         write_all_atomic({self.path / name: png for name, png in zip(names, pictures, strict=True)})
         return names
+
+
+def finite_or_nan(row: Mapping[str, float | None]) -> dict[str, float]:
+    """Return a line of metrics with nan where it has null."""
+    return {name: math.nan if x is None else x for name, x in row.items()}
 
 
 def png_bytes(image_CHW: "Tensor") -> bytes:

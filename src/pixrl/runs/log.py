@@ -21,12 +21,11 @@ from torch.utils.tensorboard import SummaryWriter
 from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.world import World
 from pixrl.fusion.config import FuseConfig
-from pixrl.fusion.select import SCORE
 from pixrl.fusion.trainer import FusionRollouts, FusionScores
 from pixrl.runs import checkpoint
 from pixrl.runs.files import fsync_folder, remove, write_all_atomic, write_atomic
 from pixrl.runs.folder import EVALUATIONS, JsonLines, ManifestRow, RunFolder, png_bytes
-from pixrl.runs.reading import SCORES, evaluated_places, samples_of, step_of_place
+from pixrl.runs.reading import SCORES, SIMILARITY, evaluated_places, samples_of, step_of_place
 from pixrl.types import Scores
 
 TENSORBOARD = "tensorboard"
@@ -262,7 +261,9 @@ def manifest_rows(
     rows = []
     for i, file in enumerate(files):
         similarities = scores.feedback.similarities_BN[i].tolist()
-        figures = {f"{SCORE}{concept}": s for concept, s in zip(config.concepts, similarities, strict=True)}
+        figures = {
+            f"{SIMILARITY}{concept}": s for concept, s in zip(config.concepts, similarities, strict=True)
+        }
         figures["reward"] = float(scores.feedback.rewards_B[i])
         scored = not math.isnan(figures["reward"])
         figures["balance"] = max(similarities) - min(similarities) if scored else math.nan

@@ -5,6 +5,7 @@ Nothing here loads torch or the code of a method, so that a page of a run costs 
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any, TypeVar
 
 from pixrl.errors import CheckpointError
 from pixrl.runs import checkpoint
-from pixrl.runs.folder import EVALUATIONS, JsonLines, RunFolder
+from pixrl.runs.folder import EVALUATIONS, JsonLines, RunFolder, scan_lines
 
 SCORES = "scores.json"
 """The file of scores beside an evaluation's pictures."""
 STEP = "step-"
 START = "start.json"
 GALLERY = "samples/gallery.json"
+SIMILARITY = "S/"
+"""Before a concept's name: the score of a picture's similarity to it."""
 FINDINGS = "guard.json"
 """Beside an evaluation's pictures: every signal of it."""
 TRAINED, MEASURED, HELD_OUT = "trained on", "only measured", "never trained on"
@@ -213,3 +216,48 @@ def before_and_after(folder: RunFolder) -> Iterator[tuple[dict[str, Any], Path, 
         name = f"{entry['number']:04d}.png"
         if (first / name).is_file() and (last / name).is_file():
             yield entry, first / name, last / name
+
+
+class Tail:
+    """A log that grows, of which each `update` reads the new lines alone; what was cut back is forgotten."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self._end = 0
+        self._file: tuple[int, int] | None = None
+        self._last = b""
+
+    def update(self) -> int:
+        """Read on, and return how many of the rows were known before: fewer than were there where the log was cut back.
+
+        Raises:
+            CheckpointError: a line with more behind it does not match its checksum; the rows before it are kept.
+        """
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            self._forget()
+            return 0
+        with file:
+            status = os.fstat(file.fileno())
+            file.seek(self._end - len(self._last))
+            if self._file != (status.st_dev, status.st_ino) or file.read(len(self._last)) != self._last:
+                self._forget()
+                self._file = (status.st_dev, status.st_ino)
+                file.seek(0)
+            known, content = len(self.rows), file.read()
+        scan = scan_lines(content)
+        if scan.ends:
+            before = scan.ends[-2] if len(scan.ends) > 1 else 0
+            self._last = content[before : scan.ends[-1]]
+            self._end += scan.good_bytes
+            self.rows += scan.rows
+        if scan.bad_line is not None:
+            raise CheckpointError(
+                f"{self.path.name}, line {known + scan.bad_line}, does not match its checksum: the run is damaged."
+            )
+        return known
+
+    def _forget(self) -> None:
+        self.rows, self._end, self._last, self._file = [], 0, b"", None
