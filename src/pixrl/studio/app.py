@@ -20,7 +20,7 @@ from pixrl.report.page import render
 from pixrl.rewards.http import is_loopback
 from pixrl.runs.process import ask_to_stop
 from pixrl.studio.folders import RunData, Runs, State, sentence
-from pixrl.studio.pages import AT_ONCE, IN_ORDER, RunPage, large, orders_of, run_list
+from pixrl.studio.pages import AT_ONCE, RunPage, large, orders_of, run_list
 from pixrl.studio.processes import Processes
 
 EVERY = 2.0
@@ -74,15 +74,15 @@ class Studio:
             return ""
 
     def _build(self) -> gr.Blocks:
-        with gr.Blocks(title="pixrl studio", analytics_enabled=False) as page:
+        with gr.Blocks(title="pixrl studio", analytics_enabled=False, fill_width=True) as page:
             gr.HTML('<div id="wordmark">pixrl <span>studio</span></div>')
             chosen, beside = gr.State(None), gr.State(None)
             seen = gr.State({})
-            with gr.Row():
+            with gr.Row(elem_id="sides"):
                 with gr.Column(scale=1, min_width=240):
                     listing = self._html()
                     other = gr.Dropdown([NONE], value=NONE, label="Beside it", interactive=True)
-                with gr.Column(scale=5, min_width=320), gr.Row():
+                with gr.Column(scale=5, min_width=320), gr.Row(elem_id="columns"):
                     left, right = RunColumn(self, visible=True), RunColumn(self, visible=False)
             columns = (left, right)
             shown = [listing, other, chosen, beside, seen, *left.outputs, *right.outputs]
@@ -93,9 +93,14 @@ class Studio:
             ) -> list[Any]:
                 return self._update(first, second, known, columns, settings)
 
+            def tick(*values: Any) -> list[Any]:
+                # what is chosen stays as it is: a click may come while this looks
+                listed, choice, _, _, known, *parts = update(*values)
+                return [listed, choice, gr.skip(), gr.skip(), known, *parts]
+
             def open_page(request: gr.Request, *values: Any) -> list[Any]:
                 wanted = [request.query_params.get(name) for name in ("run", "beside")]
-                return update(*wanted, {}, *values[3:])
+                return [*update(*wanted, {}, *values[3:]), gr.Timer(active=True)]
 
             def choose(event: gr.EventData, *values: Any) -> list[Any]:
                 return update(str(event._data["name"]), *values[1:])
@@ -108,8 +113,9 @@ class Studio:
                 "concurrency_limit": 8,
                 "api_visibility": "private",
             }
-            page.load(open_page, given, shown, **quiet)
-            gr.Timer(EVERY).tick(update, given, shown, **quiet)
+            timer = gr.Timer(EVERY, active=False)
+            page.load(open_page, given, [*shown, timer], **quiet)
+            timer.tick(tick, given, shown, **quiet)
             listing.select(choose, given, shown, **quiet)
             other.input(set_beside, [other, *given], shown, **quiet)
             for column, name in ((left, chosen), (right, beside)):
@@ -174,18 +180,19 @@ class RunColumn:
         self.studio = studio
         with gr.Column(visible=visible, min_width=320) as self.column:
             self.head = studio._html()
-            with gr.Row():
+            with gr.Row(elem_classes="buttons"):
                 self.stop = gr.Button("Stop", size="sm", interactive=False)
                 self.resume = gr.Button("Resume", size="sm", interactive=False)
                 self.export = gr.Button("Export LoRA", size="sm", interactive=False)
-            self.note = gr.HTML("", elem_classes="note")
-            self.curves = studio._html()
+            self.note = gr.HTML("", elem_classes="note", visible=False)
+            self.rewards = studio._html()
             self.group = studio._html()
-            with gr.Row(visible=False) as self.bar:
+            with gr.Row(visible=False, elem_classes="heading") as self.bar:
                 gr.HTML('<div class="pixrl"><h2>Before and after</h2></div>')
-                self.order = gr.Dropdown([IN_ORDER], value=IN_ORDER, show_label=False, container=False)
+                self.order = gr.Dropdown([], value=None, show_label=False, container=False)
             self.pairs = studio._html()
             self.more = gr.Button("Show more", size="sm", visible=False)
+            self.learning = studio._html()
         self.count = gr.State(AT_ONCE)
         self.said = gr.State("")
         """What came of the last click on a button."""
@@ -200,8 +207,8 @@ class RunColumn:
         """The parts in the order of what `show` returns."""
         buttons = [self.stop, self.resume, self.export]
         return [
-            *(self.column, self.head, *buttons, self.note, self.curves, self.group),
-            *(self.bar, self.order, self.pairs, self.more),
+            *(self.column, self.head, *buttons, self.note, self.rewards, self.group),
+            *(self.bar, self.order, self.pairs, self.more, self.learning),
         ]
 
     def show(self, at: str, data: RunData | None, settings: Sequence[Any], fresh: Fresh) -> list[Any]:
@@ -228,13 +235,14 @@ class RunColumn:
             fresh(f"{at}/stop", can_stop, gr.Button(interactive=can_stop)),
             fresh(f"{at}/resume", can_resume, gr.Button(interactive=can_resume)),
             fresh(f"{at}/export", (can_export, trains), gr.Button(interactive=can_export, visible=trains)),
-            fresh(f"{at}/note", note),
-            fresh(f"{at}/curves", page.curves(data)),
+            fresh(f"{at}/note", note, gr.HTML(note, visible=bool(note.strip()))),
+            fresh(f"{at}/rewards", page.rewards(data)),
             fresh(f"{at}/group", page.group(data)),
             fresh(f"{at}/bar", trains, gr.Row(visible=trains)),
             fresh(f"{at}/order", (orders, order), gr.Dropdown(choices=orders, value=order)),
             fresh(f"{at}/pairs", pairs),
             fresh(f"{at}/more", more, gr.Button(visible=more)),
+            fresh(f"{at}/learning", page.learning(data)),
         ]
 
     def listen(
@@ -274,8 +282,8 @@ class RunColumn:
 
 
 def _named_picture(studio: Studio) -> Any:
-    def picture(run: str, file: str) -> str:
-        return studio.picture(run, file)
+    def picture(asked: Any) -> str:
+        return studio.picture(str(asked["run"]), str(asked["file"]))
 
     return picture
 

@@ -20,7 +20,7 @@ from pixrl.report.page import installed_version
 from pixrl.runs import place
 from pixrl.runs.folder import EVALUATIONS, MANIFEST, METRICS, ManifestRow, RunFolder, finite_or_nan
 from pixrl.runs.process import is_stopping, process_of
-from pixrl.runs.reading import Shape, Tail, read_shape, start_if_any
+from pixrl.runs.reading import START, Shape, Tail, read_shape, start_if_any
 from pixrl.untrusted import encodable
 
 DEEPEST = 4
@@ -133,9 +133,7 @@ class WatchedRun:
 
     def _look(self) -> RunData:
         refuse_newer(self.path)
-        recipe = self.path / place.RECIPE
-        start = self.path / "start.json"
-        stamps = tuple(_stamp(file) for file in (recipe, start))
+        stamps = tuple(_stamp(self.path / name) for name in (place.RECIPE, place.ENVIRONMENT, START))
         if stamps != self._known:
             folder = RunFolder.at(self.path, allow_changed=True)
             self._kind, self._recipe = folder.kind, folder.recipe()

@@ -70,9 +70,13 @@ class RunPage:
             ),
         )
 
-    def curves(self, data: RunData) -> str:
-        """Return the changes of the fixed prompts, the curves of the rewards, and those of all else that was logged."""
-        return self._part("curves", (data.version, data.error), lambda: self._curves(data))
+    def rewards(self, data: RunData) -> str:
+        """Return the changes of the fixed prompts, and the curves of the rewards, trained on and held out."""
+        return self._part("rewards", (data.version, data.error), lambda: self._rewards(data))
+
+    def learning(self, data: RunData) -> str:
+        """Return the curves of everything else that was logged."""
+        return self._part("learning", (data.version, data.error), lambda: _learning(data))
 
     def group(self, data: RunData) -> str:
         """Return the newest pictures of training: a group by variant and noise, or a batch of children."""
@@ -89,23 +93,13 @@ class RunPage:
         key = (data.evaluations_version, data.error, order, count)
         return self._part("pairs", key, lambda: _pairs(data, order, count))
 
-    def _curves(self, data: RunData) -> str:
+    def _rewards(self, data: RunData) -> str:
         if data.error:
             return ""
         if data.shape is None:
-            changes, charts = [], _fusion_charts(data)
-        else:
-            changes = self._changes(data)
-            charts = [
-                ("Rewards", figures.reward_panels(data.shape, data.metrics, data.evaluated)),
-                (
-                    "How it learns",
-                    figures.panels(data.metrics, data.evaluated, learned=data.shape.learned),
-                ),
-            ]
-        step = data.evaluated[-1]["step"] if data.evaluated else 0
-        charts = [(heading, panels) for heading, panels in charts if panels]
-        return render("studio/curves.html.j2", {"changes": changes, "charts": charts, "step": step})
+            return _curves("Rewards", _fusion_panels(data))
+        panels = figures.reward_panels(data.shape, data.metrics, data.evaluated)
+        return _curves("Rewards", panels, self._changes(data), data.evaluated)
 
     def _changes(self, data: RunData) -> list[figures.Change]:
         key = data.evaluations_version
@@ -194,14 +188,34 @@ def _fusion_names(data: RunData) -> list[str]:
     return [name for row in rows for name in row if name.startswith("reward/")]
 
 
-def _fusion_charts(data: RunData) -> list[tuple[str, list[figures.Panel]]]:
+def _fusion_panels(data: RunData) -> list[figures.Panel]:
     rewards = [figures.number(row.scores.get("reward")) for row in data.manifest]
     if len(rewards) < 2:
         return []
     batch = max(1, int((data.recipe or {}).get("batch", 1)))
-    chart = Markup(reward_chart(rewards, batch))
     note = "Of every picture, the mean of a batch, and the best so far."
-    return [("How it goes", [figures.Panel("Reward", note, chart)])]
+    return [figures.Panel("Reward", note, Markup(reward_chart(rewards, batch)))]
+
+
+def _learning(data: RunData) -> str:
+    learned = data.shape is not None and data.shape.learned
+    return (
+        ""
+        if data.error
+        else _curves("How it learns", figures.panels(data.metrics, data.evaluated, learned=learned))
+    )
+
+
+def _curves(
+    heading: str,
+    panels: Sequence[figures.Panel],
+    changes: Sequence[figures.Change] = (),
+    evaluated: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    step = evaluated[-1]["step"] if evaluated else 0
+    return render(
+        "studio/curves.html.j2", {"heading": heading, "panels": panels, "changes": changes, "step": step}
+    )
 
 
 def _group(data: RunData) -> str:
@@ -248,7 +262,7 @@ def _pair(data: RunData, pair: figures.ScoredPair) -> dict[str, Any]:
     scores = []
     for name, (before, after) in pair.scores.items():
         gain = pair.gain(name)
-        text = "–" if math.isnan(gain) else f"{gain:+.3f}"
+        text = "–" if math.isnan(gain) else f"{gain:+.3f}" if gain else "="
         scores.append((name, before, after, text, "up" if gain > 0 else "down" if gain < 0 else ""))
     return {
         "prompt": pair.prompt,
@@ -264,7 +278,7 @@ def _picture(data: RunData, path: Path) -> Picture:
     """Show a picture among others; a damaged one as a frame that says so."""
     file = path.relative_to(data.path).as_posix()
     try:
-        shown = Markup('<img src="{}" alt="" loading="lazy">').format(inline(path, THUMBNAIL))
+        shown = Markup('<img src="{}" alt="">').format(inline(path, THUMBNAIL))
     except (OSError, ValueError):
         shown = Markup('<div class="gone">damaged picture</div>')
     return Picture(file, shown)

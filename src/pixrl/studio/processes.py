@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -31,7 +32,9 @@ class Begun:
 class Processes:
     """The processes that the studio started, one a run at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Sequence[str] = (sys.executable, "-m", "pixrl")) -> None:
+        """Start processes of `program`, to which a command and a run's folder are added."""
+        self._program = program
         self._begun: dict[Path, Begun] = {}
         self._lock = threading.Lock()
 
@@ -50,7 +53,7 @@ class Processes:
                 )
             said = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process is done)
             process = subprocess.Popen(
-                [sys.executable, "-m", "pixrl", command, str(run)],
+                [*self._program, command, str(run)],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,

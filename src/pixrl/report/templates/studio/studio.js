@@ -21,7 +21,7 @@ async function enlarge(figure) {
     shown.style.setProperty("--count", images.length || 1);
     const run = figure.closest("[data-of]")?.dataset.of;
     figure.dataset.files.split(" ").forEach(async (file, at) => {
-      const large = await server.picture(run, file);
+      const large = await server.picture({ run, file });
       if (large && images[at]) images[at].src = large;
     });
   }
