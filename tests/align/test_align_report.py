@@ -169,7 +169,7 @@ def test_the_group_shown_is_the_newest_that_is_whole(tmp_path: Path) -> None:
     assert shown is not None and (shown.step, shown.columns) == (10, 4)
     assert [name for name, _ in shown.rows] == ["the prompt itself", "variant 1", "variant 2"]
     assert newest_group(folder.path, shape_of(config), manifest[:5], thumbnail) is None
-    assert newest_group(folder.path, shape_of(config), []) is None
+    assert newest_group(folder.path, shape_of(config), [], thumbnail) is None
 
 
 def test_phases_are_summed_over_steps_that_may_lack_some() -> None:

@@ -24,8 +24,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start = json.loads((folder.path / START).read_text())
         (folder.path / START).write_text(json.dumps({**start, "shape": shape_of(config).__dict__}))
         for at, gain in ((evaluated[0], 0.0), (evaluated[1], 0.25)):
-            values = {
-                "geneval": [0.1 * n + gain * (n % 3 - 1) for n in range(6)],
+            values = {  # sums without rounding
+                "geneval": [0.125 * n + gain * (n % 3 - 1) for n in range(6)],
                 "preference": [20.0 + n for n in range(6)],
             }
             (samples_of(folder, at) / SCORES).write_text(json.dumps(values))

@@ -22,7 +22,7 @@ from pixrl.runs.reading import (
     MEASURED,
     SIMILARITY,
     TRAINED,
-    Shape,
+    RunShape,
     base_and_last,
     before_and_after,
     evaluated_places,
@@ -213,19 +213,19 @@ class ScoredPair:
         return after - before
 
 
-def scored_pairs(folder: RunFolder, shape: Shape) -> list[ScoredPair]:
+def scored_pairs(folder: RunFolder, shape: RunShape) -> list[ScoredPair]:
     """Return the evaluation's pictures of the base and of the newest evaluated weights, with their scores."""
     steps = [row["step"] for row in base_and_last(folder)]
     sides = [sample_scores(folder, step) for step in steps]
+
+    def score(side: Mapping[str, Sequence[float | None]], name: str, at: int) -> float:
+        values = side.get(name, ())
+        return number(values[at]) if at < len(values) else math.nan
+
     found = []
     for entry, before, after in before_and_after(folder):
         at = entry["number"]
-        scores = {
-            name: tuple(
-                number(side[name][at]) if at < len(side.get(name, ())) else math.nan for side in sides
-            )
-            for name in shape.roles
-        }
+        scores = {name: (score(sides[0], name, at), score(sides[1], name, at)) for name in shape.roles}
         reference = folder.path / entry["reference"] if "reference" in entry else None
         found.append(ScoredPair(at, entry["prompt"], entry["seed"], before, after, reference, scores))
     return found
@@ -258,7 +258,7 @@ def thumbnail(path: Path) -> str:
 
 
 def newest_group(
-    run: Path, shape: Shape, manifest: Sequence[ManifestRow], show: Callable[[Path], P]
+    run: Path, shape: RunShape, manifest: Sequence[ManifestRow], show: Callable[[Path], P]
 ) -> ShownGroup[P] | None:
     """Return the first whole group of the newest step whose pictures were kept; None where there is none.
 
@@ -304,7 +304,7 @@ def failures(manifest: Sequence[ManifestRow]) -> list[tuple[str, int]]:
     return Counter(row.failed for row in manifest if row.failed is not None).most_common()
 
 
-def reward_panels(shape: Shape, metrics: Rows, evaluated: Rows) -> list[Panel]:
+def reward_panels(shape: RunShape, metrics: Rows, evaluated: Rows) -> list[Panel]:
     """Return one panel a reward: its mean on the pictures of training and on fixed prompts at fixed seeds."""
     found = []
     for name, role in shape.roles.items():
@@ -415,7 +415,7 @@ def _points(rows: Rows, name: str) -> list[tuple[float, float]]:
     return known if len(known) > 1 else []
 
 
-def changes_of(folder: RunFolder, shape: Shape) -> list[Change]:
+def changes_of(folder: RunFolder, shape: RunShape) -> list[Change]:
     """Return every reward and the diversity, of the base and at the last evaluation; none where not both are there."""
     evaluated = base_and_last(folder)
     if not evaluated:

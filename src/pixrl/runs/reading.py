@@ -50,7 +50,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class Shape:
+class RunShape:
     """What a page has to know of an alignment's recipe; start.json keeps it (`shape`), since only the method knows."""
 
     steps: int
@@ -69,7 +69,7 @@ class Shape:
         return MEASURED not in self.roles.values()
 
 
-def read_shape(folder: RunFolder) -> Shape:
+def read_shape(folder: RunFolder) -> RunShape:
     """Read the shape of an alignment from start.json.
 
     A run of before it was kept is read by its recipe alone: as one that learns from every reward that is not held out.
@@ -81,9 +81,9 @@ def read_shape(folder: RunFolder) -> Shape:
     recipe = folder.recipe()
     try:
         if kept is not None:
-            return Shape(**kept)
+            return RunShape(**kept)
         explored = recipe["exploration"]
-        return Shape(
+        return RunShape(
             int(recipe["steps"]),
             {one["name"]: HELD_OUT if one["held_out"] else TRAINED for one in recipe["rewards"]},
             int(explored["noises"]),

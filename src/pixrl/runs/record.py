@@ -28,7 +28,7 @@ from pixrl.runs.reading import (
     MEASURED,
     START,
     TRAINED,
-    Shape,
+    RunShape,
     evaluations,
     gallery_on_disk,
     start_if_any,
@@ -77,10 +77,10 @@ def write_start(
     write_atomic(folder.path / START, json.dumps(record, indent=1).encode() + b"\n")
 
 
-def shape_of(config: AlignConfig) -> Shape:
+def shape_of(config: AlignConfig) -> RunShape:
     """Return what a page has to know of a recipe."""
     learned = config.loss.learns_from_scores
-    return Shape(
+    return RunShape(
         config.steps,
         {s.name: (HELD_OUT if s.held_out else TRAINED) if learned else MEASURED for s in config.rewards},
         config.exploration.noises,

@@ -365,7 +365,7 @@ def launch(studio: Studio, host: str, port: int, token: str | None) -> str:
         theme=theme(),
         head=_style(),
     )
-    return url
+    return str(url)
 
 
 def _free_port(host: str, port: int) -> int:

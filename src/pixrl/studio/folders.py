@@ -20,7 +20,7 @@ from pixrl.report.page import installed_version
 from pixrl.runs import place
 from pixrl.runs.folder import EVALUATIONS, MANIFEST, METRICS, ManifestRow, RunFolder, finite_or_nan
 from pixrl.runs.process import is_stopping, process_of
-from pixrl.runs.reading import START, Shape, Tail, read_shape, start_if_any
+from pixrl.runs.reading import START, RunShape, Tail, read_shape, start_if_any
 from pixrl.untrusted import encodable
 
 DEEPEST = 4
@@ -57,7 +57,7 @@ class RunData:
     state: State
     kind: str = ""
     recipe: dict[str, Any] | None = None
-    shape: Shape | None = None
+    shape: RunShape | None = None
     """Of a run that trains a model."""
     metrics: Sequence[dict[str, float]] = ()
     evaluated: Sequence[dict[str, Any]] = ()

@@ -24,12 +24,14 @@ AT_ONCE = 12
 IN_ORDER = "in order"
 CHILDREN = 48
 """Pictures of a fusion's newest batch that are shown, at most."""
+SPARK = 120
+"""The newest steps that the small curves of the head show."""
 LATEST = (("group_std", "group std"), ("zero_std_share", "zero-std share"), ("diversity", "diversity"))
 """The figures beside the rewards that a run's head shows."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class ShownPicture:
     """A picture of a run on the page: how it is asked for, and what shows it."""
 
     file: str
@@ -167,7 +169,7 @@ def latest(data: RunData) -> list[tuple[str, float, Markup]]:
         names = [(name, name.replace("reward/", "").replace("/", " ")) for name in _fusion_names(data)]
     found = []
     for name, label in names:
-        values = [row[name] for row in data.metrics if name in row]
+        values = [row[name] for row in data.metrics[-SPARK:] if name in row]
         if values:
             smoothed = [y for _, y in figures.smooth(list(enumerate(values)), figures.window_of(len(values)))]
             found.append((label, values[-1], Markup(sparkline(smoothed))))
@@ -274,11 +276,11 @@ def _pair(data: RunData, pair: figures.ScoredPair) -> dict[str, Any]:
     }
 
 
-def _picture(data: RunData, path: Path) -> Picture:
+def _picture(data: RunData, path: Path) -> ShownPicture:
     """Show a picture among others; a damaged one as a frame that says so."""
     file = path.relative_to(data.path).as_posix()
     try:
         shown = Markup('<img src="{}" alt="">').format(inline(path, THUMBNAIL))
     except (OSError, ValueError):
         shown = Markup('<div class="gone">damaged picture</div>')
-    return Picture(file, shown)
+    return ShownPicture(file, shown)
