@@ -197,7 +197,7 @@ def main() -> int:
     """Run it; the exit code."""
     options = read_arguments()
     os.environ.update(OMP_NUM_THREADS="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", TOKENIZERS_PARALLELISM="false")
-    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TESTS_START="fork")
     sys.path[:0] = [str(SOURCE), str(ROOT)]
     table, sources = Table.read(), package_sources()
     try:

@@ -16,7 +16,8 @@ Launch = Callable[..., list[int | None]]
 
 def launching() -> Iterator[Launch]:
     """Yield what runs a command or `act` in processes and returns their exit codes; all of them end with it."""
-    server = multiprocessing.get_context("forkserver")
+    # a mutant of tools/mutate_semantic.py lives in this process alone: a server's children would import the original
+    server = multiprocessing.get_context(os.environ.get("TESTS_START", "forkserver"))
     server.set_forkserver_preload(["pixrl.jobs.align", "diffusers", "transformers", "peft"])
     begun: list[BaseProcess] = []
 

@@ -17,13 +17,12 @@ from pixrl.algorithms.world import sharers
 from pixrl.device import Precision, choose_precision, free_bytes
 from pixrl.doctor.diagnosis import Batches, Findings, Hardware, Need, Trained, run_name, size
 from pixrl.doctor.generator import require_fit
-from pixrl.doctor.needs import existing_device
+from pixrl.doctor.needs import existing_device, require_quantizer
 from pixrl.errors import InputError, PixrlError
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.estimate import (
-    DENOISERS,
     Cost,
     PartSize,
     cost_of,
@@ -31,9 +30,11 @@ from pixrl.models.estimate import (
     imagined,
     operations_of,
 )
-from pixrl.models.memory_plan import MemoryPlan, Offload, Shard
+from pixrl.models.loading import DENOISERS, denoiser_of
+from pixrl.models.memory_plan import Base, MemoryPlan, Offload, Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import TEXT_PARTS, set_decoding
+from pixrl.models.quantization import linear_layers
 from pixrl.models.sharding import sharded_bytes, transformer_blocks
 from pixrl.models.slots import slot_sizes
 from pixrl.models.text import PromptCache
@@ -174,6 +175,13 @@ def empty_renderer(
         set_decoding(made.vae, plan, made.settings.resolution)
     except InputError as error:
         findings.miss(Need.SETTING, error)
+    if plan.base is not Base.DTYPE:
+        try:
+            linear_layers(denoiser_of(pipeline), model, plan.base)
+        except InputError as error:
+            findings.miss(Need.SETTING, error)
+    if plan.base is Base.NF4:
+        require_quantizer(findings)
     if plan.offload is not Offload.NONE and device.type == "cpu":
         findings.miss(
             Need.SETTING, f"offload={plan.offload.value} has no effect on a CPU: remove it, or choose a GPU."
@@ -263,7 +271,8 @@ def fit_batches(
 def _ways_to_hold(config: AlignConfig, place: Hardware, estimate: Estimate) -> tuple[bool, ...]:
     """Return whether weights may be sharded: the better way first, the one that takes less memory last."""
     machine = config.machine
-    is_possible = place.processes > 1 and machine.offload is not Offload.SEQUENTIAL
+    can_wait = machine.offload is not Offload.SEQUENTIAL and machine.base is Base.DTYPE
+    is_possible = place.processes > 1 and can_wait
     if machine.shard is Shard.NONE or not is_possible or not transformer_blocks(estimate.policy.transformer):
         return (False,)
     return (True,) if machine.divides else (False, True)

@@ -109,7 +109,7 @@ def examine_training(
     parts: dict[str, PartSize] = {}
     estimate: Estimate | None = None
     if checkpoint is not None:
-        parts = find_parts(checkpoint, precision, findings, t5=config.t5)
+        parts = find_parts(checkpoint, precision, findings, t5=config.t5, base=config.machine.base)
         texts = [prompt.text for prompt in prompts + shown]
         is_weighed = not about_to_run or (not findings.problems and _is_in_doubt(config, parts, device))
         estimate = _estimate(
@@ -329,7 +329,7 @@ def examine_fusion(
     device, place, precision = find_place(
         config.device, config.dtype, processes, findings, on_gpu=(adapter or Renderer).gpu_dtype
     )
-    parts = {} if checkpoint is None else find_parts(checkpoint, precision, findings)
+    parts = {} if checkpoint is None else find_parts(checkpoint, precision, findings, base=config.memory.base)
     cost: Cost | None = None
     side, batch = 0, 1
     if checkpoint is not None and adapter is not None and can_be_estimated(adapter, config.model, findings):

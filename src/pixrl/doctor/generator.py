@@ -30,8 +30,9 @@ from pixrl.hub_check import (
     remedy,
 )
 from pixrl.models import adapter_of, lora_files
-from pixrl.models.estimate import CONTRADICTIONS, DENOISERS, VAE, PartSize, empty_text_encoder, part_sizes
-from pixrl.models.loading import PREFIXES, family, misfit_of_file, misfit_of_folder, part_class
+from pixrl.models.estimate import CONTRADICTIONS, VAE, PartSize, empty_text_encoder, part_sizes
+from pixrl.models.loading import DENOISERS, PREFIXES, family, misfit_of_file, misfit_of_folder, part_class
+from pixrl.models.memory_plan import Base
 from pixrl.models.slots import Lora
 
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -67,7 +68,12 @@ def find_pipeline(ref: str, findings: Findings, *, fetch: bool = False, t5: bool
 
 
 def find_parts(
-    checkpoint: Checkpoint, precision: Precision, findings: Findings, *, t5: bool = True
+    checkpoint: Checkpoint,
+    precision: Precision,
+    findings: Findings,
+    *,
+    t5: bool = True,
+    base: Base = Base.DTYPE,
 ) -> dict[str, PartSize]:
     """Return the size of each part of the generator; {} where its files cannot be read.
 
@@ -76,7 +82,7 @@ def find_parts(
     for folder in sorted(checkpoint.folder.glob("tokenizer*")):
         require_pieces(folder, findings)
     try:
-        return part_sizes(checkpoint, precision, t5=t5)
+        return part_sizes(checkpoint, precision, t5=t5, base=base)
     except CheckpointError as error:
         findings.miss(Need.WEIGHTS, error)
         return {}

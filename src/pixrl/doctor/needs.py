@@ -15,6 +15,7 @@ from pixrl.doctor.diagnosis import Findings, Need, size
 from pixrl.errors import CheckpointError, InputError, PixrlError, RunError
 from pixrl.hub import ask, cached_folder, download_command, resolve
 from pixrl.hub_check import Layout, check_folder, read_header
+from pixrl.models.quantization import library
 from pixrl.rewards.weights import is_weight_file, weight_shards
 from pixrl.runs.files import free_bytes
 from pixrl.runs.place import require_free
@@ -86,6 +87,14 @@ def require_eight_bit(findings: Findings) -> None:
             Need.PACKAGE,
             f"optimizer.eight_bit needs {EIGHT_BIT_PACKAGE}. Type: pip install 'pixrl[{EIGHT_BIT_EXTRA}]'",
         )
+
+
+def require_quantizer(findings: Findings) -> None:
+    """Check that the package of a quantized base is installed."""
+    try:
+        library()
+    except RunError as error:
+        findings.miss(Need.PACKAGE, error)
 
 
 def require_pieces(folder: Path, findings: Findings) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixrl.config import parse_yaml
-from pixrl.errors import CheckpointError, ConfigError
+from pixrl.errors import CheckpointError, ConfigError, InputError
 from pixrl.hub import TOY_PREFIX, Card, Checkpoint, locate, read_card, resolve, split_adapter, split_revision
 from pixrl.hub_check import read_json
 from pixrl.plugins import Registry
@@ -79,6 +79,11 @@ def load(
         t5=t5,
         plan=plan,
     )
+    if plan is not None and renderer.base is not plan.base:
+        raise InputError(
+            f"base={plan.base.value} has no effect on {ref}: its adapter {type(renderer).__name__} keeps its weights "
+            f"as {renderer.base.value}. Leave it out."
+        )
     if lora is not None:
         renderer.merge_lora(Path(lora))
     return renderer

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pixrl.device import DType
 from pixrl.errors import InputError, ShapeError
+from pixrl.models.memory_plan import Base
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ class Renderer(ABC):
     """The dtype that "auto" stands for on a GPU."""
     lora_layout: ClassVar[str | None] = None
     """The family whose names its LoRA files use, sd3 or flux; None: none can be merged."""
+    base: Base = Base.DTYPE
+    """The form of its frozen weights; an adapter that can quantize them sets it to its plan's."""
     licences: ClassVar[Mapping[str, str]] = {}
     """The licences of published weights by hub id, as known when this was written; the model's page decides."""
     name: str

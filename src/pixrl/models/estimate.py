@@ -34,9 +34,10 @@ from pixrl.hub_check import (
     read_json,
     remedy,
 )
-from pixrl.models.loading import PREFIXES, decoder_dtype, part_class
+from pixrl.models.loading import DENOISERS, PREFIXES, decoder_dtype, part_class
+from pixrl.models.memory_plan import Base
+from pixrl.models.quantization import is_quantized, quantized_bytes
 
-DENOISERS = ("transformer", "unet")
 VAE = "vae"
 _T5_KEPT_WIDE = ".wo."
 """The weights that transformers keeps in float32 where T5 is loaded in float16."""
@@ -56,18 +57,41 @@ class PartSize:
     """The bytes that it will take in memory."""
 
 
-def part_sizes(checkpoint: Checkpoint, precision: Precision, *, t5: bool = True) -> dict[str, PartSize]:
+def part_sizes(
+    checkpoint: Checkpoint, precision: Precision, *, t5: bool = True, base: Base = Base.DTYPE
+) -> dict[str, PartSize]:
     """Return each part's size in memory, from file headers alone.
+
+    Of a quantized denoiser with its largest matrix once more, unpacked, as it is while that layer computes.
 
     Raises:
         CheckpointError: a file is missing or cut short.
     """
     kinds = {name: kind for name, kind in components(checkpoint.folder).items() if is_model(kind)}
     wanted = {name: kind for name, kind in kinds.items() if t5 or name not in T5_COMPONENTS}
-    return {
+    found = headers(checkpoint, list(wanted))
+    sizes = {
         name: _size(tensors, decoder_dtype(precision) if name == VAE else precision.weights, wanted[name])
-        for name, tensors in headers(checkpoint, list(wanted)).items()
+        for name, tensors in found.items()
     }
+    for name in sizes.keys() & set(DENOISERS):
+        shapes = [x.shape for key, x in found[name].items() if key.endswith(".weight") and len(x.shape) == 2]
+        saved = saved_bytes(shapes, precision.weights, base)
+        sizes[name] = PartSize(sizes[name].parameters, sizes[name].bytes - saved)
+    return sizes
+
+
+def saved_bytes(shapes: Sequence[Sequence[int]], dtype: torch.dtype, base: Base) -> int:
+    """Return the bytes by which quantized linear layers take less than in the dtype, while one of them computes.
+
+    Args:
+        shapes: of the linear layers' weights, each [out, in].
+        dtype: the weights' otherwise.
+        base: the form that they are kept in.
+    """
+    quantized = [shape for shape in shapes if is_quantized(shape, base)]
+    whole = [math.prod(shape) * dtype.itemsize for shape in quantized]
+    return sum(whole) - sum(quantized_bytes(shape, base) for shape in quantized) - max(whole, default=0)
 
 
 def headers(checkpoint: Checkpoint, parts: Sequence[str]) -> dict[str, dict[str, TensorHeader]]:

@@ -32,6 +32,7 @@ from pixrl.hub_check import (
 from pixrl.models.published_names import authors_names
 
 Shape = tuple[int, ...]
+DENOISERS = ("transformer", "unet")
 
 PREFIXES = {
     "vae": ("first_stage_model.", "vae."),
@@ -103,6 +104,12 @@ def load_pipeline(class_name: str, checkpoint: Checkpoint, precision: Precision,
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     return pipeline
+
+
+def denoiser_of(pipeline: Any) -> torch.nn.Module:
+    """Return the transformer or the UNet of a pipeline."""
+    found: torch.nn.Module = next(part for name, part in pipeline.components.items() if name in DENOISERS)
+    return found
 
 
 def decoder_dtype(precision: Precision) -> torch.dtype:

@@ -5,6 +5,7 @@
 | offload: none | everything | nothing |
 | offload: parts | the denoiser; text encoders and VAE while they are used | moving them, once a step at most |
 | offload: sequential | LoRA, buffers, and each layer of the denoiser while it computes | moving all weights each pass |
+| base: int8, nf4 | the denoiser's linear layers in 8 or 4 bits, one whole while it computes | rounding; unpacking |
 | shard: full | this process's part of the denoiser, and each block while it computes | gathering them each pass |
 | vae_slicing | one picture's decoder activations at a time | a little time |
 | vae_tiling: N | the activations of N x N pixels at a time | blended seams: the pictures change a little |
@@ -15,7 +16,7 @@ Sequential offload keeps the weights that a backward pass will need, so training
 from enum import StrEnum
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from pixrl.config import Settings, Side
 
@@ -30,6 +31,17 @@ class Offload(StrEnum):
     """Every layer of the denoiser waits on the CPU."""
 
 
+class Base(StrEnum):
+    """The form in which the frozen weights of a denoiser's linear layers are kept."""
+
+    DTYPE = "dtype"
+    """The model's dtype."""
+    INT8 = "int8"
+    """8 bits (quantization.py)."""
+    NF4 = "nf4"
+    """4 bits (quantization.py)."""
+
+
 class Shard(StrEnum):
     """Whether the processes of a run divide the denoiser's frozen weights among them."""
 
@@ -42,7 +54,10 @@ class Shard(StrEnum):
 
 
 class MemoryPlan(Settings):
-    """How memory is saved; no result depends on it but for rounding, and for the seams of tiles."""
+    """How memory is saved; results depend on it by rounding (a quantized base's is large) and by tiles' seams."""
+
+    base: Base = Base.DTYPE
+    """dtype; int8, or nf4 by bitsandbytes: the denoiser's linear layers in 8 or 4 bits: another base, close to it."""
 
     offload: Offload = Offload.NONE
     """none; parts: text encoders and VAE wait on the CPU; sequential: each layer does, slow (GPU). true means parts."""
@@ -62,3 +77,12 @@ class MemoryPlan(Settings):
         if isinstance(given, bool):
             return Offload.PARTS if given else Offload.NONE
         return given
+
+    @model_validator(mode="after")
+    def _base_can_wait(self) -> "MemoryPlan":
+        if self.base is not Base.DTYPE and self.offload is Offload.SEQUENTIAL:
+            raise ValueError(
+                f"base: {self.base} layers cannot be streamed by offload: sequential, and are small without; take "
+                "offload: parts with it, or base: dtype"
+            )
+        return self

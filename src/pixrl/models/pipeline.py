@@ -26,10 +26,11 @@ from pixrl.errors import ConfigError, InputError, RunError, ShapeError, did_you_
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
 from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, Renderer, SamplingSettings
 from pixrl.models.latents import LatentCache, decode_latents, encode_latents, memory_format
-from pixrl.models.loading import load_pipeline
+from pixrl.models.loading import denoiser_of, load_pipeline
 from pixrl.models.lora_files import open_lora
-from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.memory_plan import Base, MemoryPlan
 from pixrl.models.placement import PipelinePart, Placement, set_decoding, without_gradients
+from pixrl.models.quantization import quantize
 from pixrl.models.sharding import shard, transformer_blocks
 from pixrl.models.slots import LoraSlots, Slot, digest, merge, parse_slot
 from pixrl.models.text import PromptCache, check_words
@@ -212,6 +213,9 @@ class PipelineRenderer(Renderer):
         self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision, t5=t5)
         self.vae: nn.Module = self.pipeline.vae.to(memory_format=memory_format(self.device))
         plan = plan or MemoryPlan()
+        self.base = plan.base
+        if plan.base is not Base.DTYPE:
+            quantize(denoiser_of(self.pipeline), self.name, plan.base, self.device, self.precision)
         set_decoding(self.vae, plan, self.settings.resolution)
         self.offload = plan.offload
         self._place(plan, placed=pipeline is not None)
@@ -275,7 +279,10 @@ class PipelineRenderer(Renderer):
 
     @cached_property
     def _files_fingerprint(self) -> str:
-        return checkpoint_fingerprint(self.checkpoint)
+        files = checkpoint_fingerprint(self.checkpoint)
+        if self.base is Base.DTYPE:
+            return files
+        return sha256(f"{files} {self.base.value}".encode()).hexdigest()[:16]
 
 
 class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):

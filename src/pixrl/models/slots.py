@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError, InputError, RunError, did_you_mean
 from pixrl.libraries import check_torchvision
+from pixrl.models.quantization import dense_weight, set_weight
 
 Lora = Mapping[str, tuple[Tensor, Tensor]]
 """A mapping of the transformer's modules to (down [r, in], up [out, r]), whose product is added to the weight."""
@@ -235,8 +236,8 @@ def fitting_layers(backbone: nn.Module, lora: Lora, name: str) -> dict[str, nn.L
     layers: dict[str, nn.Linear] = {}
     for module, (down, up) in lora.items():
         layer = known.get(module)
-        if not isinstance(layer, nn.Linear) or layer.weight.shape != (len(up), down.shape[1]):
-            shape = list(layer.weight.shape) if isinstance(layer, nn.Linear) else "missing"
+        if not isinstance(layer, nn.Linear) or _shape(layer) != [len(up), down.shape[1]]:
+            shape = _shape(layer) if isinstance(layer, nn.Linear) else "missing"
             raise CheckpointError(
                 f"{name} does not fit this transformer: {module} is {shape} here and "
                 f"{[len(up), down.shape[1]]} there. It belongs to another model."
@@ -249,12 +250,18 @@ def fitting_layers(backbone: nn.Module, lora: Lora, name: str) -> dict[str, nn.L
 def merge(backbone: nn.Module, lora: Lora, name: str) -> None:
     """Add a LoRA to a backbone's weights; each sum is rounded once to the weights' dtype.
 
+    A quantized layer is unpacked, and its sum quantized again.
+
     Raises:
         CheckpointError: as `fitting_layers`; nothing was changed.
     """
     for module, layer in fitting_layers(backbone, lora, name).items():
         down, up = (x.to(layer.weight.device) for x in lora[module])
-        layer.weight.copy_(layer.weight.float() + up @ down)
+        set_weight(layer, dense_weight(layer) + up @ down)
+
+
+def _shape(layer: nn.Linear) -> list[int]:
+    return [layer.out_features, layer.in_features]  # the weight of a quantized one is packed
 
 
 def digest(lora: Lora) -> str:

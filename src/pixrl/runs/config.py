@@ -30,7 +30,7 @@ from pixrl.errors import RunError
 from pixrl.hub import split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
 from pixrl.models.flux import Preset, Shift
-from pixrl.models.memory_plan import MemoryPlan, Offload, Shard
+from pixrl.models.memory_plan import Base, MemoryPlan, Offload, Shard
 from pixrl.plugins import PartOf, checksums
 from pixrl.rewards import REGISTRY as REWARDS
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
@@ -93,7 +93,7 @@ class EvaluationSettings(Settings):
 
 
 class MachineSettings(MemoryPlan):
-    """The place and manner of computing; no result depends on it but for rounding, and for the seams of VAE tiles."""
+    """The place and manner of computing; results depend on it by rounding (a quantized base's is large) and tiles."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -257,6 +257,11 @@ class AlignConfig(Settings):
             raise ValueError(
                 "machine.offload=sequential saves nothing in training unless activations are computed again: "
                 "add machine.gradient_checkpointing=true"
+            )
+        if machine.divides and machine.base is not Base.DTYPE:
+            raise ValueError(
+                f"machine.shard=full: weights of machine.base={machine.base} cannot be divided among processes; leave "
+                "machine.shard out, or take base: dtype"
             )
         if machine.offload is Offload.SEQUENTIAL and machine.divides:
             raise ValueError(
