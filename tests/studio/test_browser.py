@@ -82,3 +82,34 @@ def test_runs_are_seen_live_side_by_side_enlarged_and_stopped(browser: Any, root
         )  # nothing is asked of anybody else
     finally:
         studio.page.close()
+
+
+def test_a_mixture_follows_the_pad_and_is_kept(browser: Any, root: Path) -> None:
+    studio = Studio(root, ("owl", "snail", "mushroom"))
+    url = launch(studio, "127.0.0.1", 0, None)
+    try:
+        tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        tab.set_default_timeout(60_000)
+        tab.goto(url)
+        tab.get_by_role("tab", name="Fuse").click()
+        for concept in ("owl", "snail"):
+            tab.get_by_label("Concepts, two to four").fill(concept)
+            tab.get_by_role("option", name=concept, exact=True).click()
+        tab.locator(".shares", has_text="snail 50 %").wait_for()
+        tab.keyboard.press("Escape")
+        tab.locator(".pad.n2").press("ArrowRight")
+        tab.locator(".shares", has_text="snail 55 %").wait_for()
+        area = tab.locator(".pad .area").bounding_box()
+        tab.mouse.click(area["x"] + 0.8 * area["width"], area["y"] + 4)
+        tab.locator(".shares", has_text="snail 80 %").wait_for()
+        tab.get_by_role("button", name="Keep").click()
+        tab.locator("[data-list=kept]").wait_for()
+        tab.get_by_role("button", name="Other noise").click()
+        tab.locator(".mixture", has_text="noise 1").wait_for()
+        tab.locator("[data-list=kept]").click()
+        tab.locator(".mixture", has_text="noise 0").wait_for()
+        with tab.expect_download() as saved:
+            tab.locator(".mixture a").first.click()
+        assert saved.value.suggested_filename == "owl-snail-0.png"
+    finally:
+        studio.page.close()

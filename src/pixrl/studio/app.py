@@ -8,7 +8,6 @@ import hmac
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from pixrl.report.page import render
 from pixrl.rewards.http import is_loopback
 from pixrl.runs.process import ask_to_stop
 from pixrl.studio.folders import RunData, Runs, State, sentence
+from pixrl.studio.fuse_tab import FuseTab
 from pixrl.studio.pages import AT_ONCE, RunPage, large, orders_of, run_list
 from pixrl.studio.processes import Processes
+from pixrl.studio.style import asset, style, theme
 
 EVERY = 2.0
 """Seconds between two looks at the folders."""
@@ -29,27 +30,23 @@ LEAST_TOKEN = 16
 """Characters of a token, at least."""
 NONE = "–"
 """No run beside the first one."""
-FONT = (
-    "ui-sans-serif",
-    "system-ui",
-    "-apple-system",
-    "Segoe UI",
-    "Roboto",
-    "Helvetica Neue",
-    "Arial",
-    "sans-serif",
-)
 
 
 class Studio:
     """The page of one folder of runs."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, concepts: Sequence[str] = (), model: str = "toy:sd3") -> None:
         """Make the page.
+
+        Args:
+            root: a folder of runs, or a run.
+            concepts: what the list of the tab of fusions offers.
+            model: what draws the fusions.
 
         Raises:
             InputError: there is no such folder.
         """
+        self._fused_from, self._model = tuple(concepts), model
         self.runs = Runs(root)
         self.processes = Processes()
         self._pages: dict[str, RunPage] = {}
@@ -78,12 +75,14 @@ class Studio:
             gr.HTML('<div id="wordmark">pixrl <span>studio</span></div>')
             chosen, beside = gr.State(None), gr.State(None)
             seen = gr.State({})
-            with gr.Row(elem_id="sides"):
+            with gr.Tab("Runs"), gr.Row(elem_id="sides"):
                 with gr.Column(scale=1, min_width=240):
-                    listing = self._html()
+                    listing = self.html()
                     other = gr.Dropdown([NONE], value=NONE, label="Beside it", interactive=True)
                 with gr.Column(scale=5, min_width=320), gr.Row(elem_id="columns"):
                     left, right = RunColumn(self, visible=True), RunColumn(self, visible=False)
+            with gr.Tab("Fuse"):
+                self.fuse = FuseTab(self, self._fused_from, self._model)
             columns = (left, right)
             shown = [listing, other, chosen, beside, seen, *left.outputs, *right.outputs]
             given = [chosen, beside, seen, *left.inputs, *right.inputs]
@@ -116,6 +115,8 @@ class Studio:
             timer = gr.Timer(EVERY, active=False)
             page.load(open_page, given, [*shown, timer], **quiet)
             timer.tick(tick, given, shown, **quiet)
+            fuse = self.fuse
+            timer.tick(fuse.tick, [fuse.searched, fuse.mark], [fuse.learned, fuse.mark], **quiet)
             listing.select(choose, given, shown, **quiet)
             other.input(set_beside, [other, *given], shown, **quiet)
             for column, name in ((left, chosen), (right, beside)):
@@ -148,10 +149,11 @@ class Studio:
             parts += column.show(f"{at}", data, settings[at * half : (at + 1) * half], fresh)
         return [html, choice, first, second, fresh.known, *parts]
 
-    def _html(self, **more: Any) -> gr.HTML:
+    def html(self, **more: Any) -> gr.HTML:
+        """Make a part of the page whose runs can be clicked on, and whose pictures are enlarged."""
         return gr.HTML(
             "",
-            js_on_load=_asset("studio.js"),
+            js_on_load=asset("studio.js"),
             server_functions=[_named_picture(self)],
             apply_default_css=False,
             **more,
@@ -179,20 +181,20 @@ class RunColumn:
     def __init__(self, studio: Studio, *, visible: bool) -> None:
         self.studio = studio
         with gr.Column(visible=visible, min_width=320) as self.column:
-            self.head = studio._html()
+            self.head = studio.html()
             with gr.Row(elem_classes="buttons"):
                 self.stop = gr.Button("Stop", size="sm", interactive=False)
                 self.resume = gr.Button("Resume", size="sm", interactive=False)
                 self.export = gr.Button("Export LoRA", size="sm", interactive=False)
             self.note = gr.HTML("", elem_classes="note", visible=False)
-            self.rewards = studio._html()
-            self.group = studio._html()
+            self.rewards = studio.html()
+            self.group = studio.html()
             with gr.Row(visible=False, elem_classes="heading") as self.bar:
                 gr.HTML('<div class="pixrl"><h2>Before and after</h2></div>')
                 self.order = gr.Dropdown([], value=None, show_label=False, container=False)
-            self.pairs = studio._html()
+            self.pairs = studio.html()
             self.more = gr.Button("Show more", size="sm", visible=False)
-            self.learning = studio._html()
+            self.learning = studio.html()
         self.count = gr.State(AT_ONCE)
         self.said = gr.State("")
         """What came of the last click on a button."""
@@ -288,47 +290,6 @@ def _named_picture(studio: Studio) -> Any:
     return picture
 
 
-def _asset(name: str) -> str:
-    return (files("pixrl.report") / "templates" / "studio" / name).read_text(encoding="utf-8")
-
-
-def _style() -> str:
-    """Return the reports' style sheet for what stands inside `.pixrl`, and the studio's own."""
-    templates = files("pixrl.report") / "templates"
-    colours, report = (
-        (templates / name).read_text(encoding="utf-8") for name in ("colours.css", "style.css")
-    )
-    return f"<style>{colours}.pixrl {{ {report} }}\n{_asset('studio.css')}</style>"
-
-
-def theme() -> gr.themes.Base:
-    """Return Gradio's plain theme in the type, spacing and colours of the reports."""
-    base = gr.themes.Base(
-        primary_hue="blue",
-        neutral_hue="zinc",
-        radius_size="lg",
-        font=FONT,
-        font_mono=("ui-monospace", "Menlo", "Consolas", "monospace"),
-    )
-    return base.set(
-        body_background_fill="var(--bg)",
-        body_background_fill_dark="var(--bg)",
-        block_background_fill="transparent",
-        block_background_fill_dark="transparent",
-        block_border_width="0px",
-        block_shadow="none",
-        button_secondary_background_fill="var(--card)",
-        button_secondary_background_fill_dark="var(--card)",
-        button_secondary_border_color="var(--line)",
-        button_secondary_border_color_dark="var(--line)",
-        button_border_width="1px",
-        input_background_fill="var(--card)",
-        input_background_fill_dark="var(--card)",
-        input_border_color="var(--line)",
-        input_border_color_dark="var(--line)",
-    )
-
-
 def launch(studio: Studio, host: str, port: int, token: str | None) -> str:
     """Serve the page in threads of its own, and return its address.
 
@@ -363,7 +324,7 @@ def launch(studio: Studio, host: str, port: int, token: str | None) -> str:
         ssr_mode=False,
         footer_links=[],
         theme=theme(),
-        head=_style(),
+        head=style(),
     )
     return str(url)
 

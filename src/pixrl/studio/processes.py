@@ -1,4 +1,4 @@
-"""What the studio starts beside itself: `pixrl resume RUN` and `pixrl export RUN`, each as a process of its own.
+"""What the studio starts beside itself: `pixrl resume`, `export` and `fuse`, each as a process of its own.
 
 A run that was resumed here goes on when the studio is closed.
 """
@@ -38,8 +38,8 @@ class Processes:
         self._begun: dict[Path, Begun] = {}
         self._lock = threading.Lock()
 
-    def begin(self, command: str, run: Path) -> None:
-        """Start `pixrl COMMAND RUN`.
+    def begin(self, command: str, run: Path, given: Sequence[str] = ()) -> None:
+        """Start `pixrl COMMAND GIVEN RUN`.
 
         Raises:
             RunError: the run is trained by a process, or the studio has started one that is not done.
@@ -53,7 +53,7 @@ class Processes:
                 )
             said = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process is done)
             process = subprocess.Popen(
-                [*self._program, command, str(run)],
+                [*self._program, command, *given, str(run)],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
