@@ -257,7 +257,7 @@ def _path(
     policy: FlowPolicy, plan: StepPlan, condition: Conditioning, seeds: Sequence[int]
 ) -> Iterator[Tensor]:
     """Yield the predicted clean latents [B, C, h, w] at every step."""
-    x, solver = policy.initial_noise(seeds), ODESolver(plan)
+    x, solver = plan.schedule.sigmas[0] * policy.initial_noise(seeds), ODESolver(plan)
     for number, sigma in enumerate(plan.schedule.sigmas[:-1]):
         t_B = x.new_full((len(x),), sigma)
         velocity = policy.velocity(x, t_B, condition)

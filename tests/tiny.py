@@ -7,6 +7,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -177,6 +178,25 @@ def sd3(
 SD3_CARD: dict[str, object] = {"steps": 4, "guidance": 0.0, "resolution": 32, "max_sequence_length": 0}
 
 
+def sdxl_base(folder: Path, *, prediction: str = "epsilon", spacing: str = "leading") -> Path:
+    """A StableDiffusionXLPipeline folder as the base model publishes it: Euler steps, of the noise or of v."""
+    sdxl(folder, second=24)
+    scheduler = EulerDiscreteScheduler(**SDXL_LEVELS, timestep_spacing=spacing, prediction_type=prediction)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+SDXL_LEVELS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
 def sdxl(folder: Path, *, seed: int = 0, second: int = 16) -> Path:
     """A StableDiffusionXLPipeline folder as SDXL-Turbo publishes it: ancestral Euler, trailing timesteps.
 
@@ -202,13 +222,7 @@ def sdxl(folder: Path, *, seed: int = 0, second: int = 16) -> Path:
     _make_lively(unet)
     pipeline = StableDiffusionXLPipeline(
         unet=unet,
-        scheduler=EulerAncestralDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            timestep_spacing="trailing",
-        ),
+        scheduler=EulerAncestralDiscreteScheduler(**SDXL_LEVELS, timestep_spacing="trailing"),
         vae=_vae(4, scaling_factor=0.13025),
         text_encoder=CLIPTextModel(CLIPTextConfig(**_text_settings(words, 16))),
         tokenizer=words,

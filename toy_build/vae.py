@@ -27,7 +27,7 @@ SHARP = Plan(
     steps=3_000, batch=8, lr=4e-4, warmup=50, weight_decay=0.0, level=0.5, ema=0.998, betas=(0.5, 0.95)
 )
 SPECTRUM = Plan(
-    steps=1_600, batch=8, lr=3e-4, warmup=30, weight_decay=0.0, level=0.3, ema=0.99, betas=(0.5, 0.95)
+    steps=1_800, batch=8, lr=3e-4, warmup=30, weight_decay=0.0, level=0.3, ema=0.99, betas=(0.5, 0.95)
 )
 CRITIC_RATE, CRITIC_FROM, CRITIC_WEIGHT = 4e-4, 200, 0.02
 SPECTRUM_WEIGHT, BANDS = 0.5, 8

@@ -21,6 +21,8 @@ PICTURE_TOLERANCE = 0.01
 SCORE_TOLERANCE = 1e-4
 NO_DIFFERENCE = 1e-5
 """The mean difference below which an input had no effect."""
+HIGHEST_LEVEL = 0.9
+"""The least first noise level: diffusion models begin a little short of pure noise (SDXL at 0.936)."""
 _STRANGE_WORD = "zyxwvut"
 
 
@@ -93,7 +95,8 @@ def check_policy(
     _check_schedule(checks, policy)
     _check_noise(checks, policy)
     _check_velocity(checks, policy, both)
-    _check_euler(checks, policy, both, tolerance)
+    if policy.draws_by_euler:
+        _check_euler(checks, policy, both, tolerance)
     _check_decoder(checks, policy)
     _check_slots(checks, policy, both)
 
@@ -237,9 +240,11 @@ def _check_schedule(checks: _Checks, policy: FlowPolicy) -> None:
         sigmas = policy.schedule(steps)
         good = list(sigmas.shape) == [steps + 1] and sigmas.dtype is torch.float32
         checks.require(good, "schedule_shape", f"schedule({steps}) is {sigmas.dtype} {list(sigmas.shape)}")
-        ends = abs(sigmas[0].item() - 1) < 1e-3 and sigmas[-1].item() == 0
+        ends = HIGHEST_LEVEL <= sigmas[0].item() < 1 + 1e-3 and sigmas[-1].item() == 0
         falls = bool((sigmas.diff() < 0).all())
-        checks.require(ends and falls, "schedule", f"must fall from 1 to 0, got {sigmas.tolist()}")
+        checks.require(
+            ends and falls, "schedule", f"must fall from 1, or just below it, to 0, got {sigmas.tolist()}"
+        )
 
 
 def _check_noise(checks: _Checks, policy: FlowPolicy) -> None:
@@ -280,7 +285,8 @@ def _check_velocity(checks: _Checks, policy: FlowPolicy, both: Conditioning) -> 
 @torch.no_grad()
 def _check_euler(checks: _Checks, policy: FlowPolicy, both: Conditioning, tolerance: float) -> None:
     seeds = [31, 32]
-    x, sigmas = policy.initial_noise(seeds), policy.schedule(policy.settings.steps)
+    sigmas = policy.schedule(policy.settings.steps)
+    x = sigmas[0].item() * policy.initial_noise(seeds)
     for step in range(policy.settings.steps):
         t = sigmas[step].expand(2).to(x.device)
         x = x + (sigmas[step + 1] - sigmas[step]).item() * policy.velocity(x, t, both)

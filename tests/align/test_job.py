@@ -20,6 +20,7 @@ from pixrl.cli import options
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import CheckpointError, ConfigError, FailedScoresError, InputError, RunError
 from pixrl.jobs import align as align_job
+from pixrl.models.base import Renderer
 from pixrl.report.align import write_align_report
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.data import PromptSampler
@@ -245,12 +246,18 @@ def test_another_reward_is_refused_unless_told(tmp_path: Path, sd3_folder: Path,
     assert any(note.startswith("changed: mine.") for note in start["notes"])
 
 
-def test_a_renderer_cannot_be_aligned(tmp_path: Path, prompt_file: Path) -> None:
-    from tests import tiny
+class Still(Renderer):
+    """Draws, and cannot be trained."""
 
-    folder = tiny.sdxl(tmp_path / "sdxl")
+    def __init__(self, checkpoint: object, **options: object) -> None:
+        self.name = "still"
+
+
+def test_a_renderer_cannot_be_aligned(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
+    Still.__abstractmethods__ = frozenset()
+    place = Path(f"{__file__}:Still@{sd3_folder}")
     with pytest.raises(ConfigError, match="no velocity and no LoRA slots"):
-        pixrl.align(recipe(folder, prompt_file), out=tmp_path / "run")
+        pixrl.align(recipe(place, prompt_file), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

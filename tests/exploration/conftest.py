@@ -8,6 +8,7 @@ from tests import tiny
 from pixrl import models
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.sd3 import SD3Policy
+from pixrl.models.sdxl import SDXLPolicy
 
 
 def _sd3(folder: Path, **settings: object) -> SD3Policy:
@@ -27,6 +28,16 @@ def sd3_t5(tmp_path_factory: pytest.TempPathFactory) -> SD3Policy:
     """As published: two CLIPs of different width, T5 wider than both."""
     card = tiny.SD3_CARD | {"max_sequence_length": 24}
     return _sd3(tmp_path_factory.mktemp("tiny") / "sd3-t5", card=card, with_t5=True)
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> SDXLPolicy:
+    """Two CLIPs of different width, of which the second gives the pooled features."""
+    policy = models.load(
+        tiny.sdxl_base(tmp_path_factory.mktemp("tiny") / "sdxl"), device="cpu", dtype="float32"
+    )
+    assert isinstance(policy, SDXLPolicy)
+    return policy
 
 
 @pytest.fixture(scope="session")

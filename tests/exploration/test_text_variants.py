@@ -12,17 +12,18 @@ from pixrl.errors import InputError, ShapeError
 from pixrl.models.base import Conditioning
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.sd3 import SD3Policy
+from pixrl.models.sdxl import SDXLPolicy
 from pixrl.models.text import ClipEncoder, ClipText, PerturbableText
 
 PROMPT = "an owl by it"
-ALL = ["sd3", "sd3_t5", "flux"]
+ALL = ["sd3", "sd3_t5", "flux", "sdxl"]
 ONES = torch.ones(1)
 
 
 @pytest.fixture
 def policy(request: pytest.FixtureRequest) -> PerturbableText:
     found = request.getfixturevalue(request.param)
-    assert isinstance(found, SD3Policy | FluxPolicy)
+    assert isinstance(found, SD3Policy | FluxPolicy | SDXLPolicy)
     return found
 
 
@@ -56,7 +57,8 @@ def test_unperturbed_features_are_those_of_encode(policy: SD3Policy) -> None:
         features = encoder.features(text.ids_L[None], text.embeddings_LD[None])
         wiped = Conditioning(torch.zeros_like(plain.tokens_BLD), torch.zeros_like(plain.pooled_BE))
         alone = encoder.blend(wiped, features, ONES)
-        assert alone.pooled_BE is not None and alone.pooled_BE.any()
+        assert alone.pooled_BE is not None
+        assert alone.pooled_BE.any() == (encoder.pooled_columns is not None)
         written = encoder.blend(written, features, ONES)
     assert same(written, plain)
 
@@ -75,6 +77,8 @@ def test_all_parts_together_fill_the_clip_rows(policy: SD3Policy) -> None:
         rows = policy.pipeline.tokenizer_max_length
         assert agree(written.tokens_BLD[:, :rows], plain.tokens_BLD[:, :rows], MODEL)
         assert not written.tokens_BLD[:, rows:].any()
+    elif isinstance(policy, SDXLPolicy):
+        assert agree(written.tokens_BLD, plain.tokens_BLD, MODEL)
     else:
         assert not written.tokens_BLD.any()
 

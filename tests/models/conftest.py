@@ -7,7 +7,7 @@ from tests import tiny
 
 from pixrl import models
 from pixrl.models.sd3 import SD3Policy
-from pixrl.models.sdxl import SDXLRenderer
+from pixrl.models.sdxl import SDXLPolicy
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def sd3(sd3_folder: Path) -> SD3Policy:
 
 
 @pytest.fixture
-def sdxl(sdxl_folder: Path) -> SDXLRenderer:
+def sdxl(sdxl_folder: Path) -> SDXLPolicy:
     renderer = models.load(sdxl_folder, device="cpu", dtype="float32")
-    assert isinstance(renderer, SDXLRenderer)
+    assert isinstance(renderer, SDXLPolicy)
     return renderer

@@ -14,7 +14,7 @@ from tests.tolerance import MODEL, agree
 from torch import Tensor
 
 from pixrl import models
-from pixrl.errors import CheckpointError, InputError, RunError
+from pixrl.errors import CheckpointError, RunError
 from pixrl.models.lora_export import adapter_metadata, to_comfyui, to_diffusers
 from pixrl.models.lora_files import open_lora, read_lora
 from pixrl.models.sd3 import SD3Policy
@@ -224,11 +224,11 @@ def test_what_diffusers_makes_of_it(sd3_folder: Path, tmp_path: Path) -> None:
 def test_exports_of_several_ranks_carry_one() -> None:
     pair = torch.ones(2, WIDTH), torch.ones(WIDTH, 2)
     lora = {f"{BLOCK}.to_q": pair, f"{BLOCK}.to_k": (torch.ones(5, WIDTH), torch.ones(WIDTH, 5))}
-    file = to_diffusers(lora)
+    file = to_diffusers(lora, "sd3")
     assert {len(x) for key, x in file.items() if "lora_A" in key} == {5}
     for module, (down, up) in lora.items():
         assert torch.equal(change(file, module), up @ down)
-    said = json.loads(adapter_metadata(lora)["lora_adapter_metadata"])
+    said = json.loads(adapter_metadata(lora, "sd3")["lora_adapter_metadata"])
     assert said["transformer.r"] == said["transformer.lora_alpha"] == 5
     assert LoraConfig(**{key.removeprefix("transformer."): x for key, x in said.items()}).lora_alpha == 5
 
@@ -371,7 +371,7 @@ def test_the_config_beside_is_that_of_pefts_own_file(tmp_path: Path) -> None:
 
 def test_what_is_merged_into(sd3: SD3Policy, sdxl_folder: Path, tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match=r"cannot be merged into .*SDXLRenderer"):
+    with pytest.raises(CheckpointError, match="transformer_blocks"):
         models.load(sdxl_folder, device="cpu", lora=tmp_path / "x.safetensors")
     before = sd3.backbone_fingerprint
     sd3.merge_lora(tmp_path / "x.safetensors")
@@ -390,3 +390,29 @@ def test_half_precision_rounds_the_sum_once() -> None:
     merge(backbone, {"0": lora}, "x")
     assert torch.equal(backbone[0].weight, (weight.float() + lora[1] @ lora[0]).bfloat16())
     assert not torch.equal(backbone[0].weight, weight + (lora[1] @ lora[0]).bfloat16())
+
+
+SDXL_BLOCK = "transformer_blocks.0.attn2"
+SDXL_NAMES = {
+    "diffusers": ("unet.down_blocks.1.attentions.0.{}.to_q.", "lora_A.weight", "lora_B.weight", None),
+    "older": ("unet.down_blocks.1.attentions.0.{}.processor.to_q_lora.", "down.weight", "up.weight", None),
+    "peft": ("base_model.model.down_blocks.1.attentions.0.{}.to_q.", "lora_A.weight", "lora_B.weight", None),
+    "kohya": ("lora_unet_down_blocks_1_attentions_0_{}_to_q.", "lora_down.weight", "lora_up.weight", 2.0),
+    "stability": ("lora_unet_input_blocks_4_1_{}_to_q.", "lora_down.weight", "lora_up.weight", 2.0),
+}
+"""For each layout the beginning of its names, the ends of down and up, and an alpha."""
+
+
+@pytest.mark.parametrize("layout", SDXL_NAMES)
+def test_the_layouts_of_sdxl(layout: str, tmp_path: Path) -> None:
+    name, end, other, alpha = SDXL_NAMES[layout]
+    stem = name.format(SDXL_BLOCK.replace(".", "_") if alpha else SDXL_BLOCK)
+    pair = torch.randn(4, 16), torch.randn(24, 4)
+    given = {stem + end: pair[0], stem + other: pair[1]}
+    if alpha is not None:
+        given[f"{stem}alpha"] = torch.tensor(alpha)
+    save_file(given, tmp_path / "x.safetensors")
+    found = read_lora(tmp_path / "x.safetensors", "sdxl")
+    assert list(found) == [f"down_blocks.1.attentions.0.{SDXL_BLOCK}.to_q"]
+    ((read_down, read_up),) = found.values()
+    assert agree(read_up @ read_down, pair[1] @ pair[0] * (1 if alpha is None else alpha / 4), 4)

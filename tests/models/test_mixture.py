@@ -11,7 +11,7 @@ from torch import Tensor
 from pixrl.errors import InputError, ShapeError
 from pixrl.models.base import Conditioning, Mixture, Renderer
 from pixrl.models.sd3 import SD3Policy
-from pixrl.models.sdxl import SDXLRenderer
+from pixrl.models.sdxl import SDXLPolicy
 
 OWL, SNAIL = "a photo of an owl", "a photo of a snail"
 SEEDS = [1, 2, 3]
@@ -60,7 +60,7 @@ def test_sd3_takes_the_average_velocity_at_every_step(sd3: SD3Policy) -> None:
     assert agree(ours, theirs, PICTURE)
 
 
-def test_sdxl_steps_the_average_of_noise_predictions(sdxl: SDXLRenderer) -> None:
+def test_sdxl_steps_the_average_of_noise_predictions(sdxl: SDXLPolicy) -> None:
     """The oracle: diffusers' scheduler stepped by hand on the average of two calls of the UNet."""
     sdxl.settings = replace(sdxl.settings, steps=3, guidance=0.0)
     ours = sdxl.sample_mixture(mixture(sdxl, weights(0.3, 0.5, 0.9)), SEEDS)
@@ -103,17 +103,15 @@ def test_a_mask_decides_place_by_place(name: str, request: pytest.FixtureRequest
     made = {}
     for kind, last in {"mask": mask, "owl": weights(1, 1, 1), "snail": weights(0, 0, 0)}.items():
         latents = []
-        decode = "decode" if isinstance(renderer, SD3Policy) else "_denoise"
-        original = getattr(renderer, decode)
+        original = renderer.decode
 
-        def keep(*given: object, original=original, latents=latents) -> Tensor:
-            found = original(*given)
-            latents.append(given[0] if isinstance(renderer, SD3Policy) else found)
-            return found
+        def keep(x0: Tensor, original=original, latents=latents) -> Tensor:
+            latents.append(x0)
+            return original(x0)
 
-        setattr(renderer, decode, keep)
+        renderer.decode = keep
         renderer.sample_mixture(mixture(renderer, even, last), SEEDS)
-        delattr(renderer, decode)
+        del renderer.decode
         made[kind] = torch.cat(latents)
     half = side // 2
     assert agree(made["mask"][:, :, :half], made["owl"][:, :, :half], PICTURE)

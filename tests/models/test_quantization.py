@@ -17,7 +17,7 @@ from pixrl.models.estimate import part_sizes
 from pixrl.models.memory_plan import Base, MemoryPlan
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.quantization import Int8Linear, dense_weight, linear_layers, quantize
-from pixrl.models.sdxl import SDXLRenderer
+from pixrl.models.sdxl import SDXLPolicy
 from pixrl.models.slots import merge
 from pixrl.report.export import export
 
@@ -180,7 +180,7 @@ def test_a_renderer_draws_from_a_quantized_base(sdxl_folder: Path, base: Base) -
     drawn = []
     for plan in (None, MemoryPlan(base=base)):
         renderer = models.load(sdxl_folder, device="cpu", dtype="float32", plan=plan)
-        assert isinstance(renderer, SDXLRenderer)
+        assert isinstance(renderer, SDXLPolicy)
         drawn.append(renderer.sample(renderer.encode(["a photo of an owl"]), [1]))
     assert not torch.equal(*drawn)
     assert distance(drawn[1], drawn[0]) < 0.5

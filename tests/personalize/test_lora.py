@@ -106,7 +106,7 @@ def test_slots_come_back_through_both_layouts(flux_folder: Path, policy: FluxPol
     for name, tensors in (
         ("uno", lora_export.to_uno(with_proj, TINY)),
         ("uno without the single projections", lora_export.to_uno(lora, TINY)),
-        ("diffusers", lora_export.to_diffusers(lora)),
+        ("diffusers", lora_export.to_diffusers(lora, "flux")),
     ):
         again = load(flux_folder)
         assert not agree(velocity(again), wanted, PICTURE)

@@ -393,7 +393,7 @@ def _roll_out_part(
 ) -> tuple[Tensor, list[Transition]]:
     prompt_B, variant_B, streams = samples.prompt_B[rows], samples.variant_B[rows], samples.streams[rows]
     anchor = variants.anchor[prompt_B]
-    x = policy.initial_noise(samples.seeds[rows])
+    x = plan.schedule.sigmas[0] * policy.initial_noise(samples.seeds[rows])
     solver, transitions = ODESolver(plan), []
     for number, sigma in enumerate(plan.schedule.sigmas[:-1]):
         condition = variants.at(sigma, prompt_B, variant_B)

@@ -50,7 +50,6 @@ from pixrl.models.estimate import (
     imagined,
 )
 from pixrl.models.pipeline import FlowPipelinePolicy, micro_batch_for
-from pixrl.models.sdxl import SDXLRenderer
 from pixrl.models.sharding import require_blocks
 from pixrl.models.slots import Lora, fitting_layers
 from pixrl.models.text import PromptCache, check_words
@@ -199,6 +198,12 @@ def _estimate(
         )
         policy = require_trainable(policy, config.model)
         check_words(texts, policy.vocabulary, policy.name)
+        if policy.distilled_steps is not None:
+            findings.note(
+                f"{policy.name} was distilled to {policy.distilled_steps} steps. Reinforcement learning moves it off "
+                "what the distillation taught, and its pictures blur: train the model that it was distilled from, or "
+                "watch the held-out rewards."
+            )
         if lora is not None:
             fitting_layers(policy.transformer, lora, str(config.lora.base))
         require_texts(policy, checkpoint, texts, findings, t5=config.t5)
@@ -335,7 +340,7 @@ def examine_fusion(
     if checkpoint is not None and adapter is not None and can_be_estimated(adapter, config.model, findings):
         try:
             made = empty_renderer(config.model, checkpoint, precision, device, config.memory, findings)
-            assert isinstance(made, SDXLRenderer | FlowPipelinePolicy)
+            assert isinstance(made, FlowPipelinePolicy)
             prompt = read_card(checkpoint.folder).exemplar_prompt
             texts = [
                 prompt.format(concept=one) for one in (config.concepts if concepts is None else concepts)
@@ -385,13 +390,9 @@ def examine_fusion(
     )
 
 
-def _cost(renderer: SDXLRenderer | FlowPipelinePolicy, precision: Precision) -> Cost:
+def _cost(renderer: FlowPipelinePolicy, precision: Precision) -> Cost:
     """Return the memory that drawing with a renderer without content takes."""
     renderer.precision = precision
-    if isinstance(renderer, SDXLRenderer):
-        modules: tuple[torch.nn.Module, ...] = (renderer.pipeline.unet, renderer.vae)
-        with imagined(*modules):
-            return cost_of(renderer.trial, modules)
     row = renderer.blank()
     renderer._cache = PromptCache(lambda prompt: row)
     modules = (renderer.transformer, renderer.vae)

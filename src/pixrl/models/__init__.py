@@ -22,7 +22,7 @@ __all__ = ["REGISTRY", "RENDERERS", "Card", "load", "read_card", "resolve"]
 
 RENDERERS = {
     "sd3": "pixrl.models.sd3:SD3Policy",
-    "sdxl": "pixrl.models.sdxl:SDXLRenderer",
+    "sdxl": "pixrl.models.sdxl:SDXLPolicy",
     "flux": "pixrl.models.flux:FluxPolicy",
 }
 """The adapter of each kind of generator."""

@@ -229,7 +229,7 @@ class Renderer(ABC):
         """
         raise InputError(
             f"The LoRA {place} cannot be merged into {self.name}, a {type(self).__name__}: pixrl reads those of "
-            "SD3 and FLUX. Leave it out."
+            "SD3, FLUX and SDXL. Leave it out."
         )
 
 
@@ -239,13 +239,22 @@ class FlowPolicy(Renderer):
     in_step: bool = False
     """Whether every process must make the same passes in the same order, since each holds a part of the weights."""
 
+    @property
+    def draws_by_euler(self) -> bool:
+        """Whether `sample` takes Euler steps on `velocity` over `schedule`, or has a way of its own."""
+        return True
+
     @abstractmethod
     def schedule(self, steps: int) -> Tensor:
-        """Return noise levels from 1 down to 0, [steps + 1], the same for sampling and for training."""
+        """Return noise levels falling to 0, [steps + 1], the same for sampling and for training.
+
+        The first is 1, pure noise, or the highest that the model was trained at; a picture begins at it times
+        `initial_noise`.
+        """
 
     @abstractmethod
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """Draw latent noise from one generator a seed: [B, C, h, w], float32."""
+        """Draw standard normal latents from one generator a seed: [B, C, h, w], float32."""
 
     @abstractmethod
     def velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:

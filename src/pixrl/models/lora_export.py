@@ -19,7 +19,8 @@ loads the file over them: modules of a lower rank are filled up with zeros, and 
 ComfyUI (comfy/lora.py, model_lora_keys_unet) takes `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight` and `.alpha`
 for every weight of the checkpoint, where MODULE is its name in the published single file with dots as underscores.
 There q, k and v (and the MLP of FLUX's single blocks) are one matrix, so a LoRA on several of them is written exactly:
-the downs one above the other, the ups as blocks on a diagonal, rows of zeros where a part has none.
+the downs one above the other, the ups as blocks on a diagonal, rows of zeros where a part has none. Of SDXL it takes
+diffusers' own names of the modules, as kohya's scripts write them.
 """
 
 import json
@@ -36,7 +37,8 @@ from pixrl.errors import CheckpointError
 from pixrl.models.published_names import place_of
 from pixrl.models.slots import DOWN, UP, Lora
 
-PREFIX = "transformer."
+PREFIXES = {"sd3": "transformer.", "flux": "transformer.", "sdxl": "unet."}
+"""What diffusers' names of a LoRA's modules begin with, by the model's kind."""
 ADAPTER_METADATA = "lora_adapter_metadata"
 """The key in a file's header under which diffusers writes peft's configuration, as JSON."""
 COMFY_PREFIX = "lora_unet_"
@@ -118,20 +120,25 @@ def of_one_rank(lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def to_diffusers(lora: Lora) -> dict[str, Tensor]:
-    """Return a LoRA as `load_lora_weights` of diffusers' pipelines takes it, of one rank, without alphas."""
+def to_diffusers(lora: Lora, kind: str) -> dict[str, Tensor]:
+    """Return a LoRA as `load_lora_weights` of diffusers' pipelines takes it, of one rank, without alphas.
+
+    `kind`: sd3, flux or sdxl.
+    """
     return {
-        f"{PREFIX}{module}{end}": x
+        f"{PREFIXES[kind]}{module}{end}": x
         for module, pair in of_one_rank(lora).items()
         for end, x in zip((DOWN, UP), pair, strict=True)
     }
 
 
-def adapter_metadata(lora: Lora) -> dict[str, str]:
+def adapter_metadata(lora: Lora, kind: str) -> dict[str, str]:
     """Return the header of a file of `to_diffusers`: peft's configuration, with an alpha that is the rank."""
     rank = max(len(down) for down, _ in lora.values())
     settings = {"r": rank, "lora_alpha": rank, "target_modules": sorted(lora)}
-    return {ADAPTER_METADATA: json.dumps({f"{PREFIX}{name}": value for name, value in settings.items()})}
+    return {
+        ADAPTER_METADATA: json.dumps({f"{PREFIXES[kind]}{name}": value for name, value in settings.items()})
+    }
 
 
 def to_comfyui(lora: Lora, kind: str) -> dict[str, Tensor]:
@@ -139,7 +146,7 @@ def to_comfyui(lora: Lora, kind: str) -> dict[str, Tensor]:
 
     Args:
         lora: module of diffusers' transformer -> (down, up), scales put into the ups.
-        kind: sd3 or flux.
+        kind: sd3, flux or sdxl.
 
     Raises:
         CheckpointError: a module has no place in the published layout.

@@ -1,4 +1,4 @@
-"""Reading LoRA files and PEFT folders, as trainers write them, for one transformer.
+"""Reading LoRA files and PEFT folders, as trainers write them, for one denoiser: a transformer or a UNet.
 
 A module's change is strength * up @ down, and the strength is alpha / rank (alpha / sqrt(rank) with rank-stabilized
 LoRA). Where its alpha may stand, by who writes it there:
@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from pixrl.device import quiet_loading
 from pixrl.errors import CheckpointError
 from pixrl.hub import is_hub_id
 from pixrl.hub_check import read_header
-from pixrl.models.lora_export import ADAPTER_METADATA, PREFIX
+from pixrl.models.lora_export import ADAPTER_METADATA, PREFIXES
 from pixrl.models.published_names import from_published
 from pixrl.models.slots import DOWN, UP, Lora
 from pixrl.untrusted import parse_json, plain
@@ -47,6 +48,10 @@ _KOHYA = (".lora_down.weight", ".lora_up.weight")
 _PAIRS = ((DOWN, UP), _KOHYA, (".down.weight", ".up.weight"))
 _SUFFIXES = (*(side for pair in _PAIRS for side in pair), _ALPHA)
 """The endings of the keys of all LoRA layouts that are read; another key is of something that is not."""
+_OWN = tuple(dict.fromkeys(PREFIXES.values()))
+"""What diffusers' names of a denoiser's modules begin with."""
+_SDXL_LAYERS = SimpleNamespace(layers_per_block=2)
+"""What diffusers must know of the UNet to read the names that Stability AI gave its blocks."""
 _TEXT_ENCODERS = ("text_encoder", "lora_te")
 _DOWN_UP_NAMES = (("transformer.",), ("lora_transformer_",), ("lora_unet_", "diffusion_model."))
 """The prefixes of keys in FLUX's files with lora_down; diffusers drops all but those of the first in a file."""
@@ -95,7 +100,7 @@ def open_lora(place: Path, kind: str) -> LoraFile:
 
     Args:
         place: a .safetensors file, or a folder that holds one: peft's, diffusers' or an export of pixrl.
-        kind: of the model that it is for: sd3 or flux.
+        kind: of the model that it is for: sd3, flux or sdxl.
 
     Raises:
         CheckpointError: it is missing, damaged, a pickle, of a layout that is not known, holds more than plain LoRA of
@@ -121,7 +126,7 @@ def open_lora(place: Path, kind: str) -> LoraFile:
     scaled = [
         replace(module, up=module.up * strength) for module, strength in zip(modules, strengths, strict=True)
     ]
-    lora = _of_flux(scaled, file) if kind == "flux" else _of_sd3(scaled, file)
+    lora = _of_sd3(scaled, file) if kind == "sd3" else _by_diffusers(scaled, file, kind)
     places = [*(["its alpha tensors"] if has_alphas else []), *(source.place for source in sources)]
     by = f"by {' and '.join(places)}" if places else "for it has no alpha"
     rank, strength = _span([len(module.down) for module in modules]), _span(strengths)
@@ -305,7 +310,7 @@ class _Source:
         from peft.utils.other import get_pattern_key
 
         own = self.settings.get(pattern) or {}
-        return own.get(get_pattern_key(list(own), module.name.removeprefix(PREFIX)), usual)
+        return own.get(get_pattern_key(list(own), _bare(module.name)), usual)
 
 
 def _strength(module: _Module, sources: Iterable[_Source], file: Path) -> float:
@@ -327,16 +332,17 @@ def _of_header(header: Mapping[str, str], file: Path, *, has_alphas: bool) -> It
     if ADAPTER_METADATA in header:
         try:
             stated = parse_json(header[ADAPTER_METADATA])
-            own = {key.removeprefix(PREFIX): x for key, x in stated.items() if key.startswith(PREFIX)}
+            own = {_bare(key): x for key, x in stated.items() if key.startswith(_OWN)}
             own = own or {key: x for key, x in stated.items() if not key.startswith(_TEXT_ENCODERS)}
         except (ValueError, AttributeError) as error:
             raise _wrong(file, f"its {ADAPTER_METADATA} cannot be read: {error}. Save it again.") from error
         yield _peft_source(f"its header's {ADAPTER_METADATA}", own, file)
     flat = {key: _literal(text) for key, text in header.items() if key != ADAPTER_METADATA}
-    own = {key.removeprefix(PREFIX): value for key, value in flat.items() if key.startswith(PREFIX)}
+    own = {_bare(key): value for key, value in flat.items() if key.startswith(_OWN)}
     if own.keys() & {"r", "lora_alpha"}:
-        yield _peft_source(f"its header's {PREFIX}lora_alpha", own, file)
-    others = {key: value for key, value in flat.items() if not key.startswith((PREFIX, *_TEXT_ENCODERS))}
+        prefix = next(one for one in _OWN if any(key.startswith(one) for key in flat))
+        yield _peft_source(f"its header's {prefix}lora_alpha", own, file)
+    others = {key: value for key, value in flat.items() if not key.startswith((*_OWN, *_TEXT_ENCODERS))}
     if others.get("use_dora"):
         raise _wrong(file, "its header sets use_dora, and pixrl reads plain LoRA alone.")
     rank = next((others[key] for key in _RANK_KEYS if _is_positive(others.get(key))), None)
@@ -428,7 +434,7 @@ def _of_sd3(modules: Iterable[_Module], file: Path) -> dict[str, tuple[Tensor, T
         pair = module.down, module.up
         prefix = next((known for known in _PUBLISHED_NAMES if module.name.startswith(known)), None)
         if prefix is None:
-            ours.append((module.name.removeprefix(PREFIX), pair))
+            ours.append((_bare(module.name), pair))
             continue
         parts = from_published(module.name.removeprefix(prefix), pair, "sd3")
         ours += parts.items()
@@ -442,22 +448,34 @@ def _repeated(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def _of_flux(modules: Iterable[_Module], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rename to diffusers' names through its own converters."""
+def _by_diffusers(modules: Iterable[_Module], file: Path, kind: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rename to diffusers' names of FLUX or SDXL through its own converters."""
     given: dict[str, Tensor] = {}
     for module in modules:
         given |= {module.name + module.ends[0]: module.down, module.name + module.ends[1]: module.up}
         if module.ends == _KOHYA and module.alpha is not None:
             given[module.name + _ALPHA] = torch.tensor(float(len(module.down)))  # strength 1 more
     with quiet_loading():
-        from diffusers import FluxPipeline
+        from diffusers import FluxPipeline, StableDiffusionXLPipeline
+        from diffusers.utils import convert_unet_state_dict_to_peft
 
         try:
-            found = FluxPipeline.lora_state_dict(given)
+            if kind == "flux":
+                found = FluxPipeline.lora_state_dict(given)
+            else:
+                state, _ = StableDiffusionXLPipeline.lora_state_dict(given, unet_config=_SDXL_LAYERS)
+                found = convert_unet_state_dict_to_peft(state)
         except _CONVERTERS_FAILURES as error:
-            raise _wrong(file, f"is in no LoRA layout of FLUX that diffusers reads: {error}") from error
+            raise _wrong(
+                file, f"is in no LoRA layout of {kind.upper()} that diffusers reads: {error}"
+            ) from error
     names = [key.removesuffix(DOWN) for key in found if key.endswith(DOWN)]
     left = found.keys() ^ {name + end for name in names for end in (DOWN, UP)}
     _refuse(file, "belong to no pair of down and up", left)
-    _refuse(file, "are there twice", _repeated(name.removeprefix(PREFIX) for name in names))
-    return {name.removeprefix(PREFIX): (found[name + DOWN], found[name + UP]) for name in names}
+    _refuse(file, "are there twice", _repeated(map(_bare, names)))
+    return {_bare(name): (found[name + DOWN], found[name + UP]) for name in names}
+
+
+def _bare(name: str) -> str:
+    """Return a name without the prefix of diffusers' denoisers."""
+    return next((name.removeprefix(prefix) for prefix in _OWN if name.startswith(prefix)), name)

@@ -1,4 +1,4 @@
-"""What adapters of diffusers pipelines share: all of them `PipelineRenderer`, SD3 and FLUX `FlowPipelinePolicy`.
+"""What adapters of diffusers pipelines share: `PipelineRenderer` draws, `FlowPipelinePolicy` is trained too.
 
 First the helpers of every adapter: settings, seeded noise, micro-batches. Then two ways to a faster update:
 plain attention on a CPU, and torch.compile. Then the renderer (card, settings, sampling in pieces) and the policy (one
@@ -7,7 +7,7 @@ loads the weights.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,6 +91,18 @@ def check_pairs(source: Conditioning | Mixture, seeds: Sequence[int], steps: int
         )
 
 
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""What a network says of latents [B, C, h, w], levels or timesteps [B] and B prompts: the shape of the latents."""
+
+
+def averaged(predict: Predict, x: Tensor, level: Tensor, source: Conditioning | Mixture, step: int) -> Tensor:
+    """Return the prediction at one level for all rows, which is a mixture's average where the source is one."""
+    if isinstance(source, Conditioning):
+        return predict(x, level.expand(len(x)), source)
+    rows = source.used(step)[0]
+    return source.average(step, predict(x[rows], level.expand(len(rows)), source.conditioning(step)))
+
+
 def chunks(count: int, size: int) -> Iterator[slice]:
     """Return slices that cut `count` rows into pieces of at most `size`."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
@@ -103,6 +115,8 @@ def micro_batch_for(device: torch.device, resolution: int) -> int:
     return max(1, 64 * 512 * 512 // (resolution * resolution))
 
 
+FEW_STEPS = 8
+"""The most steps of a checkpoint that was distilled to few."""
 SHORT = 256
 """The number of image tokens up to which the table of all pairs is small beside the other activations."""
 
@@ -229,6 +243,12 @@ class PipelineRenderer(Renderer):
         """Return how a checkpoint without a card is sampled; a family may look into the folder's configs."""
         return self.defaults
 
+    @property
+    def distilled_steps(self) -> int | None:
+        """The few steps that the checkpoint was distilled to, by its configs; None where it was not, or has a card."""
+        steps = self._defaults(self.checkpoint.folder).steps
+        return steps if self.card.steps is None and steps <= FEW_STEPS else None
+
     def _check_options(self, guidance: float | None, t5: bool) -> None:
         """Raise InputError for an option that has no effect on this checkpoint."""
         if not t5:
@@ -291,7 +311,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     lora_targets: ClassVar[tuple[str, ...]]
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
-        self.transformer: nn.Module = self.pipeline.transformer
+        self.transformer: nn.Module = denoiser_of(self.pipeline)
         self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=placed)
         self.lora: LoraSlots | None = None
         self.compiled = False
@@ -305,6 +325,22 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     @abstractmethod
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of tensors that are on the device and fit each other, within the model's autocast."""
+
+    def _guided(self, predict: Predict, x: Tensor, level_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return u + scale * (c - u) of the prediction c and the unconditional u; c where the scale is at most 1."""
+        scale = self.settings.guidance
+        if scale <= 1:
+            return predict(x, level_B, conditioning)
+        both = Conditioning.cat([self._unconditional(len(x)).to(device=self.device), conditioning])
+        unconditional, conditional = (
+            predict(torch.cat([x, x]), torch.cat([level_B, level_B]), both).float().chunk(2)
+        )
+        return unconditional + scale * (conditional - unconditional)
+
+    def _unconditional(self, rows: int) -> Conditioning:
+        """Return what guidance leads away from: the empty prompt, of rows of `encode`."""
+        with torch.no_grad():
+            return self._cache.rows([""] * rows)
 
     def checkpoint_gradients(self) -> None:
         """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
@@ -406,15 +442,9 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     def _integrate(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
         """Take Euler steps from noise to data, x + (sigma_next - sigma) v, and return the latents."""
         sigmas = self.schedule(self.settings.steps)
-        x = self.initial_noise(seeds)
+        x = sigmas[0].item() * self.initial_noise(seeds)
         for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.unbind())):
-            if isinstance(source, Mixture):
-                rows = source.used(step)[0]
-                parts = self.velocity(x[rows], sigma.expand(len(rows)), source.conditioning(step))
-                velocity = source.average(step, parts)
-            else:
-                velocity = self.velocity(x, sigma.expand(len(seeds)), source)
-            x = x + (sigma_next - sigma).item() * velocity
+            x = x + (sigma_next - sigma).item() * averaged(self.velocity, x, sigma, source, step)
         return x
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -124,22 +124,6 @@ def without_gradients(offload: Offload) -> AbstractContextManager[None]:
     return torch.inference_mode() if offload is Offload.NONE else torch.no_grad()
 
 
-def offload_pipeline(pipeline: Any, offload: Offload, device: torch.device) -> None:
-    """Offload a pipeline that only draws, by diffusers' own hooks.
-
-    Raises:
-        InputError: the plan has no effect on this device.
-    """
-    if offload is Offload.NONE:
-        pipeline.to(device)
-    elif device.type == "cpu":
-        raise InputError(f"offload={offload.value} has no effect on a CPU: remove it, or choose a GPU.")
-    elif offload is Offload.PARTS:
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.enable_sequential_cpu_offload(device=device)
-
-
 def set_decoding(vae: Any, plan: MemoryPlan, resolution: int) -> None:
     """Set how a VAE decodes, and encodes references: slice by slice, tile by tile, or whole.
 

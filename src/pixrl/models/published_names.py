@@ -234,9 +234,13 @@ _CHANGES: Mapping[str, Callable[[str, Mapping[str, Any]], str | None]] = {
 def place_of(module: str, kind: str) -> tuple[str, _Rows]:
     """Return the published name of a module's matrix, and the place of the module's rows in it.
 
+    LoRA files of SDXL go by diffusers' names, as kohya's scripts have them.
+
     Raises:
         CheckpointError: the module has no place in the published layout.
     """
+    if kind == "sdxl":
+        return module, _Rows(module)
     match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", module)
     if match is not None and match[1] in _BLOCKS.get(kind, {}):
         published, places = _BLOCKS[kind][match[1]]

@@ -111,15 +111,7 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
         return tuple(found)
 
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        if self.settings.guidance <= 1:
-            return self._predict(x_t, t_B, conditioning)
-        with torch.no_grad():
-            empty = self._cache.rows([""] * len(x_t)).to(device=self.device)
-        both = self._predict(
-            torch.cat([x_t, x_t]), torch.cat([t_B, t_B]), Conditioning.cat([empty, conditioning])
-        )
-        unconditional, conditional = both.float().chunk(2)
-        return unconditional + self.settings.guidance * (conditional - unconditional)
+        return self._guided(self._predict, x_t, t_B, conditioning)
 
     def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         velocity: Tensor = self.transformer(

@@ -20,8 +20,12 @@ GATHERED = 2
 
 
 def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a transformer that keeps them in lists, as those of diffusers do; [] of another model."""
-    return [one for part in transformer.children() if isinstance(part, nn.ModuleList) for one in part]
+    """Return the blocks that a model repeats: those that diffusers names, or all that stand in its lists; else []."""
+    names = set(getattr(transformer, "_repeated_blocks", None) or ())
+    named = [one for one in transformer.modules() if names & {kind.__name__ for kind in type(one).__mro__}]
+    return named or [
+        one for part in transformer.children() if isinstance(part, nn.ModuleList) for one in part
+    ]
 
 
 def require_blocks(transformer: nn.Module) -> list[nn.Module]:

@@ -179,7 +179,8 @@ class ClipEncoder:
     """The number of tokens that every prompt is padded or cut to."""
     projected: bool
     """Whether the pooled features are the projected ones (SD3) or the raw end token's (FLUX)."""
-    pooled_columns: slice
+    pooled_columns: slice | None
+    """The columns of the pooled features; None where the pipeline takes none from this encoder (SDXL's CLIP-L)."""
     token_columns: slice | None
     """The columns of the first `length` token rows; None where the pipeline takes no tokens from this encoder."""
 
@@ -247,7 +248,8 @@ class ClipEncoder:
                 "weights; give one each, and conditionings with pooled features."
             )
         pooled = conditioning.pooled_BE.clone()
-        _lerp(pooled[:, self.pooled_columns], features.pooled_KE, weight_B)
+        if self.pooled_columns is not None:
+            _lerp(pooled[:, self.pooled_columns], features.pooled_KE, weight_B)
         if self.token_columns is None or features.tokens_KLD is None:
             return replace(conditioning, pooled_BE=pooled)
         tokens = conditioning.tokens_BLD.clone()

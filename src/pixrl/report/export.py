@@ -22,8 +22,7 @@ from pixrl.hub import locate
 from pixrl.hub_check import components, read_json
 from pixrl.models.loading import OPTIONAL_PARTS
 from pixrl.models.lora_export import (
-    COMFY_PREFIX,
-    PREFIX,
+    PREFIXES,
     Blocks,
     adapter_metadata,
     of_one_rank,
@@ -33,7 +32,6 @@ from pixrl.models.lora_export import (
     write_lora,
 )
 from pixrl.models.lora_files import read_lora
-from pixrl.models.published_names import from_published
 from pixrl.models.slots import DOWN, UP, Lora, Slot, added, digest, slot_lora
 from pixrl.report.model_card import Facts, in_unos_code, pipeline_name, shown_pairs, write_card
 from pixrl.runs import checkpoint
@@ -139,9 +137,9 @@ def export(
     run_name = folder.path.name
     metadata = {"format": "pt", "made_by": "pixrl", "run": run_name, "slot": chosen.value, "checked_with": by}
     if layout is Format.DIFFUSERS:
-        metadata |= adapter_metadata(lora)
+        metadata |= adapter_metadata(lora, family)
     file = write_lora(place / FILES[layout], named, metadata)
-    _read_back(file, lora, named, layout, base, family)
+    _read_back(file, lora, layout, base, family)
     notes = _notes(layout, named, by)
     return Exported(file, _describe(folder, config, facts, place, notes), chosen, facts.step)
 
@@ -152,20 +150,17 @@ def _reader(layout: Format) -> str:
     return f"pixrl, by the module names of {installed}" if layout is Format.COMFYUI else installed
 
 
-def _read_back(
-    file: Path, lora: Lora, named: Mapping[str, Tensor], layout: Format, base: Path, family: str
-) -> None:
+def _read_back(file: Path, lora: Lora, layout: Format, base: Path, family: str) -> None:
     """Make sure that a reader of this layout finds the change of every module; else remove the file and refuse it."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
     if layout is Format.COMFYUI:
-        for name in (key.removesuffix(".alpha") for key in named if key.endswith(".alpha")):
-            pair = named[f"{name}.lora_down.weight"], named[f"{name}.lora_up.weight"]
-            found |= from_published(name.removeprefix(COMFY_PREFIX), pair, family)
+        found = read_lora(file, family)
     else:
         reader = getattr(diffusers, pipeline_name(base))
         state = reader.lora_state_dict(str(file.parent), weight_name=file.name, use_safetensors=True)
+        state = state[0] if isinstance(state, tuple) else state
         modules = [key.removesuffix(DOWN) for key in state if key.endswith(DOWN)]
-        found = {name.removeprefix(PREFIX): (state[name + DOWN], state[name + UP]) for name in modules}
+        prefix = PREFIXES[family]
+        found = {name.removeprefix(prefix): (state[name + DOWN], state[name + UP]) for name in modules}
     for module, (down, up) in lora.items():
         change = up @ down
         read = found[module][1] @ found[module][0] if module in found else torch.tensor(torch.inf)
@@ -182,7 +177,7 @@ def _named(lora: Lora, layout: Format, base: Path, family: str) -> dict[str, Ten
     if layout is Format.COMFYUI:
         return to_comfyui(lora, family)
     if layout is Format.DIFFUSERS:
-        return to_diffusers(lora)
+        return to_diffusers(lora, family)
     if family != "flux":
         raise ConfigError(
             f"UNO's layout is one of FLUX, and this is a LoRA of {family}. Type: --format diffusers"

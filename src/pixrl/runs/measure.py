@@ -133,7 +133,7 @@ def sample(
         solver: euler or dpm.
     """
     plan = StepPlan(Schedule.of(policy, policy.settings.steps), Solver(solver))
-    steps, x = ODESolver(plan), policy.initial_noise(seeds)
+    steps, x = ODESolver(plan), plan.schedule.sigmas[0] * policy.initial_noise(seeds)
     for number, sigma in enumerate(plan.schedule.sigmas[:-1]):
         x = steps.step(x, policy.velocity(x, x.new_full((len(x),), sigma), conditioning), number)
     return policy.decode(x).float().cpu()
