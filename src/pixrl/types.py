@@ -58,6 +58,17 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The place of a picture among those of a training run."""
+
+    step: int
+    group: int
+    """The number of its group in the step; a group's pictures have one prompt and are compared with each other."""
+    seed: int
+    variant: int
+
+
+@dataclass(frozen=True)
 class RewardBatch:
     """A batch to be scored: pictures [B, 3, H, W] with one prompt and one metadata mapping each.
 
@@ -68,6 +79,8 @@ class RewardBatch:
     images_BCHW: Tensor
     prompts: Sequence[str]
     metadata: Sequence[Mapping[str, object]] = ()
+    origins: Sequence[Origin] = ()
+    """Where each picture stands in a training run; empty of pictures that no run trains on."""
     findings: dict[Hashable, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Results that rewards share about these pictures, such as a detector's objects, so that they are found once."""
 

@@ -1,37 +1,15 @@
 """The page in a real browser: Debian's chromium, driven by playwright; skipped where one of them is missing."""
 
 import json
-import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from pixrl.human_study.page import import_votes, write_bundle
 from pixrl.human_study.server import StudyServer
 from pixrl.human_study.study import TIE, Folder
 from pixrl.human_study.votes import Participant, Vote, Votes
 from tests.human_study.conftest import SYSTEMS, Make
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    play = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on this machine")
-    with play.sync_playwright() as running:
-        try:
-            chromium = running.chromium.launch(
-                executable_path=CHROMIUM, args=["--no-sandbox"], timeout=60_000
-            )
-        except play.Error as error:
-            pytest.skip(f"chromium does not start here: {str(error).splitlines()[0]}")
-        yield chromium
-        chromium.close()
 
 
 def people(folder: Folder) -> list[Participant]:

@@ -22,7 +22,7 @@ from pixrl.types import RewardBatch
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 HERE = Path(__file__).parent
-ELSEWHERE = {"judge", "remote", "python"}
+ELSEWHERE = {"judge", "remote", "python", "votes"}
 """Their models are not pixrl's to name."""
 LOADERS = (
     ClipSimilarity,

@@ -40,7 +40,7 @@ from pixrl.equations import SDEStep, cps_step, dance_step, flow_sde_step, predic
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning, FlowPolicy
 from pixrl.models.pipeline import chunks
-from pixrl.types import RewardBatch, sample_seed
+from pixrl.types import Origin, RewardBatch, sample_seed
 
 _STEPS_KEY = -2
 """Prompt index of the draws of random steps; prompts use 0 and up."""
@@ -311,9 +311,16 @@ class Samples:
             streams=tuple(sample_seed(run_seed, g.epoch, g.index, place) for g, place in keys),
         )
 
-    def batch(self, images_BCHW: Tensor) -> RewardBatch:
-        """Return the samples' pictures [B, 3, H, W] with prompt and metadata of each, as rewards look at them."""
-        return RewardBatch(images_BCHW, self.prompts, self.metadata)
+    def batch(self, images_BCHW: Tensor, step: int | None = None) -> RewardBatch:
+        """Return the samples' pictures [B, 3, H, W] with prompt and metadata of each, as rewards look at them.
+
+        `step`: the training step that they belong to; None: no run trains on them.
+        """
+        rows = zip(self.prompt_B.tolist(), self.seeds, self.variant_B.tolist(), strict=True)
+        origins = (
+            [Origin(step, self.groups[row].place, *drawn) for row, *drawn in rows] if step is not None else []
+        )
+        return RewardBatch(images_BCHW, self.prompts, self.metadata, origins)
 
     @property
     def prompts(self) -> list[str]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pixrl.data.pictures import read_picture
 from pixrl.errors import InputError
-from pixrl.human_study import sources, votes
+from pixrl.human_study import sources
 from pixrl.human_study.sources import SystemPicture
 from pixrl.human_study.study import (
     PICTURES,
@@ -26,6 +26,7 @@ from pixrl.human_study.study import (
     require_new,
     spoil,
 )
+from pixrl.human_study.votes import Votes
 from pixrl.runs.files import fsync_folder, temporary, write_all_atomic, write_atomic
 from pixrl.text import shown_name
 
@@ -73,8 +74,7 @@ def make(
     (place / PICTURES).mkdir(parents=True)
     try:
         study = _write(place, settings, list(systems), found)
-        votes.create(place / VOTES)
-        with votes.Votes(place / VOTES) as made:
+        with Votes(place / VOTES, make=True) as made:
             made.add_participants(study, participants)
         write_atomic(place / STUDY, study.model_dump_json(indent=1).encode())
         if out.exists():

@@ -6,24 +6,19 @@ second tab, takes its own place and is never counted twice.
 
 import json
 import secrets
-import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from pixrl.errors import CheckpointError, RunError
+from pixrl.errors import RunError
 from pixrl.human_study.study import TIE, Comparison, Folder, Study, plan
+from pixrl.rewards.votes.file import VoteFile
 
 TOKEN_BYTES = 24
 """Random bytes of a participant's token: 192 bits."""
-PATIENCE = 30.0
-"""Seconds that a writer waits for the others."""
 _SCHEMA = """
-CREATE TABLE participants (number INTEGER PRIMARY KEY, token TEXT UNIQUE NOT NULL, plan TEXT NOT NULL);
-CREATE TABLE votes (
+CREATE TABLE IF NOT EXISTS participants (number INTEGER PRIMARY KEY, token TEXT UNIQUE NOT NULL, plan TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS votes (
   participant INTEGER NOT NULL REFERENCES participants(number), task INTEGER NOT NULL, criterion TEXT NOT NULL,
   choice TEXT NOT NULL, seconds REAL, at REAL NOT NULL, PRIMARY KEY (participant, task, criterion)
 ) WITHOUT ROWID;
@@ -58,65 +53,11 @@ class VoteRefused(RunError):
     """Error of a vote that fits no comparison of the participant."""
 
 
-def create(path: Path) -> None:
-    """Make an empty file of votes."""
-    with sqlite3.connect(path) as made:
-        made.execute("PRAGMA journal_mode=WAL")
-        made.executescript(_SCHEMA)
-    made.close()
-
-
-class Votes:
+class Votes(VoteFile):
     """A connection to the file of votes, for several threads."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the file.
-
-        Raises:
-            CheckpointError: it is no file of votes.
-        """
-        self.path = path
-        self._lock = threading.Lock()
-        self._base = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
-        try:
-            self._base.execute("PRAGMA journal_mode=WAL")
-            self._base.execute("PRAGMA synchronous=FULL")  # a power cut takes no answered vote
-            self._base.execute("SELECT 1 FROM votes, participants LIMIT 1")
-        except sqlite3.DatabaseError as error:
-            self._base.close()
-            raise CheckpointError(f"{path} is no file of votes, or damaged ({error}). Put it back.") from None
-
-    def __enter__(self) -> "Votes":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            self._base.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._base.execute("BEGIN IMMEDIATE")
-                yield self._base
-                self._base.execute("COMMIT")
-            except BaseException as error:
-                if self._base.in_transaction:
-                    self._base.execute("ROLLBACK")
-                if isinstance(error, sqlite3.OperationalError):
-                    raise RunError(
-                        f"{self.path} cannot be written ({error}); what was voted before is kept. Make room on the "
-                        "disk, then vote again."
-                    ) from None
-                raise
-
-    def _read(self, query: str, *given: object) -> list[tuple[object, ...]]:
-        with self._lock:
-            return self._base.execute(query, given).fetchall()
+    schema = _SCHEMA
+    tables = "votes, participants"
 
     def add_participants(self, study: Study, count: int) -> int:
         """Add participants until there are `count`, and return how many were added."""

@@ -120,6 +120,7 @@ def get_ready(
     notes = require(found)
     config = with_full_paths(config)
     rewards = load_rewards(config, team.device)
+    rewards.require_comparable(team.size)
     findings = Findings()
     try_rewards(rewards, config, found.side, findings)
     require(findings)
@@ -162,6 +163,7 @@ def go_on(
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     config = with_full_paths(config, edited)
     run = load_run(config, sharded=_is_sharded(config))
+    run.rewards.require_comparable(run.team.size)
     evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
     changes += [f"changed: {one}" for one in code]
     step, images, saved = find_place(folder)
@@ -236,7 +238,7 @@ def check(config: AlignConfig) -> Report:
         sizes = [micro_batches.train, 1, 2, ROWS]
         found += deviations(aligner, drawn, [dtype], sizes)
     rollouts = aligner.collect(own, 0)
-    scores = run.rewards.score(rollouts.samples.batch(rollouts.images_BCHW), run.team.gather)
+    scores = run.rewards.score(rollouts.samples.batch(rollouts.images_BCHW, 0), run.team.gather)
     aligner.update(rollouts, scores, run.rewards.weights(0))
     agreement = aligner.gradient_disagreement()
     return Report(aligner.method.loss.on_policy_measure, tuple(found), agreement, run.team.size, notes)
@@ -270,7 +272,7 @@ def _play(
     guard = Guard(
         folder,
         config.monitor,
-        {setting.name: setting.held_out for setting in config.rewards},
+        {s.name: s.held_out for s in config.rewards if s.name in evaluator.rewards.names},
         per_prompt=config.evaluation.per_prompt,
         first=began.get("evaluated_from", 0),
         world=team,
@@ -296,7 +298,8 @@ def _play(
     for note in notes:
         monitor.say(note)
     try:
-        loop.run(folder.path, step, images)
+        with run.rewards.attending(folder.path, monitor.say):
+            loop.run(folder.path, step, images)
     except FailedScoresError as error:
         raise FailedScoresError(
             f"{error}\nThe run is kept up to its last checkpoint. Mend the cause, then type: "

@@ -34,6 +34,7 @@ REWARDS = {
     "preference": "pixrl.rewards.preference:PreferenceReward",
     "python": "pixrl.rewards.python:PythonReward",
     "remote": "pixrl.rewards.remote:RemoteReward",
+    "votes": "pixrl.rewards.votes.reward:VotesReward",
     "vqascore": "pixrl.rewards.zoo.vqascore:VQAScoreReward",
 }
 """The built-in rewards: name -> "module:Class"."""

@@ -6,7 +6,7 @@ how it scores.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -139,6 +139,33 @@ class Reward(ABC):
     def rehearse(self, batch: RewardBatch) -> Scores | Failure:
         """Score a synthetic batch before a run; return a failure where the reward can score no picture at all."""
         return self.score(batch)
+
+
+class ComparingReward(Reward):
+    """A reward that compares the pictures of a training step's group, and says nothing of a picture alone.
+
+    Its `score` is given batches with `origins`. Evaluations, where there are no groups, leave it out.
+    """
+
+    @abstractmethod
+    def problem(self, others: Collection[str], processes: int) -> str | None:
+        """Return why a run cannot have the reward; None where it can.
+
+        Args:
+            others: the names of the recipe's other rewards.
+            processes: the number of processes of the run.
+
+        Returns:
+            The end of a sentence that begins with the reward's name, and what to type.
+        """
+
+    @abstractmethod
+    def attend(self, folder: Path, others: Mapping[str, Reward], say: Callable[[str], None]) -> None:
+        """Be told of the run before its first step: its folder, its other rewards, and how to speak to the user."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Be told that the run has ended."""
 
 
 class DifferentiableReward(Reward):

@@ -4,13 +4,15 @@ The scores stay separate tensors until the advantage is formed. A set knows the 
 limits the time of each call, and stops the run where too large a share of the scores failed.
 """
 
+import copy
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -18,7 +20,7 @@ import torch
 from pixrl import rewards
 from pixrl.errors import ConfigError, FailedScoresError, Failure, InputError, ShapeError
 from pixrl.plugins import Caught
-from pixrl.rewards.base import DifferentiableReward, Reward
+from pixrl.rewards.base import ComparingReward, DifferentiableReward, Reward
 from pixrl.rewards.references import ReferenceReward
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.types import RewardBatch, Scores
@@ -121,6 +123,42 @@ class RewardSet:
     def differentiable(self) -> Mapping[str, DifferentiableReward]:
         """Return the rewards that are differentiable with respect to the picture."""
         return {name: one for name, one in self._rewards.items() if isinstance(one, DifferentiableReward)}
+
+    def of_single_pictures(self) -> "RewardSet":
+        """Return the same set without the rewards that compare a step's pictures, for evaluations."""
+        others = copy.copy(self)
+        comparing = self._comparisons()
+        others.names = tuple(name for name in self.names if name not in comparing)
+        return others
+
+    def require_comparable(self, processes: int) -> None:
+        """Raise a ConfigError where a reward that compares a step's pictures cannot do so in this run."""
+        comparing = self._comparisons()
+        if len(comparing) > 1:
+            raise ConfigError(
+                f"{' and '.join(map(repr, comparing))} both compare a step's pictures, and a run asks one question. "
+                "Take one of them out."
+            )
+        for name, one in comparing.items():
+            if (
+                problem := one.problem([other for other in self.names if other != name], processes)
+            ) is not None:
+                raise ConfigError(f"The reward {name!r} {problem}")
+
+    @contextmanager
+    def attending(self, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+        """Tell the rewards that compare a step's pictures of the run, and when it ends."""
+        comparing = self._comparisons()
+        for name, one in comparing.items():
+            one.attend(folder, {other: r for other, r in self._rewards.items() if other != name}, say)
+        try:
+            yield
+        finally:
+            for one in comparing.values():
+                one.leave()
+
+    def _comparisons(self) -> dict[str, ComparingReward]:
+        return {name: one for name, one in self._rewards.items() if isinstance(one, ComparingReward)}
 
     def reference_problems(self, metadata: Mapping[str, object]) -> Mapping[str, str]:
         """Return, by reward, why it can judge no picture by a sample's references, where that is so."""

@@ -245,11 +245,16 @@ def _plain_values(provenance: Mapping[str, str]) -> dict[str, str]:
     return {plain(name): plain(text, LONGEST_PROVENANCE) for name, text in provenance.items()}
 
 
-def png_base64(image_CHW: Tensor) -> str:
-    """A picture in [0, 1] as a PNG file in base64."""
+def png_of(image_CHW: Tensor) -> bytes:
+    """Return a picture in [0, 1] as the content of a PNG file."""
     buffer = io.BytesIO()
     to_pil(image_CHW[None])[0].save(buffer, format="PNG", compress_level=1)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def png_base64(image_CHW: Tensor) -> str:
+    """A picture in [0, 1] as a PNG file in base64."""
+    return base64.b64encode(png_of(image_CHW)).decode()
 
 
 class _Gallery:

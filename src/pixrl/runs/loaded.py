@@ -309,7 +309,7 @@ def make_evaluator(run: LoadedRun, micro_batches: MicroBatches) -> Evaluator:
         steps=settings.steps or run.config.sampling.steps,
         solver=run.config.sampling.solver,
         slot=Slot.CURRENT if run.config.optimizer.ema is None else Slot.EMA,
-        rewards=run.rewards,
+        rewards=run.rewards.of_single_pictures(),
         features=run.features,
         world=run.team,
         micro_batch=micro_batches.rollout,

@@ -154,7 +154,9 @@ def evaluate(
     """
     drawn = draw(policy, slot, prompts, drawing)
     samples = drawn.samples
-    scores = rewards.score(RewardBatch(drawn.images_BCHW, samples.prompts, samples.metadata))
+    scores = rewards.of_single_pictures().score(
+        RewardBatch(drawn.images_BCHW, samples.prompts, samples.metadata)
+    )
     held_out = {setting.name: setting.held_out for setting in rewards.settings}
     diversity = meter.measure(drawn.images_BCHW, samples.prompt_B)
     tasks = [str(prompt.metadata[TAG]) if TAG in prompt.metadata else None for prompt in prompts]

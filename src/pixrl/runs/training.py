@@ -59,7 +59,8 @@ class Training:
 
     def score(self, rollouts: Rollouts, clock: Clock) -> Mapping[str, Scores]:
         with clock.phase("score"):
-            return self.run.rewards.score(rollouts.samples.batch(rollouts.images_BCHW), self.run.team.gather)
+            batch = rollouts.samples.batch(rollouts.images_BCHW, rollouts.step)
+            return self.run.rewards.score(batch, self.run.team.gather)
 
     def update(self, rollouts: Rollouts, scores: Mapping[str, Scores], clock: Clock) -> dict[str, float]:
         first = rollouts.step == self.first

@@ -1,7 +1,6 @@
-"use strict";
-const $ = (id) => document.getElementById(id);
 const token = STATIC ? location.hash.slice(1) : location.pathname.split("/").pop();
 const kept = `pixrl-study-${token}`; // of this browser: votes of a bundle, or those that the server does not have yet
+const GONE = "A picture cannot be shown. Reload the page; if it stays away, tell who invited you. Your votes are kept.";
 const pictureAt = (name) => (STATIC ? `pictures/${name}.png` : `/picture/${name}.png`);
 let study, questions, answers, at, lit, since, busy = false, stored = {};
 
@@ -9,7 +8,6 @@ function show(part) {
   for (const id of ["intro", "compare", "end", "failed"]) $(id).hidden = id !== part;
 }
 function fail(sentence) { $("why").textContent = sentence; show("failed"); }
-function notice(sentence) { $("notice").textContent = sentence; $("notice").hidden = !sentence; }
 const key = (q) => `${q.task} ${q.criterion}`;
 
 function readStored() {
@@ -65,24 +63,6 @@ function draw() {
   lit = -1;
   for (const pick of picks()) pick.classList.remove("chosen", "lit");
 }
-const picks = () => [...document.querySelectorAll(".pick")];
-
-function option(name, n) {
-  const box = document.createElement("div"), pick = document.createElement("button");
-  const image = new Image(), label = document.createElement("span"), zoom = document.createElement("button");
-  box.className = "option"; pick.className = "pick"; zoom.className = "zoom";
-  pick.setAttribute("aria-label", `Picture ${n + 1}`); zoom.setAttribute("aria-label", `Enlarge picture ${n + 1}`);
-  image.src = pictureAt(name); image.alt = ""; label.textContent = n + 1;
-  image.onerror = () => notice("A picture cannot be shown. Reload the page; if it stays away, tell who invited you. Your votes are kept.");
-  zoom.innerHTML = '<svg viewBox="0 0 16 16" fill="none" stroke="currentColor" stroke-width="1.8" stroke-linecap="round"><path d="M6 2H2v4M10 14h4v-4M2 2l4.5 4.5M14 14l-4.5-4.5"/></svg>';
-  pick.onclick = () => choose(name, n);
-  zoom.onclick = () => enlarge(name);
-  pick.append(image, label); box.append(pick, zoom);
-  return box;
-}
-function enlarge(name) { $("large").firstElementChild.src = pictureAt(name); $("large").showModal(); }
-$("large").onclick = () => $("large").close();
-
 function choose(choice, n) {
   if (busy || at >= questions.length) return;
   if (!offline) notice("");
