@@ -123,7 +123,9 @@ def test_favourites_keep_their_lineage(root: Path) -> None:
     assert tab._keep(child, picture, favourites)[0] == gr.skip()  # it is kept already
     similar, html, _ = tab._more(child, favourites)
     assert len({one.seed for one, _ in similar} | {child.seed}) == len(similar) + 1
-    assert all(one.weights == child.weights and one.parent == 1 for one, _ in similar) and "from&nbsp;1" in html
+    assert (
+        all(one.weights == child.weights and one.parent == 1 for one, _ in similar) and "from&nbsp;1" in html
+    )
     concepts, pad, taken, shown, _ = tab._take(similar, favourites, event(list="similar", at=2))
     assert concepts == ["owl", "snail"] and "--x:0.25;" in pad
     assert taken == similar[2][0] and "the coefficients of favourite 1" in shown
