@@ -17,7 +17,7 @@ from PIL import Image
 from pixrl import models
 from pixrl.errors import InputError
 from pixrl.studio.app import Studio
-from pixrl.studio.fuse import CORNERS, FRAMES, Child, Mixer, check, gif, morph, png, point_of, weights_at
+from pixrl.studio.fuse import CORNERS, FRAMES, Blend, Mixer, check, gif, morph, png, point_of, weights_at
 from pixrl.studio.fuse_tab import FuseTab
 
 UNIT = st.floats(0, 1)
@@ -57,7 +57,7 @@ def test_a_triangles_point_has_the_weights_that_made_it(raw: list[float]) -> Non
 
 
 def test_a_morph_begins_at_the_first_concept_passes_all_and_can_repeat() -> None:
-    frames = morph(Child(("owl", "snail", "cup"), (0.2, 0.3, 0.5), 7))
+    frames = morph(Blend(("owl", "snail", "cup"), (0.2, 0.3, 0.5), 7))
     assert len(frames) == FRAMES and frames[0].weights == (1.0, 0.0, 0.0)
     assert all(sum(frame.weights) == pytest.approx(1) and frame.seed == 7 for frame in frames)
     steps = np.abs(np.diff([frame.weights for frame in [*frames, frames[0]]], axis=0)).sum(axis=1)
@@ -73,7 +73,7 @@ def mixer() -> Mixer:
 def test_a_corner_draws_the_concept_itself_and_the_middle_neither(mixer: Mixer) -> None:
     concepts = ("owl", "snail")
     left, middle, right = mixer.draw(
-        [Child(concepts, weights, 3) for weights in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))]
+        [Blend(concepts, weights, 3) for weights in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))]
     )
     renderer = models.load(MODEL, device="cpu")
     for concept, picture in (("owl", left), ("snail", right)):
@@ -90,7 +90,7 @@ def test_a_corner_draws_the_concept_itself_and_the_middle_neither(mixer: Mixer) 
 
 def test_what_the_model_cannot_do_is_refused_with_the_reason(mixer: Mixer) -> None:
     with pytest.raises(InputError, match="dragon"):
-        mixer.draw([Child(("owl", "dragon"), (0.5, 0.5), 0)])
+        mixer.draw([Blend(("owl", "dragon"), (0.5, 0.5), 0)])
     with pytest.raises(InputError, match="given twice"):
         check(["owl", "Owl"], MODEL)
     with pytest.raises(InputError, match="room for 4 concepts, and 5"):
@@ -98,7 +98,7 @@ def test_what_the_model_cannot_do_is_refused_with_the_reason(mixer: Mixer) -> No
 
 
 def test_files_say_how_they_were_made() -> None:
-    picture, child = Image.new("RGB", (8, 8), "red"), Child(("owl", "snail"), (0.25, 0.75), 5)
+    picture, child = Image.new("RGB", (8, 8), "red"), Blend(("owl", "snail"), (0.25, 0.75), 5)
     again = Image.open(io.BytesIO(png(picture, child)))
     assert again.info["pixrl"] == "owl 0.2500, snail 0.7500, seed 5" and again.size == (8, 8)
     frames = [Image.new("RGB", (8, 8), (20 * n, 0, 0)) for n in range(4)]
@@ -114,7 +114,7 @@ def test_favourites_keep_their_lineage(root: Path) -> None:
     studio = Studio(root, ("owl", "snail"))
     tab: FuseTab = studio.fuse
     pad, child, picture, note = tab._choose(["owl", "snail"])
-    assert 'class="pad n2"' in pad and note == "" and child == Child(("owl", "snail"), (0.5, 0.5), 0)
+    assert 'class="pad n2"' in pad and note == "" and child == Blend(("owl", "snail"), (0.5, 0.5), 0)
     assert "owl 50 %" in picture and 'download="owl-snail-0.png"' in picture
     child, picture, _ = tab._move(child, event(x=0.25, y=0.5))
     assert child.weights == (0.75, 0.25) and "owl 75 %" in picture
@@ -144,7 +144,7 @@ def test_an_unknown_concept_is_a_sentence_and_a_search_is_a_run(root: Path) -> N
     assert child is None and "appears here" in picture and "dragon" in note and "Choose two" in pad
     begun: list[Any] = []
     studio.processes.begin = lambda command, run, given=(): begun.append((command, run, list(given)))  # type: ignore[method-assign]
-    name, _ = tab._search(Child(("owl", "snail"), (0.5, 0.5), 0))
+    name, _ = tab._search(Blend(("owl", "snail"), (0.5, 0.5), 0))
     (command, run, given) = begun[0]
     assert command == "fuse" and run == root / name and given[:2] == ["owl", "snail"] and given[-1] == "--out"
     assert "starting" in tab.tick(name, 0)[0] and tab.tick(None, 0) == [gr.skip(), gr.skip()]

@@ -35,7 +35,7 @@ MORE = 8
 
 
 @dataclass(frozen=True)
-class Child:
+class Blend:
     """One mixture: its concepts, their weights, and the seed of its noise."""
 
     concepts: tuple[str, ...]
@@ -96,7 +96,7 @@ class Mixer:
         self.model, self.device = model, device
         self._lock = threading.Lock()
 
-    def draw(self, children: Sequence[Child], size: int | None = None) -> list[Image.Image]:
+    def draw(self, children: Sequence[Blend], size: int | None = None) -> list[Image.Image]:
         """Draw mixtures of the same concepts.
 
         Args:
@@ -140,7 +140,7 @@ def _load(model: str, device: str, size: int | None) -> tuple[Any, Any]:
     return models.load(model, device=device, resolution=size), read_card(model, Layout.PIPELINE)
 
 
-def morph(child: Child) -> list[Child]:
+def morph(child: Blend) -> list[Blend]:
     """Return the mixtures from one concept to the next and back to the first, all from the child's noise."""
     count = len(child.concepts)
     stops = [*range(count), 0]
@@ -151,7 +151,7 @@ def morph(child: Child) -> list[Child]:
         weights = [0.0] * count
         weights[stops[int(leg)]] += 1 - share
         weights[stops[int(leg) + 1]] += share
-        found.append(Child(child.concepts, tuple(weights), child.seed))
+        found.append(Blend(child.concepts, tuple(weights), child.seed))
     return found
 
 
@@ -163,7 +163,7 @@ def gif(pictures: Sequence[Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
-def png(picture: Image.Image, child: Child) -> bytes:
+def png(picture: Image.Image, child: Blend) -> bytes:
     """Return a picture as PNG, which says how it was made."""
     from PIL.PngImagePlugin import PngInfo
 

@@ -10,7 +10,7 @@ import gradio as gr
 from pixrl.errors import InputError, PixrlError
 from pixrl.report.page import render
 from pixrl.studio.folders import HERE, sentence
-from pixrl.studio.fuse import CORNERS, MORE, MOST, Child, Mixer, gif, morph, png, point_of, uri, weights_at
+from pixrl.studio.fuse import CORNERS, MORE, MOST, Blend, Mixer, gif, morph, png, point_of, uri, weights_at
 from pixrl.studio.style import asset
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BUDGET = 64
 """Pictures of a learned search."""
-Shown = tuple[Child, str]
+Shown = tuple[Blend, str]
 """A mixture and its picture as a data URI."""
 
 
@@ -100,33 +100,33 @@ class FuseTab:
             return [_pad(None), None, _mixture(None, ""), ""]
         names = tuple(" ".join(one.split()) for one in concepts)
         weights = (1 / len(names),) * len(names)
-        shown = self._show(Child(names, weights, 0))
+        shown = self._show(Blend(names, weights, 0))
         return [_pad(shown[0]), *shown]
 
-    def _move(self, child: Child | None, event: gr.EventData) -> list[Any]:
+    def _move(self, child: Blend | None, event: gr.EventData) -> list[Any]:
         if child is None:
             return [gr.skip()] * 3
         x, y = float(event._data["x"]), float(event._data["y"])
         return self._show(replace(child, weights=weights_at(len(child.concepts), x, y), parent=None))
 
-    def _other_noise(self, child: Child | None) -> list[Any]:
+    def _other_noise(self, child: Blend | None) -> list[Any]:
         return [gr.skip()] * 3 if child is None else self._show(replace(child, seed=child.seed + 1))
 
-    def _show(self, child: Child) -> list[Any]:
+    def _show(self, child: Blend) -> list[Any]:
         try:
             (picture,) = self.mixer.draw([child])
         except PixrlError as error:
             return [None, _mixture(None, ""), self._refused(error)]
         return [child, _mixture(child, uri(png(picture, child), "png")), ""]
 
-    def _keep(self, child: Child | None, picture: str, favourites: list[Shown]) -> list[Any]:
+    def _keep(self, child: Blend | None, picture: str, favourites: list[Shown]) -> list[Any]:
         if child is None or any(one == child for one, _ in favourites):
             return [gr.skip()] * 3
         (image,) = self.mixer.draw([child])
         favourites = [*favourites, (child, uri(png(image, child), "png"))]
         return [favourites, _children("Favourites", "kept", favourites, numbered=True), gr.skip()]
 
-    def _more(self, child: Child | None, favourites: list[Shown]) -> list[Any]:
+    def _more(self, child: Blend | None, favourites: list[Shown]) -> list[Any]:
         """Draw the same coefficients from new noises."""
         if child is None:
             return [gr.skip()] * 3
@@ -137,7 +137,7 @@ class FuseTab:
         shown = [(one, uri(png(image, one), "png")) for one, image in zip(children, pictures, strict=True)]
         return [shown, _children("More like this", "similar", shown), ""]
 
-    def _larger(self, child: Child | None) -> list[Any]:
+    def _larger(self, child: Blend | None) -> list[Any]:
         if child is None:
             return [gr.skip()] * 2
         try:
@@ -149,7 +149,7 @@ class FuseTab:
             f"{picture.width} × {picture.height} pixels",
         ]
 
-    def _morph(self, child: Child | None) -> list[Any]:
+    def _morph(self, child: Blend | None) -> list[Any]:
         if child is None:
             return [gr.skip()] * 2
         image = uri(gif(self.mixer.draw(morph(child))), "gif")
@@ -160,7 +160,7 @@ class FuseTab:
         child, image = shown[int(event._data["at"])]
         return [list(child.concepts), _pad(child), child, _mixture(child, image), ""]
 
-    def _search(self, child: Child | None) -> list[Any]:
+    def _search(self, child: Blend | None) -> list[Any]:
         """Start `pixrl fuse` on the same concepts as a process of its own; its run appears among the runs."""
         if child is None:
             return [gr.skip()] * 2
@@ -185,7 +185,7 @@ def _note(text: str) -> str:
     return render("studio/note.html.j2", {"text": text})
 
 
-def _pad(child: Child | None) -> str:
+def _pad(child: Blend | None) -> str:
     if child is None:
         return render("studio/pad.html.j2", {"concepts": ()})
     x, y = point_of(child.weights)
@@ -193,7 +193,7 @@ def _pad(child: Child | None) -> str:
     return render("studio/pad.html.j2", {"concepts": child.concepts, "corners": corners, "x": x, "y": y})
 
 
-def _mixture(child: Child | None, image: str) -> str:
+def _mixture(child: Blend | None, image: str) -> str:
     return render("studio/mixture.html.j2", {"child": child, "image": image})
 
 
