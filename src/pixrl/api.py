@@ -30,7 +30,7 @@ from pixrl.rewards.votes.reward import votes_reward
 from pixrl.runs.config import ALIGN, KINDS, PERSONALIZE, AlignConfig, load_recipe, read_config
 from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.log import evaluations
+from pixrl.runs.reading import evaluations
 from pixrl.runs.training import Report
 
 RUNS = Path("runs")

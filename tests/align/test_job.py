@@ -26,8 +26,7 @@ from pixrl.runs.config import AlignConfig
 from pixrl.runs.data import PromptSampler
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.loaded import load_run, plan_batches
-from pixrl.runs.log import evaluations, sample_scores, samples_of
-from pixrl.runs.record import START, comparable_evaluations
+from pixrl.runs.reading import START, comparable_evaluations, evaluations, sample_scores, samples_of
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 from tests.align.test_processes import assert_trained_alike
 

@@ -38,7 +38,7 @@ from pixrl.runs import checkpoint
 from pixrl.runs.config import KINDS, AlignConfig, read_config
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.record import start_if_any
+from pixrl.runs.reading import start_if_any
 from pixrl.untrusted import encodable
 
 CARD = "README.md"
