@@ -116,7 +116,9 @@ def examine_training(
         )
     if estimate is not None:
         judges = named_models(config.rewards) | {"output.features": config.output.features}
-        require_own_world(estimate.policy, parameters_of(parts), judges.items(), findings)
+        subject = isinstance(config, PersonalizeConfig)
+        instead = "pixrl personalize subject/flux-uno --subject FOLDER" if subject else "--set model=toy:sd3"
+        require_own_world(estimate.policy, parameters_of(parts), judges.items(), findings, instead=instead)
     weighed = estimate if estimate is not None and estimate.weighed else None
     batches, needed, sharded = fit_batches(config, device, place, parts, rewards, weighed, findings)
     if sharded or machine.divides:
@@ -348,7 +350,9 @@ def examine_fusion(
             check_words(texts, made.vocabulary, made.name)
             require_texts(made, checkpoint, texts, findings, t5=True)
             judges = {"clip": config.clip, "segmenter": config.segmenter}
-            require_own_world(made, parameters_of(parts), judges.items(), findings)
+            require_own_world(
+                made, parameters_of(parts), judges.items(), findings, instead="--set model=toy:sd3"
+            )
             side = made.settings.resolution
             cost = None if about_to_run and is_small(parts, side, device) else _cost(made, precision)
             batch = min(micro_batch_for(device, side), config.batch)
