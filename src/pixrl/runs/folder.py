@@ -33,6 +33,7 @@ from pixrl.runs.files import (
     write_atomic,
 )
 from pixrl.runs.place import ENVIRONMENT, RECIPE
+from pixrl.runs.process import forget_the_dead
 from pixrl.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -311,6 +312,7 @@ class RunFolder:
         """Remove what killed processes left. Only the process that goes on with the run may do so."""
         for path in run_place.left_by_kills(self.path):
             remove(path)
+        forget_the_dead(self.path)
         if run_place.has_saved(self.path):
             run_place.drop_replaced(self.path)
 

@@ -95,6 +95,13 @@ def is_stopping(run: Path) -> bool:
     return found is not None and _read(run / STOP) == found
 
 
+def forget_the_dead(run: Path) -> None:
+    """Remove what a process left that was killed as it removed its name."""
+    if process_of(run) is None:
+        (run / PROCESS).unlink(missing_ok=True)
+        (run / STOP).unlink(missing_ok=True)
+
+
 def ask_to_stop(run: Path) -> RunProcess:
     """Ask the process that trains a run to stop after the step in hand, and return it.
 
