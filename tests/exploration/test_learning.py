@@ -41,7 +41,7 @@ def deltas(policy: SD3Policy, prompts: list[str], **given: Any) -> list[Tensor]:
 
 def globals_of(policy: SD3Policy, prompt: str, delta: Tensor) -> tuple[Tensor, Tensor]:
     """h_k and h_0, the long way round."""
-    encoder = policy.clip_encoders()[0]
+    encoder = policy.text_encoders()[0]
     text = encoder.read(prompt)
     ids = text.ids_L[None]
     h = torch.cat([encoder.features(ids, e[None]).pooled_KE for e in perturbed_embeddings(text, delta)])
@@ -94,7 +94,7 @@ def test_the_first_step_is_adamws(sd3: SD3Policy) -> None:
 @pytest.mark.parametrize("steps", [0, 20])
 @pytest.mark.parametrize("norm", ["absolute", "relative"])
 def test_no_token_leaves_the_bound(sd3: SD3Policy, norm: str, steps: int) -> None:
-    text = sd3.clip_encoders()[0].read(LONG)
+    text = sd3.text_encoders()[0].read(LONG)
     own = text.embeddings_LD[text.content_L].norm(dim=1) if norm == "relative" else torch.ones(1)
     delta = deltas(sd3, [OWL, LONG], steps=steps, norm=norm, max_norm=0.04, sigma_init=0.1)[1]
     share = delta.norm(dim=2) / own
@@ -103,7 +103,7 @@ def test_no_token_leaves_the_bound(sd3: SD3Policy, norm: str, steps: int) -> Non
 
 
 def test_only_content_is_perturbed(sd3: SD3Policy) -> None:
-    text = sd3.clip_encoders()[0].read(OWL)
+    text = sd3.text_encoders()[0].read(OWL)
     delta = deltas(sd3, [OWL, LONG])[0]
     assert delta.shape == (3, int(text.content_L.sum()), 16)
     embeddings = perturbed_embeddings(text, delta)
@@ -125,7 +125,7 @@ def test_variants_differ(sd3: SD3Policy) -> None:
 def test_both_encoders(sd3_t5: SD3Policy) -> None:
     s = settings(encoders="both")
     (found,) = learn(chosen_encoders(sd3_t5, "", s.encoders), [OWL], s)
-    words = int(sd3_t5.clip_encoders()[0].read(OWL).content_L.sum())
+    words = int(sd3_t5.text_encoders()[0].read(OWL).content_L.sum())
     assert {name: tuple(delta.shape) for name, delta in found.items()} == {
         "clip_l": (3, words, 16),
         "clip_g": (3, words, 24),
@@ -166,7 +166,7 @@ def test_callers_modes_do_not_matter(sd3: SD3Policy) -> None:
     assert torch.equal(found, plain) and not found.is_inference()
     torch.manual_seed(123)
     assert torch.equal(deltas(sd3, [OWL])[0], plain)
-    assert all(p.grad is None for p in sd3.clip_encoders()[0].model.parameters())
+    assert all(p.grad is None for p in sd3.text_encoders()[0].model.parameters())
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -230,7 +230,7 @@ def test_one_encoder_is_not_both(flux: FluxPolicy) -> None:
 
 
 def test_divergence_is_an_error(sd3: SD3Policy) -> None:
-    encoder = sd3.clip_encoders()[0]
+    encoder = sd3.text_encoders()[0]
     weight = encoder.model.text_projection.weight
     before = weight.detach().clone()
     weight.data.fill_(torch.nan)

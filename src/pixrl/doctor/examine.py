@@ -225,7 +225,7 @@ def condition_row(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequ
     settings = config.references
     policy = show_references(policy, settings)
     count = settings.count or (len(shown_pictures(prompts[0].metadata)) if prompts else 1)
-    return Conditioning(row.tokens_BLD, row.pooled_BE, (policy.blank_reference(),) * count)
+    return replace(row, references=(policy.blank_reference(),) * count)
 
 
 def _is_in_doubt(config: AlignConfig, parts: Mapping[str, PartSize], device: torch.device) -> bool:

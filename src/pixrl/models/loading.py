@@ -313,8 +313,14 @@ def misfit_of_folder(part: Path, model: torch.nn.Module) -> Misfit:
     """
     found = {name: one.shape for file in model_files(part) for name, one in read_header(file).items()}
     expected = _shapes(model)
-    if found.keys().isdisjoint(expected):  # transformers has dropped a level of its CLIPTextModel
-        found = {name.removeprefix("text_model."): shape for name, shape in found.items()}
+    if found.keys().isdisjoint(
+        expected
+    ):  # transformers has dropped a level of its CLIPTextModel, or adds Qwen3Model's
+        outer = ("text_model.", "model.")
+        found = {
+            name.removeprefix(next((one for one in outer if name.startswith(one)), "")): shape
+            for name, shape in found.items()
+        }
     return compare(found, expected)
 
 
