@@ -289,7 +289,7 @@ class Bare(FlowPolicy):
 
 
 def test_a_model_without_clip_is_refused_at_once() -> None:
-    with pytest.raises(InputError, match=r"bare \(Bare\) has no CLIP text encoders.*noise alone"):
+    with pytest.raises(InputError, match=r"bare \(Bare\) has no text encoders.*noise alone"):
         exploration().prepare(Bare(), [OWL])
 
 

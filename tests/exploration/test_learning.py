@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.tolerance import GRADIENT, agree, agree_after_adam
+from tests.tolerance import GRADIENT, MODEL, agree, agree_after_adam
 from torch import Tensor
 
 from pixrl import config
@@ -22,6 +22,7 @@ from pixrl.equations import anchor_loss, diversity_loss, perturbation_objective
 from pixrl.errors import ConfigError, InputError, RunError
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.sd3 import SD3Policy
+from pixrl.models.z_image import ZImagePolicy
 
 OWL, SNAIL, LONG = "an owl", "two snails", "a green snail by the red house"
 
@@ -206,7 +207,7 @@ def test_sampling_options_keep_what_was_learned(change: dict[str, Any]) -> None:
         ({"variants": 2, "weighted": "anchor"}, "weighted would have no effect with a single perturbation"),
         ({"perturbation_range": 0.0}, "greater than 0"),
         ({"perturbation_range": 1.1}, "less than or equal to 1"),
-        ({"encoders": "clip_g"}, "'clip_l' or 'both'"),
+        ({"encoders": "clip_g"}, "'clip_l', 'both' or 'language'"),
         ({"sigma": 1}, "Did you mean 'sigma_init'"),
         ({"max_norm": 0}, "greater than 0"),
     ],
@@ -227,6 +228,33 @@ def test_resolved_settings_read_back() -> None:
 def test_one_encoder_is_not_both(flux: FluxPolicy) -> None:
     with pytest.raises(InputError, match="tiny has one CLIP text encoder, clip_l; encoders: both needs two"):
         chosen_encoders(flux, "tiny", Encoders.BOTH)
+
+
+def test_an_encoder_that_is_not_there_is_refused(sd3: SD3Policy, z_image: ZImagePolicy) -> None:
+    with pytest.raises(InputError, match="tiny reads prompts with CLIP, not.* Give encoders: clip_l"):
+        chosen_encoders(sd3, "tiny", Encoders.LANGUAGE)
+    for choice in (Encoders.CLIP_L, Encoders.BOTH):
+        with pytest.raises(InputError, match="tiny reads prompts with a language.* Give encoders: language"):
+            chosen_encoders(z_image, "tiny", choice)
+
+
+def test_variants_of_a_language_models_prompts(z_image: ZImagePolicy) -> None:
+    """What `learn` moved apart are the features of the token behind the prompt, by the pipeline's own encoding."""
+    s = settings(encoders="language", weighted="anchor", norm="relative", max_norm=2.0, lr=0.05, target=0.9)
+    (encoder,) = chosen_encoders(z_image, "", s.encoders)
+    prompts = [OWL, LONG]
+    for prompt, found in zip(prompts, learn([encoder], prompts, s), strict=True):
+        text = encoder.read(prompt)
+        delta = found["language"]
+        assert delta.shape == (3, len(prompt), 16), "a letter is a token"
+        plain = z_image.encode([prompt])
+        features = encoder.features(text.ids_L.expand(3, -1), perturbed_embeddings(text, delta))
+        assert plain.mask_BL is not None and features.tokens_KLD is not None
+        anchor = plain.tokens_BLD[0, text.end]
+        unmoved = encoder.features(text.ids_L[None], text.embeddings_LD[None])
+        assert agree(unmoved.pooled_KE[0], anchor, MODEL)
+        assert torch.equal(features.pooled_KE, features.tokens_KLD[:, text.end])
+        assert (features.pooled_KE - anchor).norm(dim=1).min() > 0.05 * anchor.norm()
 
 
 def test_divergence_is_an_error(sd3: SD3Policy) -> None:
