@@ -231,10 +231,10 @@ def test_one_encoder_is_not_both(flux: FluxPolicy) -> None:
 
 
 def test_an_encoder_that_is_not_there_is_refused(sd3: SD3Policy, z_image: ZImagePolicy) -> None:
-    with pytest.raises(InputError, match="tiny reads prompts with CLIP, not.* Give encoders: clip_l"):
+    with pytest.raises(InputError, match=r"tiny reads prompts with CLIP, not.* Give encoders: clip_l"):
         chosen_encoders(sd3, "tiny", Encoders.LANGUAGE)
     for choice in (Encoders.CLIP_L, Encoders.BOTH):
-        with pytest.raises(InputError, match="tiny reads prompts with a language.* Give encoders: language"):
+        with pytest.raises(InputError, match=r"tiny reads prompts with a language.* Give encoders: language"):
             chosen_encoders(z_image, "tiny", choice)
 
 

@@ -187,12 +187,12 @@ def test_a_lora_of_others_is_merged(folder: Path, tmp_path: Path) -> None:
     for name, (down, up) in lora.items():
         other |= {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
     save_file(other, theirs)
-    before = load(folder).transformer.state_dict()
+    before = load(folder).denoiser.state_dict()
     for file in (plain, theirs):
         assert open_lora(file, "z-image").lora.keys() == lora.keys()
         merged = models.load(folder, device="cpu", dtype="float32", lora=file)
         assert isinstance(merged, ZImagePolicy)
-        for name, x in merged.transformer.state_dict().items():
+        for name, x in merged.denoiser.state_dict().items():
             down, up = lora.get(name.removesuffix(".weight"), (None, None))
             change = torch.zeros(()) if down is None or up is None else up @ down
             assert agree(x, before[name] + change, 8), name

@@ -106,5 +106,5 @@ class ZImagePolicy(FlowPipelinePolicy, PerturbableText):
         if conditioning.mask_BL is not None:
             captions = [row[own] for row, own in zip(captions, conditioning.mask_BL, strict=True)]
         frames = list(x_t.unsqueeze(2).unbind())
-        found: list[Tensor] = self.transformer(frames, 1 - t_B, captions, return_dict=False)[0]
+        found: list[Tensor] = self.denoiser(frames, 1 - t_B, captions, return_dict=False)[0]
         return -torch.stack(found).squeeze(2)
