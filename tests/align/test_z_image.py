@@ -41,7 +41,7 @@ def run(folder: Path, prompt_file: Path, tmp_path_factory: pytest.TempPathFactor
 def test_it_goes_on_as_it_was(
     folder: Path, prompt_file: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    settings = recipe(folder, prompt_file, **method)
+    settings = recipe(folder, prompt_file, **method, evaluation={"prompts": 1, "per_prompt": 1})
     whole = pixrl.align(settings | {"steps": 2}, out=tmp_path / "whole")
     pixrl.align(settings | {"steps": 1}, out=tmp_path / "cut")
     align_job.go_on(tmp_path / "cut", overrides=["steps=2"])

@@ -240,7 +240,8 @@ class TextEncoder(ABC):
     def _run(self, ids_BL: Tensor, embeddings_BLD: Tensor, **options: Any) -> Any:
         """Run the model with these embeddings in place of its table's output."""
         table: nn.Module = self.model.get_input_embeddings()
-        wanted = (*ids_BL.shape, table.weight.shape[1])
+        columns = next(table.parameters()).shape[1]
+        wanted = (*ids_BL.shape, columns)
         if ids_BL.ndim != 2 or embeddings_BLD.shape != wanted:
             raise ShapeError(
                 f"{self.name} takes embeddings {list(wanted)} for ids {list(ids_BL.shape)}, "
@@ -368,8 +369,8 @@ class LanguageEncoder(TextEncoder):
 
     def _own(self, ids_BL: Tensor) -> Tensor:
         """Return a mask that is false on padding, which stands behind the last token of another kind."""
-        others_BL = (ids_BL != self.tokenizer.pad_token_id).int()
-        return others_BL.flip(1).cumsum(dim=1).flip(1) > 0
+        others_BL: Tensor = ids_BL != self.tokenizer.pad_token_id
+        return others_BL.int().flip(1).cumsum(dim=1).flip(1) > 0
 
     def _ends(self, ids_BL: Tensor) -> Tensor:
         """Return the place [B] of the first token after each prompt, or of its last one where that was cut off."""
