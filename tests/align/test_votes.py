@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_run_and_says_that_the_votes_are_kept(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [0.0, 0.2])
 def test_what_the_voter_likes_rises(wrong: float, tmp_path: Path) -> None:
-    """On the toy world: its held-out pictures of the same noises gain past chance, and on the mean by a quarter of their spread."""
+    """Held-out pictures of the same noises gain past chance, on the mean by a quarter of their spread."""
     settings = toy_recipe(votes(**simulated(wrong))[0], 6, 8e-3)
     settings |= {"rewards": votes(**simulated(wrong)), "evaluation": {"prompts": 12, "per_prompt": 1}}
     done = pixrl.align(settings, seed=0, out=tmp_path / "run")
