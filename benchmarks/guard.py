@@ -13,7 +13,7 @@ from typing import Any
 
 import pixrl
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.guard import read_findings
+from pixrl.runs.reading import read_findings
 
 JUDGE = Path(__file__).parents[1] / "tests" / "align" / "guard_judge.py"
 PREFERENCE = {"name": "preference", "options": {"model": "toy:preference"}}

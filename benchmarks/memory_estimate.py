@@ -77,18 +77,49 @@ MODELS = {
 TRANSFORMERS = {"StableDiffusion3Pipeline": "SD3Transformer2DModel", "FluxPipeline": "FluxTransformer2DModel"}
 
 
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+T5_XXL = {
+    "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+
+
+def texts(pipeline: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The text encoders of a family: name -> class and config."""
+    t5 = ("T5EncoderModel", T5_XXL | {"model_type": "t5"})
+    clips = [
+        (
+            kind,
+            {
+                "model_type": "clip_text_model",
+                "vocab_size": 49408,
+                "projection_dim": shape["hidden_size"],
+                **shape,
+            },
+        )
+        for kind, shape in (("CLIPTextModelWithProjection", CLIP_L), ("CLIPTextModelWithProjection", CLIP_G))
+    ]
+    if pipeline == "FluxPipeline":
+        return {"text_encoder": ("CLIPTextModel", clips[0][1]), "text_encoder_2": t5}
+    return {"text_encoder": clips[0], "text_encoder_2": clips[1], "text_encoder_3": t5}
+
+
 def folder(place: Path, pipeline: str, transformer: dict[str, Any]) -> Path:
     """The configs of a pipeline, without weights."""
     scheduler = "FlowMatchEulerDiscreteScheduler"
+    encoders = texts(pipeline)
     files = {
         INDEX: {
             "_class_name": pipeline,
             "scheduler": ["diffusers", scheduler],
             "transformer": ["diffusers", TRANSFORMERS[pipeline]],
             "vae": ["diffusers", "AutoencoderKL"],
+            **{name: ["transformers", kind] for name, (kind, _) in encoders.items()},
         },
         "transformer/config.json": transformer,
         "vae/config.json": VAE,
+        **{f"{name}/config.json": config for name, (_, config) in encoders.items()},
         "scheduler/scheduler_config.json": {"_class_name": scheduler, "shift": 3.0},
         "tokenizer/tokenizer_config.json": {"model_max_length": 77},
     }

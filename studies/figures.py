@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pixrl.jobs.fuse import slug
-from pixrl.report.align import WINDOW, smooth
+from pixrl.report.figures import WINDOW, smooth
 from pixrl.runs.files import write_atomic
 from studies.config import BASE, CrossedTable, PersonalizeStudyConfig, RunStudyConfig
 from studies.runs_tables import reward_interval

@@ -21,7 +21,6 @@ from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.loaded import LoadedRun, load_run, plan_batches
-from pixrl.runs.log import evaluations
 from pixrl.runs.measure import (
     Drawing,
     Evaluation,
@@ -31,6 +30,7 @@ from pixrl.runs.measure import (
     open_run,
 )
 from pixrl.runs.place import is_run
+from pixrl.runs.reading import evaluations
 from studies.config import BASE, PersonalizeStudyConfig, RunStudyConfig
 from studies.figures import write_figures
 from studies.grid import Record, Task

@@ -11,6 +11,7 @@ from pixrl import config as recipes
 from pixrl.algorithms.world import Team
 from pixrl.data.pairs import check_concepts, parse_pairs, read_pairs
 from pixrl.device import quiet_loading
+from pixrl.doctor.cards import CardPlans, parse_card, plans_for
 from pixrl.doctor.diagnosis import Diagnosis
 from pixrl.doctor.examine import examine_fusion, examine_training, try_out
 from pixrl.errors import ConfigError, InputError
@@ -29,7 +30,7 @@ from pixrl.rewards.votes.reward import votes_reward
 from pixrl.runs.config import ALIGN, KINDS, PERSONALIZE, AlignConfig, load_recipe, read_config
 from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.log import evaluations
+from pixrl.runs.reading import evaluations
 from pixrl.runs.training import Report
 
 RUNS = Path("runs")
@@ -544,6 +545,35 @@ def examine(
             return examine_fusion(settings, processes=processes, out=place, force=force)
         found = examine_training(settings, processes=processes, out=place, force=force)
         return try_out(settings, found) if score and found.can_run else found
+
+
+def plan_card(
+    recipe: str | Path | Mapping[str, Any] | None,
+    gpu: str,
+    overrides: Sequence[str] = (),
+    *,
+    subject: Path | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    processes: int = 1,
+) -> CardPlans:
+    """Find the plans with which a recipe would fit a card that need not be here, and their time, from configs alone.
+
+    Args:
+        recipe, overrides, subject, steps, seed, processes: as for `examine`.
+        gpu: a name in the table of cards, such as 4090, or a size in GiB.
+
+    Raises:
+        ConfigError: the recipe is wrong, or a fusion's.
+        InputError: there is no such card, or the model cannot be trained.
+        CheckpointError: the model's configs cannot be had.
+    """
+    card = parse_card(gpu)
+    with quiet_loading():
+        settings = _settings(recipe, overrides, subject, steps, seed)
+        if isinstance(settings, FuseConfig):
+            raise ConfigError("--gpu plans training, which a fusion has none of: leave it out.")
+        return plans_for(settings, card, processes)
 
 
 def _settings(

@@ -179,6 +179,22 @@ def locate(ref: str | Path, *, t5: bool = True) -> Checkpoint:
     return Checkpoint(path, file, adapter)
 
 
+def locate_configs(ref: str | Path) -> Checkpoint:
+    """Return the configs of a pipeline; of a hub id they are downloaded, without weights.
+
+    Raises:
+        CheckpointError: they are missing, or cannot be fetched.
+        InputError: the reference is none of the kinds.
+    """
+    adapter, place = split_adapter(ref)
+    split = split_single_file(place)
+    config = place if split is None else split[1] or _config_of(split[0])
+    found = resolve(config, Layout.PIPELINE)
+    path = fetch_files(found, CONFIG_FILES) if isinstance(found, str) else found
+    read_json(path / hub_check.INDEX)
+    return Checkpoint(path, adapter=adapter)
+
+
 def split_adapter(ref: str | Path) -> tuple[str | None, str]:
     """Return the adapter, where one is named, and the checkpoint of `path/to/file.py:Name@REFERENCE`.
 

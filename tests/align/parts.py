@@ -1,6 +1,7 @@
 """What the tests of align share: groups, methods, scores."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,9 @@ def recipe(model: Path, prompt_file: Path, **changes: Any) -> dict[str, Any]:
         "machine": {"device": "cpu", "dtype": "float32"},
         "output": {"checkpoint_every": 1},
     }
-    return base | changes
+    return deepcopy(
+        base | changes
+    )  # the tables of methods below are shared: a test may change what it was given
 
 
 GRPO: dict[str, Any] = {

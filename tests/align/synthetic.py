@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from pixrl.runs.config import AlignConfig
-from pixrl.runs.folder import JsonLines, ManifestRow, RunFolder, png_bytes
-from pixrl.runs.log import EVALUATIONS
-from pixrl.runs.record import GALLERY, START
+from pixrl.runs.folder import EVALUATIONS, JsonLines, ManifestRow, RunFolder, png_bytes
+from pixrl.runs.reading import GALLERY, START
 
 Draw = Callable[[str, int], Tensor]
 """Prompt and seed -> [3, H, W]."""

@@ -11,7 +11,9 @@ from pixrl.errors import CheckpointError, RunError
 from pixrl.fusion.config import FuseConfig
 from pixrl.metrics.intervals import Interval
 from pixrl.report import charts
-from pixrl.report.align import (
+from pixrl.report.align import write_align_report
+from pixrl.report.describe import facts
+from pixrl.report.figures import (
     Change,
     Panel,
     changes_of,
@@ -21,13 +23,13 @@ from pixrl.report.align import (
     phases,
     reward_panels,
     smooth,
+    thumbnail,
     warnings,
     window_of,
-    write_align_report,
 )
-from pixrl.report.describe import facts
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.log import SCORES, samples_of
+from pixrl.runs.reading import SCORES, samples_of
+from pixrl.runs.record import shape_of
 from tests.align.synthetic import PROMPTS, run_folder, settings
 
 
@@ -104,7 +106,7 @@ def test_a_fall_is_told_from_chance(tmp_path: Path) -> None:
     sure = [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.3, -0.4, -0.5, -0.6, -0.4, -0.2]
     scored(folder, 0, preference=before)
     scored(folder, 40, preference=[x + gain for x, gain in zip(before, sure, strict=True)])
-    (change,) = [one for one in changes_of(folder, config) if one.name == "preference"]
+    (change,) = [one for one in changes_of(folder, shape_of(config)) if one.name == "preference"]
     assert change.interval is not None and change.interval.count == len(PROMPTS)
     assert change.interval.mean == pytest.approx(sum(sure) / 12)
     assert (
@@ -126,11 +128,11 @@ def test_pictures_without_a_score_are_left_out_of_both(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", config, done=40, evaluated=(0, 40))
     scored(folder, 0, preference=[1.0, None, 1.0, 1.0, None, None] + [1.0] * 6)
     scored(folder, 40, preference=[2.0, 9.0, 4.0, None, 9.0, 9.0] + [2.0] * 6)
-    interval = {one.name: one.interval for one in changes_of(folder, config)}["preference"]
+    interval = {one.name: one.interval for one in changes_of(folder, shape_of(config))}["preference"]
     assert interval is not None
     assert (interval.count, interval.mean) == (5, pytest.approx((1 + 3 + 1 + 1 + 1) / 5))
     scored(folder, 40, preference=[2.0] * 4)  # another evaluation: nothing to pair
-    assert {one.name: one.interval for one in changes_of(folder, config)}["preference"] is None
+    assert {one.name: one.interval for one in changes_of(folder, shape_of(config))}["preference"] is None
     (samples_of(folder, 40) / SCORES).write_text("{")
     with pytest.raises(CheckpointError, match=r"scores\.json is damaged"):
         write_align_report(folder.path)
@@ -163,11 +165,11 @@ def test_the_group_shown_is_the_newest_that_is_whole(tmp_path: Path) -> None:
     config = settings(steps=40)
     folder = run_folder(tmp_path / "run", config, done=12, evaluated=())
     manifest = folder.manifest()
-    shown = newest_group(folder.path, config, manifest)
+    shown = newest_group(folder.path, shape_of(config), manifest, thumbnail)
     assert shown is not None and (shown.step, shown.columns) == (10, 4)
     assert [name for name, _ in shown.rows] == ["the prompt itself", "variant 1", "variant 2"]
-    assert newest_group(folder.path, config, manifest[:5]) is None
-    assert newest_group(folder.path, config, []) is None
+    assert newest_group(folder.path, shape_of(config), manifest[:5], thumbnail) is None
+    assert newest_group(folder.path, shape_of(config), [], thumbnail) is None
 
 
 def test_phases_are_summed_over_steps_that_may_lack_some() -> None:
@@ -191,7 +193,7 @@ def test_short_runs_are_smoothed_less_and_the_captions_say_how() -> None:
         rows = [
             {"step": n, "reward/geneval/mean": float(n % 2), "reward/geneval/std": 0.1} for n in range(steps)
         ]
-        return reward_panels(config, rows, [])[0]
+        return reward_panels(shape_of(config), rows, [])[0]
 
     assert "the mean of 3 steps" in reward_panel(15).note
     short = reward_panel(8)

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from pixrl.report.align import align_view, changes_of, write_align_report
+from pixrl.report.align import align_view, write_align_report
 from pixrl.report.describe import method_parts
+from pixrl.report.figures import changes_of
 from pixrl.report.model_card import Facts, write_card
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.record import shape_of
 from tests.align.synthetic import run_folder, settings
 
 NOISE = {"kind": "noise", "noises": 12}
@@ -21,7 +23,7 @@ def baseline(path: Path, kind: str) -> tuple[RunFolder, AlignConfig]:
 def test_sft_learns_from_no_score_and_no_page_says_so(tmp_path: Path) -> None:
     folder, config = baseline(tmp_path / "run", "sft")
     page = write_align_report(folder.path).read_text()
-    roles = {change.role for change in changes_of(folder, config)}
+    roles = {change.role for change in changes_of(folder, shape_of(config))}
     assert roles == {"only measured", "spread"}
     assert '<div class="soft small">Trained on' not in page and '<div class="soft small">Never' not in page
     assert "Only measured: no score is learned from." in page

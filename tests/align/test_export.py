@@ -20,8 +20,8 @@ from pixrl.errors import ConfigError, InputError, RunError
 from pixrl.fusion.config import FuseConfig
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot
-from pixrl.report.align import Change
 from pixrl.report.export import Format, export, parse_format
+from pixrl.report.figures import Change
 from pixrl.report.model_card import Facts, artefacts, shown_pairs, write_card
 from pixrl.runs import checkpoint
 from pixrl.runs.config import read_config

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from pixrl.runs.guard import Looked, MonitorSettings, Signal, compare
+from pixrl.runs.guard import Looked, MonitorSettings, compare
+from pixrl.runs.reading import Signal
 
 P, S = 12, 2
 

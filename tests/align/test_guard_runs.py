@@ -12,8 +12,8 @@ from pixrl import api
 from pixrl.errors import ConfigError, GuardError
 from pixrl.runs import checkpoint
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.guard import Looked, MonitorSettings, compare, read_findings
-from pixrl.runs.log import evaluations
+from pixrl.runs.guard import Looked, MonitorSettings, compare
+from pixrl.runs.reading import evaluations, read_findings
 
 JUDGE = "tests/align/guard_judge.py"
 

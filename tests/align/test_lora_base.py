@@ -141,8 +141,8 @@ def test_an_export_that_reads_back_as_something_else_is_removed(
 ) -> None:
     from pixrl.report import export as exporting
 
-    def doubled(lora: Any) -> dict[str, Tensor]:
-        return {key: 2 * x if "lora_B" in key else x for key, x in to_diffusers(lora, "sd3").items()}
+    def doubled(lora: Any, kind: str) -> dict[str, Tensor]:
+        return {key: 2 * x if "lora_B" in key else x for key, x in to_diffusers(lora, kind).items()}
 
     to_diffusers = exporting.to_diffusers
     monkeypatch.setattr(exporting, "to_diffusers", doubled)

@@ -12,14 +12,12 @@ from pixrl.config import find_recipe
 from pixrl.errors import CheckpointError
 from pixrl.jobs import align as align_job
 from pixrl.jobs.check import check
-from pixrl.report.describe import gallery_entries
 from pixrl.runs import checkpoint
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.log import evaluations
 from pixrl.runs.loop import Loop, Step
-from pixrl.runs.record import GALLERY, START
+from pixrl.runs.reading import GALLERY, START, evaluations, gallery_entries
 from tests.align.parts import JUDGE, final, recipe, same
 
 CHEAP: dict[str, Any] = {

@@ -25,6 +25,8 @@ from pixrl.models.slots import LoraSlots, slot_sizes
 from pixrl.rewards import kind_of
 from pixrl.rewards.python import find_function
 from pixrl.rewards.settings import RewardSetting, import_path, is_importable
+from pixrl.runs.config import load_recipe
+from tests import tiny
 from tests.align.parts import JUDGE, recipe
 
 GENEVAL = {"name": "geneval", "options": {"segmenter": "toy:segmenter", "clip": "toy:clip"}}
@@ -275,6 +277,24 @@ def test_a_judge_of_the_toy_world_is_none_of_a_published_model(
     with pytest.raises(PixrlError, match="its scores would mean nothing"):
         pixrl.align(made, out=tmp_path / "run")
     assert api.examine(made | {"model": "toy:sd3"}).can_run
+
+
+@pytest.mark.parametrize("name", ["flux-uno", "flux-kontext"])
+def test_a_subject_with_a_published_model_is_judged_by_published_networks(name: str) -> None:
+    made = load_recipe(f"subject/{name}")
+    assert "toy:" not in made.model_dump_json()
+    assert made.machine.base == "nf4"
+
+
+def test_the_toys_judges_of_a_subject_name_the_recipe_to_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_rewards, "TOY_LARGEST", 1)  # as if the tiny model were a large one
+    monkeypatch.setattr(doctor_rewards, "TOY_SIDE", 16)
+    model = tiny.flux(tmp_path / "flux")
+    found = api.examine("toy/subject", [f"model={model}", "resolution=32"])
+    said = [problem.message for problem in found.problems if "would mean nothing" in problem.message]
+    assert said and all("pixrl personalize subject/flux-uno --subject FOLDER" in one for one in said)
 
 
 def test_the_slots_sizes_are_known_before_they_are_there() -> None:

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from pixrl import cli
 from pixrl.runs.folder import METRICS, RunFolder
-from pixrl.runs.log import sample_scores, samples_of
-from pixrl.runs.record import START
+from pixrl.runs.reading import START, sample_scores, samples_of
 from tests.align.launching import Launch
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 from tests.tolerance import GRADIENT, PICTURE, agree_after_adam, rounding

@@ -21,7 +21,7 @@ from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sharding import require_blocks, sharded_bytes, transformer_blocks
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.planner import kept_bytes, require_equal_shares
-from pixrl.runs.record import START
+from pixrl.runs.reading import START
 from tests.align.launching import Launch
 from tests.align.parts import (
     CLIPPED,

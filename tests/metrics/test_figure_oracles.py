@@ -15,7 +15,7 @@ from pixrl.metrics.diversity import Arrangement, mean_pairwise_distance
 from pixrl.metrics.fusion import figures
 from pixrl.metrics.intervals import Interval, bootstrap, by_unit, paired, student
 from pixrl.models.slots import Slot
-from pixrl.report.align import Change, _by_prompt
+from pixrl.report.figures import Change, _by_prompt
 from pixrl.rewards.segmentation import Instance
 from pixrl.runs.measure import EPOCH, Drawing, draw, evaluated_slot, reward_figures
 from pixrl.types import Scores, sample_seed

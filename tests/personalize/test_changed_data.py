@@ -16,7 +16,7 @@ from pixrl.errors import CheckpointError
 from pixrl.jobs import align as align_job
 from pixrl.runs.data import checksum
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.log import evaluations
+from pixrl.runs.reading import evaluations
 from tests.personalize.conftest import make_subject
 from tests.personalize.test_job import recipe
 

@@ -68,7 +68,8 @@ def test_two_runs_write_equal_bytes_whatever_the_users_settings(monkeypatch: pyt
 
 
 def test_the_colours_are_the_pages() -> None:
-    style = (Path(pixrl.__file__).parent / "report/templates/style.css").read_text(encoding="utf-8")
+    folder = Path(pixrl.__file__).parent / "report/templates"
+    style = "".join((folder / name).read_text(encoding="utf-8") for name in ("colours.css", "style.css"))
     light = dict(re.findall(r"--(\w+): (#\w{6});", style.partition("@media")[0]))
     found = re.findall(r"svg \.k\d { stroke: (?:var\(--(\w+)\)|(#\w{6}));", style)
     assert tuple(light.get(name, colour) for name, colour in found) == PALETTE

@@ -87,6 +87,9 @@ class DPOSettings(LossSettings):
         source = f"{groups} pairs, each with {images // groups // 2} noises; none drawn"
         return Spending(source, 0, images * self.timesteps)
 
+    def passes_beside(self) -> int:
+        return 1
+
     def describe(self, *, shows_references: bool) -> str:
         return f"dpo: pairs on disk, beta {self.beta:g}, {self.timesteps} noise levels a pair"
 

@@ -90,6 +90,9 @@ class DraftSettings(LossSettings):
     def trained_levels(self, sampling: RolloutSettings) -> int:
         return self.last
 
+    def passes_beside(self) -> int:
+        return int(self.kl > 0) + (self.last > 1)  # what is taken again in the backward pass
+
     def describe(self, *, shows_references: bool) -> str:
         return f"the rewards' own gradient through the last {self.last} sampling step(s), KL {self.kl:g}"
 

@@ -91,6 +91,9 @@ class GRPOSettings(LossSettings):
     def trained_levels(self, sampling: RolloutSettings) -> int:
         return len(random_steps(sampling, seed=0, step=0))  # as many in every training step
 
+    def passes_beside(self) -> int:
+        return int(self.kl > 0)
+
     def describe(self, *, shows_references: bool) -> str:
         ratios = "on-policy ratio, not clipped" if self.clip is None else f"clipped at ±{self.clip:g}"
         return f"{ratios}, KL {self.kl:g}"

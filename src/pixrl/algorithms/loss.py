@@ -94,6 +94,10 @@ class LossSettings(Settings):
         """Return what a run of so many pictures in so many groups spends."""
         return Spending("drawn by the model", images, images * self.trained_levels(sampling))
 
+    def passes_beside(self) -> int:
+        """Return how many passes without a gradient each term takes beside the trained one: of the old policy, say."""
+        return 0
+
     def describe(self, *, shows_references: bool) -> str:
         """Return the loss in a line, for the report; `shows_references`: the model is given reference pictures."""
         given = [f"{name} {value}" for name, value in self.model_dump(exclude={"kind"}, mode="json").items()]

@@ -113,6 +113,9 @@ class NFTSettings(LossSettings):
     def trained_levels(self, sampling: RolloutSettings) -> int:
         return self.timesteps
 
+    def passes_beside(self) -> int:
+        return 1 + (self.kl > 0)
+
     def describe(self, *, shows_references: bool) -> str:
         old = self.old_policy.value + ("" if self.old_decay is None else f" {self.old_decay:g}")
         among = self.levels

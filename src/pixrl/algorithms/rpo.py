@@ -93,6 +93,9 @@ class RPOSettings(LossSettings):
         pictures = groups * (2 if self.similarity == 0 else 3)  # winner, loser, and the reference itself
         return Spending("drawn by the frozen base", images, pictures * self.timesteps)
 
+    def passes_beside(self) -> int:
+        return 1
+
     def describe(self, *, shows_references: bool) -> str:
         return (
             f"rpo: best against worst of a group of {self._candidates(shows_references)}, by the harmonic mean, beta "

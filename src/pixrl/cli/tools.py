@@ -47,12 +47,27 @@ def doctor(
     score: Annotated[
         bool, option("Also load the rewards and score a synthetic batch, as a run does.", flag="--score")
     ] = False,
+    gpu: Annotated[
+        str | None,
+        option("Plan for such cards instead, from configs alone: a size in GiB, 4090, a100-80, h100 ..."),
+    ] = None,
     as_json: Annotated[bool, option("Print one JSON object.", flag="--json")] = False,
 ) -> None:
     """What a fuse, align or personalize recipe needs, and whether it can run here; exit code 1 when not."""
     from pixrl import api
 
     count = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if gpu is not None:
+        if score or force or out is not None:
+            raise InputError("--gpu plans from configs alone: leave --score, --out and --force out.")
+        plans = api.plan_card(
+            recipe, gpu, set_ or [], subject=subject, steps=steps, seed=seed, processes=count
+        )
+        named = " ".join(([recipe] if recipe else []) + ([f"--subject {subject}"] if subject else []))
+        typer.echo(json.dumps(plans.to_json(), indent=1) if as_json else "\n".join(plans.lines(named)))
+        if plans.chosen is None:
+            raise typer.Exit(1)
+        return
     found = api.examine(
         recipe,
         set_ or [],

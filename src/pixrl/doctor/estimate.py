@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -145,8 +145,15 @@ class Estimate:
         with imagined(*modules):
             one_pass = operations_of(trial(policy, condition, decode=False))
             with_decoder = operations_of(trial(policy, condition))
+        self.pass_operations = one_pass
+        """Number of floating point operations of one pass over a picture's latents, without its gradient."""
         self.operations = with_decoder + (policy.settings.steps - 1) * one_pass
         """Number of floating point operations of drawing one picture."""
+
+    def training_operations(self) -> int:
+        """Return the floating point operations of one picture at one noise level, with its gradient."""
+        with imagined(self.policy.transformer, self.policy.vae):
+            return operations_of(trial(self.policy, self._condition, train=True, decode=self._decodes))
 
     def costs(self, references: int) -> tuple[Cost, Cost]:
         """Return the memory that drawing and training take when the model is shown so many of the references."""
@@ -164,12 +171,18 @@ def empty_renderer(
     device: torch.device,
     plan: MemoryPlan,
     findings: Findings,
+    *,
+    weights: bool = True,
     **options: object,
 ) -> object:
-    """Return the adapter of a checkpoint around a pipeline without content; what the plan cannot do is a problem."""
+    """Return the adapter of a checkpoint around a pipeline without content; what the plan cannot do is a problem.
+
+    `weights`: the weights' files are there, and must fit.
+    """
     adapter: Any = models.adapter_of(checkpoint)
     pipeline = empty_pipeline(adapter.pipeline_class, checkpoint.folder, precision)
-    require_fit(checkpoint, pipeline, findings, t5=options.get("t5") is not False)
+    if weights:
+        require_fit(checkpoint, pipeline, findings, t5=options.get("t5") is not False)
     made = adapter(checkpoint, name=model, device="cpu", dtype="float32", pipeline=pipeline, **options)
     try:
         set_decoding(made.vae, plan, made.settings.resolution)
@@ -180,7 +193,7 @@ def empty_renderer(
             linear_layers(denoiser_of(pipeline), model, plan.base)
         except InputError as error:
             findings.miss(Need.SETTING, error)
-    if plan.base is Base.NF4:
+    if plan.base is Base.NF4 and weights:
         require_quantizer(findings)
     if plan.offload is not Offload.NONE and device.type == "cpu":
         findings.miss(
@@ -230,6 +243,44 @@ def on_device(parts: dict[str, PartSize], plan: MemoryPlan, *, text_dropped: boo
     return sum(sizes.values()) - (text if text_dropped else 0)
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A run fitted into the memory of a process, or what it takes where it does not fit."""
+
+    batches: Batches
+    resident: int
+    """The bytes that lie on the device all the time."""
+    peak: int
+    free: int
+    sharded: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within what is free."""
+        return self.peak <= self.free
+
+
+def fit(
+    config: AlignConfig,
+    device: torch.device,
+    place: Hardware,
+    parts: dict[str, PartSize],
+    rewards: dict[str, int],
+    estimate: Estimate,
+) -> Fitted:
+    """Fit a run into the memory of a place: weights whole if they fit, else sharded where that is possible."""
+    free = place.free // (place.local if device.type == "cpu" else 1)
+    each = sharers(place.processes, place.local)
+    for sharded in _ways_to_hold(config, place, estimate):
+        resident = _resident(config, parts, rewards, estimate, each if sharded else 1)
+        batches = _batches(config, device, place, estimate, free - resident)
+        peak = resident + _higher(estimate.drawing, estimate.training, (batches.rollout, batches.train or 1))
+        found = Fitted(batches, resident, peak, free, sharded)
+        if found.fits:
+            break
+    return found
+
+
 def fit_batches(
     config: AlignConfig,
     device: torch.device,
@@ -247,25 +298,18 @@ def fit_batches(
     """
     if estimate is None:
         return None, None, config.machine.divides
-    free = place.free // (place.local if device.type == "cpu" else 1)
-    each = sharers(place.processes, place.local)
-    for sharded in _ways_to_hold(config, place, estimate):
-        resident = _resident(config, parts, rewards, estimate, each if sharded else 1)
-        batches = _batches(config, device, place, estimate, free - resident)
-        peak = resident + _higher(estimate.drawing, estimate.training, (batches.rollout, batches.train or 1))
-        if peak <= free:
-            break
-    if peak > free:
-        findings.miss(Need.MEMORY, _too_much(config, estimate, batches, resident, peak, free))
-    elif sharded and not config.machine.divides:
+    found = fit(config, device, place, parts, rewards, estimate)
+    if not found.fits:
+        findings.miss(Need.MEMORY, _too_much(config, estimate, found))
+    elif found.sharded and not config.machine.divides:
         findings.note(
-            f"machine.shard: the weights do not fit whole into {size(free)}, so every {each} processes divide a "
-            "copy of the denoiser among them"
+            f"machine.shard: the weights do not fit whole into {size(found.free)}, so every "
+            f"{sharers(place.processes, place.local)} processes divide a copy of the denoiser among them"
         )
     host = sum(part.bytes for part in parts.values()) * place.local
     if device.type != "cpu" and host > free_bytes(torch.device("cpu")):
         findings.miss(Need.MEMORY, f"Weights pass through main memory, which needs {size(host)} free.")
-    return batches, peak, sharded
+    return found.batches, found.peak, found.sharded
 
 
 def _ways_to_hold(config: AlignConfig, place: Hardware, estimate: Estimate) -> tuple[bool, ...]:
@@ -316,10 +360,9 @@ def _batches(
     return Batches(micro.rollout, micro.train, tuple(reasons))
 
 
-def _too_much(
-    config: AlignConfig, estimate: Estimate, batches: Batches, resident: int, peak: int, free: int
-) -> str:
+def _too_much(config: AlignConfig, estimate: Estimate, found: Fitted) -> str:
     """Return the message on a run that does not fit, with what would make it smaller."""
+    batches, resident, peak, free = found.batches, found.resident, found.peak, found.free
     ways = [*(smaller_references(estimate.policy) if estimate.references else ()), *smaller_runs(config)]
     if estimate.references > 1:
         one = _higher(*estimate.costs(1), (batches.rollout, batches.train or 1))

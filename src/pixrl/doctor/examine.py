@@ -116,7 +116,9 @@ def examine_training(
         )
     if estimate is not None:
         judges = named_models(config.rewards) | {"output.features": config.output.features}
-        require_own_world(estimate.policy, parameters_of(parts), judges.items(), findings)
+        subject = isinstance(config, PersonalizeConfig)
+        instead = "pixrl personalize subject/flux-uno --subject FOLDER" if subject else "--set model=toy:sd3"
+        require_own_world(estimate.policy, parameters_of(parts), judges.items(), findings, instead=instead)
     weighed = estimate if estimate is not None and estimate.weighed else None
     batches, needed, sharded = fit_batches(config, device, place, parts, rewards, weighed, findings)
     if sharded or machine.divides:
@@ -194,7 +196,7 @@ def _estimate(
         if adapter.pipeline_class is None:
             raise not_trainable(adapter, config.model)
         policy = empty_renderer(
-            config.model, checkpoint, precision, device, config.machine, findings, **options
+            config.model, checkpoint, precision, device, config.machine, findings, weights=True, **options
         )
         policy = require_trainable(policy, config.model)
         check_words(texts, policy.vocabulary, policy.name)
@@ -207,7 +209,7 @@ def _estimate(
         if lora is not None:
             fitting_layers(policy.transformer, lora, str(config.lora.base))
         require_texts(policy, checkpoint, texts, findings, t5=config.t5)
-        return Estimate(policy, _condition(policy, config, prompts), config, precision, weighed=weighed)
+        return Estimate(policy, condition_row(policy, config, prompts), config, precision, weighed=weighed)
     except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets of a kind that it does not know
         findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
     except CONTRADICTIONS as error:
@@ -215,7 +217,7 @@ def _estimate(
     return None
 
 
-def _condition(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequence[Prompt]) -> Conditioning:
+def condition_row(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequence[Prompt]) -> Conditioning:
     """Return one row of the conditioning as training will have it, with its reference pictures."""
     row = policy.blank()
     if not isinstance(config, PersonalizeConfig):
@@ -348,7 +350,9 @@ def examine_fusion(
             check_words(texts, made.vocabulary, made.name)
             require_texts(made, checkpoint, texts, findings, t5=True)
             judges = {"clip": config.clip, "segmenter": config.segmenter}
-            require_own_world(made, parameters_of(parts), judges.items(), findings)
+            require_own_world(
+                made, parameters_of(parts), judges.items(), findings, instead="--set model=toy:sd3"
+            )
             side = made.settings.resolution
             cost = None if about_to_run and is_small(parts, side, device) else _cost(made, precision)
             batch = min(micro_batch_for(device, side), config.batch)

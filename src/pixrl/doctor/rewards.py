@@ -235,7 +235,12 @@ def require_metadata(
 
 
 def require_own_world(
-    renderer: Renderer, parameters: int, named: Iterable[tuple[str, object]], findings: Findings
+    renderer: Renderer,
+    parameters: int,
+    named: Iterable[tuple[str, object]],
+    findings: Findings,
+    *,
+    instead: str,
 ) -> None:
     """Refuse judges of the toy world for another generator: they have seen nothing but the toy world's drawings.
 
@@ -244,6 +249,7 @@ def require_own_world(
         parameters: number of parameters of all its parts.
         named: pairs of a setting and the checkpoint that it names.
         findings: filled with what is refused.
+        instead: what to type where the toy world was meant, or where a recipe with other judges is.
     """
     side = renderer.settings.resolution
     if renderer.vocabulary is not None or side <= TOY_SIDE or parameters <= TOY_LARGEST:
@@ -254,7 +260,7 @@ def require_own_world(
                 Need.SETTING,
                 f"{setting} is {ref}, which has only seen the toy world's drawings of {TOY_SIDE} x {TOY_SIDE}, and "
                 f"{renderer.name} draws pictures of {side} x {side}: its scores would mean nothing. Name a published "
-                "checkpoint there (docs/rewards.md), or type: --set model=toy:sd3",
+                f"checkpoint there (docs/rewards.md), or type: {instead}",
             )
 
 

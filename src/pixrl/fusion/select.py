@@ -16,9 +16,7 @@ from pixrl.equations.fusion import BALANCE, PRESENCE
 from pixrl.fusion.config import FuseConfig, resolve_options, sampler_of
 from pixrl.hub import Presence
 from pixrl.runs.folder import ManifestRow
-
-SCORE = "S/"
-"""Prefix of a concept's similarity among a manifest row's scores."""
+from pixrl.runs.reading import SIMILARITY
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def shortlist(similarities_BN: Tensor, config: FuseConfig) -> Tensor:
 
 def similarities_of(rows: Sequence[ManifestRow], concepts: Sequence[str]) -> Tensor:
     """Return the similarities [B, N] that a manifest holds; nan where scoring failed."""
-    values = [[row.scores.get(f"{SCORE}{concept}") for concept in concepts] for row in rows]
+    values = [[row.scores.get(f"{SIMILARITY}{concept}") for concept in concepts] for row in rows]
     numbers = [[math.nan if value is None else value for value in row] for row in values]
     return torch.tensor(numbers, dtype=torch.float32).reshape(len(rows), len(concepts))
 

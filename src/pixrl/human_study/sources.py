@@ -22,9 +22,8 @@ from pixrl.data.pictures import list_pictures
 from pixrl.data.rows import caption_of
 from pixrl.errors import InputError, RunError
 from pixrl.runs.folder import SAMPLES, RunFolder
-from pixrl.runs.log import SCORES, STEP, evaluated_places, sample_scores, step_of_place
 from pixrl.runs.place import CHILDREN, is_run
-from pixrl.runs.record import gallery_on_disk
+from pixrl.runs.reading import SCORES, STEP, evaluated_places, gallery_on_disk, sample_scores, step_of_place
 from pixrl.text import comparable, parse_json, read_text, shown_name
 
 REWARD = "reward"

@@ -33,24 +33,21 @@ from pixrl.runs.loaded import (
     make_evaluator,
     plan_batches,
 )
-from pixrl.runs.log import AlignLog, cut_back, evaluations
+from pixrl.runs.log import AlignLog, cut_back
 from pixrl.runs.loop import Loop, Pace
 from pixrl.runs.place import replacing
+from pixrl.runs.reading import START, evaluations, gallery_on_disk, start_if_any, start_on_disk
 from pixrl.runs.record import (
-    START,
     changed_code,
     changed_data,
     changed_evaluation,
     changed_rewards,
     differences,
     find_place,
-    gallery_on_disk,
     read_start,
     require_same_model,
     require_unchanged,
     require_unedited,
-    start_if_any,
-    start_on_disk,
     write_start,
 )
 from pixrl.runs.training import ROWS, Deviation, Report, Training, computing_in, deviations, possible_dtypes

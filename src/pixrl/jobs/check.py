@@ -31,9 +31,17 @@ from pixrl.runs import place as run_place
 from pixrl.runs.config import KINDS
 from pixrl.runs.files import remove, write_atomic
 from pixrl.runs.folder import JsonLines, RunFolder
-from pixrl.runs.log import SCORES, coefficients_file, evaluated_places, step_of_place
+from pixrl.runs.log import coefficients_file
 from pixrl.runs.place import CHILDREN, REPLACED
-from pixrl.runs.record import START, gallery_on_disk, start_in_checkpoint, start_on_disk
+from pixrl.runs.reading import (
+    SCORES,
+    START,
+    evaluated_places,
+    gallery_on_disk,
+    start_in_checkpoint,
+    start_on_disk,
+    step_of_place,
+)
 
 RECORDS = "records.jsonl"
 """What a study has in place of a run's logs."""

@@ -16,6 +16,7 @@ from weakref import finalize
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,11 +68,22 @@ def part_sizes(
     Raises:
         CheckpointError: a file is missing or cut short.
     """
+    return sizes_of(headers(checkpoint, list(_wanted(checkpoint, t5=t5))), checkpoint, precision, base)
+
+
+def _wanted(checkpoint: Checkpoint, *, t5: bool) -> dict[str, str]:
+    """Return the class of each part that is a model, without T5 where it is not wanted."""
     kinds = {name: kind for name, kind in components(checkpoint.folder).items() if is_model(kind)}
-    wanted = {name: kind for name, kind in kinds.items() if t5 or name not in T5_COMPONENTS}
-    found = headers(checkpoint, list(wanted))
+    return {name: kind for name, kind in kinds.items() if t5 or name not in T5_COMPONENTS}
+
+
+def sizes_of(
+    found: Mapping[str, Mapping[str, TensorHeader]], checkpoint: Checkpoint, precision: Precision, base: Base
+) -> dict[str, PartSize]:
+    """Return each part's size in memory, of its tensors."""
+    kinds = components(checkpoint.folder)
     sizes = {
-        name: _size(tensors, decoder_dtype(precision) if name == VAE else precision.weights, wanted[name])
+        name: _size(tensors, decoder_dtype(precision) if name == VAE else precision.weights, kinds[name])
         for name, tensors in found.items()
     }
     for name in sizes.keys() & set(DENOISERS):
@@ -107,6 +119,37 @@ def headers(checkpoint: Checkpoint, parts: Sequence[str]) -> dict[str, dict[str,
         found[name] = own or of_folder(checkpoint.folder / name)
     for name in (name for name in parts if name in DENOISERS and single):
         found[name] = {key: x for key, x in single.items() if key not in taken}
+    return found
+
+
+def imagined_headers(
+    checkpoint: Checkpoint, pipeline: Any, *, t5: bool
+) -> dict[str, dict[str, TensorHeader]]:
+    """Return the tensors that each part's weights would be, by its configs alone.
+
+    Args:
+        checkpoint: the configs.
+        pipeline: of `empty_pipeline`, whose denoiser and VAE have no content.
+        t5: whether SD3's third text encoder is wanted.
+
+    Raises:
+        CheckpointError: a config does not describe a model of its class.
+    """
+    index: Mapping[str, Any] = read_json(checkpoint.folder / INDEX)
+    found: dict[str, dict[str, TensorHeader]] = {}
+    for name in _wanted(checkpoint, t5=t5):
+        if name in (*DENOISERS, VAE):
+            part = pipeline.components[name]
+        else:
+            library, kind = index[name]
+            part = empty_text_encoder(part_class(library, kind, checkpoint.folder), checkpoint.folder / name)
+        shared = {key for key, _ in part.named_parameters()}
+        kept = part.state_dict(keep_vars=True).items()
+        found[name] = {
+            key: TensorHeader("F32" if x.is_floating_point() else "I64", tuple(x.shape))
+            for key, x in kept
+            if key in shared or not isinstance(x, nn.Parameter)
+        }
     return found
 
 
@@ -226,9 +269,10 @@ def cost_of(trial: Callable[[int], object], modules: Sequence[nn.Module]) -> Cos
 def operations_of(trial: Callable[[int], object]) -> int:
     """Return the floating point operations of a pass over one picture, within `imagined`.
 
-    It is not part of `cost_of`, since torch's counter keeps tensors alive.
+    It is not part of `cost_of`, since torch's counter keeps tensors alive, and knows the products of attention alone
+    where no CPU kernel hides them.
     """
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         trial(1)
     return int(counter.get_total_flops())
 

@@ -1,158 +1,37 @@
 """The report of an alignment, finished or not: one HTML page that needs nothing but itself.
 
-It shows what the run changed on the prompts of its evaluation (`changes_of`: every figure before and after, and how
-much of it is chance), pictures before and after, and charts of what was logged (`panels`).
+Its figures and charts are those of `figures.py`, which the studio shows too; what only a report says is here.
 """
 
 import json
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from pixrl.hub import TOY_PREFIX
-from pixrl.metrics.intervals import Interval, bootstrap
 from pixrl.report import describe
-from pixrl.report.charts import Curve, lines_chart
-from pixrl.report.page import THUMBNAIL, inline, render
+from pixrl.report.figures import (
+    SHOWN,
+    changes_of,
+    failures,
+    gallery_pairs,
+    guard_findings,
+    newest_group,
+    panels,
+    phases,
+    reward_panels,
+    thumbnail,
+    warnings,
+)
+from pixrl.report.page import render
 from pixrl.runs.config import ALIGN, PERSONALIZE, AlignConfig, read_config, require_kind
 from pixrl.runs.files import write_atomic
-from pixrl.runs.folder import ManifestRow, RunFolder
-from pixrl.runs.guard import read_findings
-from pixrl.runs.log import evaluated_places, sample_scores, step_of_place
-from pixrl.runs.record import base_and_last, comparable_evaluations, start_if_any
+from pixrl.runs.folder import RunFolder
+from pixrl.runs.reading import comparable_evaluations, start_if_any
+from pixrl.runs.record import shape_of
 
-SHOWN = 32
-"""Number of pairs in the gallery."""
 DONE = {ALIGN: "aligned", PERSONALIZE: "personalized"}
 """What a kind of run does to a model, for headings."""
-WINDOW = 9
-"""Steps of the running mean that is drawn over noisy figures, in runs that are long enough."""
-SHARE = 5
-"""The running mean covers at most one in so many of a run's steps."""
-FALL = 0.005
-"""A reward that fell by less, as a share of its size before, is not pointed out."""
-KEPT = 0.8
-"""Diversity below this share of the base's is pointed out."""
-Rows = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One prompt and noise drawn before and after training, beside the reference that both were shown."""
-
-    prompt: str
-    seed: int
-    before: str
-    after: str
-    reference: str | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One picture of a group and its reward."""
-
-    image: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class ShownGroup:
-    """A training group: rows are semantic variants of the prompt, columns are noises."""
-
-    step: int
-    prompt: str
-    reward: str
-    columns: int
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One chart with its heading and a note."""
-
-    title: str
-    note: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class PanelSpec:
-    """The content of a panel: figures of metrics.jsonl by name, each with its legend."""
-
-    title: str
-    note: str
-    names: Mapping[str, str]
-    smooth: bool = False
-    signal: bool = False
-    """Whether the figure describes what advantages are made from, which a run that learns from no score has not."""
-
-
-SPECS = (
-    PanelSpec("Group standard deviation", "Of the rewards within a group: the learning signal.",
-              {"group_std": "group std"}, smooth=True, signal=True),
-    PanelSpec("Groups without a signal", "Share of groups whose rewards are all equal; they teach nothing.",
-              {"zero_std_share": "zero-std share"}, smooth=True, signal=True),
-    PanelSpec("Do the rewards agree?", "Samples whose two advantages have opposite signs (half of them where rewards "
-              "are independent), and the correlation of the advantages.",
-              {"conflict_share": "conflict share", "reward_correlation": "correlation"}, signal=True),
-    PanelSpec("Mean advantage", "What shaping adds to all samples alike.", {"advantage_mean": "mean"}, signal=True),
-    PanelSpec("Pairs told apart", "Share of preference pairs whose winner the trained policy prefers.",
-              {"pair_accuracy": "accuracy"}),
-    PanelSpec("Clipped share", "Of ratios outside the trusted range.", {"clip_share": "clipped"}),
-    PanelSpec("KL to the reference", "How far the trained policy has moved.", {"kl": "KL"}),
-    PanelSpec("Distance to the old policy", "Mean square of the difference of velocities.",
-              {"old_distance": "distance"}),
-    PanelSpec("Gradient norm", "Before clipping.", {"grad_norm": "norm"}),
-    PanelSpec("Perturbations", "Cosine of variants to the prompt and to each other.",
-              {"anchor_cosine": "to the prompt", "pairwise_cosine": "to each other"}),
-    PanelSpec("Failed scores", "Share of a step's pictures.", {"failed_share": "failed"}),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Change:
-    """One figure of the evaluation's prompts, before and after training."""
-
-    name: str
-    role: str
-    before: float
-    after: float
-    interval: Interval | None = None
-    """95 % interval of the gain over prompts; None where it is not known."""
-
-    @property
-    def gain(self) -> float:
-        """The figure after minus the figure before."""
-        return self.after - self.before
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether another choice of such prompts would leave the direction as it is, as far as is known."""
-        return self.interval is None or self.interval.excludes_zero
-
-    @property
-    def fell(self) -> bool:
-        """Whether the figure fell by enough to be pointed out."""
-        return self.is_decided and self.gain < -FALL * abs(self.before)
-
-    @property
-    def css(self) -> str:
-        """The class of the gain in the style sheet: `up` or `down` where it is known to have moved, else empty."""
-        if self.interval is None or not self.interval.excludes_zero:
-            return ""
-        return "up" if self.gain > 0 else "down"
-
-    def gain_text(self) -> str:
-        """Return the gain with its interval, such as `+0.030 [0.012, 0.049]`."""
-        if math.isnan(self.gain):
-            return "–"
-        bounds = "" if self.interval is None else f" [{self.interval.low:+.3f}, {self.interval.high:+.3f}]"
-        return f"{self.gain:+.3f}{bounds}"
 
 
 def write_align_report(path: Path) -> Path:
@@ -171,12 +50,13 @@ def write_align_report(path: Path) -> Path:
 def align_view(folder: RunFolder) -> dict[str, Any]:
     """Return everything that the page's template shows."""
     config = read_config(folder)
+    shape = shape_of(config)
     metrics, evaluated, manifest = folder.metrics(), comparable_evaluations(folder), folder.manifest()
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     start = start_if_any(folder)
     pairs = gallery_pairs(folder)
     finished = len(metrics) >= config.steps and any(row["step"] == config.steps for row in evaluated)
-    changes = changes_of(folder, config)
+    changes = changes_of(folder, shape)
     doubts = warnings(changes)
     if since := start.get("evaluated_from", 0):
         doubts.append(
@@ -201,10 +81,10 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "unseen": is_unseen(config, start),
         "shown": "subjects" if folder.kind == PERSONALIZE else "prompts",
         "slot": "trained" if config.optimizer.ema is None else "averaged",
-        "reward_panels": reward_panels(config, metrics, evaluated),
-        "panels": panels(metrics, evaluated, learned=config.loss.learns_from_scores),
-        "group": newest_group(folder.path, config, manifest),
-        "group_note": describe.training_pictures(config),
+        "reward_panels": reward_panels(shape, metrics, evaluated),
+        "panels": panels(metrics, evaluated, learned=shape.learned),
+        "group": newest_group(folder.path, shape, manifest, thumbnail),
+        "group_note": shape.pictures,
         "phases": phases(metrics),
         "failures": failures(manifest),
         "guard": guard_findings(folder),
@@ -225,236 +105,3 @@ def is_unseen(config: AlignConfig, start: Mapping[str, Any] | None = None) -> bo
         return bool(start["trained_on"] == 0)
     source = config.prompts.source
     return config.evaluation.source not in (None, source) or source.startswith(TOY_PREFIX)
-
-
-def gallery_pairs(folder: RunFolder) -> list[Pair]:
-    """Return the evaluation's pictures of the base and of the newest evaluated weights, from the same noise."""
-    return [
-        Pair(
-            entry["prompt"],
-            entry["seed"],
-            inline(before, THUMBNAIL),
-            inline(after, THUMBNAIL),
-            inline(folder.path / entry["reference"], THUMBNAIL) if "reference" in entry else None,
-        )
-        for entry, before, after in describe.before_and_after(folder)
-    ]
-
-
-def newest_group(run: Path, config: AlignConfig, manifest: Sequence[ManifestRow]) -> ShownGroup | None:
-    """Return the first whole group of the newest step whose pictures were kept; None where there is none."""
-    size, noises = config.group_size, config.exploration.noises
-    kept = [row for row in manifest if row.file is not None]
-    newest = [row for row in kept if row.step == kept[-1].step][:size]
-    if len(newest) < size:
-        return None
-    reward = next(setting.name for setting in config.rewards if not setting.held_out)
-    scores = [row.scores.get(reward) for row in newest]
-    cells = [
-        Cell(inline(run / str(row.file), THUMBNAIL), "–" if score is None else f"{score:.3f}")
-        for row, score in zip(newest, scores, strict=True)
-    ]
-    rows = tuple(
-        ("the prompt itself" if newest[at].variant == 0 else f"variant {newest[at].variant}",
-         tuple(cells[at : at + noises]))
-        for at in range(0, size, noises)
-    )  # fmt: skip
-    return ShownGroup(newest[0].step, str(newest[0].prompt), reward, noises, rows)
-
-
-def phases(metrics: Sequence[Mapping[str, float]]) -> list[tuple[str, float, float]]:
-    """Return for each phase of a step its name, its seconds in all, and its percentage of all phases."""
-    prefix = "seconds/"
-    names = dict.fromkeys(name for row in metrics for name in row if name.startswith(prefix))
-    seconds = {name.removeprefix(prefix): math.fsum(row.get(name, 0.0) for row in metrics) for name in names}
-    whole = math.fsum(seconds.values()) or 1.0
-    return [(name, spent, 100 * spent / whole) for name, spent in seconds.items()]
-
-
-def guard_findings(folder: RunFolder) -> list[tuple[int, str]]:
-    """Return the evaluations in which the guard found something, by step, and what it found."""
-    steps = map(step_of_place, evaluated_places(folder))
-    found = [(step, [one.text() for one in read_findings(folder, step) if one.found]) for step in steps]
-    return [(step, "; ".join(texts)) for step, texts in found if texts]
-
-
-def failures(manifest: Sequence[ManifestRow]) -> list[tuple[str, int]]:
-    """Return the reasons of failed scores with their counts, the most frequent first."""
-    return Counter(row.failed for row in manifest if row.failed is not None).most_common()
-
-
-def reward_panels(config: AlignConfig, metrics: Rows, evaluated: Rows) -> list[Panel]:
-    """Return one panel a reward: its mean on the pictures of training and on fixed prompts at fixed seeds."""
-    found = []
-    for setting in config.rewards:
-        training = _points(metrics, f"reward/{setting.name}/mean")
-        held_out = _points(evaluated, f"{setting.name}/mean")
-        smoothed = _smoothed(training)
-        means = dict(smoothed)
-        deviations = dict(_smoothed(_points(metrics, f"reward/{setting.name}/std")))
-        band = [(x, means[x] - deviations[x], means[x] + deviations[x]) for x in means if x in deviations]
-        curves = [
-            Curve("training prompts", smoothed, "faint", band),
-            Curve("fixed prompts", held_out, "mean"),
-        ]
-        if training or held_out:
-            role = describe.role_of(config, setting)
-            said = (
-                "Only measured: no score is learned from" if role == describe.MEASURED else role.capitalize()
-            )
-            note = _joined(
-                f"{said}.",
-                describe.training_pictures(config),
-                smoothed_note(len(training)),
-                "Shaded: one standard deviation of a step's pictures.",
-            )
-            svg = lines_chart([c for c in curves if c.values], "step", "", legend=True)
-            found.append(Panel(setting.name, note, Markup(svg)))
-    return found
-
-
-def panels(metrics: Rows, evaluated: Rows, *, learned: bool = True) -> list[Panel]:
-    """Return the panels of everything else that was logged, in a fixed order; `learned`: the run learns from scores."""
-    found = [
-        panel for spec in SPECS if learned or not spec.signal if (panel := _panel(spec, metrics)) is not None
-    ]
-    if ratio := _points(metrics, "ratio_mean"):
-        low, high = dict(_points(metrics, "ratio_min")), dict(_points(metrics, "ratio_max"))
-        band = [(x, low[x], high[x]) for x, _ in ratio if x in low and x in high]
-        chart = lines_chart([Curve("ratio", ratio, "mean", band)], "step", "")
-        note = "Mean of a step's updates; shaded from least to greatest."
-        found.append(Panel("Policy ratio", note, Markup(chart)))
-    training = _points(metrics, "diversity")
-    curves = [
-        Curve("training groups", _smoothed(training), "faint"),
-        Curve("fixed prompts", _points(evaluated, "diversity"), "mean"),
-    ]
-    if known := [curve for curve in curves if curve.values]:
-        note = "Mean distance of image features between the pictures of a prompt."
-        chart = lines_chart(known, "step", "", legend=True)
-        found.append(Panel("Diversity", _joined(note, smoothed_note(len(training))), Markup(chart)))
-    return found
-
-
-def window_of(steps: int) -> int:
-    """Return the odd width of the running mean in a run of `steps`; 1 where it is too short to be smoothed."""
-    widest = min(WINDOW, steps // SHARE)
-    return max(1, widest - 1 + widest % 2)
-
-
-def smoothed_note(steps: int) -> str:
-    """Say how a line of training was smoothed; empty where it was not."""
-    window = window_of(steps)
-    return f"Training: the mean of {window} steps." if window > 1 else ""
-
-
-def smooth(points: Sequence[tuple[float, float]], window: int = WINDOW) -> list[tuple[float, float]]:
-    """Return the centred running mean over up to `window` neighbouring points, fewer at the ends."""
-    half = window // 2
-    return [
-        (x, math.fsum(y for _, y in near) / len(near))
-        for at, (x, _) in enumerate(points)
-        for near in [points[max(0, at - half) : at + half + 1]]
-    ]
-
-
-def _panel(spec: PanelSpec, metrics: Rows) -> Panel | None:
-    """Return the panel of a spec; None where nothing was logged for it, or nothing failed."""
-    found = {label: _points(metrics, name) for name, label in spec.names.items()}
-    curves = [
-        Curve(label, points, css)
-        for (label, points), css in zip(found.items(), ("mean", "k0"), strict=False)
-        if points
-    ]
-    window = window_of(max((len(curve.values) for curve in curves), default=0))
-    if spec.smooth and window > 1:
-        faint = [Curve("each step", curve.values, "faint") for curve in curves]
-        curves = [*faint, *(Curve(f"mean of {window}", _smoothed(c.values), "mean") for c in curves)]
-    idle = all(y == 0 for curve in curves for _, y in curve.values)
-    if not curves or (idle and spec.title == "Failed scores"):
-        return None
-    positive = all(y >= 0 for curve in curves for _, y in curve.values)
-    floor = 0.0 if positive else -math.inf
-    return Panel(
-        spec.title,
-        spec.note,
-        Markup(lines_chart(curves, "step", "", legend=len(curves) > 1, floor=floor)),
-    )
-
-
-def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    return smooth(points, window_of(len(points)))
-
-
-def _joined(*sentences: str) -> str:
-    return " ".join(sentence for sentence in sentences if sentence)
-
-
-def _points(rows: Rows, name: str) -> list[tuple[float, float]]:
-    """Return (step, value) where a finite value was logged; none where there is but one, which makes no line."""
-    pairs = ((row["step"], row.get(name)) for row in rows)
-    known = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
-    return known if len(known) > 1 else []
-
-
-def changes_of(folder: RunFolder, config: AlignConfig) -> list[Change]:
-    """Return every reward and the diversity, of the base and at the last evaluation; none where not both are there."""
-    evaluated = base_and_last(folder)
-    if not evaluated:
-        return []
-    first, last = evaluated
-    # the interval of a reward's gain over prompts, whose pictures are drawn from the same noise before and after
-    before, after = (sample_scores(folder, row["step"]) for row in evaluated)
-    both = [name for name in before if len(before[name]) == len(after.get(name, ()))]
-    gains = {name: _by_prompt(before[name], after[name], config.evaluation.per_prompt) for name in both}
-    intervals = {name: bootstrap(found) for name, found in gains.items() if len(found) > 1}
-    changes = [
-        Change(
-            setting.name,
-            describe.role_of(config, setting),
-            _number(first.get(f"{setting.name}/mean")),
-            _number(last.get(f"{setting.name}/mean")),
-            intervals.get(setting.name),
-        )
-        for setting in config.rewards
-    ]
-    if "diversity" in last:
-        changes.append(Change("diversity", "spread", _number(first["diversity"]), _number(last["diversity"])))
-    return changes
-
-
-def _by_prompt(before: Sequence[float | None], after: Sequence[float | None], per_prompt: int) -> list[float]:
-    """Return each prompt's mean gain over its pictures that have both scores; prompts without one are left out."""
-    gains = [
-        math.nan if old is None or new is None else new - old for old, new in zip(before, after, strict=True)
-    ]
-    groups = [gains[at : at + per_prompt] for at in range(0, len(gains), per_prompt)]
-    known = [[gain for gain in group if not math.isnan(gain)] for group in groups]
-    return [sum(group) / len(group) for group in known if group]
-
-
-def warnings(changes: Sequence[Change]) -> list[str]:
-    """Return what a person should look at before trusting the run: signs of reward hacking."""
-    risen = [c for c in changes if c.role == describe.TRAINED and c.is_decided and c.gain > 0]
-    found = []
-    for c in changes:
-        if risen and c.role == describe.HELD_OUT and c.fell:
-            chance = (
-                "how much of it is chance is not known"
-                if c.interval is None
-                else f"{c.gain_text()} over {c.interval.count} prompts"
-            )
-            found.append(
-                f"{c.name}, which was never trained on, fell from {c.before:.3f} to {c.after:.3f} ({chance}), while "
-                f"{' and '.join(r.name for r in risen)} rose. Look at the pictures before you trust the gain."
-            )
-    found += [
-        f"Diversity is {c.after / c.before:.2f} of the base's: the pictures of a prompt grow alike."
-        for c in changes
-        if c.role == "spread" and c.before > 0 and c.after < KEPT * c.before
-    ]
-    return found
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

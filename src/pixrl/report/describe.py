@@ -1,29 +1,16 @@
 """An align run in words, for reports: its method, sizes, subjects, evaluation pictures, and how to make it again."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pixrl.algorithms.sampling import StepNoise
 from pixrl.data.subjects import CLASS_FILE
-from pixrl.errors import CheckpointError, InputError
-from pixrl.rewards.settings import RewardSetting
+from pixrl.errors import InputError
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.log import samples_of
-from pixrl.runs.record import GALLERY, base_and_last, gallery_on_disk
 from pixrl.text import read_text, shown_name
-
-TRAINED, MEASURED, HELD_OUT = "trained on", "only measured", "never trained on"
-"""The roles of a reward in a run; `MEASURED` where it learns from no score at all."""
-
-
-def role_of(config: AlignConfig, setting: RewardSetting) -> str:
-    """Return the role of a reward in the run."""
-    if not config.loss.learns_from_scores:
-        return MEASURED
-    return HELD_OUT if setting.held_out else TRAINED
 
 
 def learned_by(config: AlignConfig) -> str:
@@ -32,11 +19,6 @@ def learned_by(config: AlignConfig) -> str:
         return "supervised flow matching on target pictures (no score was learned from)"
     names = " and ".join(setting.name for setting in config.rewards if not setting.held_out)
     return f"reinforcement learning on {names}"
-
-
-def training_pictures(config: AlignConfig) -> str:
-    """Say whose pictures training scored, where the trained model did not draw them; else return an empty text."""
-    return config.loss.describe_pictures(shows_references=isinstance(config, PersonalizeConfig))
 
 
 def images_of(config: AlignConfig) -> int:
@@ -126,32 +108,6 @@ def commands(run: Path, finished: bool, kind: str) -> str:
 
 NAMED = 3
 """A heading names up to so many subjects; of more it gives the number."""
-
-
-def gallery_entries(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return one entry a picture of an evaluation: number, prompt, seed; subject and reference where it has them.
-
-    Raises:
-        CheckpointError: the file that lists them is damaged.
-    """
-    if not (folder.path / GALLERY).is_file():  # it stopped before its first step
-        return []
-    entries = gallery_on_disk(folder)
-    if entries is None:
-        raise CheckpointError(
-            f"{folder.path / GALLERY} is damaged. Type: pixrl resume {folder.path}, which writes it again."
-        )
-    return entries
-
-
-def before_and_after(folder: RunFolder) -> Iterator[tuple[dict[str, Any], Path, Path]]:
-    """Yield each entry of the gallery with its pictures at the first and the last evaluation, where both are there."""
-    folders = [samples_of(folder, row["step"]) for row in base_and_last(folder)]
-    for entry in gallery_entries(folder) if folders else []:
-        first, last = folders
-        name = f"{entry['number']:04d}.png"
-        if (first / name).is_file() and (last / name).is_file():
-            yield entry, first / name, last / name
 
 
 def subjects_in_words(folder: RunFolder, config: AlignConfig) -> str:

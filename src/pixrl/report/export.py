@@ -22,6 +22,7 @@ from pixrl.hub import locate
 from pixrl.hub_check import components, read_json
 from pixrl.models.loading import OPTIONAL_PARTS
 from pixrl.models.lora_export import (
+    COMFY_PREFIX,
     PREFIXES,
     Blocks,
     adapter_metadata,
@@ -32,13 +33,14 @@ from pixrl.models.lora_export import (
     write_lora,
 )
 from pixrl.models.lora_files import read_lora
+from pixrl.models.published_names import from_published
 from pixrl.models.slots import DOWN, UP, Lora, Slot, added, digest, slot_lora
 from pixrl.report.model_card import Facts, in_unos_code, pipeline_name, shown_pairs, write_card
 from pixrl.runs import checkpoint
 from pixrl.runs.config import KINDS, AlignConfig, read_config
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.record import start_if_any
+from pixrl.runs.reading import start_if_any
 from pixrl.untrusted import encodable
 
 CARD = "README.md"
@@ -139,7 +141,7 @@ def export(
     if layout is Format.DIFFUSERS:
         metadata |= adapter_metadata(lora, family)
     file = write_lora(place / FILES[layout], named, metadata)
-    _read_back(file, lora, layout, base, family)
+    _read_back(file, lora, named, layout, base, family)
     notes = _notes(layout, named, by)
     return Exported(file, _describe(folder, config, facts, place, notes), chosen, facts.step)
 
@@ -150,10 +152,17 @@ def _reader(layout: Format) -> str:
     return f"pixrl, by the module names of {installed}" if layout is Format.COMFYUI else installed
 
 
-def _read_back(file: Path, lora: Lora, layout: Format, base: Path, family: str) -> None:
+def _read_back(
+    file: Path, lora: Lora, named: Mapping[str, Tensor], layout: Format, base: Path, family: str
+) -> None:
     """Make sure that a reader of this layout finds the change of every module; else remove the file and refuse it."""
-    if layout is Format.COMFYUI:
-        found = read_lora(file, family)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    if layout is Format.COMFYUI and family == "sdxl":
+        found = dict(read_lora(file, family))
+    elif layout is Format.COMFYUI:  # diffusers reads FLUX's at its published width alone
+        for name in (key.removesuffix(".alpha") for key in named if key.endswith(".alpha")):
+            pair = named[f"{name}.lora_down.weight"], named[f"{name}.lora_up.weight"]
+            found |= from_published(name.removeprefix(COMFY_PREFIX), pair, family)
     else:
         reader = getattr(diffusers, pipeline_name(base))
         state = reader.lora_state_dict(str(file.parent), weight_name=file.name, use_safetensors=True)

@@ -16,12 +16,13 @@ from markupsafe import Markup
 
 from pixrl.config import Settings
 from pixrl.fusion.config import COMPARE, FuseConfig, resolve_options
-from pixrl.fusion.select import SCORE, similarities_of
+from pixrl.fusion.select import similarities_of
 from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs.fuse import FinishedRun
 from pixrl.jobs.fuse_many import FinishedRuns
 from pixrl.metrics.fusion import FusionFigures, figures
 from pixrl.report import charts
+from pixrl.report.figures import ParentShare, number, parent_shares
 from pixrl.report.page import FULL, THUMBNAIL, inline, render
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow
@@ -31,17 +32,6 @@ SHOWN = 8
 """Pictures of a fusion on the index page."""
 _FLAGS = ("model", "sampler", "budget", "exemplars", "seed", "alpha", "keep", "presence", "balance", "device")
 """Settings of `pixrl fuse` that are options of the command; the others are given by --set."""
-
-
-@dataclass(frozen=True)
-class ParentShare:
-    """The part of one concept in a picture."""
-
-    concept: str
-    similarity: float
-    percent: float
-    bar: float
-    """Width of its bar: the shares cut at 0 and scaled to sum to 100."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +137,9 @@ def run_figures(run: FinishedRun) -> FusionFigures:
 def child_of(run: FinishedRun, row: ManifestRow, side: int) -> Child:
     """Return a manifest row as the page shows it; its picture is scaled down to `side` pixels."""
     limits = run.selection.thresholds
-    values = [_number(row.scores.get(f"{SCORE}{concept}")) for concept in run.config.concepts]
-    summary = row.extra.get("coefficients", {"share": {}, "spread": math.nan})
-    shares = [100 * summary["share"].get(concept, math.nan) for concept in run.config.concepts]
-    bars = [max(share, 0.0) if math.isfinite(share) else 0.0 for share in shares]
-    whole = sum(bars) or 1.0
-    balance = _number(row.scores.get("balance"))
+    parts = parent_shares(row, run.config.concepts)
+    least = min(part.similarity for part in parts)
+    balance = number(row.scores.get("balance"))
     assert row.file is not None
     place = row.index - run.config.first_index(row.step)
     return Child(
@@ -160,15 +147,12 @@ def child_of(run: FinishedRun, row: ManifestRow, side: int) -> Child:
         step=row.step,
         seed=row.seed,
         image=inline(run.folder.path / row.file, side),
-        parts=tuple(
-            ParentShare(concept, value, share, 100 * bar / whole)
-            for concept, value, share, bar in zip(run.config.concepts, values, shares, bars, strict=True)
-        ),
-        reward=_number(row.scores.get("reward")),
+        parts=parts,
+        reward=number(row.scores.get("reward")),
         balance=balance,
-        candidate=row.failed is None and min(values) > limits.presence and balance < limits.balance,
+        candidate=row.failed is None and least > limits.presence and balance < limits.balance,
         failed=row.failed,
-        spread=summary["spread"],
+        spread=row.extra.get("coefficients", {}).get("spread", math.nan),
         coefficients=f"{COEFFICIENTS}/step-{row.step:06d}.safetensors, row {place}",
     )
 
@@ -230,10 +214,6 @@ def _scatter(run: FinishedRun, children: list[Child]) -> dict[str, Any]:
     chart = charts.scatter_chart(points, *labels, region)
     note = "Right: the shaded region holds the candidates. Early pictures are faint, late ones strong, selected orange."
     return {"scatter_chart": Markup(chart), "scatter_title": title, "scatter_note": note}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def write_many_report(runs: FinishedRuns) -> Path:

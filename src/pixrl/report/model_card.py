@@ -18,10 +18,19 @@ from pixrl.hub import TOY_PREFIX, is_hub_id, split_adapter, split_revision, spli
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models import NOT_STATED, generator_licence
 from pixrl.report import describe
-from pixrl.report.align import Change, changes_of, failures, is_unseen, warnings
+from pixrl.report.align import is_unseen
+from pixrl.report.figures import Change, changes_of, failures, warnings
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.record import base_and_last, read_rewards, start_if_any
+from pixrl.runs.reading import (
+    MEASURED,
+    TRAINED,
+    base_and_last,
+    before_and_after,
+    gallery_entries,
+    start_if_any,
+)
+from pixrl.runs.record import read_rewards, shape_of
 from pixrl.untrusted import code, encodable, fenced, markdown
 
 LICENCE = "licence"
@@ -71,7 +80,7 @@ class Facts:
 def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
     """Return `count` pairs, spread evenly over the evaluation: base and last evaluated weights, from the same noise."""
     found = []
-    for entry, before, after in describe.before_and_after(folder):
+    for entry, before, after in before_and_after(folder):
         names = [f"images/{entry['number']:04d}-{when}.png" for when in ("before", "after")]
         reference = None
         if "reference" in entry and (file := folder.path / entry["reference"]).is_file():
@@ -88,7 +97,7 @@ def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
 def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequence[Shown]) -> str:
     """Return the card as markdown, with the front matter that model hubs read."""
     evaluated = base_and_last(folder)
-    changes = changes_of(folder, config)
+    changes = changes_of(folder, shape_of(config))
     what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
     subjects = describe.subjects_in_words(folder, config)
     of_whom = f"It was trained to draw {markdown(subjects)}. " if subjects else ""
@@ -186,7 +195,7 @@ def _changes(
 
 def _evaluated(folder: RunFolder, config: AlignConfig) -> str:
     """Say what was drawn before and after training, and whether training saw it."""
-    start, pictures = start_if_any(folder), len(describe.gallery_entries(folder))
+    start, pictures = start_if_any(folder), len(gallery_entries(folder))
     prompts = pictures // config.evaluation.per_prompt
     counted = f"{pictures} pictures of {prompts} prompts" if pictures else "pictures"
     seen = start.get("trained_on")
@@ -227,9 +236,10 @@ def artefacts(folder: RunFolder, changes: Sequence[Change]) -> str:
 
 def _method(folder: RunFolder, config: AlignConfig) -> str:
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+    roles = shape_of(config).roles
     rewards = [
         f"- {code(s.name)} ({s.reward}), "
-        f"{f'weight {s.weight:g}' if describe.role_of(config, s) == describe.TRAINED else describe.MEASURED}: "
+        f"{f'weight {s.weight:g}' if roles[s.name] == TRAINED else MEASURED}: "
         f"{markdown(', '.join(f'{name} {value}' for name, value in s.options.items()) or 'no options')}"
         for s in config.rewards
     ]

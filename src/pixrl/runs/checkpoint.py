@@ -11,11 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
-
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pixrl.errors import CheckpointError
 from pixrl.runs.files import (
@@ -29,6 +25,9 @@ from pixrl.runs.files import (
     temporary,
     write_durable,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
@@ -54,12 +53,14 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> None:
+def save(folder: Path, tensors: Mapping[str, "Tensor"], state: Mapping[str, JSON]) -> None:
     """Write a checkpoint, all of it or nothing; one of the same step is replaced.
 
     Raises:
         RunError: the disk is full; no part of the checkpoint is left.
     """
+    from safetensors.torch import save as save_tensors  # here: who only looks at a run needs no torch
+
     folder = Path(folder).absolute()
     step_of(folder)
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -84,12 +85,14 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, JSON])
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Read the tensors and the state of a checkpoint. JSON has turned the state's tuples into lists.
 
     Raises:
         CheckpointError: a file is missing or does not match its checksum; the message names the last good checkpoint.
     """
+    from safetensors.torch import load as load_tensors
+
     folder = Path(folder).absolute()
     try:
         files = _read_verified(folder)

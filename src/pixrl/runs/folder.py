@@ -13,11 +13,10 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from torch import Tensor
 
 from pixrl import config
 from pixrl.errors import CheckpointError, ConfigError, RunError, ShapeError
@@ -34,7 +33,11 @@ from pixrl.runs.files import (
     write_atomic,
 )
 from pixrl.runs.place import ENVIRONMENT, RECIPE
+from pixrl.runs.process import forget_the_dead
 from pixrl.untrusted import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class JsonLines:
             os.fsync(file.fileno())
 
     def _scan(self, strict: bool = True) -> Scan:
-        scan = _scan_bytes(self.path.read_bytes() if self.path.exists() else b"")
+        scan = scan_lines(self.path.read_bytes() if self.path.exists() else b"")
         if strict and scan.bad_line is not None:
             good = (
                 f"Lines 1 to {scan.bad_line - 1} are good"
@@ -150,7 +153,8 @@ class JsonLines:
         return scan
 
 
-def _scan_bytes(content: bytes) -> Scan:
+def scan_lines(content: bytes) -> Scan:
+    """Check the lines of a log, or of a part of one that begins with a line."""
     rows: list[dict[str, Any]] = []
     ends: list[int] = []
     lines = io.BytesIO(content).readlines()
@@ -308,6 +312,7 @@ class RunFolder:
         """Remove what killed processes left. Only the process that goes on with the run may do so."""
         for path in run_place.left_by_kills(self.path):
             remove(path)
+        forget_the_dead(self.path)
         if run_place.has_saved(self.path):
             run_place.drop_replaced(self.path)
 
@@ -380,9 +385,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, float]]:
         """Read all lines of metrics.jsonl, null as nan."""
-        return [
-            {name: math.nan if x is None else x for name, x in row.items()} for row in self._metrics.read()
-        ]
+        return [finite_or_nan(row) for row in self._metrics.read()]
 
     def truncate_metrics(self, from_step: int) -> None:
         """Drop the metrics of `from_step` and later, which a resumed run writes again."""
@@ -390,11 +393,11 @@ class RunFolder:
         first = next((i for i, step in enumerate(steps) if step >= from_step), len(steps))
         self._metrics.keep(first)
 
-    def save_image(self, index: int, image_CHW: Tensor) -> str:
+    def save_image(self, index: int, image_CHW: "Tensor") -> str:
         """Write one picture as rollouts/images/000012.png, and return that path, relative to the run folder."""
         return self.save_images([index], [image_CHW])[0]
 
-    def save_images(self, indices: Sequence[int], images_CHW: Iterable[Tensor]) -> list[str]:
+    def save_images(self, indices: Sequence[int], images_CHW: Iterable["Tensor"]) -> list[str]:
         """Write pictures and return their paths in the run's folder; `images_CHW` may be a tensor [B, 3, H, W]."""
         names = [f"{IMAGES}/{index:06d}.png" for index in indices]
         pictures = (png_bytes(image_CHW) for image_CHW in images_CHW)
@@ -402,7 +405,12 @@ class RunFolder:
         return names
 
 
-def png_bytes(image_CHW: Tensor) -> bytes:
+def finite_or_nan(row: Mapping[str, float | None]) -> dict[str, float]:
+    """Return a line of metrics with nan where it has null."""
+    return {name: math.nan if x is None else x for name, x in row.items()}
+
+
+def png_bytes(image_CHW: "Tensor") -> bytes:
     """Encode an RGB picture [3, H, W] in [0, 1] as PNG. Raises ShapeError for any other shape."""
     if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
         raise ShapeError(f"A picture is [3, H, W], not {list(image_CHW.shape)}.")

@@ -36,10 +36,17 @@ from pixrl.metrics.pictures import picture_statistics
 from pixrl.runs import checkpoint
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.log import cut_back, evaluated_places, sample_scores, samples_of, step_of_place
+from pixrl.runs.log import cut_back
+from pixrl.runs.reading import (
+    FINDINGS,
+    Signal,
+    evaluated_places,
+    read_findings,
+    sample_scores,
+    samples_of,
+    step_of_place,
+)
 
-FINDINGS = "guard.json"
-"""Beside an evaluation's pictures: every signal of it."""
 CHANCE = 0.01
 """The probability that an evaluation of an unchanged model finds anything."""
 LEAST = 4
@@ -74,26 +81,6 @@ class MonitorSettings(Settings):
     """1 - cosine of small pictures to the first ones of the same prompt and noise; none: only logged."""
     kl_factor: float = Field(2.0, gt=1)
     """With raise_kl: what loss.kl is multiplied by each time."""
-
-
-@dataclass(frozen=True)
-class Signal:
-    """One signal of an evaluation, held against the first one."""
-
-    name: str
-    before: float
-    after: float
-    moved: float
-    """In standard deviations of the first values; of diversity the share that is left; of distance the distance."""
-    p: float
-    """The probability of moving as far by chance; nan where nothing was tested."""
-    found: bool
-
-    def text(self) -> str:
-        """Say what the signal has done, in words for a person."""
-        unit = "standard deviations" if self.name not in ("diversity", "distance") else "of the first"
-        how = f"{self.moved:+.1f} {unit}" if unit != "of the first" else f"{self.moved:.2f}"
-        return f"{self.name} {self.before:.3g} to {self.after:.3g} ({how})"
 
 
 @dataclass(frozen=True)
@@ -257,16 +244,6 @@ class Guard:
             cut_back(self.folder, good, images)
         good = self.world.gather(good)[0]
         return f"Its weights are those of step {good}, the last in which nothing was found."
-
-
-def read_findings(folder: RunFolder, step: int) -> tuple[Signal, ...]:
-    """Read what the guard saw in an evaluation; () of the first one, and of runs of before there was a guard."""
-    file = samples_of(folder, step) / FINDINGS
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        return tuple(Signal(**{**row, "p": math.nan if row["p"] is None else row["p"]}) for row in rows)
-    except (ValueError, TypeError, KeyError):
-        return ()  # it says nothing that cannot be seen again
 
 
 def _gain(first: Looked, now: Looked, name: str) -> Tensor:

@@ -20,19 +20,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pixrl.algorithms.loss import Rollouts
 from pixrl.algorithms.world import World
-from pixrl.errors import CheckpointError
 from pixrl.fusion.config import FuseConfig
-from pixrl.fusion.select import SCORE
 from pixrl.fusion.trainer import FusionRollouts, FusionScores
 from pixrl.runs import checkpoint
 from pixrl.runs.files import fsync_folder, remove, write_all_atomic, write_atomic
 from pixrl.runs.folder import EVALUATIONS, JsonLines, ManifestRow, RunFolder, png_bytes
+from pixrl.runs.reading import SCORES, SIMILARITY, evaluated_places, samples_of, step_of_place
 from pixrl.types import Scores
 
-SCORES = "scores.json"
-"""The file of scores beside an evaluation's pictures."""
 TENSORBOARD = "tensorboard"
-STEP = "step-"
 
 
 class AlignLog:
@@ -177,48 +173,6 @@ def cut_back(folder: RunFolder, step: int, images: int) -> None:
             remove(place)
 
 
-def evaluated_places(folder: RunFolder) -> list[Path]:
-    """List the folders of evaluations' pictures, oldest first."""
-    found = folder.samples_dir.glob(f"{STEP}[0-9]*")
-    return sorted((place for place in found if place.name.removeprefix(STEP).isdigit()), key=step_of_place)
-
-
-def step_of_place(place: Path) -> int:
-    """Return the training step before which the pictures in an evaluation's folder were drawn."""
-    return int(place.name.removeprefix(STEP))
-
-
-def samples_of(folder: RunFolder, step: int) -> Path:
-    """Return the folder of the pictures of the evaluation before training step `step`."""
-    return folder.samples_dir / f"{STEP}{step:06d}"
-
-
-def sample_scores(folder: RunFolder, step: int) -> dict[str, list[float | None]]:
-    """Read the scores of an evaluation's pictures.
-
-    Returns:
-        Reward -> score by picture number, None where scoring failed; empty of a run that kept no scores.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    file = samples_of(folder, step) / SCORES
-    if not file.is_file():
-        return {}
-    try:
-        scores: dict[str, list[float | None]] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file} is damaged ({error}). Delete it: the report then goes without intervals."
-        ) from None
-    return scores
-
-
-def evaluations(path: Path) -> list[dict[str, Any]]:
-    """Read all evaluations of a run folder in order: `step` and figures by name, None where one is not finite."""
-    return JsonLines(Path(path) / EVALUATIONS, Path(path)).read()
-
-
 COEFFICIENTS = "rollouts/coefficients"
 
 
@@ -307,7 +261,9 @@ def manifest_rows(
     rows = []
     for i, file in enumerate(files):
         similarities = scores.feedback.similarities_BN[i].tolist()
-        figures = {f"{SCORE}{concept}": s for concept, s in zip(config.concepts, similarities, strict=True)}
+        figures = {
+            f"{SIMILARITY}{concept}": s for concept, s in zip(config.concepts, similarities, strict=True)
+        }
         figures["reward"] = float(scores.feedback.rewards_B[i])
         scored = not math.isnan(figures["reward"])
         figures["balance"] = max(similarities) - min(similarities) if scored else math.nan

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,10 +22,12 @@ from pixrl.algorithms.world import Alone, World
 from pixrl.errors import RunError, ServiceError
 from pixrl.runs.display import Monitor
 from pixrl.runs.files import resource_guard
+from pixrl.runs.process import Attendance, attending
 
 STOPPING = (
     "Stopping after this step, which is then saved. Ctrl-C again stops at once, at the last checkpoint."
 )
+ASKED = "Another process asked this run to stop: it ends after this step, which is saved."
 R = TypeVar("R")
 """The rollouts of an algorithm: the pictures of a step, and how they were drawn."""
 S = TypeVar("S")
@@ -149,7 +151,8 @@ class Loop(Generic[R, S]):
     def run(self, folder: Path, start: int, images: int) -> None:
         """Train from step `start` to the last one.
 
-        The first Ctrl-C lets the current step end and saves it, a second one interrupts at once. During the last
+        The first Ctrl-C lets the current step end and saves it, as does `process.ask_to_stop` of another process; a
+        second one interrupts at once. During the last
         evaluation the first one interrupts already: resuming the run draws that evaluation again.
 
         Args:
@@ -163,8 +166,9 @@ class Loop(Generic[R, S]):
             KeyboardInterrupt: after the step in hand was saved.
         """
         try:
-            with resource_guard(folder):
-                self._play(start, images)
+            leads = self.world.rank == 0
+            with resource_guard(folder), attending(folder) if leads else nullcontext() as attendance:
+                self._play(start, images, attendance)
                 self.record.wait()
         except ServiceError as error:
             raise ServiceError(
@@ -175,7 +179,7 @@ class Loop(Generic[R, S]):
             self.record.close()
             self.monitor.end()
 
-    def _play(self, start: int, images: int) -> None:
+    def _play(self, start: int, images: int, attendance: Attendance | None) -> None:
         with StopAfterStep(self.monitor.say) as stop:
             for step in range(start, self.pace.steps):
                 every = self.pace.evaluate_every
@@ -184,7 +188,11 @@ class Loop(Generic[R, S]):
                 taken = self._train(step)
                 done = step + 1
                 images += self.algorithm.images(step)
-                stops = any(self.world.gather(stop.asked))  # all alike, or some would wait for the others
+                asked = attendance is not None and attendance.stop_is_wanted()
+                if asked:
+                    self.monitor.say(ASKED)
+                # all alike, or some would wait for the others
+                stops = any(self.world.gather(stop.asked or asked))
                 if stops or done % self.pace.save_every == 0 or done == self.pace.steps:
                     state = {"images": images, **self.algorithm.state(), **self.kept}
                     self.record.save(done, self.algorithm.tensors(), state)

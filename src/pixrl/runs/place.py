@@ -31,6 +31,8 @@ from pixrl.runs.files import (
 MARKER = "pixrl-run.json"
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
+PROCESS, STOP = "process.json", "stop.json"
+"""What `process.py` writes while a run trains."""
 REPLACED = ".replaced"
 CHILDREN = "runs"
 """The folder of a comparison, or of a list of pairs, in which its fusions lie."""
@@ -38,7 +40,7 @@ RUN_KINDS = ("fuse", "fuse-compare", "fuse-pairs", "align", "personalize")
 OWN_NAMES = {
     *(MARKER, RECIPE, ENVIRONMENT, REPLACED, CHILDREN, "metrics.jsonl", "evaluations.jsonl", "rollouts", "samples"),
     *("checkpoints", "report.html", "start.json", "world.json", "selection.json", "failures.json", "exemplars"),
-    *("tensorboard", "export"),
+    *("tensorboard", "export", PROCESS, STOP),
 }  # fmt: skip
 """The names of all that pixrl makes at the top of a run's folder."""
 _OF_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory"}

@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -16,20 +16,27 @@ from pixrl.models.base import on_square
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.plugins import changed_files
 from pixrl.runs import checkpoint
-from pixrl.runs.config import AlignConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.data import data_checksums
 from pixrl.runs.evaluation import gallery
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder, png_bytes
 from pixrl.runs.loaded import LoadedRun
-from pixrl.runs.log import evaluations
+from pixrl.runs.reading import (
+    GALLERY,
+    HELD_OUT,
+    MEASURED,
+    START,
+    TRAINED,
+    RunShape,
+    evaluations,
+    gallery_on_disk,
+    start_if_any,
+)
 
-START = "start.json"
-GALLERY = "samples/gallery.json"
 REFERENCES = "samples/references"
 """The folder of pictures of the evaluation's subjects, 0007.png for the prompt of number 7."""
 REFERENCE_SIDE = 256
-JsonT = TypeVar("JsonT", bound=dict[str, Any] | list[dict[str, Any]])
 
 
 def write_start(
@@ -61,12 +68,26 @@ def write_start(
         "trained_on": run.trained_on(),
         "evaluated_from": evaluated_from,
         "gallery": _digest(shown),
+        "shape": asdict(shape_of(run.config)),
     }
     files = _write_references(folder, prompts)
     for place, entry in enumerate(shown):
         entry |= files[place // settings.per_prompt]
     write_atomic(folder.path / GALLERY, json.dumps(shown, indent=1).encode() + b"\n")
     write_atomic(folder.path / START, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def shape_of(config: AlignConfig) -> RunShape:
+    """Return what a page has to know of a recipe."""
+    learned = config.loss.learns_from_scores
+    return RunShape(
+        config.steps,
+        {s.name: (HELD_OUT if s.held_out else TRAINED) if learned else MEASURED for s in config.rewards},
+        config.exploration.noises,
+        config.group_size,
+        config.evaluation.per_prompt,
+        config.loss.describe_pictures(shows_references=isinstance(config, PersonalizeConfig)),
+    )
 
 
 def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict[str, str]]:
@@ -100,49 +121,6 @@ def read_start(folder: RunFolder) -> dict[str, Any]:
             f"{folder.path / START} is missing or damaged. Type: pixrl resume {folder.path}, which writes it again."
         )
     return found
-
-
-def start_if_any(folder: RunFolder) -> dict[str, Any]:
-    """Read what a run began with; {} of one that has neither the file nor a checkpoint."""
-    return start_on_disk(folder) or start_in_checkpoint(folder)
-
-
-def start_on_disk(folder: RunFolder) -> dict[str, Any]:
-    """Read start.json; {} where it is missing or damaged."""
-    return _read_json(folder.path / START, dict) or {}
-
-
-def start_in_checkpoint(folder: RunFolder) -> dict[str, Any]:
-    """Read the newest whole checkpoint's copy of start.json; {} where there is none, as in older runs."""
-    newest = checkpoint.latest(folder.path)
-    state = None if newest is None else checkpoint.read_state(newest)
-    found: dict[str, Any] = (state or {}).get("start", {})
-    return found
-
-
-def gallery_on_disk(folder: RunFolder) -> list[dict[str, Any]] | None:
-    """Read samples/gallery.json; None where it is missing or damaged."""
-    return _read_json(folder.path / GALLERY, list)
-
-
-def _read_json(path: Path, kind: type[JsonT]) -> JsonT | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, kind) else None
-
-
-def comparable_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the evaluations of the pictures that the gallery lists, in order."""
-    since = start_if_any(folder).get("evaluated_from", 0)
-    return [row for row in evaluations(folder.path) if row["step"] >= since]
-
-
-def base_and_last(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the base's evaluation and the newest one of the same pictures; [] where there are not both."""
-    rows = comparable_evaluations(folder)
-    return [rows[0], rows[-1]] if len(rows) > 1 and rows[0]["step"] == 0 else []
 
 
 def read_rewards(folder: RunFolder) -> dict[str, dict[str, str]]:

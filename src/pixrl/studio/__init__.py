@@ -1,0 +1,1 @@
+"""The studio: a local page that shows runs while they train, and fuses concepts by hand."""

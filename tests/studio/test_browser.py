@@ -1,0 +1,115 @@
+"""The page in a real browser: Debian's chromium, driven by playwright; skipped where one of them is missing."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pixrl.runs.folder import ManifestRow, RunFolder
+from pixrl.runs.process import attending
+from pixrl.studio.app import Studio, launch
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    play = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium on this machine")
+    with play.sync_playwright() as running:
+        try:
+            chromium = running.chromium.launch(
+                executable_path=CHROMIUM, args=["--no-sandbox"], timeout=60_000
+            )
+        except play.Error as error:
+            pytest.skip(f"chromium does not start here: {str(error).splitlines()[0]}")
+        yield chromium
+        chromium.close()
+
+
+def test_runs_are_seen_live_side_by_side_enlarged_and_stopped(browser: Any, root: Path) -> None:
+    studio = Studio(root)
+    url = launch(studio, "127.0.0.1", 0, None)
+    try:
+        tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        tab.set_default_timeout(60_000)
+        asked: list[str] = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(f"{url}?run=done")
+        tab.locator("h1", has_text="done").wait_for()
+        tab.locator(".badge.finished").wait_for()
+        assert tab.locator(".run").count() == 2 and tab.locator(".pairs figure").count() == 6
+
+        tab.locator(".pairs figure").first.click()
+        tab.wait_for_selector("dialog[open] img")
+        assert tab.locator("dialog img").count() == 2
+        first = tab.inner_text("dialog .text")
+        tab.keyboard.press("ArrowRight")
+        tab.wait_for_function(
+            "text => document.querySelector('dialog .text').textContent !== text", arg=first
+        )
+        tab.keyboard.press("Escape")
+        tab.wait_for_selector("dialog", state="hidden")
+
+        with attending(root / "half") as attendance:
+            tab.click("[data-run=half]")
+            tab.locator("h1", has_text="half").wait_for()
+            tab.locator(".badge.running").wait_for()
+            tab.evaluate("window.stays = true")
+            folder = RunFolder.open(root / "half")
+            folder.append_manifest([ManifestRow(index=288, step=12, prompt="a red owl", seed=1, file=None)])
+            folder.log(12, {"reward/geneval/mean": 0.875, "seconds/collect": 1.0})
+            tab.locator(".figures b", has_text="0.875").wait_for()
+            tab.get_by_text("13 of 40 steps").first.wait_for()
+            assert tab.evaluate("window.stays")  # updated without reloading
+            tab.get_by_role("button", name="Stop").first.click()
+            tab.locator(".badge.stopping").wait_for()
+            assert attendance.stop_is_wanted()
+        tab.locator(".badge.stopped").wait_for()
+        tab.get_by_role("button", name="Resume", disabled=False).wait_for()
+
+        (root / "half" / "environment.json").unlink()
+        tab.locator(".card.warn", has_text="environment.json missing").wait_for()
+        tab.goto(f"{url}?run=done&beside=half")
+        tab.locator("h1", has_text="half").wait_for()
+        assert tab.locator("h1", has_text="done").is_visible()
+        assert str(root) not in tab.content() and str(root) not in " ".join(asked)
+        assert all(
+            one.startswith((url, "data:", "blob:")) for one in asked
+        )  # nothing is asked of anybody else
+    finally:
+        studio.page.close()
+
+
+def test_a_mixture_follows_the_pad_and_is_kept(browser: Any, root: Path) -> None:
+    studio = Studio(root, ("owl", "snail", "mushroom"))
+    url = launch(studio, "127.0.0.1", 0, None)
+    try:
+        tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        tab.set_default_timeout(60_000)
+        tab.goto(url)
+        tab.get_by_role("tab", name="Fuse").click()
+        for concept in ("owl", "snail"):
+            tab.get_by_label("Concepts, two to four").fill(concept)
+            tab.get_by_role("option", name=concept, exact=True).click()
+        tab.locator(".shares", has_text="snail 50 %").wait_for()
+        tab.keyboard.press("Escape")
+        tab.locator(".pad.n2").press("ArrowRight")
+        tab.locator(".shares", has_text="snail 55 %").wait_for()
+        area = tab.locator(".pad .area").bounding_box()
+        tab.mouse.click(area["x"] + 0.8 * area["width"], area["y"] + 4)
+        tab.locator(".shares", has_text="snail 80 %").wait_for()
+        tab.get_by_role("button", name="Keep").click()
+        tab.locator("[data-list=kept]").wait_for()
+        tab.get_by_role("button", name="Other noise").click()
+        tab.locator(".mixture", has_text="noise 1").wait_for()
+        tab.locator("[data-list=kept]").click()
+        tab.locator(".mixture", has_text="noise 0").wait_for()
+        with tab.expect_download() as saved:
+            tab.locator(".mixture a").first.click()
+        assert saved.value.suggested_filename == "owl-snail-0.png"
+    finally:
+        studio.page.close()
