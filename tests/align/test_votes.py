@@ -22,7 +22,7 @@ from pixrl.rewards.votes.groups import FOLDER, VOTES, GroupVotes, VotedGroup
 from pixrl.rewards.votes.reward import VotesReward
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.log import sample_scores
+from pixrl.runs.reading import sample_scores
 from pixrl.types import Origin, RewardBatch, Scores
 from tests.align.parts import final, recipe, same
 
@@ -193,15 +193,13 @@ def test_a_full_disk_ends_the_run_and_says_that_the_votes_are_kept(tmp_path: Pat
 
 @pytest.mark.learning
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong", [0.0, 0.2])
-def test_what_the_voter_likes_rises(wrong: float, tmp_path: Path) -> None:
-    """Held-out pictures of the same noises gain past chance, on the mean by a quarter of their spread."""
-    settings = toy_recipe(votes(**simulated(wrong))[0], 6, 8e-3)
-    settings |= {"rewards": votes(**simulated(wrong)), "evaluation": {"prompts": 12, "per_prompt": 1}}
+def test_what_the_voter_likes_rises(tmp_path: Path) -> None:
+    """With a fifth of the votes wrong, held-out pictures of the same noises gain half their spread, past chance."""
+    settings = toy_recipe(votes(**simulated(0.2))[0], 12, 8e-3)
+    settings |= {"rewards": votes(**simulated(0.2)), "evaluation": {"prompts": 12, "per_prompt": 1}}
     done = pixrl.align(settings, seed=0, out=tmp_path / "run")
     folder = RunFolder.open(done.run)
-    before_B, after_B = (torch.tensor(sample_scores(folder, step)["brightness"]) for step in (0, 6))
+    before_B, after_B = (torch.tensor(sample_scores(folder, step)["brightness"]) for step in (0, 12))
     gain_B = after_B - before_B
-    print(f"{wrong:.0%} wrong: {before_B.mean():.3f} to {after_B.mean():.3f}, spread {before_B.std():.3f}")
-    assert gain_B.mean() > before_B.std() / 4
+    assert gain_B.mean() > before_B.std() / 2
     assert stats.wilcoxon(gain_B.numpy(), alternative="greater").pvalue < 0.01
