@@ -79,7 +79,7 @@ class SceneJudge:
         return torch.cat([b for b, _ in read]).argmax(-1), torch.cat([a for _, a in read]) > 0
 
     def right(self, images: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-        """Return whether each picture shows its scene's background, and the accessory that captions mention: [B] each."""
+        """Return whether each picture shows its scene's background, and the accessory that captions name: [B] each."""
         background, shown = self.reads(images)
         asked = torch.tensor([[name == s.objects[0].accessory for name in ACCESSORIES] for s in scenes])
         return background == _backgrounds(scenes), (shown | ~asked).all(-1)

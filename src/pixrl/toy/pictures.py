@@ -79,7 +79,7 @@ def held_out_scene(rng: np.random.Generator, task: Task | None = None) -> Scene:
 
 
 def draw(scene: Scene) -> tuple[Bytes, Bytes]:
-    """Return a scene's picture [64, 64, 3] and its label map [64, 64]: 0 for background, k + 1 for the kind KINDS[k]."""
+    """Return a scene's picture [64, 64, 3] and its label map [64, 64]: 0 for background, k + 1 for KINDS[k]."""
     image, masks = render_with_masks(scene, SIDE)
     labels = np.zeros((SIDE, SIDE), dtype=np.uint8)
     for thing, mask in zip(scene.objects, masks, strict=True):
@@ -93,7 +93,7 @@ def to_tensor(images: Bytes) -> Tensor:
 
 
 def spoil(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return each picture [B, 3, H, W] with one of five faults: noise, blur, swapped blocks, pale colours, or a grid."""
+    """Return each picture [B, 3, H, W] with one of five faults: noise, blur, swapped blocks, pale colours, a grid."""
     return torch.stack([_spoilt(image, int(rng.integers(5)), rng) for image in images])
 
 

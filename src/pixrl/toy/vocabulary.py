@@ -7,7 +7,7 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Palette:
-    """A palette holds the two colours an object is painted with: the body's colour, and that of belly, trim or pattern."""
+    """A palette holds the two colours an object is painted with: the body's, and that of belly, trim or pattern."""
 
     primary: RGB
     secondary: RGB

@@ -98,7 +98,7 @@ def pattern_stencil(pattern: str, half: int) -> Image.Image:
 
 
 class Pen:
-    """A pen draws one object: shapes in its frame, each with a dark rim; body shapes also get the pattern and a shade."""
+    """A pen draws one object: shapes in its frame with dark rims; body shapes also get the pattern and a shade."""
 
     def __init__(self, image: Image.Image, coat: Coat, centre: Point, half: float, rim: float) -> None:
         self.image = image
