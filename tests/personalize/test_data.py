@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixrl import rewards
-from pixrl.data.pictures import PictureStore
-from pixrl.data.pictures import to_tensors
+from pixrl.data.pictures import PictureStore, to_tensors
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import Subject, SubjectSet, check_targets, load_subjects
