@@ -20,7 +20,7 @@ from pixrl.errors import CheckpointError, InputError, ShapeError, did_you_mean
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, ReferencePolicy, SamplingSettings
-from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.pipeline import FlowPipelinePolicy, even_levels
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
 
@@ -257,7 +257,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         return tokens if self.shift is Shift.FLUX else tokens // UNO_SHRINK
 
     def _timesteps(self, steps: int) -> dict[str, Any]:
-        return {"sigmas": torch.linspace(1.0, 1.0 / steps, steps).tolist()}
+        return even_levels(steps)
 
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         size = _token_size(x_t)

@@ -81,6 +81,11 @@ def draw(generators_B: Sequence[torch.Generator], shape: tuple[int, ...]) -> Ten
     return torch.stack([torch.randn(shape, generator=one) for one in generators_B])
 
 
+def even_levels(steps: int) -> dict[str, Any]:
+    """Return how a scheduler is asked for levels that fall evenly from 1 to 1 / steps before they are shifted."""
+    return {"sigmas": torch.linspace(1.0, 1.0 / steps, steps).tolist()}
+
+
 def check_pairs(source: Conditioning | Mixture, seeds: Sequence[int], steps: int | None = None) -> None:
     """Raise ShapeError unless each row has a seed, there is one, and a mixture has weights for `steps` steps."""
     if len(source) != len(seeds) or not seeds:

@@ -21,7 +21,7 @@ from torch import Tensor
 from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.pipeline import FlowPipelinePolicy, even_levels
 from pixrl.models.text import LANGUAGE, LanguageEncoder, PerturbableText, chat_frame, padded
 
 PATCH = 2
@@ -92,7 +92,7 @@ class ZImagePolicy(FlowPipelinePolicy, PerturbableText):
         )
 
     def _timesteps(self, steps: int) -> dict[str, Any]:
-        return {"sigmas": torch.linspace(1.0, 1.0 / steps, steps).tolist()}
+        return even_levels(steps)
 
     @property
     def guidance_scale(self) -> float:
