@@ -66,7 +66,8 @@ def vote(
         return
     if page_only:
         raise InputError(f"--page-only serves the page of a run, and {target} is none. Give a run's folder.")
-    config = api.load(target, set_ or [], steps=steps, seed=seed, settings={"machine.device": device})
+    settings = None if device is None else {"machine.device": device}
+    config = api.load(target, set_ or [], steps=steps, seed=seed, settings=settings)
     if simulate is not None:
         config = api.with_simulated_voter(config, simulate, wrong or 0.0, seed=config.seed)
     place = out or api.default_out(target, config)

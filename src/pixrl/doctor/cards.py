@@ -191,17 +191,14 @@ class CardPlans:
             )
         yield ""
         yield from (f"note        {note}" for note in self.notes)
-        yield from self._verdict(recipe)
-
-    def _verdict(self, recipe: str) -> Iterator[str]:
         chosen, faster = self.chosen, self.faster
         if chosen is None:
             least = min(self.plans, key=lambda plan: plan.peak)
             gib = math.ceil((least.peak + RESERVED) / 2**30)
-            names = [card.name for card in CARDS.values() if card.gib >= gib]
+            names = [one.name for one in CARDS.values() if one.gib >= gib]
             known = f" ({', '.join(names)})" if names else ""
             yield (
-                f"No plan fits {self.card.gib:g} GiB. The smallest needs a card of {gib} GiB{known}: "
+                f"No plan fits {card.gib:g} GiB. The smallest needs a card of {gib} GiB{known}: "
                 f"{self._command(recipe, least)}; or take a smaller resolution or model."
             )
             return

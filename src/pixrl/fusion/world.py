@@ -116,6 +116,11 @@ class FusionWorld:
         return Exemplars(concept, prompt, seeds, images_MCHW, features_ME[found])
 
 
+def judges_of(card: Card, clip: str | None, segmenter: str | None) -> tuple[str, str]:
+    """Return the CLIP and the segmenter that score a checkpoint's pictures: those given, else its card's."""
+    return clip or card.clip or PUBLISHED_CLIP, segmenter or card.segmenter or PUBLISHED_SEGMENTER
+
+
 @lru_cache(maxsize=2)
 def load_world(
     model: str,
@@ -132,8 +137,7 @@ def load_world(
     from pixrl.rewards.segmentation import Foreground
 
     card = read_card(model, Layout.PIPELINE)
-    clip = clip or card.clip or PUBLISHED_CLIP
-    segmenter = segmenter or card.segmenter or PUBLISHED_SEGMENTER
+    clip, segmenter = judges_of(card, clip, segmenter)
     scorer = FusionScorer(ClipSimilarity(clip, device=device), Foreground(segmenter, device=device))
     return FusionWorld(
         load(model, device=device, dtype=dtype, plan=memory), scorer, card, clip=clip, segmenter=segmenter
