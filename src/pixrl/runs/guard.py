@@ -248,9 +248,9 @@ def _gain(first: Looked, now: Looked, name: str) -> Tensor:
     before_PS = first.scores[name]
     known = before_PS[before_PS.isfinite()]
     spread = float(known.std(correction=0)) if len(known) else math.nan
-    sides = (one.scores[name].flatten().tolist() for one in (first, now))
-    gain_P = torch.tensor(gains_by_prompt(*sides, per_prompt=before_PS.shape[1]), dtype=torch.float64)
-    return gain_P / (spread or torch.finfo(torch.float64).eps)
+    before, after = (one.scores[name].flatten().tolist() for one in (first, now))
+    gains = gains_by_prompt(before, after, before_PS.shape[1])
+    return torch.tensor(gains, dtype=torch.float64) / (spread or torch.finfo(torch.float64).eps)
 
 
 def _p_value(change_P: Tensor) -> float:
