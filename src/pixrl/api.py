@@ -24,7 +24,6 @@ from pixrl.jobs import fuse_many
 from pixrl.jobs.fuse import FinishedRun
 from pixrl.report.align import write_align_report
 from pixrl.report.fuse import write_fuse_report, write_many_report
-from pixrl.rewards.votes.reward import votes_reward
 from pixrl.runs.config import (
     ALIGN,
     KINDS,
@@ -136,23 +135,6 @@ def personalize(
 def read_recipe(run: Path, overrides: Sequence[str] = ()) -> AlignConfig:
     """Read what `resume` goes on with: the recipe of an alignment or personalization, and what is set besides."""
     return read_config(RunFolder.open(run, allow_changed=True), overrides)
-
-
-def with_simulated_voter(config: AlignConfig, taste: str, wrong: float, *, seed: int) -> AlignConfig:
-    """Return a recipe whose votes a simulated voter gives: by a reward of the recipe, a share of them wrong.
-
-    Raises:
-        InputError: the recipe has no votes to give.
-    """
-    asked = votes_reward(config.rewards)
-    if asked is None:
-        raise InputError(
-            "The recipe has no reward `votes`, so there is nothing to simulate. Leave --simulate out."
-        )
-    voter = {"taste": taste, "wrong": wrong, "seed": seed}
-    simulated = asked.model_copy(update={"options": asked.options | {"simulated": voter}})
-    rewards = tuple(simulated if one is asked else one for one in config.rewards)
-    return config.model_copy(update={"rewards": rewards})
 
 
 def run_align(config: AlignConfig, out: Path, *, force: bool = False, live: bool = True) -> AlignResult:

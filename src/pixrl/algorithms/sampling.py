@@ -251,7 +251,9 @@ class ODESolver:
         x0 = predict_x0(x, velocity, x.new_full((len(x),), sigma))
         data = x0
         if self._before is not None and self._before[0] == number - 1 and after > 0:
-            slope = _step_ratio(self._sigmas[number - 1], sigma, after)
+            # h / h_before in half log-SNR; 0 where the last step began at pure noise, infinitely far away
+            before, here = _half_log_snr(self._sigmas[number - 1]), _half_log_snr(sigma)
+            slope = (_half_log_snr(after) - here) / (here - before)
             data = x0 + 0.5 * slope * (x0 - self._before[1])
         self._before = (number, x0)
         # the exponential integrator of dx/dlambda with constant data: for this path it is a straight line to `data`
@@ -260,12 +262,6 @@ class ODESolver:
 
 def _half_log_snr(sigma: float) -> float:
     return math.inf if sigma == 0 else -math.inf if sigma == 1 else math.log((1 - sigma) / sigma)
-
-
-def _step_ratio(before: float, sigma: float, after: float) -> float:
-    """h / h_before in half log-SNR; 0 where the last step began at pure noise, infinitely far away."""
-    here = _half_log_snr(sigma)
-    return (_half_log_snr(after) - here) / (here - _half_log_snr(before))
 
 
 class Use(IntEnum):
@@ -432,7 +428,10 @@ def _anchored_log_prob(
 
     Rows that were drawn under c_0 keep the density that they were drawn with.
     """
-    rows = _differing_rows(condition, anchor)
+    differs_B = (condition.tokens_BLD != anchor.tokens_BLD).flatten(1).any(dim=1)
+    if condition.pooled_BE is not None and anchor.pooled_BE is not None:
+        differs_B |= (condition.pooled_BE != anchor.pooled_BE).flatten(1).any(dim=1)
+    rows = [int(row) for row in differs_B.nonzero().flatten()]
     if not rows:
         return log_prob_B
     sigma_B = x.new_full((len(rows),), plan.schedule.sigmas[number])
@@ -441,10 +440,3 @@ def _anchored_log_prob(
     log_prob_B = log_prob_B.clone()
     log_prob_B[rows] = again.log_prob
     return log_prob_B
-
-
-def _differing_rows(one: Conditioning, other: Conditioning) -> list[int]:
-    differs_B = (one.tokens_BLD != other.tokens_BLD).flatten(1).any(dim=1)
-    if one.pooled_BE is not None and other.pooled_BE is not None:
-        differs_B |= (one.pooled_BE != other.pooled_BE).flatten(1).any(dim=1)
-    return [int(row) for row in differs_B.nonzero().flatten()]

@@ -217,7 +217,17 @@ def check_references(run: LoadedRun) -> tuple[str, ...]:
     """
     if not isinstance(run.config, PersonalizeConfig):
         return ()
-    subjects = _subjects(run)
+    sources = (
+        (run.prompts.prompts.name, run.prompts.prompts),
+        (run.held_out.name, run.evaluated()),
+    )
+    # each once; one of the same name in another source is another subject
+    known = {
+        (source, str(prompt.metadata.get("subject", ""))): prompt.metadata
+        for source, prompts in sources
+        for prompt in prompts
+    }
+    subjects = [(name, metadata) for (_, name), metadata in known.items()]
     found = [(name, run.rewards.reference_problems(metadata)) for name, metadata in subjects]
     for reward in run.rewards.names:
         broken = [(name, of[reward]) for name, of in found if reward in of]
@@ -229,19 +239,6 @@ def check_references(run: LoadedRun) -> tuple[str, ...]:
                 "whole pictures: options mask: none."
             )
     return tuple(_left_out(subjects, run.rewards))
-
-
-def _subjects(run: LoadedRun) -> list[tuple[str, Mapping[str, object]]]:
-    """Name and metadata of each subject once; one of the same name in another source is another subject."""
-    known = {
-        (source, str(prompt.metadata.get("subject", ""))): prompt.metadata
-        for source, prompts in (
-            (run.prompts.prompts.name, run.prompts.prompts),
-            (run.held_out.name, run.evaluated()),
-        )
-        for prompt in prompts
-    }
-    return [(name, metadata) for (_, name), metadata in known.items()]
 
 
 def _left_out(subjects: Sequence[tuple[str, Mapping[str, object]]], rewards: RewardSet) -> Iterator[str]:
