@@ -276,24 +276,17 @@ def plan_batches(run: LoadedRun) -> tuple[MicroBatches, tuple[str, ...]]:
     spread = f"{config.prompts.per_step} groups of {run.method.group_size} over {team.size} process(es)"
     spread += ", which divide the denoiser's weights among them" if run.policy.in_step else ""
     read = dict.fromkeys([*run.prompts.prompts.notes, *run.held_out.notes])
-    merged = (f"merged into the model: {one.said}" for one in run.policy.merged)
-    return common, (spread, *read, *merged, *_overlap(run), *found.reasons)
-
-
-def _overlap(run: LoadedRun) -> Iterator[str]:
-    """A note where the evaluation asks for what is trained on."""
+    notes = [spread, *read, *(f"merged into the model: {one.said}" for one in run.policy.merged)]
     seen, asked = run.trained_on(), len(run.evaluated())
-    if seen:
+    if seen:  # the evaluation asks for what is trained on
         which = "all" if seen == asked else f"{seen} of"
-        how = (
-            "are of subjects that are trained on"
-            if isinstance(run.config, PersonalizeConfig)
-            else "are trained on too"
-        )
-        yield (
+        subjects = isinstance(config, PersonalizeConfig)
+        how = "are of subjects that are trained on" if subjects else "are trained on too"
+        notes.append(
             f"evaluation: {which} {asked} prompts {how}, so its figures show what was learned of them and "
             "not what carries over. Name others: --set evaluation.source=..."
         )
+    return common, (*notes, *found.reasons)
 
 
 def make_evaluator(run: LoadedRun, micro_batches: MicroBatches) -> Evaluator:
