@@ -187,8 +187,13 @@ class Aligner:
                 f"{own.sigmas}. "
                 "Sampling and training share one schedule: collect again with the policy as it is now."
             )
-        rewards = {name: self._whole(rollouts, one.values_B) for name, one in scores.items()}
-        places = [group.place for group in rollouts.samples.groups]
+        size, places = rollouts.samples.per_group, [group.place for group in rollouts.samples.groups]
+        groups = int(self.world.sum(torch.tensor(float(len(places)))).item())
+        rewards = {}
+        for name, one in scores.items():  # of all processes, [P, S]: each adds its own rows to zeros
+            own_PS = torch.zeros(groups, size)
+            own_PS[places] = one.values_B.to(own_PS).view(-1, size)
+            rewards[name] = self.world.sum(own_PS)
         tally = Tally()
         tally.add({name: torch.full((len(places),), value) for name, value in rollouts.metrics.items()})
         metrics = reward_metrics(rewards, weights) | tally.over(self.world).means()
@@ -219,14 +224,6 @@ class Aligner:
     def gradient_disagreement(self) -> float:
         """Return how far the processes' last gradients are apart; 0 when they agree."""
         return disagreement(self.world, _flat_gradient(self.parameters))
-
-    def _whole(self, rollouts: Rollouts, values_B: Tensor) -> Tensor:
-        """Return a figure of every process's samples, [P, S]; a process adds its own rows to zeros."""
-        samples = rollouts.samples
-        groups = int(self.world.sum(torch.tensor(float(len(samples.groups)))).item())
-        own_PS = torch.zeros(groups, samples.per_group)
-        own_PS[[group.place for group in samples.groups]] = values_B.to(own_PS).view(-1, samples.per_group)
-        return self.world.sum(own_PS)
 
     def _rows(self, rollouts: Rollouts, advantage_TPS: Tensor, number: int) -> list[int]:
         """Return this process's samples of one optimizer step: shuffled over all processes, failed ones left out.
