@@ -428,10 +428,7 @@ def _anchored_log_prob(
 
     Rows that were drawn under c_0 keep the density that they were drawn with.
     """
-    differs_B = (condition.tokens_BLD != anchor.tokens_BLD).flatten(1).any(dim=1)
-    if condition.pooled_BE is not None and anchor.pooled_BE is not None:
-        differs_B |= (condition.pooled_BE != anchor.pooled_BE).flatten(1).any(dim=1)
-    rows = [int(row) for row in differs_B.nonzero().flatten()]
+    rows = _differing_rows(condition, anchor)
     if not rows:
         return log_prob_B
     sigma_B = x.new_full((len(rows),), plan.schedule.sigmas[number])
@@ -440,3 +437,10 @@ def _anchored_log_prob(
     log_prob_B = log_prob_B.clone()
     log_prob_B[rows] = again.log_prob
     return log_prob_B
+
+
+def _differing_rows(one: Conditioning, other: Conditioning) -> list[int]:
+    differs_B = (one.tokens_BLD != other.tokens_BLD).flatten(1).any(dim=1)
+    if one.pooled_BE is not None and other.pooled_BE is not None:
+        differs_B |= (one.pooled_BE != other.pooled_BE).flatten(1).any(dim=1)
+    return [int(row) for row in differs_B.nonzero().flatten()]

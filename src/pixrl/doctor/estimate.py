@@ -367,19 +367,24 @@ def _batches(
         ("rollout", counts[0], estimate.drawing, machine.rollout_batch),
         ("training", counts[1], estimate.training, machine.train_batch),
     ):
-        if given is not None:
-            most, why = given, "the recipe says so"
-        elif device.type == "cpu":
-            most, why = estimate.cpu_batch, "what suits a CPU's cache at this resolution"
-        else:
-            most = max(1, (int(room * SAFE_SHARE) - (cost.first - cost.each)) // cost.each)
-            why = f"about {size(cost.each)} a picture, {size(max(room, 0))} for pictures"
+        most, why = _most(device, cost, room, estimate.cpu_batch, given)
         chosen.append(evened(count, most))
         reasons.append(
             f"{name}: {-(-count // chosen[-1])} x {chosen[-1]} for {count} pictures; at most {most} ({why})"
         )
     micro = MicroBatches(*chosen)
     return Batches(micro.rollout, micro.train, tuple(reasons))
+
+
+def _most(device: torch.device, cost: Cost, room: int, cpu_batch: int, given: int | None) -> tuple[int, str]:
+    """Return the largest micro-batch by the planner's rules, and why."""
+    if given is not None:
+        return given, "the recipe says so"
+    if device.type == "cpu":
+        return cpu_batch, "what suits a CPU's cache at this resolution"
+    usable = int(room * SAFE_SHARE) - (cost.first - cost.each)
+    most = max(1, usable // cost.each)
+    return most, f"about {size(cost.each)} a picture, {size(max(room, 0))} for pictures"
 
 
 def _higher(drawing: Cost, training: Cost, batches: Sequence[int]) -> int:
