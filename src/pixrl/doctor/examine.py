@@ -33,6 +33,7 @@ from pixrl.doctor.needs import (
     require_out,
 )
 from pixrl.doctor.rewards import (
+    TOY_MODEL,
     find_rewards,
     named_models,
     rehearse,
@@ -182,7 +183,7 @@ def _estimate(
     texts = [prompt.text for prompt in (*prompts, *shown)]
     judges = named_models(config.rewards) | {"output.features": config.output.features}
     subject = isinstance(config, PersonalizeConfig)
-    instead = "pixrl personalize subject/flux-uno --subject FOLDER" if subject else "--set model=toy:sd3"
+    instead = "pixrl personalize subject/flux-uno --subject FOLDER" if subject else TOY_MODEL
     found: Estimate | None = None
     with report_misfits(checkpoint, findings, ValueError):  # peft's own, for LoRA targets of an unknown kind
         adapter = adapter_of(checkpoint)
@@ -314,7 +315,7 @@ def examine_fusion(
             texts = [prompt.format(concept=one) for one in concepts or config.concepts]
             require_texts(made, checkpoint, texts, findings, t5=True)
             judges = {"clip": config.clip, "segmenter": config.segmenter}
-            require_own_world(made, parts, judges, findings, instead="--set model=toy:sd3")
+            require_own_world(made, parts, judges, findings)
             side = made.settings.resolution
             if not (about_to_run and is_small(parts, side, device)):
                 row, modules = made.blank(), (made.denoiser, made.vae)
@@ -327,15 +328,14 @@ def examine_fusion(
         named = judges_of(read_card(checkpoint.folder), config.clip, config.segmenter)
     sizes = {ref: model_bytes(ref, findings) for ref in named if ref is not None}
     models = {ref: taken for ref, taken in sizes.items() if taken is not None}
-    needed = None
-    if cost is not None:
-        needed = on_device(parts, config.memory) + sum(models.values()) + cost.bytes(batch)
-        if needed > place.free:
-            findings.miss(
-                Need.MEMORY,
-                f"{size(needed)} are needed and {size(place.free)} are free. Save memory with memory.offload=parts or "
-                "sequential, memory.vae_slicing=true, or a smaller checkpoint.",
-            )
+    beside = on_device(parts, config.memory) + sum(models.values())
+    needed = None if cost is None else beside + cost.bytes(batch)
+    if needed is not None and needed > place.free:
+        findings.miss(
+            Need.MEMORY,
+            f"{size(needed)} are needed and {size(place.free)} are free. Save memory with memory.offload=parts or "
+            "sequential, memory.vae_slicing=true, or a smaller checkpoint.",
+        )
     disk = None if not side else (config.budget + config.exemplars * len(config.concepts)) * 3 * side**2
     require_disk(disk, findings)
     reason = f"rollout: {batch} at a time, what suits the device at {side} x {side}"

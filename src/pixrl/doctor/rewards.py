@@ -43,6 +43,8 @@ _WRONG_KINDS = (TypeError, ValueError, AttributeError, LookupError)
 """Errors that Python raises for an option of a kind that a reward does not expect."""
 TOY_SIDE, TOY_LARGEST = 64, 2**26
 """Side in pixels of the toy world's pictures, and more parameters than any of its models has."""
+TOY_MODEL = "--set model=toy:sd3"
+"""What to type where the toy world was meant."""
 REHEARSED = 4
 """Number of pictures in the synthetic batch."""
 
@@ -241,7 +243,7 @@ def require_own_world(
     named: Mapping[str, object],
     findings: Findings,
     *,
-    instead: str,
+    instead: str = TOY_MODEL,
 ) -> None:
     """Refuse judges of the toy world for another generator: they have seen nothing but the toy world's drawings.
 

@@ -1,14 +1,13 @@
 """What adapters of diffusers pipelines share: `PipelineRenderer` draws, `FlowPipelinePolicy` is trained too.
 
-First the helpers of every adapter: settings, seeded noise, micro-batches. Then plain attention, which is a faster
-update on a CPU. Then the renderer (card, settings, sampling in pieces) and the policy (one
-Euler loop, placement, LoRA slots). A family adds how it encodes a prompt, its schedule and its velocity. loading.py
-loads the weights.
+First the helpers of every adapter: settings, seeded noise, micro-batches. Then the renderer (card, settings, sampling
+in pieces) and the policy (one Euler loop, placement, LoRA slots). A family adds how it encodes a prompt, its schedule
+and its velocity. loading.py loads the weights.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -19,9 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pixrl.device import choose_device, choose_precision
+from pixrl.device import choose_device, choose_precision, plain_attention
 from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
 from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, Renderer, SamplingSettings
@@ -124,23 +122,6 @@ FEW_STEPS = 8
 """The most steps of a checkpoint that was distilled to few."""
 SHORT = 256
 """The number of image tokens up to which the table of all pairs is small beside the other activations."""
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Make `scaled_dot_product_attention` plain matrix products, in the dtype that it is given, while it is open.
-
-    torch's fused kernel saves memory that short sequences do not need, and its backward pass is slow in bfloat16 on a
-    CPU. In an update plain matrix products are faster and no farther from float32; forwards alone, the fused kernel is
-    (`benchmarks/align.py`, "fused attention").
-    """
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 @dataclass(frozen=True)
