@@ -424,7 +424,7 @@ def changes_of(folder: RunFolder, shape: RunShape) -> list[Change]:
     # the interval of a reward's gain over prompts, whose pictures are drawn from the same noise before and after
     before, after = (sample_scores(folder, row["step"]) for row in evaluated)
     both = [name for name in before if len(before[name]) == len(after.get(name, ()))]
-    gains = {name: _by_prompt(before[name], after[name], shape.per_prompt) for name in both}
+    gains = {name: gains_by_prompt(before[name], after[name], shape.per_prompt) for name in both}
     intervals = {name: bootstrap(found) for name, found in gains.items() if len(found) > 1}
     changes = [
         Change(
@@ -441,7 +441,9 @@ def changes_of(folder: RunFolder, shape: RunShape) -> list[Change]:
     return changes
 
 
-def _by_prompt(before: Sequence[float | None], after: Sequence[float | None], per_prompt: int) -> list[float]:
+def gains_by_prompt(
+    before: Sequence[float | None], after: Sequence[float | None], per_prompt: int
+) -> list[float]:
     """Return each prompt's mean gain over its pictures that have both scores; prompts without one are left out."""
     gains = [
         math.nan if old is None or new is None else new - old for old, new in zip(before, after, strict=True)
