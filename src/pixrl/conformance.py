@@ -159,6 +159,17 @@ def _check_encoding(checks: _Checks, renderer: Renderer, prompts: Sequence[str])
     )
     parts = [tokens, *([] if both.pooled_BE is None else [both.pooled_BE]), *both.references]
     checks.require(all(len(part) == 2 for part in parts), "encoding_shape", "a part has not one row a prompt")
+    mask = both.mask_BL
+    checks.require(
+        mask is None
+        or (mask.dtype is torch.bool and mask.shape == tokens.shape[:2] and bool(mask.any(dim=1).all())),
+        "encoding_mask",
+        f"mask_BL must be bool {list(tokens.shape[:2])} and true on a token of each prompt, "
+        f"got {mask if mask is None else [mask.dtype, list(mask.shape)]}",
+    )
+    checks.require(
+        not tokens[~both.own_BL].any(), "encoding_mask", "tokens that the mask calls padding are not zeros"
+    )
     checks.require(
         all(bool(p.isfinite().all()) for p in parts), "encoding_finite", "embeddings are not finite"
     )
@@ -168,6 +179,7 @@ def _check_encoding(checks: _Checks, renderer: Renderer, prompts: Sequence[str])
     again = renderer.encode([second, first, second])
     expected = both[[1, 0, 1]]
     rows_equal = torch.equal(again.tokens_BLD, expected.tokens_BLD)
+    rows_equal = rows_equal and torch.equal(again.own_BL, expected.own_BL)
     if again.pooled_BE is not None and expected.pooled_BE is not None:
         rows_equal = rows_equal and torch.equal(again.pooled_BE, expected.pooled_BE)
     checks.require(
@@ -218,6 +230,15 @@ def _check_batches(checks: _Checks, renderer: Renderer, both: Conditioning, tole
     )
     turned = renderer.sample(both[rows[::-1]], seeds[::-1]).flip(0)
     checks.same_pictures(images, turned, "order", "pictures do not follow their rows and seeds", tolerance)
+    if both.mask_BL is not None:
+        other = both.tokens_BLD.masked_fill(~both.mask_BL[:, :, None], 1.0)
+        checks.same_pictures(
+            images,
+            renderer.sample(replace(both, tokens_BLD=other)[rows], seeds),
+            "padding",
+            "a picture depends on tokens that the mask calls padding",
+            tolerance,
+        )
     fingerprint = renderer.fingerprint()
     stable = bool(fingerprint) and fingerprint == renderer.fingerprint()
     checks.require(stable, "fingerprint", "the fingerprint is empty or changes")

@@ -20,7 +20,7 @@ from pixrl.config import Settings
 from pixrl.equations import variant_weight
 from pixrl.errors import CheckpointError, InputError, ShapeError
 from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy, on_square
-from pixrl.models.text import ClipEncoder, ClipFeatures
+from pixrl.models.text import TextEncoder, TextFeatures
 
 GroupSize = Annotated[int, Field(ge=1, le=4096)]
 """The number of pictures of one prompt."""
@@ -93,8 +93,8 @@ class Group:
 class Perturbed:
     """The features of all perturbed variants in one encoder, row prompt * `per_prompt` + place."""
 
-    encoder: ClipEncoder
-    features: ClipFeatures
+    encoder: TextEncoder
+    features: TextFeatures
     per_prompt: int
 
 

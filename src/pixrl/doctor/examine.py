@@ -26,7 +26,13 @@ from pixrl.doctor.estimate import (
     parameters_of,
 )
 from pixrl.doctor.generator import find_lora, find_parts, find_pipeline, require_texts
-from pixrl.doctor.needs import model_bytes, require_bitsandbytes, require_disk, require_out
+from pixrl.doctor.needs import (
+    find_trackers,
+    model_bytes,
+    require_bitsandbytes,
+    require_disk,
+    require_out,
+)
 from pixrl.doctor.rewards import (
     find_rewards,
     named_models,
@@ -103,6 +109,7 @@ def examine_training(
         rewards |= {} if taken is None else {config.output.features: taken}
     if config.optimizer.eight_bit:
         require_bitsandbytes("optimizer.eight_bit", findings)
+    find_trackers(config.log, findings)
     checkpoint = find_pipeline(config.model, findings, fetch=about_to_run, t5=config.t5)
     lora = find_lora(config.lora.base, checkpoint, findings)
     parts: dict[str, PartSize] = {}
@@ -225,7 +232,7 @@ def condition_row(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequ
     settings = config.references
     policy = show_references(policy, settings)
     count = settings.count or (len(shown_pictures(prompts[0].metadata)) if prompts else 1)
-    return Conditioning(row.tokens_BLD, row.pooled_BE, (policy.blank_reference(),) * count)
+    return replace(row, references=(policy.blank_reference(),) * count)
 
 
 def _is_in_doubt(config: AlignConfig, parts: Mapping[str, PartSize], device: torch.device) -> bool:
@@ -326,6 +333,7 @@ def examine_fusion(
     """
     findings = Findings()
     require_out(out, force, findings)
+    find_trackers(config.log, findings)
     if config.policy_from is not None:
         try:
             read_policy(Path(config.policy_from)).require_fits(config)

@@ -121,7 +121,8 @@ def require_texts(
     lengths: dict[str, tuple[int, list[int]]] = {}
     for name, (tokenizer, most) in _tokenizers(renderer, checkpoint, findings, t5=t5).items():
         with quiet_loading():
-            rows = tokenizer(wanted, truncation=False, verbose=False)["input_ids"] if wanted else []
+            texts = [renderer.framed(text, tokenizer) for text in wanted]
+            rows = tokenizer(texts, truncation=False, verbose=False)["input_ids"] if texts else []
         lengths[name] = (most, [len(row) for row in rows])
     cut = {
         name: {n for n, count in enumerate(counts) if count > most}
@@ -169,8 +170,8 @@ def _tokenizers(
                 errors.CheckpointError(f"{checkpoint.folder / name} could not be read as a {kind}: {said}"),
             )
             continue
-        is_long = kind.startswith("T5")
-        most = int(renderer.text_length) if is_long else min(CLIP_LENGTH, int(made.model_max_length))
+        is_short = kind.startswith("CLIP")
+        most = min(CLIP_LENGTH, int(made.model_max_length)) if is_short else int(renderer.text_length)
         if most:
             found[name] = (made, most)
     return found
@@ -234,7 +235,7 @@ def _check_part(part: nn.Module, folder: Path, kind: str) -> None:
     misfit = misfit_of_folder(folder, part)
     lacking = set(misfit.missing)
     missing = [name for name in misfit.missing if not _others(part, name) - lacking]
-    is_text = kind.startswith(("CLIP", "T5"))  # these carry more than their classes use
+    is_text = kind.startswith(("CLIP", "T5", "Qwen"))  # these carry more than their classes use
     refuse_misfits(missing, () if is_text else misfit.unexpected, folder, kind, misfit.reshaped)
 
 
@@ -283,7 +284,11 @@ def _given(kind: str, takes: Any, texts: Mapping[str, Any]) -> Iterator[tuple[st
         texts[name].config if name in texts else None
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
     )
-    if one is None or two is None:
+    if one is None:
+        return
+    if kind == "ZImageTransformer2DModel":
+        yield "the rows of the language model", "cap_feat_dim", one.hidden_size
+    if two is None:
         return
     if kind == "SD3Transformer2DModel":
         yield "both CLIPs", "pooled_projection_dim", one.projection_dim + two.projection_dim

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from zipfile import is_zipfile
@@ -18,6 +18,7 @@ from pixrl.libraries import bitsandbytes
 from pixrl.rewards.weights import is_weight_file, weight_shards
 from pixrl.runs.files import free_bytes
 from pixrl.runs.place import require_free
+from pixrl.runs.trackers import Tracker, require_trackers
 
 _ZIP = b"PK\x03\x04"
 """How a file of torch.save begins; the list of what it holds stands at its end."""
@@ -83,6 +84,14 @@ def require_bitsandbytes(purpose: str, findings: Findings) -> None:
     """Check that the package of a base in 4 bits and of the 8-bit optimizer can be imported."""
     try:
         bitsandbytes(purpose)
+    except RunError as error:
+        findings.miss(Need.PACKAGE, error)
+
+
+def find_trackers(trackers: Sequence[Tracker], findings: Findings) -> None:
+    """Check that the services that a recipe logs to can be used."""
+    try:
+        require_trackers(trackers)
     except RunError as error:
         findings.miss(Need.PACKAGE, error)
 

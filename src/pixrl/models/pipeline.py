@@ -81,6 +81,11 @@ def draw(generators_B: Sequence[torch.Generator], shape: tuple[int, ...]) -> Ten
     return torch.stack([torch.randn(shape, generator=one) for one in generators_B])
 
 
+def even_levels(steps: int) -> dict[str, Any]:
+    """Return how a scheduler is asked for levels that fall evenly from 1 to 1 / steps before they are shifted."""
+    return {"sigmas": torch.linspace(1.0, 1.0 / steps, steps).tolist()}
+
+
 def check_pairs(source: Conditioning | Mixture, seeds: Sequence[int], steps: int | None = None) -> None:
     """Raise ShapeError unless each row has a seed, there is one, and a mixture has weights for `steps` steps."""
     if len(source) != len(seeds) or not seeds:
@@ -309,6 +314,8 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     """A trainable flow pipeline, sampled by Euler steps on the pipeline's own schedule."""
 
     lora_targets: ClassVar[tuple[str, ...]]
+    usual_text_length: ClassVar[int] = 512
+    """`text_length` in the pipeline of diffusers, where no card says another."""
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
         self.denoiser: nn.Module = denoiser_of(self.pipeline)
@@ -326,9 +333,14 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of tensors that are on the device and fit each other, within the model's autocast."""
 
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of `_guided` for the setting `guidance`, which means what it does in the pipeline of diffusers."""
+        return self.settings.guidance
+
     def _guided(self, predict: Predict, x: Tensor, level_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return u + scale * (c - u) of the prediction c and the unconditional u; c where the scale is at most 1."""
-        scale = self.settings.guidance
+        scale = self.guidance_scale
         if scale <= 1:
             return predict(x, level_B, conditioning)
         both = Conditioning.cat([self._unconditional(len(x)).to(device=self.device), conditioning])
@@ -341,6 +353,17 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         """Return what guidance leads away from: the empty prompt, of rows of `encode`."""
         with torch.no_grad():
             return self._cache.rows([""] * rows)
+
+    @property
+    def text_length(self) -> int:
+        """The most tokens of a prompt that an encoder other than CLIP reads: the card's, or the pipeline's own."""
+        return (
+            self.usual_text_length if self.card.max_sequence_length is None else self.card.max_sequence_length
+        )
+
+    def framed(self, prompt: str, tokenizer: Any) -> str:
+        """Return the text that a tokenizer of the pipeline is given for a prompt."""
+        return prompt
 
     def checkpoint_gradients(self) -> None:
         """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
