@@ -17,7 +17,7 @@ from pixrl.models.sdxl import SDXLPolicy
 from pixrl.models.text import ClipEncoder, PerturbableText, PromptText, TextEncoder
 from pixrl.models.z_image import ZImagePolicy
 
-PROMPT = "bow fly"
+PROMPT = "BOWFLY"
 """Every letter once, and none that stands in a chat's frame: rows of a table tell its tokens apart."""
 ALL = ["sd3", "sd3_t5", "flux", "sdxl", "z_image", "qwen_image"]
 ONES = torch.ones(1)

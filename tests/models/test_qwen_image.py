@@ -1,4 +1,4 @@
-"""The Qwen-Image adapter equals diffusers' pipeline: tokens, masks, schedule, sign and time of its velocity, guidance."""
+"""The Qwen-Image adapter equals diffusers' pipeline: tokens, masks, schedule, sign and time of velocity, guidance."""
 
 import json
 from dataclasses import replace

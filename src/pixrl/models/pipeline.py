@@ -174,7 +174,7 @@ class PipelineRenderer(Renderer):
         self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision, t5=t5)
         self.vae: nn.Module = self.pipeline.vae
         if not is_of_video(self.vae):
-            self.vae.to(memory_format=memory_format(self.device))  # type: ignore[call-overload]
+            self.vae.to(memory_format=memory_format(self.device))
         plan = plan or MemoryPlan()
         self.base = plan.base
         if plan.base is not Base.DTYPE:
