@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pixrl.errors import InputError
+
 WHAT, HOW, CHOICE, WHERE = "What", "How", "Selection", "Where"
 """Headings of the groups of options in a command's help."""
 CALIBRATED = "the checkpoint's calibration"
@@ -121,6 +123,17 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show
 Repair = Annotated[
     bool, option("First drop what lies behind the last good line of a damaged log.", flag="--repair")
 ]
+
+
+@contextmanager
+def needing(extra: str, what: str) -> Iterator[None]:
+    """Say which extra of pixrl brings the package that an import of the block lacks; `what` needs it."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{what} needs {error.name}, which is not installed. Type: pip install 'pixrl[{extra}]'"
+        ) from error
 
 
 INTERRUPTED = 130

@@ -24,6 +24,7 @@ from pixrl.cli.options import (
     Set,
     Steps,
     SubjectFolder,
+    needing,
     option,
 )
 from pixrl.errors import InputError
@@ -167,12 +168,8 @@ def serve_rewards(
     from pixrl import config
     from pixrl.rewards.http import is_loopback
 
-    try:
+    with needing("serve", "serve-rewards"):
         from pixrl.serve.server import RewardServer, ServeSettings
-    except ImportError as error:
-        raise InputError(
-            f"serve-rewards needs {error.name}, which is not installed. Type: pip install 'pixrl[serve]'"
-        ) from error
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = config.load(ServeSettings, rewards, set_ or [], values=given, kind="serve-rewards")

@@ -107,8 +107,17 @@ def open_lora(place: Path, kind: str) -> LoraFile:
             the transformer, or says two strengths.
     """
     file, config = find_lora(place)
-    tensors, header = _opened(file)
-    keys = {key: _without_peft(key) for key in tensors}
+    try:
+        read_header(file)
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
+            header: dict[str, str] = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is no safetensors file, or cut short: {error}") from error
+    keys = {key: key.removeprefix(_PEFT_PREFIX) for key in tensors}
+    for key, own in keys.items():
+        if own.startswith(("double_blocks.", "single_blocks.")):
+            keys[key] = key  # the authors' names of FLUX keep peft's prefix for diffusers
     _refuse(file, "are there twice", _repeated(keys.values()))
     modules = _grouped({keys[key]: x for key, x in tensors.items()}, file, kind)
     has_alphas = any(module.alpha is not None for module in modules)
@@ -200,23 +209,6 @@ def _pickled(file: Path) -> CheckpointError:
         f"{file} is a pickle (torch.save), which can run code when it is read, so it is never loaded. Give the "
         ".safetensors of the same weights, or ask who made it for one."
     )
-
-
-def _opened(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors in float32, and the header."""
-    try:
-        read_header(file)
-        with safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is no safetensors file, or cut short: {error}") from error
-
-
-def _without_peft(key: str) -> str:
-    """Return a key without peft's prefix; the authors' names of FLUX keep it for diffusers."""
-    own = key.removeprefix(_PEFT_PREFIX)
-    return key if own.startswith(("double_blocks.", "single_blocks.")) else own
 
 
 def _wrong(file: Path, what: str) -> CheckpointError:
