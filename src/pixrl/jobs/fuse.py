@@ -15,7 +15,6 @@ from torch import Tensor
 from pixrl import config as recipes
 from pixrl.algorithms.fusion.policy import PolicySampler
 from pixrl.data.pairs import check_concepts
-from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import require
 from pixrl.doctor.examine import examine_fusion
 from pixrl.errors import CheckpointError, RunError
@@ -116,8 +115,7 @@ def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: 
     Raises:
         PixrlError: something stands against the run.
     """
-    with quiet_loading():
-        found = examine_fusion(config, concepts=concepts, out=out, force=force, about_to_run=True)
+    found = examine_fusion(config, concepts=concepts, out=out, force=force, about_to_run=True)
     for note in require(found):
         _log.warning("%s", note)
 
