@@ -283,7 +283,7 @@ def _with_fused_attention(bench: Bench) -> Bench:
 
 
 def _compiled(bench: Bench) -> Bench:
-    bench.shop.policy.transformer.compile()
+    bench.shop.policy.denoiser.compile()
     bench.shop.policy.compiled = True
     return bench
 

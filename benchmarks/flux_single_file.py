@@ -121,7 +121,7 @@ def main() -> None:
         print(f"{len(published)} tensors, {file.stat().st_size / 1e9:.2f} GB under the authors' names")
         policy = models.load(f"{file}@{folder}", device="cpu", dtype="float32")
         assert isinstance(policy, FluxPolicy)
-        loaded = policy.transformer.state_dict()
+        loaded = policy.denoiser.state_dict()
         wrong = [name for name in expected if not torch.equal(loaded[name], expected[name].float())]
         missing = sorted(expected.keys() ^ loaded.keys())
         print(f"{len(loaded)} tensors loaded; {len(wrong)} differ, {len(missing)} are missing or too many")

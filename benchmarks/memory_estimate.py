@@ -141,7 +141,7 @@ def row(name: str, pipeline: str, transformer: dict[str, Any], checkpointing: bo
             pipeline=empty_pipeline(pipeline, path, BF16),
         )  # fmt: skip
         policy.settings = type(policy.settings)(10, 1.0, 512)
-        count = sum(parameter.numel() for parameter in policy.transformer.parameters())
+        count = sum(parameter.numel() for parameter in policy.denoiser.parameters())
         estimate = Estimate(policy, policy.blank(), config, BF16)
     trained = estimate.trained
     cells = (

@@ -157,7 +157,7 @@ def sharded(run: LoadedRun, repeats: int) -> list[dict[str, Any]]:
         other = load_run(settings(2))
         policy, slots = other.policy, other.slots
         if name != "whole":
-            shard(policy.transformer, run.team.mesh(), slots.all_parameters() if "whole" in name else ())
+            shard(policy.denoiser, run.team.mesh(), slots.all_parameters() if "whole" in name else ())
         x = policy.initial_noise(range(4))
         condition = policy.encode([prompt.text for prompt in other.prompts.prompts][:4])
         seconds: list[float] = []
@@ -169,7 +169,7 @@ def sharded(run: LoadedRun, repeats: int) -> list[dict[str, Any]]:
                 policy.velocity(x, x.new_full((4,), 0.5), condition).square().mean().backward()
                 seconds += [time.process_time() - begun] if number else []
         held = sum(
-            (p.to_local() if isinstance(p, DTensor) else p).nbytes for p in policy.transformer.parameters()
+            (p.to_local() if isinstance(p, DTensor) else p).nbytes for p in policy.denoiser.parameters()
         )
         summed = 4 * sum(p.numel() for p in slots.parameters()) if name != "base and LoRA sharded" else 0
         rows.append(

@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from pixrl.rewards.zoo.birefnet_model import BiRefNet
+from pixrl.rewards.zoo.birefnet import BiRefNet
 from tests import tiny
 
 _OPENCLIP_PARTS = {

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pixrl.errors import InputError, RunError
 
@@ -56,6 +57,11 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         raise RunError(
             f"{purpose} needs {module}, which cannot be imported ({error}). Type: pip install 'pixrl[{extra}]'"
         ) from error
+
+
+def bitsandbytes(purpose: str) -> Any:
+    """Import and return bitsandbytes, which keeps a base in 4 bits and an optimizer's moments in 8; see `require`."""
+    return require("bitsandbytes", "quantized", purpose)
 
 
 def check_torchvision() -> None:

@@ -161,7 +161,7 @@ def test_samples_come_from_the_right_slot(
     found = aligner(policy, loss, sampling)
     before = found.collect(groups(1), 0).images_BCHW
     with torch.no_grad():
-        for name, parameter in policy.transformer.named_parameters():
+        for name, parameter in policy.denoiser.named_parameters():
             if "lora_B.current" in name:
                 parameter.normal_(0, 0.3)
     changed = not agree(before, found.collect(groups(1), 0).images_BCHW, PICTURE)
@@ -369,7 +369,7 @@ def test_losses_need_fitting_rollouts() -> None:
 
 def test_the_two_forms_of_the_kl_differ_by_dt(policy: SD3Policy) -> None:
     with torch.no_grad():
-        for name, parameter in policy.transformer.named_parameters():
+        for name, parameter in policy.denoiser.named_parameters():
             if "lora_B.current" in name:
                 parameter.normal_(0, 0.1)
     found = {}

@@ -55,7 +55,7 @@ def test_rollouts_and_updates_go_through_the_compiled_blocks(sd3_folder: Path, c
         policy = load(sd3_folder)
         start = weights_of(policy)
         if compiled:
-            assert compile_blocks(policy.transformer, BACKEND) == 2
+            assert compile_blocks(policy.denoiser, BACKEND) == 2
         found = aligner(policy, CLIPPED, noises=4)
         rollouts = found.collect(groups(1), 0)
         drawn = calls.count(False)
@@ -70,7 +70,7 @@ def test_the_option_compiles(sd3_folder: Path, prompt_file: Path, calls: list[bo
     for backend in (None, BACKEND):
         machine = {"device": "cpu", "dtype": "float32", "compile": backend}
         settings = config.load(AlignConfig, recipe(sd3_folder, prompt_file, machine=machine))
-        blocks = load_run(settings).policy.transformer.transformer_blocks
+        blocks = load_run(settings).policy.denoiser.transformer_blocks
         assert isinstance(blocks, nn.ModuleList)
         assert [block._compiled_call_impl is not None for block in blocks] == [backend is not None] * 2
     assert torch._dynamo.config.recompile_limit == VARIANTS

@@ -1,6 +1,7 @@
 """What the doctor says of a recipe, against what happens when it runs."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def test_activations_are_near_what_the_allocator_gives_out(dtype: str, checkpoin
 
             def act(attempt: Callable[[int], None] = attempt, count: int = count) -> None:
                 attempt(count)
-                for parameter in policy.transformer.parameters():
+                for parameter in policy.denoiser.parameters():
                     parameter.grad = None
 
             paper, real, given = cost.bytes(count), made(act), allocated(act)
@@ -213,11 +214,11 @@ def test_what_is_missing(changes: dict[str, Any], need: Need, message: str, sd3_
 def test_a_package_memory_and_disk_that_are_missing(
     sd3_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor_needs, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(doctor, "free_bytes", lambda device: 10_000)
     monkeypatch.setattr(doctor_needs, "free_bytes", lambda path: 1000)
     found = needs(api.examine(toy(model=str(sd3_folder), optimizer={"eight_bit": True})))
-    assert "pip install 'pixrl[eightbit]'" in found[Need.PACKAGE]
+    assert "pip install 'pixrl[quantized]'" in found[Need.PACKAGE]
     assert "9.8 KiB are free" in found[Need.MEMORY]
     assert "machine.gradient_checkpointing=true" in found[Need.MEMORY]
     assert "output.images_every" in found[Need.DISK]
@@ -284,7 +285,7 @@ def weighed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def costs(self: doctor.Estimate, references: int) -> Any:
         shapes = [tuple(one.shape) for one in self._condition.references[:references]]
-        key = (*shapes, self.policy.transformer.is_gradient_checkpointing)
+        key = (*shapes, self.policy.denoiser.is_gradient_checkpointing)
         if key not in known:
             known[key] = weigh(self, references)
         return known[key]

@@ -108,7 +108,7 @@ def test_the_published_weights_plus_comfyuis_file_draw_them_too(
         key = known[module.removeprefix("lora_unet_")]
         weights[key] = weights[key] + file[f"{module}.alpha"] / len(down) * (up @ down)
     policy = fresh(dual_folder)
-    policy.transformer.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(dict(weights)))
+    policy.denoiser.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(dict(weights)))
     assert agree(pictures(policy), pictures_of_slot(dual_folder, run, "current"), PICTURE)
 
 

@@ -98,10 +98,10 @@ def test_each_process_holds_its_part_and_one_block(sd3_folder: Path, launch: Lau
 def _hold(folder: str) -> None:
     policy = models.load(folder, device="cpu", dtype="float32")
     assert isinstance(policy, FlowPipelinePolicy)
-    bytes_of = {id(block): _bytes(block) for block in transformer_blocks(policy.transformer)}
-    total = _bytes(policy.transformer)
+    bytes_of = {id(block): _bytes(block) for block in transformer_blocks(policy.denoiser)}
+    total = _bytes(policy.denoiser)
     rest = total - sum(bytes_of.values())
-    most = sharded_bytes(policy.transformer, 2)
+    most = sharded_bytes(policy.denoiser, 2)
     slots = policy.attach_lora(rank=4, alpha=8)
     condition = policy.encode(["a cat"])
     kept = kept_bytes(policy, condition)
@@ -111,13 +111,13 @@ def _hold(folder: str) -> None:
     seen: list[int] = []
 
     def look(block: nn.Module, *of_call: object) -> None:
-        frozen = [x for x in policy.transformer.parameters() if id(x) not in lora]
+        frozen = [x for x in policy.denoiser.parameters() if id(x) not in lora]
         gathered = sum(x.nbytes for x in frozen if not isinstance(x, DTensor))
         assert gathered == rest + bytes_of[id(block)]
         parts = sum(x.to_local().nbytes for x in frozen if isinstance(x, DTensor))
         seen.append(parts + gathered + gathered // 2)
 
-    for block in transformer_blocks(policy.transformer):
+    for block in transformer_blocks(policy.denoiser):
         block.register_forward_pre_hook(look)
     x = policy.initial_noise([1])
     velocity = policy.velocity(x, x.new_full((1,), 0.5), condition)
@@ -155,7 +155,7 @@ def test_passes_to_keep_in_step_count_for_nothing(policy: SD3Policy, failed: boo
         found.world = Others()
         rollouts = found.collect(groups(1), 0)
         count: list[bool] = []
-        handle = policy.transformer.register_forward_hook(lambda *of_call, count=count: count.append(True))
+        handle = policy.denoiser.register_forward_hook(lambda *of_call, count=count: count.append(True))
         found.update(rollouts, scored(scores), {"r": 1.0})
         handle.remove()
         ends.append(weights_of(policy))
@@ -186,7 +186,7 @@ def test_sharded_where_the_model_does_not_fit_whole(monkeypatch: pytest.MonkeyPa
     full = examined(8, shard="full")
     assert whole.needed is not None and full.needed is not None
     assert (whole.sharded, full.sharded) == (False, True) and full.needed < whole.needed
-    saved = whole.parts["transformer"].bytes - sharded_bytes(load("toy:sd3").transformer, 8)
+    saved = whole.parts["transformer"].bytes - sharded_bytes(load("toy:sd3").denoiser, 8)
     assert whole.needed - full.needed == saved
     for room, processes, sharded, fits in (
         (whole.needed, 8, False, True),

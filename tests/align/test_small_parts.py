@@ -186,7 +186,7 @@ def test_displays_take_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_offloading_on_a_cpu_has_no_effect_and_says_so(policy: SD3Policy) -> None:
     with pytest.raises(InputError, match="no effect on a CPU"):
-        Placement(policy.pipeline, policy.transformer, policy.device, MemoryPlan(offload="parts"))
+        Placement(policy.pipeline, policy.denoiser, policy.device, MemoryPlan(offload="parts"))
 
 
 def test_parts_are_fetched_and_sent_away_again(policy: SD3Policy, monkeypatch: pytest.MonkeyPatch) -> None:

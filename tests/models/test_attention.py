@@ -52,7 +52,7 @@ def test_not_for_long_sequences_nor_where_forwards_are_computed_twice(
 ) -> None:
     sd3.checkpoint_gradients()
     assert not is_plain(sd3.quick_backward())
-    sd3.transformer.disable_gradient_checkpointing()  # type: ignore[operator]
+    sd3.denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
     assert is_plain(sd3.quick_backward())
     sd3.compiled = True
     assert not is_plain(sd3.quick_backward())

@@ -83,7 +83,7 @@ def test_the_velocity_is_the_published_transformers_on_those_tokens(
     with torch.no_grad():
         found = policy.velocity(x_t, t_B, policy.with_references(text, [images]))
         packed = kontext._pack_latents(x_t, 2, 4, 8, 8)
-        expected = policy.transformer(
+        expected = policy.denoiser(
             hidden_states=torch.cat([packed, tokens], dim=1),
             timestep=t_B,
             guidance=torch.full((2,), policy.settings.guidance),

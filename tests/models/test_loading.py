@@ -213,7 +213,7 @@ def test_what_is_broken_in_the_hubs_cache_is_mended_by_a_command(
 def test_dual_attention_equals_the_published_pipeline(tmp_path: Path) -> None:
     policy = models.load(tiny.sd3(tmp_path, card=tiny.SD3_CARD, dual=True), device="cpu", dtype="float32")
     assert isinstance(policy, SD3Policy)
-    assert any("attn2" in name for name, _ in policy.transformer.named_parameters())
+    assert any("attn2" in name for name, _ in policy.denoiser.named_parameters())
     ours = policy.sample(policy.encode([OWL, SNAIL]), [1, 2])
     assert agree(ours, diffusers_pictures(policy, [OWL, SNAIL], [1, 2], 0.0), PICTURE)
 

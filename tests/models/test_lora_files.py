@@ -79,10 +79,10 @@ def test_the_merged_weights_are_w_plus_alpha_by_rank_times_b_a(
     sd3: SD3Policy, tmp_path: Path, name: str
 ) -> None:
     file, given, strength = written(tmp_path, name)
-    before = {key: x.clone() for key, x in sd3.transformer.state_dict().items()}
+    before = {key: x.clone() for key, x in sd3.denoiser.state_dict().items()}
     sd3.merge_lora(file)
     changed = {f"{BLOCK}.{module}.weight": change(given, f"{BLOCK}.{module}") for module in ("to_q", "to_k")}
-    for key, after in sd3.transformer.state_dict().items():
+    for key, after in sd3.denoiser.state_dict().items():
         wanted = before[key] + strength * changed[key] if key in changed else before[key]
         assert agree(after, wanted, 8 * RANK), key
     assert f"of rank 4 and strength {strength:g}, " in sd3.merged[0].said
@@ -97,7 +97,7 @@ def test_the_cases_from_the_field(sd3_folder: Path, case: str, strength: float) 
     given = load_file(CASES / f"{case}.safetensors")
     for name in ("to_q", "to_k", "to_v", "to_out.0"):
         module = f"{BLOCK}.{name}"
-        weight, merged = (x.transformer.get_submodule(module).weight for x in (plain, other))
+        weight, merged = (x.denoiser.get_submodule(module).weight for x in (plain, other))
         assert agree(merged, weight + strength * change(given, module), 8 * RANK)
 
 
@@ -164,10 +164,10 @@ def test_a_folder_that_peft_wrote(
     sd3: SD3Policy, sd3_folder: Path, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     wanted = peft_folder(tmp_path / "lora", sd3_folder, **config)
-    before = {key: x.clone() for key, x in sd3.transformer.state_dict().items()}
+    before = {key: x.clone() for key, x in sd3.denoiser.state_dict().items()}
     sd3.merge_lora(tmp_path / "lora")
     changed = 0
-    for key, after in sd3.transformer.state_dict().items():
+    for key, after in sd3.denoiser.state_dict().items():
         assert agree(after, wanted[key], 300), key
         changed += not torch.equal(before[key], after)
     assert changed == len(
@@ -347,11 +347,11 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
 @pytest.mark.parametrize("name", list(BAD))
 def test_bad_files_end_in_one_sentence_and_change_nothing(sd3: SD3Policy, tmp_path: Path, name: str) -> None:
     write, message = BAD[name]
-    before = {key: x.clone() for key, x in sd3.transformer.state_dict().items()}
+    before = {key: x.clone() for key, x in sd3.denoiser.state_dict().items()}
     with pytest.raises(CheckpointError, match=message) as caught:
         sd3.merge_lora(write(tmp_path))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-    assert all(torch.equal(before[key], x) for key, x in sd3.transformer.state_dict().items())
+    assert all(torch.equal(before[key], x) for key, x in sd3.denoiser.state_dict().items())
 
 
 def test_a_folder_with_one_file_is_that_file(tmp_path: Path) -> None:

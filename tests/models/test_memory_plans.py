@@ -44,8 +44,8 @@ def test_streamed_layers_give_the_same_velocity_and_gradients(sd3_folder: Path, 
         if checkpointing:
             policy.checkpoint_gradients()
         if streamed:
-            stream_weights(policy.transformer, CPU)
-            places = {n: p.device.type for n, p in policy.transformer.named_parameters()}
+            stream_weights(policy.denoiser, CPU)
+            places = {n: p.device.type for n, p in policy.denoiser.named_parameters()}
             assert {place for name, place in places.items() if "lora_" not in name} == {"meta"}
             assert {place for name, place in places.items() if "lora_" in name} == {"cpu"}
         results.append(trained(policy))
@@ -56,10 +56,10 @@ def test_streamed_layers_give_the_same_velocity_and_gradients(sd3_folder: Path, 
 
 
 def test_streaming_ends_as_it_began(sd3: SD3Policy) -> None:
-    before = {name: x.clone() for name, x in sd3.transformer.state_dict().items()}
-    stream_weights(sd3.transformer, CPU)
-    unstream_weights(sd3.transformer)
-    after = sd3.transformer.state_dict()
+    before = {name: x.clone() for name, x in sd3.denoiser.state_dict().items()}
+    stream_weights(sd3.denoiser, CPU)
+    unstream_weights(sd3.denoiser)
+    after = sd3.denoiser.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(x, after[name]) for name, x in before.items())
 
@@ -68,8 +68,8 @@ def test_a_streamed_unet_draws_the_same(sdxl: SDXLPolicy) -> None:
     sdxl.settings = replace(sdxl.settings, guidance=4.0)
     expected = sdxl.sample(sdxl.encode([OWL, SNAIL]), [1, 2])
     sdxl.offload = Offload.SEQUENTIAL
-    stream_weights(sdxl.transformer, CPU)
-    assert {p.device.type for p in sdxl.transformer.parameters()} == {"meta"}
+    stream_weights(sdxl.denoiser, CPU)
+    assert {p.device.type for p in sdxl.denoiser.parameters()} == {"meta"}
     assert agree(sdxl.sample(sdxl.encode([OWL, SNAIL]), [1, 2]), expected, PICTURE)
 
 
@@ -163,7 +163,7 @@ def test_plans_that_the_method_cannot_bear(settings: dict[str, object], message:
 def test_the_eight_bit_optimizer_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
-        RunError, match=r"optimizer.eight_bit needs bitsandbytes.*pip install 'pixrl\[eightbit\]'"
+        RunError, match=r"optimizer.eight_bit needs bitsandbytes.*pip install 'pixrl\[quantized\]'"
     ):
         optimizers.adamw_8bit([torch.nn.Parameter(torch.zeros(2))], lr=1e-3)
 

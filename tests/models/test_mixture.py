@@ -124,7 +124,7 @@ def test_prompts_without_weight_cost_nothing(sd3: SD3Policy) -> None:
     mixed = mixture(sd3, weights(1, 0, 0.5), weights(0, 1, 1))
     assert mixed.passes == 4 + 3
     asked = []
-    sd3.transformer.register_forward_pre_hook(
+    sd3.denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: asked.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     sd3.sample_mixture(mixed, SEEDS)

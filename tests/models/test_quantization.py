@@ -72,14 +72,14 @@ def unpacked(model: nn.Module, name: str) -> Tensor:
 @pytest.mark.parametrize("ref", ["toy:sd3", "toy:flux"])
 def test_only_linear_weights_change_and_by_no_more_than_the_format(ref: str, base: Base) -> None:
     exact, near = policies(ref, base)
-    names = linear_layers(exact.transformer, "x", base)
+    names = linear_layers(exact.denoiser, "x", base)
     assert len(names) > 8
-    weights = dict(exact.transformer.named_parameters())
-    for name, x in near.transformer.named_parameters():
+    weights = dict(exact.denoiser.named_parameters())
+    for name, x in near.denoiser.named_parameters():
         layer = name.removesuffix(".weight")
         if layer in names:
             assert not x.is_floating_point()
-            dense = unpacked(near.transformer, layer)
+            dense = unpacked(near.denoiser, layer)
             assert within(dense, weights[name], base), name
             assert distance(dense, weights[name]) > WIDEST[base] / 10
         else:
@@ -102,8 +102,8 @@ def test_velocities_and_gradients_are_those_of_the_unpacked_weights(
     """The oracle: the model in float32 with the weights that the packed ones stand for."""
     exact, near = policies(ref, base)
     with torch.no_grad():
-        for name, layer in linear_layers(exact.transformer, "x", base).items():
-            layer.weight.copy_(unpacked(near.transformer, name))
+        for name, layer in linear_layers(exact.denoiser, "x", base).items():
+            layer.weight.copy_(unpacked(near.denoiser, name))
     x, t_B = exact.initial_noise([1, 2]), torch.tensor([0.3, 0.8])
     found = []
     for policy in (exact, near):
@@ -190,7 +190,7 @@ def test_a_renderer_draws_from_a_quantized_base(sdxl_folder: Path, base: Base) -
 def test_the_estimate_is_the_bytes_of_the_tensors(base: Base) -> None:
     policy = policies("toy:sd3", base)[1]
     real = largest = 0
-    for layer in policy.transformer.modules():
+    for layer in policy.denoiser.modules():
         real += sum(x.nbytes for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
         if is_packed(layer):
             largest = max(largest, layer.in_features * layer.out_features * 4)  # type: ignore[operator]
@@ -240,9 +240,9 @@ def test_a_run_is_on_policy_goes_on_as_if_unbroken_and_its_export_fits_either_ba
     lora = export(tmp_path / "run", out=tmp_path / "lora").file
     exact, near = policies(sd3_folder, base)
     merged = policies(sd3_folder, base, lora)
-    for name in linear_layers(exact.transformer, "x", base):
+    for name in linear_layers(exact.denoiser, "x", base):
         before, after, packed, packed_after = (
-            unpacked(one.transformer, name) for one in (exact, merged[0], near, merged[1])
+            unpacked(one.denoiser, name) for one in (exact, merged[0], near, merged[1])
         )
         assert within(packed_after, packed + (after - before), base)
         assert torch.equal(after, before) == ("ff.net.2" not in name)

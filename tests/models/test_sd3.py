@@ -59,7 +59,7 @@ def test_without_a_card_the_published_defaults_hold(tmp_path: Path) -> None:
 def test_half_precision_files_are_loaded_in_single_precision_on_a_cpu(tmp_path: Path) -> None:
     policy = models.load(tiny.sd3(tmp_path, card=tiny.SD3_CARD, half=True), device="cpu", dtype="bfloat16")
     assert isinstance(policy, SD3Policy)
-    assert {p.dtype for p in policy.transformer.parameters()} == {torch.float32}
+    assert {p.dtype for p in policy.denoiser.parameters()} == {torch.float32}
     assert policy.sample(policy.encode([OWL]), [1]).dtype is torch.float32
 
 

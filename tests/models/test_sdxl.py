@@ -168,7 +168,7 @@ def test_the_velocity_of_a_perfect_network_is_noise_minus_data(
         of_v = base.pipeline.scheduler.config.prediction_type == "v_prediction"
         return ((alpha * noise - s * data if of_v else noise).float(),)
 
-    monkeypatch.setattr(base.transformer, "forward", answer)
+    monkeypatch.setattr(base.denoiser, "forward", answer)
     t = s / (alpha + s)
     x_t = ((1 - t) * data + t * noise).float()
     found = base.velocity(x_t, t.float().expand(2), base.encode([OWL, SNAIL]))
@@ -233,8 +233,8 @@ def test_the_empty_prompt_is_zeros_where_the_checkpoint_says_so(base: SDXLPolicy
 
 
 def test_its_repeated_blocks_are_those_of_the_attention(base: SDXLPolicy) -> None:
-    blocks = transformer_blocks(base.transformer)
+    blocks = transformer_blocks(base.denoiser)
     assert {type(one).__name__ for one in blocks} == {"BasicTransformerBlock"}
     assert len(blocks) == sum(
-        "attn1" in name and name.endswith("to_q") for name, _ in base.transformer.named_modules()
+        "attn1" in name and name.endswith("to_q") for name, _ in base.denoiser.named_modules()
     )

@@ -69,7 +69,7 @@ def test_only_current_is_trained_whatever_is_active(sd3: SD3Policy) -> None:
     trainable = {id(p) for p in lora.parameters()}
     for slot in SLOTS:
         with sd3.slot(slot):
-            assert {id(p) for p in sd3.transformer.parameters() if p.requires_grad} == trainable
+            assert {id(p) for p in sd3.denoiser.parameters() if p.requires_grad} == trainable
         assert velocity(sd3, slot).requires_grad == (slot == "current")
 
 
@@ -92,7 +92,7 @@ def test_another_slot_between_forward_and_backward_leaves_the_gradient_alone(sd3
 def test_a_step_moves_current_alone(sd3: SD3Policy) -> None:
     lora = attach(sd3)
     before = lora.state()
-    backbone = {n: p.clone() for n, p in sd3.transformer.named_parameters() if "lora_" not in n}
+    backbone = {n: p.clone() for n, p in sd3.denoiser.named_parameters() if "lora_" not in n}
     optimizer = torch.optim.AdamW(lora.parameters(), lr=0.1)
     velocity(sd3, "current").square().mean().backward()
     optimizer.step()
@@ -102,7 +102,7 @@ def test_a_step_moves_current_alone(sd3: SD3Policy) -> None:
         if not torch.equal(tensor, before[name])
     }
     assert changed == {"current"}
-    assert all(torch.equal(p, backbone[n]) for n, p in sd3.transformer.named_parameters() if n in backbone)
+    assert all(torch.equal(p, backbone[n]) for n, p in sd3.denoiser.named_parameters() if n in backbone)
 
 
 def test_slots_nest_and_survive_errors(sd3: SD3Policy) -> None:

@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixrl import rewards
-from pixrl.data.picture_store import PictureStore
-from pixrl.data.pictures import to_tensors
+from pixrl.data.pictures import PictureStore, to_tensors
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import Subject, SubjectSet, check_targets, load_subjects
@@ -53,7 +52,7 @@ def test_every_prompt_of_every_subject(subjects: Path) -> None:
 
 
 def test_pictures_are_read_once(subjects: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixrl.data import picture_store as module
+    from pixrl.data import pictures as module
 
     found = subject_prompts(load_subjects(subjects), count=2)
     reads: list[Path] = []

@@ -61,7 +61,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_every_module_gets_its_part_of_the_change(bare: FluxPolicy, file: Path) -> None:
-    before = {name: x.clone() for name, x in bare.transformer.state_dict().items()}
+    before = {name: x.clone() for name, x in bare.denoiser.state_dict().items()}
     bare.merge_lora(file)
     given = published()
 
@@ -82,7 +82,7 @@ def test_every_module_gets_its_part_of_the_change(bare: FluxPolicy, file: Path) 
         ("single_transformer_blocks.0.attn.", ("to_q", "to_k", "to_v"), change(f"{single}qkv_lora")),
     ):
         expected |= {prefix + name: part for name, part in zip(names, whole.chunk(3), strict=True)}
-    for name, after in bare.transformer.state_dict().items():
+    for name, after in bare.denoiser.state_dict().items():
         module = name.removesuffix(".weight")
         wanted = before[name] + expected[module] if module in expected and name != module else before[name]
         assert agree(after, wanted, 8 * RANK), name
@@ -337,13 +337,13 @@ def test_the_last_layers_alpha_counts(tmp_path: Path) -> None:
 
 def test_a_folder_that_peft_wrote_of_a_flux(flux_folder: Path, bare: FluxPolicy, tmp_path: Path) -> None:
     other = load(flux_folder)
-    wanted = peft_folder(tmp_path / "lora", other.transformer, r=6, lora_alpha=3)
+    wanted = peft_folder(tmp_path / "lora", other.denoiser, r=6, lora_alpha=3)
     bare.merge_lora(tmp_path / "lora")
     changed = [
-        name for name, x in load(flux_folder).transformer.state_dict().items() if not x.equal(wanted[name])
+        name for name, x in load(flux_folder).denoiser.state_dict().items() if not x.equal(wanted[name])
     ]
     assert len(changed) == 11
-    for name, after in bare.transformer.state_dict().items():
+    for name, after in bare.denoiser.state_dict().items():
         assert agree(after, wanted[name], 8 * RANK), name
 
 

@@ -23,8 +23,7 @@ from pixrl.errors import CheckpointError, ConfigError
 from pixrl.fusion.world import load_world
 from pixrl.rewards.clip import ClipSimilarity, FusionScorer
 from pixrl.rewards.segmentation import Foreground, Segmenter, load_back_end
-from pixrl.rewards.zoo.birefnet import BiRefNetForeground
-from pixrl.rewards.zoo.birefnet_model import as_patches, backbone_config, deform_conv2d
+from pixrl.rewards.zoo.birefnet import BiRefNetForeground, as_patches, backbone_config, deform_conv2d
 from pixrl.types import RewardBatch
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "birefnet.py"

@@ -87,7 +87,7 @@ def test_the_questions(phrase: str, asked: str) -> None:
 
 def test_enc_is_put_in_place_of_cls(reward: BlipVQAReward, folder: Path, images: Tensor) -> None:
     """With [CLS] left at the start, as transformers does, the answer is another one."""
-    seen = reward._see(images[:2])
+    seen = reward.encode(images[:2])
     with torch.inference_mode():
         ours = reward.yes(seen, ["a red owl?", "a cat?"])
         ids = reward.ids

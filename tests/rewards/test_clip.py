@@ -55,7 +55,9 @@ def test_the_batch_size_does_not_matter(clip_folder: Path, clip: ClipSimilarity,
 def test_texts_are_encoded_once(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = ClipSimilarity(clip_folder)
     first = clip.text_features([*TEXTS, TEXTS[0]])
-    monkeypatch.setattr(clip, "_encode_texts", lambda texts: pytest.fail(f"encoded again: {texts}"))
+    monkeypatch.setattr(
+        clip.model, "get_text_features", lambda **texts: pytest.fail(f"encoded again: {texts}")
+    )
     assert torch.equal(clip.text_features(TEXTS), first[:2])
 
 

@@ -399,7 +399,7 @@ def test_the_crop_is_the_object_on_geneval_grey(reward: GenEvalReward) -> None:
 
 
 def test_colour_classifiers_average_the_templates(reward: GenEvalReward) -> None:
-    rows = reward.colors._classifier("owl")
+    rows = reward.colors.classifier("owl")
     texts = [f"a photo of a red{form}" for form in (" owl", "-colored owl", " object")]
     mean = reward.colors.clip.text_features(texts).mean(dim=0)
     assert agree(rows[0], mean / mean.norm(), MODEL)
@@ -412,7 +412,7 @@ def test_the_card_names_colours_and_templates(tmp_path: Path, segmenter_folder: 
     (folder / "pixrl.json").write_text(json.dumps(card))
     reward = GenEvalReward(segmenter_folder, clip=folder, device="cpu")
     assert reward.colors.colors == ("red", "blue")
-    assert reward.colors._classifier("owl").shape[0] == 2
+    assert reward.colors.classifier("owl").shape[0] == 2
     assert isinstance(reward.detector, Segmenter)
     instance = reward.detector._instances(one_hot(scene((1, 4, 2))))[0]
     assert reward.colors.crop(torch.rand(3, 32, 32), instance).shape == (3, 32, 32)

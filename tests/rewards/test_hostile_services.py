@@ -256,7 +256,7 @@ def test_what_unfolds_is_refused_before_it_does(
     def unfolds(*given: object) -> None:
         raise AssertionError("it was unfolded")
 
-    monkeypatch.setattr(wire, "_load_png", unfolds)
+    monkeypatch.setattr(wire.np, "array", unfolds)
     monkeypatch.setattr(wire.torch, "stack", unfolds)
     with pytest.raises(wire.WireError, match=re.escape(reason)):
         wire.read_request(body)

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError
-from pixrl.libraries import require
+from pixrl.libraries import bitsandbytes
 
-EIGHT_BIT_PACKAGE = "bitsandbytes"
-EIGHT_BIT_EXTRA = "eightbit"
 SMALLEST, BLOCK = 4096, 256
 """The number of values of the smallest tensor that is kept in bytes, and of those that share a scale."""
 _STEP = "step"
@@ -31,8 +29,7 @@ def adamw_8bit(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.opt
     Raises:
         RunError: that package is not installed.
     """
-    library: Any = require(EIGHT_BIT_PACKAGE, EIGHT_BIT_EXTRA, "optimizer.eight_bit")
-    made: torch.optim.Optimizer = library.optim.AdamW8bit(parameters, **settings)
+    made: torch.optim.Optimizer = bitsandbytes("optimizer.eight_bit").optim.AdamW8bit(parameters, **settings)
     return made
 
 

@@ -55,7 +55,7 @@ class OptimizerSettings(Settings):
     """The settings of AdamW on the LoRA parameters, and of the averaged weights."""
 
     eight_bit: bool = False
-    """Keep its moments in 8 bits, a quarter of the memory (needs the extra: pip install 'pixrl[eightbit]')."""
+    """Keep its moments in 8 bits, a quarter of the memory (needs the extra: pip install 'pixrl[quantized]')."""
 
     lr: float = Field(3e-4, gt=0, le=MOST_RATE)
     warmup: int = Field(0, ge=0, le=MOST)

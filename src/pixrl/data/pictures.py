@@ -4,7 +4,8 @@ Nothing here is guessed in silence: a file that cannot be shown faithfully is an
 """
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,14 @@ DEEP_MARK = ";16"
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """The PIL mode of each colour space that a profile may be for."""
 WHITE = (255, 255, 255)
+LEVEL_BYTES = 2**29
+"""The bytes of 8-bit pictures that are kept, 170 of the largest ones: DreamBench has 158."""
+CACHE_BYTES = 2**28
+"""The bytes of the same pictures that are kept as float32."""
+LARGEST = 1024
+"""The pixels of a reference's longer side, to which larger ones are reduced: no reward or model looks at more."""
+
+_Key = tuple[object, ...]
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -62,7 +71,7 @@ def read_picture(path: Path) -> Image.Image:
                 raise InputError(
                     f"{path} has more than 8 bits a channel (mode {file.mode}). Save it as an 8-bit PNG."
                 )
-            if file.format != "MPO" and _has_second_frame(file):
+            if file.format != "MPO" and getattr(file, "is_animated", False):
                 raise InputError(
                     f"{path} holds several pictures (frames or pages of a {file.format}). Save the one that is meant "
                     "as PNG."
@@ -99,16 +108,6 @@ def read_picture(path: Path) -> Image.Image:
 def is_deep(file: ImageFile.ImageFile) -> bool:
     """Return whether a picture that is opened but not loaded has 16 bits a channel in its file, whatever its mode."""
     return any(DEEP_MARK in str(part[3]) for part in file.tile)
-
-
-def _has_second_frame(file: Image.Image) -> bool:
-    """Return whether there is a second frame; the file stays at its first."""
-    try:
-        file.seek(1)
-    except EOFError:
-        return False
-    file.seek(0)
-    return True
 
 
 def _in_srgb(path: Path, image: Image.Image) -> Image.Image:
@@ -224,3 +223,45 @@ def to_levels(image: Image.Image) -> "Tensor":
 def as_floats(levels_CHW: "Tensor") -> "Tensor":
     """Return 8-bit levels as float32 in [0, 1]."""
     return levels_CHW / 255
+
+
+class _Kept:
+    """A cache of pictures as tensors up to so many bytes, which drops the least recently used."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._tensors: OrderedDict[_Key, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: _Key, make: Callable[[], "Tensor"]) -> "Tensor":
+        found = self._tensors.get(key)
+        if found is None:
+            found = make()
+            self._bytes += found.nbytes
+        self._tensors[key] = found
+        self._tensors.move_to_end(key)
+        while self._bytes > self._limit and len(self._tensors) > 1:
+            self._bytes -= self._tensors.popitem(last=False)[1].nbytes
+        return found
+
+
+class PictureStore:
+    """A cache of pictures in 8 bits, and of the last ones as float tensors: the same tensor costs a reward nothing."""
+
+    def __init__(self, levels: int = LEVEL_BYTES, floats: int = CACHE_BYTES) -> None:
+        self._levels = _Kept(levels)
+        self._floats = _Kept(floats)
+
+    def get(self, key: _Key, read: Callable[[], Image.Image]) -> "Tensor":
+        """Return the picture of a key, float32 [3, H, W]."""
+        return self._floats.get(key, lambda: as_floats(self._levels.get(key, lambda: to_levels(read()))))
+
+
+def opened(picture: Path | Image.Image) -> Image.Image:
+    """Return a picture, from its file if need be, reduced to `LARGEST`."""
+    found = picture if isinstance(picture, Image.Image) else read_picture(picture)
+    if max(found.size) <= LARGEST:
+        return found
+    smaller = found.copy()
+    smaller.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return smaller

@@ -17,8 +17,7 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
-from pixrl.data.picture_store import PictureStore, opened
-from pixrl.data.pictures import read_picture
+from pixrl.data.pictures import PictureStore, opened, read_picture
 from pixrl.data.prompts import Prompt, PromptSet, load_prompts
 from pixrl.data.rows import FORMATS
 from pixrl.errors import InputError

@@ -12,8 +12,9 @@
 
 import csv
 import io
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +27,10 @@ from pixrl.text import lines, parse_json, read_text, require_file, require_text
 COLUMNS = ("prompt", "prompts", "caption")
 """The names, in any case, of a column of prompts; the first one that is there is taken."""
 CAPTION_SUFFIXES = (".caption", ".txt")
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PARQUET_EXTRA = "pip install 'pixrl[parquet]'"
+_QUOTED = re.compile(r'\A"((?:[^"]*"")+[^"]*)"\Z')
+"""A cell of a .tsv as most programs mean it: quotes are letters, save where doubled ones say that they are not."""
 _LINE = 'Each line is one object, like {"prompt": "a photo of an owl"}.'
 _ENTRY = 'Write a list like ["a photo of an owl"] or [{"prompt": "a photo of an owl"}].'
 
@@ -52,7 +56,22 @@ def read_rows(path: Path, column: str | None = None) -> list[Row]:
     Raises:
         InputError: the file is missing or not what its ending says; no such column; a column of a file without any.
     """
-    return _READERS[path.suffix.lower()](path, column)
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _read_parquet(path, column)
+    if kind == ".txt" and column is not None:
+        raise InputError(
+            f"{path} has no columns, so {column!r} names none: leave prompts.column out, or give a list with columns."
+        )
+    text = read_text(path)
+    if kind == ".txt":
+        return [Row(f"line {number}", line.strip(), {}) for number, line in enumerate(lines(text), 1)]
+    if kind == ".jsonl":
+        return [
+            _row(path, f"line {n}", parse_json(line, str(path), line=n, like=_LINE), column, _LINE)
+            for n, line in enumerate(lines(text), 1)
+        ]
+    return _read_json(path, text, column) if kind == ".json" else _read_table(path, text, column)
 
 
 def read_captions(folder: Path) -> tuple[list[Row], list[Path]]:
@@ -82,24 +101,7 @@ def caption_of(picture: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _read_lines(path: Path, column: str | None) -> list[Row]:
-    if column is not None:
-        raise InputError(
-            f"{path} has no columns, so {column!r} names none: leave prompts.column out, or give a list with columns."
-        )
-    return [Row(f"line {number}", line.strip(), {}) for number, line in enumerate(lines(read_text(path)), 1)]
-
-
-def _read_jsonl(path: Path, column: str | None) -> list[Row]:
-    rows = []
-    for number, line in enumerate(lines(read_text(path)), 1):
-        entry = parse_json(line, str(path), line=number, like=_LINE)
-        rows.append(_row(path, f"line {number}", entry, column, _LINE))
-    return rows
-
-
-def _read_json(path: Path, column: str | None) -> list[Row]:
-    text = read_text(path)
+def _read_json(path: Path, text: str, column: str | None) -> list[Row]:
     if not text.strip():
         return []
     found = parse_json(text, str(path), like=_ENTRY)
@@ -131,49 +133,32 @@ def _row(path: Path, place: str, entry: object, column: str | None, like: str) -
     return Row(place, text.strip(), entry, key)
 
 
-def _read_csv(path: Path, column: str | None) -> list[Row]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-
-    def cells() -> Iterator[tuple[int, list[str]]]:
-        try:
-            yield from ((reader.line_num, row) for row in reader if row)
-        except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}.") from None
-
-    return _table(path, cells(), column, 'Put a prompt that holds a comma into quotes: "an owl, and a cat"')
-
-
-def _read_tsv(path: Path, column: str | None) -> list[Row]:
-    cells = (
-        (number, [_unquoted(cell) for cell in line.split("\t")])
-        for number, line in enumerate(lines(read_text(path)), 1)
-        if line
-    )
-    return _table(
-        path, cells, column, "A cell holds neither a tab nor an end of line; such a list is a .csv."
-    )
-
-
-def _unquoted(cell: str) -> str:
-    """Return a cell as most programs mean it: quotes are letters, save where doubled ones say that they are not."""
-    inner = cell[1:-1]
-    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' in inner
-    return inner.replace('""', '"') if is_quoted and '"' not in inner.replace('""', "") else cell
-
-
-def _table(path: Path, cells: Iterator[tuple[int, list[str]]], column: str | None, advice: str) -> list[Row]:
-    _, names = next(cells, (0, []))
-    if not names:
-        return []
-    chosen = _column(path, names, column)
+def _read_table(path: Path, text: str, column: str | None) -> list[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    cells: Iterator[tuple[int, list[str]]]
+    if path.suffix.lower() == ".csv":
+        cells = ((reader.line_num, row) for row in reader if row)
+        advice = 'Put a prompt that holds a comma into quotes: "an owl, and a cat"'
+    else:
+        cells = (
+            (n, [_QUOTED.sub(lambda found: found[1].replace('""', '"'), cell) for cell in line.split("\t")])
+            for n, line in enumerate(lines(text), 1)
+            if line
+        )
+        advice = "A cell holds neither a tab nor an end of line; such a list is a .csv."
     rows = []
-    for number, row in cells:
-        if len(row) != len(names):
-            raise InputError(
-                f"{path}, line {number} has not {len(names)} cells as the first line has. {advice}"
-            )
-        rest = dict(zip(names, row, strict=True))
-        rows.append(Row(f"line {number}", rest.pop(chosen).strip(), rest))
+    try:
+        _, names = next(cells, (0, []))
+        chosen = _column(path, names, column) if names else ""
+        for number, row in cells:
+            if len(row) != len(names):
+                raise InputError(
+                    f"{path}, line {number} has not {len(names)} cells as the first line has. {advice}"
+                )
+            rest = dict(zip(names, row, strict=True))
+            rows.append(Row(f"line {number}", rest.pop(chosen).strip(), rest))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}.") from None
     return rows
 
 
@@ -215,17 +200,6 @@ def _is_plain(arrow: Any, kind: Any) -> bool:
         types.is_integer, types.is_floating, types.is_boolean,
     )  # fmt: skip
     return any(test(kind) for test in tests)
-
-
-_READERS: Mapping[str, Callable[[Path, str | None], list[Row]]] = {
-    ".txt": _read_lines,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-}
-FORMATS = tuple(_READERS)
 
 
 def _by_meaning(names: Sequence[str]) -> str | None:

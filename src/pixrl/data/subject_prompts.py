@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pixrl.data.picture_store import PictureStore, opened
+from pixrl.data.pictures import PictureStore, opened
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.data.subjects import Subject, SubjectSet
 from pixrl.errors import InputError

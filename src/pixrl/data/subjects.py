@@ -126,7 +126,17 @@ def load_subjects(source: str | Path, *, split: str = Split.TRAIN) -> SubjectSet
             f"{name!r} is neither a folder nor a .json list (looked in {Path.cwd()}). {_LAYOUT} "
             "The toy world's are toy:subjects."
         )
-    return SubjectSet(name, _checked(_read_folder(path, notes)), tuple(dict.fromkeys(notes)))
+    checkout = next((one for one in (path, path / "dataset") if (one / CLASSES_FILE).is_file()), None)
+    parts = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".") and not is_junk(p))
+    if checkout is not None:
+        found = _read_dreambench(checkout, notes)
+    elif parts and not holds_pictures(path) and not (path / CLASS_FILE).exists():
+        notes += [*junk_note([path]), *junk_note(parts)]
+        found = [_read_subject(part, notes) for part in parts]
+    else:
+        notes += junk_note([path])
+        found = [_read_subject(path, notes)]
+    return SubjectSet(name, _checked(found), tuple(dict.fromkeys(notes)))
 
 
 def check_targets(subjects: SubjectSet) -> None:
@@ -146,18 +156,6 @@ def check_targets(subjects: SubjectSet) -> None:
             path = subject.targets[number]
             if isinstance(path, Path):
                 read_picture(path)
-
-
-def _read_folder(path: Path, notes: list[str]) -> list[Subject]:
-    for folder in (path, path / "dataset"):
-        if (folder / CLASSES_FILE).is_file():
-            return _read_dreambench(folder, notes)
-    notes += junk_note([path])
-    parts = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".") and not is_junk(p))
-    if parts and not holds_pictures(path) and not (path / CLASS_FILE).exists():
-        notes += junk_note(parts)
-        return [_read_subject(part, notes) for part in parts]
-    return [_read_subject(path, notes)]
 
 
 def _read_subject(path: Path, notes: list[str]) -> Subject:
@@ -226,8 +224,7 @@ def _read_uno(path: Path, notes: list[str]) -> list[Subject]:
     words: dict[tuple[str, ...], tuple[str, ...]] = {}
     repeats = []
     for number, entry in enumerate(entries, 1):
-        references, prompt, target = _uno_entry(path, number, entry)
-        own = _uno_classes(path, number, entry, references, prompt)
+        references, prompt, target, own = _uno_entry(path, number, entry)
         if words.setdefault(references, own) != own:
             raise InputError(
                 f"{path}, entry {number} gives the classes {list(own)} to the same pictures as an entry before, which "
@@ -254,7 +251,10 @@ def _read_uno(path: Path, notes: list[str]) -> list[Subject]:
 _UNO_LAYOUT = 'Each entry is like {"prompt": "a dog in the snow", "image_paths": ["dog/00.jpg"]}.'
 
 
-def _uno_entry(path: Path, number: int, entry: object) -> tuple[tuple[str, ...], str, str | None]:
+def _uno_entry(
+    path: Path, number: int, entry: object
+) -> tuple[tuple[str, ...], str, str | None, tuple[str, ...]]:
+    """Return an entry's references, prompt, target and the class word of each reference (none without `classes`)."""
     place = f"{path}, entry {number}"
     if not isinstance(entry, Mapping):
         raise InputError(f"{place} is {entry!r}. {_UNO_LAYOUT}")
@@ -268,23 +268,17 @@ def _uno_entry(path: Path, number: int, entry: object) -> tuple[tuple[str, ...],
         raise InputError(f"{place} has no reference: image_paths is {paths!r}. {_UNO_LAYOUT}")
     if target is not None and not (isinstance(target, str) and target):
         raise InputError(f"{place}: image_tgt_path is {target!r}; give a path, or leave it out.")
-    return tuple(paths), prompt.strip(), target
-
-
-def _uno_classes(
-    path: Path, number: int, entry: Mapping[str, Any], references: Sequence[str], prompt: str
-) -> tuple[str, ...]:
-    """The class word of each reference's subject, which the prompt must name; none where there is no `classes`."""
     given = entry.get("classes", [])
     if not isinstance(given, list) or not all(isinstance(one, str) and one.strip() for one in given):
-        raise InputError(f'{path}, entry {number}: classes is {given!r}; write it like ["dog", "cat"].')
-    if given and len(given) != len(references):
+        raise InputError(f'{place}: classes is {given!r}; write it like ["dog", "cat"].')
+    if given and len(given) != len(paths):
         raise InputError(
-            f"{path}, entry {number} has {len(references)} pictures and {len(given)} classes; give one class a picture."
+            f"{place} has {len(paths)} pictures and {len(given)} classes; give one class a picture."
         )
     for word in given:
-        _require_word(f"entry {number} of {path.name}", word, [prompt], f"mend the entry's classes in {path}")
-    return tuple(given)
+        mend = f"mend the entry's classes in {path}"
+        _require_word(f"entry {number} of {path.name}", word, [prompt.strip()], mend)
+    return tuple(paths), prompt.strip(), target, tuple(given)
 
 
 def _uno_names(lists: Sequence[Sequence[str]]) -> list[str]:
@@ -326,7 +320,10 @@ def _checked(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
 
 def _require_word(name: str, word: str, prompts: Sequence[str], mend: str) -> None:
     """Every prompt says the class word, in any case, singular or with an s."""
-    says = _naming(_plain(word))
+    said = re.escape(_plain(word))
+    if re.search("[A-Za-z]", word):  # other scripts may not set words apart, or may inflect otherwise
+        said = rf"(?<!\w){said}(e?s)?(?!\w)"
+    says = re.compile(said, re.IGNORECASE)
     for number, prompt in enumerate(prompts, 1):
         if not says.search(_plain(prompt)):
             raise InputError(
@@ -338,13 +335,6 @@ def _require_word(name: str, word: str, prompts: Sequence[str], mend: str) -> No
 def _plain(text: str) -> str:
     """One way to write each accented letter, and one space between words."""
     return " ".join(comparable(text).split())
-
-
-def _naming(word: str) -> re.Pattern[str]:
-    """Finds the word; as a word of its own, save in scripts that may not set words apart or that inflect otherwise."""
-    if re.search("[A-Za-z]", word):
-        return re.compile(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", re.IGNORECASE)
-    return re.compile(re.escape(word), re.IGNORECASE)
 
 
 # DreamBench's prompts_and_classes.txt (Ruiz et al. 2023, DreamBooth): thirty subjects with their classes, and two lists
@@ -369,39 +359,33 @@ def read_classes(path: Path) -> tuple[list[tuple[str, str, tuple[str, ...]]], li
         InputError: the file is not as google/dreambooth has it; says which part is missing, or which line is wrong.
     """
     lines = [line.strip() for line in lines_of(read_text(path))]
-    notes: list[str] = []
-    subjects = _listed_subjects(path, lines, notes)
-    templates = {title: _listed_templates(path, lines, title, notes) for title in (_OBJECT, _LIVE)}
-    listed = []
-    for name, word in subjects.items():
-        asked = templates[_LIVE if word in LIVE_CLASSES else _OBJECT]
-        listed.append((name, word, tuple(text.replace(_CLASS, word) for text in asked)))
-    return listed, notes
-
-
-def _listed_subjects(path: Path, lines: list[str], notes: list[str]) -> dict[str, str]:
-    """Return the class word of each subject."""
     if _HEADER not in lines:
         raise InputError(f"{path} has no line {_HEADER!r} before its subjects. {_DREAMBENCH_REMEDY}")
     start = lines.index(_HEADER) + 1
     end = next((k for k in range(start, len(lines)) if not lines[k]), len(lines))
     if start == end:
         raise InputError(f"{path} lists no subject under {_HEADER!r}. {_DREAMBENCH_REMEDY}")
-    found: dict[str, str] = {}
+    notes: list[str] = []
+    words: dict[str, str] = {}
     for number in range(start, end):
         name, word = (part.strip() for part in lines[number].partition(",")[::2])
         if not name or not word:
             raise InputError(
                 f"{path}, line {number + 1}: {lines[number]!r} is not 'name,class'. {_DREAMBENCH_REMEDY}"
             )
-        if name in found and found[name] != word:
+        if words.get(name, word) != word:
             raise InputError(
-                f"{path}, line {number + 1} calls {name!r} {word!r}, and a line before {found[name]!r}. Delete one."
+                f"{path}, line {number + 1} calls {name!r} {word!r}, and a line before {words[name]!r}. Delete one."
             )
-        if name in found:
+        if name in words:
             notes.append(f"{path}: line {number + 1} repeats the subject {name!r}")
-        found[name] = word
-    return found
+        words[name] = word
+    templates = {title: _listed_templates(path, lines, title, notes) for title in (_OBJECT, _LIVE)}
+    listed = []
+    for name, word in words.items():
+        asked = templates[_LIVE if word in LIVE_CLASSES else _OBJECT]
+        listed.append((name, word, tuple(text.replace(_CLASS, word) for text in asked)))
+    return listed, notes
 
 
 def _listed_templates(path: Path, lines: list[str], title: str, notes: list[str]) -> list[str]:

@@ -127,18 +127,6 @@ def _toy_subject(number: int, subject: Any, held_out: bool) -> ToySubject:
     rng = np.random.default_rng((SEED, 3, int(held_out), number))
     scenes = [part("subject_scene")(subject, rng, added_accessory=0.0) for _ in range(VIEWS)]
     pictures = tuple(part("render")(scene, SIDE) for scene in scenes)
-    asked = _subject_prompts(subject)
-    targets = tuple(
-        partial(_subject_target, subject, (SEED, 4, int(held_out), number, k), accessory, background)
-        for k, (_, accessory, background) in enumerate(asked)
-    )
-    prompts = tuple(text for text, _, _ in asked)
-    name = f"{subject.kind}_{number:02d}" if held_out else f"training_{subject.kind}_{number:02d}"
-    return name, subject.kind, prompts, pictures, targets
-
-
-def _subject_prompts(subject: Any) -> list[tuple[str, str | None, str | None]]:
-    """Return each prompt with the accessory and the background that it names."""
     article = "an" if subject.kind[0] in "aeiou" else "a"
     backgrounds = [key for key in part("BACKGROUNDS") if key != "plain"]
     worn = [key for key in part("ACCESSORIES") if key != subject.accessory]
@@ -147,13 +135,15 @@ def _subject_prompts(subject: Any) -> list[tuple[str, str | None, str | None]]:
         *((accessory, None) for accessory in worn),
         *((accessory, background) for accessory in worn for background in backgrounds),
     ]
-    found = []
-    for accessory, background in asked:
+    prompts, targets = [], []
+    for k, (accessory, background) in enumerate(asked):
         tables = (("ACCESSORY_PHRASES", accessory), ("BACKGROUND_PHRASES", background))
         phrases = [part(table)[key][0] for table, key in tables if key is not None]
-        text = " ".join((f"a photo of {article} {subject.kind}", *phrases))
-        found.append((text, accessory, background))
-    return found
+        prompts.append(" ".join((f"a photo of {article} {subject.kind}", *phrases)))
+        key = (SEED, 4, int(held_out), number, k)
+        targets.append(partial(_subject_target, subject, key, accessory, background))
+    name = f"{subject.kind}_{number:02d}" if held_out else f"training_{subject.kind}_{number:02d}"
+    return name, subject.kind, tuple(prompts), pictures, tuple(targets)
 
 
 def _subject_target(subject: Any, key: tuple[int, ...], accessory: str | None, background: str | None) -> Any:

@@ -17,7 +17,7 @@ from pixrl.algorithms.world import sharers
 from pixrl.device import Precision, choose_precision, free_bytes
 from pixrl.doctor.diagnosis import Batches, Findings, Hardware, Need, Trained, run_name, size
 from pixrl.doctor.generator import require_fit
-from pixrl.doctor.needs import existing_device, require_quantizer
+from pixrl.doctor.needs import existing_device, require_bitsandbytes
 from pixrl.errors import InputError, PixrlError
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
@@ -34,7 +34,7 @@ from pixrl.models.loading import DENOISERS, denoiser_of
 from pixrl.models.memory_plan import Base, MemoryPlan, Offload, Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import TEXT_PARTS, set_decoding
-from pixrl.models.quantization import linear_layers
+from pixrl.models.quantization import NF4, linear_layers
 from pixrl.models.sharding import sharded_bytes, transformer_blocks
 from pixrl.models.slots import slot_sizes
 from pixrl.models.text import PromptCache
@@ -119,7 +119,7 @@ class Estimate:
         self.weighed = weighed
         lora = config.lora
         sizes = slot_sizes(
-            policy.transformer, policy.lora_targets if lora.targets is None else lora.targets, lora.rank
+            policy.denoiser, policy.lora_targets if lora.targets is None else lora.targets, lora.rank
         )
         count = sum(sizes)
         self.trained = Trained(
@@ -130,7 +130,7 @@ class Estimate:
         )
         self.side = policy.settings.resolution
         self.cpu_batch = policy.micro_batch
-        modules = (policy.transformer, policy.vae)
+        modules = (policy.denoiser, policy.vae)
         if config.machine.gradient_checkpointing:
             policy.checkpoint_gradients()
         policy.precision = precision
@@ -152,12 +152,12 @@ class Estimate:
 
     def training_operations(self) -> int:
         """Return the floating point operations of one picture at one noise level, with its gradient."""
-        with imagined(self.policy.transformer, self.policy.vae):
+        with imagined(self.policy.denoiser, self.policy.vae):
             return operations_of(trial(self.policy, self._condition, train=True, decode=self._decodes))
 
     def costs(self, references: int) -> tuple[Cost, Cost]:
         """Return the memory that drawing and training take when the model is shown so many of the references."""
-        policy, modules = self.policy, (self.policy.transformer, self.policy.vae)
+        policy, modules = self.policy, (self.policy.denoiser, self.policy.vae)
         condition = replace(self._condition, references=self._condition.references[:references])
         with imagined(*modules):
             drawing = cost_of(trial(policy, condition), modules)
@@ -194,7 +194,7 @@ def empty_renderer(
         except InputError as error:
             findings.miss(Need.SETTING, error)
     if plan.base is Base.NF4 and weights:
-        require_quantizer(findings)
+        require_bitsandbytes(NF4, findings)
     if plan.offload is not Offload.NONE and device.type == "cpu":
         findings.miss(
             Need.SETTING, f"offload={plan.offload.value} has no effect on a CPU: remove it, or choose a GPU."
@@ -317,7 +317,7 @@ def _ways_to_hold(config: AlignConfig, place: Hardware, estimate: Estimate) -> t
     machine = config.machine
     can_wait = machine.offload is not Offload.SEQUENTIAL and machine.base is Base.DTYPE
     is_possible = place.processes > 1 and can_wait
-    if machine.shard is Shard.NONE or not is_possible or not transformer_blocks(estimate.policy.transformer):
+    if machine.shard is Shard.NONE or not is_possible or not transformer_blocks(estimate.policy.denoiser):
         return (False,)
     return (True,) if machine.divides else (False, True)
 
@@ -334,7 +334,7 @@ def _resident(
     weights = on_device(parts, machine, text_dropped=machine.drop_text_encoders)
     if sharers > 1:
         whole = sum(part.bytes for name, part in parts.items() if name in DENOISERS)
-        weights += sharded_bytes(estimate.policy.transformer, sharers) - whole
+        weights += sharded_bytes(estimate.policy.denoiser, sharers) - whole
     return weights + sum(rewards.values()) + trained.lora + 2 * trained.gradients + trained.optimizer
 
 

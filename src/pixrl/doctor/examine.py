@@ -26,7 +26,13 @@ from pixrl.doctor.estimate import (
     parameters_of,
 )
 from pixrl.doctor.generator import find_lora, find_parts, find_pipeline, require_texts
-from pixrl.doctor.needs import model_bytes, require_disk, require_eight_bit, require_out
+from pixrl.doctor.needs import (
+    find_trackers,
+    model_bytes,
+    require_bitsandbytes,
+    require_disk,
+    require_out,
+)
 from pixrl.doctor.rewards import (
     find_rewards,
     named_models,
@@ -102,7 +108,8 @@ def examine_training(
         taken = model_bytes(config.output.features, findings)
         rewards |= {} if taken is None else {config.output.features: taken}
     if config.optimizer.eight_bit:
-        require_eight_bit(findings)
+        require_bitsandbytes("optimizer.eight_bit", findings)
+    find_trackers(config.log, findings)
     checkpoint = find_pipeline(config.model, findings, fetch=about_to_run, t5=config.t5)
     lora = find_lora(config.lora.base, checkpoint, findings)
     parts: dict[str, PartSize] = {}
@@ -153,7 +160,7 @@ def _require_shardable(
     try:
         require_equal_shares(config, processes, held_out)
         if estimate is not None:
-            require_blocks(estimate.policy.transformer)
+            require_blocks(estimate.policy.denoiser)
     except PixrlError as error:
         findings.miss(Need.SETTING, error)
 
@@ -207,7 +214,7 @@ def _estimate(
                 "watch the held-out rewards."
             )
         if lora is not None:
-            fitting_layers(policy.transformer, lora, str(config.lora.base))
+            fitting_layers(policy.denoiser, lora, str(config.lora.base))
         require_texts(policy, checkpoint, texts, findings, t5=config.t5)
         return Estimate(policy, condition_row(policy, config, prompts), config, precision, weighed=weighed)
     except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets of a kind that it does not know
@@ -326,6 +333,7 @@ def examine_fusion(
     """
     findings = Findings()
     require_out(out, force, findings)
+    find_trackers(config.log, findings)
     if config.policy_from is not None:
         try:
             read_policy(Path(config.policy_from)).require_fits(config)
@@ -399,7 +407,7 @@ def _cost(renderer: FlowPipelinePolicy, precision: Precision) -> Cost:
     renderer.precision = precision
     row = renderer.blank()
     renderer._cache = PromptCache(lambda prompt: row)
-    modules = (renderer.transformer, renderer.vae)
+    modules = (renderer.denoiser, renderer.vae)
     with imagined(*modules):
         return cost_of(trial(renderer, row), modules)
 

@@ -2,23 +2,23 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from zipfile import is_zipfile
 
 import torch
 
-from pixrl.algorithms.optim import EIGHT_BIT_EXTRA, EIGHT_BIT_PACKAGE
 from pixrl.device import choose_device
 from pixrl.doctor.diagnosis import Findings, Need, size
 from pixrl.errors import CheckpointError, InputError, PixrlError, RunError
 from pixrl.hub import ask, cached_folder, download_command, resolve
 from pixrl.hub_check import Layout, check_folder, read_header
-from pixrl.models.quantization import library
+from pixrl.libraries import bitsandbytes
 from pixrl.rewards.weights import is_weight_file, weight_shards
 from pixrl.runs.files import free_bytes
 from pixrl.runs.place import require_free
+from pixrl.runs.trackers import Tracker, require_trackers
 
 _ZIP = b"PK\x03\x04"
 """How a file of torch.save begins; the list of what it holds stands at its end."""
@@ -80,19 +80,18 @@ def existing_device(name: str) -> torch.device:
     return chosen
 
 
-def require_eight_bit(findings: Findings) -> None:
-    """Check that the package of the 8-bit optimizer is installed."""
-    if find_spec(EIGHT_BIT_PACKAGE) is None:
-        findings.miss(
-            Need.PACKAGE,
-            f"optimizer.eight_bit needs {EIGHT_BIT_PACKAGE}. Type: pip install 'pixrl[{EIGHT_BIT_EXTRA}]'",
-        )
-
-
-def require_quantizer(findings: Findings) -> None:
-    """Check that the package of a quantized base is installed."""
+def require_bitsandbytes(purpose: str, findings: Findings) -> None:
+    """Check that the package of a base in 4 bits and of the 8-bit optimizer can be imported."""
     try:
-        library()
+        bitsandbytes(purpose)
+    except RunError as error:
+        findings.miss(Need.PACKAGE, error)
+
+
+def find_trackers(trackers: Sequence[Tracker], findings: Findings) -> None:
+    """Check that the services that a recipe logs to can be used."""
+    try:
+        require_trackers(trackers)
     except RunError as error:
         findings.miss(Need.PACKAGE, error)
 

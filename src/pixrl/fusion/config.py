@@ -20,6 +20,7 @@ from pixrl.models import REGISTRY as ADAPTERS
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.plugins import PartOf, checksums, is_path
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.trackers import Trackers
 
 KIND, COMPARE, PAIRS = "fuse", "fuse-compare", "fuse-pairs"
 CHECKPOINTS = ("model", "clip", "segmenter")
@@ -86,6 +87,8 @@ class FuseConfig(Settings):
     """Of the generator: auto, float32, bfloat16 or float16 (GPU)."""
     memory: MemoryPlan = MemoryPlan()
     """What to do to save memory."""
+    log: Trackers = ()
+    """wandb and trackio: where the figures are shown besides the run's folder."""
 
     @field_validator("concepts")
     @classmethod

@@ -50,6 +50,7 @@ from pixrl.runs.record import (
     require_unedited,
     write_start,
 )
+from pixrl.runs.trackers import require_trackers, tracked
 from pixrl.runs.training import ROWS, Deviation, Report, Training, computing_in, deviations, possible_dtypes
 
 LOST = f"{START} was lost: whether model, rewards and prompts are those that the run began with is not known"
@@ -162,6 +163,7 @@ def go_on(
         require_unedited(folder, accept_changes)
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     config = with_full_paths(config, edited)
+    require_trackers(config.log)
     run = load_run(config, sharded=_is_sharded(config))
     run.rewards.require_comparable(run.team.size)
     evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
@@ -254,7 +256,8 @@ def _play(
     saved: tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None,
     monitor: Monitor | None,
 ) -> None:
-    config, team, monitor = run.config, run.team, monitor or Silent()
+    config, team = run.config, run.team
+    monitor = tracked(monitor or Silent(), folder, config.log if team.leads else ())
     training = Training(run, run.aligner(micro_batches), monitor.say, first=step)
     if saved is not None:
         training.restore(*saved)

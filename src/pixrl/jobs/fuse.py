@@ -33,6 +33,7 @@ from pixrl.runs.folder import ManifestRow, RunFolder, png_bytes
 from pixrl.runs.log import FuseLog, cut_coefficients
 from pixrl.runs.loop import Loop, Pace
 from pixrl.runs.place import replacing, require_free
+from pixrl.runs.trackers import require_trackers, tracked
 
 _log = logging.getLogger("pixrl")
 SELECTION = "selection.json"
@@ -128,6 +129,7 @@ def go_on(path: Path, *, monitor: Monitor | None = None, world: FusionWorld | No
     """
     require_same_code(path)
     folder, config = open_run(path)
+    require_trackers(config.log)
     world = world or world_of(config)
     place = find_place(folder)
     folder.tidy()
@@ -210,6 +212,7 @@ def _run(
         trainer.sampler.adopt(learned.tensors)
     record = _record(world, session, config)
     _write_world(folder, record, session, place)
+    monitor = tracked(monitor, folder, config.log)
     loop = Loop(
         algorithm=trainer,
         record=FuseLog(folder, config),

@@ -270,7 +270,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         guidance = None  # a distilled model takes the scale in float32; one without the embedding takes none
         if self.pipeline.transformer.config.guidance_embeds:
             guidance = torch.full((len(x_t),), self.settings.guidance, device=self.device)
-        tokens: Tensor = self.transformer(
+        tokens: Tensor = self.denoiser(
             hidden_states=torch.cat(packed, dim=1),
             timestep=t_B,
             guidance=guidance,

@@ -142,7 +142,7 @@ VARIANTS = 256
 """The most times that one block may be compiled: slots x gradients x kinds of block x sizes. torch's own limit is 8."""
 
 
-def compile_blocks(transformer: nn.Module, backend: str) -> int:
+def compile_blocks(denoiser: nn.Module, backend: str) -> int:
     """Compile every transformer block in place by torch.compile and return how many there are.
 
     LoRA layers must be attached already.
@@ -153,7 +153,7 @@ def compile_blocks(transformer: nn.Module, backend: str) -> int:
     Past `VARIANTS` torch would go back to uncompiled code in silence; here it raises. This is set for the process.
 
     Args:
-        transformer: keeps its blocks in lists, as those of diffusers do.
+        denoiser: keeps its blocks in lists, as those of diffusers do.
         backend: of torch.compile: inductor, or another that this installation has.
 
     Raises:
@@ -165,10 +165,10 @@ def compile_blocks(transformer: nn.Module, backend: str) -> int:
             f"torch.compile has no backend {backend!r} here.{did_you_mean(backend, known)} Usual is inductor; "
             f"there are {', '.join(sorted(known))}."
         )
-    blocks = transformer_blocks(transformer)
+    blocks = transformer_blocks(denoiser)
     if not blocks:
         raise ConfigError(
-            f"{type(transformer).__name__} has no list of blocks to compile. Leave out machine.compile."
+            f"{type(denoiser).__name__} has no list of blocks to compile. Leave out machine.compile."
         )
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -311,8 +311,8 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     lora_targets: ClassVar[tuple[str, ...]]
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
-        self.transformer: nn.Module = denoiser_of(self.pipeline)
-        self.placement = Placement(self.pipeline, self.transformer, self.device, plan, placed=placed)
+        self.denoiser: nn.Module = denoiser_of(self.pipeline)
+        self.placement = Placement(self.pipeline, self.denoiser, self.device, plan, placed=placed)
         self.lora: LoraSlots | None = None
         self.compiled = False
         self._latents = LatentCache()
@@ -344,16 +344,16 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
 
     def checkpoint_gradients(self) -> None:
         """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
-        self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def compile(self, backend: str) -> None:
         """Compile every transformer block as `compile_blocks` does; LoRA must be attached already."""
-        compile_blocks(self.transformer, backend)
+        compile_blocks(self.denoiser, backend)
         self.compiled = True
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Divide the transformer's weights among processes as `sharding.shard` does; LoRA must be attached already."""
-        shard(self.transformer, mesh, () if self.lora is None else self.lora.all_parameters())
+        shard(self.denoiser, mesh, () if self.lora is None else self.lora.all_parameters())
         self.in_step = True
 
     def _without_gradients(self) -> AbstractContextManager[None]:
@@ -422,7 +422,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         return velocity.float()
 
     def quick_backward(self) -> AbstractContextManager[None]:
-        computed_twice = self.compiled or getattr(self.transformer, "gradient_checkpointing", False)
+        computed_twice = self.compiled or getattr(self.denoiser, "gradient_checkpointing", False)
         quick = self.device.type == "cpu" and self._shift_tokens() <= SHORT and not computed_twice
         return plain_attention() if quick else nullcontext()
 
@@ -473,7 +473,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
             return super().merge_lora(place)
         found = open_lora(place, self.lora_layout)
         with self.placement.changing_layers():
-            merge(self.transformer, found.lora, str(place))
+            merge(self.denoiser, found.lora, str(place))
         self.merged = (*self.merged, Merged(digest(found.lora), f"{place}: {found.said}"))
 
     def attach_lora(
@@ -489,7 +489,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
             raise RunError("This policy already has LoRA slots. Load the model again to attach others.")
         wanted = self.lora_targets if targets is None else targets
         with self.placement.changing_layers():
-            self.lora = LoraSlots(self.transformer, rank=rank, alpha=alpha, targets=wanted, seed=seed)
+            self.lora = LoraSlots(self.denoiser, rank=rank, alpha=alpha, targets=wanted, seed=seed)
         return self.lora
 
     def slot(self, name: str) -> AbstractContextManager[None]:

@@ -23,23 +23,15 @@ from torch.nn import functional
 
 from pixrl.device import Precision
 from pixrl.errors import InputError
-from pixrl.libraries import require
+from pixrl.libraries import bitsandbytes
 from pixrl.models.memory_plan import Base
 
-PACKAGE, EXTRA = "bitsandbytes", "quantized"
+NF4 = "base=nf4"
+"""What a message says that needs bitsandbytes."""
 BLOCK = 64
 """The values that share a scale of NF4."""
 LARGEST = 127
 """The largest value of int8 that is used, of either sign."""
-
-
-def library() -> Any:
-    """Return bitsandbytes.
-
-    Raises:
-        RunError: it is not installed.
-    """
-    return require(PACKAGE, EXTRA, "base=nf4")
 
 
 def is_quantized(shape: Sequence[int], base: Base) -> bool:
@@ -76,7 +68,7 @@ def quantize(denoiser: nn.Module, name: str, base: Base, device: torch.device, p
         RunError: bitsandbytes is needed and not installed.
     """
     if base is Base.NF4:
-        library()
+        bitsandbytes(NF4)
         setattr(denoiser, "is_loaded_in_4bit", True)  # noqa: B010  (peft asks for it)
     for key, layer in linear_layers(denoiser, name, base).items():
         made = Int8Linear(layer, device) if base is Base.INT8 else _nf4_layer(layer, device, precision)
@@ -135,7 +127,7 @@ def _unpacked(weight_OI: Tensor, scale_O1: Tensor, dtype: torch.dtype) -> Tensor
 
 def _nf4_layer(layer: nn.Linear, device: torch.device, precision: Precision) -> nn.Linear:
     computes_in = precision.autocast or precision.weights
-    made: nn.Linear = library().nn.Linear4bit(
+    made: nn.Linear = bitsandbytes(NF4).nn.Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -154,7 +146,7 @@ def _nf4_layer(layer: nn.Linear, device: torch.device, precision: Precision) -> 
 
 def _nf4_weight(layer: nn.Linear, weight_OI: Tensor, device: torch.device) -> nn.Parameter:
     packed: nn.Parameter = (
-        library()
+        bitsandbytes(NF4)
         .nn.Params4bit(
             weight_OI.contiguous(),
             requires_grad=False,
@@ -174,7 +166,7 @@ def dense_weight(layer: nn.Linear) -> Tensor:
     weight: Any = layer.weight
     if weight.is_floating_point():
         return layer.weight.float()
-    unpacked: Tensor = library().functional.dequantize_4bit(weight.data, weight.quant_state)
+    unpacked: Tensor = bitsandbytes(NF4).functional.dequantize_4bit(weight.data, weight.quant_state)
     return unpacked.float()
 
 

@@ -114,7 +114,7 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
         return self._guided(self._predict, x_t, t_B, conditioning)
 
     def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        velocity: Tensor = self.transformer(
+        velocity: Tensor = self.denoiser(
             hidden_states=x_t,
             timestep=t_B * 1000,
             encoder_hidden_states=conditioning.tokens_BLD,

@@ -173,7 +173,7 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
         """Return what the UNet predicts for its own input, alpha x0 + s noise, in float32."""
         side = float(self.settings.resolution)
         sizes = x.new_tensor([side, side, 0, 0, side, side]).expand(len(x), SIZES)
-        found: Tensor = self.transformer(
+        found: Tensor = self.denoiser(
             x,
             timesteps_B,
             encoder_hidden_states=conditioning.tokens_BLD,

@@ -140,7 +140,7 @@ class DinoSegReward(ReferenceReward):
     def _nothing(self, kind: object) -> str:
         return "no subject found" if self.region is Region.FOREGROUND else f"no {kind} found"
 
-    def _unknown(self, kind: object) -> str | None:
+    def kind_problem(self, kind: object) -> str | None:
         if self.region is Region.FOREGROUND or self._segmenter is None:
             return None
         if not isinstance(kind, str):

@@ -59,8 +59,8 @@ class PictureEncoder(ABC):
     """Hub id -> licence of published weights whose page states none."""
 
     @abstractmethod
-    def _output(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the model's output [B, E] for preprocessed pictures."""
+    def pooled(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return what the model makes of preprocessed pictures [B, 3, H, W]: one vector each, [B, E]."""
 
     @torch.inference_mode()
     def image_features(self, images_BCHW: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class PictureEncoder(ABC):
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the unit vectors [B, E] of preprocessed pictures, on the device and differentiable."""
         with self.precision.context(self.device):
-            output = self._output(pixels_BCHW.to(self.precision.weights))
+            output = self.pooled(pixels_BCHW.to(self.precision.weights))
         return F.normalize(output.float(), dim=-1)
 
 
@@ -135,7 +135,7 @@ class ClipSimilarity(PictureEncoder):
         self._text_length = int(self.model.config.text_config.max_position_embeddings)
         self._texts: dict[str, Tensor] = {}
 
-    def _output(self, pixels_BCHW: Tensor) -> Tensor:
+    def pooled(self, pixels_BCHW: Tensor) -> Tensor:
         projected: Tensor = self.model.get_image_features(pixel_values=pixels_BCHW).pooler_output
         return projected
 
@@ -147,23 +147,21 @@ class ClipSimilarity(PictureEncoder):
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         for start in range(0, len(new), self.batch):
             part = new[start : start + self.batch]
-            self._texts.update(zip(part, self._encode_texts(part), strict=True))
-        return torch.stack([self._texts[text] for text in texts])
-
-    def _encode_texts(self, texts: list[str]) -> Tensor:
-        tokens = self.tokenizer(
-            [self._clean(text) for text in texts],
-            padding="max_length",
-            truncation=True,
-            max_length=self._text_length,
-            return_tensors="pt",
-        )
-        with self.precision.context(self.device):
-            output = self.model.get_text_features(
-                input_ids=tokens.input_ids.to(self.device),
-                attention_mask=tokens.attention_mask.to(self.device),
+            tokens = self.tokenizer(
+                [self._clean(text) for text in part],
+                padding="max_length",
+                truncation=True,
+                max_length=self._text_length,
+                return_tensors="pt",
             )
-        return F.normalize(output.pooler_output.float(), dim=-1).cpu()
+            with self.precision.context(self.device):
+                output = self.model.get_text_features(
+                    input_ids=tokens.input_ids.to(self.device),
+                    attention_mask=tokens.attention_mask.to(self.device),
+                )
+            features_BE = F.normalize(output.pooler_output.float(), dim=-1).cpu()
+            self._texts.update(zip(part, features_BE, strict=True))
+        return torch.stack([self._texts[text] for text in texts])
 
 
 class Transform(StrEnum):
@@ -226,7 +224,7 @@ class DinoEncoder(PictureEncoder):
             "preprocessing": self.preprocess.describe(),
         }
 
-    def _output(self, pixels_BCHW: Tensor) -> Tensor:
+    def pooled(self, pixels_BCHW: Tensor) -> Tensor:
         states_BLD: Tensor = self.model(pixel_values=pixels_BCHW).last_hidden_state
         return states_BLD[:, 0]
 
@@ -266,7 +264,7 @@ class SiglipEncoder(PictureEncoder):
             "preprocessing": self.preprocess.describe(),
         }
 
-    def _output(self, pixels_BCHW: Tensor) -> Tensor:
+    def pooled(self, pixels_BCHW: Tensor) -> Tensor:
         pooled: Tensor = self.model(pixel_values=pixels_BCHW).pooler_output
         return pooled
 

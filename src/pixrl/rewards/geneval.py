@@ -154,26 +154,18 @@ def _match(
             Clause(share == 1, f"expected {entry['color']} {kind}>={count}, found colours {colours}", share)
         )
     if "position" in entry:
-        settled = all(clause.holds for clause in asked)
-        asked.append(_position_clause(entry, found if settled else None, matched[entry["position"][1]]))
+        relation, index = entry["position"]
+        what, targets = f"expected {kind} {relation} the target (entry {index})", matched[index]
+        if not all(clause.holds for clause in asked):
+            asked.append(Clause(False, f"{what}, but its own objects are wrong", 0.0))
+        elif targets is None:
+            asked.append(Clause(False, f"{what}, but there is no target", 0.0))
+        else:
+            pairs = [relative_position(one["box"], target["box"]) for one in found for target in targets]
+            wrong = [relations for relations in pairs if relation not in relations]
+            seen = f", found {' and '.join(sorted(wrong[0])) or 'no relation'}" if wrong else ""
+            asked.append(Clause(not wrong, f"{what}{seen}", 1 - len(wrong) / len(pairs) if wrong else 1.0))
     return (found if all(clause.holds for clause in asked) else None), asked
-
-
-def _position_clause(
-    entry: Metadata, found: Sequence[Detection] | None, targets: Sequence[Detection] | None
-) -> Clause:
-    relation, index = entry["position"]
-    what = f"expected {entry['class']} {relation} the target (entry {index})"
-    if found is None:
-        return Clause(False, f"{what}, but its own objects are wrong", 0.0)
-    if targets is None:
-        return Clause(False, f"{what}, but there is no target", 0.0)
-    pairs = [relative_position(one["box"], target["box"]) for one in found for target in targets]
-    wrong = [relations for relations in pairs if relation not in relations]
-    if not wrong:
-        return Clause(True, what, 1.0)
-    reason = f"{what}, found {' and '.join(sorted(wrong[0])) or 'no relation'}"
-    return Clause(False, reason, 1 - len(wrong) / len(pairs))
 
 
 def relative_position(box_a: Sequence[float], box_b: Sequence[float]) -> frozenset[str]:
@@ -257,8 +249,16 @@ class ColorNamer:
         fitted = torch.cat([self.clip.preprocess(crop[None].to(self.clip.device)) for crop in crops])
         with torch.inference_mode():
             features = torch.cat([self.clip.embed(part).cpu() for part in batches(fitted, self.clip.batch)])
-        scores = [self._classifier(kind) @ row for kind, row in zip(kinds, features, strict=True)]
+        scores = [self.classifier(kind) @ row for kind, row in zip(kinds, features, strict=True)]
         return [self.colors[int(one.argmax())] for one in scores]
+
+    def classifier(self, kind: str) -> Tensor:
+        """Return [colours, E]: the mean over templates of unit text features, made unit again."""
+        if kind not in self._classifiers:
+            texts = [form.format(color=color, kind=kind) for color in self.colors for form in self.templates]
+            features = self.clip.text_features(texts).view(len(self.colors), len(self.templates), -1)
+            self._classifiers[kind] = torch.nn.functional.normalize(features.mean(dim=1), dim=-1)
+        return self._classifiers[kind]
 
     def crop(self, image_CHW: Tensor, instance: Instance) -> Tensor:
         """Return the object on GenEval's grey, cut to its box (or left in place where the card says so)."""
@@ -268,14 +268,6 @@ class ColorNamer:
             return alone
         x0, y0, x1, y1 = (int(side) for side in instance.box)
         return alone[:, y0:y1, x0:x1]
-
-    def _classifier(self, kind: str) -> Tensor:
-        """Return [colours, E]: the mean over templates of unit text features, made unit again."""
-        if kind not in self._classifiers:
-            texts = [form.format(color=color, kind=kind) for color in self.colors for form in self.templates]
-            features = self.clip.text_features(texts).view(len(self.colors), len(self.templates), -1)
-            self._classifiers[kind] = torch.nn.functional.normalize(features.mean(dim=1), dim=-1)
-        return self._classifiers[kind]
 
 
 class GenEvalReward(Reward):

@@ -116,7 +116,12 @@ class Service:
         method = "GET" if body is None else "POST"
         request = httpx2.Request(method, f"{self.url}{path}", headers={**self._headers, **kind}, content=body)
         try:  # the transport alone: a client would read redirects, and the environment in a way of its own
-            transport = httpx2.AsyncHTTPTransport(verify=self._tls, proxy=_proxy(self.url))
+            parts, proxy = urlsplit(self.url), None
+            if not is_loopback(parts.hostname or "") and not urllib.request.proxy_bypass(parts.netloc):
+                proxy = urllib.request.getproxies().get(parts.scheme) or None
+            if proxy and "://" not in proxy:
+                proxy = f"http://{proxy}"
+            transport = httpx2.AsyncHTTPTransport(verify=self._tls, proxy=proxy)
         except (ValueError, ImportError, httpx2.InvalidURL) as error:
             return Silence(f"the proxy that the environment names is of no use: {error}", hopeless=True)
         said = bytearray()
@@ -147,15 +152,6 @@ def _silence(error: Exception, time_limit: float) -> Silence:
     if isinstance(first, ConnectionError) and first.errno is not None:  # asyncio has a text of its own
         return Silence(f"[Errno {first.errno}] {os.strerror(first.errno)}")
     return Silence(str(first) if isinstance(first, OSError) else f"{type(first).__name__}: {first}")
-
-
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for an address; this machine itself is reached without one."""
-    parts = urlsplit(url)
-    if is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
-        return None
-    found = urllib.request.getproxies().get(parts.scheme)
-    return f"http://{found}" if found and "://" not in found else found or None
 
 
 def seconds_of(text: str | None) -> float | None:

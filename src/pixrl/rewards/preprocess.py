@@ -149,7 +149,7 @@ class Preprocessing(InputPreprocessing):
 
     def differentiable(self, images_BCHW: Tensor) -> Tensor:
         require_images(images_BCHW)
-        return self.normalize(self._fit(images_BCHW.float().clamp(0, 1), _resize_smoothly))
+        return self.normalize(self._fit(images_BCHW.float().clamp(0, 1), resize_smoothly))
 
     def _fit(self, images_BCHW: Tensor, resize: Resize) -> Tensor:
         """Return pictures resized and cropped, not yet normalized."""
@@ -252,7 +252,7 @@ def resize_8_bit(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tenso
     return (levels + 0.5).floor().clamp(0, 255) / 255
 
 
-def _resize_smoothly(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+def resize_smoothly(images_BCHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """Resize and clamp as 8 bits would be; half a level of slack lets the gradient of full white and black pass."""
     resized = F.interpolate(images_BCHW, size, mode=mode, antialias=True)
     return resized.clamp(-_HALF_LEVEL, 1 + _HALF_LEVEL)

@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -169,7 +170,7 @@ class ReferenceReward(DifferentiableReward):
     ) -> Tensor:
         """Return unit vectors [B, E] of pictures that show one kind each; a row is nan where nothing was found."""
 
-    def _unknown(self, kind: object) -> str | None:
+    def kind_problem(self, kind: object) -> str | None:
         """Return why that kind cannot be looked for, or None."""
         return None
 
@@ -236,19 +237,20 @@ class ReferenceReward(DifferentiableReward):
         """Return what pictures with this metadata are compared with; each reference is encoded once."""
         kind = metadata.get("class")
         pictures = chosen(references_of(metadata), self.references)
-        unjudged = self._unknown(kind) if pictures else _no_reference(self.subject)
+        unjudged = self.kind_problem(kind) if pictures else _no_reference(self.subject)
         if unjudged is not None:
             return _Sought(kind, torch.empty(0, 0), unjudged)
         with torch.no_grad():
             # one at a time: a reference's features are the same however the samples are batched
-            return _Sought(kind, torch.cat([self._reference(picture, kind) for picture in pictures]))
-
-    def _reference(self, image_BCHW: Tensor, kind: object) -> Tensor:
-        return self._cache.get(
-            image_BCHW,
-            str(kind),
-            lambda: self._features(image_BCHW, [kind], self.encoder.image_features, of_reference=True),
-        )
+            features = [
+                self._cache.get(
+                    picture,
+                    str(kind),
+                    partial(self._features, picture, [kind], self.encoder.image_features, of_reference=True),
+                )
+                for picture in pictures
+            ]
+            return _Sought(kind, torch.cat(features))
 
 
 def _no_reference(number: object) -> str:

@@ -148,20 +148,17 @@ class RemoteReward(Reward):
         except wire.WireError as error:
             return _failed(rows, str(error))
         if bool(scores.values_B.isfinite().any()):
-            self._require_same(scores.provenance)
+            began = scores.provenance if self._began is None else self._began
+            for key in {**began, **scores.provenance}:
+                if began.get(key) != scores.provenance.get(key):
+                    raise ServiceError(
+                        f"{self.service.name} at {self.service.url} is another one now: its {key} was "
+                        f"{began.get(key)!r} when the run began and is {scores.provenance.get(key)!r}. Start the "
+                        "server with what it had."
+                    )
+            if self._began is None:
+                self._began, self.provenance = began, self._with_way(began)
         return scores
-
-    def _require_same(self, provenance: Mapping[str, str]) -> None:
-        began = self._began
-        if began is None:
-            self._began, self.provenance = provenance, self._with_way(provenance)
-            return
-        for key in {**began, **provenance}:
-            if began.get(key) != provenance.get(key):
-                raise ServiceError(
-                    f"{self.service.name} at {self.service.url} is another one now: its {key} was {began.get(key)!r} "
-                    f"when the run began and is {provenance.get(key)!r}. Start the server with what it had."
-                )
 
     def _with_way(self, provenance: Mapping[str, str]) -> Mapping[str, str]:
         way = "float32" if self.exact else "PNG of 8 bits"

@@ -256,6 +256,11 @@ def refuse_misfits(missing: Sequence[str], unexpected: Sequence[str], source: Pa
         )
 
 
+def under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights whose names begin with a prefix, under their names without it."""
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+
+
 def _read_pickled(file: Path) -> dict[str, Tensor]:
     with Caught() as caught:
         content = torch.load(

@@ -354,9 +354,18 @@ def _unpack(pictures: PNGPictures | TensorPictures, uses: Sequence[object]) -> l
     if isinstance(pictures, PNGPictures):
         if len(pictures.png) > MOST_PICTURES:
             raise WireError(f"{len(pictures.png)} pictures were sent, and at most {MOST_PICTURES} are read")
-        files = [_open_png(_from_base64(text)) for text in pictures.png]
-        _require_few_pixels([(file.height, file.width) for file in files], uses)
-        return [_load_png(file) for file in files]
+        contents = [io.BytesIO(_from_base64(text)) for text in pictures.png]
+        try:
+            files = [Image.open(content, formats=["PNG"]) for content in contents]  # the headers alone
+            for file in files:
+                if [part[3] for part in file.tile] != ["RGB"]:  # PIL's mode is RGB of 16 bits too
+                    raise WireError(f"a picture is {file.mode}, not RGB of 8 bits a channel")
+            _require_few_pixels([(file.height, file.width) for file in files], uses)
+            return [torch.from_numpy(np.array(file)).permute(2, 0, 1) / 255 for file in files]
+        except WireError:
+            raise
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise WireError(f"a picture cannot be read as PNG: {error}") from None
     content = _from_base64(pictures.safetensors)
     if int.from_bytes(content[:8], "little") > MOST_HEADER:
         raise WireError(f"the pictures are no safetensors file with a header of at most {MOST_HEADER} bytes")
@@ -391,25 +400,6 @@ def _from_base64(text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise WireError(f"a picture is no base64: it begins {_short(text[:40])}") from None
-
-
-def _open_png(content: bytes) -> Image.Image:
-    """The header alone."""
-    try:
-        file = Image.open(io.BytesIO(content), formats=["PNG"])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise WireError(f"a picture cannot be read as PNG: {error}") from None
-    if [part[3] for part in file.tile] != ["RGB"]:  # how the file keeps it; PIL's mode is RGB of 16 bits too
-        raise WireError(f"a picture is {file.mode}, not RGB of 8 bits a channel")
-    return file
-
-
-def _load_png(file: Image.Image) -> Tensor:
-    try:
-        levels = np.array(file)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise WireError(f"a picture cannot be read as PNG: {error}") from None
-    return torch.from_numpy(levels).permute(2, 0, 1) / 255
 
 
 def _resolve(value: Any, pictures: Sequence[Tensor]) -> Any:

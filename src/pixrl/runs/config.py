@@ -36,6 +36,7 @@ from pixrl.rewards import REGISTRY as REWARDS
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.guard import Action, MonitorSettings
+from pixrl.runs.trackers import Trackers
 
 MOST_RANK, MOST_GUIDANCE = 4096, 1000
 LONGEST_WAIT = 86400.0
@@ -158,6 +159,8 @@ class AlignConfig(Settings):
     machine: MachineSettings = MachineSettings()
     output: OutputSettings = OutputSettings()
     monitor: MonitorSettings = MonitorSettings()
+    log: Trackers = ()
+    """wandb and trackio: where the figures are shown besides the run's folder."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "AlignConfig":

@@ -40,7 +40,7 @@ RUN_KINDS = ("fuse", "fuse-compare", "fuse-pairs", "align", "personalize")
 OWN_NAMES = {
     *(MARKER, RECIPE, ENVIRONMENT, REPLACED, CHILDREN, "metrics.jsonl", "evaluations.jsonl", "rollouts", "samples"),
     *("checkpoints", "report.html", "start.json", "world.json", "selection.json", "failures.json", "exemplars"),
-    *("tensorboard", "export", PROCESS, STOP),
+    *("tensorboard", "wandb", "trackers.json", "export", PROCESS, STOP),
 }  # fmt: skip
 """The names of all that pixrl makes at the top of a run's folder."""
 _OF_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory"}

@@ -156,7 +156,7 @@ def _peak(policy: FlowPipelinePolicy, attempt: Callable[[int], None], count: int
     try:
         attempt(count)
     finally:
-        for parameter in policy.transformer.parameters():
+        for parameter in policy.denoiser.parameters():
             parameter.grad = None
     return int(torch.cuda.max_memory_allocated(policy.device)) - before
 
@@ -302,7 +302,7 @@ def kept_bytes(policy: FlowPipelinePolicy, condition: Conditioning) -> int:
 
     x = policy.initial_noise([0])
     with ExitStack() as hooks, torch.autograd.graph.saved_tensors_hooks(count, lambda kept: kept):
-        for module in (policy.transformer, *transformer_blocks(policy.transformer)):
+        for module in (policy.denoiser, *transformer_blocks(policy.denoiser)):
             hooks.enter_context(
                 module.register_forward_pre_hook(note)
             )  # sharded weights are gathered by then

@@ -1,4 +1,4 @@
-"""The toy world: small pictures whose content is known exactly, and small real models trained on them."""
+"""The toy world consists of small pictures with exactly known content, and of small real models trained on them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Whether a picture shows the background and the accessory that its prompt names.
+"""The judge of this module says whether a picture shows the background and the accessory that its prompt names.
 
 The judge of `pixrl toy verify flux` is a small network that learns on the spot, from a seed and from drawings of
 training subjects alone: never from the held-out subjects, never from a generator's pictures. It looks for accessories
@@ -34,7 +34,7 @@ ADDED_SHARE = 0.8
 
 @dataclass(frozen=True)
 class JudgeLessons:
-    """How much the judge learns from: drawings, how many of them decoded, and steps of a batch each."""
+    """The lessons say how much the judge learns from: drawings, how many of them decoded, and training steps."""
 
     drawings: int = 4000
     decoded: int = 800
@@ -48,46 +48,46 @@ QUICK = JudgeLessons(drawings=3000, decoded=400, steps=400, batch=32)
 
 
 class SceneJudge:
-    """Reads the background and the accessories off pictures [B, 3, 64, 64] in [0, 1]."""
+    """A scene judge reads the background and the accessories off pictures [B, 3, 64, 64] in [0, 1]."""
 
     def __init__(self, network: "_Network") -> None:
         self.network = network
 
     @classmethod
     def fit(cls, vae: AutoencoderKL, seed: int = 0, lessons: JudgeLessons = FULL) -> "SceneJudge":
-        """A judge that has learned from drawings of training subjects; the seed fixes everything about it."""
+        """Return a judge that has learned from drawings of training subjects; the seed fixes everything about it."""
         noise = torch.Generator().manual_seed(seed)
-        scenes = [_lesson(seed, index) for index in range(lessons.drawings)]
+        scenes = []
+        for index in range(lessons.drawings):
+            # Most subjects wear something, since accessories are what is hard to read.
+            rng = np.random.default_rng((seed, 7, index))
+            scenes.append(subject_scene(training_subject(seed, index), rng, added_accessory=ADDED_SHARE))
         images = to_tensor(np.stack([draw(scene)[0] for scene in scenes]))
         images[: lessons.decoded] = reconstruct(vae, images[: lessons.decoded], ROUGHNESS, noise)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             network = _Network()
-        _train(network, images, _backgrounds(scenes), _worn(scenes), lessons, noise)
+        # What counts as worn is what the picture shows, whether or not a caption mentions it.
+        worn = torch.tensor([[name in s.objects[0].worn for name in ACCESSORIES] for s in scenes])
+        _train(network, images, _backgrounds(scenes), worn, lessons, noise)
         return cls(network.eval())
 
     @torch.inference_mode()
     def reads(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The index of each picture's background [B], and which accessories it shows [B, 4]."""
+        """Return the index of each picture's background [B], and which accessories each picture shows [B, 4]."""
         read = [self.network(part) for part in images.split(CHUNK)]
         return torch.cat([b for b, _ in read]).argmax(-1), torch.cat([a for _, a in read]) > 0
 
     def right(self, images: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-        """Whether each picture shows its scene's background, and the accessory that captions mention: [B] each."""
+        """Return whether each picture shows its scene's background, and the accessory that captions name: [B] each."""
         background, shown = self.reads(images)
         asked = torch.tensor([[name == s.objects[0].accessory for name in ACCESSORIES] for s in scenes])
         return background == _backgrounds(scenes), (shown | ~asked).all(-1)
 
     def follows(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-        """Whether each picture shows both: [B]."""
+        """Return whether each picture shows both the background and the accessory that its caption mentions [B]."""
         background, accessory = self.right(images, scenes)
         return background & accessory
-
-
-def _lesson(seed: int, index: int) -> Scene:
-    """The index-th training subject in a scene; most wear something, since accessories are what is hard to read."""
-    rng = np.random.default_rng((seed, 7, index))
-    return subject_scene(training_subject(seed, index), rng, added_accessory=ADDED_SHARE)
 
 
 class _Network(nn.Module):
@@ -133,7 +133,14 @@ def _train(
     )
     for _ in range(lessons.steps):
         rows = torch.randint(len(images), (lessons.batch,), generator=noise)
-        background, accessories = network(_worsened(images[rows], noise))
+        crisp = images[rows]
+        # Most of the pictures up to as blurred as at half the resolution, half of them slightly noisy.
+        half = F.interpolate(crisp, scale_factor=0.5, mode="bilinear", antialias=True)
+        blurred = F.interpolate(half, size=crisp.shape[-2:], mode="bilinear")
+        blur, strength, noisy = torch.rand(3, len(crisp), 1, 1, 1, generator=noise)
+        blur = (blur - (1 - BLURRED_SHARE)).clamp(min=0) / BLURRED_SHARE
+        grain = torch.randn(crisp.shape, generator=noise) * NOISE * strength * (noisy < 0.5)
+        background, accessories = network(torch.lerp(crisp, blurred, blur) + grain)
         loss = F.cross_entropy(background, backgrounds[rows])
         loss = loss + 4 * F.binary_cross_entropy_with_logits(accessories, worn[rows].float())
         optimizer.zero_grad()
@@ -142,22 +149,14 @@ def _train(
         schedule.step()
 
 
-def _worsened(images: Tensor, noise: torch.Generator) -> Tensor:
-    """Most of the pictures up to as blurred as at half the resolution, half of them slightly noisy."""
-    half = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
-    blurred = F.interpolate(half, size=images.shape[-2:], mode="bilinear")
-    blur, strength, noisy = torch.rand(3, len(images), 1, 1, 1, generator=noise)
-    blur = (blur - (1 - BLURRED_SHARE)).clamp(min=0) / BLURRED_SHARE
-    grain = torch.randn(images.shape, generator=noise) * NOISE * strength * (noisy < 0.5)
-    worse: Tensor = torch.lerp(images, blurred, blur) + grain
-    return worse
-
-
 @torch.inference_mode()
 def reconstruct(
     vae: AutoencoderKL, images: Tensor, roughness: float = 0.0, noise: torch.Generator | None = None
 ) -> Tensor:
-    """Pictures encoded and decoded, with noise of up to `roughness` on the scaled latents between."""
+    """Return pictures [B, 3, H, W] in [0, 1] after they were encoded and decoded by the autoencoder.
+
+    The latents get noise of up to `roughness` of their standard deviation in between, drawn from `noise`.
+    """
     out = []
     for part in images.split(CHUNK):
         latents = vae.encode(part * 2 - 1).latent_dist.mean
@@ -172,8 +171,3 @@ def reconstruct(
 def _backgrounds(scenes: Sequence[Scene]) -> Tensor:
     """The index of each scene's background [B]."""
     return torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
-
-
-def _worn(scenes: Sequence[Scene]) -> Tensor:
-    """Which accessories each scene's object wears, mentioned or its own [B, 4]."""
-    return torch.tensor([[name in scene.objects[0].worn for name in ACCESSORIES] for scene in scenes])

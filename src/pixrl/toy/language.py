@@ -1,4 +1,4 @@
-"""What a person would type for a scene, and what such a prompt asks for.
+"""This module knows what a person would type for a scene, and what such a prompt asks for.
 
 `caption` and `parse` are inverse to each other on everything a caption fixes. `canonical` is that content as
 one string; a tenth of all such strings is held out from training.
@@ -51,7 +51,7 @@ WORDS: tuple[str, ...] = tuple(
 
 
 class UnknownWord(UnknownWordError):
-    """A prompt uses a word the toy world does not know."""
+    """This error says that a prompt uses a word the toy world does not know."""
 
     def __init__(self, word: str, allowed: Sequence[str]) -> None:
         self.word = word
@@ -63,7 +63,7 @@ class UnknownWord(UnknownWordError):
 
 
 class UnreadablePrompt(InputError):
-    """A prompt's words are known but not what they say together."""
+    """This error says that the words of a prompt are known, but not what they say together."""
 
     def __init__(self, prompt: str, reason: str) -> None:
         super().__init__(
@@ -75,7 +75,7 @@ class UnreadablePrompt(InputError):
 
 @dataclass(frozen=True, slots=True)
 class ParsedPrompt:
-    """What a prompt asks for: a GenEval entry, and what GenEval has no word for (None: not mentioned)."""
+    """A parsed prompt is a GenEval entry, and what GenEval has no word for (None where it is not mentioned)."""
 
     metadata: dict[str, Any]
     background: str | None
@@ -84,14 +84,17 @@ class ParsedPrompt:
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """What a person would type; without rng always the first form, 'a photo of ...'."""
+    """Return what a person would type for the scene; without `rng` always the first form, 'a photo of ...'."""
     prefix = PREFIXES[0] if rng is None else _choose(rng, PREFIXES)
     first = scene.objects[0]
     if scene.task is Task.COUNTING:
         count = len(scene.objects)
         body = f"{_NUMBER_WORDS[count]} {first.kind if count == 1 else PLURALS[first.kind]}"
     elif len(scene.objects) == 2:
-        body = _pair_body(scene, rng)
+        pair = [_with_article(_noun(scene, thing)) for thing in scene.objects]
+        if scene.relation is None and rng is not None and rng.random() < 0.5:
+            pair.reverse()
+        body = f" {scene.relation or 'and'} ".join(pair)
     else:
         body = _noun(scene, first)
         if rng is not None and rng.random() < BARE_SHARE:
@@ -106,27 +109,13 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _pair_body(scene: Scene, rng: np.random.Generator | None) -> str:
-    first, second = (_with_article(_noun(scene, thing)) for thing in scene.objects)
-    if scene.relation is not None:
-        return f"{first} {scene.relation} {second}"
-    if rng is not None and rng.random() < 0.5:
-        first, second = second, first
-    return f"{first} and {second}"
-
-
 def _noun(scene: Scene, thing: SceneObject) -> str:
     words = [thing.kind]
-    pattern = _mentioned_pattern(scene, thing)
-    if pattern is not None:
-        words.insert(0, PATTERN_WORDS[pattern])
+    if scene.task is not Task.SUBJECT and thing.pattern != "plain":
+        words.insert(0, PATTERN_WORDS[thing.pattern])
     if scene.task in _COLOURED and thing.colour is not None:
         words.insert(0, thing.colour)
     return " ".join(words)
-
-
-def _mentioned_pattern(scene: Scene, thing: SceneObject) -> str | None:
-    return None if scene.task is Task.SUBJECT or thing.pattern == "plain" else thing.pattern
 
 
 def _with_article(noun: str) -> str:
@@ -138,7 +127,12 @@ def _choose(rng: np.random.Generator | None, options: Sequence[str]) -> str:
 
 
 def parse(prompt: str) -> ParsedPrompt:
-    """What the prompt asks for, with `metadata` shaped as a line of GenEval's metadata file."""
+    """Return what the prompt asks for, with `metadata` shaped as a line of GenEval's metadata file.
+
+    Raises:
+        UnknownWord: the prompt has a word that no caption contains.
+        UnreadablePrompt: the prompt names no object, or words are left that nothing explains.
+    """
     words = prompt.lower().replace(",", " ").rstrip(" .!").split()
     for word in words:
         if word not in WORDS:
@@ -202,7 +196,7 @@ def _read_noun(text: str, prompt: str) -> tuple[dict[str, Any], str | None]:
 
 
 def canonical(scene: Scene) -> str:
-    """What the scene's caption fixes, as one string: equal for two scenes that the same prompt describes."""
+    """Return what the scene's caption fixes as one string, which is equal for scenes that one prompt describes."""
     names = [_noun(scene, thing) for thing in scene.objects]
     if scene.task is Task.COUNTING:
         names = [f"{len(names)} {names[0]}"]
@@ -215,7 +209,7 @@ def canonical(scene: Scene) -> str:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a canonical key belongs to the tenth kept from training; a bare kind never does."""
+    """Return whether a canonical string belongs to the tenth kept from training; one of a bare kind never does."""
     if key in _BARE_KEYS:
         return False
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 10 == 0
@@ -225,7 +219,11 @@ _BARE_KEYS = frozenset(f"{Task.SINGLE_OBJECT}: {kind} | - | -" for kind in KINDS
 
 
 def held_out_prompts(task: Task, n: int, seed: int) -> list[str]:
-    """n different captions of a task that training never saw."""
+    """Return `n` different captions of a task that training never saw; the seed fixes which.
+
+    Raises:
+        ValueError: the task has too few of them.
+    """
     rng = np.random.default_rng(seed)
     prompts: dict[str, str] = {}
     for _ in range(1000 * n):

@@ -1,4 +1,4 @@
-"""The scenes, drawings and spoilt pictures of the toy world, and which of them are held out of training."""
+"""This module makes the toy world's scenes, drawings and spoilt pictures, and holds some scenes out of training."""
 
 from typing import Any
 
@@ -35,12 +35,12 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def training_scene(seed: int, index: int) -> Scene:
-    """The index-th training scene: never one whose prompt is held out."""
+    """Return the index-th training scene, whose prompt is never held out."""
     return _unheld_scene(np.random.default_rng((seed, 1, index)), TASK_SHARES)
 
 
 def guided_scene(seed: int, index: int) -> Scene:
-    """The index-th scene of the generator's second round; its prompt is never held out either."""
+    """Return the index-th scene of the generator's second round, whose prompt is never held out either."""
     return _unheld_scene(np.random.default_rng((seed, 6, index)), GUIDED_SHARES)
 
 
@@ -53,7 +53,7 @@ def _unheld_scene(rng: np.random.Generator, shares: dict[Task, float]) -> Scene:
 
 
 def training_subject(seed: int, index: int) -> ToySubject:
-    """The index-th training subject: never one that resembles the thirty held out."""
+    """Return the index-th training subject, which never resembles one of the thirty that are held out."""
     rng = np.random.default_rng((seed, 2, index))
     while True:
         subject = random_subject(rng)
@@ -62,7 +62,7 @@ def training_subject(seed: int, index: int) -> ToySubject:
 
 
 def subject_view(seed: int, index: int, view: int) -> Scene:
-    """One of a training subject's scenes; its prompt is never held out."""
+    """Return one of a training subject's scenes, whose prompt is never held out."""
     rng = np.random.default_rng((seed, 3, index, view))
     while True:
         scene = subject_scene(training_subject(seed, index), rng, added_accessory=0.4)
@@ -71,7 +71,7 @@ def subject_view(seed: int, index: int, view: int) -> Scene:
 
 
 def held_out_scene(rng: np.random.Generator, task: Task | None = None) -> Scene:
-    """A scene whose prompt training never saw."""
+    """Return a scene whose prompt training never saw, of the given task or of a task drawn by its share in training."""
     while True:
         scene = random_scene(rng, task or Task(rng.choice(list(TASK_SHARES), p=list(TASK_SHARES.values()))))
         if is_held_out(canonical(scene)):
@@ -79,7 +79,7 @@ def held_out_scene(rng: np.random.Generator, task: Task | None = None) -> Scene:
 
 
 def draw(scene: Scene) -> tuple[Bytes, Bytes]:
-    """The picture [64, 64, 3] and its label map [64, 64]: 0 background, k + 1 the kind KINDS[k]."""
+    """Return a scene's picture [64, 64, 3] and its label map [64, 64]: 0 for background, k + 1 for KINDS[k]."""
     image, masks = render_with_masks(scene, SIDE)
     labels = np.zeros((SIDE, SIDE), dtype=np.uint8)
     for thing, mask in zip(scene.objects, masks, strict=True):
@@ -93,38 +93,25 @@ def to_tensor(images: Bytes) -> Tensor:
 
 
 def spoil(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Each picture with one of five faults: noise, blur, swapped blocks, washed-out colours, or a grid."""
-    faults = (_noisy, _blurred, _shuffled, _washed, _gridded)
-    return torch.stack([faults[int(rng.integers(len(faults)))](image, rng) for image in images])
+    """Return each picture [B, 3, H, W] with one of five faults: noise, blur, swapped blocks, pale colours, a grid."""
+    return torch.stack([_spoilt(image, int(rng.integers(5)), rng) for image in images])
 
 
-def _noisy(image: Tensor, rng: np.random.Generator) -> Tensor:
-    noise = torch.from_numpy(rng.standard_normal(image.shape)).float()
-    return (image + float(rng.uniform(0.1, 0.3)) * noise).clamp(0, 1)
-
-
-def _blurred(image: Tensor, rng: np.random.Generator) -> Tensor:
-    side = int(rng.choice((8, 12, 16, 20)))
-    small = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True, align_corners=False)
-    return F.interpolate(small, image.shape[1:], mode="bilinear", align_corners=False)[0]
-
-
-def _shuffled(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blocks of 16 pixels in random order."""
-    n = image.shape[1] // 16
-    blocks = (
-        image.unfold(1, 16, 16)
-        .unfold(2, 16, 16)
-        .reshape(3, n * n, 16, 16)[:, torch.from_numpy(rng.permutation(n * n))]
-    )
-    return blocks.view(3, n, n, 16, 16).permute(0, 1, 3, 2, 4).reshape(image.shape)
-
-
-def _washed(image: Tensor, rng: np.random.Generator) -> Tensor:
-    return image.mean() + (image - image.mean()) * float(rng.uniform(0.15, 0.45))
-
-
-def _gridded(image: Tensor, rng: np.random.Generator) -> Tensor:
+def _spoilt(image: Tensor, fault: int, rng: np.random.Generator) -> Tensor:
+    if fault == 0:  # noise
+        noise = torch.from_numpy(rng.standard_normal(image.shape)).float()
+        return (image + float(rng.uniform(0.1, 0.3)) * noise).clamp(0, 1)
+    if fault == 1:  # blur
+        side = int(rng.choice((8, 12, 16, 20)))
+        small = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True, align_corners=False)
+        return F.interpolate(small, image.shape[1:], mode="bilinear", align_corners=False)[0]
+    if fault == 2:  # blocks of 16 pixels in random order
+        n = image.shape[1] // 16
+        blocks = image.unfold(1, 16, 16).unfold(2, 16, 16).reshape(3, n * n, 16, 16)
+        blocks = blocks[:, torch.from_numpy(rng.permutation(n * n))]
+        return blocks.view(3, n, n, 16, 16).permute(0, 1, 3, 2, 4).reshape(image.shape)
+    if fault == 3:  # washed-out colours
+        return image.mean() + (image - image.mean()) * float(rng.uniform(0.15, 0.45))
     period = int(rng.integers(3, 7))
     lines = (torch.arange(image.shape[1]) % period == 0).float()
     grid = torch.maximum(lines[:, None], lines[None, :])

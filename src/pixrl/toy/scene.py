@@ -1,4 +1,4 @@
-"""Scenes: what a picture shows, how it is drawn, and how random ones are made.
+"""This module knows what a scene is, how it is drawn, and how random ones are made.
 
 Objects live in square boxes that keep MIN_GAP of each other, and everything drawn of an object, its
 accessories too, stays in its box. So an object's mask is the ink inside its box.
@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +40,7 @@ Masks = NDArray[np.bool_]
 
 
 class Task(StrEnum):
-    """GenEval's six tags, and pictures of a subject (whose identity no caption tells)."""
+    """A task is one of GenEval's six tags, or a picture of a subject (whose identity no caption tells)."""
 
     SINGLE_OBJECT = "single_object"
     TWO_OBJECT = "two_object"
@@ -54,7 +53,10 @@ class Task(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One object: `accessory` is what captions mention, `own` what only the picture shows."""
+    """A scene object is a kind with its looks, its place and its size, both as fractions of the picture's side.
+
+    `accessory` is what captions mention, `own` what only the picture shows.
+    """
 
     kind: str
     palette: Palette
@@ -67,12 +69,13 @@ class SceneObject:
 
     @property
     def worn(self) -> tuple[str, ...]:
+        """Return the accessories that the picture shows, whether captions mention them or not."""
         return tuple(name for name in (self.accessory, self.own) if name is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture's content; in position scenes `relation` is that of the first object to the second."""
+    """A scene is a picture's content; in position scenes `relation` is that of the first object to the second."""
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -84,7 +87,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class ToySubject:
-    """An individual: a kind with its own palette, pattern and perhaps an accessory that it always has."""
+    """A toy subject is an individual: a kind with its own palette, pattern and perhaps an accessory it always has."""
 
     kind: str
     palette: Palette
@@ -93,17 +96,17 @@ class ToySubject:
 
 
 def render(scene: Scene, size: int = 64) -> Image.Image:
-    """The scene as an RGB picture."""
+    """Return the scene as an RGB picture of `size` pixels a side."""
     return _reduced(_paint(scene, size))
 
 
 def masks(scene: Scene, size: int = 64) -> Masks:
-    """Every object's pixels, accessories included: [objects, size, size]."""
+    """Return the pixels of every object, accessories included: a boolean array [objects, size, size]."""
     return _split(scene, _paint(scene, size))
 
 
 def render_with_masks(scene: Scene, size: int = 64) -> tuple[Image.Image, Masks]:
-    """Both, drawn once."""
+    """Return the RGB picture of the scene and its objects' pixels [objects, size, size]; the scene is drawn once."""
     painted = _paint(scene, size)
     return _reduced(painted), _split(scene, painted)
 
@@ -142,12 +145,15 @@ def _split(scene: Scene, painted: Image.Image) -> Masks:
 
 
 def random_scene(rng: np.random.Generator, task: Task) -> Scene:
-    """A random scene of a task. What its caption does not fix varies freely."""
+    """Return a random scene of a task; what its caption does not fix varies freely."""
     if task is Task.SUBJECT:
         return subject_scene(random_subject(rng), rng)
     relation = None
     if task in (Task.SINGLE_OBJECT, Task.COLORS):
-        objects = [_single(rng, task)]
+        thing = _dressed(rng, _pick(rng, KINDS), named=task is Task.COLORS)
+        pattern = _pick(rng, PATTERNS[1:]) if rng.random() < 0.3 else "plain"
+        accessory = _pick(rng, ACCESSORIES) if rng.random() < 0.3 else None
+        objects = [_placed(rng, replace(thing, pattern=pattern, accessory=accessory))]
     elif task is Task.COUNTING:
         objects = _counted(rng)
     else:
@@ -163,13 +169,6 @@ def _with_background(
     return Scene(tuple(objects), background, task, mentions, relation, int(rng.integers(VARIANTS)))
 
 
-def _single(rng: np.random.Generator, task: Task) -> SceneObject:
-    thing = _dressed(rng, _pick(rng, KINDS), named=task is Task.COLORS)
-    pattern = _pick(rng, PATTERNS[1:]) if rng.random() < 0.3 else "plain"
-    accessory = _pick(rng, ACCESSORIES) if rng.random() < 0.3 else None
-    return _placed(rng, replace(thing, pattern=pattern, accessory=accessory))
-
-
 def _counted(rng: np.random.Generator) -> list[SceneObject]:
     count = int(rng.choice((1, 2, 3, 4), p=(0.1, 0.3, 0.3, 0.3)))
     thing = _dressed(rng, _pick(rng, KINDS), named=False)
@@ -181,24 +180,17 @@ def _counted(rng: np.random.Generator) -> list[SceneObject]:
     cells = [(x, y) for y in (0, 1) for x in (0, 1)]
     if count == 3:
         cells.pop(int(rng.integers(4)))
-    placed = [replace(thing, size=size, centre=_in_cell(rng, cell, size)) for cell in cells]
+    placed = []
+    for cell in cells:
+        x, y = (MARGIN + k * (CELL + MIN_GAP) + size / 2 + float(rng.random()) * (CELL - size) for k in cell)
+        placed.append(replace(thing, size=size, centre=(x, y)))
     if count == 3 and rng.random() < 0.5:
-        return _centre_lone_row(rng, placed)
+        # The object that has its row to itself moves to the middle of that row.
+        lower = [thing.centre[1] > 0.5 for thing in placed]
+        alone = lower.index(sum(lower) == 1)
+        middle = float(rng.uniform(0.42, 0.58)), placed[alone].centre[1]
+        placed[alone] = replace(placed[alone], centre=middle)
     return placed
-
-
-def _centre_lone_row(rng: np.random.Generator, placed: list[SceneObject]) -> list[SceneObject]:
-    """Move the object that has its row to itself to the middle of that row."""
-    lower = [thing.centre[1] > 0.5 for thing in placed]
-    alone = lower.index(sum(lower) == 1)
-    middle = (float(rng.uniform(0.42, 0.58)), placed[alone].centre[1])
-    return [replace(thing, centre=middle) if k == alone else thing for k, thing in enumerate(placed)]
-
-
-def _in_cell(rng: np.random.Generator, cell: tuple[int, int], size: float) -> Point:
-    slack = CELL - size
-    x, y = (MARGIN + k * (CELL + MIN_GAP) + size / 2 + float(rng.random()) * slack for k in cell)
-    return x, y
 
 
 def _pair(rng: np.random.Generator, task: Task) -> tuple[list[SceneObject], str | None]:
@@ -257,17 +249,13 @@ def _pick(rng: np.random.Generator, names: Sequence[str]) -> str:
 
 
 def random_subject(rng: np.random.Generator) -> ToySubject:
-    """An individual of a random kind."""
+    """Return an individual of a random kind, with colours and a pattern of its own."""
     accessory = _pick(rng, ACCESSORIES) if rng.random() < 0.3 else None
-    return ToySubject(_pick(rng, KINDS), _random_palette(rng), _pick(rng, PATTERNS), accessory)
-
-
-def _random_palette(rng: np.random.Generator) -> Palette:
-    primary = _random_colour(rng)
-    secondary = _random_colour(rng)
+    kind = _pick(rng, KINDS)
+    primary = secondary = _random_colour(rng)
     while math.dist(primary, secondary) < 130:
         secondary = _random_colour(rng)
-    return Palette(primary, secondary)
+    return ToySubject(kind, Palette(primary, secondary), _pick(rng, PATTERNS), accessory)
 
 
 def _random_colour(rng: np.random.Generator) -> RGB:
@@ -277,7 +265,10 @@ def _random_colour(rng: np.random.Generator) -> RGB:
 
 
 def subject_scene(subject: ToySubject, rng: np.random.Generator, *, added_accessory: float = 0.3) -> Scene:
-    """The subject in a new place, size and background, perhaps wearing something that captions mention."""
+    """Return the subject in a new place and size before a new background.
+
+    With probability `added_accessory` the subject wears something besides its own accessory, which captions mention.
+    """
     thing = SceneObject(subject.kind, subject.palette, pattern=subject.pattern, own=subject.accessory)
     if rng.random() < added_accessory:
         others = [name for name in ACCESSORIES if name != subject.accessory]
@@ -285,21 +276,15 @@ def subject_scene(subject: ToySubject, rng: np.random.Generator, *, added_access
     return _with_background(rng, [_placed(rng, thing)], Task.SUBJECT)
 
 
-@cache
-def _held_out_subjects() -> tuple[ToySubject, ...]:
-    rng = np.random.default_rng(SUBJECT_SEED)
-    kinds = [KINDS[k % len(KINDS)] for k in range(30)]
-    return tuple(replace(random_subject(rng), kind=kind) for kind in kinds)
-
-
-SUBJECTS: tuple[ToySubject, ...] = _held_out_subjects()
+_RNG = np.random.default_rng(SUBJECT_SEED)
+SUBJECTS = tuple(replace(random_subject(_RNG), kind=KINDS[k % len(KINDS)]) for k in range(30))
 """Thirty individuals that no training picture shows: every kind once, the first six twice."""
 
 SUBJECT_DISTANCE = 70.0
 
 
 def resembles_held_out(subject: ToySubject) -> bool:
-    """Whether the subject could pass for one of SUBJECTS: the same kind in nearly the same main colour."""
+    """Return whether the subject could pass for one of SUBJECTS: the same kind in nearly the same main colour."""
     return any(
         subject.kind == other.kind
         and math.dist(subject.palette.primary, other.palette.primary) < SUBJECT_DISTANCE

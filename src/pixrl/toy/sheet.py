@@ -1,4 +1,4 @@
-"""Sheets of pictures for people to judge: the toy world's vocabulary as it is drawn, and what its generators make."""
+"""This module makes sheets of pictures for people to judge: the vocabulary as drawn, and as generators show it."""
 
 import textwrap
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""`pixrl toy verify`: measures every shipped checkpoint on held-out scenes and compares it with its gate."""
+"""`pixrl toy verify` measures every shipped checkpoint on held-out scenes and compares it with its gates."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +35,7 @@ GALLERY = 64
 
 @dataclass(frozen=True)
 class Gate:
-    """One figure of a checkpoint, and the range that it must lie in."""
+    """A gate is one figure of a checkpoint with the range that it must lie in."""
 
     checkpoint: str
     figure: str
@@ -45,13 +45,15 @@ class Gate:
 
     @property
     def passed(self) -> bool:
+        """Return whether the figure lies in its range."""
         return self.at_least <= self.value <= self.at_most
 
 
 def verify(names: Sequence[str] = (), *, root: Path = CHECKPOINTS, quick: bool = False) -> list[Gate]:
-    """Measure the named checkpoints (all of them without a name); `quick` takes a quarter of the samples.
+    """Measure the named checkpoints (all of them without a name) and return their gates.
 
-    The figures are also written into each folder's provenance.json when all samples were taken.
+    `quick` takes a quarter of the samples. When all samples were taken, the figures are also written into each folder's
+    provenance.json.
 
     Raises:
         InputError: a checkpoint that does not exist.
@@ -92,7 +94,7 @@ def _pictures(scenes: Sequence[Scene]) -> tuple[Tensor, "np.ndarray[tuple[int, .
 
 
 def check_clip(root: Path, thin: int) -> Iterable[Gate]:
-    """Captions of held-out scenes found among 64 others."""
+    """Yield the share of captions of held-out scenes that CLIP finds among 64."""
     clip = ClipSimilarity(root / "clip")
     hits: list[Tensor] = []
     rng = np.random.default_rng(SEED)
@@ -108,7 +110,7 @@ def check_clip(root: Path, thin: int) -> Iterable[Gate]:
 
 
 def check_vae(root: Path, thin: int) -> Iterable[Gate]:
-    """Pictures encoded and decoded."""
+    """Yield the peak signal-to-noise ratio of pictures that the autoencoder has encoded and decoded."""
     images, _ = _pictures(_scenes(256 // thin))
     error = (reconstruct(_vae(root), images) - images).square().flatten(1).mean(1)
     yield Gate("vae", "PSNR in dB, mean over pictures", float((-10 * error.log10()).mean()), 27.0)
@@ -119,7 +121,7 @@ def _vae(root: Path) -> AutoencoderKL:
 
 
 def check_segmenter(root: Path, thin: int) -> Iterable[Gate]:
-    """Pixels of each kind, and objects counted, on held-out scenes."""
+    """Yield how well the segmenter finds the pixels of each kind and counts objects on held-out scenes."""
     segmenter = Segmenter(root / "segmenter")
     images, labels = _pictures(_scenes(512 // thin))
     found = segmenter.probabilities(images).argmax(1).numpy()
@@ -143,7 +145,7 @@ def _cut_out(scenes: Sequence[Scene]) -> Tensor:
 
 
 def check_identity(root: Path, thin: int) -> Iterable[Gate]:
-    """The thirty held-out subjects against other subjects of their kinds, cut out on white."""
+    """Yield how well the encoder tells the thirty held-out subjects from others of their kinds, cut out on white."""
     encoder = DinoEncoder(root / "identity")
     rng = np.random.default_rng(SEED)
     same, different = [], []
@@ -162,7 +164,10 @@ def check_identity(root: Path, thin: int) -> Iterable[Gate]:
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
-    """The probability that a positive scores above a negative; ties count half."""
+    """Return the probability that a value of `positive` [N] lies above one of `negative` [M]; ties count half.
+
+    It is the area under the receiver operating characteristic.
+    """
     gap = positive[:, None] - negative[None, :]
     return float((gap > 0).float().mean() + 0.5 * (gap == 0).float().mean())
 
@@ -173,7 +178,7 @@ def _relative(kind: str, rng: np.random.Generator) -> ToySubject:
 
 
 def check_preference(root: Path, thin: int) -> Iterable[Gate]:
-    """Right against wrong captions, and clean against spoiled pictures."""
+    """Yield how often the preference model puts right above wrong captions, and clean above spoiled pictures."""
     clip = ClipSimilarity(root / "preference")
     scenes = _scenes(512 // thin)
     images, _ = _pictures(scenes)
@@ -186,7 +191,7 @@ def check_preference(root: Path, thin: int) -> Iterable[Gate]:
 
 
 def task_scores(policy: Renderer, reward: Reward, thin: int, each: int = 96) -> dict[Task, float]:
-    """The strict GenEval score of each task's held-out prompts."""
+    """Return the mean strict GenEval score of `each // thin` pictures of each task's held-out prompts."""
     out = {}
     for number, task in enumerate(TASK_SHARES):
         known = held_out_prompts(task, min(each // thin, FEWEST_HELD_OUT), SEED)
@@ -199,7 +204,7 @@ def task_scores(policy: Renderer, reward: Reward, thin: int, each: int = 96) -> 
 
 
 def check_sd3(root: Path, thin: int) -> Iterable[Gate]:
-    """The toy GenEval reward of pictures drawn in ten Euler steps without guidance."""
+    """Yield the toy GenEval scores of pictures that SD3 draws in ten Euler steps without guidance."""
     reward = GenEvalReward(root / "segmenter", clip=root / "clip")
     scores = task_scores(models.load(root / "sd3"), reward, thin)
     limits = {Task.SINGLE_OBJECT: 0.90, Task.COLORS: 0.85}
@@ -209,7 +214,7 @@ def check_sd3(root: Path, thin: int) -> Iterable[Gate]:
 
 
 def check_flux(root: Path, thin: int) -> Iterable[Gate]:
-    """Held-out subjects in new scenes: does the picture follow the prompt, and is it the same individual?"""
+    """Yield how far pictures of held-out subjects follow their prompts and show the same individual."""
     policy = models.load(root / "flux")
     assert isinstance(policy, FluxPolicy)
     rng = np.random.default_rng(SEED)
@@ -244,7 +249,7 @@ def _share(holds: Tensor) -> float:
 
 
 def asking(subject: ToySubject, rng: np.random.Generator) -> Scene:
-    """A scene of the subject whose prompt names the background and an accessory that the subject does not own."""
+    """Return a scene whose prompt names the background and an accessory that the subject does not own."""
     while True:
         scene = subject_scene(subject, rng, added_accessory=1.0)
         if scene.mentions_background and scene.background != "plain":
@@ -269,12 +274,12 @@ def _judge_gates(judge: SceneJudge, vae: AutoencoderKL) -> Iterable[Gate]:
 
 
 def other_background(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene before a background that its prompt does not name."""
+    """Return the scene before a background that its prompt does not name."""
     return replace(scene, background=str(rng.choice([n for n in BACKGROUNDS if n != scene.background])))
 
 
 def other_accessory(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with an accessory that its prompt does not name, or without one."""
+    """Return the scene with an accessory that its prompt does not name, or without one."""
     thing = scene.objects[0]
     names = [name for name in (*ACCESSORIES, None) if name not in (thing.accessory, thing.own)]
     return replace(scene, objects=(replace(thing, accessory=names[int(rng.integers(len(names)))]),))

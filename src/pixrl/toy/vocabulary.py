@@ -1,4 +1,4 @@
-"""Every name the toy world knows: kinds, colours, patterns, accessories, backgrounds and relations."""
+"""This module lists the toy world's names: kinds, colours, patterns, accessories, backgrounds and relations."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Palette:
-    """The two colours an object is painted with: its body's main colour and its belly, trim or pattern."""
+    """A palette holds the two colours an object is painted with: the body's, and that of belly, trim or pattern."""
 
     primary: RGB
     secondary: RGB

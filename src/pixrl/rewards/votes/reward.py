@@ -56,6 +56,28 @@ class Simulated:
     """The probability of a vote for another picture than the best by this taste, drawn evenly among them."""
     seed: int = 0
 
+    @classmethod
+    def of(cls, given: Mapping[str, object]) -> "Simulated":
+        """Return the voter that the option `simulated` describes.
+
+        Raises:
+            ConfigError: it names no taste, has a setting of another name, or one that is out of range.
+        """
+        like = "It is like {taste: preference, wrong: 0.2, seed: 0}."
+        known = isinstance(given, Mapping) and given.keys() <= {"taste", "wrong", "seed"}
+        if not known or "taste" not in given:
+            raise ConfigError(
+                f"votes: simulated names a taste, and may give wrong and seed; got {given!r}. {like}"
+            )
+        taste, wrong, seed = given["taste"], given.get("wrong", 0.0), given.get("seed", 0)
+        if not isinstance(taste, str) or type(seed) is not int:
+            raise ConfigError(
+                f"votes: simulated.taste is a reward's name and seed a whole number; got {given!r}. {like}"
+            )
+        if isinstance(wrong, bool) or not isinstance(wrong, int | float) or not 0 <= wrong <= 1:
+            raise ConfigError(f"votes: simulated.wrong is a share from 0 to 1, got {wrong!r}.")
+        return cls(taste, float(wrong), seed)
+
     def answer(
         self, ballots: GroupVotes, groups: Sequence[VotedGroup], scores: Mapping[int, list[float]], ask: Ask
     ) -> None:
@@ -100,7 +122,7 @@ class VotesReward(ComparingReward):
             raise ConfigError(f"votes: undo_seconds is a number of seconds from 0 up, got {undo_seconds!r}.")
         self.ask = Ask(ask)
         self.undo_seconds = float(undo_seconds)
-        self.simulated = None if simulated is None else _simulated(simulated)
+        self.simulated = None if simulated is None else Simulated.of(simulated)
         who = "people" if self.simulated is None else f"a simulated voter ({self.simulated})"
         self.provenance: Mapping[str, str] = {
             "model": f"votes of {who}",
@@ -200,26 +222,6 @@ def _keep(place: Path, batch: RewardBatch, row: int) -> VotedPicture:
         beside.write_bytes(content)
         beside.replace(file)
     return VotedPicture(file.name, origin.seed, origin.variant)
-
-
-def _simulated(given: Mapping[str, object]) -> Simulated:
-    like = "It is like {taste: preference, wrong: 0.2, seed: 0}."
-    if (
-        not isinstance(given, Mapping)
-        or not given.keys() <= {"taste", "wrong", "seed"}
-        or "taste" not in given
-    ):
-        raise ConfigError(
-            f"votes: simulated names a taste, and may give wrong and seed; got {given!r}. {like}"
-        )
-    taste, wrong, seed = given["taste"], given.get("wrong", 0.0), given.get("seed", 0)
-    if not isinstance(taste, str) or type(seed) is not int:
-        raise ConfigError(
-            f"votes: simulated.taste is a reward's name and seed a whole number; got {given!r}. {like}"
-        )
-    if isinstance(wrong, bool) or not isinstance(wrong, int | float) or not 0 <= wrong <= 1:
-        raise ConfigError(f"votes: simulated.wrong is a share from 0 to 1, got {wrong!r}.")
-    return Simulated(taste, float(wrong), seed)
 
 
 @contextmanager

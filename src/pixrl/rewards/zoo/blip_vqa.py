@@ -145,24 +145,25 @@ class BlipVQAReward(Reward):
             values_B[row] = before * probability
         return Scores.checked(values_B, reasons, self.provenance)
 
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Return what the picture encoder makes of pictures [B, 3, H, W]: its states [B, L, D]."""
+        pixels = self.preprocess(images_BCHW.to(self.device)).to(self.precision.weights)
+        with self.precision.context(self.device):
+            return torch.as_tensor(self.model.vision_model(pixel_values=pixels).last_hidden_state)
+
     def _ask(self, images_BCHW: Tensor, asked: Sequence[tuple[int, str]]) -> list[float]:
         """Return the probability of each (picture, phrase); every picture is encoded once."""
         rows = list(dict.fromkeys(row for row, _ in asked))
         seen: dict[int, Tensor] = {}
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
-            seen |= zip(part, self._see(images_BCHW[part]), strict=True)
+            seen |= zip(part, self.encode(images_BCHW[part]), strict=True)
         probabilities: list[float] = []
         for start in range(0, len(asked), BATCH):
             some = asked[start : start + BATCH]
             pictures = torch.stack([seen[row] for row, _ in some])
             probabilities += self.yes(pictures, [question(phrase) for _, phrase in some]).tolist()
         return probabilities
-
-    def _see(self, images_BCHW: Tensor) -> Tensor:
-        pixels = self.preprocess(images_BCHW.to(self.device)).to(self.precision.weights)
-        with self.precision.context(self.device):
-            return torch.as_tensor(self.model.vision_model(pixel_values=pixels).last_hidden_state)
 
     def yes(self, seen_BLD: Tensor, questions: Sequence[str]) -> Tensor:
         """Return [B]: P(yes) / (P(yes) + P(no)) as the first word of the answer, float32."""

@@ -99,27 +99,25 @@ class GroundingDino:
             "text_threshold": f"{text_threshold:g}",
         }
 
+    @torch.inference_mode()
     def boxes(self, images_BCHW: Tensor, kinds: Sequence[str]) -> list[Tensor]:
         """Return the boxes as in `Finder`."""
         _require_kinds(images_BCHW, kinds)
+        texts = [f"{kind.strip().lower()}." for kind in kinds]  # the form that it was trained on
         found: list[Tensor] = []
         for start in range(0, len(kinds), self.batch):
-            stop = start + self.batch
-            found.extend(self._boxes(images_BCHW[start:stop], kinds[start:stop]))
+            rows = slice(start, start + self.batch)
+            pictures = to_pil(images_BCHW[rows])
+            inputs = self.processor(images=pictures, text=texts[rows], padding=True, return_tensors="pt")
+            inputs = inputs.to(self.device)
+            answers = self.processor.post_process_grounded_object_detection(
+                self.model(**inputs),
+                inputs["input_ids"],
+                threshold=self.box_threshold,
+                text_threshold=self.text_threshold,
+            )
+            found += [_named(one) for one in answers]
         return found
-
-    @torch.inference_mode()
-    def _boxes(self, images_BCHW: Tensor, kinds: Sequence[str]) -> list[Tensor]:
-        texts = [f"{kind.strip().lower()}." for kind in kinds]  # the form that it was trained on
-        inputs = self.processor(images=to_pil(images_BCHW), text=texts, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.device)
-        answers = self.processor.post_process_grounded_object_detection(
-            self.model(**inputs),
-            inputs["input_ids"],
-            threshold=self.box_threshold,
-            text_threshold=self.text_threshold,
-        )
-        return [_named(one) for one in answers]
 
 
 def _named(answer: Mapping[str, object]) -> Tensor:

@@ -7,6 +7,7 @@ BlipTextModel. Its text tower sees the picture, so nothing of a prompt can be ke
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,7 @@ from pixrl.rewards.weights import (
     published_folder,
     read_weights,
     require_file,
+    under,
 )
 from pixrl.types import RewardBatch, Scores
 
@@ -49,12 +51,13 @@ VISION_EPS = 1e-6
 BATCH = 32
 _VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
 _VISION_NAMES = (
+    (r"^norm\.", "post_layernorm."),
     ("cls_token", "embeddings.class_embedding"),
     ("pos_embed", "embeddings.position_embedding"),
-    ("patch_embed.proj", "embeddings.patch_embedding"),
-    ("blocks.", "encoder.layers."),
-    ("attn.qkv", "self_attn.qkv"),
-    ("attn.proj", "self_attn.projection"),
+    (r"patch_embed\.proj", "embeddings.patch_embedding"),
+    (r"blocks\.", "encoder.layers."),
+    (r"attn\.qkv", "self_attn.qkv"),
+    (r"attn\.proj", "self_attn.projection"),
     ("norm1", "layer_norm1"),
     ("norm2", "layer_norm2"),
 )
@@ -183,10 +186,10 @@ def split_weights(weights: Mapping[str, Tensor], source: Path) -> Parts:
     Raises:
         CheckpointError: one of the three has no weights in the file.
     """
-    text = {key.removeprefix(_TEXT): value for key, value in weights.items() if key.startswith(_TEXT)}
+    vision, text, head = (under(prefix, weights) for prefix in (_VISION, _TEXT, _HEAD))
     text.pop("embeddings.position_ids", None)  # a buffer that old transformers saved
-    vision = {_vision_name(key): value for key, value in weights.items() if key.startswith(_VISION)}
-    head = {key.removeprefix(_HEAD): value for key, value in weights.items() if key.startswith(_HEAD)}
+    for pattern, ours in _VISION_NAMES:
+        vision = {re.sub(pattern, ours, key): value for key, value in vision.items()}
     for prefix, found in ((_VISION, vision), (_TEXT, text), (_HEAD, head)):
         if not found:
             raise CheckpointError(
@@ -194,15 +197,6 @@ def split_weights(weights: Mapping[str, Tensor], source: Path) -> Parts:
                 "Is it ImageReward's file?"
             )
     return Parts(vision, text, head)
-
-
-def _vision_name(key: str) -> str:
-    key = key.removeprefix(_VISION)
-    if key.startswith("norm."):
-        return f"post_layernorm.{key.removeprefix('norm.')}"
-    for theirs, ours in _VISION_NAMES:
-        key = key.replace(theirs, ours)
-    return key
 
 
 def _towers(parts: Parts, config_file: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -125,7 +125,11 @@ def instances_of(
     area_U = inside_UHW.sum(dim=(1, 2))
     sure_U = (logits_UHW.sigmoid() * inside_UHW).sum(dim=(1, 2)) / (area_U + 1e-6)
     score_N = chance_N * sure_U[row_N]
-    boxes = [_tight_box(mask_HW) for mask_HW in inside_UHW.cpu()]
+    boxes = []
+    for mask_HW in inside_UHW.cpu():
+        rows, columns = (mask_HW.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
+        sides = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if rows else None
+        boxes.append(sides and tuple(map(float, sides)))
     found = [
         Instance(names[place % len(names)], box, score, inside_UHW[row].cpu())
         for place, row, score in zip(place_N.tolist(), row_N.tolist(), score_N.tolist(), strict=True)
@@ -259,13 +263,6 @@ def _require_coco(path: Path, count: int, labels: Mapping[int, str]) -> None:
 
 def _scaled(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images_BCHW, size=size, mode="bilinear", align_corners=False)
-
-
-def _tight_box(mask_HW: Tensor) -> tuple[float, float, float, float] | None:
-    rows, columns = (mask_HW.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
-    if not rows:
-        return None
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 @contextmanager

@@ -163,51 +163,42 @@ def config(state: Mapping[str, Tensor], path: Path) -> Any:
     """
     from transformers import Mask2FormerConfig, SwinConfig
 
+    pixel, decoder = "panoptic_head.pixel_decoder.", "panoptic_head.transformer_decoder."
+    stages = _count(state, r"^backbone\.stages\.(\d+)\.")
+    blocks = [f"backbone.stages.{n}.blocks.0." for n in range(stages)]
     try:
-        swin = SwinConfig(**_swin_sizes(state))
-        return Mask2FormerConfig(backbone_config=swin, **_head_sizes(state))
+        patch = state["backbone.patch_embed.projection.weight"]
+        tables = [state[f"{block}attn.w_msa.relative_position_bias_table"] for block in blocks]
+        window = (isqrt(len(tables[0])) + 1) // 2  # a table has (2 window - 1)^2 rows
+        swin = SwinConfig(
+            embed_dim=len(patch),
+            patch_size=patch.shape[-1],
+            depths=[_count(state, rf"^backbone\.stages\.{n}\.blocks\.(\d+)\.") for n in range(stages)],
+            num_heads=[table.shape[1] for table in tables],
+            window_size=window,
+            mlp_ratio=len(state["backbone.stages.0.blocks.0.ffn.layers.0.0.weight"]) / len(patch),
+            image_size=window * patch.shape[-1] * 2 ** (stages - 1),
+            out_features=[f"stage{n + 1}" for n in range(stages)],
+        )
+        queries, width = state["panoptic_head.query_feat.weight"].shape
+        looks = len(state[f"{pixel}encoder.layers.0.attentions.0.attention_weights.weight"])
+        return Mask2FormerConfig(
+            backbone_config=swin,
+            num_queries=queries,
+            hidden_dim=width,
+            feature_size=len(state[f"{pixel}lateral_convs.0.conv.weight"]),
+            mask_feature_size=len(state[f"{pixel}mask_feature.weight"]),
+            encoder_layers=_count(state, _PIXEL_LAYER),
+            encoder_feedforward_dim=len(state[f"{pixel}encoder.layers.0.ffns.0.layers.0.0.weight"]),
+            decoder_layers=1 + _count(state, _DECODER_LAYER),  # with the prediction before the first layer
+            dim_feedforward=len(state[f"{decoder}layers.0.ffns.0.layers.0.0.weight"]),
+            num_attention_heads=looks // (LEVELS * POINTS),
+            num_labels=len(state["panoptic_head.cls_embed.weight"]) - 1,  # the last one is "no object"
+        )
     except KeyError as error:
         raise CheckpointError(
             f"{path} has no tensor {error}, so it is not mmdet's Mask2Former. {_REMEDY}"
         ) from None
-
-
-def _swin_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    patch = state["backbone.patch_embed.projection.weight"]
-    stages = _count(state, r"^backbone\.stages\.(\d+)\.")
-    tables = [
-        state[f"backbone.stages.{n}.blocks.0.attn.w_msa.relative_position_bias_table"] for n in range(stages)
-    ]
-    window = (isqrt(len(tables[0])) + 1) // 2  # a table has (2 window - 1)^2 rows
-    width = len(patch)
-    return {
-        "embed_dim": width,
-        "patch_size": patch.shape[-1],
-        "depths": [_count(state, rf"^backbone\.stages\.{n}\.blocks\.(\d+)\.") for n in range(stages)],
-        "num_heads": [table.shape[1] for table in tables],
-        "window_size": window,
-        "mlp_ratio": len(state["backbone.stages.0.blocks.0.ffn.layers.0.0.weight"]) / width,
-        "image_size": window * patch.shape[-1] * 2 ** (stages - 1),
-        "out_features": [f"stage{n + 1}" for n in range(stages)],
-    }
-
-
-def _head_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    pixel, decoder = "panoptic_head.pixel_decoder.", "panoptic_head.transformer_decoder."
-    queries, width = state["panoptic_head.query_feat.weight"].shape
-    looks = len(state[f"{pixel}encoder.layers.0.attentions.0.attention_weights.weight"])
-    return {
-        "num_queries": queries,
-        "hidden_dim": width,
-        "feature_size": len(state[f"{pixel}lateral_convs.0.conv.weight"]),
-        "mask_feature_size": len(state[f"{pixel}mask_feature.weight"]),
-        "encoder_layers": _count(state, _PIXEL_LAYER),
-        "encoder_feedforward_dim": len(state[f"{pixel}encoder.layers.0.ffns.0.layers.0.0.weight"]),
-        "decoder_layers": 1 + _count(state, _DECODER_LAYER),  # with the prediction before the first layer
-        "dim_feedforward": len(state[f"{decoder}layers.0.ffns.0.layers.0.0.weight"]),
-        "num_attention_heads": looks // (LEVELS * POINTS),
-        "num_labels": len(state["panoptic_head.cls_embed.weight"]) - 1,  # the last one is "no object"
-    }
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

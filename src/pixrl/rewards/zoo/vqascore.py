@@ -35,6 +35,7 @@ from pixrl.rewards.weights import (
     published_model,
     read_weights,
     require_file,
+    under,
     weight_shards,
 )
 from pixrl.types import RewardBatch, Scores
@@ -102,7 +103,10 @@ class VQAScoreReward(DifferentiableReward):
         self.preprocess = Preprocessing.from_folder(tower_folder, square=False)
         self.text_model = self._build_text(config, weights, folder)
         self.tower = self._build_tower(weights if own_tower else {}, tower_folder, folder)
-        self.projector = _projector(config, weights, folder).to(self.device, self.precision.weights)
+        width, out = int(str(config["mm_hidden_size"])), int(str(config["d_model"]))
+        projector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))  # from CLIP to T5
+        load_weights(projector, under(_PROJECTOR, weights), folder)
+        self.projector = projector.requires_grad_(False).eval().to(self.device, self.precision.weights)
         self._layer = int(str(config["mm_vision_select_layer"]))
         self._before = self._ids(BEFORE)
         self._answer = self._ids(ANSWER)
@@ -157,9 +161,7 @@ class VQAScoreReward(DifferentiableReward):
             if not weights:
                 return load_folder(CLIPVisionModel, tower, self.precision.weights).to(self.device)
             config = CLIPVisionConfig.from_pretrained(tower, local_files_only=True)
-            own = {
-                key.removeprefix(_TOWER): value for key, value in weights.items() if key.startswith(_TOWER)
-            }
+            own = under(_TOWER, weights)
             own.pop("vision_model.embeddings.position_ids", None)  # a buffer that old transformers saved
             return build(CLIPVisionModel, config, own, self.precision.weights, folder).to(self.device)
 
@@ -190,7 +192,17 @@ class VQAScoreReward(DifferentiableReward):
                 pixels_BCHW.to(self.precision.weights), output_hidden_states=True
             ).hidden_states
             seen_BLD = self.projector(layers[self._layer][:, 1:])
-            embeddings_BLD, mask_BL = self._questions(seen_BLD, prompts)
+            # each question around its picture, and zeros after it
+            embed = self.text_model.get_input_embeddings()
+            before = embed(self._before)
+            rows = [
+                torch.cat([before, seen.to(before.dtype), embed(self._ids(AFTER.format(text=prompt)))])
+                for seen, prompt in zip(seen_BLD, prompts, strict=True)
+            ]
+            lengths_B = torch.tensor([len(row) for row in rows], device=self.device)
+            embeddings_BLD = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            places_L = torch.arange(embeddings_BLD.shape[1], device=self.device)
+            mask_BL = (places_L < lengths_B[:, None]).long()
             labels_BL = self._answer.repeat(count, 1)
             logits = self.text_model(
                 inputs_embeds=embeddings_BLD, attention_mask=mask_BL, labels=labels_BL
@@ -206,18 +218,6 @@ class VQAScoreReward(DifferentiableReward):
         top, left = (side - rows) // 2, (side - columns) // 2
         square[..., top : top + rows, left : left + columns] = images_BCHW
         return square
-
-    def _questions(self, seen_BLD: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return embeddings [B, L, D] of each question around its picture, zeros after it, and the mask [B, L]."""
-        embed = self.text_model.get_input_embeddings()
-        before = embed(self._before)
-        rows = [
-            torch.cat([before, seen.to(before.dtype), embed(self._ids(AFTER.format(text=prompt)))])
-            for seen, prompt in zip(seen_BLD, prompts, strict=True)
-        ]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return padded, (torch.arange(padded.shape[1], device=self.device) < lengths[:, None]).long()
 
     def _ids(self, text: str) -> Tensor:
         """Return the tokens of a text, with </s> at the end."""
@@ -247,14 +247,3 @@ def _config(folder: Path) -> dict[str, object]:
         if key not in config:
             raise CheckpointError(f"{folder}/config.json has no {key}: is it CLIP-FlanT5's?")
     return config
-
-
-def _projector(config: Mapping[str, object], weights: Mapping[str, Tensor], source: Path) -> nn.Sequential:
-    """Build the projector from CLIP's width to T5's: linear, GELU, linear."""
-    width, out = int(str(config["mm_hidden_size"])), int(str(config["d_model"]))
-    projector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
-    own = {
-        key.removeprefix(_PROJECTOR): value for key, value in weights.items() if key.startswith(_PROJECTOR)
-    }
-    load_weights(projector, own, source)
-    return projector.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""The six backgrounds, each in four variants: quiet, pale (night excepted), and drawn once per size."""
+"""This module draws the six backgrounds in four variants each; all are quiet and, the night excepted, pale."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,7 +14,7 @@ SCATTER = tuple(((37 * k % 101) / 101, (61 * k % 103) / 103) for k in range(1, 4
 
 
 class Canvas:
-    """A background being drawn, in units of its side."""
+    """A canvas holds a background while it is drawn; all positions and sizes are fractions of its side, y downwards."""
 
     def __init__(self, size: int, colour: RGB) -> None:
         self.size = size
@@ -22,19 +22,23 @@ class Canvas:
         self._draw = ImageDraw.Draw(self.image)
 
     def box(self, left: float, top: float, right: float, bottom: float, colour: RGB) -> None:
+        """Draw a filled upright rectangle."""
         n = self.size
         self._draw.rectangle((left * n, top * n, right * n, bottom * n), (*colour, 0))
 
     def oval(self, x: float, y: float, rx: float, ry: float, colour: RGB) -> None:
+        """Draw a filled ellipse of radii `rx` and `ry` around (x, y)."""
         n = self.size
         self._draw.ellipse(((x - rx) * n, (y - ry) * n, (x + rx) * n, (y + ry) * n), (*colour, 0))
 
 
 def plain(size: int, variant: int) -> Canvas:
+    """Draw a background of one pale colour, another one in each variant, on a canvas of `size` pixels a side."""
     return Canvas(size, PLAIN[variant])
 
 
 def grass(size: int, variant: int) -> Canvas:
+    """Draw a meadow with blades of grass under a pale sky, on a canvas of `size` pixels a side."""
     horizon = 0.5 + 0.05 * variant
     canvas = Canvas(size, (206, 232, 246))
     canvas.oval(0.2 + 0.5 * (variant % 2), horizon + 0.12, 0.6, 0.22, (186, 222, 160))
@@ -47,6 +51,7 @@ def grass(size: int, variant: int) -> Canvas:
 
 
 def beach(size: int, variant: int) -> Canvas:
+    """Draw a beach with the sea and a low sun behind it, on a canvas of `size` pixels a side."""
     horizon = 0.34 + 0.04 * variant
     canvas = Canvas(size, (214, 238, 250))
     canvas.oval(0.16 + 0.66 * (variant % 2), 0.14, 0.09, 0.09, (255, 238, 170))
@@ -62,6 +67,7 @@ def beach(size: int, variant: int) -> Canvas:
 
 
 def snow(size: int, variant: int) -> Canvas:
+    """Draw snowy hills with falling flakes, on a canvas of `size` pixels a side."""
     horizon = 0.5 + 0.05 * variant
     canvas = Canvas(size, (186, 204, 224))
     canvas.oval(0.8 - 0.5 * (variant % 2), horizon + 0.1, 0.55, 0.22, (226, 234, 244))
@@ -72,6 +78,7 @@ def snow(size: int, variant: int) -> Canvas:
 
 
 def night(size: int, variant: int) -> Canvas:
+    """Draw a starry sky with a crescent moon above a dark hill, on a canvas of `size` pixels a side."""
     canvas = Canvas(size, (66, 76, 132))
     x = 0.16 + 0.66 * (variant % 2)
     canvas.oval(x, 0.15, 0.1, 0.1, (250, 240, 196))
@@ -83,6 +90,7 @@ def night(size: int, variant: int) -> Canvas:
 
 
 def city(size: int, variant: int) -> Canvas:
+    """Draw a row of houses with lit windows behind a street, on a canvas of `size` pixels a side."""
     canvas = Canvas(size, (232, 222, 224))
     heights = (0.3, 0.46, 0.22, 0.4, 0.28, 0.5, 0.34)
     for k in range(7):
@@ -106,5 +114,11 @@ BACKDROPS: dict[str, Callable[[int, int], Canvas]] = {
 
 @lru_cache(maxsize=96)
 def backdrop(name: str, size: int, variant: int) -> Image.Image:
-    """The background at that size, RGBA with alpha 0; shared, so copy it before drawing on it."""
+    """Return a background of `size` pixels a side as an RGBA picture whose alpha is 0 everywhere.
+
+    The picture is drawn once for each name, size and variant and shared by all callers: copy it before drawing on it.
+
+    Raises:
+        KeyError: `name` is none of the six backgrounds.
+    """
     return BACKDROPS[name](size, variant % VARIANTS).image

@@ -1,4 +1,4 @@
-"""A pen that draws outlined flat shapes in an object's own frame (x right, y down, both from -1 to 1).
+"""The pen of this module draws outlined flat shapes in an object's own frame (x right, y down, both from -1 to 1).
 
 Pictures are RGBA while they are drawn: the alpha channel is 255 where an object has put ink and 0 on the
 background, so that reducing the picture also gives every object's coverage.
@@ -23,7 +23,7 @@ CIRCLE = tuple((math.cos(k * math.pi / 16), math.sin(k * math.pi / 16)) for k in
 
 
 def mix(a: RGB, b: RGB, share: float) -> RGB:
-    """The colour `share` of the way from a to b."""
+    """Return the RGB colour that lies `share` of the way from `a` to `b`."""
     return (
         round(a[0] + (b[0] - a[0]) * share),
         round(a[1] + (b[1] - a[1]) * share),
@@ -32,20 +32,20 @@ def mix(a: RGB, b: RGB, share: float) -> RGB:
 
 
 def brightness(colour: RGB) -> float:
-    """Perceived lightness, 0 to 255."""
+    """Return the perceived lightness of an RGB colour, from 0 to 255."""
     return 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
 
 
 @dataclass(frozen=True, slots=True)
 class Coat:
-    """What an object is painted with."""
+    """A coat is what an object is painted with: two colours and a pattern."""
 
     palette: Palette
     pattern: str = "plain"
 
     @property
     def pattern_colour(self) -> RGB:
-        """The secondary colour where it shows on the primary, else a darker or lighter primary."""
+        """Return the secondary colour where it shows on the primary one, else a darker or lighter primary."""
         primary, secondary = self.palette.primary, self.palette.secondary
         if math.dist(primary, secondary) > 120:
             return secondary
@@ -53,13 +53,13 @@ class Coat:
 
 
 def mirrored(*right: Point) -> list[Point]:
-    """The symmetric outline whose right half is given from top to bottom."""
+    """Return the closed symmetric outline whose right half is given from top to bottom."""
     return [*right, *((-x, y) for x, y in reversed(right) if x != 0)]
 
 
 @lru_cache(maxsize=512)
 def smooth(points: tuple[Point, ...], steps: int = 5) -> tuple[Point, ...]:
-    """A closed Catmull-Rom curve through the points."""
+    """Return a closed Catmull-Rom curve through the points, with `steps` points from each of them to the next."""
     curve: list[Point] = []
     n = len(points)
     for i in range(n):
@@ -76,7 +76,7 @@ def smooth(points: tuple[Point, ...], steps: int = 5) -> tuple[Point, ...]:
 
 @lru_cache(maxsize=512)
 def pattern_stencil(pattern: str, half: int) -> Image.Image:
-    """Where the pattern's ink goes, over the whole frame of half side `half` pixels."""
+    """Return an L picture of the frame, `half` pixels from middle to edge, that is 255 where the pattern has ink."""
     side = 2 * half + 4
     stencil = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(stencil)
@@ -98,7 +98,7 @@ def pattern_stencil(pattern: str, half: int) -> Image.Image:
 
 
 class Pen:
-    """Draws one object: shapes in its frame, each with a dark rim; body shapes also get pattern and shade."""
+    """A pen draws one object: shapes in its frame with dark rims; body shapes also get the pattern and a shade."""
 
     def __init__(self, image: Image.Image, coat: Coat, centre: Point, half: float, rim: float) -> None:
         self.image = image
@@ -112,7 +112,7 @@ class Pen:
         self.deep = mix(self.primary, INK, 0.28)
 
     def place(self, points: Sequence[Point]) -> list[Point]:
-        """The frame's points in pixels."""
+        """Return points of the frame in pixels of the picture."""
         (cx, cy), h = self.centre, self.half
         return [(cx + h * x, cy + h * y) for x, y in points]
 
@@ -128,7 +128,7 @@ class Pen:
         rim: bool = True,
         coat: bool = False,
     ) -> None:
-        """An ellipse, turned clockwise by `tilt` degrees."""
+        """Draw an ellipse of radii `rx` and `ry` around (x, y), turned clockwise by `tilt` degrees."""
         if tilt:
             c, s = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
             self.shape(
@@ -152,11 +152,11 @@ class Pen:
             )
 
     def blob(self, points: Sequence[Point], fill: RGB, *, rim: bool = True, coat: bool = False) -> None:
-        """A smooth closed curve through the points."""
+        """Draw the area inside a smooth closed curve through the points."""
         self.shape(smooth(tuple(points)), fill, rim=rim, coat=coat)
 
     def shape(self, points: Sequence[Point], fill: RGB, *, rim: bool = True, coat: bool = False) -> None:
-        """A polygon."""
+        """Draw the polygon whose corners are the points."""
         corners = self.place(points)
         if rim:
             self.draw.line(
@@ -171,7 +171,7 @@ class Pen:
             )
 
     def limb(self, points: Sequence[Point], width: float, fill: RGB) -> None:
-        """A rounded thick line with a rim: a tail, a leg, a handle."""
+        """Draw a thick line with rounded ends and a rim: a tail, a leg or a handle."""
         corners = self.place(points)
         for extra, colour in ((self.rim, INK), (0.0, fill)):
             radius = width * self.half / 2 + extra
@@ -180,11 +180,11 @@ class Pen:
                 self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), (*colour, 255))
 
     def line(self, points: Sequence[Point], width: float = 0.05, colour: RGB = INK) -> None:
-        """A plain thin line: a mouth, a whisker, a seam."""
+        """Draw a thin line without a rim: a mouth, a whisker or a seam."""
         self.draw.line(self.place(points), (*colour, 255), max(3, round(width * self.half)), joint="curve")
 
     def eye(self, x: float, y: float, radius: float, *, look: Point = (0.0, 0.1)) -> None:
-        """A white eye with a dark pupil."""
+        """Draw a white eye whose dark pupil is shifted by `look`, in radii of the eye."""
         self.oval(x, y, radius, radius, WHITE)
         self.oval(x + look[0] * radius, y + look[1] * radius, radius * 0.58, radius * 0.58, INK, rim=False)
         self.oval(

@@ -1,11 +1,11 @@
-"""Which function draws a kind, where its accessories sit, and how all of it fits into the box."""
+"""This module knows which function draws a kind, where its accessories sit, and how all of it fits into a box."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image
 
-from pixrl.toy.drawing import animals, things
+from pixrl.toy.drawing import kinds
 from pixrl.toy.drawing.pen import INK, WHITE, Coat, Pen, Point
 from pixrl.toy.vocabulary import RGB
 
@@ -22,7 +22,7 @@ LENS: RGB = (40, 40, 54)
 
 @dataclass(frozen=True, slots=True)
 class Sprite:
-    """A kind's drawing, and the places on it for a hat, glasses, a scarf and a balloon's string."""
+    """A sprite is a kind's drawing with the places on it for a hat, glasses, a scarf and a balloon's string."""
 
     draw: Callable[[Pen], None]
     head: Anchor
@@ -32,34 +32,35 @@ class Sprite:
 
 
 SPRITES: dict[str, Sprite] = {
-    "owl": Sprite(animals.owl, (0, -0.72, 0.46), (0, -0.26, 0.31), (0, 0.12, 0.62), (0.66, 0.2)),
-    "snail": Sprite(animals.snail, (0.68, -0.68, 0.36), (0.68, -0.64, 0.18), (0.68, 0.3, 0.28), (0.9, 0.3)),
-    "frog": Sprite(animals.frog, (0, -0.82, 0.36), (0, -0.6, 0.44), (0, 0.24, 0.5), (0.66, 0.4)),
-    "cat": Sprite(animals.cat, (0, -0.7, 0.42), (0, -0.3, 0.32), (0, 0.24, 0.44), (0.44, 0.5)),
-    "fish": Sprite(animals.fish, (0.3, -0.56, 0.4), (0.62, -0.14, 0.2), (0.2, 0.02, 0.5), (0.2, 0.5)),
-    "turtle": Sprite(animals.turtle, (0.7, -0.28, 0.32), (0.76, -0.1, 0.16), (0.62, 0.24, 0.26), (0.7, 0.2)),
-    "bee": Sprite(animals.bee, (0.6, -0.14, 0.34), (0.62, 0.1, 0.17), (0.42, 0.5, 0.3), (0.5, 0.4)),
-    "pig": Sprite(animals.pig, (0, -0.76, 0.44), (0, -0.34, 0.36), (0, 0.34, 0.54), (0.56, 0.5)),
-    "rabbit": Sprite(animals.rabbit, (0, -0.42, 0.4), (0, -0.1, 0.28), (0, 0.42, 0.42), (0.44, 0.5)),
-    "penguin": Sprite(animals.penguin, (0, -0.86, 0.44), (0, -0.46, 0.22), (0, 0.0, 0.56), (0.66, 0.3)),
-    "butterfly": Sprite(animals.butterfly, (0, -0.56, 0.36), (0, -0.46, 0.15), (0, -0.2, 0.2), (0.1, 0.2)),
-    "crab": Sprite(animals.crab, (0, -0.52, 0.36), (0, -0.4, 0.22), (0, 0.46, 0.5), (0.84, -0.5)),
-    "mushroom": Sprite(things.mushroom, (0, -0.88, 0.4), (0, -0.26, 0.3), (0, 0.34, 0.28), (0.3, 0.5)),
-    "house": Sprite(things.house, (0, -0.84, 0.4), (0, 0.24, 0.46), (0, -0.12, 0.7), (0.72, 0.4)),
-    "car": Sprite(things.car, (-0.02, -0.52, 0.4), (0, -0.22, 0.28), (0, 0.1, 0.6), (0.3, -0.4)),
-    "cup": Sprite(things.cup, (-0.05, -0.4, 0.5), (-0.05, 0.06, 0.3), (-0.05, 0.5, 0.52), (0.8, 0.1)),
-    "tree": Sprite(things.tree, (0, -0.9, 0.4), (0, -0.3, 0.32), (0, 0.48, 0.2), (0.2, 0.6)),
-    "pineapple": Sprite(things.pineapple, (0, -0.84, 0.36), (0, 0.16, 0.28), (0, -0.2, 0.36), (0.5, 0.3)),
-    "teapot": Sprite(things.teapot, (0, -0.6, 0.4), (0, 0.12, 0.3), (0, 0.5, 0.56), (0.8, -0.1)),
-    "guitar": Sprite(things.guitar, (0.72, -0.8, 0.36), (-0.16, 0.16, 0.3), (0.34, -0.34, 0.2), (0.3, 0.1)),
-    "rocket": Sprite(things.rocket, (0, -0.84, 0.36), (0, -0.1, 0.26), (0, 0.3, 0.36), (0.5, 0.4)),
-    "cactus": Sprite(things.cactus, (0, -0.86, 0.38), (0, -0.5, 0.24), (0, 0.2, 0.32), (0.62, -0.2)),
-    "lamp": Sprite(things.lamp, (0, -0.86, 0.42), (0, -0.4, 0.28), (0, 0.4, 0.2), (0.5, -0.2)),
-    "boat": Sprite(things.boat, (0, -0.84, 0.34), (0, 0.58, 0.3), (0, 0.24, 0.5), (0.8, 0.4)),
+    "owl": Sprite(kinds.owl, (0, -0.72, 0.46), (0, -0.26, 0.31), (0, 0.12, 0.62), (0.66, 0.2)),
+    "snail": Sprite(kinds.snail, (0.68, -0.68, 0.36), (0.68, -0.64, 0.18), (0.68, 0.3, 0.28), (0.9, 0.3)),
+    "frog": Sprite(kinds.frog, (0, -0.82, 0.36), (0, -0.6, 0.44), (0, 0.24, 0.5), (0.66, 0.4)),
+    "cat": Sprite(kinds.cat, (0, -0.7, 0.42), (0, -0.3, 0.32), (0, 0.24, 0.44), (0.44, 0.5)),
+    "fish": Sprite(kinds.fish, (0.3, -0.56, 0.4), (0.62, -0.14, 0.2), (0.2, 0.02, 0.5), (0.2, 0.5)),
+    "turtle": Sprite(kinds.turtle, (0.7, -0.28, 0.32), (0.76, -0.1, 0.16), (0.62, 0.24, 0.26), (0.7, 0.2)),
+    "bee": Sprite(kinds.bee, (0.6, -0.14, 0.34), (0.62, 0.1, 0.17), (0.42, 0.5, 0.3), (0.5, 0.4)),
+    "pig": Sprite(kinds.pig, (0, -0.76, 0.44), (0, -0.34, 0.36), (0, 0.34, 0.54), (0.56, 0.5)),
+    "rabbit": Sprite(kinds.rabbit, (0, -0.42, 0.4), (0, -0.1, 0.28), (0, 0.42, 0.42), (0.44, 0.5)),
+    "penguin": Sprite(kinds.penguin, (0, -0.86, 0.44), (0, -0.46, 0.22), (0, 0.0, 0.56), (0.66, 0.3)),
+    "butterfly": Sprite(kinds.butterfly, (0, -0.56, 0.36), (0, -0.46, 0.15), (0, -0.2, 0.2), (0.1, 0.2)),
+    "crab": Sprite(kinds.crab, (0, -0.52, 0.36), (0, -0.4, 0.22), (0, 0.46, 0.5), (0.84, -0.5)),
+    "mushroom": Sprite(kinds.mushroom, (0, -0.88, 0.4), (0, -0.26, 0.3), (0, 0.34, 0.28), (0.3, 0.5)),
+    "house": Sprite(kinds.house, (0, -0.84, 0.4), (0, 0.24, 0.46), (0, -0.12, 0.7), (0.72, 0.4)),
+    "car": Sprite(kinds.car, (-0.02, -0.52, 0.4), (0, -0.22, 0.28), (0, 0.1, 0.6), (0.3, -0.4)),
+    "cup": Sprite(kinds.cup, (-0.05, -0.4, 0.5), (-0.05, 0.06, 0.3), (-0.05, 0.5, 0.52), (0.8, 0.1)),
+    "tree": Sprite(kinds.tree, (0, -0.9, 0.4), (0, -0.3, 0.32), (0, 0.48, 0.2), (0.2, 0.6)),
+    "pineapple": Sprite(kinds.pineapple, (0, -0.84, 0.36), (0, 0.16, 0.28), (0, -0.2, 0.36), (0.5, 0.3)),
+    "teapot": Sprite(kinds.teapot, (0, -0.6, 0.4), (0, 0.12, 0.3), (0, 0.5, 0.56), (0.8, -0.1)),
+    "guitar": Sprite(kinds.guitar, (0.72, -0.8, 0.36), (-0.16, 0.16, 0.3), (0.34, -0.34, 0.2), (0.3, 0.1)),
+    "rocket": Sprite(kinds.rocket, (0, -0.84, 0.36), (0, -0.1, 0.26), (0, 0.3, 0.36), (0.5, 0.4)),
+    "cactus": Sprite(kinds.cactus, (0, -0.86, 0.38), (0, -0.5, 0.24), (0, 0.2, 0.32), (0.62, -0.2)),
+    "lamp": Sprite(kinds.lamp, (0, -0.86, 0.42), (0, -0.4, 0.28), (0, 0.4, 0.2), (0.5, -0.2)),
+    "boat": Sprite(kinds.boat, (0, -0.84, 0.34), (0, 0.58, 0.3), (0, 0.24, 0.5), (0.8, 0.4)),
 }
 
 
 def hat(pen: Pen, sprite: Sprite) -> None:
+    """Draw a hat with a band on the kind's head."""
     x, y, w = sprite.head
     crown = 0.66 * w
     pen.shape([(x - crown, y), (x - crown, y - 1.2 * w), (x + crown, y - 1.2 * w), (x + crown, y)], HAT)
@@ -68,6 +69,7 @@ def hat(pen: Pen, sprite: Sprite) -> None:
 
 
 def scarf(pen: Pen, sprite: Sprite) -> None:
+    """Draw a scarf around the kind's neck, one end of it hanging down with a fringe."""
     x, y, w = sprite.neck
     drop = max(0.36, 0.7 * w)
     pen.shape(
@@ -90,6 +92,7 @@ def scarf(pen: Pen, sprite: Sprite) -> None:
 
 
 def glasses(pen: Pen, sprite: Sprite) -> None:
+    """Draw dark glasses over the kind's eyes."""
     x, y, w = sprite.eyes
     r = max(0.16, 0.78 * w)
     spread = max(w, r * 1.08)
@@ -101,6 +104,7 @@ def glasses(pen: Pen, sprite: Sprite) -> None:
 
 
 def balloon(pen: Pen, sprite: Sprite) -> None:
+    """Draw a balloon on a string that ends in the kind's hand."""
     x, y = sprite.hand
     pen.line([(x, y), (1.28, -0.1), (1.34, -0.5)], 0.05, INK)
     pen.shape([(1.34, -0.62), (1.44, -0.46), (1.24, -0.46)], BALLOON)
@@ -118,7 +122,7 @@ WEAR: dict[str, Callable[[Pen, Sprite], None]] = {
 
 
 def extent(sprite: Sprite, worn: tuple[str, ...]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the kind with what it wears, in its own frame."""
+    """Return the left, top, right and bottom of the kind with what it wears, in the kind's own frame."""
     left, top, right, bottom = -1.0, -1.0, 1.0, 1.0
     if "hat" in worn:
         x, y, w = sprite.head
@@ -137,7 +141,7 @@ def extent(sprite: Sprite, worn: tuple[str, ...]) -> tuple[float, float, float, 
 def draw_object(
     image: Image.Image, kind: str, coat: Coat, worn: tuple[str, ...], centre: Point, side: float
 ) -> None:
-    """Draw a kind with what it wears, all of it inside the square of that centre and side (pixels)."""
+    """Draw a kind with what it wears, all of it inside the square of the given centre and side (both in pixels)."""
     sprite = SPRITES[kind]
     left, top, right, bottom = extent(sprite, worn)
     rim = max(1.5, 0.015 * side)
