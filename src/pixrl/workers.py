@@ -17,8 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-import torch
-
 from pixrl.errors import InputError, RunError
 from pixrl.libraries import require
 
@@ -83,7 +81,7 @@ class Workers:
         elif self.processes > 1:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(
-                self.processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+                self.processes, mp_context=context, initializer=_use_threads, initargs=(1,)
             ) as pool:
                 for future in as_completed([pool.submit(work, task) for task in tasks]):
                     yield future.result()
@@ -99,11 +97,9 @@ def _on_ray(
     workers: Workers, address: str, work: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]
 ) -> Iterator[ResultT]:
     ray = connect(address)
-    gpus = workers.gpus if workers.gpus is not None else float("GPU" in ray.cluster_resources())
-    _require_room(ray.nodes(), workers.cpus, gpus)
-    remote = ray.remote(_act).options(num_cpus=workers.cpus, num_gpus=gpus, max_retries=LOSSES)
-    here = (os.getcwd(), list(sys.path), max(1, int(workers.cpus)))
-    waiting = {remote.remote(*here, pickle.dumps(partial(work, task))): task for task in tasks}
+    share = share_of(ray, workers.cpus, workers.gpus)
+    remote, here = ray.remote(_act).options(max_retries=LOSSES, **share), Place.own(workers.cpus)
+    waiting = {remote.remote(here, pickle.dumps(partial(work, task))): task for task in tasks}
     try:
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
@@ -133,8 +129,7 @@ def connect(address: str) -> ModuleType:
     ray = require("ray", "ray", "--ray")
     if ray.is_initialized():
         return ray
-    if address not in (LOCAL, AUTO):
-        _require_answer(address)
+    require_answer(address)
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -145,8 +140,15 @@ def connect(address: str) -> ModuleType:
     return ray
 
 
-def _require_answer(address: str) -> None:
-    """Ask a port whether anybody is there: Ray itself asks for minutes, and then ends the process."""
+def require_answer(address: str) -> None:
+    """Ask a cluster's port whether anybody is there: Ray itself asks for minutes, and then ends the process.
+
+    Raises:
+        InputError: the address is none.
+        RunError: nobody answers.
+    """
+    if address in (LOCAL, AUTO):
+        return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InputError(
@@ -161,26 +163,67 @@ def _require_answer(address: str) -> None:
         ) from error
 
 
-def _require_room(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float) -> None:
-    """Refuse a share that no node has: Ray would wait for one without end."""
+def share_of(ray: ModuleType, cpus: float, gpus: float | None) -> dict[str, float]:
+    """Return what a piece of work takes of a cluster, as Ray's options.
+
+    Args:
+        ray: the module, connected.
+        cpus: CPUs; may be a fraction.
+        gpus: GPUs; None: 1 where the cluster has any.
+
+    Raises:
+        RunError: no node has as much; Ray would wait for one without end.
+    """
+    gpus = gpus if gpus is not None else float("GPU" in ray.cluster_resources())
     rooms = [
-        (one["Resources"].get("CPU", 0), one["Resources"].get("GPU", 0)) for one in nodes if one["Alive"]
+        (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+        for node in ray.nodes()
+        if node["Alive"]
     ]
     if not any(has_cpus >= cpus and has_gpus >= gpus for has_cpus, has_gpus in rooms):
         held = "; ".join(f"{has_cpus:g} CPUs and {has_gpus:g} GPUs" for has_cpus, has_gpus in rooms)
         raise RunError(
-            f"No node of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs for a run. Its nodes have {held}. Give "
-            "each run less: --cpus 1 --gpus 0"
+            f"No node of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs. The nodes have {held}. "
+            "Take less: 1 CPU and 0 GPUs, for example."
         )
+    return {"num_cpus": cpus, "num_gpus": gpus}
 
 
-def _act(folder: str, path: list[str], threads: int, pickled: bytes) -> Any:
-    """Do a piece of work on a node as this process would: same folder, same modules, which unpickling imports."""
-    if not Path(folder).is_dir():
-        raise RunError(
-            f"A node of the Ray cluster has no folder {folder}: all nodes must see this machine's files."
-        )
-    os.chdir(folder)
-    sys.path.extend(entry for entry in path if entry not in sys.path)
-    torch.set_num_threads(threads)
+@dataclass(frozen=True)
+class Place:
+    """Where a process works: what a node of a cluster must share with it."""
+
+    folder: str
+    modules: tuple[str, ...]
+    threads: int
+
+    @staticmethod
+    def own(cpus: float) -> "Place":
+        """Return this process's place, with as many threads as it is given CPUs."""
+        return Place(os.getcwd(), tuple(sys.path), max(1, int(cpus)))
+
+    def take(self) -> None:
+        """Make this process work there.
+
+        Raises:
+            RunError: the node does not see the folder.
+        """
+        if not Path(self.folder).is_dir():
+            raise RunError(
+                f"A node of the Ray cluster has no folder {self.folder}: all nodes must see this machine's files."
+            )
+        os.chdir(self.folder)
+        sys.path.extend(entry for entry in self.modules if entry not in sys.path)
+        _use_threads(self.threads)
+
+
+def _use_threads(number: int) -> None:
+    import torch
+
+    torch.set_num_threads(number)
+
+
+def _act(place: Place, pickled: bytes) -> Any:
+    """Do a piece of work on a node; unpickling imports its modules, and so comes second."""
+    place.take()
     return pickle.loads(pickled)()

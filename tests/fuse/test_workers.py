@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,7 +19,7 @@ from pixrl.errors import InputError, RunError
 from pixrl.fusion.config import FuseConfig
 from pixrl.runs.place import has_saved
 from pixrl.runs.process import process_of
-from pixrl.workers import LOSSES, Workers, _require_room, connect
+from pixrl.workers import LOSSES, Workers, connect, share_of
 from studies.grid import Kind, Record, Study, Task, run_grid
 
 PAIRS = ["owl & snail", "frog & car"]
@@ -141,15 +142,20 @@ def test_what_a_worker_raises_is_raised_here(cluster: Nodes) -> None:
 
 
 def test_a_share_that_no_node_has_is_refused(cluster: Nodes) -> None:
-    with pytest.raises(RunError, match=r"has 4 CPUs and 0 GPUs for a run\. Its nodes have 1 CPUs"):
+    with pytest.raises(RunError, match=r"has 4 CPUs and 0 GPUs\. The nodes have 1 CPUs"):
         list(Workers(ray=cluster.address, cpus=4).each(squared, [1]))
+
+
+def test_a_node_that_has_left_has_no_room() -> None:
     nodes = [
         {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}},
         {"Alive": False, "Resources": {"CPU": 64.0}},
     ]
-    _require_room(nodes, 8, 0.25)
+    ray: Any = SimpleNamespace(nodes=lambda: nodes, cluster_resources=lambda: {"CPU": 8.0, "GPU": 1.0})
+    assert share_of(ray, 8, 0.25) == {"num_cpus": 8, "num_gpus": 0.25}
+    assert share_of(ray, 1, None) == {"num_cpus": 1, "num_gpus": 1}
     with pytest.raises(RunError, match="9 CPUs"):
-        _require_room(nodes, 9, 0)
+        share_of(ray, 9, 0)
 
 
 def test_a_study_has_the_same_records(cluster: Nodes, tmp_path: Path) -> None:
