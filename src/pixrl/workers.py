@@ -127,9 +127,9 @@ def connect(address: str) -> ModuleType:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = require("ray", "ray", "--ray")
+    require_answer(address)
     if ray.is_initialized():
         return ray
-    require_answer(address)
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pixrl
-from pixrl import rewards
+from pixrl import api, rewards
 from pixrl.errors import CheckpointError, ConfigError, RunError
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.actor import RewardOnRay
@@ -102,7 +102,7 @@ def test_the_run_is_the_same_and_its_parts_are_scored_by_micro_batch(
     assert same(final(here.run), final(there.run))
     rows = [[row.scores for row in RunFolder.open(done.run).manifest()] for done in (here, there)]
     assert rows[0] == rows[1]
-    assert pixrl.resume(there.run, steps=3).evaluations[-1]["step"] == 3
+    assert api.resume(there.run, steps=3, live=False).evaluations[-1]["step"] == 3
 
 
 def test_it_begins_when_it_is_told_and_answers_in_order(ray: Any, judge: Path) -> None:
@@ -151,5 +151,5 @@ def test_the_doctor_asks_for_the_cluster(sd3_folder: Path, prompt_file: Path, ju
         free.bind(("127.0.0.1", 0))  # bound, but nobody listens
         address = f"127.0.0.1:{free.getsockname()[1]}"
         settings = recipe(sd3_folder, prompt_file, rewards=[reward(judge, on={"ray": address})])
-        found = pixrl.api.examine(settings)
+        found = api.examine(settings)
     assert any(f"Nobody answers at the Ray address {address}" in str(problem) for problem in found.problems)
