@@ -102,7 +102,7 @@ def test_the_run_is_the_same_and_its_parts_are_scored_by_micro_batch(
     assert same(final(here.run), final(there.run))
     rows = [[row.scores for row in RunFolder.open(done.run).manifest()] for done in (here, there)]
     assert rows[0] == rows[1]
-    assert api.resume(there.run, steps=3, live=False).evaluations[-1]["step"] == 3
+    assert api.resume(there.run, ["steps=3"], live=False).evaluations[-1]["step"] == 3
 
 
 def test_it_begins_when_it_is_told_and_answers_in_order(ray: Any, judge: Path) -> None:

@@ -253,7 +253,9 @@ class ODESolver:
         x0 = predict_x0(x, velocity, x.new_full((len(x),), sigma))
         data = x0
         if self._before is not None and self._before[0] == number - 1 and after > 0:
-            slope = _step_ratio(self._sigmas[number - 1], sigma, after)
+            # h / h_before in half log-SNR; 0 where the last step began at pure noise, infinitely far away
+            before, here = _half_log_snr(self._sigmas[number - 1]), _half_log_snr(sigma)
+            slope = (_half_log_snr(after) - here) / (here - before)
             data = x0 + 0.5 * slope * (x0 - self._before[1])
         self._before = (number, x0)
         # the exponential integrator of dx/dlambda with constant data: for this path it is a straight line to `data`
@@ -262,12 +264,6 @@ class ODESolver:
 
 def _half_log_snr(sigma: float) -> float:
     return math.inf if sigma == 0 else -math.inf if sigma == 1 else math.log((1 - sigma) / sigma)
-
-
-def _step_ratio(before: float, sigma: float, after: float) -> float:
-    """h / h_before in half log-SNR; 0 where the last step began at pure noise, infinitely far away."""
-    here = _half_log_snr(sigma)
-    return (_half_log_snr(after) - here) / (here - _half_log_snr(before))
 
 
 class Use(IntEnum):

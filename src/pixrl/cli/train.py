@@ -168,7 +168,8 @@ def _training(load: Callable[..., tuple["AlignConfig", Any]]) -> Callable[..., N
     ) -> None:
         from pixrl import api
 
-        given = {"steps": steps, "seed": seed, "settings": {"machine.device": device}}
+        settings = None if device is None else {"machine.device": device}
+        given = {"steps": steps, "seed": seed, "settings": settings}
         config, name = load(**own, overrides=set_ or [], **given)
         out = out or api.default_out(name, config)
         with resumable(out):
@@ -201,9 +202,9 @@ def personalize(
     recipe: PersonalizeRecipe = None, subject: SubjectFolder = None, **given: Any
 ) -> tuple["AlignConfig", Any]:
     """Keep a subject's identity while following the prompt: [bold]pixrl personalize --subject FOLDER[/bold]."""
-    from pixrl import api
+    from pixrl.runs.config import load_personalize
 
-    return api.load_personalize(recipe, subject=subject, **given)
+    return load_personalize(recipe, subject=subject, **given)
 
 
 @commands.command()
@@ -216,8 +217,9 @@ def selfcheck(
 ) -> None:
     """Is the first update of a recipe on-policy, by dtype and batch size? Exit code 1 when it is not."""
     from pixrl import api
+    from pixrl.runs.config import load_either
 
-    report = api.selfcheck(api.load_either(recipe, set_ or [], subject=subject, seed=seed))
+    report = api.selfcheck(load_either(recipe, set_ or [], subject=subject, seed=seed))
     if leads():
         typer.echo(json.dumps(report.to_json(), indent=1) if as_json else "\n".join(report.lines()))
     if not report.passed:

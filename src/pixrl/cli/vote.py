@@ -66,9 +66,13 @@ def vote(
         return
     if page_only:
         raise InputError(f"--page-only serves the page of a run, and {target} is none. Give a run's folder.")
-    config = api.load(target, set_ or [], steps=steps, seed=seed, settings={"machine.device": device})
+    settings = None if device is None else {"machine.device": device}
+    config = api.load(target, set_ or [], steps=steps, seed=seed, settings=settings)
     if simulate is not None:
-        config = api.with_simulated_voter(config, simulate, wrong or 0.0, seed=config.seed)
+        from pixrl.rewards.votes.reward import with_simulated_voter
+
+        rewards = with_simulated_voter(config.rewards, simulate, wrong or 0.0, config.seed)
+        config = config.model_copy(update={"rewards": rewards})
     place = out or api.default_out(target, config)
     _train(target, config, place, host, port, False, lambda: api.run_align(config, place, force=force))
 

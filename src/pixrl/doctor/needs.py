@@ -47,11 +47,14 @@ def require_out(out: Path | None, force: bool, findings: Findings) -> None:
         )
 
 
-def require_disk(needed: int, findings: Findings, folder: Path | None = None) -> None:
-    """Check that there is room for the run's folder, in the working directory unless another is given."""
+def require_disk(needed: int | None, findings: Findings, folder: Path | None = None) -> None:
+    """Check that there is room for the run's folder, in the working directory unless another is given.
+
+    `needed`: bytes; None: not known.
+    """
     place = Path.cwd() if folder is None else folder
     free = free_bytes(place)
-    if free < needed:
+    if needed is not None and free < needed:
         findings.miss(
             Need.DISK,
             f"The run may need {size(needed)}, and {size(free)} are free in {place}: write less "
@@ -82,10 +85,8 @@ def existing_device(name: str) -> torch.device:
 
 def require_bitsandbytes(purpose: str, findings: Findings) -> None:
     """Check that the package of a base in 4 bits and of the 8-bit optimizer can be imported."""
-    try:
+    with findings.catch(Need.PACKAGE):
         bitsandbytes(purpose)
-    except RunError as error:
-        findings.miss(Need.PACKAGE, error)
 
 
 def find_trackers(trackers: Sequence[Tracker], findings: Findings) -> None:

@@ -77,23 +77,18 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
     with replacing(out) if team.leads else nullcontext():
         if team.leads:
             write_start(RunFolder.open(out), run, micro_batches, notes)
-        _require_seen(out, team)
+        team.wait()
+        # by listing: a network disk may remember that the folder was not there
+        is_there = out.parent.is_dir() and any(one.name == out.name for one in out.parent.iterdir())
+        seen = team.gather(is_there)
+        if not all(seen):
+            raise RunError(
+                f"Process 0 made {out}, and process {seen.index(False)} does not see it there. All hosts of a run "
+                "write into one folder: give --out as a full path on a disk that they share."
+            )
         folder = RunFolder.open(out)
         _play(folder, run, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
     return folder.path
-
-
-def _require_seen(out: Path, team: Team) -> None:
-    """Wait for the run's folder, and raise a RunError on all processes where one of them does not see it."""
-    team.wait()
-    # by listing: a network disk may remember that the folder was not there
-    is_there = out.parent.is_dir() and any(one.name == out.name for one in out.parent.iterdir())
-    seen = team.gather(is_there)
-    if not all(seen):
-        raise RunError(
-            f"Process 0 made {out}, and process {seen.index(False)} does not see it there. All hosts of a run write "
-            "into one folder: give --out as a full path on a disk that they share."
-        )
 
 
 def get_ready(
@@ -182,7 +177,12 @@ def go_on(
         if not finished:
             cut_back(folder, step, images)
     lost = (LOST,) if images and not began else ()
-    micro_batches, notes = _plan_again(run, began, [*lost, *changes])
+    if began and not changes:
+        micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
+    else:
+        left_out = check_references(run)
+        micro_batches, planned = plan_batches(run)
+        notes = (*planned, *left_out, *lost, *changes)
     whole = began and start_on_disk(folder) == began and gallery_on_disk(folder) is not None
     if run.team.leads and (changes or not whole):
         folder.adopt_recipe(config)
@@ -208,17 +208,6 @@ def _changes(
     evaluation = changed_evaluation(folder, began, run)
     settings = differences(began["recipe"], run.config.model_dump(mode="json"))
     return evaluation, [f"changed: {one}" for one in (*settings, *changed, *evaluation)]
-
-
-def _plan_again(
-    run: LoadedRun, began: Mapping[str, Any], changes: Sequence[str]
-) -> tuple[MicroBatches, tuple[str, ...]]:
-    """The micro-batches of an unchanged run are those that it began with; else they are planned anew."""
-    if began and not changes:
-        return MicroBatches(**began["micro_batches"]), tuple(began["notes"])
-    left_out = check_references(run)
-    micro_batches, notes = plan_batches(run)
-    return micro_batches, (*notes, *left_out, *changes)
 
 
 def check(config: AlignConfig) -> Report:

@@ -236,19 +236,14 @@ def _choose(
     selection = choose(similarities_BN, config, thresholds, config.keep, seeds, everywhere)
     content = json.dumps(selection.to_json(), indent=1).encode() + b"\n"
     write_atomic(folder.path / SELECTION, content)
-    _copy_selected(folder, rows, selection)
-    return FinishedRun(folder, config, tuple(rows), selection)
-
-
-def _copy_selected(folder: RunFolder, rows: list[ManifestRow], selection: Selection) -> None:
-    """The chosen pictures once more, under samples/, best first."""
     for old in folder.samples_dir.glob("selected-*.png"):
         old.unlink()
-    for place, index in enumerate(selection.indices, 1):
+    for place, index in enumerate(selection.indices, 1):  # once more, under samples/, best first
         file = rows[index].file
         assert file is not None
         content = (folder.path / file).read_bytes()
         write_atomic(folder.samples_dir / f"selected-{place}-{index:06d}.png", content, sync_folder=False)
+    return FinishedRun(folder, config, tuple(rows), selection)
 
 
 def read_world(folder: RunFolder) -> WorldRecord:
@@ -306,18 +301,6 @@ def _record(world: FusionWorld, session: FusionSession, config: FuseConfig) -> W
     )
 
 
-def _require_same_scorer(folder: RunFolder, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    changed = [
-        f"{name}: {before[name]!r}, now {now.get(name)!r}" for name in before if before[name] != now.get(name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"What scores the pictures has changed since the run {folder.path} began:\n  "
-            + "\n  ".join(changed)
-            + "\nPut the old checkpoints back, or start a new run."
-        )
-
-
 def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession, place: ResumePoint) -> None:
     """What the children are compared with, and by what. A resumed run must find what it began with.
 
@@ -332,7 +315,17 @@ def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession,
                 f"{record.model} has changed since the run {folder.path} began ({before.fingerprint}, now "
                 f"{record.fingerprint}). Put the old checkpoint back, or start a new run."
             )
-        _require_same_scorer(folder, before.scorer, record.scorer)
+        changed = [
+            f"{name}: {was!r}, now {record.scorer.get(name)!r}"
+            for name, was in before.scorer.items()
+            if was != record.scorer.get(name)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"What scores the pictures has changed since the run {folder.path} began:\n  "
+                + "\n  ".join(changed)
+                + "\nPut the old checkpoints back, or start a new run."
+            )
     if found is not None:
         return
     pictures = folder.path / EXEMPLARS

@@ -52,17 +52,10 @@ class ManyConfig(Settings):
             for sampler in self.samplers:
                 pair = fuse_job.slug("+".join(concepts))
                 name = fuse_job.slug(sampler) if len(self.concepts) == 1 else f"{number:0{width}d}-{pair}"
-                values = {
-                    **self.fuse,
-                    "concepts": concepts,
-                    "sampler": sampler,
-                    "options": self._options_of(sampler),
-                }
+                known = sampler_of(sampler).Settings.model_fields
+                options = {key: value for key, value in self.options.items() if key in known}
+                values = {**self.fuse, "concepts": concepts, "sampler": sampler, "options": options}
                 yield name, recipes.load(FuseConfig, values)
-
-    def _options_of(self, sampler: str) -> dict[str, Any]:
-        known = sampler_of(sampler).Settings.model_fields
-        return {name: value for name, value in self.options.items() if name in known}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,14 @@ SMALL = 128
 """Pictures up to this side are embedded as they are; the browser enlarges them smoothly."""
 THUMBNAIL, FULL = 256, 768
 """Longest side in pixels of a picture among others, and of one that stands alone."""
+TEMPLATES = Environment(
+    loader=PackageLoader("pixrl.report"),
+    autoescape=select_autoescape(["html", "j2"], default=True),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["three"] = lambda value: "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def inline(path: Path, side: int) -> str:
@@ -34,20 +41,7 @@ def inline(path: Path, side: int) -> str:
 
 def render(template: str, view: dict[str, Any]) -> str:
     """Fill in a template; what UTF-8 cannot write, such as a folder's name in another encoding, is spelled out."""
-    return encodable(_templates().get_template(template).render(version=installed_version(), **view))
-
-
-@cache
-def _templates() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("pixrl.report"),
-        autoescape=select_autoescape(["html", "j2"], default=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["three"] = lambda value: "–" if value is None or math.isnan(value) else f"{value:.3f}"
-    return environment
+    return encodable(TEMPLATES.get_template(template).render(version=installed_version(), **view))
 
 
 def installed_version() -> str:

@@ -26,7 +26,7 @@ from pixrl.algorithms.sampling import RolloutSettings, StepNoise
 from pixrl.algorithms.trainer import OptimizerSettings
 from pixrl.config import MOST, Count, Seed, Settings, Side, refuse_infinite
 from pixrl.data.prompts import Split
-from pixrl.errors import RunError
+from pixrl.errors import ConfigError, RunError
 from pixrl.hub import split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
 from pixrl.models.flux import Preset, Shift
@@ -336,6 +336,10 @@ class PersonalizeConfig(AlignConfig):
 
 
 ALIGN, PERSONALIZE = "align", "personalize"
+PERSONALIZE_RECIPE = "toy/customized-nft"
+"""What `pixrl personalize` does where no recipe is given."""
+SUBJECT_RECIPE = "toy/subject"
+"""The same where a subject is."""
 KINDS: Mapping[str, type[AlignConfig]] = {ALIGN: AlignConfig, PERSONALIZE: PersonalizeConfig}
 
 
@@ -348,21 +352,68 @@ def load_recipe(
     recipe: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
-    values: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     kind: str | None = None,
 ) -> AlignConfig:
-    """Load a recipe as what its own `kind` says it is.
+    """Load a recipe as what its own `kind` says it is, with what was given besides.
 
     Args:
         recipe: a YAML file, a name under recipes/, or a mapping.
-        overrides, values: see `config.load`.
+        overrides: further settings, `a.b=c`.
+        steps, seed: in place of the recipe's.
+        settings: further ones by dotted name.
         kind: the job to do; None: the recipe's own, align where it does not say.
 
     Raises:
         ConfigError: it is wrong, or for another job than `kind`.
     """
+    given = {"steps": steps, "seed": seed}
+    values = {name: value for name, value in given.items() if value is not None} | dict(settings or {})
     wanted = kind or recipes.kind_of(recipe) or ALIGN
     return recipes.load(KINDS.get(wanted, AlignConfig), recipe, overrides, values=values, kind=wanted)
+
+
+def load_personalize(
+    recipe: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    *,
+    subject: Path | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[AlignConfig, str | Path | Mapping[str, Any]]:
+    """Load the settings of a personalization, and what to name its folder after."""
+    chosen = {text.partition("=")[0].strip() for text in overrides}
+    sources = () if subject is None else ("prompts.source", "evaluation.source")
+    own = {name: str(subject) for name in sources if name not in chosen}
+    usual = PERSONALIZE_RECIPE if subject is None else SUBJECT_RECIPE
+    source = usual if recipe is None else recipe
+    config = load_recipe(
+        source, overrides, steps=steps, seed=seed, settings={**own, **(settings or {})}, kind=PERSONALIZE
+    )
+    return config, source if subject is None else Path(subject).resolve().name
+
+
+def load_either(
+    recipe: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    *,
+    subject: Path | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+) -> AlignConfig:
+    """Load the settings that `pixrl align RECIPE` or `pixrl personalize --subject SUBJECT` would train with.
+
+    Raises:
+        ConfigError: neither a recipe nor a subject, or the recipe is wrong.
+    """
+    if subject is not None:
+        return load_personalize(recipe, overrides, subject=subject, steps=steps, seed=seed)[0]
+    if recipe is None:
+        raise ConfigError("Neither a recipe nor a subject was given. Type toy/e2po, or --subject FOLDER.")
+    return load_recipe(recipe, overrides, steps=steps, seed=seed)
 
 
 def require_kind(folder: RunFolder) -> str:
@@ -375,6 +426,6 @@ def require_kind(folder: RunFolder) -> str:
     return folder.kind
 
 
-def read_config(folder: RunFolder) -> AlignConfig:
-    """Read the recipe of an alignment or a personalization."""
-    return load_recipe(folder.recipe(), kind=require_kind(folder))
+def read_config(folder: RunFolder, overrides: Sequence[str] = ()) -> AlignConfig:
+    """Read the recipe of an alignment or a personalization, with what is set besides."""
+    return load_recipe(folder.recipe(), overrides, kind=require_kind(folder))
