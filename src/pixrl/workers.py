@@ -6,7 +6,6 @@ of its own and goes on from its last checkpoint, so that a run whose worker is l
 
 import multiprocessing
 import os
-import pickle
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +98,7 @@ def _on_ray(
     ray = connect(address)
     share = share_of(ray, workers.cpus, workers.gpus)
     remote, here = ray.remote(_act).options(max_retries=LOSSES, **share), Place.own(workers.cpus)
-    waiting = {remote.remote(here, pickle.dumps(partial(work, task))): task for task in tasks}
+    waiting = {remote.remote(here, [ray.put(partial(work, task))]): task for task in tasks}
     try:
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
@@ -223,7 +222,12 @@ def _use_threads(number: int) -> None:
     torch.set_num_threads(number)
 
 
-def _act(place: Place, pickled: bytes) -> Any:
-    """Do a piece of work on a node; unpickling imports its modules, and so comes second."""
+def _act(place: Place, work: Sequence[Any]) -> Any:
+    """Do a piece of work on a node.
+
+    Ray leaves a reference within a list as it is; the work is fetched here, once its modules can be imported.
+    """
+    import ray
+
     place.take()
-    return pickle.loads(pickled)()
+    return ray.get(work[0])()
