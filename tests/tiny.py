@@ -15,6 +15,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPConfig,
@@ -24,6 +26,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
@@ -37,16 +42,20 @@ KINDS = ("background", "owl", "snail", "cat")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def tokenizer(folder: Path, length: int = TEXT_LENGTH) -> CLIPTokenizer:
-    """A byte-level tokenizer without merges: every text can be written in it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _symbols() -> list[str]:
+    """The 256 characters that stand for the bytes in a byte-level vocabulary."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     ]
-    others = 256 - len(printable)
-    symbols = [chr(c) for c in printable] + [chr(256 + n) for n in range(others)]
+    return [chr(c) for c in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+
+
+def tokenizer(folder: Path, length: int = TEXT_LENGTH) -> CLIPTokenizer:
+    """A byte-level tokenizer without merges: every text can be written in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    symbols = _symbols()
     words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), _START, _END]
     (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -267,6 +276,72 @@ def flux(folder: Path, *, seed: int = 0, guidance_embeds: bool = False) -> Path:
     card = {"steps": 4, "guidance": 3.5, "resolution": 32, "max_sequence_length": 48}
     (folder / "pixrl.json").write_text(json.dumps(card))
     return folder
+
+
+QWEN_CHAT = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
+)
+"""One turn of a chat as Qwen3's template writes it."""
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level Qwen2Tokenizer without merges, with Qwen3's special tokens and template."""
+    words = Qwen2Tokenizer(
+        vocab={symbol: n for n, symbol in enumerate(_symbols())},
+        merges=[],
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    words.chat_template = QWEN_CHAT
+    return words
+
+
+def z_image(
+    folder: Path, *, seed: int = 0, shift: float = 3.0, card: dict[str, object] | None = None
+) -> Path:
+    """A ZImagePipeline folder with a Qwen3 encoder; Turbo's schedule is shifted by 3, that of the base model by 6."""
+    torch.manual_seed(seed)
+    words = qwen_tokenizer()
+    text = Qwen3Config(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    _make_lively(transformer)
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    pipeline = ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=_vae(4, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=Qwen3Model(text),
+        tokenizer=words,
+    )
+    pipeline.save_pretrained(folder)
+    (folder / "pixrl.json").write_text(json.dumps(Z_IMAGE_CARD if card is None else card))
+    return folder
+
+
+Z_IMAGE_CARD: dict[str, object] = {"steps": 4, "guidance": 0.0, "resolution": 32, "max_sequence_length": 64}
 
 
 def _t5(width: int) -> tuple[T5Config, T5Tokenizer]:

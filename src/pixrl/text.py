@@ -71,7 +71,13 @@ def decode(content: bytes, path: Path) -> str:
     Raises:
         InputError: it is no text (see the table above).
     """
-    mark = next((name for start, name in _MARKS if content.startswith(start)), _unmarked(content))
+    mark = next((name for start, name in _MARKS if content.startswith(start)), None)
+    if mark is None:  # UTF-16 has zeros, every other byte of Latin letters
+        for start, name in ((1, "utf-16le"), (0, "utf-16be")):
+            half, other = content[start::2], content[1 - start :: 2]
+            if len(half) > 1 and half.count(0) > len(half) / 2 and other.count(0) == 0:
+                mark = name
+                break
     if mark in (None, "utf-16"):
         try:
             text = content.decode(mark or "utf-8")
@@ -80,15 +86,6 @@ def decode(content: bytes, path: Path) -> str:
         return require_text(text.removeprefix("\ufeff"), str(path), line=1)
     what = f"is {mark.upper()}" if mark == "utf-32" else f"looks like {mark.upper()} without its mark"
     raise InputError(f"{path} {what}, not UTF-8. Convert it: {_iconv(path, mark)}")
-
-
-def _unmarked(content: bytes) -> str | None:
-    """Recognize UTF-16 by its zeros, every other byte of Latin letters; None where there are few."""
-    for start, name in ((1, "utf-16le"), (0, "utf-16be")):
-        half = content[start::2]
-        if len(half) > 1 and half.count(0) > len(half) / 2 and content[1 - start :: 2].count(0) == 0:
-            return name
-    return None
 
 
 def _half_characters(path: Path, content: bytes, error: UnicodeDecodeError) -> str:
@@ -193,10 +190,19 @@ def parse_json(text: str, place: str, *, line: int = 1, like: str = "") -> Any:
         InputError: it is no JSON, gives a key twice, is nested too deeply, holds a number of thousands of digits, or
             a text in it is none (as `require_text` says).
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise _Repeated(key)
+            found[key] = value
+        return found
+
     _refuse_escapes(text, place, line)
     end = f" {like}" if like else ""
     try:
-        found = json.loads(text, object_pairs_hook=_object)
+        found = json.loads(text, object_pairs_hook=unique)
         require_depth(text, found)
         return found
     except json.JSONDecodeError as error:
@@ -216,15 +222,6 @@ class _Repeated(Exception):
     def __init__(self, key: str) -> None:
         super().__init__(key)
         self.key = key
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _Repeated(key)
-        found[key] = value
-    return found
 
 
 def _refuse_escapes(text: str, place: str, line: int) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.guard import JUDGE
+from benchmarks.guard import recipe as toy_recipe
+from scipy import stats
 
 import pixrl
 from pixrl import api
@@ -20,6 +22,7 @@ from pixrl.rewards.votes.groups import FOLDER, VOTES, GroupVotes, VotedGroup
 from pixrl.rewards.votes.reward import VotesReward
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.reading import sample_scores
 from pixrl.types import Origin, RewardBatch, Scores
 from tests.align.parts import final, recipe, same
 
@@ -186,3 +189,17 @@ def test_a_full_disk_ends_the_run_and_says_that_the_votes_are_kept(tmp_path: Pat
         reward.score(replace(batch_of(2, 2, step=1), prompts=["an owl " * 4000] * 4))
     reward.leave()
     assert [ballot.ranks is not None for ballot in all_votes(tmp_path)] == [True, True]
+
+
+@pytest.mark.learning
+@pytest.mark.slow
+def test_what_the_voter_likes_rises(tmp_path: Path) -> None:
+    """With a fifth of the votes wrong, held-out pictures of the same noises gain half their spread, past chance."""
+    settings = toy_recipe(votes(**simulated(0.2))[0], 12, 8e-3)
+    settings |= {"rewards": votes(**simulated(0.2)), "evaluation": {"prompts": 12, "per_prompt": 1}}
+    done = pixrl.align(settings, seed=0, out=tmp_path / "run")
+    folder = RunFolder.open(done.run)
+    before_B, after_B = (torch.tensor(sample_scores(folder, step)["brightness"]) for step in (0, 12))
+    gain_B = after_B - before_B
+    assert gain_B.mean() > before_B.std() / 2
+    assert stats.wilcoxon(gain_B.numpy(), alternative="greater").pvalue < 0.01

@@ -121,6 +121,13 @@ def sample_sorted(good: Good, conditioning: Conditioning, seeds: Sequence[int]) 
     return good.sample(conditioning, sorted(seeds) if len(seeds) > 3 else seeds)
 
 
+def encode_padded(good: Good, prompts: Sequence[str]) -> Conditioning:
+    """The last of three tokens is padding, which `velocity` looks at all the same."""
+    plain = good.encode(prompts)
+    mask_BL = torch.tensor([[True, True, False]]).expand(len(prompts), -1)
+    return replace(plain, tokens_BLD=plain.tokens_BLD * mask_BL[:, :, None], mask_BL=mask_BL)
+
+
 def encode_with_references(good: Good, prompts: Sequence[str]) -> Conditioning:
     return replace(good.encode(prompts), references=(torch.ones(1, 2),))
 
@@ -148,6 +155,21 @@ RENDERERS: dict[str, tuple[Overriding, str]] = {
         "encoding_differs",
     ),
     "rows by position": (Overriding(encode=encode_by_order), "encoding_rows"),
+    "a mask of numbers": (
+        Overriding(encode=lambda good, p: replace(good.encode(p), mask_BL=torch.ones(len(p), 3))),
+        "encoding_mask",
+    ),
+    "a prompt of padding alone": (
+        Overriding(encode=lambda good, p: replace(good.encode(p), mask_BL=torch.zeros(len(p), 3).bool())),
+        "encoding_mask",
+    ),
+    "padding that is no zeros": (
+        Overriding(
+            encode=lambda good, p: replace(encode_padded(good, p), tokens_BLD=good.encode(p).tokens_BLD)
+        ),
+        "encoding_mask",
+    ),
+    "padding that counts": (Overriding(encode=encode_padded), "padding"),
     "any word": (Overriding(encode=encode_everything), "vocabulary"),
     "half precision": (Overriding(sample=lambda good, c, s: good.sample(c, s).half()), "picture_shape"),
     "channels last": (

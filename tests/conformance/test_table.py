@@ -21,7 +21,12 @@ def make_sd3(folder: Path) -> Path:
     return tiny.sd3(folder, card=tiny.SD3_CARD)
 
 
-RENDERERS: dict[str, Callable[[Path], Path]] = {"sd3": make_sd3, "sdxl": tiny.sdxl, "flux": tiny.flux}
+RENDERERS: dict[str, Callable[[Path], Path]] = {
+    "sd3": make_sd3,
+    "sdxl": tiny.sdxl,
+    "flux": tiny.flux,
+    "z-image": tiny.z_image,
+}
 
 
 def test_every_renderer_of_the_table_is_checked() -> None:

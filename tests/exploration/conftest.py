@@ -1,4 +1,4 @@
-"""Tiny checkpoints whose CLIP text encoders react to their input, made once a session."""
+"""Tiny checkpoints whose text encoders react to their input, made once a session."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from pixrl import models
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLPolicy
+from pixrl.models.z_image import ZImagePolicy
 
 
 def _sd3(folder: Path, **settings: object) -> SD3Policy:
@@ -44,4 +45,12 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> SDXLPolicy:
 def flux(tmp_path_factory: pytest.TempPathFactory) -> FluxPolicy:
     policy = models.load(tiny.flux(tmp_path_factory.mktemp("tiny") / "flux"), device="cpu", dtype="float32")
     assert isinstance(policy, FluxPolicy)
+    return policy
+
+
+@pytest.fixture(scope="session")
+def z_image(tmp_path_factory: pytest.TempPathFactory) -> ZImagePolicy:
+    """A language model in place of CLIP."""
+    policy = models.load(tiny.z_image(tmp_path_factory.mktemp("tiny") / "z"), device="cpu", dtype="float32")
+    assert isinstance(policy, ZImagePolicy)
     return policy

@@ -289,7 +289,7 @@ class Bare(FlowPolicy):
 
 
 def test_a_model_without_clip_is_refused_at_once() -> None:
-    with pytest.raises(InputError, match=r"bare \(Bare\) has no CLIP text encoders.*noise alone"):
+    with pytest.raises(InputError, match=r"bare \(Bare\) has no text encoders.*noise alone"):
         exploration().prepare(Bare(), [OWL])
 
 
@@ -297,7 +297,7 @@ def test_encoders_in_half_precision(tmp_path: Path) -> None:
     """As on a GPU: perturbations stay in float32, conditions keep the encoders' dtype."""
     policy = models.load(tiny.sd3(tmp_path, card=tiny.SD3_CARD), device="cpu", dtype="float32")
     assert isinstance(policy, SD3Policy)
-    for encoder in policy.clip_encoders():
+    for encoder in policy.text_encoders():
         encoder.model.to(torch.bfloat16)
     explorer = exploration()
     variants = explorer.prepare(policy, [OWL])

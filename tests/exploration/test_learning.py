@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.tolerance import GRADIENT, agree, agree_after_adam
+from tests.tolerance import GRADIENT, MODEL, agree, agree_after_adam
 from torch import Tensor
 
 from pixrl import config
@@ -22,6 +22,7 @@ from pixrl.equations import anchor_loss, diversity_loss, perturbation_objective
 from pixrl.errors import ConfigError, InputError, RunError
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.sd3 import SD3Policy
+from pixrl.models.z_image import ZImagePolicy
 
 OWL, SNAIL, LONG = "an owl", "two snails", "a green snail by the red house"
 
@@ -41,7 +42,7 @@ def deltas(policy: SD3Policy, prompts: list[str], **given: Any) -> list[Tensor]:
 
 def globals_of(policy: SD3Policy, prompt: str, delta: Tensor) -> tuple[Tensor, Tensor]:
     """h_k and h_0, the long way round."""
-    encoder = policy.clip_encoders()[0]
+    encoder = policy.text_encoders()[0]
     text = encoder.read(prompt)
     ids = text.ids_L[None]
     h = torch.cat([encoder.features(ids, e[None]).pooled_KE for e in perturbed_embeddings(text, delta)])
@@ -94,7 +95,7 @@ def test_the_first_step_is_adamws(sd3: SD3Policy) -> None:
 @pytest.mark.parametrize("steps", [0, 20])
 @pytest.mark.parametrize("norm", ["absolute", "relative"])
 def test_no_token_leaves_the_bound(sd3: SD3Policy, norm: str, steps: int) -> None:
-    text = sd3.clip_encoders()[0].read(LONG)
+    text = sd3.text_encoders()[0].read(LONG)
     own = text.embeddings_LD[text.content_L].norm(dim=1) if norm == "relative" else torch.ones(1)
     delta = deltas(sd3, [OWL, LONG], steps=steps, norm=norm, max_norm=0.04, sigma_init=0.1)[1]
     share = delta.norm(dim=2) / own
@@ -103,7 +104,7 @@ def test_no_token_leaves_the_bound(sd3: SD3Policy, norm: str, steps: int) -> Non
 
 
 def test_only_content_is_perturbed(sd3: SD3Policy) -> None:
-    text = sd3.clip_encoders()[0].read(OWL)
+    text = sd3.text_encoders()[0].read(OWL)
     delta = deltas(sd3, [OWL, LONG])[0]
     assert delta.shape == (3, int(text.content_L.sum()), 16)
     embeddings = perturbed_embeddings(text, delta)
@@ -125,7 +126,7 @@ def test_variants_differ(sd3: SD3Policy) -> None:
 def test_both_encoders(sd3_t5: SD3Policy) -> None:
     s = settings(encoders="both")
     (found,) = learn(chosen_encoders(sd3_t5, "", s.encoders), [OWL], s)
-    words = int(sd3_t5.clip_encoders()[0].read(OWL).content_L.sum())
+    words = int(sd3_t5.text_encoders()[0].read(OWL).content_L.sum())
     assert {name: tuple(delta.shape) for name, delta in found.items()} == {
         "clip_l": (3, words, 16),
         "clip_g": (3, words, 24),
@@ -166,7 +167,7 @@ def test_callers_modes_do_not_matter(sd3: SD3Policy) -> None:
     assert torch.equal(found, plain) and not found.is_inference()
     torch.manual_seed(123)
     assert torch.equal(deltas(sd3, [OWL])[0], plain)
-    assert all(p.grad is None for p in sd3.clip_encoders()[0].model.parameters())
+    assert all(p.grad is None for p in sd3.text_encoders()[0].model.parameters())
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -206,7 +207,7 @@ def test_sampling_options_keep_what_was_learned(change: dict[str, Any]) -> None:
         ({"variants": 2, "weighted": "anchor"}, "weighted would have no effect with a single perturbation"),
         ({"perturbation_range": 0.0}, "greater than 0"),
         ({"perturbation_range": 1.1}, "less than or equal to 1"),
-        ({"encoders": "clip_g"}, "'clip_l' or 'both'"),
+        ({"encoders": "clip_g"}, "'clip_l', 'both' or 'language'"),
         ({"sigma": 1}, "Did you mean 'sigma_init'"),
         ({"max_norm": 0}, "greater than 0"),
     ],
@@ -229,8 +230,35 @@ def test_one_encoder_is_not_both(flux: FluxPolicy) -> None:
         chosen_encoders(flux, "tiny", Encoders.BOTH)
 
 
+def test_an_encoder_that_is_not_there_is_refused(sd3: SD3Policy, z_image: ZImagePolicy) -> None:
+    with pytest.raises(InputError, match=r"tiny reads prompts with CLIP, not.* Give encoders: clip_l"):
+        chosen_encoders(sd3, "tiny", Encoders.LANGUAGE)
+    for choice in (Encoders.CLIP_L, Encoders.BOTH):
+        with pytest.raises(InputError, match=r"tiny reads prompts with a language.* Give encoders: language"):
+            chosen_encoders(z_image, "tiny", choice)
+
+
+def test_variants_of_a_language_models_prompts(z_image: ZImagePolicy) -> None:
+    """What `learn` moved apart are the features of the token behind the prompt, by the pipeline's own encoding."""
+    s = settings(encoders="language", weighted="anchor", norm="relative", max_norm=2.0, lr=0.05, target=0.9)
+    (encoder,) = chosen_encoders(z_image, "", s.encoders)
+    prompts = [OWL, LONG]
+    for prompt, found in zip(prompts, learn([encoder], prompts, s), strict=True):
+        text = encoder.read(prompt)
+        delta = found["language"]
+        assert delta.shape == (3, len(prompt), 16), "a letter is a token"
+        plain = z_image.encode([prompt])
+        features = encoder.features(text.ids_L.expand(3, -1), perturbed_embeddings(text, delta))
+        assert plain.mask_BL is not None and features.tokens_KLD is not None
+        anchor = plain.tokens_BLD[0, text.end]
+        unmoved = encoder.features(text.ids_L[None], text.embeddings_LD[None])
+        assert agree(unmoved.pooled_KE[0], anchor, MODEL)
+        assert torch.equal(features.pooled_KE, features.tokens_KLD[:, text.end])
+        assert (features.pooled_KE - anchor).norm(dim=1).min() > 0.05 * anchor.norm()
+
+
 def test_divergence_is_an_error(sd3: SD3Policy) -> None:
-    encoder = sd3.clip_encoders()[0]
+    encoder = sd3.text_encoders()[0]
     weight = encoder.model.text_projection.weight
     before = weight.detach().clone()
     weight.data.fill_(torch.nan)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,30 +11,32 @@ from torch import Tensor
 
 from pixrl.errors import InputError, ShapeError
 from pixrl.models.base import Conditioning
-from pixrl.models.flux import FluxPolicy
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLPolicy
-from pixrl.models.text import ClipEncoder, ClipText, PerturbableText
+from pixrl.models.text import ClipEncoder, PerturbableText, PromptText, TextEncoder
+from pixrl.models.z_image import ZImagePolicy
 
-PROMPT = "an owl by it"
-ALL = ["sd3", "sd3_t5", "flux", "sdxl"]
+PROMPT = "bow fly"
+"""Every letter once, and none that stands in a chat's frame: rows of a table tell its tokens apart."""
+ALL = ["sd3", "sd3_t5", "flux", "sdxl", "z_image"]
 ONES = torch.ones(1)
 
 
 @pytest.fixture
 def policy(request: pytest.FixtureRequest) -> PerturbableText:
     found = request.getfixturevalue(request.param)
-    assert isinstance(found, SD3Policy | FluxPolicy | SDXLPolicy)
+    assert isinstance(found, PerturbableText)
     return found
 
 
 def same(a: Conditioning, b: Conditioning) -> bool:
-    assert a.pooled_BE is not None and b.pooled_BE is not None
+    if a.pooled_BE is None or b.pooled_BE is None:
+        return a.pooled_BE is b.pooled_BE and agree(a.tokens_BLD, b.tokens_BLD, MODEL)
     return agree(a.tokens_BLD, b.tokens_BLD, MODEL) and agree(a.pooled_BE, b.pooled_BE, MODEL)
 
 
 @contextmanager
-def edited_table(encoder: ClipEncoder, text: ClipText, delta_LD: Tensor) -> Iterator[None]:
+def edited_table(encoder: TextEncoder, text: PromptText, delta_LD: Tensor) -> Iterator[None]:
     """The same perturbation made the other way: by editing the rows of the embedding table."""
     table = encoder.model.get_input_embeddings().weight
     before = table.detach().clone()
@@ -52,13 +55,13 @@ def edited_table(encoder: ClipEncoder, text: ClipText, delta_LD: Tensor) -> Iter
 def test_unperturbed_features_are_those_of_encode(policy: SD3Policy) -> None:
     plain = policy.encode([PROMPT])
     written = plain
-    for encoder in policy.clip_encoders():
+    for encoder in policy.text_encoders():
         text = encoder.read(PROMPT)
         features = encoder.features(text.ids_L[None], text.embeddings_LD[None])
-        wiped = Conditioning(torch.zeros_like(plain.tokens_BLD), torch.zeros_like(plain.pooled_BE))
-        alone = encoder.blend(wiped, features, ONES)
-        assert alone.pooled_BE is not None
-        assert alone.pooled_BE.any() == (encoder.pooled_columns is not None)
+        if isinstance(encoder, ClipEncoder):
+            alone = encoder.blend(plain._map(torch.zeros_like), features, ONES)
+            assert alone.pooled_BE is not None
+            assert alone.pooled_BE.any() == (encoder.pooled_columns is not None)
         written = encoder.blend(written, features, ONES)
     assert same(written, plain)
 
@@ -67,17 +70,16 @@ def test_unperturbed_features_are_those_of_encode(policy: SD3Policy) -> None:
 def test_all_parts_together_fill_the_clip_rows(policy: SD3Policy) -> None:
     """Every non-zero entry of the CLIP rows and of the pooled features belongs to exactly one encoder."""
     plain = policy.encode([PROMPT])
-    assert plain.pooled_BE is not None
-    written = Conditioning(torch.zeros_like(plain.tokens_BLD), torch.zeros_like(plain.pooled_BE))
-    for encoder in policy.clip_encoders():
+    written = plain._map(torch.zeros_like)
+    for encoder in policy.text_encoders():
         text = encoder.read(PROMPT)
         written = encoder.blend(written, encoder.features(text.ids_L[None], text.embeddings_LD[None]), ONES)
-    assert agree(written.pooled_BE, plain.pooled_BE, MODEL)
+    assert same(replace(written, tokens_BLD=plain.tokens_BLD), plain)
     if isinstance(policy, SD3Policy):
         rows = policy.pipeline.tokenizer_max_length
         assert agree(written.tokens_BLD[:, :rows], plain.tokens_BLD[:, :rows], MODEL)
         assert not written.tokens_BLD[:, rows:].any()
-    elif isinstance(policy, SDXLPolicy):
+    elif isinstance(policy, SDXLPolicy | ZImagePolicy):
         assert agree(written.tokens_BLD, plain.tokens_BLD, MODEL)
     else:
         assert not written.tokens_BLD.any()
@@ -85,7 +87,7 @@ def test_all_parts_together_fill_the_clip_rows(policy: SD3Policy) -> None:
 
 @pytest.mark.parametrize("policy", ALL, indirect=True)
 def test_perturbed_features_are_the_pipelines_own(policy: SD3Policy) -> None:
-    for encoder in policy.clip_encoders():
+    for encoder in policy.text_encoders():
         text = encoder.read(PROMPT)
         delta = 0.05 * torch.randn(text.embeddings_LD.shape, generator=torch.Generator().manual_seed(3))
         delta[~text.content_L] = 0
@@ -102,7 +104,7 @@ def test_only_the_encoders_own_part_changes(sd3_t5: SD3Policy) -> None:
     assert plain.pooled_BE is not None
     assert plain.tokens_BLD.shape == (1, 32 + 24, 48)
     for encoder, columns, pooled in zip(
-        sd3_t5.clip_encoders(), (slice(0, 16), slice(16, 40)), (slice(0, 16), slice(16, 40)), strict=True
+        sd3_t5.text_encoders(), (slice(0, 16), slice(16, 40)), (slice(0, 16), slice(16, 40)), strict=True
     ):
         text = encoder.read(PROMPT)
         # not a constant: the first normalization would take it out again
@@ -122,7 +124,7 @@ def test_only_the_encoders_own_part_changes(sd3_t5: SD3Policy) -> None:
 
 @pytest.mark.parametrize("policy", ALL, indirect=True)
 def test_variants_in_one_batch_equal_variants_alone(policy: SD3Policy) -> None:
-    encoder = policy.clip_encoders()[0]
+    encoder = policy.text_encoders()[0]
     text = encoder.read(PROMPT)
     shape = (5, *text.embeddings_LD.shape)
     embeddings = text.embeddings_LD + 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -136,7 +138,7 @@ def test_variants_in_one_batch_equal_variants_alone(policy: SD3Policy) -> None:
 
 @pytest.mark.parametrize("policy", ALL, indirect=True)
 def test_tokens_after_the_end_do_not_reach_the_pooled_features(policy: SD3Policy) -> None:
-    encoder = policy.clip_encoders()[0]
+    encoder = policy.text_encoders()[0]
     text = encoder.read(PROMPT)
     cut = text.end + 1
     short = encoder.pooled(text.ids_L[None, :cut], text.embeddings_LD[None, :cut])
@@ -145,7 +147,7 @@ def test_tokens_after_the_end_do_not_reach_the_pooled_features(policy: SD3Policy
 
 @pytest.mark.parametrize("policy", ALL, indirect=True)
 def test_gradients_reach_every_content_token(policy: SD3Policy) -> None:
-    encoder = policy.clip_encoders()[0]
+    encoder = policy.text_encoders()[0]
     text = encoder.read(PROMPT)
     embeddings = text.embeddings_LD[None].clone().requires_grad_()
     features = encoder.features(text.ids_L[None], embeddings)
@@ -158,7 +160,7 @@ def test_gradients_reach_every_content_token(policy: SD3Policy) -> None:
 
 
 def test_blend_is_exact_at_both_ends_and_linear_between(sd3: SD3Policy) -> None:
-    encoder = sd3.clip_encoders()[0]
+    encoder = sd3.text_encoders()[0]
     plain = sd3.encode([PROMPT] * 3)
     text = encoder.read(PROMPT)
     features = encoder.features(text.ids_L.expand(3, -1), text.embeddings_LD.expand(3, -1, -1) + 0.1)
@@ -173,7 +175,7 @@ def test_blend_is_exact_at_both_ends_and_linear_between(sd3: SD3Policy) -> None:
 
 
 def test_encoding_is_as_before_even_after_an_error(sd3: SD3Policy) -> None:
-    encoder = sd3.clip_encoders()[0]
+    encoder = sd3.text_encoders()[0]
     text = encoder.read(PROMPT)
     before = sd3._encode_one("a cat").tokens_BLD
     with pytest.raises(IndexError):
@@ -194,7 +196,7 @@ class _Raise:
 
 
 def test_content_is_what_stands_between_start_and_first_end(sd3: SD3Policy) -> None:
-    encoder = sd3.clip_encoders()[0]
+    encoder = sd3.text_encoders()[0]
     text = encoder.read("owl")
     assert text.end == 4
     assert text.content_L.tolist() == [False, True, True, True, *[False] * 28]
@@ -205,7 +207,7 @@ def test_content_is_what_stands_between_start_and_first_end(sd3: SD3Policy) -> N
 
 def test_a_padding_token_that_is_also_a_word_counts_as_a_word(sd3_t5: SD3Policy) -> None:
     """CLIP-G pads with '!'."""
-    encoder = sd3_t5.clip_encoders()[1]
+    encoder = sd3_t5.text_encoders()[1]
     ours, encoder.tokenizer.pad_token = encoder.tokenizer.pad_token, "!"
     text = encoder.read("a!b")
     encoder.tokenizer.pad_token = ours
@@ -214,7 +216,7 @@ def test_a_padding_token_that_is_also_a_word_counts_as_a_word(sd3_t5: SD3Policy)
 
 
 def test_wrong_input(sd3: SD3Policy) -> None:
-    encoder = sd3.clip_encoders()[0]
+    encoder = sd3.text_encoders()[0]
     text = encoder.read(PROMPT)
     with pytest.raises(InputError, match=r"'' has no content token that clip_l could perturb"):
         encoder.read("")

@@ -251,7 +251,7 @@ class TinyPolicy(FlowPolicy, ReferencePolicy, PerturbableText):
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
         return encoded(images_BCHW)
 
-    def clip_encoders(self) -> tuple[ClipEncoder, ...]:
+    def text_encoders(self) -> tuple[ClipEncoder, ...]:
         found, first = [], 0
         for name, columns in COLUMNS.items():
             own = slice(first, first + columns)

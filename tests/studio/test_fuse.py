@@ -17,8 +17,19 @@ from PIL import Image
 from pixrl import models
 from pixrl.errors import InputError
 from pixrl.studio.app import Studio
-from pixrl.studio.fuse import CORNERS, FRAMES, Blend, Mixer, check, gif, morph, png, point_of, weights_at
-from pixrl.studio.fuse_tab import FuseTab
+from pixrl.studio.fuse import (
+    CORNERS,
+    FRAMES,
+    Blend,
+    FuseTab,
+    Mixer,
+    check,
+    gif,
+    morph,
+    png,
+    point_of,
+    weights_at,
+)
 
 UNIT = st.floats(0, 1)
 MODEL = "toy:sd3"
@@ -113,23 +124,23 @@ def event(**data: Any) -> Any:
 def test_favourites_keep_their_lineage(root: Path) -> None:
     studio = Studio(root, ("owl", "snail"))
     tab: FuseTab = studio.fuse
-    pad, child, picture, note = tab._choose(["owl", "snail"])
+    pad, child, picture, note = tab.choose(["owl", "snail"])
     assert 'class="pad n2"' in pad and note == "" and child == Blend(("owl", "snail"), (0.5, 0.5), 0)
     assert "owl 50 %" in picture and 'download="owl-snail-0.png"' in picture
-    child, picture, _ = tab._move(child, event(x=0.25, y=0.5))
+    child, picture, _ = tab.move(child, event(x=0.25, y=0.5))
     assert child.weights == (0.75, 0.25) and "owl 75 %" in picture
-    favourites, html, _ = tab._keep(child, picture, [])
+    favourites, html, _ = tab.favour(child, picture, [])
     assert [one for one, _ in favourites] == [child] and "<b>1</b>" in html
-    assert tab._keep(child, picture, favourites)[0] == gr.skip()  # it is kept already
-    similar, html, _ = tab._more(child, favourites)
+    assert tab.favour(child, picture, favourites)[0] == gr.skip()  # it is kept already
+    similar, html, _ = tab.vary(child, favourites)
     assert len({one.seed for one, _ in similar} | {child.seed}) == len(similar) + 1
     assert (
         all(one.weights == child.weights and one.parent == 1 for one, _ in similar) and "from&nbsp;1" in html
     )
-    concepts, pad, taken, shown, _ = tab._take(similar, favourites, event(list="similar", at=2))
+    concepts, pad, taken, shown, _ = tab.take(similar, favourites, event(list="similar", at=2))
     assert concepts == ["owl", "snail"] and "--x:0.25;" in pad
     assert taken == similar[2][0] and "the coefficients of favourite 1" in shown
-    favourites, html, _ = tab._keep(taken, shown, favourites)
+    favourites, html, _ = tab.favour(taken, shown, favourites)
     assert favourites[1][0].parent == 1
     uri = re.search(r'<img src="data:image/png;base64,([^"]+)"', shown)
     assert uri is not None and Image.open(io.BytesIO(base64.b64decode(uri[1]))).info["pixrl"].startswith(
@@ -140,11 +151,11 @@ def test_favourites_keep_their_lineage(root: Path) -> None:
 def test_an_unknown_concept_is_a_sentence_and_a_search_is_a_run(root: Path) -> None:
     studio = Studio(root, ("owl", "snail"))
     tab: FuseTab = studio.fuse
-    pad, child, picture, note = tab._choose(["owl", "dragon"])
+    pad, child, picture, note = tab.choose(["owl", "dragon"])
     assert child is None and "appears here" in picture and "dragon" in note and "Choose two" in pad
     begun: list[Any] = []
     studio.processes.begin = lambda command, run, given=(): begun.append((command, run, list(given)))  # type: ignore[method-assign]
-    name, _ = tab._search(Blend(("owl", "snail"), (0.5, 0.5), 0))
+    name, _ = tab.learn(Blend(("owl", "snail"), (0.5, 0.5), 0))
     (command, run, given) = begun[0]
     assert command == "fuse" and run == root / name and given[:2] == ["owl", "snail"] and given[-1] == "--out"
     assert "starting" in tab.tick(name, 0)[0] and tab.tick(None, 0) == [gr.skip(), gr.skip()]

@@ -12,7 +12,7 @@ E2PO: Embedding-perturbed Exploration Preference Optimization, section 4 and Tab
 | reference anchor kept in the set    | variant 0 is c_0 (`anchored`)                                     |
 | delta_k ~ N(0, sigma_init^2), Eq. 9 | `_Texts.delta_KPLD`, zero but for the content tokens; `sigma_init` |
 | perturbed input, Eq. 10             | `equations.perturb`                                               |
-| h_k, h_0                            | `_globals`: pooled (projected) features of the perturbed encoders |
+| h_k, h_0                            | `_Texts.pooled_KPE`: pooled features of the perturbed encoders    |
 | L_div, L_anchor, Eqs. 11 and 12     | `equations.perturbation_objective`                                |
 | 300 steps, AdamW                    | `steps`, `lr`                                                     |
 | max norm clip 0.05                  | `max_norm`, `norm`, after every step and at the start             |
@@ -20,7 +20,8 @@ E2PO: Embedding-perturbed Exploration Preference Optimization, section 4 and Tab
 Deviations, all of them decisions where the paper's text is silent:
 
 1. h is "the global semantic embedding": CLIP's pooled output at the end token, with its projection where the pipeline
-   uses it. Both encoders perturbed: their pooled features one after the other, as SD3 itself concatenates them.
+   uses it. Both encoders perturbed: their pooled features one after the other, as SD3 itself concatenates them. Of a
+   language model: what the pipeline takes of the first token after the prompt, which sees all of it.
 2. Only tokens up to the first end token go through the encoder while learning; later ones cannot reach h (causal mask).
 3. Each prompt starts from a generator keyed by (seed, encoder, prompt text) and has an objective of its own: its
    variants depend neither on the batch that it is asked in, nor on the number of processes, nor on what was learned
@@ -35,6 +36,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -47,7 +49,7 @@ from pixrl.config import MOST, Count, Seed, Settings
 from pixrl.equations import diversity_loss, perturb, perturbation_objective, project_delta
 from pixrl.errors import CheckpointError, InputError, RunError
 from pixrl.models.base import FlowPolicy
-from pixrl.models.text import ClipEncoder, ClipFeatures, ClipText, PerturbableText
+from pixrl.models.text import LANGUAGE, PerturbableText, PromptText, TextEncoder, TextFeatures
 
 CACHE_BYTES = 2**28
 """The bytes of perturbations that are kept. One that was dropped is learned again, to the same values."""
@@ -66,10 +68,11 @@ class VariantSchedule(StrEnum):
 
 
 class Encoders(StrEnum):
-    """The CLIP text encoders whose input embeddings are perturbed."""
+    """The text encoders whose input embeddings are perturbed."""
 
     CLIP_L = "clip_l"
     BOTH = "both"
+    LANGUAGE = LANGUAGE
 
 
 class NormBound(StrEnum):
@@ -91,7 +94,7 @@ class PerturbationSettings(Settings):
     anchored: bool = True
     """False: variant 0 is perturbed too (the paper's ablation without the reference anchor)."""
     encoders: Encoders = Encoders.CLIP_L
-    """both: CLIP-G too (the paper's failing ablation)."""
+    """both: CLIP-G too (the paper's failing ablation). language: the language model of a model without CLIP."""
     target: float = Field(0.80, gt=0, lt=1)
     """Wanted cosine similarity of a variant to the anchor (Eq. 12)."""
     margin: float = Field(0.01, ge=0, lt=1)
@@ -169,14 +172,19 @@ class PerturbedExploration(ExplorationSettings, PerturbationSettings):
         )
 
 
-def chosen_encoders(model: PerturbableText, name: str, choice: Encoders) -> tuple[ClipEncoder, ...]:
+def chosen_encoders(model: PerturbableText, name: str, choice: Encoders) -> tuple[TextEncoder, ...]:
     """Return the encoders that are perturbed.
 
     Raises:
-        InputError: both are wanted and the model has one.
+        InputError: the model has no such encoders.
     """
-    found = model.clip_encoders()
-    if choice is Encoders.CLIP_L:
+    found = model.text_encoders()
+    has_language = found[0].name == LANGUAGE
+    if (choice is Encoders.LANGUAGE) != has_language:
+        reads = "a language model, not with CLIP" if has_language else "CLIP, not with a language model"
+        right = LANGUAGE if has_language else Encoders.CLIP_L.value
+        raise InputError(f"{name} reads prompts with {reads}. Give encoders: {right}.")
+    if choice is not Encoders.BOTH:
         return found[:1]
     if len(found) < 2:
         raise InputError(
@@ -189,7 +197,7 @@ def chosen_encoders(model: PerturbableText, name: str, choice: Encoders) -> tupl
 class _Texts:
     """P prompts in one encoder, cut after the last end token, and their perturbations."""
 
-    encoder: ClipEncoder
+    encoder: TextEncoder
     ids_PL: Tensor
     content_PL: Tensor
     embeddings_PLD: Tensor
@@ -214,13 +222,13 @@ class _Texts:
         return self.delta_KPLD[:, prompt, self.content_PL[prompt]].detach().cpu()
 
 
-def perturbed_embeddings(text: ClipText, delta_KND: Tensor) -> Tensor:
+def perturbed_embeddings(text: PromptText, delta_KND: Tensor) -> Tensor:
     """Return a prompt's K perturbed inputs [K, L, D] (Eq. 10) from perturbations [K, N, D] of its N content tokens."""
     return perturb(text.embeddings_LD, _everywhere(text, delta_KND), text.content_L)
 
 
 def learn(
-    encoders: Sequence[ClipEncoder], prompts: Sequence[str], settings: PerturbationSettings
+    encoders: Sequence[TextEncoder], prompts: Sequence[str], settings: PerturbationSettings
 ) -> list[Mapping[str, Tensor]]:
     """Learn the perturbations of some prompts in one batch.
 
@@ -254,17 +262,10 @@ def learn(
 
 def _optimize(parts: Sequence[_Texts], settings: PerturbationSettings) -> None:
     """Step down every prompt's own objective (Eqs. 11 and 12), projecting after each step; in place."""
-
-    def objective(h_KD: Tensor, h0_D: Tensor) -> Tensor:
-        return perturbation_objective(
-            h_KD,
-            h0_D,
-            settings.weight,
-            weighted=settings.weighted,
-            target=settings.target,
-            margin=settings.margin,
-        )
-
+    s = settings
+    objective = partial(
+        perturbation_objective, weight=s.weight, weighted=s.weighted, target=s.target, margin=s.margin
+    )
     with torch.no_grad():
         h0_PD = torch.cat(
             [part.pooled_KPE(torch.zeros_like(part.delta_KPLD[:1]))[0] for part in parts], dim=1
@@ -280,7 +281,7 @@ def _optimize(parts: Sequence[_Texts], settings: PerturbationSettings) -> None:
             part.project(settings.max_norm, settings.norm)
 
 
-def _start(encoder: ClipEncoder, prompts: Sequence[str], settings: PerturbationSettings) -> _Texts:
+def _start(encoder: TextEncoder, prompts: Sequence[str], settings: PerturbationSettings) -> _Texts:
     """Return the perturbations as they are drawn (Eq. 9), within the bound."""
     texts = [encoder.read(prompt) for prompt in prompts]
     cut = max(text.end for text in texts) + 1
@@ -300,7 +301,7 @@ def _start(encoder: ClipEncoder, prompts: Sequence[str], settings: PerturbationS
     return start
 
 
-def _draw(encoder: ClipEncoder, prompt: str, text: ClipText, settings: PerturbationSettings) -> Tensor:
+def _draw(encoder: TextEncoder, prompt: str, text: PromptText, settings: PerturbationSettings) -> Tensor:
     """Draw delta_k ~ N(0, sigma_init^2) (Eq. 9), [K, N, D], from the prompt's own generator."""
     key = f"{settings.seed}/{encoder.name}/{prompt}".encode()
     number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
@@ -309,7 +310,7 @@ def _draw(encoder: ClipEncoder, prompt: str, text: ClipText, settings: Perturbat
     return settings.sigma_init * drawn.to(text.embeddings_LD.device)
 
 
-def _everywhere(text: ClipText, delta_KND: Tensor) -> Tensor:
+def _everywhere(text: PromptText, delta_KND: Tensor) -> Tensor:
     """Return perturbations [K, L, D] that are zero but for the content tokens."""
     length, columns = text.embeddings_LD.shape
     everywhere = delta_KND.new_zeros(len(delta_KND), length, columns)
@@ -318,10 +319,10 @@ def _everywhere(text: ClipText, delta_KND: Tensor) -> Tensor:
 
 
 class PerturbedEmbeddings(Exploration):
-    """E2PO's exploration: variants learned once a prompt, kept, and written over the CLIP encoders' part of c_0.
+    """E2PO's exploration: variants learned once a prompt, kept, and written over the encoders' part of c_0.
 
     On SD3 token and pooled features vary; T5's part and, with `encoders: clip_l`, CLIP-G's stay those of the prompt.
-    FLUX takes pooled CLIP features alone, so there nothing else varies.
+    FLUX takes pooled CLIP features alone, so there nothing else varies. Z-Image's captions vary as a whole.
     """
 
     Settings = PerturbedExploration
@@ -344,13 +345,12 @@ class PerturbedEmbeddings(Exploration):
         """Return the variants of some prompts; those that are new are learned first.
 
         Raises:
-            InputError: the model has no CLIP text encoders (or not both, where both are wanted), or a prompt has no
-                content token.
+            InputError: the model does not have the text encoders that are wanted, or a prompt has no content token.
             RunError: learning gave nan.
         """
         if not isinstance(policy, PerturbableText):
             raise InputError(
-                f"{policy.name} ({type(policy).__name__}) has no CLIP text encoders whose embeddings could be "
+                f"{policy.name} ({type(policy).__name__}) has no text encoders whose embeddings could be "
                 "perturbed. Explore with noise alone, or give an SD3 or FLUX model."
             )
         encoders = chosen_encoders(policy, policy.name, self.settings.encoders)
@@ -362,7 +362,7 @@ class PerturbedEmbeddings(Exploration):
         perturbed = tuple(
             Perturbed(
                 encoder,
-                ClipFeatures.cat([found[prompt].features[place] for prompt in prompts]),
+                TextFeatures.cat([found[prompt].features[place] for prompt in prompts]),
                 self.settings.learned,
             )
             for place, encoder in enumerate(encoders)
@@ -400,7 +400,7 @@ class PerturbedEmbeddings(Exploration):
             self._keep(key, deltas)
 
     def _find(
-        self, encoders: Sequence[ClipEncoder], keys: Mapping[str, str]
+        self, encoders: Sequence[TextEncoder], keys: Mapping[str, str]
     ) -> tuple[dict[str, Mapping[str, Tensor]], list[str]]:
         """Return the perturbations of each prompt (prompt -> key), kept or learned now, and which were learned now."""
         found = {prompt: self._learned[key] for prompt, key in keys.items() if key in self._learned}
@@ -461,7 +461,7 @@ class PerturbedEmbeddings(Exploration):
 class _PromptVariants:
     """One prompt's encoded variants, and how far their learning came."""
 
-    features: tuple[ClipFeatures, ...]
+    features: tuple[TextFeatures, ...]
     anchor_cosine_K: Tensor
     pairwise_cosine: float | None
     norm_share: float
@@ -469,7 +469,7 @@ class _PromptVariants:
 
 @torch.no_grad()
 def _encode(
-    encoders: Sequence[ClipEncoder], texts: Sequence[ClipText], deltas: Mapping[str, Tensor]
+    encoders: Sequence[TextEncoder], texts: Sequence[PromptText], deltas: Mapping[str, Tensor]
 ) -> _PromptVariants:
     """Encode one prompt's variants, all in one batch."""
     features, anchors, shares = [], [], []
@@ -488,7 +488,7 @@ def _encode(
     )
 
 
-def _key(settings: str, prompt: str, texts: Sequence[ClipText]) -> str:
+def _key(settings: str, prompt: str, texts: Sequence[PromptText]) -> str:
     """Return the key of a prompt's perturbations: a hash of settings, text and the embeddings that are perturbed."""
     total = hashlib.blake2b(f"{settings}\n{prompt}\n".encode(), digest_size=16)
     for text in texts:

@@ -7,7 +7,7 @@ of a slot) and what it takes from their scores (`advantages`), where the baselin
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -142,6 +142,15 @@ class Rollouts:
     def conditioning(self, rows: Sequence[int]) -> Conditioning:
         """Return what an update is conditioned on: c_0, the unperturbed prompts, of some samples."""
         return self.anchor[self.samples.prompt_B[list(rows)]]
+
+    def with_advantages(self, advantages: "Advantages") -> "Rollouts":
+        """Add what a loss wants to know besides advantages: rewards' weights; rivals as rows of this process."""
+        if advantages.rival_PS is None:
+            return replace(self, weights=advantages.weights)
+        own_PS = advantages.rival_PS[[group.place for group in self.samples.groups]]
+        first_P = torch.arange(len(self.samples.groups)) * self.samples.per_group
+        rival_B = (own_PS + first_P[:, None]).flatten()
+        return replace(self, weights=advantages.weights, rival_B=rival_B)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from pixrl.models.estimate import CONTRADICTIONS, VAE, PartSize, empty_text_enco
 from pixrl.models.loading import DENOISERS, PREFIXES, family, misfit_of_file, misfit_of_folder, part_class
 from pixrl.models.memory_plan import Base
 from pixrl.models.slots import Lora
+from pixrl.models.text import check_words
 
 _STEMS = ("model", "diffusion_pytorch_model")
 """Names that transformers and diffusers give to the weights of a part."""
@@ -116,12 +117,18 @@ def _cached(ref: str, findings: Findings) -> Path | None:
 def require_texts(
     renderer: Any, checkpoint: Checkpoint, texts: Sequence[str], findings: Findings, *, t5: bool
 ) -> None:
-    """Note the prompts whose end the generator does not read, by its tokenizers, before its encoders are there."""
+    """Note the prompts whose end the generator does not read, by its tokenizers, before its encoders are there.
+
+    Raises:
+        InputError: the generator has a vocabulary, and a prompt has a word that is not in it.
+    """
+    check_words(texts, renderer.vocabulary, renderer.name)
     wanted = list(dict.fromkeys(texts))
     lengths: dict[str, tuple[int, list[int]]] = {}
     for name, (tokenizer, most) in _tokenizers(renderer, checkpoint, findings, t5=t5).items():
         with quiet_loading():
-            rows = tokenizer(wanted, truncation=False, verbose=False)["input_ids"] if wanted else []
+            texts = [renderer.framed(text, tokenizer) for text in wanted]
+            rows = tokenizer(texts, truncation=False, verbose=False)["input_ids"] if texts else []
         lengths[name] = (most, [len(row) for row in rows])
     cut = {
         name: {n for n, count in enumerate(counts) if count > most}
@@ -169,8 +176,8 @@ def _tokenizers(
                 errors.CheckpointError(f"{checkpoint.folder / name} could not be read as a {kind}: {said}"),
             )
             continue
-        is_long = kind.startswith("T5")
-        most = int(renderer.text_length) if is_long else min(CLIP_LENGTH, int(made.model_max_length))
+        is_short = kind.startswith("CLIP")
+        most = min(CLIP_LENGTH, int(made.model_max_length)) if is_short else int(renderer.text_length)
         if most:
             found[name] = (made, most)
     return found
@@ -228,13 +235,20 @@ def _check_part(part: nn.Module, folder: Path, kind: str) -> None:
     Raises:
         CheckpointError: its files have names that nothing loads, or their weights do not fit.
     """
-    _check_names(folder)
+    files = [file.name for file in model_files(folder)]
+    variant = ".fp16" if files and all(".fp16" in name for name in files) else ""
+    names = [f"{stem}{variant}.safetensors" for stem in _STEMS]  # what diffusers and transformers look for
+    if not any(name in files for name in names) and not any(folder.glob("*.safetensors.index*.json")):
+        raise CheckpointError(
+            f"{folder} holds {files[0] if files else 'no weights'}, and weights are looked for as "
+            f"{' or '.join(names)}. Rename the file. {remedy(folder)}"
+        )
     if "quantization_config" in read_json(folder / "config.json"):
         return  # its tensors are packed
     misfit = misfit_of_folder(folder, part)
     lacking = set(misfit.missing)
     missing = [name for name in misfit.missing if not _others(part, name) - lacking]
-    is_text = kind.startswith(("CLIP", "T5"))  # these carry more than their classes use
+    is_text = kind.startswith(("CLIP", "T5", "Qwen"))  # these carry more than their classes use
     refuse_misfits(missing, () if is_text else misfit.unexpected, folder, kind, misfit.reshaped)
 
 
@@ -257,18 +271,6 @@ def _check_file(part: nn.Module, name: str, file: Path) -> None:
             ) from None
 
 
-def _check_names(folder: Path) -> None:
-    """Refuse weights under names that diffusers and transformers do not look for."""
-    files = [file.name for file in model_files(folder)]
-    variant = ".fp16" if files and all(".fp16" in name for name in files) else ""
-    names = [f"{stem}{variant}.safetensors" for stem in _STEMS]
-    if not any(name in files for name in names) and not any(folder.glob("*.safetensors.index*.json")):
-        raise CheckpointError(
-            f"{folder} holds {files[0] if files else 'no weights'}, and weights are looked for as "
-            f"{' or '.join(names)}. Rename the file. {remedy(folder)}"
-        )
-
-
 def _others(part: nn.Module, name: str) -> set[str]:
     """Return the other names of the same parameter; a file needs one of them."""
     names: dict[int, set[str]] = {}
@@ -283,7 +285,11 @@ def _given(kind: str, takes: Any, texts: Mapping[str, Any]) -> Iterator[tuple[st
         texts[name].config if name in texts else None
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
     )
-    if one is None or two is None:
+    if one is None:
+        return
+    if kind == "ZImageTransformer2DModel":
+        yield "the rows of the language model", "cap_feat_dim", one.hidden_size
+    if two is None:
         return
     if kind == "SD3Transformer2DModel":
         yield "both CLIPs", "pooled_projection_dim", one.projection_dim + two.projection_dim

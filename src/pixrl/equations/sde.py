@@ -150,7 +150,9 @@ def cps_step(
     # sqrt(sigma_next^2 - std^2) = sigma_next cos(eta pi / 2), without the cancellation
     kept = next_level * math.cos(eta * math.pi / 2)
     mean = (1 - next_level) * x0 + kept * x1
-    return _finish(x, mean, next_level * math.sin(eta * math.pi / 2), noise, next_x, _cps_log_prob)
+    std = next_level * math.sin(eta * math.pi / 2)
+    # the variance and all constants are dropped, as published
+    return _finish(x, mean, std, noise, next_x, lambda action, mean, _: -((action - mean) ** 2))
 
 
 def _prepare(
@@ -197,8 +199,3 @@ def _finish(
 def _gaussian_log_prob(action: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return log N(action; mean, std^2) of every element, normalizer included."""
     return -((action - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
-
-
-def _cps_log_prob(action: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return -(action - mean)^2 of every element: the variance and all constants are dropped, as published."""
-    return -((action - mean) ** 2)

@@ -117,14 +117,21 @@ def shape_advantage(
         raise InputError(f"alpha must be at least 0, got {alpha!r}")
     s = synergy(a_id, a_prompt, kind)
     a_id, a_prompt = widen(a_id, a_prompt)
-    _require_weight(a_id, w_id=w_id, w_prompt=w_prompt)
+    for name, weight in {"w_id": w_id, "w_prompt": w_prompt}.items():
+        if isinstance(weight, Tensor) and not broadcasts(weight, a_id):
+            raise ShapeError(
+                f"{name} has shape {list(weight.shape)}, which does not broadcast to the advantages' {list(a_id.shape)}"
+            )
     signed = torch.where((a_id > 0) | (a_prompt > 0), s, -s)
     shaped = w_id * a_id + w_prompt * a_prompt + alpha * signed
-    if recenter:
-        return _recentered(shaped, torch.ones_like(shaped, dtype=torch.bool) if valid is None else valid)
-    if valid is not None:
-        raise InputError("valid has an effect with recenter=True alone")
-    return shaped
+    if not recenter:
+        if valid is not None:
+            raise InputError("valid has an effect with recenter=True alone")
+        return shaped
+    valid = torch.ones_like(shaped, dtype=torch.bool) if valid is None else valid
+    require_same_shape(a_id=shaped, valid=valid)
+    total = torch.where(valid, shaped, 0.0).sum(dim=-1, keepdim=True)
+    return torch.where(valid, shaped - total / valid.sum(dim=-1, keepdim=True), shaped)
 
 
 def prompt_weight(
@@ -180,21 +187,3 @@ def prompt_weight(
     if isinstance(step, Tensor):
         return weight
     return weight.item()
-
-
-def _require_weight(like: Tensor, **weights: Tensor | float) -> None:
-    """Raise ShapeError unless every tensor weight broadcasts to the shape of `like` without growing it."""
-    for name, weight in weights.items():
-        if isinstance(weight, Tensor) and not broadcasts(weight, like):
-            raise ShapeError(
-                f"{name} has shape {list(weight.shape)}, which does not broadcast to the advantages' "
-                f"{list(like.shape)}"
-            )
-
-
-def _recentered(values: Tensor, valid: Tensor) -> Tensor:
-    """Subtract from valid values their mean over the last axis; leave the others unchanged."""
-    require_same_shape(a_id=values, valid=valid)
-    total = torch.where(valid, values, 0.0).sum(dim=-1, keepdim=True)
-    mean = total / valid.sum(dim=-1, keepdim=True)
-    return torch.where(valid, values - mean, values)

@@ -73,10 +73,15 @@ def read_policy(run: Path) -> LearnedPolicy:
     """
     path = Path(run)
     if RunFolder.open(path).kind == PAIRS:
-        children = sorted(one for one in (path / CHILDREN).iterdir() if _is_finished(one))
-        if not children:
+        children = [(one, checkpoint.latest(one)) for one in sorted((path / CHILDREN).iterdir())]
+        finished = [
+            one
+            for one, last in children
+            if last is not None and checkpoint.step_of(last) >= open_run(one)[1].steps
+        ]
+        if not finished:
             raise InputError(f"--policy {run}: no fusion of it is finished. Type: pixrl resume {run}")
-        path = children[-1]
+        path = finished[-1]
     _, config = open_run(path)
     kind = sampler_of(config.sampler)
     if not issubclass(kind, PolicySampler) or config.options["policy"] != PolicyKind.CONDITIONAL:
@@ -97,11 +102,6 @@ def read_policy(run: Path) -> LearnedPolicy:
     except (KeyError, TypeError):
         raise CheckpointError(f"{found} does not say what it was made with; take another run.") from None
     return LearnedPolicy(path, config, fingerprint, best or tensors)
-
-
-def _is_finished(path: Path) -> bool:
-    found = checkpoint.latest(path)
-    return found is not None and checkpoint.step_of(found) >= open_run(path)[1].steps
 
 
 def _what_it_is(config: FuseConfig) -> dict[str, object]:

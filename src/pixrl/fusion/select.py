@@ -131,6 +131,12 @@ def choose(
     limits = (thresholds.presence, thresholds.balance)
     ranked = select(passed_BN, len(passed_BN), *limits).tolist() if len(passed_BN) else []
     chosen = one_a_noise_first(ranked, seeds or range(len(passed_BN)))[:keep]
+    nearest: list[Near] = []
+    if not chosen:  # those that missed the two tests by the least in all
+        missed = shortfall(passed_BN, *limits)
+        total_B = (missed.presence + missed.balance).nan_to_num(torch.inf)
+        order = [int(i) for i in total_B.argsort(stable=True)[:keep] if bool(total_B[i].isfinite())]
+        nearest = [Near(i, float(missed.presence[i]), float(missed.balance[i])) for i in order]
     return Selection(
         thresholds=thresholds,
         keep=keep,
@@ -138,7 +144,7 @@ def choose(
         failed=int(similarities_BN[open_B].isnan().any(dim=1).sum()),
         candidates=int(is_candidate(passed_BN, *limits).sum()),
         indices=tuple(chosen),
-        nearest=() if len(chosen) else _nearest(passed_BN, *limits, keep),
+        nearest=tuple(nearest),
         pool=pooled,
     )
 
@@ -164,11 +170,3 @@ def similarities_of(rows: Sequence[ManifestRow], concepts: Sequence[str]) -> Ten
     values = [[row.scores.get(f"{SIMILARITY}{concept}") for concept in concepts] for row in rows]
     numbers = [[math.nan if value is None else value for value in row] for row in values]
     return torch.tensor(numbers, dtype=torch.float32).reshape(len(rows), len(concepts))
-
-
-def _nearest(similarities_BN: Tensor, presence: float, balance: float, keep: int) -> tuple[Near, ...]:
-    """The pictures that missed the two tests by the least in all."""
-    missed = shortfall(similarities_BN, presence, balance)
-    total_B = (missed.presence + missed.balance).nan_to_num(torch.inf)
-    order = [int(i) for i in total_B.argsort(stable=True)[:keep] if bool(total_B[i].isfinite())]
-    return tuple(Near(i, float(missed.presence[i]), float(missed.balance[i])) for i in order)

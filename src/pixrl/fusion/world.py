@@ -90,7 +90,18 @@ class FusionWorld:
         """Return the exemplars of a concept, which are the same for every run, seed and sampler."""
         key = (concept, count)
         if key not in self._exemplars:
-            self._exemplars[key] = self._draw_exemplars(concept, count)
+            prompt = self.prompt(concept)
+            seeds = tuple(sample_seed(EXEMPLAR_SEED, 0, 0, i) for i in range(count))
+            images_MCHW = self.renderer.sample(self.renderer.encode([prompt] * count), seeds)
+            features_ME = self.scorer.exemplar_features(images_MCHW)
+            found = ~features_ME.isnan().any(dim=1)
+            if not bool(found.any()):
+                raise RunError(
+                    f"No foreground was found in any of the {count} exemplars of {concept!r} ({prompt!r}), so nothing "
+                    "can be compared with them. Try more with --exemplars, another --set segmenter=REF, or another "
+                    "word."
+                )
+            self._exemplars[key] = Exemplars(concept, prompt, seeds, images_MCHW, features_ME[found])
         return self._exemplars[key]
 
     def mixing(self, config: FuseConfig) -> Mixing[Any]:
@@ -102,18 +113,10 @@ class FusionWorld:
         """
         return mixing_of(self.renderer, self.card, config)
 
-    def _draw_exemplars(self, concept: str, count: int) -> Exemplars:
-        prompt = self.prompt(concept)
-        seeds = tuple(sample_seed(EXEMPLAR_SEED, 0, 0, i) for i in range(count))
-        images_MCHW = self.renderer.sample(self.renderer.encode([prompt] * count), seeds)
-        features_ME = self.scorer.exemplar_features(images_MCHW)
-        found = ~features_ME.isnan().any(dim=1)
-        if not bool(found.any()):
-            raise RunError(
-                f"No foreground was found in any of the {count} exemplars of {concept!r} ({prompt!r}), so nothing can "
-                f"be compared with them. Try more with --exemplars, another --set segmenter=REF, or another word."
-            )
-        return Exemplars(concept, prompt, seeds, images_MCHW, features_ME[found])
+
+def judges_of(card: Card, clip: str | None, segmenter: str | None) -> tuple[str, str]:
+    """Return the CLIP and the segmenter that score a checkpoint's pictures: those given, else its card's."""
+    return clip or card.clip or PUBLISHED_CLIP, segmenter or card.segmenter or PUBLISHED_SEGMENTER
 
 
 @lru_cache(maxsize=2)
@@ -132,8 +135,7 @@ def load_world(
     from pixrl.rewards.segmentation import Foreground
 
     card = read_card(model, Layout.PIPELINE)
-    clip = clip or card.clip or PUBLISHED_CLIP
-    segmenter = segmenter or card.segmenter or PUBLISHED_SEGMENTER
+    clip, segmenter = judges_of(card, clip, segmenter)
     scorer = FusionScorer(ClipSimilarity(clip, device=device), Foreground(segmenter, device=device))
     return FusionWorld(
         load(model, device=device, dtype=dtype, plan=memory), scorer, card, clip=clip, segmenter=segmenter

@@ -97,7 +97,9 @@ def _criterion_view(one: CriterionResult, reach: float, systems: list[str]) -> d
             }
             for s in one.standings
         ],
-        "correlations": sorted(one.correlations, key=lambda row: -_or_least(row.spearman.mean)),
+        "correlations": sorted(  # those without a figure come last
+            one.correlations, key=lambda row: 2.0 if math.isnan(row.spearman.mean) else -row.spearman.mean
+        ),
     }
 
 
@@ -114,10 +116,6 @@ def _bar(interval: Interval, low: float, high: float) -> dict[str, float]:
         "width": place(interval.high if known else interval.mean) - start,
         "mean": place(interval.mean),
     }
-
-
-def _or_least(x: float) -> float:
-    return -2.0 if math.isnan(x) else x
 
 
 def _examples(folder: Folder, results: Results) -> list[dict[str, Any]]:
@@ -159,16 +157,14 @@ def _examples(folder: Folder, results: Results) -> list[dict[str, Any]]:
 
 
 def _csv(rows: Sequence[Sequence[object]]) -> bytes:
+    def cell(x: object) -> object:  # what a spreadsheet would take for a formula begins with an apostrophe
+        if isinstance(x, float):
+            return "" if math.isnan(x) else repr(x)
+        return f"'{x}" if isinstance(x, str) and x[:1] in ("=", "+", "-", "@") else x
+
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([[_cell(x) for x in row] for row in rows])
+    csv.writer(buffer, lineterminator="\n").writerows([[cell(x) for x in row] for row in rows])
     return buffer.getvalue().encode()
-
-
-def _cell(x: object) -> object:
-    """A text that a spreadsheet would take for a formula begins with an apostrophe; nan is empty."""
-    if isinstance(x, float):
-        return "" if math.isnan(x) else repr(x)
-    return f"'{x}" if isinstance(x, str) and x[:1] in ("=", "+", "-", "@") else x
 
 
 def _figures(results: Results) -> list[list[object]]:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import optimize, special
 
 from pixrl.human_study.study import TIE, Folder, Study, scores_by_reward
-from pixrl.human_study.votes import Participant, Vote, Votes
+from pixrl.human_study.votes import Votes
 from pixrl.libraries import require
 from pixrl.metrics.intervals import Interval
 
@@ -115,43 +115,29 @@ def compute(folder: Folder, *, least_checks: float = LEAST_CHECKS) -> Results:
     require("krippendorff", "human-study", "human-study results")
     with Votes(folder.votes) as votes:
         people = votes.participants()
-        answers = [answer for who in people for answer in _answers(who, votes.of(who.number))]
-    counted = _people(people, answers, least_checks)
-    kept = set(counted.kept)
-    real = [answer for answer in answers if answer.check is None and answer.participant in kept]
-    study = folder.study
-    criteria = tuple(
-        _criterion(study, one.name, one.question, [a for a in real if a.criterion == one.name])
-        for one in study.settings.criteria
-    )
-    return Results(counted, criteria, tuple(answers))
-
-
-def _answers(who: Participant, votes: Sequence[Vote]) -> list[Ballot]:
-    return [
-        Ballot(
-            who.number,
-            who.tasks[vote.task].item,
-            vote.criterion,
-            who.tasks[vote.task].pictures,
-            vote.choice,
-            vote.seconds,
-            who.tasks[vote.task].check,
-        )
-        for vote in votes
-    ]
-
-
-def _people(people: Sequence[Participant], answers: Sequence[Ballot], least: float) -> People:
+        answers = [
+            Ballot(
+                who.number, task.item, vote.criterion, task.pictures, vote.choice, vote.seconds, task.check
+            )
+            for who in people
+            for vote in votes.of(who.number)
+            for task in [who.tasks[vote.task]]
+        ]
     right: dict[int, list[bool]] = {answer.participant: [] for answer in answers}
     for answer in answers:
         if answer.check is not None:
             right[answer.participant].append(answer.choice == answer.check)
     asked = {who.number for who in people if any(task.check is not None for task in who.tasks)}
     unchecked = tuple(n for n, found in right.items() if not found and n in asked)
-    failed = tuple(n for n, found in right.items() if found and sum(found) < least * len(found))
+    failed = tuple(n for n, found in right.items() if found and sum(found) < least_checks * len(found))
     kept = tuple(n for n in right if n not in unchecked and n not in failed)
-    return People(len(people), kept, failed, unchecked)
+    real = [answer for answer in answers if answer.check is None and answer.participant in kept]
+    study = folder.study
+    criteria = tuple(
+        _criterion(study, one.name, one.question, [a for a in real if a.criterion == one.name])
+        for one in study.settings.criteria
+    )
+    return Results(People(len(people), kept, failed, unchecked), criteria, tuple(answers))
 
 
 class Ballots:
@@ -181,6 +167,15 @@ class Ballots:
         """The different sets of systems, and which of them each vote is about."""
         found, which = np.unique(self.shown, axis=0, return_inverse=True)
         return found, which.reshape(-1)
+
+    def resampled(self, count: int) -> Array:
+        """Return how often each vote counts in each of `count` resamples of people and prompts: [count, votes]."""
+        rng = np.random.default_rng(SEED)
+        drawn = []
+        for group in (self.people, self.prompts):
+            size = int(group.max()) + 1
+            drawn.append(rng.multinomial(size, np.full(size, 1 / size), size=count)[:, group])
+        return np.asarray(drawn[0] * drawn[1], dtype=np.float64)
 
     def win_rates(self, weights: Array) -> Array:
         """Return each system's share of the comparisons that showed it; nan where none did.
@@ -221,16 +216,6 @@ class Ballots:
         return np.asarray(strengths - strengths.mean(axis=1, keepdims=True))
 
 
-def _resampled_weights(ballots: Ballots, count: int) -> Array:
-    """Return how often each vote counts in each of `count` resamples of people and prompts, [count, votes]."""
-    rng = np.random.default_rng(SEED)
-    drawn = []
-    for group in (ballots.people, ballots.prompts):
-        size = int(group.max()) + 1
-        drawn.append(rng.multinomial(size, np.full(size, 1 / size), size=count)[:, group])
-    return np.asarray(drawn[0] * drawn[1], dtype=np.float64)
-
-
 def _interval(value: float, resampled: Sequence[float] | Array, count: int) -> Interval:
     known = np.asarray(resampled, dtype=np.float64)
     known = known[np.isfinite(known)]
@@ -247,7 +232,7 @@ def _criterion(study: Study, name: str, question: str, answers: Sequence[Ballot]
     if not answers:
         return CriterionResult(name, question, 0, 0, math.nan, math.nan, (), ())
     ballots = Ballots(study, answers)
-    weights = _resampled_weights(ballots, RESAMPLES)
+    weights = ballots.resampled(RESAMPLES)
     even = np.ones((1, len(answers)))
     (rates,), (strengths,) = ballots.win_rates(even), ballots.strengths(even)
     rates_again, strengths_again = ballots.win_rates(weights), ballots.strengths(weights)

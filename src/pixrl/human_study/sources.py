@@ -13,7 +13,8 @@ Pictures of one prompt are matched in their order: the first of one system with 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,28 +152,25 @@ def _of_folder(path: Path) -> list[SystemPicture]:
     files = list_pictures(path)
     if not files:
         raise InputError(f"{path} holds no pictures. Give a run, or a folder of PNG, JPEG or WebP files.")
-    scores = _scores_beside(path)
-    return [SystemPicture(file, _caption(file), scores.get(file.name, {})) for file in files]
-
-
-def _caption(file: Path) -> str:
-    beside = caption_of(file)
-    text = read_text(beside).strip() if beside else " ".join(shown_name(file.stem).replace("_", " ").split())
-    if not text:
-        raise InputError(f"{beside or file} says no prompt. Write the picture's prompt into it.")
-    return " ".join(text.split())
-
-
-def _scores_beside(path: Path) -> dict[str, dict[str, float]]:
-    file = path / SCORES
-    if not file.is_file():
-        return {}
-    like = 'It looks like {"0.png": {"clip_text": 0.31}}.'
-    found = parse_json(read_text(file), str(file), like=like)
-    rows: list[Any] = list(found.values()) if isinstance(found, dict) else [None]
-    if not all(isinstance(row, dict) and all(type(x) in (int, float) for x in row.values()) for row in rows):
-        raise InputError(f"{file} is no table of scores. {like}")
-    return {name: {reward: float(x) for reward, x in row.items()} for name, row in found.items()}
+    scores: dict[str, dict[str, float]] = {}
+    if (file := path / SCORES).is_file():
+        like = 'It looks like {"0.png": {"clip_text": 0.31}}.'
+        found = parse_json(read_text(file), str(file), like=like)
+        rows: list[Any] = list(found.values()) if isinstance(found, dict) else [None]
+        if not all(
+            isinstance(row, dict) and all(type(x) in (int, float) for x in row.values()) for row in rows
+        ):
+            raise InputError(f"{file} is no table of scores. {like}")
+        scores = {name: {reward: float(x) for reward, x in row.items()} for name, row in found.items()}
+    pictures = []
+    for file in files:
+        beside = caption_of(file)
+        said = read_text(beside) if beside else shown_name(file.stem).replace("_", " ")
+        prompt = " ".join(said.split())
+        if not prompt:
+            raise InputError(f"{beside or file} says no prompt. Write the picture's prompt into it.")
+        pictures.append(SystemPicture(file, prompt, scores.get(file.name, {})))
+    return pictures
 
 
 Item = tuple[str, int]
@@ -191,7 +189,12 @@ def match(
     Raises:
         InputError: a prompt has no picture of some system, and `only_matched` is false; or none is left.
     """
-    drawn = {name: dict(_items(sources)) for name, sources in systems.items()}
+    drawn: dict[str, dict[Item, SystemPicture]] = {name: {} for name in systems}
+    for name, sources in systems.items():
+        seen = Counter[str]()
+        for source in sources:
+            drawn[name][source.key, seen[source.key]] = source
+            seen[source.key] += 1
     every = list(dict.fromkeys(item for found in drawn.values() for item in found))
     for name, found in drawn.items():
         missing = [item for item in every if item not in found]
@@ -210,11 +213,3 @@ def match(
             f"No prompt has a picture of every system ({examples}). Write the prompt of owl.png into owl.txt beside it."
         )
     return {item: {name: found[item] for name, found in drawn.items()} for item in matched}
-
-
-def _items(sources: Sequence[SystemPicture]) -> Iterator[tuple[Item, SystemPicture]]:
-    seen: dict[str, int] = {}
-    for source in sources:
-        count = seen.get(source.key, 0)
-        seen[source.key] = count + 1
-        yield (source.key, count), source

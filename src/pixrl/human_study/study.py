@@ -13,7 +13,7 @@ often than another, and the same rule rotates the positions.
 import itertools
 import random
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -181,7 +181,17 @@ def plan(study: Study, number: int) -> list[Comparison]:
         shown = _order(study, circle, place, lap)
         tasks.append(Comparison(item=item, pictures=tuple(names[item, system] for system in shown)))
     draw.shuffle(tasks)
-    for check in _checks(study, number, draw):
+    # the attention checks: one whole picture among spoilt ones of the same prompt
+    spoilt: dict[int, list[str]] = {}
+    for name, original in study.spoilt.items():
+        spoilt.setdefault(study.pictures[original].item, []).append(name)
+    items = sorted(spoilt)
+    for k in range(study.settings.checks if items else 0):
+        item = items[(number * study.settings.checks + k) % len(items)]
+        good = draw.choice([name for name, one in study.pictures.items() if one.item == item])
+        among = [good, *draw.sample(sorted(spoilt[item]), len(study.sets[0]) - 1)]
+        draw.shuffle(among)
+        check = Comparison(item=item, pictures=tuple(among), check=good)
         tasks.insert(draw.randrange(len(tasks) + 1), check)
     return tasks
 
@@ -199,22 +209,6 @@ def _order(study: Study, circle: Sequence[tuple[int, int]], place: int, lap: int
     random.Random(f"{study.settings.seed} order {chosen} {block}").shuffle(systems)
     turn = (turn + lap) % len(systems)
     return (*systems[turn:], *systems[:turn])
-
-
-def _checks(study: Study, number: int, draw: random.Random) -> Iterator[Comparison]:
-    """Yield a participant's attention checks: one whole picture among spoilt ones of the same prompt."""
-    spoilt: dict[int, list[str]] = {}
-    for name, original in study.spoilt.items():
-        spoilt.setdefault(study.pictures[original].item, []).append(name)
-    whole = {item: [n for n, one in study.pictures.items() if one.item == item] for item in spoilt}
-    items = sorted(spoilt)
-    size = len(study.sets[0])
-    for k in range(study.settings.checks if items else 0):
-        item = items[(number * study.settings.checks + k) % len(items)]
-        good = draw.choice(whole[item])
-        shown = [good, *draw.sample(sorted(spoilt[item]), size - 1)]
-        draw.shuffle(shown)
-        yield Comparison(item=item, pictures=tuple(shown), check=good)
 
 
 def spoil(picture: Image.Image, seed: str) -> Image.Image:

@@ -15,7 +15,6 @@ from torch import Tensor
 from pixrl import config as recipes
 from pixrl.algorithms.fusion.policy import PolicySampler
 from pixrl.data.pairs import check_concepts
-from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import require
 from pixrl.doctor.examine import examine_fusion
 from pixrl.errors import CheckpointError, RunError
@@ -116,8 +115,7 @@ def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: 
     Raises:
         PixrlError: something stands against the run.
     """
-    with quiet_loading():
-        found = examine_fusion(config, concepts=concepts, out=out, force=force, about_to_run=True)
+    found = examine_fusion(config, concepts=concepts, out=out, force=force, about_to_run=True)
     for note in require(found):
         _log.warning("%s", note)
 
@@ -244,16 +242,6 @@ def _run(
     return _choose(folder, config, folder.manifest())
 
 
-def _choose(
-    folder: RunFolder, config: FuseConfig, rows: list[ManifestRow], everywhere: bool = False
-) -> FinishedRun:
-    selection = _select(folder, config, rows, everywhere)
-    content = json.dumps(selection.to_json(), indent=1).encode() + b"\n"
-    write_atomic(folder.path / SELECTION, content)
-    _copy_selected(folder, rows, selection)
-    return FinishedRun(folder, config, tuple(rows), selection)
-
-
 def _select(
     folder: RunFolder, config: FuseConfig, rows: Sequence[ManifestRow], everywhere: bool
 ) -> Selection:
@@ -262,15 +250,20 @@ def _select(
     return choose(similarities_BN, config, thresholds, config.keep, [row.seed for row in rows], everywhere)
 
 
-def _copy_selected(folder: RunFolder, rows: list[ManifestRow], selection: Selection) -> None:
-    """The chosen pictures once more, under samples/, best first."""
+def _choose(
+    folder: RunFolder, config: FuseConfig, rows: list[ManifestRow], everywhere: bool = False
+) -> FinishedRun:
+    selection = _select(folder, config, rows, everywhere)
+    content = json.dumps(selection.to_json(), indent=1).encode() + b"\n"
+    write_atomic(folder.path / SELECTION, content)
     for old in folder.samples_dir.glob("selected-*.png"):
         old.unlink()
-    for place, index in enumerate(selection.indices, 1):
+    for place, index in enumerate(selection.indices, 1):  # once more, under samples/, best first
         file = rows[index].file
         assert file is not None
         content = (folder.path / file).read_bytes()
         write_atomic(folder.samples_dir / f"selected-{place}-{index:06d}.png", content, sync_folder=False)
+    return FinishedRun(folder, config, tuple(rows), selection)
 
 
 def read_world(folder: RunFolder) -> WorldRecord:
@@ -328,18 +321,6 @@ def _record(world: FusionWorld, session: FusionSession, config: FuseConfig) -> W
     )
 
 
-def _require_same_scorer(folder: RunFolder, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    changed = [
-        f"{name}: {before[name]!r}, now {now.get(name)!r}" for name in before if before[name] != now.get(name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"What scores the pictures has changed since the run {folder.path} began:\n  "
-            + "\n  ".join(changed)
-            + "\nPut the old checkpoints back, or start a new run."
-        )
-
-
 def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession, place: ResumePoint) -> None:
     """What the children are compared with, and by what. A resumed run must find what it began with.
 
@@ -354,7 +335,17 @@ def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession,
                 f"{record.model} has changed since the run {folder.path} began ({before.fingerprint}, now "
                 f"{record.fingerprint}). Put the old checkpoint back, or start a new run."
             )
-        _require_same_scorer(folder, before.scorer, record.scorer)
+        changed = [
+            f"{name}: {was!r}, now {record.scorer.get(name)!r}"
+            for name, was in before.scorer.items()
+            if was != record.scorer.get(name)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"What scores the pictures has changed since the run {folder.path} began:\n  "
+                + "\n  ".join(changed)
+                + "\nPut the old checkpoints back, or start a new run."
+            )
     if found is not None:
         return
     pictures = folder.path / EXEMPLARS

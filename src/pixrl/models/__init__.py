@@ -24,6 +24,7 @@ RENDERERS = {
     "sd3": "pixrl.models.sd3:SD3Policy",
     "sdxl": "pixrl.models.sdxl:SDXLPolicy",
     "flux": "pixrl.models.flux:FluxPolicy",
+    "z-image": "pixrl.models.z_image:ZImagePolicy",
 }
 """The adapter of each kind of generator."""
 REGISTRY = Registry("kind", "pixrl.models", RENDERERS)
@@ -57,7 +58,7 @@ def load(
         steps, guidance, resolution: in place of what the checkpoint's card or the adapter's default says.
         t5: load SD3's third text encoder, where the checkpoint has it.
         plan: what to do to save memory (`pixrl.models.memory_plan.MemoryPlan`); nothing when None.
-        lora: a file or folder that is merged into an SD3 or FLUX, as `pixrl.models.lora_files` reads it.
+        lora: a file or folder that is merged into the denoiser, as `pixrl.models.lora_files` reads it.
 
     Raises:
         CheckpointError: the checkpoint, or the LoRA, is missing, half written or of an unknown kind.

@@ -21,11 +21,20 @@ from pixrl.models.memory_plan import Base
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: token features [B, L, D], pooled features [B, E] and, where used, reference latents."""
+    """Encoded prompts: token features [B, L, D], pooled features [B, E] and, where used, reference latents.
+
+    Attributes:
+        tokens_BLD: one row a prompt; zeros where it is padding.
+        pooled_BE: None where the model takes none.
+        references: latents of reference pictures.
+        mask_BL: true on a prompt's own tokens, false on padding; None: every token counts, as SD3, SDXL and FLUX have
+            it, which attend to padding too.
+    """
 
     tokens_BLD: Tensor
     pooled_BE: Tensor | None = None
     references: tuple[Tensor, ...] = ()
+    mask_BL: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens_BLD.shape[0]
@@ -36,13 +45,37 @@ class Conditioning:
             if isinstance(rows, slice)
             else torch.as_tensor(rows, dtype=torch.long).to(self.tokens_BLD.device)
         )
-        return self._map(lambda x: x[index])
+        mask = None if self.mask_BL is None else self.mask_BL[index]
+        return replace(self._map(lambda x: x[index]), mask_BL=mask)
 
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Conditioning":
         """Return the same rows on a device, in a dtype."""
-        return self._map(lambda x: x.to(device=device, dtype=dtype))
+        mask = None if self.mask_BL is None else self.mask_BL.to(device=device)
+        return replace(self._map(lambda x: x.to(device=device, dtype=dtype)), mask_BL=mask)
+
+    @property
+    def own_BL(self) -> Tensor:
+        """True on the tokens that count, which are all where there is no mask."""
+        if self.mask_BL is not None:
+            return self.mask_BL
+        return torch.ones(self.tokens_BLD.shape[:2], dtype=torch.bool, device=self.tokens_BLD.device)
+
+    @property
+    def mean_BD(self) -> Tensor:
+        """The mean of each prompt's own tokens, float32."""
+        if self.mask_BL is None:
+            return self.tokens_BLD.float().mean(dim=1)
+        own_BL1 = self.mask_BL[:, :, None]
+        return (self.tokens_BLD.float() * own_BL1).sum(dim=1) / own_BL1.sum(dim=1)
+
+    def mixed_mask(self, used_MBL: Tensor) -> Tensor | None:
+        """Return the mask [M, L] of M mixtures of these rows: a token counts where it is one of a row that is used.
+
+        `used_MBL`: bool, of each row or of each token of it ([M, B, 1] or [M, B, L]).
+        """
+        return None if self.mask_BL is None else (used_MBL.to(self.mask_BL.device) & self.mask_BL).any(dim=1)
 
     def mix(self, weights: Tensor) -> "Conditioning":
         """Return the weighted sum over the batch as one row: weights [B] for all columns, or [B, D] column by column.
@@ -67,6 +100,7 @@ class Conditioning:
             references=tuple(
                 (r * flat.view(-1, *[1] * (r.ndim - 1))).sum(0, keepdim=True) for r in self.references
             ),
+            mask_BL=self.mixed_mask((column_weights != 0).any(dim=1)[None, :, None]),
         )
 
     def lerp(self, other: "Conditioning", weight: Tensor | float) -> "Conditioning":
@@ -80,22 +114,34 @@ class Conditioning:
         if self.pooled_BE is not None and other.pooled_BE is not None:
             pooled = blend(self.pooled_BE, other.pooled_BE)
         refs = tuple(blend(a, b) for a, b in zip(self.references, other.references, strict=True))
-        return Conditioning(blend(self.tokens_BLD, other.tokens_BLD), pooled, refs)
+        mask = None
+        if self.mask_BL is not None or other.mask_BL is not None:
+            far = w.view(-1, 1)
+            mask = (self.own_BL & (far != 1)) | (other.own_BL & (far != 0))
+        return Conditioning(blend(self.tokens_BLD, other.tokens_BLD), pooled, refs, mask)
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         """Return all rows of the parts, in order."""
         pooled = [p.pooled_BE for p in parts if p.pooled_BE is not None]
         columns = zip(*(p.references for p in parts), strict=True)
+        is_masked = any(p.mask_BL is not None for p in parts)
         return Conditioning(
             torch.cat([p.tokens_BLD for p in parts]),
             torch.cat(pooled) if pooled else None,
             tuple(torch.cat(column) for column in columns),
+            torch.cat([p.own_BL for p in parts]) if is_masked else None,
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """Return the rows with every tensor but the mask changed."""
         pooled = None if self.pooled_BE is None else change(self.pooled_BE)
-        return Conditioning(change(self.tokens_BLD), pooled, tuple(change(r) for r in self.references))
+        return replace(
+            self,
+            tokens_BLD=change(self.tokens_BLD),
+            pooled_BE=pooled,
+            references=tuple(change(r) for r in self.references),
+        )
 
 
 @dataclass(frozen=True)
@@ -179,7 +225,7 @@ class Renderer(ABC):
     gpu_dtype: ClassVar[DType] = DType.BFLOAT16
     """The dtype that "auto" stands for on a GPU."""
     lora_layout: ClassVar[str | None] = None
-    """The family whose names its LoRA files use, sd3 or flux; None: none can be merged."""
+    """The family whose names its LoRA files use, such as sd3; None: none can be merged."""
     base: Base = Base.DTYPE
     """The form of its frozen weights; an adapter that can quantize them sets it to its plan's."""
     licences: ClassVar[Mapping[str, str]] = {}
@@ -229,7 +275,7 @@ class Renderer(ABC):
         """
         raise InputError(
             f"The LoRA {place} cannot be merged into {self.name}, a {type(self).__name__}: pixrl reads those of "
-            "SD3, FLUX and SDXL. Leave it out."
+            "SD3, FLUX, SDXL and Z-Image. Leave it out."
         )
 
 

@@ -20,11 +20,10 @@ from pixrl.errors import CheckpointError, InputError, ShapeError, did_you_mean
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, ReferencePolicy, SamplingSettings
-from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.pipeline import FlowPipelinePolicy, even_levels
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
 
-MAX_SEQUENCE_LENGTH = 512
 SCHNELL_LENGTH = 256
 SCHNELL = SamplingSettings(steps=4, guidance=0.0, resolution=512)
 """The settings of FLUX.1-schnell, which is distilled to four steps and has no guidance."""
@@ -226,11 +225,10 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
     @property
     def text_length(self) -> int:
         """The number of token features: the card's, 512, or 256 where the model has no guidance embedding (schnell)."""
-        if self.card.max_sequence_length is not None:
-            return self.card.max_sequence_length
-        return MAX_SEQUENCE_LENGTH if self.pipeline.transformer.config.guidance_embeds else SCHNELL_LENGTH
+        is_schnell = not self.pipeline.transformer.config.guidance_embeds
+        return SCHNELL_LENGTH if is_schnell and self.card.max_sequence_length is None else super().text_length
 
-    def clip_encoders(self) -> tuple[ClipEncoder, ...]:
+    def text_encoders(self) -> tuple[ClipEncoder, ...]:
         """Return CLIP-L, of which FLUX takes the pooled features alone; its token features are T5's."""
         model = self.pipeline.text_encoder
         return (
@@ -259,7 +257,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         return tokens if self.shift is Shift.FLUX else tokens // UNO_SHRINK
 
     def _timesteps(self, steps: int) -> dict[str, Any]:
-        return {"sigmas": torch.linspace(1.0, 1.0 / steps, steps).tolist()}
+        return even_levels(steps)
 
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         size = _token_size(x_t)

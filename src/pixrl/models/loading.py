@@ -313,8 +313,12 @@ def misfit_of_folder(part: Path, model: torch.nn.Module) -> Misfit:
     """
     found = {name: one.shape for file in model_files(part) for name, one in read_header(file).items()}
     expected = _shapes(model)
-    if found.keys().isdisjoint(expected):  # transformers has dropped a level of its CLIPTextModel
-        found = {name.removeprefix("text_model."): shape for name, shape in found.items()}
+    if found.keys().isdisjoint(expected):
+        # transformers has dropped a level of its CLIPTextModel, and takes a Qwen3ForCausalLM's weights for Qwen3Model
+        levels = re.compile(r"(text_)?model\.")
+        found = {
+            levels.sub("", name, count=1) if levels.match(name) else name: x for name, x in found.items()
+        }
     return compare(found, expected)
 
 

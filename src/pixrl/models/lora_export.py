@@ -37,7 +37,7 @@ from pixrl.errors import CheckpointError
 from pixrl.models.published_names import place_of
 from pixrl.models.slots import DOWN, UP, Lora
 
-PREFIXES = {"sd3": "transformer.", "flux": "transformer.", "sdxl": "unet."}
+PREFIXES = {"sd3": "transformer.", "flux": "transformer.", "sdxl": "unet.", "z-image": "transformer."}
 """What diffusers' names of a LoRA's modules begin with, by the model's kind."""
 ADAPTER_METADATA = "lora_adapter_metadata"
 """The key in a file's header under which diffusers writes peft's configuration, as JSON."""
@@ -123,7 +123,7 @@ def of_one_rank(lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
 def to_diffusers(lora: Lora, kind: str) -> dict[str, Tensor]:
     """Return a LoRA as `load_lora_weights` of diffusers' pipelines takes it, of one rank, without alphas.
 
-    `kind`: sd3, flux or sdxl.
+    `kind`: a key of `PREFIXES`.
     """
     return {
         f"{PREFIXES[kind]}{module}{end}": x

@@ -100,15 +100,24 @@ def open_lora(place: Path, kind: str) -> LoraFile:
 
     Args:
         place: a .safetensors file, or a folder that holds one: peft's, diffusers' or an export of pixrl.
-        kind: of the model that it is for: sd3, flux or sdxl.
+        kind: of the model that it is for: sd3, flux, sdxl or z-image.
 
     Raises:
         CheckpointError: it is missing, damaged, a pickle, of a layout that is not known, holds more than plain LoRA of
             the transformer, or says two strengths.
     """
     file, config = find_lora(place)
-    tensors, header = _opened(file)
-    keys = {key: _without_peft(key) for key in tensors}
+    try:
+        read_header(file)
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
+            header: dict[str, str] = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is no safetensors file, or cut short: {error}") from error
+    keys = {key: key.removeprefix(_PEFT_PREFIX) for key in tensors}
+    for key, own in keys.items():
+        if own.startswith(("double_blocks.", "single_blocks.")):
+            keys[key] = key  # the authors' names of FLUX keep peft's prefix for diffusers
     _refuse(file, "are there twice", _repeated(keys.values()))
     modules = _grouped({keys[key]: x for key, x in tensors.items()}, file, kind)
     has_alphas = any(module.alpha is not None for module in modules)
@@ -200,23 +209,6 @@ def _pickled(file: Path) -> CheckpointError:
         f"{file} is a pickle (torch.save), which can run code when it is read, so it is never loaded. Give the "
         ".safetensors of the same weights, or ask who made it for one."
     )
-
-
-def _opened(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors in float32, and the header."""
-    try:
-        read_header(file)
-        with safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is no safetensors file, or cut short: {error}") from error
-
-
-def _without_peft(key: str) -> str:
-    """Return a key without peft's prefix; the authors' names of FLUX keep it for diffusers."""
-    own = key.removeprefix(_PEFT_PREFIX)
-    return key if own.startswith(("double_blocks.", "single_blocks.")) else own
 
 
 def _wrong(file: Path, what: str) -> CheckpointError:
@@ -449,22 +441,23 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 
 def _by_diffusers(modules: Iterable[_Module], file: Path, kind: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rename to diffusers' names of FLUX or SDXL through its own converters."""
+    """Rename to diffusers' names of FLUX, SDXL or Z-Image through its own converters."""
     given: dict[str, Tensor] = {}
     for module in modules:
         given |= {module.name + module.ends[0]: module.down, module.name + module.ends[1]: module.up}
         if module.ends == _KOHYA and module.alpha is not None:
             given[module.name + _ALPHA] = torch.tensor(float(len(module.down)))  # strength 1 more
     with quiet_loading():
-        from diffusers import FluxPipeline, StableDiffusionXLPipeline
+        from diffusers import FluxPipeline, StableDiffusionXLPipeline, ZImagePipeline
         from diffusers.utils import convert_unet_state_dict_to_peft
 
         try:
-            if kind == "flux":
-                found = FluxPipeline.lora_state_dict(given)
-            else:
+            if kind == "sdxl":
                 state, _ = StableDiffusionXLPipeline.lora_state_dict(given, unet_config=_SDXL_LAYERS)
                 found = convert_unet_state_dict_to_peft(state)
+            else:
+                readers: dict[str, Any] = {"flux": FluxPipeline, "z-image": ZImagePipeline}
+                found = readers[kind].lora_state_dict(given)
         except _CONVERTERS_FAILURES as error:
             raise _wrong(
                 file, f"is in no LoRA layout of {kind.upper()} that diffusers reads: {error}"

@@ -20,7 +20,6 @@ from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
 
-MAX_SEQUENCE_LENGTH = 256
 CLIP_LENGTH = 77
 
 
@@ -38,6 +37,7 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
     }
     defaults = SamplingSettings(steps=28, guidance=7.0, resolution=512)
     lora_targets = KNOWN_TARGETS
+    usual_text_length = 256
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
         """Load the checkpoint; the options are those of `FlowPipelinePolicy`.
@@ -61,12 +61,6 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels), int(self.pipeline.patch_size)
 
-    @property
-    def text_length(self) -> int:
-        """The number of T5's token features, which follow those of CLIP: the card's, or 256."""
-        length = self.card.max_sequence_length
-        return MAX_SEQUENCE_LENGTH if length is None else length
-
     def blank(self) -> Conditioning:
         tokenizer = read_json(self.checkpoint.folder / "tokenizer" / "tokenizer_config.json")
         clip_length = min(CLIP_LENGTH, int(str(tokenizer.get("model_max_length", CLIP_LENGTH))))
@@ -87,7 +81,7 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
             )
         return Conditioning(tokens, pooled)
 
-    def clip_encoders(self) -> tuple[ClipEncoder, ...]:
+    def text_encoders(self) -> tuple[ClipEncoder, ...]:
         """Return CLIP-L and CLIP-G: tokens side by side in the first rows, pooled features one after the other."""
         pipeline, tokens, pooled = self.pipeline, 0, 0
         found = []

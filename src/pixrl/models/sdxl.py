@@ -91,7 +91,7 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
         empty = super()._unconditional(rows)
         return empty._map(torch.zeros_like) if self.pipeline.config.force_zeros_for_empty_prompt else empty
 
-    def clip_encoders(self) -> tuple[ClipEncoder, ...]:
+    def text_encoders(self) -> tuple[ClipEncoder, ...]:
         """Return CLIP-L, which gives tokens alone, and CLIP-G, whose pooled features are the model's."""
         pipeline = self.pipeline
         first, second = pipeline.text_encoder.config.hidden_size, pipeline.text_encoder_2.config

@@ -1,9 +1,10 @@
 """Prompts on their way into a model: words checked, rows encoded once and kept, and rows from changed embeddings.
 
-A variant of a prompt is its token embeddings plus a perturbation, sent through the real CLIP encoder: the embedding
-table's output is replaced and everything behind it (positions, causal mask, pooling at the end token, projection)
-runs as published. All variants of a prompt go through as one batch, differentiable in the embeddings. The features
-are then written over the encoder's own part of what `encode` gave; the other encoders' parts stay as they are.
+A variant of a prompt is its token embeddings plus a perturbation, sent through the real encoder, a CLIP or a language
+model: the embedding table's output is replaced and everything behind it (positions, causal mask, pooling at the end
+token, projection) runs as published. All variants of a prompt go through as one batch, differentiable in the
+embeddings. The features are then written over the encoder's own part of what `encode` gave; the other encoders' parts
+stay as they are.
 """
 
 from abc import ABC, abstractmethod
@@ -14,15 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pixrl.device import free_bytes
 from pixrl.equations import content_mask
-from pixrl.errors import InputError, ShapeError, UnknownWordError, did_you_mean
+from pixrl.errors import CheckpointError, InputError, ShapeError, UnknownWordError, did_you_mean
 from pixrl.models.base import Conditioning
 from pixrl.text import require_text
 
 CACHE_BYTES = 2**30
 """The bytes of prompt rows that are kept."""
+LANGUAGE = "language"
+"""The name of the language model of a pipeline that reads prompts with one."""
+_MARK = "PROMPT"
+"""What stands for the prompt where a chat template is asked for the text around it."""
 
 
 def check_words(prompts: Sequence[str], vocabulary: frozenset[str] | None, name: str) -> None:
@@ -128,17 +134,18 @@ def _refuse(prompt: str) -> Conditioning:
 
 def _size(row: Conditioning) -> int:
     pooled = 0 if row.pooled_BE is None else row.pooled_BE.nbytes
-    return row.tokens_BLD.nbytes + pooled + sum(reference.nbytes for reference in row.references)
+    mask = 0 if row.mask_BL is None else row.mask_BL.nbytes
+    return row.tokens_BLD.nbytes + pooled + mask + sum(reference.nbytes for reference in row.references)
 
 
 @dataclass(frozen=True)
-class ClipText:
-    """A prompt as the input of one CLIP encoder."""
+class PromptText:
+    """A prompt as the input of one text encoder."""
 
     ids_L: Tensor
     """The token ids, padded to the pipeline's length, on the encoder's device."""
     content_L: Tensor
-    """A mask (bool) that is true on the words: neither start, nor end, nor padding."""
+    """A mask (bool) that is true on the words: neither start, nor end, nor padding, nor the text around a prompt."""
     embeddings_LD: Tensor
     """The static input embeddings, float32, before positions are added."""
     end: int
@@ -146,77 +153,55 @@ class ClipText:
 
 
 @dataclass(frozen=True)
-class ClipFeatures:
-    """The features that a pipeline takes from one CLIP encoder, one row for each variant of a prompt."""
+class TextFeatures:
+    """The features that a pipeline takes from one text encoder, one row for each variant of a prompt."""
 
     pooled_KE: Tensor
     tokens_KLD: Tensor | None
     """The token features; None where the pipeline uses the pooled features alone (FLUX)."""
 
-    def __getitem__(self, rows: Tensor) -> "ClipFeatures":
+    def __getitem__(self, rows: Tensor) -> "TextFeatures":
         tokens = None if self.tokens_KLD is None else self.tokens_KLD[rows]
-        return ClipFeatures(self.pooled_KE[rows], tokens)
+        return TextFeatures(self.pooled_KE[rows], tokens)
 
     @staticmethod
-    def cat(parts: "list[ClipFeatures]") -> "ClipFeatures":
+    def cat(parts: "list[TextFeatures]") -> "TextFeatures":
         """Return all rows of the parts, in order."""
         tokens = [part.tokens_KLD for part in parts if part.tokens_KLD is not None]
-        return ClipFeatures(
+        return TextFeatures(
             torch.cat([part.pooled_KE for part in parts]), torch.cat(tokens) if tokens else None
         )
 
 
 @dataclass(frozen=True)
-class ClipEncoder:
-    """One frozen CLIP text encoder of a pipeline and where its features stand in a `Conditioning`."""
+class TextEncoder(ABC):
+    """One frozen text encoder of a pipeline and where its features stand in a `Conditioning`."""
 
     name: str
-    """The name of the encoder in the papers: `clip_l` or `clip_g`."""
+    """The name of the encoder: `clip_l` or `clip_g`, as in the papers, or `LANGUAGE`."""
     model: Any
-    """A CLIPTextModelWithProjection or CLIPTextModel of transformers."""
+    """A text model of transformers."""
     tokenizer: Any
     length: int
     """The number of tokens that every prompt is padded or cut to."""
-    projected: bool
-    """Whether the pooled features are the projected ones (SD3) or the raw end token's (FLUX)."""
-    pooled_columns: slice | None
-    """The columns of the pooled features; None where the pipeline takes none from this encoder (SDXL's CLIP-L)."""
-    token_columns: slice | None
-    """The columns of the first `length` token rows; None where the pipeline takes no tokens from this encoder."""
 
-    def read(self, prompt: str) -> ClipText:
+    @abstractmethod
+    def read(self, prompt: str) -> PromptText:
         """Return a prompt's ids, content mask and static embeddings.
 
         Raises:
             InputError: the prompt has no word that could be perturbed.
         """
-        table: nn.Module = self.model.get_input_embeddings()
-        found = self.tokenizer(
-            [prompt], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        ids: Tensor = found.input_ids.to(self.model.device)
-        edges = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        end = int((ids[0] == self.tokenizer.eos_token_id).int().argmax())
-        # Padding comes after the first end token. It is not told by its id: CLIP-G's "!" is also a word.
-        before_end = torch.arange(self.length, device=ids.device) < end
-        content = content_mask(ids, edges)[0] & before_end
-        if not content.any():
-            raise InputError(
-                f"The prompt {prompt!r} has no content token that {self.name} could perturb. "
-                "Take it out of the prompts, or explore with noise alone."
-            )
-        with torch.no_grad():
-            embeddings: Tensor = table(ids)[0].float()
-        return ClipText(ids[0], content, embeddings, end)
 
+    @abstractmethod
     def pooled(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> Tensor:
         """Return the pooled features [B, E] alone, float32, as `features` computes them.
 
         L may be cut after the first end tokens: under the causal mask later ones cannot reach them.
         """
-        return self._pooled(self._run(ids_BL, embeddings_BLD, tokens=False)).float()
 
-    def features(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> ClipFeatures:
+    @abstractmethod
+    def features(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> TextFeatures:
         """Return pooled and token features, in the model's dtype, differentiable in the embeddings.
 
         Args:
@@ -226,11 +211,9 @@ class ClipEncoder:
         Raises:
             ShapeError: the embeddings are not `[B, L, D]` of these ids and this encoder.
         """
-        output = self._run(ids_BL, embeddings_BLD, tokens=self.token_columns is not None)
-        tokens = None if self.token_columns is None else output.hidden_states[-2]
-        return ClipFeatures(self._pooled(output), tokens)
 
-    def blend(self, conditioning: Conditioning, features: ClipFeatures, weight_B: Tensor) -> Conditioning:
+    @abstractmethod
+    def blend(self, conditioning: Conditioning, features: TextFeatures, weight_B: Tensor) -> Conditioning:
         """Return a conditioning whose part of this encoder is (1 - weight) of its own and weight of the features.
 
         Args:
@@ -239,8 +222,70 @@ class ClipEncoder:
             weight_B: in [0, 1]; where it is 0 the row stays exactly as it is.
 
         Raises:
-            ShapeError: the numbers of rows differ, or the conditioning has no pooled features.
+            ShapeError: the numbers of rows differ, or the conditioning lacks what the pipeline takes.
         """
+
+    def _text(self, ids_L: Tensor, content_L: Tensor, end: int, prompt: str) -> PromptText:
+        """Return a prompt with its embeddings; InputError where it has no content."""
+        if not content_L.any():
+            raise InputError(
+                f"The prompt {prompt!r} has no content token that {self.name} could perturb. "
+                "Take it out of the prompts, or explore with noise alone."
+            )
+        table: nn.Module = self.model.get_input_embeddings()
+        with torch.no_grad():
+            embeddings: Tensor = table(ids_L[None])[0].float()
+        return PromptText(ids_L, content_L, embeddings, end)
+
+    def _run(self, ids_BL: Tensor, embeddings_BLD: Tensor, **options: Any) -> Any:
+        """Run the model with these embeddings in place of its table's output."""
+        table: nn.Module = self.model.get_input_embeddings()
+        columns = next(table.parameters()).shape[1]
+        wanted = (*ids_BL.shape, columns)
+        if ids_BL.ndim != 2 or embeddings_BLD.shape != wanted:
+            raise ShapeError(
+                f"{self.name} takes embeddings {list(wanted)} for ids {list(ids_BL.shape)}, "
+                f"got {list(embeddings_BLD.shape)}."
+            )
+        embeddings = embeddings_BLD.to(self.model.dtype)
+        handle = table.register_forward_hook(lambda *_: embeddings)
+        try:
+            return self.model(ids_BL, **options)
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class ClipEncoder(TextEncoder):
+    """A CLIPTextModelWithProjection or CLIPTextModel."""
+
+    projected: bool
+    """Whether the pooled features are the projected ones (SD3) or the raw end token's (FLUX)."""
+    pooled_columns: slice | None
+    """The columns of the pooled features; None where the pipeline takes none from this encoder (SDXL's CLIP-L)."""
+    token_columns: slice | None
+    """The columns of the first `length` token rows; None where the pipeline takes no tokens from this encoder."""
+
+    def read(self, prompt: str) -> PromptText:
+        found = self.tokenizer(
+            [prompt], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        ids: Tensor = found.input_ids.to(self.model.device)
+        edges = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        end = int((ids[0] == self.tokenizer.eos_token_id).int().argmax())
+        # Padding comes after the first end token. It is not told by its id: CLIP-G's "!" is also a word.
+        before_end = torch.arange(self.length, device=ids.device) < end
+        return self._text(ids[0], content_mask(ids, edges)[0] & before_end, end, prompt)
+
+    def pooled(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> Tensor:
+        return self._pooled(self._run(ids_BL, embeddings_BLD, output_hidden_states=False)).float()
+
+    def features(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> TextFeatures:
+        with_tokens = self.token_columns is not None
+        output = self._run(ids_BL, embeddings_BLD, output_hidden_states=with_tokens)
+        return TextFeatures(self._pooled(output), output.hidden_states[-2] if with_tokens else None)
+
+    def blend(self, conditioning: Conditioning, features: TextFeatures, weight_B: Tensor) -> Conditioning:
         rows = len(conditioning)
         if conditioning.pooled_BE is None or len(features.pooled_KE) != rows or len(weight_B) != rows:
             raise ShapeError(
@@ -256,31 +301,125 @@ class ClipEncoder:
         _lerp(tokens[:, : self.length, self.token_columns], features.tokens_KLD, weight_B)
         return replace(conditioning, tokens_BLD=tokens, pooled_BE=pooled)
 
-    def _run(self, ids_BL: Tensor, embeddings_BLD: Tensor, tokens: bool) -> Any:
-        wanted = (*ids_BL.shape, self.model.config.hidden_size)
-        if ids_BL.ndim != 2 or embeddings_BLD.shape != wanted:
-            raise ShapeError(
-                f"{self.name} takes embeddings {list(wanted)} for ids {list(ids_BL.shape)}, "
-                f"got {list(embeddings_BLD.shape)}."
-            )
-        embeddings = embeddings_BLD.to(self.model.dtype)
-        handle = self.model.get_input_embeddings().register_forward_hook(lambda *_: embeddings)
-        try:
-            return self.model(ids_BL, output_hidden_states=tokens)
-        finally:
-            handle.remove()
-
     def _pooled(self, output: Any) -> Tensor:
         pooled: Tensor = output.text_embeds if self.projected else output.pooler_output
         return pooled
 
 
+@dataclass(frozen=True)
+class LanguageEncoder(TextEncoder):
+    """A causal language model that reads a prompt within a frame of text, such as one turn of a chat.
+
+    Its pooled features are what the pipeline takes of the first token after the prompt, which sees all of it, as CLIP's
+    end token does.
+    """
+
+    frame: tuple[str, str]
+    """The text before and after a prompt; the second begins with a special token."""
+    layers: tuple[int, ...]
+    """The hidden states that the pipeline takes, side by side; -1 is the last."""
+    skipped: int = 0
+    """The number of first rows that the pipeline leaves out."""
+
+    def read(self, prompt: str) -> PromptText:
+        before, after = self.frame
+        found = self.tokenizer(
+            [f"{before}{prompt}{after}"],
+            padding="max_length",
+            max_length=self.length,
+            truncation=True,
+            padding_side="right",
+            return_offsets_mapping=True,
+            return_tensors="pt",
+        )
+        ids: Tensor = found.input_ids.to(self.model.device)
+        first_L, last_L = found.offset_mapping[0].to(self.model.device).unbind(dim=1)
+        inside_L = (first_L >= len(before)) & (last_L <= len(before) + len(prompt)) & (first_L < last_L)
+        return self._text(ids[0], inside_L & self._own(ids)[0], int(self._ends(ids)[0]), prompt)
+
+    def pooled(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> Tensor:
+        return self._at_ends(ids_BL, self._states(ids_BL, embeddings_BLD)).float()
+
+    def features(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> TextFeatures:
+        states_BLD = self._states(ids_BL, embeddings_BLD)
+        return TextFeatures(self._at_ends(ids_BL, states_BLD), states_BLD[:, self.skipped :])
+
+    def blend(self, conditioning: Conditioning, features: TextFeatures, weight_B: Tensor) -> Conditioning:
+        rows, other = len(conditioning), features.tokens_KLD
+        if other is None or other.shape != conditioning.tokens_BLD.shape or len(weight_B) != rows:
+            raise ShapeError(
+                f"blend: conditionings {list(conditioning.tokens_BLD.shape)}, features "
+                f"{None if other is None else list(other.shape)} and {len(weight_B)} weights; give one row each."
+            )
+        tokens = conditioning.tokens_BLD.clone()
+        _lerp(tokens, other, weight_B)
+        if conditioning.mask_BL is not None:
+            tokens = tokens.masked_fill(~conditioning.mask_BL[:, :, None], 0)
+        return replace(conditioning, tokens_BLD=tokens)
+
+    def _states(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> Tensor:
+        output = self._run(
+            ids_BL,
+            embeddings_BLD,
+            attention_mask=self._own(ids_BL).long(),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return torch.cat([output.hidden_states[layer] for layer in self.layers], dim=-1)
+
+    def _own(self, ids_BL: Tensor) -> Tensor:
+        """Return a mask that is false on padding, which stands behind the last token of another kind."""
+        others_BL: Tensor = ids_BL != self.tokenizer.pad_token_id
+        return others_BL.int().flip(1).cumsum(dim=1).flip(1) > 0
+
+    def _ends(self, ids_BL: Tensor) -> Tensor:
+        """Return the place [B] of the first token after each prompt, or of its last one where that was cut off."""
+        before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in self.frame)
+        behind_BL = (ids_BL == after[0]) & (
+            torch.arange(ids_BL.shape[1], device=ids_BL.device) >= len(before)
+        )
+        last_B = self._own(ids_BL).sum(dim=1) - 1
+        return torch.where(behind_BL.any(dim=1), behind_BL.int().argmax(dim=1), last_B)
+
+    def _at_ends(self, ids_BL: Tensor, states_BLD: Tensor) -> Tensor:
+        return states_BLD[torch.arange(len(ids_BL), device=ids_BL.device), self._ends(ids_BL)]
+
+
+def padded(tokens_LD: Tensor, length: int) -> Conditioning:
+    """Return one prompt's own token features as a row of `length` tokens, with a mask of what is padding."""
+    mask = torch.arange(length, device=tokens_LD.device) < len(tokens_LD)
+    return Conditioning(pad(tokens_LD, (0, 0, 0, length - len(tokens_LD)))[None], mask_BL=mask[None])
+
+
+def chat_frame(tokenizer: Any, *, thinks: bool) -> tuple[str, str]:
+    """Return the text before and after what a user says in a chat's first turn, up to where the answer begins.
+
+    `thinks`: whether the template leaves room for the model's thoughts, as Qwen3's calls it.
+
+    Raises:
+        CheckpointError: the tokenizer has no chat template, or one that changes what the user says.
+    """
+    if not tokenizer.chat_template:
+        raise CheckpointError(
+            "The tokenizer has no chat template, within which this model reads a prompt. Download it again: "
+            "chat_template.jinja, or chat_template in tokenizer_config.json, is missing."
+        )
+    turn = [{"role": "user", "content": _MARK}]
+    text = tokenizer.apply_chat_template(
+        turn, tokenize=False, add_generation_prompt=True, enable_thinking=thinks
+    )
+    before, mark, after = text.partition(_MARK)
+    if not mark or not after:
+        raise CheckpointError(f"The tokenizer's chat template does not hold what the user says: {text!r}.")
+    return before, after
+
+
 class PerturbableText(ABC):
-    """A policy whose prompts pass through CLIP text encoders that can be given changed input embeddings."""
+    """A policy whose prompts pass through text encoders that can be given changed input embeddings."""
 
     @abstractmethod
-    def clip_encoders(self) -> tuple[ClipEncoder, ...]:
-        """Return CLIP-L, and then CLIP-G where there is one, in the layout of `encode`."""
+    def text_encoders(self) -> tuple[TextEncoder, ...]:
+        """Return CLIP-L, and then CLIP-G where there is one, in the layout of `encode`; or the language model."""
 
 
 def _lerp(part: Tensor, other: Tensor, weight_B: Tensor) -> None:

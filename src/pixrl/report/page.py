@@ -4,7 +4,6 @@ import base64
 import io
 import math
 import os
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,14 @@ SMALL = 128
 """Pictures up to this side are embedded as they are; a browser enlarges them smoothly where it is by little."""
 THUMBNAIL, FULL = 256, 768
 """Longest side in pixels of a picture among others, and of one that stands alone."""
+TEMPLATES = Environment(
+    loader=PackageLoader("pixrl.report"),
+    autoescape=select_autoescape(["html", "j2"], default=True),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["three"] = lambda value: "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 class Embedded(str):
@@ -61,21 +68,8 @@ def render(template: str, view: dict[str, Any], refresh: float | None = None) ->
 
     `refresh`: seconds after which a page loads itself again.
     """
-    page = _templates().get_template(template)
+    page = TEMPLATES.get_template(template)
     return encodable(page.render(version=installed_version(), refresh=refresh, **view))
-
-
-@cache
-def _templates() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("pixrl.report"),
-        autoescape=select_autoescape(["html", "j2"], default=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["three"] = lambda value: "–" if value is None or math.isnan(value) else f"{value:.3f}"
-    return environment
 
 
 def installed_version() -> str:

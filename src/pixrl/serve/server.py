@@ -181,7 +181,22 @@ class RewardServer:
             one.name: RewardSet([one.setting], time_limit=limit, max_failed_share=1.0)
             for one in self.settings.rewards
         }
-        self.served = tuple(_try(self._rewards[one.name], one) for one in self.settings.rewards)
+        # the first scores warm a reward up, and show what produces them
+        grey = torch.full((1, 3, PROBE_SIDE, PROBE_SIDE), 0.5)
+        served = []
+        for one in self.settings.rewards:
+            scores = self._rewards[one.name].score(RewardBatch(grey, ["a photo"], [{}]))[one.name]
+            problem = scores.reasons[0]
+            if problem is not None:
+                _log.warning("The reward %r gives a grey picture no score: %s", one.name, problem)
+            licence = scores.provenance.get("licence", "not stated")
+            about = dict(scores.provenance)
+            served.append(
+                wire.Served(
+                    name=one.name, kind=one.setting.reward, licence=licence, provenance=about, problem=problem
+                )
+            )
+        self.served = tuple(served)
         self._socket.listen(64)
 
     def serve(self) -> None:
@@ -357,20 +372,3 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
 def _busy(why: str) -> HTTPException:
     return HTTPException(503, why, {"Retry-After": "1"})
-
-
-def _try(rewards: RewardSet, served: ServedReward) -> wire.Served:
-    """A reward's first scores: warms it up, and shows what produces them."""
-    grey = torch.full((1, 3, PROBE_SIDE, PROBE_SIDE), 0.5)
-    scores = rewards.score(RewardBatch(grey, ["a photo"], [{}]))[served.name]
-    provenance = dict(scores.provenance)
-    problem = scores.reasons[0]
-    if problem is not None:
-        _log.warning("The reward %r gives a grey picture no score: %s", served.name, problem)
-    return wire.Served(
-        name=served.name,
-        kind=served.setting.reward,
-        licence=provenance.get("licence", "not stated"),
-        provenance=provenance,
-        problem=problem,
-    )

@@ -19,7 +19,7 @@ from pixrl.report.page import render
 from pixrl.rewards.http import is_loopback
 from pixrl.runs.process import ask_to_stop
 from pixrl.studio.folders import RunData, Runs, State, sentence
-from pixrl.studio.fuse_tab import FuseTab
+from pixrl.studio.fuse import FuseTab
 from pixrl.studio.pages import AT_ONCE, RunPage, large, orders_of, run_list
 from pixrl.studio.processes import Processes
 from pixrl.studio.style import asset, style, theme
@@ -151,10 +151,14 @@ class Studio:
 
     def html(self, **more: Any) -> gr.HTML:
         """Make a part of the page whose runs can be clicked on, and whose pictures are enlarged."""
+
+        def picture(asked: Any) -> str:
+            return self.picture(str(asked["run"]), str(asked["file"]))
+
         return gr.HTML(
             "",
             js_on_load=asset("studio.js"),
-            server_functions=[_named_picture(self)],
+            server_functions=[picture],
             apply_default_css=False,
             **more,
         )
@@ -281,13 +285,6 @@ class RunColumn:
             return ""
 
         return begin
-
-
-def _named_picture(studio: Studio) -> Any:
-    def picture(asked: Any) -> str:
-        return studio.picture(str(asked["run"]), str(asked["file"]))
-
-    return picture
 
 
 def launch(studio: Studio, host: str, port: int, token: str | None) -> str:

@@ -236,7 +236,7 @@ class Runs:
                 Path(one.path) for one in entries if one.is_dir() and not one.name.startswith(".")
             )
         for path in inside:
-            if place.is_run(path) and _kind_of(path) not in GROUPS:
+            if place.is_run(path) and _marker(path).get("kind") not in GROUPS:
                 yield encodable(path.relative_to(self.root).as_posix()), path
             elif depth < DEEPEST:
                 yield from self._below(path, depth + 1)
@@ -265,10 +265,6 @@ def plain(text: str, run: Path) -> str:
     for place_, short in ((run, run.name), (run.parent, ""), (Path.home(), "~")):
         text = text.replace(f"{place_}/", f"{short}/".lstrip("/")).replace(str(place_), short or "the folder")
     return encodable(text)
-
-
-def _kind_of(run: Path) -> object:
-    return _marker(run).get("kind")
 
 
 def _marker(run: Path) -> dict[str, Any]:

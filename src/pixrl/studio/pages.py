@@ -78,7 +78,13 @@ class RunPage:
 
     def learning(self, data: RunData) -> str:
         """Return the curves of everything else that was logged."""
-        return self._part("learning", (data.version, data.error), lambda: _learning(data))
+        learned = data.shape is not None and data.shape.learned
+
+        def make() -> str:
+            panels = figures.panels(data.metrics, data.evaluated, learned=learned)
+            return _curves("How it learns", panels)
+
+        return "" if data.error else self._part("learning", data.version, make)
 
     def group(self, data: RunData) -> str:
         """Return the newest pictures of training: a group by variant and noise, or a batch of children."""
@@ -99,7 +105,12 @@ class RunPage:
         if data.error:
             return ""
         if data.shape is None:
-            return _curves("Rewards", _fusion_panels(data))
+            drawn = [figures.number(row.scores.get("reward")) for row in data.manifest]
+            if len(drawn) < 2:
+                return _curves("Rewards", [])
+            chart = reward_chart(drawn, max(1, int((data.recipe or {}).get("batch", 1))))
+            note = "Of every picture, the mean of a batch, and the best so far."
+            return _curves("Rewards", [figures.Panel("Reward", note, Markup(chart))])
         panels = figures.reward_panels(data.shape, data.metrics, data.evaluated)
         return _curves("Rewards", panels, self._changes(data), data.evaluated)
 
@@ -166,7 +177,8 @@ def latest(data: RunData) -> list[tuple[str, float, Markup]]:
         one for one in LATEST if data.shape is not None and (data.shape.learned or one[0] == "diversity")
     ]
     if data.shape is None:
-        names = [(name, name.replace("reward/", "").replace("/", " ")) for name in _fusion_names(data)]
+        logged = [name for row in data.metrics[-1:] for name in row if name.startswith("reward/")]
+        names = [(name, name.replace("reward/", "").replace("/", " ")) for name in logged]
     found = []
     for name, label in names:
         values = [row[name] for row in data.metrics[-SPARK:] if name in row]
@@ -183,29 +195,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _fusion_names(data: RunData) -> list[str]:
-    rows = data.metrics[-1:]
-    return [name for row in rows for name in row if name.startswith("reward/")]
-
-
-def _fusion_panels(data: RunData) -> list[figures.Panel]:
-    rewards = [figures.number(row.scores.get("reward")) for row in data.manifest]
-    if len(rewards) < 2:
-        return []
-    batch = max(1, int((data.recipe or {}).get("batch", 1)))
-    note = "Of every picture, the mean of a batch, and the best so far."
-    return [figures.Panel("Reward", note, Markup(reward_chart(rewards, batch)))]
-
-
-def _learning(data: RunData) -> str:
-    learned = data.shape is not None and data.shape.learned
-    return (
-        ""
-        if data.error
-        else _curves("How it learns", figures.panels(data.metrics, data.evaluated, learned=learned))
-    )
 
 
 def _curves(

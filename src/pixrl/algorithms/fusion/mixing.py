@@ -122,7 +122,7 @@ class Columns(Mixing[ColumnsSettings]):
     ) -> None:
         super().__init__(settings, sources, steps=steps, pooled=pooled)
         self.columns = sources.tokens_BLD.shape[2]
-        self.features_ND = sources.tokens_BLD.float().mean(dim=1).cpu()
+        self.features_ND = sources.mean_BD.cpu()
         if pooled is Pooled.COLUMNS:
             if sources.pooled_BE is None:
                 raise InputError("This model has no pooled text features: leave out pooled=columns.")
@@ -134,7 +134,9 @@ class Columns(Mixing[ColumnsSettings]):
         tokens_BLD = torch.stack([fuse(tokens_NLD, a_ND[:, : self.columns]) for a_ND in coefficients_BND])
         own_BNE = coefficients_BND[:, :, self.columns :] if self.pooled is Pooled.COLUMNS else None
         pooled_BE = mix_pooled(self.sources, coefficients_BND, self.pooled, own_BNE)
-        return Conditioning(tokens_BLD.to(tokens_NLD.dtype), pooled_BE)
+        used_BN1 = (coefficients_BND[:, :, : self.columns] != 0).any(dim=2, keepdim=True)
+        mask_BL = self.sources.mixed_mask(used_BN1)
+        return Conditioning(tokens_BLD.to(tokens_NLD.dtype), pooled_BE, mask_BL=mask_BL)
 
 
 class TokensSettings(MixingSettings):
@@ -164,7 +166,9 @@ class Tokens(Mixing[TokensSettings]):
         coefficients_BNL = coefficients_BND.to(tokens_NLD.device, torch.float32)
         tokens_BLD = torch.einsum("bnl,nld->bld", coefficients_BNL, tokens_NLD.float())
         return Conditioning(
-            tokens_BLD.to(tokens_NLD.dtype), mix_pooled(self.sources, coefficients_BNL, self.pooled)
+            tokens_BLD.to(tokens_NLD.dtype),
+            mix_pooled(self.sources, coefficients_BNL, self.pooled),
+            mask_BL=self.sources.mixed_mask(coefficients_BNL != 0),
         )
 
 

@@ -1,0 +1,110 @@
+"""Z-Image and Z-Image-Turbo as a trainable flow policy, on diffusers' ZImagePipeline.
+
+Latents run from noise (t = 1) to data (t = 0). The transformer is fed 1 - t and predicts data - noise. A prompt is read
+by a language model as one turn of a chat, and its caption keeps its own length: `encode` pads it with zeros that the
+mask tells apart, and the transformer, which takes a list of captions, is given the caption alone.
+
+`guidance` g is the pipeline's: v = c + g (c - u), without a second pass at 0. In the words of other families that is a
+scale of 1 + g.
+
+The published models differ in one number of their configs: Turbo's schedule is shifted by 3, the base model's by 6.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pixrl.hub_check import read_json
+from pixrl.models.base import Conditioning, SamplingSettings
+from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.pipeline import FlowPipelinePolicy, even_levels
+from pixrl.models.text import LANGUAGE, LanguageEncoder, PerturbableText, chat_frame, padded
+
+PATCH = 2
+"""Rows and columns of latents in a token."""
+TURBO_SHIFT = 3.0
+TURBO = SamplingSettings(steps=8, guidance=0.0, resolution=1024)
+LAYER = -2
+"""The hidden state of the language model that is the caption."""
+
+
+class ZImagePolicy(FlowPipelinePolicy, PerturbableText):
+    """Z-Image or Z-Image-Turbo as a trainable policy."""
+
+    pipelines = ("ZImagePipeline",)
+    pipeline_class = "ZImagePipeline"
+    lora_layout = "z-image"
+    licences: ClassVar[Mapping[str, str]] = {
+        "Tongyi-MAI/Z-Image": "Apache-2.0",
+        "Tongyi-MAI/Z-Image-Turbo": "Apache-2.0",
+    }
+    defaults = SamplingSettings(steps=50, guidance=5.0, resolution=1024)
+    lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+
+    def _defaults(self, folder: Path) -> SamplingSettings:
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        return TURBO if scheduler.get("shift") == TURBO_SHIFT else self.defaults
+
+    def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
+        super()._place(plan, placed=placed)
+        # It makes its tables when it is first called: not within inference mode, nor of tensors without content.
+        self.pipeline.transformer.rope_embedder(torch.zeros(1, 3, dtype=torch.long, device=self.device))
+
+    def _latent_geometry(self) -> tuple[int, int]:
+        return int(self.pipeline.transformer.config.in_channels), PATCH
+
+    def blank(self) -> Conditioning:
+        width = self.pipeline.transformer.config.cap_feat_dim
+        return Conditioning(torch.zeros(1, self.text_length, width, dtype=self.precision.weights))
+
+    def _encode_one(self, prompt: str) -> Conditioning:
+        with self.text_present():
+            (caption,), _ = self.pipeline.encode_prompt(
+                prompt=[prompt],
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.text_length,
+            )
+        return padded(caption, self.text_length)
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        return chat_frame(self.pipeline.tokenizer, thinks=True)
+
+    def framed(self, prompt: str, tokenizer: Any) -> str:
+        return prompt.join(chat_frame(tokenizer, thinks=True))
+
+    def text_encoders(self) -> tuple[LanguageEncoder, ...]:
+        """Return the language model, whose features of a prompt are its caption."""
+        return (
+            LanguageEncoder(
+                name=LANGUAGE,
+                model=self.pipeline.text_encoder,
+                tokenizer=self.pipeline.tokenizer,
+                length=self.text_length,
+                frame=self._frame,
+                layers=(LAYER,),
+            ),
+        )
+
+    def _timesteps(self, steps: int) -> dict[str, Any]:
+        return even_levels(steps)
+
+    @property
+    def guidance_scale(self) -> float:
+        return 1 + self.settings.guidance
+
+    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._guided(self._predict, x_t, t_B, conditioning)
+
+    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        captions = list(conditioning.tokens_BLD.unbind())
+        if conditioning.mask_BL is not None:
+            captions = [row[own] for row, own in zip(captions, conditioning.mask_BL, strict=True)]
+        frames = list(x_t.unsqueeze(2).unbind())
+        found: list[Tensor] = self.denoiser(frames, 1 - t_B, captions, return_dict=False)[0]
+        return -torch.stack(found).squeeze(2)
