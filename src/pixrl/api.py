@@ -39,6 +39,7 @@ from pixrl.runs.place import free_place
 from pixrl.runs.reading import Pictures as Pictures
 from pixrl.runs.reading import evaluations
 from pixrl.runs.training import Report
+from pixrl.workers import HERE, Workers
 
 RUNS = Path("runs")
 DRAWN = Path("drawn")
@@ -300,17 +301,20 @@ def run_pairs(
     carry: bool = False,
     force: bool = False,
     live: bool = True,
+    workers: Workers = HERE,
 ) -> Path:
     """Fuse every line of a file, or of a list of `a & b`, in a run of its own, and return the folder.
 
-    With `carry` each begins with the policy that the one before it has learned.
+    With `carry` each begins with the policy that the one before it has learned; `workers` says where they run.
     """
     if config.concepts:
         raise InputError("The concepts come from the list of pairs: leave them out of the recipe.")
     found = read_pairs(pairs) if isinstance(pairs, Path) else parse_pairs(pairs)
     many = fuse_many.pairs_config(config, found, carry)
     place = out or default_fuse_out(config, pairs=pairs if isinstance(pairs, Path) else None)
-    done = fuse_many.start_many(many, PAIRS, place, force=force, monitor=lambda: _monitor(live))
+    done = fuse_many.start_many(
+        many, PAIRS, place, force=force, monitor=lambda: _monitor(live), workers=workers
+    )
     return write_many_report(done).parent
 
 

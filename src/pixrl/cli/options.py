@@ -86,6 +86,18 @@ Policy = Annotated[
 Carry = Annotated[
     bool, option("With --pairs: one conditional policy, which goes on learning from pair to pair.", HOW)
 ]
+Processes = Annotated[
+    int,
+    option("Runs at a time on this machine, a process and a thread each.", HOW, "1", flag="--workers", min=1),
+]
+Ray = Annotated[
+    str | None,
+    option("Spread the runs over a Ray cluster instead: local, auto or host:port.", HOW, metavar="ADDRESS"),
+]
+Cpus = Annotated[float, option("With --ray: CPUs of a run; may be a fraction.", HOW, "1", min=0)]
+Gpus = Annotated[
+    float | None, option("With --ray: GPUs of a run; may be a fraction.", HOW, "1 where there are any", min=0)
+]
 Compare = Annotated[str | None, option("Samplers side by side at equal budget: all, or rmler,random.", HOW)]
 Budget = Annotated[int | None, option("Pictures in all.", HOW, "128")]
 Pool = Annotated[

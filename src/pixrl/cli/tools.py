@@ -17,8 +17,12 @@ from pixrl.cli.options import (
     INTERRUPTED,
     WHERE,
     CheckedRecipe,
+    Cpus,
     Force,
+    Gpus,
     Out,
+    Processes,
+    Ray,
     Run,
     Seed,
     Set,
@@ -219,7 +223,10 @@ def study(
         ),
     ],
     out: Annotated[Path | None, option("The study's folder.", WHERE, "runs/ and the recipe's name")] = None,
-    workers: Annotated[int, option("Processes, one thread each.", HOW, "1", min=1)] = 1,
+    workers: Processes = 1,
+    ray: Ray = None,
+    cpus: Cpus = 1.0,
+    gpus: Gpus = None,
     set_: Set = None,
     table: Annotated[
         bool, option("Only write the tables and charts of the records so far.", flag="--table")
@@ -227,8 +234,12 @@ def study(
 ) -> None:
     """Compare variants of a recipe over seeds, with tables and intervals; the same command goes on with it."""
     command = from_checkout("studies.command", "Studies", "pixrl study")
+    from pixrl.workers import Workers
+
     try:
-        typer.echo(command.run(recipe, out, set_ or [], workers=workers, only_tables=table))
+        typer.echo(
+            command.run(recipe, out, set_ or [], workers=Workers(workers, ray, cpus, gpus), only_tables=table)
+        )
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
         raise typer.Exit(INTERRUPTED) from None
