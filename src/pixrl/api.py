@@ -24,6 +24,7 @@ from pixrl.jobs import fuse_many
 from pixrl.jobs.fuse import FinishedRun
 from pixrl.report.align import write_align_report
 from pixrl.report.fuse import write_fuse_report, write_many_report
+from pixrl.report.watch import write_report as write_report
 from pixrl.runs.config import (
     ALIGN,
     KINDS,
@@ -39,6 +40,7 @@ from pixrl.runs.place import free_place
 from pixrl.runs.reading import Pictures as Pictures
 from pixrl.runs.reading import evaluations
 from pixrl.runs.training import Report
+from pixrl.workers import HERE, Workers
 
 RUNS = Path("runs")
 DRAWN = Path("drawn")
@@ -300,17 +302,20 @@ def run_pairs(
     carry: bool = False,
     force: bool = False,
     live: bool = True,
+    workers: Workers = HERE,
 ) -> Path:
     """Fuse every line of a file, or of a list of `a & b`, in a run of its own, and return the folder.
 
-    With `carry` each begins with the policy that the one before it has learned.
+    With `carry` each begins with the policy that the one before it has learned; `workers` says where they run.
     """
     if config.concepts:
         raise InputError("The concepts come from the list of pairs: leave them out of the recipe.")
     found = read_pairs(pairs) if isinstance(pairs, Path) else parse_pairs(pairs)
     many = fuse_many.pairs_config(config, found, carry)
     place = out or default_fuse_out(config, pairs=pairs if isinstance(pairs, Path) else None)
-    done = fuse_many.start_many(many, PAIRS, place, force=force, monitor=lambda: _monitor(live))
+    done = fuse_many.start_many(
+        many, PAIRS, place, force=force, monitor=lambda: _monitor(live), workers=workers
+    )
     return write_many_report(done).parent
 
 
@@ -369,16 +374,6 @@ def select_run(
     chosen = fuse_job.select_again(run, keep=keep, presence=presence, balance=balance, everywhere=everywhere)
     write_fuse_report(chosen)
     return chosen.selection
-
-
-def write_report(run: Path) -> Path:
-    """Write the report of a run again: of a finished fusion, of a folder of them, or of an alignment so far."""
-    kind = RunFolder.open(run).kind
-    if kind in KINDS:
-        return write_align_report(run)
-    if kind == FUSE:
-        return write_fuse_report(fuse_job.open_finished(run))
-    return write_many_report(fuse_many.finished_runs(run))
 
 
 def default_fuse_out(config: FuseConfig, *, pairs: Path | None = None, compare: bool = False) -> Path:

@@ -22,8 +22,8 @@ Processes share a step's groups; gradients are summed over them and divided by t
 update does not depend on how many there are, nor on the micro-batch.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -41,7 +41,7 @@ from pixrl.errors import RunError
 from pixrl.models.base import FlowPolicy
 from pixrl.models.pipeline import chunks
 from pixrl.models.slots import LoraSlots, Slot
-from pixrl.types import Scores, sample_seed
+from pixrl.types import RewardBatch, Scores, sample_seed
 
 _PARTS_KEY = -3
 """The prompt index of the random draw that assigns a step's samples to its optimizer steps; prompts use 0 and up."""
@@ -149,8 +149,10 @@ class Aligner:
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=scale_loss)
         self.skipped_in_a_row = 0
 
-    def collect(self, groups: Sequence[Group], step: int) -> Rollouts:
-        """Draw this process's groups of a training step."""
+    def collect(
+        self, groups: Sequence[Group], step: int, watch: Callable[[RewardBatch], None] | None = None
+    ) -> Rollouts:
+        """Draw this process's groups of a training step; `watch` is given its pictures as they are drawn."""
         method = self.method
         plan = StepPlan.make(self.policy, method.sampling, seed=self.seed, step=step)
         samples = Samples.of(
@@ -160,6 +162,8 @@ class Aligner:
             self.seed,
             shared_start=method.shared_start,
         )
+        if watch is not None:
+            plan = replace(plan, watch=lambda rows, images: watch(samples.batch(images, step, rows)))
         variants = prepare(method.exploration, self.policy, groups)
         drawn = method.loss.draw(self.policy, variants, samples, plan, self.micro_batches.rollout)
         return Rollouts(step, samples, plan, variants.anchor, *drawn, variants.metrics)

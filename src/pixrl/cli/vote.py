@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pixrl.cli.options import HOW, WHERE, Device, Force, Out, Seed, Set, Steps, option, resumable, say_where
+from pixrl.cli.options import (
+    HOW,
+    WHERE,
+    Device,
+    Force,
+    Out,
+    Seed,
+    Set,
+    Steps,
+    needing,
+    option,
+    resumable,
+    say_where,
+)
 from pixrl.errors import InputError
 
 if TYPE_CHECKING:
@@ -116,12 +129,8 @@ def _server(target: str, config: "AlignConfig", run: Path, host: str, port: int)
             f"{target} has no reward that people vote on, only {named}. Add `- {{name: votes}}` to its rewards, or "
             "begin with: pixrl vote toy/vote"
         )
-    try:
+    with needing("serve", "pixrl vote"):
         from pixrl.human_study.live import VoteServer
-    except ImportError as error:
-        raise InputError(
-            f"pixrl vote needs {error.name}, which is not installed. Type: pip install 'pixrl[serve]'"
-        ) from error
     try:
         ask = Ask(setting.options.get("ask", Ask.BEST))
     except ValueError:

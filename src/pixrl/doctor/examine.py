@@ -9,7 +9,7 @@ import torch
 from pixrl import config as recipes
 from pixrl.algorithms.exploration import shown_pictures
 from pixrl.data.prompts import Prompt, Split
-from pixrl.device import Precision
+from pixrl.device import Precision, quiet_loading
 from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Need, Work, size
 from pixrl.doctor.estimate import (
     Estimate,
@@ -66,6 +66,7 @@ USUAL_SIDE = 512
 """Side in pixels of the synthetic pictures where the generator's own is not known."""
 
 
+@quiet_loading()
 def examine_training(
     config: AlignConfig,
     *,
@@ -111,13 +112,9 @@ def examine_training(
     estimate: Estimate | None = None
     if checkpoint is not None:
         parts = find_parts(checkpoint, precision, findings, t5=config.t5, base=config.machine.base)
-        is_weighed = not about_to_run
-        if about_to_run and not findings.problems:  # where its memory is in doubt
-            is_planned = machine.rollout_batch is None and machine.train_batch is None
-            one = config.references.count == 1 if isinstance(config, PersonalizeConfig) else True
-            is_weighed = not (is_planned and one and is_small(parts, config.resolution or 0, device))
+        texts = [prompt.text for prompt in prompts + shown]
         estimate = _estimate(
-            config, checkpoint, parts, precision, device, prompts, shown, lora, findings, weighed=is_weighed
+            config, checkpoint, parts, precision, device, prompts, texts, lora, findings, about_to_run
         )
     weighed = estimate if estimate is not None and estimate.weighed else None
     batches, needed, sharded = fit_batches(config, device, place, parts, rewards, weighed, findings)
@@ -168,11 +165,10 @@ def _estimate(
     precision: Precision,
     device: torch.device,
     prompts: Sequence[Prompt],
-    shown: Sequence[Prompt],
+    texts: Sequence[str],
     lora: Lora | None,
     findings: Findings,
-    *,
-    weighed: bool,
+    about_to_run: bool,
 ) -> Estimate | None:
     options = {
         "steps": config.sampling.steps,
@@ -180,7 +176,11 @@ def _estimate(
         "resolution": config.resolution,
         "t5": config.t5,
     }
-    texts = [prompt.text for prompt in (*prompts, *shown)]
+    is_weighed = not about_to_run
+    if about_to_run and not findings.problems:  # where its memory is in doubt
+        is_planned = config.machine.rollout_batch is None and config.machine.train_batch is None
+        one = config.references.count == 1 if isinstance(config, PersonalizeConfig) else True
+        is_weighed = not (is_planned and one and is_small(parts, config.resolution or 0, device))
     judges = named_models(config.rewards) | {"output.features": config.output.features}
     subject = isinstance(config, PersonalizeConfig)
     instead = "pixrl personalize subject/flux-uno --subject FOLDER" if subject else TOY_MODEL
@@ -203,7 +203,7 @@ def _estimate(
         if lora is not None:
             fitting_layers(policy.denoiser, lora, str(config.lora.base))
         row = condition_row(policy, config, prompts)
-        found = Estimate(policy, row, config, precision, weighed=weighed)
+        found = Estimate(policy, row, config, precision, weighed=is_weighed)
         require_own_world(policy, parts, judges, findings, instead=instead)
     return found
 
@@ -274,6 +274,7 @@ def try_rewards(rewards: RewardSet, config: AlignConfig, side: int | None, findi
     rehearse(rewards, prompts, side or USUAL_SIDE, findings)
 
 
+@quiet_loading()
 def examine_fusion(
     config: FuseConfig,
     *,
@@ -311,11 +312,9 @@ def examine_fusion(
         with report_misfits(checkpoint, findings):
             made = empty_renderer(config.model, checkpoint, precision, device, config.memory, findings)
             assert isinstance(made, FlowPipelinePolicy)
-            prompt = made.card.exemplar_prompt
-            texts = [prompt.format(concept=one) for one in concepts or config.concepts]
+            texts = [made.card.exemplar_prompt.format(concept=one) for one in concepts or config.concepts]
             require_texts(made, checkpoint, texts, findings, t5=True)
-            judges = {"clip": config.clip, "segmenter": config.segmenter}
-            require_own_world(made, parts, judges, findings)
+            require_own_world(made, parts, {"clip": config.clip, "segmenter": config.segmenter}, findings)
             side = made.settings.resolution
             if not (about_to_run and is_small(parts, side, device)):
                 row, modules = made.blank(), (made.denoiser, made.vae)

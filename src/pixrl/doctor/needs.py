@@ -114,7 +114,7 @@ def model_bytes(ref: str, findings: Findings) -> int | None:
     try:
         if is_weight_file(ref):
             return file_bytes(ref)
-        folder = present(ref, findings, _has_weights)
+        folder = present(ref, findings, weight_shards)
         if folder is None:
             return None
         check_folder(folder, Layout.REWARD)
@@ -148,14 +148,14 @@ def file_bytes(ref: str | Path, advice: str = "") -> int:
 
 
 def present(
-    ref: str, findings: Findings, is_whole: Callable[[Path], bool], *, weights: bool = True
+    ref: str, findings: Findings, is_whole: Callable[[Path], object], *, weights: bool = True
 ) -> Path | None:
     """Return the folder of a reference; None where it is not there, with a problem or a note of the download.
 
     Args:
         ref: toy:NAME, a folder or a hub id.
         findings: filled with the problem or the note.
-        is_whole: tells whether the cache's folder of a hub id holds what is needed of it.
+        is_whole: tells whether the cache's folder of a hub id holds what is needed of it; may raise CheckpointError.
         weights: whether its weights are needed.
     """
     try:
@@ -164,18 +164,16 @@ def present(
     except (CheckpointError, InputError) as error:
         findings.miss(Need.WEIGHTS, error)
         return None
-    if folder is None or (isinstance(place, str) and not is_whole(folder)):
+    is_there = folder is not None
+    if folder is not None and isinstance(place, str):
+        try:
+            is_there = bool(is_whole(folder))
+        except CheckpointError:
+            is_there = False
+    if not is_there:
         note_download(str(place), findings, weights=weights)
         return None
     return folder
-
-
-def _has_weights(folder: Path) -> bool:
-    """Return whether the files of some weights are there, cut short or not."""
-    try:
-        return bool(weight_shards(folder))
-    except CheckpointError:
-        return False
 
 
 def local_folder(ref: str) -> Path | None:

@@ -29,6 +29,7 @@ from pixrl.doctor.needs import (
 from pixrl.errors import CheckpointError, ConfigError, InputError, PixrlError, RunError, ServiceError
 from pixrl.hub import TOY_PREFIX, resolve
 from pixrl.hub_check import TOY_ROOT, read_json
+from pixrl.libraries import require
 from pixrl.models.base import Renderer
 from pixrl.models.estimate import PartSize, parameters_of
 from pixrl.rewards.base import Form, Options, Read, Reward
@@ -38,6 +39,7 @@ from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.rewards.weights import WEIGHT_SUFFIXES, is_weight_file
 from pixrl.types import RewardBatch
+from pixrl.workers import require_answer
 
 _WRONG_KINDS = (TypeError, ValueError, AttributeError, LookupError)
 """Errors that Python raises for an option of a kind that a reward does not expect."""
@@ -75,13 +77,16 @@ def find_rewards(
             findings.miss(Need.SETTING, error)
             continue
         try:
-            if "device" in setting.options:
+            if setting.on is not None:
+                require("ray", "ray", f"The reward {setting.name!r}")
+                require_answer(setting.on.ray)
+            elif "device" in setting.options:
                 choose_precision(existing_device(str(options["device"])), str(options.get("dtype", "auto")))
-        except InputError as error:
+        except PixrlError as error:
             findings.miss(Need.DEVICE, f"The reward {setting.name!r}: {error}")
         if not _is_refused(setting, kind, options, findings):
             for ref, taken in _models(setting, kind, options, findings):
-                found[ref] = found.get(ref, 0) + taken
+                found[ref] = found.get(ref, 0) + (taken if setting.on is None else 0)
         package = kind.lacks_package(metadata)
         if package is not None:
             findings.miss(Need.PACKAGE, f"The reward {setting.name!r} {package}")

@@ -14,7 +14,6 @@ from pixrl import config as recipes
 from pixrl.algorithms.exploration import prepare
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.algorithms.world import Team
-from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Findings, require
 from pixrl.doctor.examine import examine_training, try_rewards
 from pixrl.errors import FailedScoresError, InputError, RunError
@@ -104,15 +103,14 @@ def get_ready(
             written, and the generator is not loaded.
     """
     team = Team(config.machine.device)
-    with quiet_loading():
-        found = examine_training(
-            config,
-            processes=team.size,
-            local=team.local,
-            out=out if team.leads else None,
-            force=force,
-            about_to_run=True,
-        )
+    found = examine_training(
+        config,
+        processes=team.size,
+        local=team.local,
+        out=out if team.leads else None,
+        force=force,
+        about_to_run=True,
+    )
     notes = require(found)
     config = with_full_paths(config)
     rewards = load_rewards(config, team.device)
@@ -121,16 +119,6 @@ def get_ready(
     try_rewards(rewards, config, found.side, findings)
     require(findings)
     return config, rewards, any(team.gather(found.sharded)), notes
-
-
-def _is_sharded(config: AlignConfig) -> bool:
-    """Return whether the processes that go on with a run divide its weights among them; all of them agree."""
-    team = Team(config.machine.device)
-    if config.machine.shard is not Shard.AUTO or team.size == 1:
-        return config.machine.divides
-    with quiet_loading():
-        found = examine_training(config, processes=team.size, local=team.local, about_to_run=True)
-    return any(team.gather(found.sharded))
 
 
 def go_on(
@@ -159,7 +147,11 @@ def go_on(
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     config = with_full_paths(config, edited)
     require_trackers(config.log)
-    run = load_run(config, sharded=_is_sharded(config))
+    team, sharded = Team(config.machine.device), config.machine.divides
+    if config.machine.shard is Shard.AUTO and team.size > 1:
+        needs = examine_training(config, processes=team.size, local=team.local, about_to_run=True)
+        sharded = any(team.gather(needs.sharded))
+    run = load_run(config, sharded=sharded)
     run.rewards.require_comparable(run.team.size)
     evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
     changes += [f"changed: {one}" for one in code]

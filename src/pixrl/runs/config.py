@@ -198,8 +198,59 @@ class AlignConfig(Settings):
             raise ValueError(
                 "evaluation.column names a column of evaluation.source, which is not given: give it, or leave both out"
             )
-        self._memory_fits()
-        self._guard_can_act()
+        return self
+
+    @model_validator(mode="after")
+    def _memory_fits(self) -> "AlignConfig":
+        """Refuse ways of saving memory that the method cannot bear."""
+        machine = self.machine
+        if machine.drop_text_encoders and self.exploration.varies_conditions:
+            raise ValueError(
+                f"machine.drop_text_encoders: {self.exploration.kind} exploration computes with the text encoders in "
+                "every step; take machine.offload=parts instead"
+            )
+        if machine.offload is Offload.SEQUENTIAL and not machine.gradient_checkpointing:
+            raise ValueError(
+                "machine.offload=sequential saves nothing in training unless activations are computed again: "
+                "add machine.gradient_checkpointing=true"
+            )
+        if machine.divides and machine.base is not Base.DTYPE:
+            raise ValueError(
+                f"machine.shard=full: weights of machine.base={machine.base} cannot be divided among processes; leave "
+                "machine.shard out, or take base: dtype"
+            )
+        if machine.offload is Offload.SEQUENTIAL and machine.divides:
+            raise ValueError(
+                "machine.shard=full: layers that come from the CPU one by one cannot be divided among processes too; "
+                "take machine.offload=parts"
+            )
+        if machine.offload is Offload.SEQUENTIAL and machine.compile is not None:
+            raise ValueError(
+                "machine.compile: layers whose weights come and go cannot be compiled; leave it out, or take "
+                "machine.offload=parts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _guard_can_act(self) -> "AlignConfig":
+        """Refuse an action of the guard that would have no effect, or nothing to go back to."""
+        action, every, output = self.monitor.action, self.evaluation.every, self.output
+        if action in (Action.STOP, Action.RAISE_KL) and (every is None or every >= self.steps):
+            raise ValueError(
+                f"monitor.action: {action} acts when an evaluation during the run finds something, and there is none: "
+                "set evaluation.every to a few training steps, or leave the action at warn"
+            )
+        if action is Action.RAISE_KL and not self.loss.model_dump().get("kl"):
+            raise ValueError(
+                "monitor.action: raise_kl multiplies loss.kl, which is not above 0 here: set it, or take stop or "
+                "rollback"
+            )
+        reach = (output.keep_checkpoints - 1) * output.checkpoint_every
+        if action is Action.ROLLBACK and reach < (every or self.steps):
+            raise ValueError(
+                f"monitor.action: rollback needs the checkpoint of the evaluation before, {every or self.steps} steps "
+                f"back, and the kept ones reach back {reach}: raise output.keep_checkpoints or evaluate more often"
+            )
         return self
 
     @property
@@ -227,55 +278,6 @@ class AlignConfig(Settings):
         if split is Split.TRAIN or self.evaluation.source is None:
             return self.prompts.source, self.prompts.column
         return self.evaluation.source, self.evaluation.column
-
-    def _guard_can_act(self) -> None:
-        """ValueError where the guard's action would have no effect, or nothing to go back to."""
-        action, every, output = self.monitor.action, self.evaluation.every, self.output
-        if action in (Action.STOP, Action.RAISE_KL) and (every is None or every >= self.steps):
-            raise ValueError(
-                f"monitor.action: {action} acts when an evaluation during the run finds something, and there is none: "
-                "set evaluation.every to a few training steps, or leave the action at warn"
-            )
-        if action is Action.RAISE_KL and not self.loss.model_dump().get("kl"):
-            raise ValueError(
-                "monitor.action: raise_kl multiplies loss.kl, which is not above 0 here: set it, or take stop or "
-                "rollback"
-            )
-        reach = (output.keep_checkpoints - 1) * output.checkpoint_every
-        if action is Action.ROLLBACK and reach < (every or self.steps):
-            raise ValueError(
-                f"monitor.action: rollback needs the checkpoint of the evaluation before, {every or self.steps} steps "
-                f"back, and the kept ones reach back {reach}: raise output.keep_checkpoints or evaluate more often"
-            )
-
-    def _memory_fits(self) -> None:
-        """ValueError for ways of saving memory that the method cannot bear."""
-        machine = self.machine
-        if machine.drop_text_encoders and self.exploration.varies_conditions:
-            raise ValueError(
-                f"machine.drop_text_encoders: {self.exploration.kind} exploration computes with the text encoders in "
-                "every step; take machine.offload=parts instead"
-            )
-        if machine.offload is Offload.SEQUENTIAL and not machine.gradient_checkpointing:
-            raise ValueError(
-                "machine.offload=sequential saves nothing in training unless activations are computed again: "
-                "add machine.gradient_checkpointing=true"
-            )
-        if machine.divides and machine.base is not Base.DTYPE:
-            raise ValueError(
-                f"machine.shard=full: weights of machine.base={machine.base} cannot be divided among processes; leave "
-                "machine.shard out, or take base: dtype"
-            )
-        if machine.offload is Offload.SEQUENTIAL and machine.divides:
-            raise ValueError(
-                "machine.shard=full: layers that come from the CPU one by one cannot be divided among processes too; "
-                "take machine.offload=parts"
-            )
-        if machine.offload is Offload.SEQUENTIAL and machine.compile is not None:
-            raise ValueError(
-                "machine.compile: layers whose weights come and go cannot be compiled; leave it out, or take "
-                "machine.offload=parts"
-            )
 
 
 class SubjectSettings(PromptSettings):

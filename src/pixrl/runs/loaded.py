@@ -197,7 +197,8 @@ def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> 
 
 def placed(setting: RewardSetting, device: str) -> RewardSetting:
     """Let a reward compute where the process does, unless its options say where."""
-    if "device" in setting.options or not rewards_table.takes(setting.reward, "device"):
+    elsewhere = setting.on is not None
+    if elsewhere or "device" in setting.options or not rewards_table.takes(setting.reward, "device"):
         return setting
     return setting.model_copy(update={"options": {**setting.options, "device": device}})
 

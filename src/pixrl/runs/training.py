@@ -55,7 +55,9 @@ class Training:
 
     def collect(self, step: int, clock: Clock) -> Rollouts:
         with clock.phase("collect"):
-            return self.aligner.collect(self.run.groups(step), step)
+            rewards = self.run.rewards
+            watch = rewards.expect if rewards.are_elsewhere else None
+            return self.aligner.collect(self.run.groups(step), step, watch)
 
     def score(self, rollouts: Rollouts, clock: Clock) -> Mapping[str, Scores]:
         with clock.phase("score"):
