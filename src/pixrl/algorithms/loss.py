@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageEstimator, EstimatorSettings
+from pixrl.algorithms.advantages import AdvantageEstimator, AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.sampling import (
     Drawn,
     RolloutSettings,
     Samples,
     Schedule,
+    StepNoise,
     StepPlan,
     Transition,
     Use,
@@ -110,6 +111,28 @@ class LossSettings(Settings):
     def describe_pictures(self, *, shows_references: bool) -> str:
         """Return a sentence on whose pictures training scored where the trained model did not draw them; else ""."""
         return ""
+
+
+class GivenSettings(LossSettings):
+    """The settings of a loss whose pictures come with the prompts: nothing is drawn, and no score is learned from."""
+
+    learns_from_scores: ClassVar[bool] = False
+    draws_its_own: ClassVar[bool] = False
+
+    def check_sampling(self, sampling: RolloutSettings) -> None:
+        if sampling.noise is not StepNoise.NONE:
+            raise ValueError(
+                f"sampling.noise has no effect with loss: {self.kind}, which draws nothing: remove it"
+            )
+
+    def check_advantage(self, advantage: EstimatorSettings) -> None:
+        if advantage != AdvantageSettings():
+            raise ValueError(
+                f"advantage has no effect with loss: {self.kind}, which learns from no score: remove it"
+            )
+
+    def describe_advantage(self, advantage: EstimatorSettings) -> str:
+        return "none: no score is learned from"
 
 
 @dataclass(frozen=True)
@@ -253,6 +276,19 @@ class Loss(ABC):
     def old_decay(self, step: int) -> float | None:
         """Return how much of the old policy stays after a step; None where this loss has no old policy."""
         return None
+
+
+class NoisedLoss(Loss):
+    """A loss of samples that are noised anew at `settings.timesteps` noise levels, in an order of each sample's own."""
+
+    def parts(self, rollouts: Rollouts) -> int:
+        return int(self.settings.timesteps)
+
+    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
+        return noise_levels(rollouts, rows, part)
+
+    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
+        return velocity_deviation(policy, rollouts, rows, self.sampling_slot)
 
 
 def require_levels(timesteps: int, sampling: RolloutSettings) -> None:

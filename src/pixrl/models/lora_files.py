@@ -252,12 +252,16 @@ def _grouped(raw: Mapping[str, Tensor], file: Path, kind: str) -> list[_Module]:
         own = next((names for names in _DOWN_UP_NAMES if any(key.startswith(names) for key in raw)), ())
         _refuse(file, "are of another layout than the rest", (key for key in raw if not key.startswith(own)))
     _refuse(file, "are not finite", (key for key, x in raw.items() if not x.isfinite().all()))
-    modules = [
-        _Module(name, ends, raw[name + ends[0]], raw[name + ends[1]], _alpha(raw, name, file))
-        for ends in _PAIRS
-        for name in (key.removesuffix(ends[0]) for key in raw if key.endswith(ends[0]))
-        if name + ends[1] in raw
-    ]
+    modules = []
+    for down_end, up_end in _PAIRS:
+        for name in (key.removesuffix(down_end) for key in raw if key.endswith(down_end)):
+            if name + up_end not in raw:
+                continue
+            alpha = raw.get(name + _ALPHA)
+            if alpha is not None and (alpha.numel() != 1 or alpha.item() <= 0):
+                raise _wrong(file, f"{name}{_ALPHA} must be one number above 0. Save it again.")
+            pair, stated = (raw[name + down_end], raw[name + up_end]), None if alpha is None else alpha.item()
+            modules.append(_Module(name, (down_end, up_end), *pair, stated))
     taken = {module.name + end for module in modules for end in (*module.ends, _ALPHA)}
     _refuse(file, "belong to no pair of down and up", raw.keys() - taken)
     for module in modules:
@@ -267,16 +271,6 @@ def _grouped(raw: Mapping[str, Tensor], file: Path, kind: str) -> list[_Module]:
                 file, f"{module.name} has no down and up of one rank: {down} and {up}. Download it again."
             )
     return modules
-
-
-def _alpha(raw: Mapping[str, Tensor], name: str, file: Path) -> float | None:
-    """Return a module's own alpha, or None."""
-    alpha = raw.get(name + _ALPHA)
-    if alpha is None:
-        return None
-    if alpha.numel() != 1 or alpha.item() <= 0:
-        raise _wrong(file, f"{name}{_ALPHA} must be one number above 0. Save it again.")
-    return alpha.item()
 
 
 @dataclass(frozen=True)
