@@ -24,6 +24,7 @@ from pixrl.jobs import fuse_many
 from pixrl.jobs.fuse import FinishedRun
 from pixrl.report.align import write_align_report
 from pixrl.report.fuse import write_fuse_report, write_many_report
+from pixrl.report.watch import write_report as write_report
 from pixrl.runs.config import (
     ALIGN,
     KINDS,
@@ -373,16 +374,6 @@ def select_run(
     chosen = fuse_job.select_again(run, keep=keep, presence=presence, balance=balance, everywhere=everywhere)
     write_fuse_report(chosen)
     return chosen.selection
-
-
-def write_report(run: Path) -> Path:
-    """Write the report of a run again: of a finished fusion, of a folder of them, or of an alignment so far."""
-    kind = RunFolder.open(run).kind
-    if kind in KINDS:
-        return write_align_report(run)
-    if kind == FUSE:
-        return write_fuse_report(fuse_job.open_finished(run))
-    return write_many_report(fuse_many.finished_runs(run))
 
 
 def default_fuse_out(config: FuseConfig, *, pairs: Path | None = None, compare: bool = False) -> Path:

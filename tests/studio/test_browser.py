@@ -1,33 +1,11 @@
 """The page in a real browser: Debian's chromium, driven by playwright; skipped where one of them is missing."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from pixrl.runs.folder import ManifestRow, RunFolder
 from pixrl.runs.process import attending
 from pixrl.studio.app import Studio, launch
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    play = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on this machine")
-    with play.sync_playwright() as running:
-        try:
-            chromium = running.chromium.launch(
-                executable_path=CHROMIUM, args=["--no-sandbox"], timeout=60_000
-            )
-        except play.Error as error:
-            pytest.skip(f"chromium does not start here: {str(error).splitlines()[0]}")
-        yield chromium
-        chromium.close()
 
 
 def test_runs_are_seen_live_side_by_side_enlarged_and_stopped(browser: Any, root: Path) -> None:

@@ -262,8 +262,20 @@ def check(
 
 
 @commands.command()
-def report(run: Run) -> None:
-    """Write a run's report again; of an alignment also before it is finished."""
-    from pixrl import api
+def report(
+    run: Run,
+    watch: Annotated[
+        bool,
+        option("Renew it while the run goes; the page loads itself again. Ctrl-C ends it.", flag="--watch"),
+    ] = False,
+) -> None:
+    """Write a run's report again, also before it is finished."""
+    from pixrl.report import watch as reports
 
-    typer.echo(f"Report: {api.write_report(run)}")
+    if not watch:
+        typer.echo(f"Report: {reports.write_report(run)}")
+        return
+    try:
+        typer.echo(f"Finished. Report: {reports.watch(run, typer.echo)}")
+    except KeyboardInterrupt:
+        typer.echo(f"Report: {run / 'report.html'}")

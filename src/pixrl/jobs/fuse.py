@@ -165,6 +165,23 @@ def open_finished(path: Path) -> FinishedRun:
     return FinishedRun(folder, config, tuple(folder.manifest()), read_selection(folder))
 
 
+def as_it_stands(path: Path) -> FinishedRun:
+    """Open a fusion with the selection that it ended with or, where it is not finished, one among its pictures so far.
+
+    Nothing is written.
+
+    Raises:
+        RunError: it has no pictures yet.
+    """
+    folder, config = open_run(path)
+    rows = folder.manifest()
+    if (folder.path / SELECTION).is_file():
+        return FinishedRun(folder, config, tuple(rows), read_selection(folder))
+    if not rows:
+        raise RunError(f"{folder.path} has no pictures yet. Type: pixrl resume {folder.path}")
+    return FinishedRun(folder, config, tuple(rows), _select(folder, config, rows, everywhere=False))
+
+
 def world_of(config: FuseConfig) -> FusionWorld:
     """Load the generator and the scorer that a recipe names."""
     return load_world(*config.world)
@@ -225,13 +242,18 @@ def _run(
     return _choose(folder, config, folder.manifest())
 
 
+def _select(
+    folder: RunFolder, config: FuseConfig, rows: Sequence[ManifestRow], everywhere: bool
+) -> Selection:
+    thresholds = choose_thresholds(config, read_world(folder).presence)
+    similarities_BN = similarities_of(rows, config.concepts)
+    return choose(similarities_BN, config, thresholds, config.keep, [row.seed for row in rows], everywhere)
+
+
 def _choose(
     folder: RunFolder, config: FuseConfig, rows: list[ManifestRow], everywhere: bool = False
 ) -> FinishedRun:
-    thresholds = choose_thresholds(config, read_world(folder).presence)
-    similarities_BN = similarities_of(rows, config.concepts)
-    seeds = [row.seed for row in rows]
-    selection = choose(similarities_BN, config, thresholds, config.keep, seeds, everywhere)
+    selection = _select(folder, config, rows, everywhere)
     content = json.dumps(selection.to_json(), indent=1).encode() + b"\n"
     write_atomic(folder.path / SELECTION, content)
     for old in folder.samples_dir.glob("selected-*.png"):

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from pixrl.metrics.intervals import Interval, bootstrap, gains_by_prompt
 from pixrl.report.charts import Curve, lines_chart
-from pixrl.report.page import THUMBNAIL, inline
+from pixrl.report.page import THUMBNAIL, Embedded, inline
 from pixrl.runs.folder import ManifestRow, RunFolder
 from pixrl.runs.reading import (
     HELD_OUT,
@@ -62,9 +62,9 @@ class Pair:
 
     prompt: str
     seed: int
-    before: str
-    after: str
-    reference: str | None = None
+    before: Embedded
+    after: Embedded
+    reference: Embedded | None = None
 
 
 @dataclass(frozen=True)
@@ -244,17 +244,14 @@ def gallery_pairs(folder: RunFolder) -> list[Pair]:
         Pair(
             entry["prompt"],
             entry["seed"],
-            inline(before, THUMBNAIL),
-            inline(after, THUMBNAIL),
-            inline(folder.path / entry["reference"], THUMBNAIL) if "reference" in entry else None,
+            inline(before, THUMBNAIL, folder.path),
+            inline(after, THUMBNAIL, folder.path),
+            inline(folder.path / entry["reference"], THUMBNAIL, folder.path)
+            if "reference" in entry
+            else None,
         )
         for entry, before, after in before_and_after(folder)
     ]
-
-
-def thumbnail(path: Path) -> str:
-    """Return a picture among others as a data URI."""
-    return inline(path, THUMBNAIL)
 
 
 def newest_group(
