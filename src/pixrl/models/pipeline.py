@@ -289,10 +289,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         if self.guidance_scale <= 1:
             return predict(x, level_B, conditioning)
         both = Conditioning.cat([self._unconditional(len(x)).to(device=self.device), conditioning])
-        unconditional, conditional = (
-            predict(torch.cat([x, x]), torch.cat([level_B, level_B]), both).float().chunk(2)
-        )
-        return self._away(unconditional, conditional)
+        return self._away(*predict(torch.cat([x, x]), torch.cat([level_B, level_B]), both).float().chunk(2))
 
     def _away(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
         """Return the prediction that leads away from the unconditional one, beyond the conditional one."""
