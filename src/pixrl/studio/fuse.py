@@ -228,7 +228,22 @@ class FuseTab:
                 self.learned = studio.html()
         self.child, self.searched, self.mark = gr.State(None), gr.State(None), gr.State(0)
         self.similar_children, self.favourites = gr.State([]), gr.State([])
-        self._listen()
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        drawn = [self.child, self.picture, self.note]
+        last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
+        self.concepts.input(self.choose, [self.concepts], [self.pad, *drawn], **last)
+        self.pad.input(self.move, [self.child], drawn, **last)
+        self.noise.click(self.redraw, [self.child], drawn, **quiet)
+        kept = [self.favourites, self.kept, self.child]
+        self.keep.click(self.favour, [self.child, self.picture, self.favourites], kept, **quiet)
+        similar = [self.similar_children, self.similar, self.note]
+        self.more.click(self.vary, [self.child, self.favourites], similar, **quiet)
+        self.larger.click(self.enlarge, [self.child], [self.picture, self.note], **quiet)
+        self.morph.click(self.animate, [self.child], [self.animation, self.note], **quiet)
+        for one in (self.similar, self.kept):
+            taken = [self.concepts, self.pad, *drawn]
+            one.select(self.take, [self.similar_children, self.favourites], taken, **quiet)
+        self.search.click(self.learn, [self.child], [self.searched, self.note], **quiet)
 
     def tick(self, searched: str | None, mark: int) -> list[Any]:
         """Return the learned search as it stands, and a mark of it; nothing where the mark is still the same."""
@@ -246,24 +261,6 @@ class FuseTab:
             return _note(said)
         page = self.studio.page_of(searched)
         return page.head(data) + page.group(data)
-
-    def _listen(self) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        drawn = [self.child, self.picture, self.note]
-        last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
-        self.concepts.input(self.choose, [self.concepts], [self.pad, *drawn], **last)
-        self.pad.input(self.move, [self.child], drawn, **last)
-        self.noise.click(self.redraw, [self.child], drawn, **quiet)
-        kept = [self.favourites, self.kept, self.child]
-        self.keep.click(self.favour, [self.child, self.picture, self.favourites], kept, **quiet)
-        similar = [self.similar_children, self.similar, self.note]
-        self.more.click(self.vary, [self.child, self.favourites], similar, **quiet)
-        self.larger.click(self.enlarge, [self.child], [self.picture, self.note], **quiet)
-        self.morph.click(self.animate, [self.child], [self.animation, self.note], **quiet)
-        for one in (self.similar, self.kept):
-            taken = [self.concepts, self.pad, *drawn]
-            one.select(self.take, [self.similar_children, self.favourites], taken, **quiet)
-        self.search.click(self.learn, [self.child], [self.searched, self.note], **quiet)
 
     def choose(self, concepts: Sequence[str]) -> list[Any]:
         """Begin with equal weights of the chosen concepts: return the pad, the child, its picture and a note."""
