@@ -6,6 +6,7 @@ from typing import Any
 
 from pixrl import config as recipes
 from pixrl.errors import ConfigError
+from pixrl.workers import Workers
 from studies import fusion_runs, runs
 from studies.config import AlignStudyConfig, PersonalizeStudyConfig
 from studies.grid import Kind, open_records, run_grid
@@ -26,14 +27,16 @@ KINDS: dict[str, Kind[Any]] = {
 }
 
 
-def run(recipe: str, out: Path | None, overrides: Sequence[str], *, workers: int, only_tables: bool) -> str:
+def run(
+    recipe: str, out: Path | None, overrides: Sequence[str], *, workers: Workers, only_tables: bool
+) -> str:
     """Run a study from where it stands, or only write its tables; return them as Markdown.
 
     Args:
         recipe: a YAML file, or a name under recipes/.
         out: the study's folder; None: runs/ and the recipe's name.
         overrides: texts such as `a.b=c`.
-        workers: processes, one thread each.
+        workers: where its cells are run.
         only_tables: run nothing, write tables and charts of the records so far.
 
     Raises:

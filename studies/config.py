@@ -151,7 +151,7 @@ class RunStudyConfig(Study):
         name, seed = task
         variant = next(iter(self.variants.values())) if name == BASE else self._variant(name)
         values = {**self.settings, **variant.settings, "seed": seed}
-        return load_recipe(variant.recipe, values=values)
+        return load_recipe(variant.recipe, settings=values)
 
     def judged(self, config: AlignConfig) -> AlignConfig:
         """Add to a variant's recipe the rewards that only the study judges by."""

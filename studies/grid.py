@@ -1,17 +1,14 @@
 """The grid runner of all studies: recipe x variant x seed, with records that a broken-off study goes on from."""
 
-import multiprocessing
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
 from pydantic import field_validator
 
 from pixrl import config as recipes
@@ -21,6 +18,7 @@ from pixrl.jobs.check import RECORDS
 from pixrl.runs.environment import describe
 from pixrl.runs.files import sha256, write_atomic
 from pixrl.runs.folder import JsonLines
+from pixrl.workers import HERE, Workers
 
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
 Record = dict[str, Any]
@@ -94,7 +92,7 @@ class Kind(Generic[StudyT]):
 
 
 def run_grid(
-    kind: Kind[StudyT], study: StudyT, out: Path, *, workers: int = 1, quiet: bool = False
+    kind: Kind[StudyT], study: StudyT, out: Path, *, workers: Workers = HERE, quiet: bool = False
 ) -> list[Record]:
     """Run the cells that are not yet recorded in `out`; return all records.
 
@@ -102,12 +100,12 @@ def run_grid(
         kind: of the study.
         study: its settings.
         out: its folder.
-        workers: processes, one thread each; with one, everything happens in this process.
+        workers: where the cells are run.
         quiet: say nothing on standard error.
 
     Raises:
         ConfigError: the variants cannot be compared, or `out` holds another study.
-        RunError: a run had to stop.
+        RunError: a run had to stop, or there is no such cluster.
     """
     study.check()
     log = open_records(study, study.kind, out)
@@ -115,7 +113,7 @@ def run_grid(
     todo = [task for task in study.tasks() if task not in done]
     begun = time.monotonic()
     work = partial(_work, kind.cell, kind.model, study.model_dump_json(), out)
-    for number, record in enumerate(_records(todo, work, workers), 1):
+    for number, record in enumerate(workers.each(work, todo), 1):
         log.append([record])
         if not quiet and (number % kind.say_every == 0 or number == len(todo)):
             left = (time.monotonic() - begun) / number * (len(todo) - number)
@@ -137,17 +135,3 @@ def _work(
 @cache
 def _parse(model: type[StudyT], study_json: str) -> StudyT:
     return model.model_validate_json(study_json)
-
-
-def _records(todo: Sequence[Task], work: Callable[[Task], Record], workers: int) -> Iterator[Record]:
-    if workers <= 1:
-        for task in todo:
-            yield work(task)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        futures = [pool.submit(work, task) for task in todo]
-        for future in as_completed(futures):
-            yield future.result()

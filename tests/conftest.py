@@ -1,11 +1,15 @@
 """What holds for every test: random numbers that are the same on every machine, in any order and for any selection."""
 
 import random
+import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def _seed() -> None:
@@ -25,3 +29,20 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 def seeded() -> None:
     """A test that draws without a generator of its own draws the same each time."""
     _seed()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's chromium, driven by playwright; without one of them the test is skipped."""
+    play = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium on this machine")
+    with play.sync_playwright() as running:
+        try:
+            chromium = running.chromium.launch(
+                executable_path=CHROMIUM, args=["--no-sandbox"], timeout=60_000
+            )
+        except play.Error as error:
+            pytest.skip(f"chromium does not start here: {str(error).splitlines()[0]}")
+        yield chromium
+        chromium.close()

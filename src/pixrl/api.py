@@ -1,11 +1,9 @@
 """What a person calls: `pixrl.fuse`, `pixrl.align`, `pixrl.personalize`; and what the command line calls."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
-
-from PIL import Image
+from typing import Any
 
 from pixrl import config as recipes
 from pixrl.algorithms.world import Team
@@ -26,20 +24,28 @@ from pixrl.jobs import fuse_many
 from pixrl.jobs.fuse import FinishedRun
 from pixrl.report.align import write_align_report
 from pixrl.report.fuse import write_fuse_report, write_many_report
-from pixrl.rewards.votes.reward import votes_reward
-from pixrl.runs.config import ALIGN, KINDS, PERSONALIZE, AlignConfig, load_recipe, read_config
+from pixrl.report.watch import write_report as write_report
+from pixrl.runs.config import (
+    ALIGN,
+    KINDS,
+    AlignConfig,
+    load_either,
+    load_personalize,
+    load_recipe,
+    read_config,
+)
 from pixrl.runs.display import Monitor, Silent, for_terminal
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.place import free_place
+from pixrl.runs.reading import Pictures as Pictures
 from pixrl.runs.reading import evaluations
 from pixrl.runs.training import Report
+from pixrl.workers import HERE, Workers
 
 RUNS = Path("runs")
 DRAWN = Path("drawn")
 """Where `pixrl draw` puts its folders."""
-PERSONALIZE_RECIPE = "toy/customized-nft"
-"""What `pixrl personalize` does where no recipe is given."""
-SUBJECT_RECIPE = "toy/subject"
-"""The same where a subject is."""
+load = load_recipe
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def align(
         InputError: the recipe, or something that it names, is wrong.
         RunError: the folder is taken, or the run had to stop.
     """
-    config = load(recipe, steps=steps, seed=seed, settings=settings, kind=ALIGN)
+    config = load_recipe(recipe, steps=steps, seed=seed, settings=settings, kind=ALIGN)
     place = default_out(recipe, config) if out is None else Path(out)
     return run_align(config, place, force=force, live=live)
 
@@ -128,83 +134,9 @@ def personalize(
     return run_align(config, place, force=force, live=live)
 
 
-def load_personalize(
-    recipe: str | Path | Mapping[str, Any] | None,
-    overrides: Sequence[str] = (),
-    *,
-    subject: Path | str | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> tuple[AlignConfig, str | Path | Mapping[str, Any]]:
-    """Load the settings of a personalization, and what to name its folder after."""
-    chosen = {text.partition("=")[0].strip() for text in overrides}
-    sources = () if subject is None else ("prompts.source", "evaluation.source")
-    own = {name: str(subject) for name in sources if name not in chosen}
-    usual = PERSONALIZE_RECIPE if subject is None else SUBJECT_RECIPE
-    source = usual if recipe is None else recipe
-    config = load(
-        source, overrides, steps=steps, seed=seed, settings={**own, **(settings or {})}, kind=PERSONALIZE
-    )
-    return config, source if subject is None else Path(subject).resolve().name
-
-
-def load(
-    recipe: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] = (),
-    *,
-    steps: int | None = None,
-    seed: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    kind: str | None = None,
-) -> AlignConfig:
-    """Load a recipe with what was given besides; `kind`: the job to do, none: the recipe's own."""
-    given = {"steps": steps, "seed": seed, **(settings or {})}
-    values = {name: value for name, value in given.items() if value is not None}
-    return load_recipe(recipe, overrides, values=values, kind=kind)
-
-
-def load_either(
-    recipe: str | Path | Mapping[str, Any] | None,
-    overrides: Sequence[str] = (),
-    *,
-    subject: Path | str | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-) -> AlignConfig:
-    """Load the settings that `pixrl align RECIPE` or `pixrl personalize --subject SUBJECT` would train with.
-
-    Raises:
-        ConfigError: neither a recipe nor a subject, or the recipe is wrong.
-    """
-    if subject is not None:
-        return load_personalize(recipe, overrides, subject=subject, steps=steps, seed=seed)[0]
-    if recipe is None:
-        raise ConfigError("Neither a recipe nor a subject was given. Type toy/e2po, or --subject FOLDER.")
-    return load(recipe, overrides, steps=steps, seed=seed)
-
-
 def read_recipe(run: Path, overrides: Sequence[str] = ()) -> AlignConfig:
     """Read what `resume` goes on with: the recipe of an alignment or personalization, and what is set besides."""
-    config = read_config(RunFolder.open(run, allow_changed=True))
-    return recipes.load(type(config), config.model_dump(mode="json"), overrides)
-
-
-def with_simulated_voter(config: AlignConfig, taste: str, wrong: float, *, seed: int) -> AlignConfig:
-    """Return a recipe whose votes a simulated voter gives: by a reward of the recipe, a share of them wrong.
-
-    Raises:
-        InputError: the recipe has no votes to give.
-    """
-    asked = votes_reward(config.rewards)
-    if asked is None:
-        raise InputError(
-            "The recipe has no reward `votes`, so there is nothing to simulate. Leave --simulate out."
-        )
-    voter = {"taste": taste, "wrong": wrong, "seed": seed}
-    simulated = asked.model_copy(update={"options": {**asked.options, "simulated": voter}})
-    rewards = tuple(simulated if one is asked else one for one in config.rewards)
-    return config.model_copy(update={"rewards": rewards})
+    return read_config(RunFolder.open(run, allow_changed=True), overrides)
 
 
 def run_align(config: AlignConfig, out: Path, *, force: bool = False, live: bool = True) -> AlignResult:
@@ -251,7 +183,7 @@ def selfcheck(config: AlignConfig) -> Report:
 def default_out(recipe: str | Path | Mapping[str, Any], config: AlignConfig) -> Path:
     """Name a folder under runs/ that does not exist yet."""
     name = "align" if isinstance(recipe, Mapping) else Path(recipe).with_suffix("").name
-    return _free(f"{name}-{config.seed}")
+    return free_place(RUNS, f"{name}-{config.seed}")
 
 
 def _finish(run: Path) -> AlignResult:
@@ -260,42 +192,8 @@ def _finish(run: Path) -> AlignResult:
     return AlignResult(run)
 
 
-def _free(name: str, below: Path = RUNS) -> Path:
-    """`name` under runs/, or another folder, with a number behind where it is taken."""
-    number, place = 1, below / name
-    while place.exists():
-        number += 1
-        place = below / f"{name}-{number}"
-    return place
-
-
 def _monitor(live: bool) -> Monitor:
     return for_terminal() if live else Silent()
-
-
-class Pictures(Sequence[Image.Image]):
-    """The pictures of a run, read from its folder when asked for."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = tuple(files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @overload
-    def __getitem__(self, place: int) -> Image.Image: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> "Pictures": ...
-
-    def __getitem__(self, place: int | slice) -> "Image.Image | Pictures":
-        if isinstance(place, slice):
-            return Pictures(self.files[place])
-        with Image.open(self.files[place]) as picture:
-            return picture.convert("RGB")
-
-    def __iter__(self) -> Iterator[Image.Image]:
-        return (self[place] for place in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -392,9 +290,8 @@ def run_compare(
     given = {name: value for name, value in config.options.items() if value != usual.get(name)}
     many = fuse_many.compare_config(config, samplers, given)
     place = out or default_fuse_out(config, compare=True)
-    runs = fuse_many.start_many(many, COMPARE, place, force=force, monitor=lambda: _monitor(live))
-    write_many_report(runs)
-    return runs.folder.path
+    done = fuse_many.start_many(many, COMPARE, place, force=force, monitor=lambda: _monitor(live))
+    return write_many_report(done).parent
 
 
 def run_pairs(
@@ -405,19 +302,21 @@ def run_pairs(
     carry: bool = False,
     force: bool = False,
     live: bool = True,
+    workers: Workers = HERE,
 ) -> Path:
     """Fuse every line of a file, or of a list of `a & b`, in a run of its own, and return the folder.
 
-    With `carry` each begins with the policy that the one before it has learned.
+    With `carry` each begins with the policy that the one before it has learned; `workers` says where they run.
     """
     if config.concepts:
         raise InputError("The concepts come from the list of pairs: leave them out of the recipe.")
     found = read_pairs(pairs) if isinstance(pairs, Path) else parse_pairs(pairs)
     many = fuse_many.pairs_config(config, found, carry)
     place = out or default_fuse_out(config, pairs=pairs if isinstance(pairs, Path) else None)
-    runs = fuse_many.start_many(many, PAIRS, place, force=force, monitor=lambda: _monitor(live))
-    write_many_report(runs)
-    return runs.folder.path
+    done = fuse_many.start_many(
+        many, PAIRS, place, force=force, monitor=lambda: _monitor(live), workers=workers
+    )
+    return write_many_report(done).parent
 
 
 def draw(
@@ -451,12 +350,10 @@ def draw(
         InputError: an argument does not fit, the model does not know a word, or `out` is taken.
         RunError, CheckpointError: what was learned is not there, is damaged, or belongs to another model.
     """
-    name = fuse_job.slug(
-        f"{Path(what).name}-{seed}" if child is None else f"{Path(what).name}-{child}-{seed}"
-    )
+    name = fuse_job.slug("-".join([Path(what).name, *([] if child is None else [str(child)]), str(seed)]))
     request = draw_job.DrawRequest(prompt, n, size, seed, subject, child, model, device)
     with quiet_loading():
-        return Pictures(draw_job.draw(what, request, _free(name, DRAWN) if out is None else Path(out)))
+        return Pictures(draw_job.draw(what, request, free_place(DRAWN, name) if out is None else Path(out)))
 
 
 def select_run(
@@ -479,20 +376,10 @@ def select_run(
     return chosen.selection
 
 
-def write_report(run: Path) -> Path:
-    """Write the report of a run again: of a finished fusion, of a folder of them, or of an alignment so far."""
-    kind = RunFolder.open(run).kind
-    if kind in KINDS:
-        return write_align_report(run)
-    if kind == FUSE:
-        return write_fuse_report(fuse_job.open_finished(run))
-    return write_many_report(fuse_many.finished_runs(run))
-
-
 def default_fuse_out(config: FuseConfig, *, pairs: Path | None = None, compare: bool = False) -> Path:
     """Name a folder for a fusion under runs/ that does not exist yet."""
     name = fuse_job.slug("+".join(config.concepts)) if pairs is None else fuse_job.slug(pairs.stem)
-    return _free(f"{name}-{'compare' if compare else config.sampler}-{config.seed}")
+    return free_place(RUNS, f"{name}-{'compare' if compare else config.sampler}-{config.seed}")
 
 
 def _finish_fusion(run: FinishedRun) -> FusionResult:
@@ -583,11 +470,9 @@ def _settings(
     steps: int | None,
     seed: int | None,
 ) -> AlignConfig | FuseConfig:
-    """What the recipe's own command would run."""
-    if recipe is None or subject is not None:
-        return load_either(recipe, overrides, subject=subject, steps=steps, seed=seed)
-    kind = recipes.kind_of(recipe) or ALIGN
-    if kind == FUSE:
+    """Load what the recipe's own command would run."""
+    kind = ALIGN if recipe is None or subject is not None else recipes.kind_of(recipe) or ALIGN
+    if recipe is not None and kind == FUSE:
         if steps is not None:
             raise ConfigError("A fusion has no training steps: leave --steps out, and set budget=N.")
         values = {} if seed is None else {"seed": seed}
@@ -597,4 +482,4 @@ def _settings(
             f"{recipe} is a recipe for {kind!r}, not for one run. doctor takes those of "
             f"{FUSE}, {', '.join(KINDS)}."
         )
-    return load(recipe, overrides, steps=steps, seed=seed)
+    return load_either(recipe, overrides, subject=subject, steps=steps, seed=seed)

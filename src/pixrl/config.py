@@ -72,8 +72,19 @@ def load(
     if kind is not None and found is not None and found != kind:
         command = "study" if str(found).endswith("-study") else found
         raise ConfigError(f"{origin} is a recipe for {found!r}, not for {kind!r}. Type: pixrl {command} ...")
+    wanted = list((values or {}).items())
+    for text in overrides:
+        path, equals, written = text.partition("=")
+        path = path.strip()
+        if not equals or not path or not all(path.split(".")):
+            raise ConfigError(
+                f"--set {text!r}: write a dotted name, an equals sign and a value, as in --set rmler.alpha=5"
+            )
+        # bytes that are no text: a path of such a name
+        is_name = any("\udc80" <= letter <= "\udcff" for letter in written)
+        wanted.append((path, written if is_name else parse_yaml(written, f"the value of --set {text!r}")))
     given: dict[str, Any] = {}
-    for path, value in [*(values or {}).items(), *(_parse_override(text) for text in overrides)]:
+    for path, value in wanted:
         if path in given and given[path] != value:
             raise ConfigError(f"{path} is given twice: {given[path]!r} and {value!r}. Give it once.")
         for other in given:
@@ -304,20 +315,6 @@ def _copied(given: Any) -> Any:
     return [_copied(value) for value in given] if isinstance(given, list) else given
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
-    path, equals, value = text.partition("=")
-    path = path.strip()
-    if not equals or not path or not all(path.split(".")):
-        raise ConfigError(
-            f"--set {text!r}: write a dotted name, an equals sign and a value, as in --set rmler.alpha=5"
-        )
-    if any(
-        "\udc80" <= letter <= "\udcff" for letter in value
-    ):  # bytes that are no text: a path of such a name
-        return path, value
-    return path, parse_yaml(value, f"the value of --set {text!r}")
-
-
 def _require_texts(data: Mapping[str, Any], origin: str) -> None:
     """Raise ConfigError where a key or value holds what is no text; in a value the name of a file may be none."""
     left, seen = list[Any]([data]), set[int]()
@@ -343,24 +340,21 @@ def _put(data: dict[str, Any], path: str, value: Any) -> None:
     place: Any = data
     for depth, name in enumerate(parents):
         above = ".".join(parents[: depth + 1])
-        inner = place.setdefault(name, {}) if isinstance(place, dict) else _entry(place, name, path)
+        if isinstance(place, dict):
+            inner = place.setdefault(name, {})
+        else:
+            known = {one["name"]: one for one in place if isinstance(one, dict) and "name" in one}
+            if name not in known:
+                raise ConfigError(
+                    f"Cannot set {path}: no entry there is named {name!r}.{did_you_mean(name, known)} "
+                    f"Named are: {', '.join(known) or 'none'}."
+                )
+            inner = known[name]
         is_list_of_parts = isinstance(inner, list) and depth + 1 < len(parents)
         if not isinstance(inner, dict) and not is_list_of_parts:
             raise ConfigError(f"Cannot set {path}: {above} is {inner!r}, which has no parts{_named(inner)}.")
         place = inner
     place[last] = value
-
-
-def _entry(entries: list[Any], name: str, path: str) -> dict[str, Any]:
-    """Return the entry of a list that says `name: NAME`."""
-    known = {one["name"]: one for one in entries if isinstance(one, dict) and "name" in one}
-    if name not in known:
-        raise ConfigError(
-            f"Cannot set {path}: no entry there is named {name!r}.{did_you_mean(name, known)} "
-            f"Named are: {', '.join(known) or 'none'}."
-        )
-    found: dict[str, Any] = known[name]
-    return found
 
 
 def _named(given: Any) -> str:

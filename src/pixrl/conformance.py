@@ -77,8 +77,35 @@ def check_renderer(
     checks = _Checks(f"The renderer {renderer.name!r}")
     both = _check_encoding(checks, renderer, prompts)
     _check_pictures(checks, renderer, both, tolerance)
-    _check_batches(checks, renderer, both, tolerance)
-    _check_mixing(checks, renderer, both, tolerance)
+    rows, seeds = [0, 1, 1, 0], [11, 12, 13, 14]
+    images = renderer.sample(both[rows], seeds)
+    alone = torch.cat([renderer.sample(both[[row]], [seed]) for row, seed in zip(rows, seeds, strict=True)])
+    checks.same_pictures(
+        images, alone, "batch_invariance", "a picture depends on the batch it is drawn in", tolerance
+    )
+    turned = renderer.sample(both[rows[::-1]], seeds[::-1]).flip(0)
+    checks.same_pictures(images, turned, "order", "pictures do not follow their rows and seeds", tolerance)
+    if both.mask_BL is not None:
+        other = both.tokens_BLD.masked_fill(~both.mask_BL[:, :, None], 1.0)
+        checks.same_pictures(
+            images,
+            renderer.sample(replace(both, tokens_BLD=other)[rows], seeds),
+            "padding",
+            "a picture depends on tokens that the mask calls padding",
+            tolerance,
+        )
+    fingerprint = renderer.fingerprint()
+    stable = bool(fingerprint) and fingerprint == renderer.fingerprint()
+    checks.require(stable, "fingerprint", "the fingerprint is empty or changes")
+    weights = torch.eye(2, device=both.tokens_BLD.device, dtype=both.tokens_BLD.dtype)
+    mixed = Conditioning.cat([both.mix(weights[0]), both.mix(weights[1])])
+    checks.same_pictures(
+        renderer.sample(both, [21, 22]),
+        renderer.sample(mixed, [21, 22]),
+        "one_hot_mix",
+        "mixing with all the weight on one concept is not that concept",
+        tolerance,
+    )
 
 
 def check_policy(
@@ -92,12 +119,37 @@ def check_policy(
     check_renderer(policy, prompts, tolerance)
     checks = _Checks(f"The policy {policy.name!r}")
     both = policy.encode(prompts)
-    _check_schedule(checks, policy)
-    _check_noise(checks, policy)
+    for steps in (1, 4, policy.settings.steps):
+        sigmas = policy.schedule(steps)
+        good = list(sigmas.shape) == [steps + 1] and sigmas.dtype is torch.float32
+        checks.require(good, "schedule_shape", f"schedule({steps}) is {sigmas.dtype} {list(sigmas.shape)}")
+        ends = HIGHEST_LEVEL <= sigmas[0].item() < 1 + 1e-3 and sigmas[-1].item() == 0
+        falls = bool((sigmas.diff() < 0).all())
+        checks.require(
+            ends and falls, "schedule", f"must fall from 1, or just below it, to 0, got {sigmas.tolist()}"
+        )
+    noise = policy.initial_noise([1, 2, 1])
+    good = noise.ndim == 4 and len(noise) == 3 and noise.dtype is torch.float32
+    checks.require(
+        good, "noise_shape", f"must be float32 [3, C, h, w], got {noise.dtype} {list(noise.shape)}"
+    )
+    by_seed = torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    alone = torch.equal(noise[[1]], policy.initial_noise([2]))
+    checks.require(by_seed and alone, "noise_seeds", "noise does not depend on the seed alone")
+    spread = noise.std().item()
+    checks.require(
+        0.8 < spread < 1.2, "noise_scale", f"its standard deviation must be near 1, got {spread:.3g}"
+    )
     _check_velocity(checks, policy, both)
     if policy.draws_by_euler:
         _check_euler(checks, policy, both, tolerance)
-    _check_decoder(checks, policy)
+    latents = (0.1 * policy.initial_noise([41])).requires_grad_()
+    image = policy.decode(latents)
+    inside = bool(image.isfinite().all()) and image.min().item() >= 0 and image.max().item() <= 1
+    checks.require(inside, "decode_range", "decoded pictures must be finite and in [0, 1]")
+    (gradient,) = torch.autograd.grad(image.sum(), latents)
+    useful = bool(gradient.isfinite().all()) and bool(gradient.abs().max() > 0)
+    checks.require(useful, "decode_gradient", "decode has no finite, non-zero gradient")
     _check_slots(checks, policy, both)
 
 
@@ -119,7 +171,24 @@ def check_reward(reward: Reward, batch: RewardBatch, tolerance: float = SCORE_TO
     checks = _Checks(f"The reward {reward.name!r}")
     before = batch.images_BCHW.clone()
     scores = reward.score(batch)
-    _check_scores(checks, scores, count)
+    values = scores.values_B
+    good = list(values.shape) == [count] and values.dtype is torch.float32
+    checks.require(good, "score_shape", f"must be float32 [{count}], got {values.dtype} {list(values.shape)}")
+    checks.require(
+        len(scores.reasons) == count, "reasons", f"{len(scores.reasons)} reasons for {count} scores"
+    )
+    for value, reason in zip(values.tolist(), scores.reasons, strict=True):
+        failed = value != value
+        checks.require(
+            failed == bool(reason),
+            "nan_and_reason",
+            f"score {value} with reason {reason!r}: nan needs one, others none",
+        )
+        checks.require(failed or abs(value) != float("inf"), "score_finite", "a score is infinite")
+    shapes_right = all(list(detail.shape) == [count] for detail in scores.detail.values())
+    checks.require(shapes_right, "detail_shape", f"every detail must be [{count}]")
+    named = "model" in scores.provenance and all(scores.provenance.values())
+    checks.require(named, "provenance", f"must name the model, got {dict(scores.provenance)}")
     checks.require(torch.equal(before, batch.images_BCHW), "read_only", "scoring changed the pictures")
     images = batch.images_BCHW.clone()
     images[0] = torch.nan
@@ -221,68 +290,6 @@ def _check_pictures(checks: _Checks, renderer: Renderer, both: Conditioning, tol
         checks.require(difference > NO_DIFFERENCE, check, f"another {what} gives the same picture")
 
 
-def _check_batches(checks: _Checks, renderer: Renderer, both: Conditioning, tolerance: float) -> None:
-    rows, seeds = [0, 1, 1, 0], [11, 12, 13, 14]
-    images = renderer.sample(both[rows], seeds)
-    alone = torch.cat([renderer.sample(both[[row]], [seed]) for row, seed in zip(rows, seeds, strict=True)])
-    checks.same_pictures(
-        images, alone, "batch_invariance", "a picture depends on the batch it is drawn in", tolerance
-    )
-    turned = renderer.sample(both[rows[::-1]], seeds[::-1]).flip(0)
-    checks.same_pictures(images, turned, "order", "pictures do not follow their rows and seeds", tolerance)
-    if both.mask_BL is not None:
-        other = both.tokens_BLD.masked_fill(~both.mask_BL[:, :, None], 1.0)
-        checks.same_pictures(
-            images,
-            renderer.sample(replace(both, tokens_BLD=other)[rows], seeds),
-            "padding",
-            "a picture depends on tokens that the mask calls padding",
-            tolerance,
-        )
-    fingerprint = renderer.fingerprint()
-    stable = bool(fingerprint) and fingerprint == renderer.fingerprint()
-    checks.require(stable, "fingerprint", "the fingerprint is empty or changes")
-
-
-def _check_mixing(checks: _Checks, renderer: Renderer, both: Conditioning, tolerance: float) -> None:
-    weights = torch.eye(2, device=both.tokens_BLD.device, dtype=both.tokens_BLD.dtype)
-    mixed = Conditioning.cat([both.mix(weights[0]), both.mix(weights[1])])
-    checks.same_pictures(
-        renderer.sample(both, [21, 22]),
-        renderer.sample(mixed, [21, 22]),
-        "one_hot_mix",
-        "mixing with all the weight on one concept is not that concept",
-        tolerance,
-    )
-
-
-def _check_schedule(checks: _Checks, policy: FlowPolicy) -> None:
-    for steps in (1, 4, policy.settings.steps):
-        sigmas = policy.schedule(steps)
-        good = list(sigmas.shape) == [steps + 1] and sigmas.dtype is torch.float32
-        checks.require(good, "schedule_shape", f"schedule({steps}) is {sigmas.dtype} {list(sigmas.shape)}")
-        ends = HIGHEST_LEVEL <= sigmas[0].item() < 1 + 1e-3 and sigmas[-1].item() == 0
-        falls = bool((sigmas.diff() < 0).all())
-        checks.require(
-            ends and falls, "schedule", f"must fall from 1, or just below it, to 0, got {sigmas.tolist()}"
-        )
-
-
-def _check_noise(checks: _Checks, policy: FlowPolicy) -> None:
-    noise = policy.initial_noise([1, 2, 1])
-    good = noise.ndim == 4 and len(noise) == 3 and noise.dtype is torch.float32
-    checks.require(
-        good, "noise_shape", f"must be float32 [3, C, h, w], got {noise.dtype} {list(noise.shape)}"
-    )
-    by_seed = torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
-    alone = torch.equal(noise[[1]], policy.initial_noise([2]))
-    checks.require(by_seed and alone, "noise_seeds", "noise does not depend on the seed alone")
-    spread = noise.std().item()
-    checks.require(
-        0.8 < spread < 1.2, "noise_scale", f"its standard deviation must be near 1, got {spread:.3g}"
-    )
-
-
 def _check_velocity(checks: _Checks, policy: FlowPolicy, both: Conditioning) -> None:
     x = policy.initial_noise([1, 2]).requires_grad_()
     t = torch.full((2,), 0.7, device=x.device)
@@ -320,16 +327,6 @@ def _check_euler(checks: _Checks, policy: FlowPolicy, both: Conditioning, tolera
     )
 
 
-def _check_decoder(checks: _Checks, policy: FlowPolicy) -> None:
-    latents = (0.1 * policy.initial_noise([41])).requires_grad_()
-    image = policy.decode(latents)
-    inside = bool(image.isfinite().all()) and image.min().item() >= 0 and image.max().item() <= 1
-    checks.require(inside, "decode_range", "decoded pictures must be finite and in [0, 1]")
-    (gradient,) = torch.autograd.grad(image.sum(), latents)
-    useful = bool(gradient.isfinite().all()) and bool(gradient.abs().max() > 0)
-    checks.require(useful, "decode_gradient", "decode has no finite, non-zero gradient")
-
-
 def _check_slots(checks: _Checks, policy: FlowPolicy, both: Conditioning) -> None:
     checks.refuses(
         InputError, lambda: policy.slot("newest").__enter__(), "slot_names", "it accepts the slot 'newest'"
@@ -350,27 +347,6 @@ def _check_slots(checks: _Checks, policy: FlowPolicy, both: Conditioning) -> Non
             "slot_restored",
             f"{name!r} stays active after its block",
         )
-
-
-def _check_scores(checks: _Checks, scores: Scores, count: int) -> None:
-    values = scores.values_B
-    good = list(values.shape) == [count] and values.dtype is torch.float32
-    checks.require(good, "score_shape", f"must be float32 [{count}], got {values.dtype} {list(values.shape)}")
-    checks.require(
-        len(scores.reasons) == count, "reasons", f"{len(scores.reasons)} reasons for {count} scores"
-    )
-    for value, reason in zip(values.tolist(), scores.reasons, strict=True):
-        failed = value != value
-        checks.require(
-            failed == bool(reason),
-            "nan_and_reason",
-            f"score {value} with reason {reason!r}: nan needs one, others none",
-        )
-        checks.require(failed or abs(value) != float("inf"), "score_finite", "a score is infinite")
-    shapes_right = all(list(detail.shape) == [count] for detail in scores.detail.values())
-    checks.require(shapes_right, "detail_shape", f"every detail must be [{count}]")
-    named = "model" in scores.provenance and all(scores.provenance.values())
-    checks.require(named, "provenance", f"must name the model, got {dict(scores.provenance)}")
 
 
 def _rows(batch: RewardBatch, rows: Sequence[int]) -> RewardBatch:

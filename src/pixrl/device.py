@@ -1,4 +1,4 @@
-"""The device that a model runs on, its precision, and quiet loading."""
+"""The device that a model runs on, its precision, attention that is fast on it, and quiet loading."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixrl.errors import InputError
 from pixrl.libraries import check_torchvision
@@ -120,3 +121,20 @@ def quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         for module, level in levels:
             module.set_verbosity(level)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Make `scaled_dot_product_attention` plain matrix products, in the dtype that it is given, while it is open.
+
+    torch's fused kernel saves memory that short sequences do not need, and its backward pass is slow in bfloat16 on a
+    CPU. In an update plain matrix products are faster and no farther from float32; forwards alone, the fused kernel is
+    (`benchmarks/align.py`, "fused attention").
+    """
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)

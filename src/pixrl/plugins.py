@@ -51,7 +51,7 @@ class Registry:
 
     def names(self) -> tuple[str, ...]:
         """Return every name that needs no path: pixrl's own first, then those of installed packages."""
-        others = sorted(name for name in _installed(self.group) if name not in self.entries)
+        others = sorted(name for name in _installed(self.group, tuple(sys.path)) if name not in self.entries)
         return (*self.entries, *others)
 
     def require(self, name: str) -> str:
@@ -77,7 +77,7 @@ class Registry:
             module, _, attribute = self.entries[name].partition(":")
             return vars(importlib.import_module(module))[attribute]
         with Caught() as caught:
-            return _installed(self.group)[name].load()
+            return _installed(self.group, tuple(sys.path))[name].load()
         raise ConfigError(
             f"The {self.what} {name!r} of an installed package could not be loaded: {caught.reason}."
         )
@@ -247,12 +247,8 @@ def import_path(path: str, *, example: str = EXAMPLE) -> Any:
     return vars(module)[name]
 
 
-def _installed(group: str) -> dict[str, EntryPoint]:
-    return _entry_points(group, tuple(sys.path))
-
-
 @cache
-def _entry_points(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
+def _installed(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
     """Read the installed packages' entry points once for each `sys.path`: that takes tens of milliseconds."""
     return {point.name: point for point in entry_points(group=group)}
 

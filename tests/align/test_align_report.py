@@ -23,7 +23,6 @@ from pixrl.report.figures import (
     phases,
     reward_panels,
     smooth,
-    thumbnail,
     warnings,
     window_of,
 )
@@ -42,7 +41,8 @@ def test_the_page_needs_nothing_but_itself_and_shows_everything(tmp_path: Path) 
     page = page_of(tmp_path / "run", 4, (0, 4))
     sources = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert sources and all(source.startswith("data:image/") for source in sources)
-    assert "<script" not in page and "@import" not in page and "url(http" not in page
+    assert re.findall("<script[^>]*>", page) == ["<script>"]  # its own
+    assert "@import" not in page and "url(http" not in page and "data-refresh=" not in page
     for heading in ("geneval", "preference", "Group standard deviation", "Groups without a signal",
                     "KL to the reference", "Gradient norm", "Diversity", "Perturbations"):  # fmt: skip
         assert f"<h3>{heading}</h3>" in page, heading
@@ -165,11 +165,11 @@ def test_the_group_shown_is_the_newest_that_is_whole(tmp_path: Path) -> None:
     config = settings(steps=40)
     folder = run_folder(tmp_path / "run", config, done=12, evaluated=())
     manifest = folder.manifest()
-    shown = newest_group(folder.path, shape_of(config), manifest, thumbnail)
+    shown = newest_group(folder.path, shape_of(config), manifest, str)
     assert shown is not None and (shown.step, shown.columns) == (10, 4)
     assert [name for name, _ in shown.rows] == ["the prompt itself", "variant 1", "variant 2"]
-    assert newest_group(folder.path, shape_of(config), manifest[:5], thumbnail) is None
-    assert newest_group(folder.path, shape_of(config), [], thumbnail) is None
+    assert newest_group(folder.path, shape_of(config), manifest[:5], str) is None
+    assert newest_group(folder.path, shape_of(config), [], str) is None
 
 
 def test_phases_are_summed_over_steps_that_may_lack_some() -> None:

@@ -1,7 +1,6 @@
 """Small studies: three systems that draw each prompt in their own shade."""
 
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -21,23 +19,6 @@ from pixrl.human_study.study import Folder, StudySettings, parse_criteria
 PROMPTS = ("an owl", "a snail", "a red cat", "a cactus", "two dogs")
 SYSTEMS = ("ours-secret", "base-secret", "closed-secret")
 Make = Callable[..., Folder]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="package")
-def browser() -> Iterator[Any]:
-    play = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on this machine")
-    with play.sync_playwright() as running:
-        try:
-            chromium = running.chromium.launch(
-                executable_path=CHROMIUM, args=["--no-sandbox"], timeout=60_000
-            )
-        except play.Error as error:
-            pytest.skip(f"chromium does not start here: {str(error).splitlines()[0]}")
-        yield chromium
-        chromium.close()
 
 
 def write_system(folder: Path, shade: int, prompts: tuple[str, ...] = PROMPTS, side: int = 40) -> Path:

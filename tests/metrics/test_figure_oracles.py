@@ -13,9 +13,9 @@ from pixrl.algorithms.sampling import Solver
 from pixrl.data.prompts import Prompt
 from pixrl.metrics.diversity import Arrangement, mean_pairwise_distance
 from pixrl.metrics.fusion import figures
-from pixrl.metrics.intervals import Interval, bootstrap, by_unit, paired, student
+from pixrl.metrics.intervals import Interval, bootstrap, by_unit, gains_by_prompt, paired, student
 from pixrl.models.slots import Slot
-from pixrl.report.figures import Change, gains_by_prompt
+from pixrl.report.figures import Change
 from pixrl.rewards.segmentation import Instance
 from pixrl.runs.measure import EPOCH, Drawing, draw, evaluated_slot, reward_figures
 from pixrl.types import Scores, sample_seed
@@ -139,4 +139,5 @@ def test_records_are_averaged_by_unit_and_differences_paired() -> None:
 def test_gains_are_after_minus_before_and_of_prompts() -> None:
     fallen, risen = Change("b", "never trained on", 20.0, 19.0), Change("a", "trained on", 0.5, 0.6)
     assert fallen.gain == -1.0 and fallen.fell and not risen.fell
-    assert gains_by_prompt([1.0, None, 1.0, 3.0, None, None], [2.0, 5.0, 4.0, 3.0, 1.0, 1.0], 2) == [1.0, 1.5]
+    gains = gains_by_prompt([1.0, None, 1.0, 3.0, None, None], [2.0, 5.0, 4.0, 3.0, 1.0, 1.0], 2)
+    assert gains[:2] == [1.0, 1.5] and math.isnan(gains[2])

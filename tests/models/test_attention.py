@@ -9,7 +9,8 @@ from tests.tolerance import GRADIENT, agree
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixrl.models.pipeline import SHORT, plain_attention
+from pixrl.device import plain_attention
+from pixrl.models.pipeline import SHORT
 from pixrl.models.sd3 import SD3Policy
 
 

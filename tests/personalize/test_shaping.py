@@ -314,6 +314,6 @@ def test_the_recipes_are_of_the_same_size(name: str) -> None:
 def test_an_align_recipe_can_be_shaped_too() -> None:
     values = {"advantage.synergy": {"alpha": 0.3}}
     rewards = [{"name": "a", "kind": "python"}, {"name": "b", "kind": "python"}]
-    found = load_recipe("toy/e2po", values={**values, "rewards": rewards})
+    found = load_recipe("toy/e2po", settings={**values, "rewards": rewards})
     assert type(found) is AlignConfig
     assert found.advantage.synergy is not None

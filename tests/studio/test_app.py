@@ -77,7 +77,7 @@ def test_without_the_token_nothing_of_a_run_is_told(root: Path) -> None:
 
 def test_pictures_that_are_gone_or_damaged_are_empty(root: Path) -> None:
     studio = Studio(root)
-    assert studio.picture("done", "samples/step-000000/0000.png").startswith("data:image/png;base64,")
+    assert studio.picture("done", "samples/step-000000/0000.png").startswith("data:image/webp;base64,")
     (root / "done/samples/step-000000/0001.png").write_bytes(b"x")
     for run, file in (("done", "samples/step-000000/0001.png"), ("done", "recipe.yaml"), ("gone", "x")):
         assert studio.picture(run, file) == ""

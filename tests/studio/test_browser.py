@@ -1,33 +1,11 @@
 """The page in a real browser: Debian's chromium, driven by playwright; skipped where one of them is missing."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from pixrl.runs.folder import ManifestRow, RunFolder
 from pixrl.runs.process import attending
 from pixrl.studio.app import Studio, launch
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    play = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on this machine")
-    with play.sync_playwright() as running:
-        try:
-            chromium = running.chromium.launch(
-                executable_path=CHROMIUM, args=["--no-sandbox"], timeout=60_000
-            )
-        except play.Error as error:
-            pytest.skip(f"chromium does not start here: {str(error).splitlines()[0]}")
-        yield chromium
-        chromium.close()
 
 
 def test_runs_are_seen_live_side_by_side_enlarged_and_stopped(browser: Any, root: Path) -> None:
@@ -85,7 +63,7 @@ def test_runs_are_seen_live_side_by_side_enlarged_and_stopped(browser: Any, root
 
 
 def test_a_mixture_follows_the_pad_and_is_kept(browser: Any, root: Path) -> None:
-    studio = Studio(root, ("owl", "snail", "mushroom"))
+    studio = Studio(root, ("owl", "snail", "mushroom"), "toy:flux")  # which draws at any size
     url = launch(studio, "127.0.0.1", 0, None)
     try:
         tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
@@ -111,5 +89,14 @@ def test_a_mixture_follows_the_pad_and_is_kept(browser: Any, root: Path) -> None
         with tab.expect_download() as saved:
             tab.locator(".mixture a").first.click()
         assert saved.value.suggested_filename == "owl-snail-0.png"
+        width = "document.querySelector('.mixture img').naturalWidth"
+        side = tab.evaluate(width)
+        tab.get_by_role("button", name="Draw larger").click()
+        tab.get_by_text(f"{2 * side} × {2 * side} pixels").wait_for()
+        assert tab.evaluate(width) == 2 * side
+        tab.get_by_role("button", name="For ComfyUI").click()
+        with tab.expect_download() as saved:
+            tab.get_by_role("link", name="Download the coefficients").click()
+        assert saved.value.suggested_filename == "owl-snail-0.safetensors"
     finally:
         studio.page.close()

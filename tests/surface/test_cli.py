@@ -15,6 +15,7 @@ from pixrl.cli import demo
 from pixrl.config import find_recipe
 from pixrl.errors import RunError
 from pixrl.jobs import fuse as fuse_job
+from pixrl.runs.config import PERSONALIZE_RECIPE, SUBJECT_RECIPE
 from pixrl.runs.folder import MANIFEST, RunFolder
 from tests.fuse.world import fake_world
 
@@ -115,7 +116,7 @@ def test_demo_takes_a_free_folder_each_time(pixrl: Pixrl, monkeypatch: pytest.Mo
 
 def test_personalize_without_a_recipe_takes_the_one_that_its_help_names(pixrl: Pixrl) -> None:
     told = " ".join(pixrl("personalize", "--help").output.replace("│", " ").split())
-    for subject, usual in ((None, api.PERSONALIZE_RECIPE), ("owl", api.SUBJECT_RECIPE)):
+    for subject, usual in ((None, PERSONALIZE_RECIPE), ("owl", SUBJECT_RECIPE)):
         assert usual in told
         config, _ = api.load_personalize(None, subject=subject)
         assert config.loss.kind == "nft"  # the clipped loss walks at random here: docs/studies/personalize.md

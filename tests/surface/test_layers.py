@@ -21,6 +21,7 @@ LAYERS = [
         "plugins",
         "text",
         "untrusted",
+        "workers",
     },
     {"equations"},
     {"models", "rewards", "data"},

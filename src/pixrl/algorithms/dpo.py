@@ -30,21 +30,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageEstimator, AdvantageSettings, EstimatorSettings
+from pixrl.algorithms.advantages import AdvantageEstimator
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import (
     Advantages,
-    Loss,
-    LossSettings,
+    GivenSettings,
+    NoisedLoss,
     Rollouts,
     Spending,
     Terms,
-    noise_levels,
     noised,
     require_levels,
-    velocity_deviation,
 )
-from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepNoise, StepPlan
+from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepPlan
 from pixrl.data.preferences import LOSER, WINNER
 from pixrl.equations import dpo_loss, interpolate
 from pixrl.errors import InputError
@@ -52,7 +50,7 @@ from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, on_square
 from pixrl.models.slots import Slot
 
 
-class DPOSettings(LossSettings):
+class DPOSettings(GivenSettings):
     """The settings of Diffusion-DPO: pairs on disk."""
 
     kind: Literal["dpo"] = "dpo"
@@ -60,18 +58,11 @@ class DPOSettings(LossSettings):
     """How sharply winner is told from loser; of errors that are means over pixels."""
     timesteps: int = Field(1, ge=1, le=1000)
     """Noise levels of the schedule that each pair is trained at, drawn without putting back."""
-    learns_from_scores: ClassVar[bool] = False
-    draws_its_own: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = True
 
     def check_sampling(self, sampling: RolloutSettings) -> None:
         require_levels(self.timesteps, sampling)
-        if sampling.noise is not StepNoise.NONE:
-            raise ValueError("sampling.noise has no effect with loss: dpo, which draws nothing: remove it")
-
-    def check_advantage(self, advantage: EstimatorSettings) -> None:
-        if advantage != AdvantageSettings():
-            raise ValueError("advantage has no effect with loss: dpo, which learns from no score: remove it")
+        super().check_sampling(sampling)
 
     def check_group(self, size: int) -> None:
         if size % 2:
@@ -93,14 +84,11 @@ class DPOSettings(LossSettings):
     def describe(self, *, shows_references: bool) -> str:
         return f"dpo: pairs on disk, beta {self.beta:g}, {self.timesteps} noise levels a pair"
 
-    def describe_advantage(self, advantage: EstimatorSettings) -> str:
-        return "none: no score is learned from"
-
     def describe_pictures(self, *, shows_references: bool) -> str:
         return "The pictures of training prompts are the pairs' own: they do not improve with training."
 
 
-class DPOLoss(Loss):
+class DPOLoss(NoisedLoss):
     """The loss of Diffusion-DPO on pairs of pictures; rewards are only logged."""
 
     sampling_slot = Slot.REFERENCE
@@ -144,12 +132,6 @@ class DPOLoss(Loss):
         place_S = torch.arange(first_PS.shape[1])
         return Advantages(advantage_PS.expand(steps, -1, -1), (place_S | 1).expand(first_PS.shape))
 
-    def parts(self, rollouts: Rollouts) -> int:
-        return self.settings.timesteps
-
-    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
-        return noise_levels(rollouts, rows, part)
-
     def terms(
         self,
         policy: FlowPolicy,
@@ -161,9 +143,6 @@ class DPOLoss(Loss):
     ) -> Terms:
         noisy = noised(policy, rollouts, rows, part)
         return preference_terms(policy, rollouts, rows, noisy, self.settings.beta, with_kl)
-
-    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
-        return velocity_deviation(policy, rollouts, rows, Slot.REFERENCE)
 
 
 def preference_terms(

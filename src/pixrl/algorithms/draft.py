@@ -185,7 +185,13 @@ class DRaFTLoss(Loss):
         loss_B = -score_B - (path_B - path_B.detach())
         figures = {}
         if with_kl or self.settings.kl > 0:
-            distances = [self._distance(policy, rollouts, move, condition) for move in moves]
+            distances = []
+            for move in moves:  # from the reference's velocity at the same latents
+                x = move.before.detach()
+                sigma_B = x.new_full((len(x),), rollouts.schedule.sigmas[move.number])
+                with torch.no_grad(), policy.slot(Slot.REFERENCE):
+                    reference = policy.velocity(x, sigma_B, condition)
+                distances.append((move.velocity - reference).square().flatten(1).mean(dim=1))
             kl_B = torch.stack(distances).mean(dim=0)
             loss_B = loss_B + self.settings.kl * kl_B if self.settings.kl > 0 else loss_B
             figures["kl"] = kl_B.detach()
@@ -240,17 +246,6 @@ class DRaFTLoss(Loss):
         # a picture without a score may still have left nan in its own row
         slope = torch.where(scored_B.view(-1, *[1] * (slope.ndim - 1)), slope, 0.0)
         return torch.where(scored_B, score_B.detach(), 0.0), slope
-
-    def _distance(
-        self, policy: FlowPolicy, rollouts: Rollouts, move: Move, condition: Conditioning
-    ) -> Tensor:
-        """Return the mean square [B] of the velocity's difference from the reference's, at the same latents."""
-        x = move.before.detach()
-        with torch.no_grad(), policy.slot(Slot.REFERENCE):
-            reference = policy.velocity(
-                x, x.new_full((len(x),), rollouts.schedule.sigmas[move.number]), condition
-            )
-        return (move.velocity - reference).square().flatten(1).mean(dim=1)
 
 
 def refuse_others(trained: Mapping[str, float], rewards: Mapping[str, DifferentiableReward]) -> None:

@@ -36,6 +36,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -178,12 +179,10 @@ def chosen_encoders(model: PerturbableText, name: str, choice: Encoders) -> tupl
         InputError: the model has no such encoders.
     """
     found = model.text_encoders()
-    if (choice is Encoders.LANGUAGE) != (found[0].name == LANGUAGE):
-        reads, right = (
-            ("a language model, not with CLIP", LANGUAGE)
-            if found[0].name == LANGUAGE
-            else ("CLIP, not with a language model", Encoders.CLIP_L.value)
-        )
+    has_language = found[0].name == LANGUAGE
+    if (choice is Encoders.LANGUAGE) != has_language:
+        reads = "a language model, not with CLIP" if has_language else "CLIP, not with a language model"
+        right = LANGUAGE if has_language else Encoders.CLIP_L.value
         raise InputError(f"{name} reads prompts with {reads}. Give encoders: {right}.")
     if choice is not Encoders.BOTH:
         return found[:1]
@@ -263,17 +262,10 @@ def learn(
 
 def _optimize(parts: Sequence[_Texts], settings: PerturbationSettings) -> None:
     """Step down every prompt's own objective (Eqs. 11 and 12), projecting after each step; in place."""
-
-    def objective(h_KD: Tensor, h0_D: Tensor) -> Tensor:
-        return perturbation_objective(
-            h_KD,
-            h0_D,
-            settings.weight,
-            weighted=settings.weighted,
-            target=settings.target,
-            margin=settings.margin,
-        )
-
+    s = settings
+    objective = partial(
+        perturbation_objective, weight=s.weight, weighted=s.weighted, target=s.target, margin=s.margin
+    )
     with torch.no_grad():
         h0_PD = torch.cat(
             [part.pooled_KPE(torch.zeros_like(part.delta_KPLD[:1]))[0] for part in parts], dim=1

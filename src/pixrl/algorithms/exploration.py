@@ -128,8 +128,17 @@ class Variants:
         """
         if not 0 <= t <= 1:
             raise InputError(f"t must be in [0, 1], 1 is noise; got {t}.")
+        whole = not (prompt_B.is_floating_point() or variant_B.is_floating_point())
+        if prompt_B.ndim != 1 or prompt_B.shape != variant_B.shape or not whole:
+            raise ShapeError(
+                "prompt_B and variant_B must be integers [B], got "
+                f"{prompt_B.dtype} {list(prompt_B.shape)} and {variant_B.dtype} {list(variant_B.shape)}."
+            )
+        counts = (("prompt_B", prompt_B, len(self.anchor)), ("variant_B", variant_B, self.variants))
+        for name, index_B, count in counts:
+            if len(index_B) and not 0 <= int(index_B.min()) <= int(index_B.max()) < count:
+                raise InputError(f"{name} must be in 0 .. {count - 1}, got {index_B.tolist()}.")
         weight = 1.0 if self.perturbation_range is None else variant_weight(float(t), self.perturbation_range)
-        self._require(prompt_B, variant_B)
         condition = self.anchor[prompt_B]
         for part in self.perturbed:
             place_B = variant_B - (self.variants - part.per_prompt)
@@ -137,20 +146,6 @@ class Variants:
             features = part.features[rows.to(part.features.pooled_KE.device)]
             condition = part.encoder.blend(condition, features, weight * (place_B >= 0))
         return condition
-
-    def _require(self, prompt_B: Tensor, variant_B: Tensor) -> None:
-        whole = not (prompt_B.is_floating_point() or variant_B.is_floating_point())
-        if prompt_B.ndim != 1 or prompt_B.shape != variant_B.shape or not whole:
-            raise ShapeError(
-                "prompt_B and variant_B must be integers [B], got "
-                f"{prompt_B.dtype} {list(prompt_B.shape)} and {variant_B.dtype} {list(variant_B.shape)}."
-            )
-        for name, index_B, count in (
-            ("prompt_B", prompt_B, len(self.anchor)),
-            ("variant_B", variant_B, self.variants),
-        ):
-            if len(index_B) and not 0 <= int(index_B.min()) <= int(index_B.max()) < count:
-                raise InputError(f"{name} must be in 0 .. {count - 1}, got {index_B.tolist()}.")
 
 
 class Exploration(ABC):

@@ -7,19 +7,20 @@ of a slot) and what it takes from their scores (`advantages`), where the baselin
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageEstimator, EstimatorSettings
+from pixrl.algorithms.advantages import AdvantageEstimator, AdvantageSettings, EstimatorSettings
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.sampling import (
     Drawn,
     RolloutSettings,
     Samples,
     Schedule,
+    StepNoise,
     StepPlan,
     Transition,
     Use,
@@ -112,6 +113,28 @@ class LossSettings(Settings):
         return ""
 
 
+class GivenSettings(LossSettings):
+    """The settings of a loss whose pictures come with the prompts: nothing is drawn, and no score is learned from."""
+
+    learns_from_scores: ClassVar[bool] = False
+    draws_its_own: ClassVar[bool] = False
+
+    def check_sampling(self, sampling: RolloutSettings) -> None:
+        if sampling.noise is not StepNoise.NONE:
+            raise ValueError(
+                f"sampling.noise has no effect with loss: {self.kind}, which draws nothing: remove it"
+            )
+
+    def check_advantage(self, advantage: EstimatorSettings) -> None:
+        if advantage != AdvantageSettings():
+            raise ValueError(
+                f"advantage has no effect with loss: {self.kind}, which learns from no score: remove it"
+            )
+
+    def describe_advantage(self, advantage: EstimatorSettings) -> str:
+        return "none: no score is learned from"
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """A training step's pictures on this process, and how they came about."""
@@ -142,6 +165,15 @@ class Rollouts:
     def conditioning(self, rows: Sequence[int]) -> Conditioning:
         """Return what an update is conditioned on: c_0, the unperturbed prompts, of some samples."""
         return self.anchor[self.samples.prompt_B[list(rows)]]
+
+    def with_advantages(self, advantages: "Advantages") -> "Rollouts":
+        """Add what a loss wants to know besides advantages: rewards' weights; rivals as rows of this process."""
+        if advantages.rival_PS is None:
+            return replace(self, weights=advantages.weights)
+        own_PS = advantages.rival_PS[[group.place for group in self.samples.groups]]
+        first_P = torch.arange(len(self.samples.groups)) * self.samples.per_group
+        rival_B = (own_PS + first_P[:, None]).flatten()
+        return replace(self, weights=advantages.weights, rival_B=rival_B)
 
 
 @dataclass(frozen=True)
@@ -244,6 +276,19 @@ class Loss(ABC):
     def old_decay(self, step: int) -> float | None:
         """Return how much of the old policy stays after a step; None where this loss has no old policy."""
         return None
+
+
+class NoisedLoss(Loss):
+    """A loss of samples that are noised anew at `settings.timesteps` noise levels, in an order of each sample's own."""
+
+    def parts(self, rollouts: Rollouts) -> int:
+        return int(self.settings.timesteps)
+
+    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
+        return noise_levels(rollouts, rows, part)
+
+    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
+        return velocity_deviation(policy, rollouts, rows, self.sampling_slot)
 
 
 def require_levels(timesteps: int, sampling: RolloutSettings) -> None:

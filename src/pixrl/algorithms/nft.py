@@ -28,14 +28,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pixrl.algorithms.loss import (
-    Loss,
     LossSettings,
+    NoisedLoss,
     Rollouts,
     Terms,
     noise_levels,
     noised,
     require_levels,
-    velocity_deviation,
     velocity_of,
 )
 from pixrl.algorithms.sampling import RolloutSettings
@@ -125,7 +124,7 @@ class NFTSettings(LossSettings):
         return f"nft, beta {self.beta:g}, KL {self.kl:g}, {levels}, old policy {old}"
 
 
-class NFTLoss(Loss):
+class NFTLoss(NoisedLoss):
     """DiffusionNFT's loss: 5 / beta (r L+ + (1 - r) L-) + kl mean((v - v_ref)^2), Eqs. 3 to 7.
 
     Each sample is noised anew at `timesteps` noise levels, in an order of its own.
@@ -134,9 +133,6 @@ class NFTLoss(Loss):
     sampling_slot = Slot.OLD
     Settings = NFTSettings
     settings: NFTSettings
-
-    def parts(self, rollouts: Rollouts) -> int:
-        return self.settings.timesteps
 
     def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
         return noise_levels(rollouts, rows, part, self.settings.levels)
@@ -172,6 +168,3 @@ class NFTLoss(Loss):
             loss_B = loss_B + self.settings.kl * kl_B
             figures["kl"] = kl_B.detach()
         return Terms(loss_B, figures)
-
-    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
-        return velocity_deviation(policy, rollouts, rows, Slot.OLD)

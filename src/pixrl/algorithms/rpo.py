@@ -39,15 +39,13 @@ from pixrl.algorithms.dpo import preference_terms, velocity_error
 from pixrl.algorithms.exploration import Group, Variants
 from pixrl.algorithms.loss import (
     Advantages,
-    Loss,
     LossSettings,
+    NoisedLoss,
     Rollouts,
     Spending,
     Terms,
-    noise_levels,
     noised,
     require_levels,
-    velocity_deviation,
 )
 from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepPlan, roll_out
 from pixrl.equations import interpolate
@@ -114,7 +112,7 @@ class RPOSettings(LossSettings):
         return f"candidates drawn by the frozen base{how}"
 
 
-class RPOLoss(Loss):
+class RPOLoss(NoisedLoss):
     """RPO's loss: DPO on the best and the worst of a group by the harmonic mean of rewards, and the similarity loss."""
 
     sampling_slot = Slot.REFERENCE
@@ -151,12 +149,6 @@ class RPOLoss(Loss):
         rival_PS = loser_P[:, None].expand_as(score_PS)
         figures = {"pair_share": differs_P.float().mean().item()}
         return Advantages(advantage_PS.expand(steps, -1, -1), rival_PS, figures=figures)
-
-    def parts(self, rollouts: Rollouts) -> int:
-        return self.settings.timesteps
-
-    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
-        return noise_levels(rollouts, rows, part)
 
     def terms(
         self,
@@ -197,9 +189,6 @@ class RPOLoss(Loss):
             condition = replace(policy.encode(asked), references=references)
         x_t = interpolate(x0, noise, t_B)
         return velocity_error(policy.velocity(x_t, t_B, condition), noise - x0)
-
-    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
-        return velocity_deviation(policy, rollouts, rows, Slot.REFERENCE)
 
 
 def harmonic_scores(

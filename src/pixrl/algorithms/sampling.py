@@ -27,7 +27,7 @@ Deviations:
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 import torch
@@ -183,6 +183,8 @@ class StepPlan:
     """Numbers of the random steps, 0 the noisiest."""
     kept: frozenset[int] = frozenset()
     """Numbers of further steps whose latents a loss wants to begin again from."""
+    watch: Callable[[slice, Tensor], None] | None = field(default=None, compare=False, repr=False)
+    """Is given each micro-batch's rows and pictures [b, 3, H, W], on the CPU, before the next is drawn."""
 
     @staticmethod
     def make(policy: FlowPolicy, settings: RolloutSettings, *, seed: int, step: int) -> "StepPlan":
@@ -251,7 +253,9 @@ class ODESolver:
         x0 = predict_x0(x, velocity, x.new_full((len(x),), sigma))
         data = x0
         if self._before is not None and self._before[0] == number - 1 and after > 0:
-            slope = _step_ratio(self._sigmas[number - 1], sigma, after)
+            # h / h_before in half log-SNR; 0 where the last step began at pure noise, infinitely far away
+            before, here = _half_log_snr(self._sigmas[number - 1]), _half_log_snr(sigma)
+            slope = (_half_log_snr(after) - here) / (here - before)
             data = x0 + 0.5 * slope * (x0 - self._before[1])
         self._before = (number, x0)
         # the exponential integrator of dx/dlambda with constant data: for this path it is a straight line to `data`
@@ -260,12 +264,6 @@ class ODESolver:
 
 def _half_log_snr(sigma: float) -> float:
     return math.inf if sigma == 0 else -math.inf if sigma == 1 else math.log((1 - sigma) / sigma)
-
-
-def _step_ratio(before: float, sigma: float, after: float) -> float:
-    """h / h_before in half log-SNR; 0 where the last step began at pure noise, infinitely far away."""
-    here = _half_log_snr(sigma)
-    return (_half_log_snr(after) - here) / (here - _half_log_snr(before))
 
 
 class Use(IntEnum):
@@ -311,16 +309,19 @@ class Samples:
             streams=tuple(sample_seed(run_seed, g.epoch, g.index, place) for g, place in keys),
         )
 
-    def batch(self, images_BCHW: Tensor, step: int | None = None) -> RewardBatch:
-        """Return the samples' pictures [B, 3, H, W] with prompt and metadata of each, as rewards look at them.
+    def batch(self, images_BCHW: Tensor, step: int | None = None, rows: slice = slice(None)) -> RewardBatch:
+        """Return samples' pictures [B, 3, H, W] with prompt and metadata of each, as rewards look at them.
 
-        `step`: the training step that they belong to; None: no run trains on them.
+        Args:
+            images_BCHW: the pictures.
+            step: the training step that they belong to; None: no run trains on them.
+            rows: which samples they show.
         """
-        rows = zip(self.prompt_B.tolist(), self.seeds, self.variant_B.tolist(), strict=True)
+        drawn = zip(self.prompt_B.tolist(), self.seeds, self.variant_B.tolist(), strict=True)
         origins = (
-            [Origin(step, self.groups[row].place, *drawn) for row, *drawn in rows] if step is not None else []
+            [Origin(step, self.groups[row].place, *rest) for row, *rest in drawn] if step is not None else []
         )
-        return RewardBatch(images_BCHW, self.prompts, self.metadata, origins)
+        return RewardBatch(images_BCHW, self.prompts[rows], self.metadata[rows], origins[rows])
 
     @property
     def prompts(self) -> list[str]:
@@ -367,10 +368,14 @@ def roll_out(
     """
     if not len(samples):
         return _nothing(policy, plan)
-    parts = [
-        _roll_out_part(policy, variants, samples, plan, rows) for rows in chunks(len(samples), micro_batch)
-    ]
-    images = torch.cat([policy.decode(x0).float().cpu() for x0, _ in parts])
+    parts, images = [], []
+    for rows in chunks(len(samples), micro_batch):
+        parts.append(_roll_out_part(policy, variants, samples, plan, rows))
+        if plan.watch is not None:
+            images.append(policy.decode(parts[-1][0]).float().cpu())
+            plan.watch(rows, images[-1])
+    if plan.watch is None:  # at the end, so that an offloaded decoder is moved once
+        images = [policy.decode(x0).float().cpu() for x0, _ in parts]
     by_step = zip(*(transitions for _, transitions in parts), strict=True)
     transitions = tuple(
         Transition(
@@ -381,7 +386,7 @@ def roll_out(
         )
         for same in by_step
     )
-    return images, torch.cat([x0 for x0, _ in parts]), transitions
+    return torch.cat(images), torch.cat([x0 for x0, _ in parts]), transitions
 
 
 def _nothing(policy: FlowPolicy, plan: StepPlan) -> Drawn:

@@ -22,21 +22,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pixrl.algorithms.advantages import AdvantageEstimator, AdvantageSettings, EstimatorSettings
+from pixrl.algorithms.advantages import AdvantageEstimator
 from pixrl.algorithms.exploration import Variants
 from pixrl.algorithms.loss import (
     Advantages,
-    Loss,
-    LossSettings,
+    GivenSettings,
+    NoisedLoss,
     Rollouts,
     Spending,
     Terms,
-    noise_levels,
     noised,
     require_levels,
-    velocity_deviation,
 )
-from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepNoise, StepPlan
+from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepPlan
 from pixrl.errors import InputError
 from pixrl.models.base import FlowPolicy, ReferencePolicy, on_square
 from pixrl.models.slots import Slot
@@ -45,24 +43,17 @@ TARGET = "target"
 """The key in a prompt's metadata of the picture [3, H, W] that it should give with its references."""
 
 
-class SFTSettings(LossSettings):
+class SFTSettings(GivenSettings):
     """The settings of supervised flow matching."""
 
     kind: Literal["sft"] = "sft"
     timesteps: int = Field(9, ge=1, le=1000)
     """Noise levels of the schedule that each sample is trained at, drawn without putting back."""
-    learns_from_scores: ClassVar[bool] = False
-    draws_its_own: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = True
 
     def check_sampling(self, sampling: RolloutSettings) -> None:
         require_levels(self.timesteps, sampling)
-        if sampling.noise is not StepNoise.NONE:
-            raise ValueError("sampling.noise has no effect with loss: sft, which draws nothing: remove it")
-
-    def check_advantage(self, advantage: EstimatorSettings) -> None:
-        if advantage != AdvantageSettings():
-            raise ValueError("advantage has no effect with loss: sft, which learns from no score: remove it")
+        super().check_sampling(sampling)
 
     def trained_levels(self, sampling: RolloutSettings) -> int:
         return self.timesteps
@@ -74,14 +65,11 @@ class SFTSettings(LossSettings):
     def describe(self, *, shows_references: bool) -> str:
         return f"supervised flow matching on target pictures, {self.timesteps} noise levels a sample"
 
-    def describe_advantage(self, advantage: EstimatorSettings) -> str:
-        return "none: no score is learned from"
-
     def describe_pictures(self, *, shows_references: bool) -> str:
         return "The pictures of training prompts are the targets, which nobody drew."
 
 
-class SFTLoss(Loss):
+class SFTLoss(NoisedLoss):
     """The loss of flow matching on target pictures: mean (v - (noise - x0))^2; rewards are only logged."""
 
     sampling_slot = Slot.REFERENCE
@@ -119,12 +107,6 @@ class SFTLoss(Loss):
         first_PS = next(iter(rewards.values()))
         return Advantages(torch.ones(steps, *first_PS.shape))
 
-    def parts(self, rollouts: Rollouts) -> int:
-        return self.settings.timesteps
-
-    def steps(self, rollouts: Rollouts, rows: Sequence[int], part: int) -> list[int]:
-        return noise_levels(rollouts, rows, part)
-
     def terms(
         self,
         policy: FlowPolicy,
@@ -144,9 +126,6 @@ class SFTLoss(Loss):
                 reference = policy.velocity(x_t, t_B, condition)
             figures["kl"] = (velocity.detach() - reference).square().flatten(1).mean(dim=1)
         return Terms(loss_B, figures)
-
-    def deviation(self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int]) -> float:
-        return velocity_deviation(policy, rollouts, rows, Slot.REFERENCE)
 
 
 def target_of(metadata: Mapping[str, object], prompt: str) -> Tensor:

@@ -22,7 +22,7 @@ Processes share a step's groups; gradients are summed over them and divided by t
 update does not depend on how many there are, nor on the micro-batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pixrl.algorithms.advantages import AdvantageEstimator, conflict_metrics, reward_metrics
 from pixrl.algorithms.exploration import Exploration, Group, prepare
-from pixrl.algorithms.loss import Advantages, Loss, Rollouts
+from pixrl.algorithms.loss import Loss, Rollouts
 from pixrl.algorithms.optim import adamw, adamw_8bit, moments, restore_moments
 from pixrl.algorithms.sampling import RolloutSettings, Samples, Schedule, StepPlan
 from pixrl.algorithms.world import Alone, Tally, World, disagreement
@@ -41,7 +41,7 @@ from pixrl.errors import RunError
 from pixrl.models.base import FlowPolicy
 from pixrl.models.pipeline import chunks
 from pixrl.models.slots import LoraSlots, Slot
-from pixrl.types import Scores, sample_seed
+from pixrl.types import RewardBatch, Scores, sample_seed
 
 _PARTS_KEY = -3
 """The prompt index of the random draw that assigns a step's samples to its optimizer steps; prompts use 0 and up."""
@@ -149,8 +149,10 @@ class Aligner:
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=scale_loss)
         self.skipped_in_a_row = 0
 
-    def collect(self, groups: Sequence[Group], step: int) -> Rollouts:
-        """Draw this process's groups of a training step."""
+    def collect(
+        self, groups: Sequence[Group], step: int, watch: Callable[[RewardBatch], None] | None = None
+    ) -> Rollouts:
+        """Draw this process's groups of a training step; `watch` is given its pictures as they are drawn."""
         method = self.method
         plan = StepPlan.make(self.policy, method.sampling, seed=self.seed, step=step)
         samples = Samples.of(
@@ -160,6 +162,8 @@ class Aligner:
             self.seed,
             shared_start=method.shared_start,
         )
+        if watch is not None:
+            plan = replace(plan, watch=lambda rows, images: watch(samples.batch(images, step, rows)))
         variants = prepare(method.exploration, self.policy, groups)
         drawn = method.loss.draw(self.policy, variants, samples, plan, self.micro_batches.rollout)
         return Rollouts(step, samples, plan, variants.anchor, *drawn, variants.metrics)
@@ -180,9 +184,23 @@ class Aligner:
         Raises:
             RunError: the rollouts were drawn on another schedule, or too many updates in a row were not finite.
         """
-        self._require_one_schedule(rollouts)
-        rewards = {name: self._whole(rollouts, one.values_B) for name, one in scores.items()}
-        metrics = reward_metrics(rewards, weights) | self._exploration_metrics(rollouts)
+        own = Schedule.of(self.policy, self.method.sampling.steps)
+        if rollouts.schedule != own:
+            raise RunError(
+                f"The rollouts were drawn on the noise levels {rollouts.schedule.sigmas}, but training uses "
+                f"{own.sigmas}. "
+                "Sampling and training share one schedule: collect again with the policy as it is now."
+            )
+        size, places = rollouts.samples.per_group, [group.place for group in rollouts.samples.groups]
+        groups = int(self.world.sum(torch.tensor(float(len(places)))).item())
+        rewards = {}
+        for name, one in scores.items():  # of all processes, [P, S]: each adds its own rows to zeros
+            own_PS = torch.zeros(groups, size)
+            own_PS[places] = one.values_B.to(own_PS).view(-1, size)
+            rewards[name] = self.world.sum(own_PS)
+        tally = Tally()
+        tally.add({name: torch.full((len(places),), value) for name, value in rollouts.metrics.items()})
+        metrics = reward_metrics(rewards, weights) | tally.over(self.world).means()
         advantages = self.method.loss.advantages(
             rewards, weights, self.method.advantage, rollouts.schedule.steps
         )
@@ -190,9 +208,8 @@ class Aligner:
             **conflict_metrics(rewards, weights, self.method.advantage.settings),
             **advantages.figures,
         }
-        places = [group.place for group in rollouts.samples.groups]
         advantage_TB = advantages.advantage_TPS[:, places].flatten(1)
-        rollouts = _with_advantages(rollouts, advantages)
+        rollouts = rollouts.with_advantages(advantages)
         lr = self.method.optimizer.rate(rollouts.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -206,34 +223,11 @@ class Aligner:
         figures = {"lr": lr, "skipped_updates": float(skipped)}
         if norms:
             figures["grad_norm"] = sum(norms) / len(norms)
-        return metrics | _update_metrics(tally.over(self.world)) | figures
+        return metrics | tally.over(self.world).means(spread="ratio") | figures
 
     def gradient_disagreement(self) -> float:
         """Return how far the processes' last gradients are apart; 0 when they agree."""
         return disagreement(self.world, _flat_gradient(self.parameters))
-
-    def _require_one_schedule(self, rollouts: Rollouts) -> None:
-        own = Schedule.of(self.policy, self.method.sampling.steps)
-        if rollouts.schedule != own:
-            raise RunError(
-                f"The rollouts were drawn on the noise levels {rollouts.schedule.sigmas}, but training uses "
-                f"{own.sigmas}. "
-                "Sampling and training share one schedule: collect again with the policy as it is now."
-            )
-
-    def _whole(self, rollouts: Rollouts, values_B: Tensor) -> Tensor:
-        """Return a figure of every process's samples, [P, S]; a process adds its own rows to zeros."""
-        samples = rollouts.samples
-        groups = int(self.world.sum(torch.tensor(float(len(samples.groups)))).item())
-        own_PS = torch.zeros(groups, samples.per_group)
-        own_PS[[group.place for group in samples.groups]] = values_B.to(own_PS).view(-1, samples.per_group)
-        return self.world.sum(own_PS)
-
-    def _exploration_metrics(self, rollouts: Rollouts) -> dict[str, float]:
-        tally = Tally()
-        weight = len(rollouts.samples.groups)
-        tally.add({name: torch.full((weight,), value) for name, value in rollouts.metrics.items()})
-        return tally.over(self.world).means()
 
     def _rows(self, rollouts: Rollouts, advantage_TPS: Tensor, number: int) -> list[int]:
         """Return this process's samples of one optimizer step: shuffled over all processes, failed ones left out.
@@ -262,8 +256,16 @@ class Aligner:
         count = self.world.sum(torch.tensor(float(len(rows) * parts))).item()
         if count == 0:
             return 0.0
+        pieces: list[tuple[Sequence[int], int]]
+        pieces = [(rows[piece], 1) for piece in chunks(len(rows), self.micro_batches.train)]
+        if self.policy.in_step:
+            # all processes make the same passes: one with fewer rows, since pictures of it failed, repeats a row with
+            # the weight 0
+            spare = list(rows[:1]) or list(range(len(rollouts)))[:1]
+            missing = max(self.world.gather(len(pieces))) - len(pieces)
+            pieces += [(spare, 0)] * missing
         self.optimizer.zero_grad()
-        not_finite, pieces = 0, self._pieces(rollouts, rows)
+        not_finite = 0
         for part in range(parts):
             for number, (own, weight) in enumerate(pieces):
                 advantage_B = advantage_TB[loss.steps(rollouts, own, part), list(own)]
@@ -277,19 +279,6 @@ class Aligner:
                 if is_finite and weight:
                     tally.add({"loss": terms.loss_B, **terms.figures})
         return self._step_together(not_finite)
-
-    def _pieces(self, rollouts: Rollouts, rows: Sequence[int]) -> list[tuple[Sequence[int], int]]:
-        """Return micro-batches of some rows, each with the weight 1.
-
-        Where processes must make the same passes and this one has fewer rows to train than another, since pictures of
-        it failed, it repeats a row with the weight 0 to have as many.
-        """
-        pieces = [(rows[piece], 1) for piece in chunks(len(rows), self.micro_batches.train)]
-        if self.policy.in_step:
-            spare = list(rows[:1]) or list(range(len(rollouts)))[:1]
-            missing = max(self.world.gather(len(pieces))) - len(pieces)
-            pieces += [(spare, 0)] * missing
-        return pieces
 
     def _step_together(self, not_finite: int) -> float | None:
         """Sum the gradients of all processes, clip them and step; every process decides alike."""
@@ -344,31 +333,6 @@ class Aligner:
         self.skipped_in_a_row = int(left.pop("skipped_in_a_row"))
         if left:
             self.scaler.load_state_dict(left)
-
-
-def _with_advantages(rollouts: Rollouts, advantages: Advantages) -> Rollouts:
-    """With what a loss wants to know besides advantages: rewards' weights; places in groups as rows of this process."""
-    rollouts = replace(rollouts, weights=advantages.weights)
-    if advantages.rival_PS is None:
-        return rollouts
-    samples = rollouts.samples
-    own_PS = advantages.rival_PS[[group.place for group in samples.groups]]
-    first_P = torch.arange(len(samples.groups)) * samples.per_group
-    return replace(rollouts, rival_B=(own_PS + first_P[:, None]).flatten())
-
-
-def _update_metrics(tally: Tally) -> dict[str, float]:
-    metrics = tally.means()
-    ratio = tally.figures.get("ratio")
-    if ratio is not None:
-        del metrics["ratio"]
-        metrics |= {
-            "ratio_mean": ratio.mean,
-            "ratio_min": ratio.least,
-            "ratio_max": ratio.greatest,
-            "ratio_std": ratio.std,
-        }
-    return metrics
 
 
 def _flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> Tensor:

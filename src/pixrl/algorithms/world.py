@@ -120,9 +120,14 @@ class Tally:
             whole.merge(figures)
         return Tally(dict(sorted(whole.figures.items())))
 
-    def means(self) -> dict[str, float]:
-        """Return the mean of each name."""
-        return {name: one.mean for name, one in self.figures.items()}
+    def means(self, spread: str = "") -> dict[str, float]:
+        """Return the mean of each name; of the name `spread` its NAME_mean, NAME_min, NAME_max and NAME_std instead."""
+        found = {name: one.mean for name, one in self.figures.items() if name != spread}
+        if spread in self.figures:
+            one = self.figures[spread]
+            spreads = {"mean": one.mean, "min": one.least, "max": one.greatest, "std": one.std}
+            found |= {f"{spread}_{which}": value for which, value in spreads.items()}
+        return found
 
 
 def disagreement(world: World, values: Tensor) -> float:

@@ -26,12 +26,11 @@ def demo(
     from pixrl import api
     from pixrl.config import load
     from pixrl.fusion.config import FuseConfig
+    from pixrl.runs.config import load_personalize
+    from pixrl.runs.place import free_place
 
     if out is None:
-        out, number = Path("pixrl-demo"), 1
-        while out.exists():
-            number += 1
-            out = Path(f"pixrl-demo-{number}")
+        out = free_place(Path(), "pixrl-demo")
 
     typer.echo(f"Fusing {', '.join(DEMO_PAIRS)}: 128 pictures each.")
     with resumable(out / "fuse"):
@@ -46,7 +45,7 @@ def demo(
         reports.append(api.run_align(config, out / "align").report)
 
     word = write_subject(out / "subject")
-    config, _ = api.load_personalize(PERSONALIZE_RECIPE, subject=out / "subject")
+    config, _ = load_personalize(PERSONALIZE_RECIPE, subject=out / "subject")
     typer.echo(f"\nKeeping one {word} ({out / 'subject'}) in new places: {config.steps} steps.")
     with resumable(out / "personalize"):
         reports.append(api.run_align(config, out / "personalize").report)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pixrl.cli.options import HOW, WHAT, WHERE, Seed, option
+from pixrl.cli.options import HOW, WHAT, WHERE, Seed, needing, option
 from pixrl.errors import InputError
 
 commands = typer.Typer(
@@ -124,12 +124,8 @@ def _serve(study: Path, host: str, port: int, url: str | None) -> None:
     from pixrl.human_study.study import open_study
     from pixrl.rewards.http import is_loopback
 
-    try:
+    with needing("serve", "human-study serve"):
         from pixrl.human_study.server import StudyServer
-    except ImportError as error:
-        raise InputError(
-            f"human-study serve needs {error.name}, which is not installed. Type: pip install 'pixrl[serve]'"
-        ) from error
     folder = open_study(study)
     server = StudyServer(folder, host, port)
     links = write_links(folder, url or server.url)

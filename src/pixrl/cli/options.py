@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pixrl.errors import InputError
+
 WHAT, HOW, CHOICE, WHERE = "What", "How", "Selection", "Where"
 """Headings of the groups of options in a command's help."""
 CALIBRATED = "the checkpoint's calibration"
@@ -84,6 +86,18 @@ Policy = Annotated[
 Carry = Annotated[
     bool, option("With --pairs: one conditional policy, which goes on learning from pair to pair.", HOW)
 ]
+Processes = Annotated[
+    int,
+    option("Runs at a time on this machine, a process and a thread each.", HOW, "1", flag="--workers", min=1),
+]
+Ray = Annotated[
+    str | None,
+    option("Spread the runs over a Ray cluster instead: local, auto or host:port.", HOW, metavar="ADDRESS"),
+]
+Cpus = Annotated[float, option("With --ray: CPUs of a run; may be a fraction.", HOW, "1", min=0)]
+Gpus = Annotated[
+    float | None, option("With --ray: GPUs of a run; may be a fraction.", HOW, "1 where there are any", min=0)
+]
 Compare = Annotated[str | None, option("Samplers side by side at equal budget: all, or rmler,random.", HOW)]
 Budget = Annotated[int | None, option("Pictures in all.", HOW, "128")]
 Pool = Annotated[
@@ -121,6 +135,17 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show
 Repair = Annotated[
     bool, option("First drop what lies behind the last good line of a damaged log.", flag="--repair")
 ]
+
+
+@contextmanager
+def needing(extra: str, what: str) -> Iterator[None]:
+    """Say which extra of pixrl brings the package that an import of the block lacks; `what` needs it."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{what} needs {error.name}, which is not installed. Type: pip install 'pixrl[{extra}]'"
+        ) from error
 
 
 INTERRUPTED = 130

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pixrl.cli.options import WHAT, WHERE, option
-from pixrl.errors import InputError
+from pixrl.cli.options import WHAT, WHERE, needing, option
 from pixrl.hub import TOY_PREFIX
 
 commands = typer.Typer()
@@ -28,12 +27,8 @@ def studio(
     port: Annotated[int, option("0 takes any that is free.", WHERE, "8767", min=0, max=65535)] = 8767,
 ) -> None:
     """Show runs while they train, on a local page, and fuse concepts there by hand."""
-    try:
+    with needing("studio", "studio"):
         from pixrl.studio.app import Studio, launch
-    except ImportError as error:
-        raise InputError(
-            f"studio needs {error.name}, which is not installed. Type: pip install 'pixrl[studio]'"
-        ) from error
     from pixrl.toy.vocabulary import KINDS
 
     page = Studio(runs, KINDS if model.startswith(TOY_PREFIX) else (), model)

@@ -17,13 +17,18 @@ from pixrl.cli.options import (
     INTERRUPTED,
     WHERE,
     CheckedRecipe,
+    Cpus,
     Force,
+    Gpus,
     Out,
+    Processes,
+    Ray,
     Run,
     Seed,
     Set,
     Steps,
     SubjectFolder,
+    needing,
     option,
 )
 from pixrl.errors import InputError
@@ -88,21 +93,37 @@ def doctor(
 def export(
     run: Run,
     layout: Annotated[
-        str, option("Key names: diffusers, comfyui or uno.", default="diffusers", flag="--format")
-    ] = "diffusers",
+        str | None,
+        option("Of a LoRA: diffusers', comfyui's or uno's key names.", default="diffusers", flag="--format"),
+    ] = None,
     slot: Annotated[
-        str | None, option("current or ema.", default="ema, where the run has averaged weights")
+        str | None, option("Of a LoRA: current or ema.", default="ema, where the run has averaged weights")
+    ] = None,
+    child: Annotated[
+        int | None, option("Of a fusion: whose coefficients.", default="the best of the selection")
     ] = None,
     out: Annotated[Path | None, option("The folder.", default="export/FORMAT in the run's")] = None,
 ) -> None:
-    """Write a run's LoRA for diffusers, ComfyUI or UNO, with a model card."""
+    """Write a run's LoRA for diffusers, ComfyUI or UNO, with a model card; of a fusion, a child's coefficients."""
+    from pixrl.errors import InputError
     from pixrl.models.slots import parse_slot
+    from pixrl.report import coefficients
     from pixrl.report import export as exporting
 
+    if child is not None or coefficients.is_fusion(run):
+        for name, given in (("--format", layout), ("--slot", slot)):
+            if given is not None:
+                raise InputError(
+                    f"{name} is for a LoRA, and a child of a fusion has coefficients: leave it out."
+                )
+        found = coefficients.export_child(run, child, out)
+        typer.echo(f"Coefficients of child {found.child}: {found.file}")
+        typer.echo(f"Prompts, in this order: {'; '.join(found.prompts)}")
+        return
     done = exporting.export(
         run,
         out=out,
-        layout=exporting.parse_format(layout),
+        layout=exporting.parse_format(layout or "diffusers"),
         slot=None if slot is None else parse_slot(slot),
     )
     typer.echo(f"LoRA ({done.slot.value}, step {done.step}): {done.file}")
@@ -167,12 +188,8 @@ def serve_rewards(
     from pixrl import config
     from pixrl.rewards.http import is_loopback
 
-    try:
+    with needing("serve", "serve-rewards"):
         from pixrl.serve.server import RewardServer, ServeSettings
-    except ImportError as error:
-        raise InputError(
-            f"serve-rewards needs {error.name}, which is not installed. Type: pip install 'pixrl[serve]'"
-        ) from error
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = config.load(ServeSettings, rewards, set_ or [], values=given, kind="serve-rewards")
@@ -222,7 +239,10 @@ def study(
         ),
     ],
     out: Annotated[Path | None, option("The study's folder.", WHERE, "runs/ and the recipe's name")] = None,
-    workers: Annotated[int, option("Processes, one thread each.", HOW, "1", min=1)] = 1,
+    workers: Processes = 1,
+    ray: Ray = None,
+    cpus: Cpus = 1.0,
+    gpus: Gpus = None,
     set_: Set = None,
     table: Annotated[
         bool, option("Only write the tables and charts of the records so far.", flag="--table")
@@ -230,8 +250,12 @@ def study(
 ) -> None:
     """Compare variants of a recipe over seeds, with tables and intervals; the same command goes on with it."""
     command = from_checkout("studies.command", "Studies", "pixrl study")
+    from pixrl.workers import Workers
+
     try:
-        typer.echo(command.run(recipe, out, set_ or [], workers=workers, only_tables=table))
+        typer.echo(
+            command.run(recipe, out, set_ or [], workers=Workers(workers, ray, cpus, gpus), only_tables=table)
+        )
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
         raise typer.Exit(INTERRUPTED) from None

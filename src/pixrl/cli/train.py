@@ -16,10 +16,12 @@ from pixrl.cli.options import (
     CheckedRecipe,
     Compare,
     Concepts,
+    Cpus,
     Device,
     Everywhere,
     Exemplars,
     Force,
+    Gpus,
     Keep,
     Mixing,
     Model,
@@ -29,6 +31,8 @@ from pixrl.cli.options import (
     Policy,
     Pool,
     Presence,
+    Processes,
+    Ray,
     Recipe,
     Repair,
     Run,
@@ -62,6 +66,10 @@ def fuse(
     compare: Compare = None,
     policy: Policy = None,
     carry: Carry = False,
+    workers: Processes = 1,
+    ray: Ray = None,
+    cpus: Cpus = 1.0,
+    gpus: Gpus = None,
     budget: Budget = None,
     pool: Pool = None,
     exemplars: Exemplars = None,
@@ -82,6 +90,8 @@ def fuse(
         raise InputError("--sampler names one sampler and --compare several: give one of them.")
     if carry and pairs is None:
         raise InputError("--carry takes one policy from pair to pair: name them with --pairs FILE.")
+    if pairs is None and (workers > 1 or ray is not None):
+        raise InputError("--workers and --ray are for many runs: name their concepts with --pairs FILE.")
     if compare is not None and policy is not None:
         raise InputError("--policy begins one sampler with what it has learned: leave out --compare.")
     given = {
@@ -102,14 +112,16 @@ def fuse(
     from pixrl import api
     from pixrl import config as recipes
     from pixrl.fusion.config import FuseConfig
+    from pixrl.workers import Workers
 
+    spread = Workers(workers, ray, cpus, gpus)
     learned = {} if policy is None else api.with_policy(policy)
     values = learned | {name: value for name, value in given.items() if value is not None}
     config = recipes.load(FuseConfig, recipe, set_ or [], values=values, kind="fuse")
     if pairs is not None:
         out = out or api.default_fuse_out(config, pairs=pairs)
         with resumable(out):
-            api.run_pairs(config, pairs, out, carry=carry, force=force)
+            api.run_pairs(config, pairs, out, carry=carry, force=force, workers=spread)
     elif compare is not None:
         names = "all" if compare == "all" else [name.strip() for name in compare.split(",")]
         out = out or api.default_fuse_out(config, compare=True)
@@ -156,7 +168,8 @@ def _training(load: Callable[..., tuple["AlignConfig", Any]]) -> Callable[..., N
     ) -> None:
         from pixrl import api
 
-        given = {"steps": steps, "seed": seed, "settings": {"machine.device": device}}
+        settings = None if device is None else {"machine.device": device}
+        given = {"steps": steps, "seed": seed, "settings": settings}
         config, name = load(**own, overrides=set_ or [], **given)
         out = out or api.default_out(name, config)
         with resumable(out):
@@ -189,9 +202,9 @@ def personalize(
     recipe: PersonalizeRecipe = None, subject: SubjectFolder = None, **given: Any
 ) -> tuple["AlignConfig", Any]:
     """Keep a subject's identity while following the prompt: [bold]pixrl personalize --subject FOLDER[/bold]."""
-    from pixrl import api
+    from pixrl.runs.config import load_personalize
 
-    return api.load_personalize(recipe, subject=subject, **given)
+    return load_personalize(recipe, subject=subject, **given)
 
 
 @commands.command()
@@ -204,8 +217,9 @@ def selfcheck(
 ) -> None:
     """Is the first update of a recipe on-policy, by dtype and batch size? Exit code 1 when it is not."""
     from pixrl import api
+    from pixrl.runs.config import load_either
 
-    report = api.selfcheck(api.load_either(recipe, set_ or [], subject=subject, seed=seed))
+    report = api.selfcheck(load_either(recipe, set_ or [], subject=subject, seed=seed))
     if leads():
         typer.echo(json.dumps(report.to_json(), indent=1) if as_json else "\n".join(report.lines()))
     if not report.passed:
@@ -248,8 +262,20 @@ def check(
 
 
 @commands.command()
-def report(run: Run) -> None:
-    """Write a run's report again; of an alignment also before it is finished."""
-    from pixrl import api
+def report(
+    run: Run,
+    watch: Annotated[
+        bool,
+        option("Renew it while the run goes; the page loads itself again. Ctrl-C ends it.", flag="--watch"),
+    ] = False,
+) -> None:
+    """Write a run's report again, also before it is finished."""
+    from pixrl.report import watch as reports
 
-    typer.echo(f"Report: {api.write_report(run)}")
+    if not watch:
+        typer.echo(f"Report: {reports.write_report(run)}")
+        return
+    try:
+        typer.echo(f"Finished. Report: {reports.watch(run, typer.echo)}")
+    except KeyboardInterrupt:
+        typer.echo(f"Report: {run / 'report.html'}")

@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pixrl.cli.options import HOW, WHERE, Device, Force, Out, Seed, Set, Steps, option, resumable, say_where
+from pixrl.cli.options import (
+    HOW,
+    WHERE,
+    Device,
+    Force,
+    Out,
+    Seed,
+    Set,
+    Steps,
+    needing,
+    option,
+    resumable,
+    say_where,
+)
 from pixrl.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,9 +79,13 @@ def vote(
         return
     if page_only:
         raise InputError(f"--page-only serves the page of a run, and {target} is none. Give a run's folder.")
-    config = api.load(target, set_ or [], steps=steps, seed=seed, settings={"machine.device": device})
+    settings = None if device is None else {"machine.device": device}
+    config = api.load(target, set_ or [], steps=steps, seed=seed, settings=settings)
     if simulate is not None:
-        config = api.with_simulated_voter(config, simulate, wrong or 0.0, seed=config.seed)
+        from pixrl.rewards.votes.reward import with_simulated_voter
+
+        rewards = with_simulated_voter(config.rewards, simulate, wrong or 0.0, config.seed)
+        config = config.model_copy(update={"rewards": rewards})
     place = out or api.default_out(target, config)
     _train(target, config, place, host, port, False, lambda: api.run_align(config, place, force=force))
 
@@ -112,12 +129,8 @@ def _server(target: str, config: "AlignConfig", run: Path, host: str, port: int)
             f"{target} has no reward that people vote on, only {named}. Add `- {{name: votes}}` to its rewards, or "
             "begin with: pixrl vote toy/vote"
         )
-    try:
+    with needing("serve", "pixrl vote"):
         from pixrl.human_study.live import VoteServer
-    except ImportError as error:
-        raise InputError(
-            f"pixrl vote needs {error.name}, which is not installed. Type: pip install 'pixrl[serve]'"
-        ) from error
     try:
         ask = Ask(setting.options.get("ask", Ask.BEST))
     except ValueError:

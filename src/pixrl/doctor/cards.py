@@ -191,17 +191,14 @@ class CardPlans:
             )
         yield ""
         yield from (f"note        {note}" for note in self.notes)
-        yield from self._verdict(recipe)
-
-    def _verdict(self, recipe: str) -> Iterator[str]:
         chosen, faster = self.chosen, self.faster
         if chosen is None:
             least = min(self.plans, key=lambda plan: plan.peak)
             gib = math.ceil((least.peak + RESERVED) / 2**30)
-            names = [card.name for card in CARDS.values() if card.gib >= gib]
+            names = [one.name for one in CARDS.values() if one.gib >= gib]
             known = f" ({', '.join(names)})" if names else ""
             yield (
-                f"No plan fits {self.card.gib:g} GiB. The smallest needs a card of {gib} GiB{known}: "
+                f"No plan fits {card.gib:g} GiB. The smallest needs a card of {gib} GiB{known}: "
                 f"{self._command(recipe, least)}; or take a smaller resolution or model."
             )
             return
@@ -246,7 +243,7 @@ def plans_for(config: AlignConfig, card: Gpu, processes: int = 1) -> CardPlans:
         key = (precision, changed.machine.gradient_checkpointing)
         if key not in weighed:
             weighed[key] = weigh(changed, checkpoint, precision)
-        plans.append(_plan(changed, changes, card, processes, rewards, weighed[key]))
+        plans.append(weighed[key].plan(changed, changes, card, processes, rewards))
     first = next(iter(weighed.values()))
     return CardPlans(
         kind=kind_of(config),
@@ -295,6 +292,38 @@ class Weighed:
         """Return the size of each part of the model with this base."""
         return sizes_of(self.headers, self.checkpoint, self.precision, base)
 
+    def plan(
+        self,
+        config: AlignConfig,
+        changes: tuple[str, ...],
+        card: Gpu,
+        processes: int,
+        rewards: dict[str, int],
+    ) -> Plan:
+        """Return how a variant of the recipe fits the card, and the time that it takes."""
+        precision, parts = self.precision, self.parts(config.machine.base)
+        computing = precision.autocast or precision.weights
+        names = (str(precision.weights).removeprefix("torch."), str(computing).removeprefix("torch."))
+        place = Hardware(card.name, processes, *names, card.free, processes)
+        found = fit(config, GPU, place, parts, rewards, self.estimate)
+        rate = ATTAINED * (card.single if computing is torch.float32 else card.half)
+        link = LINK_ATTAINED * card.link
+        step, evaluation = operations(config, self, processes)
+        seconds = step / rate + moved(config, parts, found, processes) / link
+        times = 2 if config.evaluation.every is None else 2 + config.steps // config.evaluation.every
+        hours = (config.steps * seconds + times * evaluation / rate) / 3600
+        batches = found.batches
+        return Plan(
+            changes,
+            found.peak,
+            found.fits,
+            found.sharded,
+            batches.rollout,
+            batches.train or 1,
+            seconds,
+            hours,
+        )
+
 
 def weigh(config: AlignConfig, checkpoint: Checkpoint, precision: Precision) -> Weighed:
     """Make the model without content and find out what its passes take."""
@@ -316,31 +345,6 @@ def weigh(config: AlignConfig, checkpoint: Checkpoint, precision: Precision) -> 
     if findings.problems:
         raise InputError(findings.problems[0].message)
     return Weighed(checkpoint, precision, headers, estimate, operations)
-
-
-def _plan(
-    config: AlignConfig,
-    changes: tuple[str, ...],
-    card: Gpu,
-    processes: int,
-    rewards: dict[str, int],
-    weighed: Weighed,
-) -> Plan:
-    precision, parts = weighed.precision, weighed.parts(config.machine.base)
-    computing = precision.autocast or precision.weights
-    names = (str(precision.weights).removeprefix("torch."), str(computing).removeprefix("torch."))
-    place = Hardware(card.name, processes, *names, card.free, processes)
-    found = fit(config, GPU, place, parts, rewards, weighed.estimate)
-    rate = ATTAINED * (card.single if computing is torch.float32 else card.half)
-    link = LINK_ATTAINED * card.link
-    step, evaluation = operations(config, weighed, processes)
-    seconds = step / rate + moved(config, parts, found, processes) / link
-    times = 2 if config.evaluation.every is None else 2 + config.steps // config.evaluation.every
-    hours = (config.steps * seconds + times * evaluation / rate) / 3600
-    batches = found.batches
-    return Plan(
-        changes, found.peak, found.fits, found.sharded, batches.rollout, batches.train or 1, seconds, hours
-    )
 
 
 def operations(config: AlignConfig, weighed: Weighed, processes: int = 1) -> tuple[int, int]:

@@ -1,13 +1,14 @@
 """The findings of `pixrl doctor`: as an object, as JSON and in words."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from pixrl import errors
-from pixrl.errors import PixrlError
+from pixrl.errors import CheckpointError, PixrlError
 from pixrl.models.estimate import Cost, PartSize
 
 
@@ -61,6 +62,14 @@ class Findings:
         """Add what is worth knowing, once."""
         if message not in self.notes:
             self.notes.append(message)
+
+    @contextmanager
+    def catch(self, need: Need, *, weights: bool = False) -> Iterator[None]:
+        """Add a PixrlError of the block as a problem, with `weights` a CheckpointError as one of the weights."""
+        try:
+            yield
+        except PixrlError as error:
+            self.miss(Need.WEIGHTS if weights and isinstance(error, CheckpointError) else need, error)
 
 
 @dataclass(frozen=True)
@@ -132,21 +141,21 @@ class Diagnosis:
     parts: Mapping[str, PartSize]
     rewards: Mapping[str, int]
     """Bytes on the disk of each model of a reward; in memory it takes about as many."""
-    trained: Trained | None
     side: int | None
     """Side of the pictures in pixels."""
     drawing: Cost | None
-    training: Cost | None
     batches: Batches | None
     needed: int | None
     """Bytes of one process at its peak, with these batches."""
-    sharded: bool
-    """Whether the processes divide the denoiser's weights among them."""
     disk: int | None
     """Bytes that the run's folder may grow to."""
     work: Work
     problems: Sequence[Problem]
     notes: Sequence[str]
+    trained: Trained | None = None
+    training: Cost | None = None
+    sharded: bool = False
+    """Whether the processes divide the denoiser's weights among them."""
 
     @property
     def can_run(self) -> bool:
@@ -175,19 +184,6 @@ class Diagnosis:
             yield f"{'weights':<12}{name:<18}{part.parameters / 1e6:>10.2f} M parameters{size(part.bytes):>12}"
         for name, taken in self.rewards.items():
             yield f"{'reward':<12}{name:<18}{'':>23}{size(taken):>12}"
-        yield from self._memory()
-        yield from self._work()
-        yield from (f"note        {note}" for note in self.notes)
-        for problem in self.problems:
-            yield f"MISSING     {problem.need.value}: {problem.message}"
-        if not self.can_run:
-            yield "It cannot run here as it is."
-        elif self.memory_checked:
-            yield "It can run."
-        else:
-            yield "Nothing else is missing, but memory was not checked."
-
-    def _memory(self) -> Iterator[str]:
         if self.trained is not None:
             t = self.trained
             yield f"{'training':<12}{'LoRA, 3 slots':<18}{t.parameters / 1e6:>10.2f} M parameters{size(t.lora):>12}"
@@ -204,7 +200,17 @@ class Diagnosis:
             yield f"{'memory':<12}not checked: {why}"
         else:
             how = ", the denoiser sharded" if self.sharded else ""
-            yield f"{'memory':<12}{size(self.needed)} at the peak of a process{how}, {size(self.place.free)} free"
+            yield f"{'memory':<12}{size(self.needed)} at the peak of a process{how}, {size(place.free)} free"
+        yield from self._work()
+        yield from (f"note        {note}" for note in self.notes)
+        for problem in self.problems:
+            yield f"MISSING     {problem.need.value}: {problem.message}"
+        if not self.can_run:
+            yield "It cannot run here as it is."
+        elif self.memory_checked:
+            yield "It can run."
+        else:
+            yield "Nothing else is missing, but memory was not checked."
 
     def _work(self) -> Iterator[str]:
         work = self.work

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -18,17 +19,19 @@ from pixrl.device import Precision, choose_precision, free_bytes
 from pixrl.doctor.diagnosis import Batches, Findings, Hardware, Need, Trained, run_name, size
 from pixrl.doctor.generator import require_fit
 from pixrl.doctor.needs import existing_device, require_bitsandbytes
-from pixrl.errors import InputError, PixrlError
+from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.estimate import (
+    CONTRADICTIONS,
     Cost,
     PartSize,
     cost_of,
     empty_pipeline,
     imagined,
     operations_of,
+    parameters_of,
 )
 from pixrl.models.loading import DENOISERS, denoiser_of
 from pixrl.models.memory_plan import Base, MemoryPlan, Offload, Shard
@@ -130,11 +133,9 @@ class Estimate:
         )
         self.side = policy.settings.resolution
         self.cpu_batch = policy.micro_batch
-        modules = (policy.denoiser, policy.vae)
         if config.machine.gradient_checkpointing:
             policy.checkpoint_gradients()
-        policy.precision = precision
-        policy._cache = PromptCache(lambda prompt: condition[:1])
+        without_encoders(policy, condition[:1], precision)
         self.policy, self.references = policy, len(condition.references)
         if not weighed:
             return
@@ -142,13 +143,22 @@ class Estimate:
             policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
         self._condition, self._decodes = condition, config.loss.through_decoder
         self.drawing, self.training = self.costs(self.references)
-        with imagined(*modules):
+        with imagined(policy.denoiser, policy.vae):
             one_pass = operations_of(trial(policy, condition, decode=False))
             with_decoder = operations_of(trial(policy, condition))
         self.pass_operations = one_pass
         """Number of floating point operations of one pass over a picture's latents, without its gradient."""
         self.operations = with_decoder + (policy.settings.steps - 1) * one_pass
         """Number of floating point operations of drawing one picture."""
+
+    def disk(self, config: AlignConfig) -> int:
+        """Return the bytes that the run's folder may take: checkpoints, and pictures that PNG cannot make smaller."""
+        output, evaluation = config.output, config.evaluation
+        checkpoints = (output.keep_checkpoints + 1) * (self.trained.lora + self.trained.optimizer)
+        kept = -(-config.steps // output.images_every) * config.prompts.per_step * config.group_size
+        times = 2 if evaluation.every is None else 2 + config.steps // evaluation.every
+        shown = times * evaluation.prompts * evaluation.per_prompt
+        return checkpoints + (kept + shown) * 3 * self.side**2
 
     def training_operations(self) -> int:
         """Return the floating point operations of one picture at one noise level, with its gradient."""
@@ -162,6 +172,12 @@ class Estimate:
         with imagined(*modules):
             drawing = cost_of(trial(policy, condition), modules)
             return drawing, cost_of(trial(policy, condition, train=True, decode=self._decodes), modules)
+
+
+def without_encoders(policy: FlowPipelinePolicy, row: Conditioning, precision: Precision) -> None:
+    """Let a policy without content take this row for every prompt, and compute as it would with its weights."""
+    policy.precision = precision
+    policy._cache = PromptCache(lambda prompt: row)
 
 
 def empty_renderer(
@@ -184,15 +200,11 @@ def empty_renderer(
     if weights:
         require_fit(checkpoint, pipeline, findings, t5=options.get("t5") is not False)
     made = adapter(checkpoint, name=model, device="cpu", dtype="float32", pipeline=pipeline, **options)
-    try:
+    with findings.catch(Need.SETTING):
         set_decoding(made.vae, plan, made.settings.resolution)
-    except InputError as error:
-        findings.miss(Need.SETTING, error)
     if plan.base is not Base.DTYPE:
-        try:
+        with findings.catch(Need.SETTING):
             linear_layers(denoiser_of(pipeline), model, plan.base)
-        except InputError as error:
-            findings.miss(Need.SETTING, error)
     if plan.base is Base.NF4 and weights:
         require_bitsandbytes(NF4, findings)
     if plan.offload is not Offload.NONE and device.type == "cpu":
@@ -222,9 +234,20 @@ def contradiction(folder: Path, error: BaseException) -> str:
     )
 
 
-def parameters_of(parts: Mapping[str, PartSize]) -> int:
-    """Return the number of parameters of all parts."""
-    return sum(part.parameters for part in parts.values())
+@contextmanager
+def report_misfits(
+    checkpoint: Checkpoint, findings: Findings, refused: type[Exception] = PixrlError
+) -> Iterator[None]:
+    """Report what stands against a model that the block makes without content: settings, weights or configs.
+
+    `refused`: further errors than pixrl's own that lie in the settings.
+    """
+    try:
+        yield
+    except (PixrlError, refused) as error:
+        findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
+    except CONTRADICTIONS as error:
+        findings.miss(Need.WEIGHTS, contradiction(checkpoint.folder, error))
 
 
 def is_small(parts: Mapping[str, PartSize], side: int, device: torch.device) -> bool:
@@ -269,10 +292,19 @@ def fit(
     estimate: Estimate,
 ) -> Fitted:
     """Fit a run into the memory of a place: weights whole if they fit, else sharded where that is possible."""
+    machine, trained, denoiser = config.machine, estimate.trained, estimate.policy.denoiser
     free = place.free // (place.local if device.type == "cpu" else 1)
-    each = sharers(place.processes, place.local)
-    for sharded in _ways_to_hold(config, place, estimate):
-        resident = _resident(config, parts, rewards, estimate, each if sharded else 1)
+    can_wait = machine.offload is not Offload.SEQUENTIAL and machine.base is Base.DTYPE
+    ways: tuple[bool, ...] = (False,)
+    if place.processes > 1 and can_wait and machine.shard is not Shard.NONE and transformer_blocks(denoiser):
+        ways = (True,) if machine.divides else (False, True)  # the one that takes less memory last
+    for sharded in ways:
+        resident = on_device(parts, machine, text_dropped=machine.drop_text_encoders) + sum(rewards.values())
+        resident += trained.lora + 2 * trained.gradients + trained.optimizer
+        each = sharers(place.processes, place.local)
+        if sharded and each > 1:
+            whole = sum(part.bytes for name, part in parts.items() if name in DENOISERS)
+            resident += sharded_bytes(denoiser, each) - whole
         batches = _batches(config, device, place, estimate, free - resident)
         peak = resident + _higher(estimate.drawing, estimate.training, (batches.rollout, batches.train or 1))
         found = Fitted(batches, resident, peak, free, sharded)
@@ -300,7 +332,17 @@ def fit_batches(
         return None, None, config.machine.divides
     found = fit(config, device, place, parts, rewards, estimate)
     if not found.fits:
-        findings.miss(Need.MEMORY, _too_much(config, estimate, found))
+        batches, shown = found.batches, estimate.references
+        ways = [*(smaller_references(estimate.policy) if shown else ()), *smaller_runs(config)]
+        if shown > 1:
+            one = _higher(*estimate.costs(1), (batches.rollout, batches.train or 1))
+            each = -(-(found.peak - found.resident - one) // (shown - 1))
+            fitted = fitting(one, max(1, each), found.free - found.resident)
+            ways.insert(0, fewer_references(fitted, shown))
+        findings.miss(
+            Need.MEMORY,
+            f"{size(found.peak)} are needed and {size(found.free)} are free. Save memory with {', '.join(ways)}.",
+        )
     elif found.sharded and not config.machine.divides:
         findings.note(
             f"machine.shard: the weights do not fit whole into {size(found.free)}, so every "
@@ -312,36 +354,10 @@ def fit_batches(
     return found.batches, found.peak, found.sharded
 
 
-def _ways_to_hold(config: AlignConfig, place: Hardware, estimate: Estimate) -> tuple[bool, ...]:
-    """Return whether weights may be sharded: the better way first, the one that takes less memory last."""
-    machine = config.machine
-    can_wait = machine.offload is not Offload.SEQUENTIAL and machine.base is Base.DTYPE
-    is_possible = place.processes > 1 and can_wait
-    if machine.shard is Shard.NONE or not is_possible or not transformer_blocks(estimate.policy.denoiser):
-        return (False,)
-    return (True,) if machine.divides else (False, True)
-
-
-def _resident(
-    config: AlignConfig,
-    parts: dict[str, PartSize],
-    rewards: dict[str, int],
-    estimate: Estimate,
-    sharers: int,
-) -> int:
-    """Return the bytes that lie on the device all the time, the denoiser divided among so many processes."""
-    machine, trained = config.machine, estimate.trained
-    weights = on_device(parts, machine, text_dropped=machine.drop_text_encoders)
-    if sharers > 1:
-        whole = sum(part.bytes for name, part in parts.items() if name in DENOISERS)
-        weights += sharded_bytes(estimate.policy.denoiser, sharers) - whole
-    return weights + sum(rewards.values()) + trained.lora + 2 * trained.gradients + trained.optimizer
-
-
 def _batches(
     config: AlignConfig, device: torch.device, place: Hardware, estimate: Estimate, room: int
 ) -> Batches:
-    """Return the micro-batches for so many bytes of room, and why."""
+    """Return the micro-batches for so many bytes of room, by the planner's rules, and why."""
     machine = config.machine
     groups = -(-config.prompts.per_step // place.processes)
     drawn = groups * config.group_size
@@ -358,18 +374,6 @@ def _batches(
         )
     micro = MicroBatches(*chosen)
     return Batches(micro.rollout, micro.train, tuple(reasons))
-
-
-def _too_much(config: AlignConfig, estimate: Estimate, found: Fitted) -> str:
-    """Return the message on a run that does not fit, with what would make it smaller."""
-    batches, resident, peak, free = found.batches, found.resident, found.peak, found.free
-    ways = [*(smaller_references(estimate.policy) if estimate.references else ()), *smaller_runs(config)]
-    if estimate.references > 1:
-        one = _higher(*estimate.costs(1), (batches.rollout, batches.train or 1))
-        each = -(-(peak - resident - one) // (estimate.references - 1))
-        fit = fitting(one, max(1, each), free - resident)
-        ways.insert(0, fewer_references(fit, estimate.references))
-    return f"{size(peak)} are needed and {size(free)} are free. Save memory with {', '.join(ways)}."
 
 
 def _most(device: torch.device, cost: Cost, room: int, cpu_batch: int, given: int | None) -> tuple[int, str]:
@@ -415,28 +419,25 @@ def measured(config: AlignConfig, runs: Path) -> tuple[float | None, str | None]
 
 
 def lower_bound(operations: int, device: torch.device, precision: Precision) -> tuple[float, str]:
-    """Return the seconds of so many operations at the speed of large matrix products, measured here in a moment."""
-    rate = _rate(device, precision.autocast or precision.weights)
-    return operations / rate, f"drawing alone, at {rate / 1e9:.0f} GFLOP/s"
+    """Return the seconds of so many operations at the speed of large matrix products, measured here in a moment.
 
-
-def _rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating point operations of a second.
-
-    Of a CPU: what one thread does in a second that it really computes, times the threads. Other programs that keep the
-    machine busy change little of it, and threads that get in each other's way make it no smaller.
+    A CPU's speed is what one thread does in a second that it really computes, times the threads. Other programs that
+    keep the machine busy change little of it, and threads that get in each other's way make it no smaller.
     """
+    dtype = precision.autocast or precision.weights
     if device.type == "cpu" and dtype is torch.float16:
         dtype = torch.float32
     x = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
     if device.type != "cpu":
-        return max(2 * SIDE**3 / _product_seconds(x, time.perf_counter) for _ in range(TRIES))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        return threads * max(2 * SIDE**3 / _product_seconds(x, time.thread_time) for _ in range(TRIES))
-    finally:
-        torch.set_num_threads(threads)
+        rate = 2 * SIDE**3 / min(_product_seconds(x, time.perf_counter) for _ in range(TRIES))
+    else:
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            rate = threads * 2 * SIDE**3 / min(_product_seconds(x, time.thread_time) for _ in range(TRIES))
+        finally:
+            torch.set_num_threads(threads)
+    return operations / rate, f"drawing alone, at {rate / 1e9:.0f} GFLOP/s"
 
 
 def _product_seconds(x: torch.Tensor, clock: Callable[[], float]) -> float:

@@ -1,21 +1,19 @@
 """`pixrl doctor`: what a recipe needs and whether it can run here, before anything loads."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pixrl import config as recipes
-from pixrl import models
 from pixrl.algorithms.exploration import shown_pictures
 from pixrl.data.prompts import Prompt, Split
-from pixrl.device import Precision
+from pixrl.device import Precision, quiet_loading
 from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Need, Work, size
 from pixrl.doctor.estimate import (
     Estimate,
     can_be_estimated,
-    contradiction,
     empty_renderer,
     find_place,
     fit_batches,
@@ -23,7 +21,8 @@ from pixrl.doctor.estimate import (
     lower_bound,
     measured,
     on_device,
-    parameters_of,
+    report_misfits,
+    without_encoders,
 )
 from pixrl.doctor.generator import find_lora, find_parts, find_pipeline, require_texts
 from pixrl.doctor.needs import (
@@ -34,6 +33,7 @@ from pixrl.doctor.needs import (
     require_out,
 )
 from pixrl.doctor.rewards import (
+    TOY_MODEL,
     find_rewards,
     named_models,
     rehearse,
@@ -41,15 +41,13 @@ from pixrl.doctor.rewards import (
     require_own_world,
     reward_notes,
 )
-from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.learned import read_policy
-from pixrl.fusion.world import PUBLISHED_CLIP, PUBLISHED_SEGMENTER
+from pixrl.fusion.world import judges_of
 from pixrl.hub import Checkpoint, read_card
 from pixrl.models import adapter_of
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.estimate import (
-    CONTRADICTIONS,
     Cost,
     PartSize,
     cost_of,
@@ -58,7 +56,6 @@ from pixrl.models.estimate import (
 from pixrl.models.pipeline import FlowPipelinePolicy, micro_batch_for
 from pixrl.models.sharding import require_blocks
 from pixrl.models.slots import Lora, fitting_layers
-from pixrl.models.text import PromptCache, check_words
 from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, kind_of
@@ -69,6 +66,7 @@ USUAL_SIDE = 512
 """Side in pixels of the synthetic pictures where the generator's own is not known."""
 
 
+@quiet_loading()
 def examine_training(
     config: AlignConfig,
     *,
@@ -92,10 +90,8 @@ def examine_training(
             small model leaves no doubt.
     """
     findings = Findings()
-    try:
+    with findings.catch(Need.SETTING):
         recipes.dump(config)  # as it will be written down in the run's folder
-    except InputError as error:
-        findings.miss(Need.SETTING, error)
     require_out(out, force, findings)
     machine = config.machine
     device, place, precision = find_place(machine.device, machine.dtype, processes, findings, local=local)
@@ -117,22 +113,18 @@ def examine_training(
     if checkpoint is not None:
         parts = find_parts(checkpoint, precision, findings, t5=config.t5, base=config.machine.base)
         texts = [prompt.text for prompt in prompts + shown]
-        is_weighed = not about_to_run or (not findings.problems and _is_in_doubt(config, parts, device))
         estimate = _estimate(
-            config, checkpoint, precision, device, prompts, texts, lora, findings, weighed=is_weighed
+            config, checkpoint, parts, precision, device, prompts, texts, lora, findings, about_to_run
         )
-    if estimate is not None:
-        judges = named_models(config.rewards) | {"output.features": config.output.features}
-        subject = isinstance(config, PersonalizeConfig)
-        instead = "pixrl personalize subject/flux-uno --subject FOLDER" if subject else "--set model=toy:sd3"
-        require_own_world(estimate.policy, parameters_of(parts), judges.items(), findings, instead=instead)
     weighed = estimate if estimate is not None and estimate.weighed else None
     batches, needed, sharded = fit_batches(config, device, place, parts, rewards, weighed, findings)
     if sharded or machine.divides:
-        _require_shardable(config, processes, len(shown), estimate, findings)
-    disk = None if estimate is None else _disk(config, estimate)
-    if disk is not None:
-        require_disk(disk, findings)
+        with findings.catch(Need.SETTING):
+            require_equal_shares(config, processes, len(shown))
+            if estimate is not None:
+                require_blocks(estimate.policy.denoiser)
+    disk = None if estimate is None else estimate.disk(config)
+    require_disk(disk, findings)
     return Diagnosis(
         kind=kind_of(config),
         model=config.model,
@@ -153,44 +145,30 @@ def examine_training(
     )
 
 
-def _require_shardable(
-    config: AlignConfig, processes: int, held_out: int, estimate: Estimate | None, findings: Findings
-) -> None:
-    """Report a model, or a number of processes or prompts, with which weights cannot be sharded."""
-    try:
-        require_equal_shares(config, processes, held_out)
-        if estimate is not None:
-            require_blocks(estimate.policy.denoiser)
-    except PixrlError as error:
-        findings.miss(Need.SETTING, error)
-
-
 def _prompts(config: AlignConfig, findings: Findings) -> tuple[list[Prompt], list[Prompt]]:
     """Return the prompts of training and those of the evaluation; none where they cannot be read."""
     found: list[list[Prompt]] = []
     for split in Split:
-        loaded: Iterable[Prompt] = ()
-        try:
+        found.append([])
+        with findings.catch(Need.DATA):
             read = read_prompts(config, split)
-            findings.notes.extend(note for note in read.notes if note not in findings.notes)
-            loaded = read
-        except PixrlError as error:
-            findings.miss(Need.DATA, error)
-        found.append(list(loaded))
+            for note in read.notes:
+                findings.note(note)
+            found[-1].extend(read)
     return found[0], found[1]
 
 
 def _estimate(
     config: AlignConfig,
     checkpoint: Checkpoint,
+    parts: Mapping[str, PartSize],
     precision: Precision,
     device: torch.device,
     prompts: Sequence[Prompt],
     texts: Sequence[str],
     lora: Lora | None,
     findings: Findings,
-    *,
-    weighed: bool,
+    about_to_run: bool,
 ) -> Estimate | None:
     options = {
         "steps": config.sampling.steps,
@@ -198,15 +176,24 @@ def _estimate(
         "resolution": config.resolution,
         "t5": config.t5,
     }
-    try:
-        adapter = models.adapter_of(checkpoint)
+    is_weighed = not about_to_run
+    if about_to_run and not findings.problems:  # where its memory is in doubt
+        is_planned = config.machine.rollout_batch is None and config.machine.train_batch is None
+        one = config.references.count == 1 if isinstance(config, PersonalizeConfig) else True
+        is_weighed = not (is_planned and one and is_small(parts, config.resolution or 0, device))
+    judges = named_models(config.rewards) | {"output.features": config.output.features}
+    subject = isinstance(config, PersonalizeConfig)
+    instead = "pixrl personalize subject/flux-uno --subject FOLDER" if subject else TOY_MODEL
+    found: Estimate | None = None
+    with report_misfits(checkpoint, findings, ValueError):  # peft's own, for LoRA targets of an unknown kind
+        adapter = adapter_of(checkpoint)
         if adapter.pipeline_class is None:
             raise not_trainable(adapter, config.model)
         policy = empty_renderer(
             config.model, checkpoint, precision, device, config.machine, findings, weights=True, **options
         )
         policy = require_trainable(policy, config.model)
-        check_words(texts, policy.vocabulary, policy.name)
+        require_texts(policy, checkpoint, texts, findings, t5=config.t5)
         if policy.distilled_steps is not None:
             findings.note(
                 f"{policy.name} was distilled to {policy.distilled_steps} steps. Reinforcement learning moves it off "
@@ -215,13 +202,10 @@ def _estimate(
             )
         if lora is not None:
             fitting_layers(policy.denoiser, lora, str(config.lora.base))
-        require_texts(policy, checkpoint, texts, findings, t5=config.t5)
-        return Estimate(policy, condition_row(policy, config, prompts), config, precision, weighed=weighed)
-    except (PixrlError, ValueError) as error:  # peft's own, for LoRA targets of a kind that it does not know
-        findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
-    except CONTRADICTIONS as error:
-        findings.miss(Need.WEIGHTS, contradiction(checkpoint.folder, error))
-    return None
+        row = condition_row(policy, config, prompts)
+        found = Estimate(policy, row, config, precision, weighed=is_weighed)
+        require_own_world(policy, parts, judges, findings, instead=instead)
+    return found
 
 
 def condition_row(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequence[Prompt]) -> Conditioning:
@@ -233,24 +217,6 @@ def condition_row(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequ
     policy = show_references(policy, settings)
     count = settings.count or (len(shown_pictures(prompts[0].metadata)) if prompts else 1)
     return replace(row, references=(policy.blank_reference(),) * count)
-
-
-def _is_in_doubt(config: AlignConfig, parts: Mapping[str, PartSize], device: torch.device) -> bool:
-    """Return whether a run of this recipe may need more memory than there is."""
-    machine = config.machine
-    is_planned = machine.rollout_batch is None and machine.train_batch is None
-    shown = config.references.count if isinstance(config, PersonalizeConfig) else 1
-    return not (is_planned and shown == 1 and is_small(parts, config.resolution or 0, device))
-
-
-def _disk(config: AlignConfig, estimate: Estimate) -> int:
-    """Return the bytes that the run's folder may take: checkpoints, and pictures that PNG cannot make smaller."""
-    output, evaluation = config.output, config.evaluation
-    checkpoints = (output.keep_checkpoints + 1) * (estimate.trained.lora + estimate.trained.optimizer)
-    kept = -(-config.steps // output.images_every) * config.prompts.per_step * config.group_size
-    times = 2 if evaluation.every is None else 2 + config.steps // evaluation.every
-    shown = times * evaluation.prompts * evaluation.per_prompt
-    return checkpoints + (kept + shown) * 3 * estimate.side**2
 
 
 def _work(
@@ -295,14 +261,10 @@ def try_out(config: AlignConfig, found: Diagnosis) -> Diagnosis:
         for one in config.rewards
         if not kind_of_reward(one.reward).runs_functions
     ]
-    try:
-        if tried:
-            rewards = load_rewards(
-                config.model_copy(update={"rewards": tuple(tried), "stages": ()}), found.place.device
-            )
-            try_rewards(rewards, config, found.side, findings)
-    except PixrlError as error:
-        findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SERVICE, error)
+    if tried:
+        alone = config.model_copy(update={"rewards": tuple(tried), "stages": ()})
+        with findings.catch(Need.SERVICE, weights=True):
+            try_rewards(load_rewards(alone, found.place.device), config, found.side, findings)
     return replace(found, problems=findings.problems, notes=findings.notes)
 
 
@@ -312,6 +274,7 @@ def try_rewards(rewards: RewardSet, config: AlignConfig, side: int | None, findi
     rehearse(rewards, prompts, side or USUAL_SIDE, findings)
 
 
+@quiet_loading()
 def examine_fusion(
     config: FuseConfig,
     *,
@@ -335,10 +298,8 @@ def examine_fusion(
     require_out(out, force, findings)
     find_trackers(config.log, findings)
     if config.policy_from is not None:
-        try:
+        with findings.catch(Need.SETTING):
             read_policy(Path(config.policy_from)).require_fits(config)
-        except PixrlError as error:
-            findings.miss(Need.SETTING, error)
     checkpoint = find_pipeline(config.model, findings, fetch=about_to_run)
     adapter = None if checkpoint is None else adapter_of(checkpoint)
     device, place, precision = find_place(
@@ -348,39 +309,34 @@ def examine_fusion(
     cost: Cost | None = None
     side, batch = 0, 1
     if checkpoint is not None and adapter is not None and can_be_estimated(adapter, config.model, findings):
-        try:
+        with report_misfits(checkpoint, findings):
             made = empty_renderer(config.model, checkpoint, precision, device, config.memory, findings)
             assert isinstance(made, FlowPipelinePolicy)
-            prompt = read_card(checkpoint.folder).exemplar_prompt
-            texts = [
-                prompt.format(concept=one) for one in (config.concepts if concepts is None else concepts)
-            ]
-            check_words(texts, made.vocabulary, made.name)
+            texts = [made.card.exemplar_prompt.format(concept=one) for one in concepts or config.concepts]
             require_texts(made, checkpoint, texts, findings, t5=True)
-            judges = {"clip": config.clip, "segmenter": config.segmenter}
-            require_own_world(
-                made, parameters_of(parts), judges.items(), findings, instead="--set model=toy:sd3"
-            )
+            require_own_world(made, parts, {"clip": config.clip, "segmenter": config.segmenter}, findings)
             side = made.settings.resolution
-            cost = None if about_to_run and is_small(parts, side, device) else _cost(made, precision)
+            if not (about_to_run and is_small(parts, side, device)):
+                row, modules = made.blank(), (made.denoiser, made.vae)
+                without_encoders(made, row, precision)
+                with imagined(*modules):
+                    cost = cost_of(trial(made, row), modules)
             batch = min(micro_batch_for(device, side), config.batch)
-        except PixrlError as error:
-            findings.miss(Need.WEIGHTS if isinstance(error, CheckpointError) else Need.SETTING, error)
-        except CONTRADICTIONS as error:
-            findings.miss(Need.WEIGHTS, contradiction(checkpoint.folder, error))
-    models = _scorer(config, checkpoint, findings)
-    needed = None
-    if cost is not None:
-        needed = on_device(parts, config.memory) + sum(models.values()) + cost.bytes(batch)
-        if needed > place.free:
-            findings.miss(
-                Need.MEMORY,
-                f"{size(needed)} are needed and {size(place.free)} are free. Save memory with memory.offload=parts or "
-                "sequential, memory.vae_slicing=true, or a smaller checkpoint.",
-            )
+    named: tuple[str | None, ...] = (config.clip, config.segmenter)
+    if checkpoint is not None:  # without one nobody knows which encoder it is calibrated for
+        named = judges_of(read_card(checkpoint.folder), config.clip, config.segmenter)
+    sizes = {ref: model_bytes(ref, findings) for ref in named if ref is not None}
+    models = {ref: taken for ref, taken in sizes.items() if taken is not None}
+    beside = on_device(parts, config.memory) + sum(models.values())
+    needed = None if cost is None else beside + cost.bytes(batch)
+    if needed is not None and needed > place.free:
+        findings.miss(
+            Need.MEMORY,
+            f"{size(needed)} are needed and {size(place.free)} are free. Save memory with memory.offload=parts or "
+            "sequential, memory.vae_slicing=true, or a smaller checkpoint.",
+        )
     disk = None if not side else (config.budget + config.exemplars * len(config.concepts)) * 3 * side**2
-    if disk is not None:
-        require_disk(disk, findings)
+    require_disk(disk, findings)
     reason = f"rollout: {batch} at a time, what suits the device at {side} x {side}"
     return Diagnosis(
         kind="fuse",
@@ -388,38 +344,12 @@ def examine_fusion(
         place=place,
         parts=parts,
         rewards=models,
-        trained=None,
         side=side or None,
         drawing=cost,
-        training=None,
         batches=None if cost is None else Batches(batch, None, (reason,)),
         needed=needed,
-        sharded=False,
         disk=disk,
         work=Work(None, config.batch, None, None, config.budget),
         problems=findings.problems,
         notes=findings.notes,
     )
-
-
-def _cost(renderer: FlowPipelinePolicy, precision: Precision) -> Cost:
-    """Return the memory that drawing with a renderer without content takes."""
-    renderer.precision = precision
-    row = renderer.blank()
-    renderer._cache = PromptCache(lambda prompt: row)
-    modules = (renderer.denoiser, renderer.vae)
-    with imagined(*modules):
-        return cost_of(trial(renderer, row), modules)
-
-
-def _scorer(config: FuseConfig, checkpoint: Checkpoint | None, findings: Findings) -> dict[str, int]:
-    """Return the bytes of the encoder's and the segmenter's weights, by their names."""
-    named = [config.clip, config.segmenter]
-    if checkpoint is not None:  # without one nobody knows which encoder it is calibrated for
-        card = read_card(checkpoint.folder)
-        named = [
-            config.clip or card.clip or PUBLISHED_CLIP,
-            config.segmenter or card.segmenter or PUBLISHED_SEGMENTER,
-        ]
-    sizes = {ref: model_bytes(ref, findings) for ref in named if ref is not None}
-    return {ref: taken for ref, taken in sizes.items() if taken is not None}

@@ -34,6 +34,7 @@ from pixrl.models.estimate import CONTRADICTIONS, VAE, PartSize, empty_text_enco
 from pixrl.models.loading import DENOISERS, PREFIXES, family, misfit_of_file, misfit_of_folder, part_class
 from pixrl.models.memory_plan import Base
 from pixrl.models.slots import Lora
+from pixrl.models.text import check_words
 
 _STEMS = ("model", "diffusion_pytorch_model")
 """Names that transformers and diffusers give to the weights of a part."""
@@ -116,7 +117,12 @@ def _cached(ref: str, findings: Findings) -> Path | None:
 def require_texts(
     renderer: Any, checkpoint: Checkpoint, texts: Sequence[str], findings: Findings, *, t5: bool
 ) -> None:
-    """Note the prompts whose end the generator does not read, by its tokenizers, before its encoders are there."""
+    """Note the prompts whose end the generator does not read, by its tokenizers, before its encoders are there.
+
+    Raises:
+        InputError: the generator has a vocabulary, and a prompt has a word that is not in it.
+    """
+    check_words(texts, renderer.vocabulary, renderer.name)
     wanted = list(dict.fromkeys(texts))
     lengths: dict[str, tuple[int, list[int]]] = {}
     for name, (tokenizer, most) in _tokenizers(renderer, checkpoint, findings, t5=t5).items():
@@ -229,7 +235,14 @@ def _check_part(part: nn.Module, folder: Path, kind: str) -> None:
     Raises:
         CheckpointError: its files have names that nothing loads, or their weights do not fit.
     """
-    _check_names(folder)
+    files = [file.name for file in model_files(folder)]
+    variant = ".fp16" if files and all(".fp16" in name for name in files) else ""
+    names = [f"{stem}{variant}.safetensors" for stem in _STEMS]  # what diffusers and transformers look for
+    if not any(name in files for name in names) and not any(folder.glob("*.safetensors.index*.json")):
+        raise CheckpointError(
+            f"{folder} holds {files[0] if files else 'no weights'}, and weights are looked for as "
+            f"{' or '.join(names)}. Rename the file. {remedy(folder)}"
+        )
     if "quantization_config" in read_json(folder / "config.json"):
         return  # its tensors are packed
     misfit = misfit_of_folder(folder, part)
@@ -256,18 +269,6 @@ def _check_file(part: nn.Module, name: str, file: Path) -> None:
             raise CheckpointError(
                 f"{error} {is_of}name the folder or hub id of the model that it belongs to: {file}@FOLDER"
             ) from None
-
-
-def _check_names(folder: Path) -> None:
-    """Refuse weights under names that diffusers and transformers do not look for."""
-    files = [file.name for file in model_files(folder)]
-    variant = ".fp16" if files and all(".fp16" in name for name in files) else ""
-    names = [f"{stem}{variant}.safetensors" for stem in _STEMS]
-    if not any(name in files for name in names) and not any(folder.glob("*.safetensors.index*.json")):
-        raise CheckpointError(
-            f"{folder} holds {files[0] if files else 'no weights'}, and weights are looked for as "
-            f"{' or '.join(names)}. Rename the file. {remedy(folder)}"
-        )
 
 
 def _others(part: nn.Module, name: str) -> set[str]:

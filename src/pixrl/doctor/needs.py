@@ -47,11 +47,14 @@ def require_out(out: Path | None, force: bool, findings: Findings) -> None:
         )
 
 
-def require_disk(needed: int, findings: Findings, folder: Path | None = None) -> None:
-    """Check that there is room for the run's folder, in the working directory unless another is given."""
+def require_disk(needed: int | None, findings: Findings, folder: Path | None = None) -> None:
+    """Check that there is room for the run's folder, in the working directory unless another is given.
+
+    `needed`: bytes; None: not known.
+    """
     place = Path.cwd() if folder is None else folder
     free = free_bytes(place)
-    if free < needed:
+    if needed is not None and free < needed:
         findings.miss(
             Need.DISK,
             f"The run may need {size(needed)}, and {size(free)} are free in {place}: write less "
@@ -82,10 +85,8 @@ def existing_device(name: str) -> torch.device:
 
 def require_bitsandbytes(purpose: str, findings: Findings) -> None:
     """Check that the package of a base in 4 bits and of the 8-bit optimizer can be imported."""
-    try:
+    with findings.catch(Need.PACKAGE):
         bitsandbytes(purpose)
-    except RunError as error:
-        findings.miss(Need.PACKAGE, error)
 
 
 def find_trackers(trackers: Sequence[Tracker], findings: Findings) -> None:
@@ -113,7 +114,7 @@ def model_bytes(ref: str, findings: Findings) -> int | None:
     try:
         if is_weight_file(ref):
             return file_bytes(ref)
-        folder = present(ref, findings, _has_weights)
+        folder = present(ref, findings, weight_shards)
         if folder is None:
             return None
         check_folder(folder, Layout.REWARD)
@@ -147,14 +148,14 @@ def file_bytes(ref: str | Path, advice: str = "") -> int:
 
 
 def present(
-    ref: str, findings: Findings, is_whole: Callable[[Path], bool], *, weights: bool = True
+    ref: str, findings: Findings, is_whole: Callable[[Path], object], *, weights: bool = True
 ) -> Path | None:
     """Return the folder of a reference; None where it is not there, with a problem or a note of the download.
 
     Args:
         ref: toy:NAME, a folder or a hub id.
         findings: filled with the problem or the note.
-        is_whole: tells whether the cache's folder of a hub id holds what is needed of it.
+        is_whole: tells whether the cache's folder of a hub id holds what is needed of it; may raise CheckpointError.
         weights: whether its weights are needed.
     """
     try:
@@ -163,18 +164,16 @@ def present(
     except (CheckpointError, InputError) as error:
         findings.miss(Need.WEIGHTS, error)
         return None
-    if folder is None or (isinstance(place, str) and not is_whole(folder)):
+    is_there = folder is not None
+    if folder is not None and isinstance(place, str):
+        try:
+            is_there = bool(is_whole(folder))
+        except CheckpointError:
+            is_there = False
+    if not is_there:
         note_download(str(place), findings, weights=weights)
         return None
     return folder
-
-
-def _has_weights(folder: Path) -> bool:
-    """Return whether the files of some weights are there, cut short or not."""
-    try:
-        return bool(weight_shards(folder))
-    except CheckpointError:
-        return False
 
 
 def local_folder(ref: str) -> Path | None:

@@ -7,7 +7,7 @@ Before a run's generator loads, its rewards also score a synthetic batch (`rehea
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,9 @@ from pixrl.doctor.needs import (
 from pixrl.errors import CheckpointError, ConfigError, InputError, PixrlError, RunError, ServiceError
 from pixrl.hub import TOY_PREFIX, resolve
 from pixrl.hub_check import TOY_ROOT, read_json
+from pixrl.libraries import require
 from pixrl.models.base import Renderer
+from pixrl.models.estimate import PartSize, parameters_of
 from pixrl.rewards.base import Form, Options, Read, Reward
 from pixrl.rewards.http import key_from
 from pixrl.rewards.references import references_of
@@ -37,11 +39,14 @@ from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.rewards.weights import WEIGHT_SUFFIXES, is_weight_file
 from pixrl.types import RewardBatch
+from pixrl.workers import require_answer
 
 _WRONG_KINDS = (TypeError, ValueError, AttributeError, LookupError)
 """Errors that Python raises for an option of a kind that a reward does not expect."""
 TOY_SIDE, TOY_LARGEST = 64, 2**26
 """Side in pixels of the toy world's pictures, and more parameters than any of its models has."""
+TOY_MODEL = "--set model=toy:sd3"
+"""What to type where the toy world was meant."""
 REHEARSED = 4
 """Number of pictures in the synthetic batch."""
 
@@ -72,13 +77,16 @@ def find_rewards(
             findings.miss(Need.SETTING, error)
             continue
         try:
-            if "device" in setting.options:
+            if setting.on is not None:
+                require("ray", "ray", f"The reward {setting.name!r}")
+                require_answer(setting.on.ray)
+            elif "device" in setting.options:
                 choose_precision(existing_device(str(options["device"])), str(options.get("dtype", "auto")))
-        except InputError as error:
+        except PixrlError as error:
             findings.miss(Need.DEVICE, f"The reward {setting.name!r}: {error}")
         if not _is_refused(setting, kind, options, findings):
             for ref, taken in _models(setting, kind, options, findings):
-                found[ref] = found.get(ref, 0) + taken
+                found[ref] = found.get(ref, 0) + (taken if setting.on is None else 0)
         package = kind.lacks_package(metadata)
         if package is not None:
             findings.miss(Need.PACKAGE, f"The reward {setting.name!r} {package}")
@@ -236,42 +244,38 @@ def require_metadata(
 
 def require_own_world(
     renderer: Renderer,
-    parameters: int,
-    named: Iterable[tuple[str, object]],
+    parts: Mapping[str, PartSize],
+    named: Mapping[str, object],
     findings: Findings,
     *,
-    instead: str,
+    instead: str = TOY_MODEL,
 ) -> None:
     """Refuse judges of the toy world for another generator: they have seen nothing but the toy world's drawings.
 
     Args:
         renderer: the generator, without content.
-        parameters: number of parameters of all its parts.
-        named: pairs of a setting and the checkpoint that it names.
+        parts: the sizes of its parts.
+        named: what the settings that name a judge's checkpoint give, by the setting.
         findings: filled with what is refused.
         instead: what to type where the toy world was meant, or where a recipe with other judges is.
     """
     side = renderer.settings.resolution
-    if renderer.vocabulary is not None or side <= TOY_SIDE or parameters <= TOY_LARGEST:
+    if renderer.vocabulary is not None or side <= TOY_SIDE or parameters_of(parts) <= TOY_LARGEST:
         return
-    for setting, ref in named:
-        if isinstance(ref, str | Path) and _is_toy(ref):
+    for setting, ref in named.items():
+        if not isinstance(ref, str | Path):
+            continue
+        is_toy = str(ref).startswith(TOY_PREFIX)
+        with contextlib.suppress(PixrlError):  # what it names is not there, of which others tell
+            place = resolve(ref)
+            is_toy |= isinstance(place, Path) and place.resolve().is_relative_to(TOY_ROOT.resolve())
+        if is_toy:
             findings.miss(
                 Need.SETTING,
                 f"{setting} is {ref}, which has only seen the toy world's drawings of {TOY_SIDE} x {TOY_SIDE}, and "
                 f"{renderer.name} draws pictures of {side} x {side}: its scores would mean nothing. Name a published "
                 f"checkpoint there (docs/rewards.md), or type: {instead}",
             )
-
-
-def _is_toy(ref: str | Path) -> bool:
-    if str(ref).startswith(TOY_PREFIX):
-        return True
-    try:
-        place = resolve(ref)
-    except PixrlError:
-        return False
-    return isinstance(place, Path) and place.resolve().is_relative_to(TOY_ROOT.resolve())
 
 
 def reward_notes(settings: Sequence[RewardSetting], *, announced: bool) -> Iterator[str]:

@@ -114,6 +114,11 @@ class FusionWorld:
         return mixing_of(self.renderer, self.card, config)
 
 
+def judges_of(card: Card, clip: str | None, segmenter: str | None) -> tuple[str, str]:
+    """Return the CLIP and the segmenter that score a checkpoint's pictures: those given, else its card's."""
+    return clip or card.clip or PUBLISHED_CLIP, segmenter or card.segmenter or PUBLISHED_SEGMENTER
+
+
 @lru_cache(maxsize=2)
 def load_world(
     model: str,
@@ -130,8 +135,7 @@ def load_world(
     from pixrl.rewards.segmentation import Foreground
 
     card = read_card(model, Layout.PIPELINE)
-    clip = clip or card.clip or PUBLISHED_CLIP
-    segmenter = segmenter or card.segmenter or PUBLISHED_SEGMENTER
+    clip, segmenter = judges_of(card, clip, segmenter)
     scorer = FusionScorer(ClipSimilarity(clip, device=device), Foreground(segmenter, device=device))
     return FusionWorld(
         load(model, device=device, dtype=dtype, plan=memory), scorer, card, clip=clip, segmenter=segmenter

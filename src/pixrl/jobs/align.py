@@ -14,7 +14,6 @@ from pixrl import config as recipes
 from pixrl.algorithms.exploration import prepare
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.algorithms.world import Team
-from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import Findings, require
 from pixrl.doctor.examine import examine_training, try_rewards
 from pixrl.errors import FailedScoresError, InputError, RunError
@@ -77,23 +76,18 @@ def start(config: AlignConfig, out: Path, *, force: bool = False, monitor: Monit
     with replacing(out) if team.leads else nullcontext():
         if team.leads:
             write_start(RunFolder.open(out), run, micro_batches, notes)
-        _require_seen(out, team)
+        team.wait()
+        # by listing: a network disk may remember that the folder was not there
+        is_there = out.parent.is_dir() and any(one.name == out.name for one in out.parent.iterdir())
+        seen = team.gather(is_there)
+        if not all(seen):
+            raise RunError(
+                f"Process 0 made {out}, and process {seen.index(False)} does not see it there. All hosts of a run "
+                "write into one folder: give --out as a full path on a disk that they share."
+            )
         folder = RunFolder.open(out)
         _play(folder, run, micro_batches, notes, 0, 0, None, monitor if team.leads else None)
     return folder.path
-
-
-def _require_seen(out: Path, team: Team) -> None:
-    """Wait for the run's folder, and raise a RunError on all processes where one of them does not see it."""
-    team.wait()
-    # by listing: a network disk may remember that the folder was not there
-    is_there = out.parent.is_dir() and any(one.name == out.name for one in out.parent.iterdir())
-    seen = team.gather(is_there)
-    if not all(seen):
-        raise RunError(
-            f"Process 0 made {out}, and process {seen.index(False)} does not see it there. All hosts of a run write "
-            "into one folder: give --out as a full path on a disk that they share."
-        )
 
 
 def get_ready(
@@ -109,15 +103,14 @@ def get_ready(
             written, and the generator is not loaded.
     """
     team = Team(config.machine.device)
-    with quiet_loading():
-        found = examine_training(
-            config,
-            processes=team.size,
-            local=team.local,
-            out=out if team.leads else None,
-            force=force,
-            about_to_run=True,
-        )
+    found = examine_training(
+        config,
+        processes=team.size,
+        local=team.local,
+        out=out if team.leads else None,
+        force=force,
+        about_to_run=True,
+    )
     notes = require(found)
     config = with_full_paths(config)
     rewards = load_rewards(config, team.device)
@@ -126,16 +119,6 @@ def get_ready(
     try_rewards(rewards, config, found.side, findings)
     require(findings)
     return config, rewards, any(team.gather(found.sharded)), notes
-
-
-def _is_sharded(config: AlignConfig) -> bool:
-    """Return whether the processes that go on with a run divide its weights among them; all of them agree."""
-    team = Team(config.machine.device)
-    if config.machine.shard is not Shard.AUTO or team.size == 1:
-        return config.machine.divides
-    with quiet_loading():
-        found = examine_training(config, processes=team.size, local=team.local, about_to_run=True)
-    return any(team.gather(found.sharded))
 
 
 def go_on(
@@ -164,7 +147,11 @@ def go_on(
     config = recipes.load(type(edited), edited.model_dump(mode="json"), overrides)
     config = with_full_paths(config, edited)
     require_trackers(config.log)
-    run = load_run(config, sharded=_is_sharded(config))
+    team, sharded = Team(config.machine.device), config.machine.divides
+    if config.machine.shard is Shard.AUTO and team.size > 1:
+        needs = examine_training(config, processes=team.size, local=team.local, about_to_run=True)
+        sharded = any(team.gather(needs.sharded))
+    run = load_run(config, sharded=sharded)
     run.rewards.require_comparable(run.team.size)
     evaluation, changes = _changes(folder, began, run, accept_changes) if began else ([], [])
     changes += [f"changed: {one}" for one in code]
@@ -182,7 +169,12 @@ def go_on(
         if not finished:
             cut_back(folder, step, images)
     lost = (LOST,) if images and not began else ()
-    micro_batches, notes = _plan_again(run, began, [*lost, *changes])
+    if began and not changes:
+        micro_batches, notes = MicroBatches(**began["micro_batches"]), tuple(began["notes"])
+    else:
+        left_out = check_references(run)
+        micro_batches, planned = plan_batches(run)
+        notes = (*planned, *left_out, *lost, *changes)
     whole = began and start_on_disk(folder) == began and gallery_on_disk(folder) is not None
     if run.team.leads and (changes or not whole):
         folder.adopt_recipe(config)
@@ -208,17 +200,6 @@ def _changes(
     evaluation = changed_evaluation(folder, began, run)
     settings = differences(began["recipe"], run.config.model_dump(mode="json"))
     return evaluation, [f"changed: {one}" for one in (*settings, *changed, *evaluation)]
-
-
-def _plan_again(
-    run: LoadedRun, began: Mapping[str, Any], changes: Sequence[str]
-) -> tuple[MicroBatches, tuple[str, ...]]:
-    """The micro-batches of an unchanged run are those that it began with; else they are planned anew."""
-    if began and not changes:
-        return MicroBatches(**began["micro_batches"]), tuple(began["notes"])
-    left_out = check_references(run)
-    micro_batches, notes = plan_batches(run)
-    return micro_batches, (*notes, *left_out, *changes)
 
 
 def check(config: AlignConfig) -> Report:

@@ -131,7 +131,13 @@ class _Inspection:
 
     def look(self) -> None:
         """Look at everything in the order in which one damage hides another: leftovers, logs, checkpoints, pictures."""
-        self._leftovers()
+        for left in run_place.left_by_kills(self.path):
+            self._found(left, "left over by a process that was killed", "remove it", partial(remove, left))
+        aside = self.path / REPLACED
+        if aside.exists() and run_place.has_saved(self.path):
+            self._found(aside, "the run that this one replaced", "remove it", self.folder.step_is_saved)
+        elif aside.exists():
+            self.notes.append(f"The run that this one replaces waits in {REPLACED} for its first saved step.")
         rows = [self._log(log) for log in self.folder.logs()]
         self._log(JsonLines(self.path / RECORDS, self.path))
         self._checkpoints(len(rows[0]))
@@ -141,7 +147,10 @@ class _Inspection:
         elif self.folder.kind == KIND:
             self._fusion(rows[0])
         elif self.folder.kind in (COMPARE, PAIRS):
-            self._fusions()
+            try:
+                read_failures(self.folder)
+            except CheckpointError:
+                self._found(self.path / FAILURES, "damaged", RESUMED)
         for child in sorted([*self.path.glob(f"{CHILDREN}/*"), *self.path.glob(f"{CHILDREN}/*/*")]):
             if run_place.is_run(child):
                 self._child(child)
@@ -159,18 +168,6 @@ class _Inspection:
         if repaired and mend is not None:
             mend()
         self.findings.append(Finding(name, problem, remedy, mend, repaired))
-
-    def _leftovers(self) -> None:
-        for left in run_place.left_by_kills(self.path):
-            self._found(left, "left over by a process that was killed", "remove it", partial(remove, left))
-        if (self.path / REPLACED).exists():
-            if run_place.has_saved(self.path):
-                aside = self.path / REPLACED
-                self._found(aside, "the run that this one replaced", "remove it", self.folder.step_is_saved)
-            else:
-                self.notes.append(
-                    f"The run that this one replaces waits in {REPLACED} for its first saved step."
-                )
 
     def _log(self, log: JsonLines) -> list[dict[str, Any]]:
         """The good rows of a log."""
@@ -281,16 +278,8 @@ class _Inspection:
             self._tensors(self.path / EXEMPLARS / FEATURES)
         for step in sorted({row["step"] for row in rows}):
             self._tensors(coefficients_file(self.folder, step))
-        if (self.path / SELECTION).is_file():
-            self._selection()
-
-    def _fusions(self) -> None:
-        try:
-            read_failures(self.folder)
-        except CheckpointError:
-            self._found(self.path / FAILURES, "damaged", RESUMED)
-
-    def _selection(self) -> None:
+        if not (self.path / SELECTION).is_file():
+            return
         again = f"choose anew: pixrl select {self.path}"
         try:
             chosen = read_selection(self.folder)

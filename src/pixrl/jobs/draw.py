@@ -27,7 +27,7 @@ from pixrl.hub_check import Layout
 from pixrl.jobs.fuse import read_world, require_same_code
 from pixrl.models.base import Renderer
 from pixrl.runs import checkpoint
-from pixrl.runs.config import KINDS, AlignConfig, PersonalizeConfig, read_config
+from pixrl.runs.config import KINDS, PersonalizeConfig, read_config
 from pixrl.runs.files import fsync_folder, write_atomic
 from pixrl.runs.folder import RunFolder, png_bytes
 from pixrl.runs.loaded import load_policy
@@ -122,7 +122,14 @@ def _source(what: str | Path, request: DrawRequest) -> Source:
             raise InputError(
                 f"--{option} is for runs, and {what} is none: leave it out, or give a run's folder."
             )
-        return _of_model(str(what), request)
+        ref, lora = (str(what), None) if request.base is None else (request.base, str(what))
+        if lora is None and not (place / INDEX).is_file() and any(place.glob("*lora*.safetensors")):
+            raise InputError(f"{what} holds a LoRA, which draws on its model alone. Add it: --model REF")
+        renderer = models.load(ref, device=request.device or "auto", resolution=request.size, lora=lora)
+        row = renderer.encode([str(request.prompt)])
+        about = {"prompt": request.prompt, "model": ref, "fingerprint": renderer.fingerprint()}
+        about |= {} if lora is None else {"lora": lora}
+        return Source(lambda seed: renderer.sample(row, [seed])[0], request.seeds(), about | _how(renderer))
     if request.base is not None:
         raise InputError(f"{what} is a run, which says its own model: leave --model out.")
     folder = RunFolder.open(place, allow_changed=True)
@@ -147,18 +154,6 @@ def _require_prompt(request: DrawRequest) -> None:
     require_text(str(request.prompt), f"the prompt {request.prompt!r}")
 
 
-def _of_model(what: str, request: DrawRequest) -> Source:
-    """A model as it is, or with a LoRA merged into it."""
-    ref, lora = (what, None) if request.base is None else (request.base, what)
-    if lora is None and not (Path(what) / INDEX).is_file() and any(Path(what).glob("*lora*.safetensors")):
-        raise InputError(f"{what} holds a LoRA, which draws on its model alone. Add it: --model REF")
-    renderer = models.load(ref, device=request.device or "auto", resolution=request.size, lora=lora)
-    row = renderer.encode([str(request.prompt)])
-    about = {"prompt": request.prompt, "model": ref, "fingerprint": renderer.fingerprint()}
-    about |= {} if lora is None else {"lora": lora}
-    return Source(lambda seed: renderer.sample(row, [seed])[0], request.seeds(), about | _how(renderer))
-
-
 def _of_run(folder: RunFolder, request: DrawRequest) -> Source:
     """What a run learned, drawn as its evaluation draws: its slot, steps, solver and references."""
     saved = checkpoint.latest(folder.path)
@@ -167,7 +162,14 @@ def _of_run(folder: RunFolder, request: DrawRequest) -> Source:
         if broken:
             checkpoint.load(broken[-1])  # says what is wrong with it
         raise RunError(f"{folder.path} has no checkpoint yet. Type: pixrl resume {folder.path}")
-    config = _as_drawn(read_config(folder), request)
+    config = read_config(folder)
+    machine: dict[str, object] = {"gradient_checkpointing": False}
+    machine |= {} if request.device is None else {"device": request.device}
+    steps = config.evaluation.steps or config.sampling.steps
+    asked: dict[str, object] = {} if request.size is None else {"resolution": request.size}
+    asked["sampling"] = config.sampling.model_copy(update={"steps": steps})
+    asked["machine"] = config.machine.model_copy(update=machine)
+    config = config.model_copy(update=asked)
     about: dict[str, object] = {}
     metadata: Mapping[str, object] = {}
     if isinstance(config, PersonalizeConfig):
@@ -194,19 +196,6 @@ def _of_run(folder: RunFolder, request: DrawRequest) -> Source:
     about |= {"prompt": request.prompt, "model": config.model, "run": str(folder.path), "slot": slot.value}
     about |= {"step": checkpoint.step_of(saved), "solver": config.sampling.solver.value}
     return Source(picture, request.seeds(), about | _how(policy))
-
-
-def _as_drawn(config: AlignConfig, request: DrawRequest) -> AlignConfig:
-    """Return a run's settings with the evaluation's steps and what was asked for."""
-    steps = config.evaluation.steps or config.sampling.steps
-    machine = {"gradient_checkpointing": False} | (
-        {} if request.device is None else {"device": request.device}
-    )
-    given = {} if request.size is None else {"resolution": request.size}
-    sampling = config.sampling.model_copy(update={"steps": steps})
-    return config.model_copy(
-        update={"sampling": sampling, "machine": config.machine.model_copy(update=machine), **given}
-    )
 
 
 def _subject(config: PersonalizeConfig, name: str | None) -> Subject:

@@ -15,7 +15,6 @@ from torch import Tensor
 from pixrl import config as recipes
 from pixrl.algorithms.fusion.policy import PolicySampler
 from pixrl.data.pairs import check_concepts
-from pixrl.device import quiet_loading
 from pixrl.doctor.diagnosis import require
 from pixrl.doctor.examine import examine_fusion
 from pixrl.errors import CheckpointError, RunError
@@ -116,8 +115,7 @@ def get_ready(config: FuseConfig, concepts: Sequence[str], out: Path, *, force: 
     Raises:
         PixrlError: something stands against the run.
     """
-    with quiet_loading():
-        found = examine_fusion(config, concepts=concepts, out=out, force=force, about_to_run=True)
+    found = examine_fusion(config, concepts=concepts, out=out, force=force, about_to_run=True)
     for note in require(found):
         _log.warning("%s", note)
 
@@ -165,6 +163,23 @@ def open_finished(path: Path) -> FinishedRun:
     """Open a finished run."""
     folder, config = open_run(path)
     return FinishedRun(folder, config, tuple(folder.manifest()), read_selection(folder))
+
+
+def as_it_stands(path: Path) -> FinishedRun:
+    """Open a fusion with the selection that it ended with or, where it is not finished, one among its pictures so far.
+
+    Nothing is written.
+
+    Raises:
+        RunError: it has no pictures yet.
+    """
+    folder, config = open_run(path)
+    rows = folder.manifest()
+    if (folder.path / SELECTION).is_file():
+        return FinishedRun(folder, config, tuple(rows), read_selection(folder))
+    if not rows:
+        raise RunError(f"{folder.path} has no pictures yet. Type: pixrl resume {folder.path}")
+    return FinishedRun(folder, config, tuple(rows), _select(folder, config, rows, everywhere=False))
 
 
 def world_of(config: FuseConfig) -> FusionWorld:
@@ -227,28 +242,28 @@ def _run(
     return _choose(folder, config, folder.manifest())
 
 
+def _select(
+    folder: RunFolder, config: FuseConfig, rows: Sequence[ManifestRow], everywhere: bool
+) -> Selection:
+    thresholds = choose_thresholds(config, read_world(folder).presence)
+    similarities_BN = similarities_of(rows, config.concepts)
+    return choose(similarities_BN, config, thresholds, config.keep, [row.seed for row in rows], everywhere)
+
+
 def _choose(
     folder: RunFolder, config: FuseConfig, rows: list[ManifestRow], everywhere: bool = False
 ) -> FinishedRun:
-    thresholds = choose_thresholds(config, read_world(folder).presence)
-    similarities_BN = similarities_of(rows, config.concepts)
-    seeds = [row.seed for row in rows]
-    selection = choose(similarities_BN, config, thresholds, config.keep, seeds, everywhere)
+    selection = _select(folder, config, rows, everywhere)
     content = json.dumps(selection.to_json(), indent=1).encode() + b"\n"
     write_atomic(folder.path / SELECTION, content)
-    _copy_selected(folder, rows, selection)
-    return FinishedRun(folder, config, tuple(rows), selection)
-
-
-def _copy_selected(folder: RunFolder, rows: list[ManifestRow], selection: Selection) -> None:
-    """The chosen pictures once more, under samples/, best first."""
     for old in folder.samples_dir.glob("selected-*.png"):
         old.unlink()
-    for place, index in enumerate(selection.indices, 1):
+    for place, index in enumerate(selection.indices, 1):  # once more, under samples/, best first
         file = rows[index].file
         assert file is not None
         content = (folder.path / file).read_bytes()
         write_atomic(folder.samples_dir / f"selected-{place}-{index:06d}.png", content, sync_folder=False)
+    return FinishedRun(folder, config, tuple(rows), selection)
 
 
 def read_world(folder: RunFolder) -> WorldRecord:
@@ -306,18 +321,6 @@ def _record(world: FusionWorld, session: FusionSession, config: FuseConfig) -> W
     )
 
 
-def _require_same_scorer(folder: RunFolder, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    changed = [
-        f"{name}: {before[name]!r}, now {now.get(name)!r}" for name in before if before[name] != now.get(name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"What scores the pictures has changed since the run {folder.path} began:\n  "
-            + "\n  ".join(changed)
-            + "\nPut the old checkpoints back, or start a new run."
-        )
-
-
 def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession, place: ResumePoint) -> None:
     """What the children are compared with, and by what. A resumed run must find what it began with.
 
@@ -332,7 +335,17 @@ def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession,
                 f"{record.model} has changed since the run {folder.path} began ({before.fingerprint}, now "
                 f"{record.fingerprint}). Put the old checkpoint back, or start a new run."
             )
-        _require_same_scorer(folder, before.scorer, record.scorer)
+        changed = [
+            f"{name}: {was!r}, now {record.scorer.get(name)!r}"
+            for name, was in before.scorer.items()
+            if was != record.scorer.get(name)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"What scores the pictures has changed since the run {folder.path} began:\n  "
+                + "\n  ".join(changed)
+                + "\nPut the old checkpoints back, or start a new run."
+            )
     if found is not None:
         return
     pictures = folder.path / EXEMPLARS

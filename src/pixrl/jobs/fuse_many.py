@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pixrl.runs.display import Monitor
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.place import CHILDREN, has_saved, is_run, replacing, require_free
+from pixrl.workers import HERE, Workers
 
 FAILURES = "failures.json"
 ALL = "all"
@@ -51,17 +52,10 @@ class ManyConfig(Settings):
             for sampler in self.samplers:
                 pair = fuse_job.slug("+".join(concepts))
                 name = fuse_job.slug(sampler) if len(self.concepts) == 1 else f"{number:0{width}d}-{pair}"
-                values = {
-                    **self.fuse,
-                    "concepts": concepts,
-                    "sampler": sampler,
-                    "options": self._options_of(sampler),
-                }
+                known = sampler_of(sampler).Settings.model_fields
+                options = {key: value for key, value in self.options.items() if key in known}
+                values = {**self.fuse, "concepts": concepts, "sampler": sampler, "options": options}
                 yield name, recipes.load(FuseConfig, values)
-
-    def _options_of(self, sampler: str) -> dict[str, Any]:
-        known = sampler_of(sampler).Settings.model_fields
-        return {name: value for name, value in self.options.items() if name in known}
 
 
 @dataclass(frozen=True)
@@ -121,8 +115,16 @@ def start_many(
     force: bool = False,
     monitor: Callable[[], Monitor] | None = None,
     world: FusionWorld | None = None,
+    workers: Workers = HERE,
 ) -> FinishedRuns:
-    """Run all fusions, one after the other. One that stops with an error does not stop the others."""
+    """Run all fusions. One that stops with an error does not stop the others.
+
+    Raises:
+        InputError: `carry`, where each begins with what the one before has learned, with more than one worker.
+        PixrlError: what is asked for cannot be run.
+    """
+    if config.carry and workers.are_others:
+        raise InputError("--carry runs one fusion after the other: leave out --workers and --ray.")
     require_free(out, force)
     first = next(config.children())[1]
     names = dict.fromkeys(concept for concepts in config.concepts for concept in concepts)
@@ -133,7 +135,7 @@ def start_many(
     world.renderer.encode([world.prompt(concept) for concept in names])
     folder = RunFolder.create(out, kind=kind, recipe=config, force=force)
     with replacing(folder.path):
-        return _run_all(folder, config, monitor, world)
+        return _run_all(folder, config, monitor, world, workers)
 
 
 def go_on_many(
@@ -177,36 +179,74 @@ def read_failures(folder: RunFolder) -> dict[str, str]:
 
 
 def _run_all(
-    folder: RunFolder, config: ManyConfig, monitor: Callable[[], Monitor] | None, world: FusionWorld
+    folder: RunFolder,
+    config: ManyConfig,
+    monitor: Callable[[], Monitor] | None,
+    world: FusionWorld,
+    workers: Workers = HERE,
 ) -> FinishedRuns:
     failures: dict[str, str] = {}
     (folder.path / CHILDREN).mkdir(exist_ok=True)
-    before: Path | None = None
-    for name, child in config.children():
-        place = folder.path / CHILDREN / name
-        if (place / fuse_job.SELECTION).is_file():
-            before = place
-            continue
-        if config.carry and before is not None:
-            child = child.model_copy(update={"policy_from": str(before)})
-        shown = monitor() if monitor else None
-        try:
-            if is_run(place):
-                fuse_job.go_on(place, monitor=shown, world=world)
-            else:
-                fuse_job.start(child, place, monitor=shown, world=world)
-            before = place
-        except RunError as error:
-            _log.warning("%s stopped: %s", name, error)
-            failures[name] = str(error)
+    children = {folder.path / CHILDREN / name: child for name, child in config.children()}
+    left = [(place, child) for place, child in children.items() if not (place / fuse_job.SELECTION).is_file()]
+    results = (
+        workers.each(_run_elsewhere, [(place.absolute(), child.model_dump_json()) for place, child in left])
+        if workers.are_others
+        else _run_here(children, config.carry, monitor, world)
+    )
+    for number, (name, problem) in enumerate(results, 1):
+        if problem is not None:
+            _log.warning("%s stopped: %s", name, problem)
+            failures[name] = problem
+        elif workers.are_others:
+            _log.warning("%d/%d: %s", number, len(left), name)
         if has_saved(folder.path):
             folder.step_is_saved()
+    failures = {place.name: failures[place.name] for place in children if place.name in failures}
     write_atomic(folder.path / FAILURES, json.dumps(failures, indent=1, ensure_ascii=False).encode() + b"\n")
     result = finished_runs(folder.path)
     if failures and not result.runs:
         first = next(iter(failures))
         raise RunError(f"All {len(failures)} fusions stopped. The first, {first}: {failures[first]}")
     return result
+
+
+def _run_here(
+    children: Mapping[Path, FuseConfig],
+    carry: bool,
+    monitor: Callable[[], Monitor] | None,
+    world: FusionWorld,
+) -> Iterator[tuple[str, str | None]]:
+    """Run what is not finished, one after the other; with `carry` each begins with what the one before has learned."""
+    before: Path | None = None
+    for place, child in children.items():
+        if not (place / fuse_job.SELECTION).is_file():
+            if carry and before is not None:
+                child = child.model_copy(update={"policy_from": str(before)})
+            problem = _run_child(place, child, monitor() if monitor else None, world)
+            yield place.name, problem
+            if problem is not None:
+                continue
+        before = place
+
+
+def _run_elsewhere(task: tuple[Path, str]) -> tuple[str, str | None]:
+    """Run or finish one fusion in a process of its own, which loads the models once."""
+    place, recipe = task
+    child = FuseConfig.model_validate_json(recipe)
+    return place.name, _run_child(place, child, None, fuse_job.world_of(child))
+
+
+def _run_child(place: Path, child: FuseConfig, monitor: Monitor | None, world: FusionWorld) -> str | None:
+    """Run one fusion, or go on with one that was broken off; return why it stopped, if it did."""
+    try:
+        if is_run(place):
+            fuse_job.go_on(place, monitor=monitor, world=world)
+        else:
+            fuse_job.start(child, place, monitor=monitor, world=world)
+    except RunError as error:
+        return str(error)
+    return None
 
 
 def _require_sampler(name: str) -> str:

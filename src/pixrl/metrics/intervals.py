@@ -38,6 +38,18 @@ class Interval:
 Intervals = Callable[[Sequence[float]], Interval]
 
 
+def gains_by_prompt(
+    before: Sequence[float | None], after: Sequence[float | None], per_prompt: int
+) -> list[float]:
+    """Return each prompt's mean gain over its pictures that have both scores; nan of a prompt without one."""
+    gains = [
+        math.nan if old is None or new is None else new - old for old, new in zip(before, after, strict=True)
+    ]
+    groups = [gains[at : at + per_prompt] for at in range(0, len(gains), per_prompt)]
+    known = [[gain for gain in group if not math.isnan(gain)] for group in groups]
+    return [sum(group) / len(group) if group else math.nan for group in known]
+
+
 def bootstrap(values: Sequence[float]) -> Interval:
     """Return the percentile bootstrap interval of the mean of one value a unit; nan is left out.
 

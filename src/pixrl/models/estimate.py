@@ -58,6 +58,11 @@ class PartSize:
     """The bytes that it will take in memory."""
 
 
+def parameters_of(parts: Mapping[str, PartSize]) -> int:
+    """Return the number of parameters of all parts."""
+    return sum(part.parameters for part in parts.values())
+
+
 def part_sizes(
     checkpoint: Checkpoint, precision: Precision, *, t5: bool = True, base: Base = Base.DTYPE
 ) -> dict[str, PartSize]:

@@ -107,8 +107,17 @@ def open_lora(place: Path, kind: str) -> LoraFile:
             the transformer, or says two strengths.
     """
     file, config = find_lora(place)
-    tensors, header = _opened(file)
-    keys = {key: _without_peft(key) for key in tensors}
+    try:
+        read_header(file)
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
+            header: dict[str, str] = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is no safetensors file, or cut short: {error}") from error
+    keys = {key: key.removeprefix(_PEFT_PREFIX) for key in tensors}
+    for key, own in keys.items():
+        if own.startswith(("double_blocks.", "single_blocks.")):
+            keys[key] = key  # the authors' names of FLUX keep peft's prefix for diffusers
     _refuse(file, "are there twice", _repeated(keys.values()))
     modules = _grouped({keys[key]: x for key, x in tensors.items()}, file, kind)
     has_alphas = any(module.alpha is not None for module in modules)
@@ -202,23 +211,6 @@ def _pickled(file: Path) -> CheckpointError:
     )
 
 
-def _opened(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors in float32, and the header."""
-    try:
-        read_header(file)
-        with safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is no safetensors file, or cut short: {error}") from error
-
-
-def _without_peft(key: str) -> str:
-    """Return a key without peft's prefix; the authors' names of FLUX keep it for diffusers."""
-    own = key.removeprefix(_PEFT_PREFIX)
-    return key if own.startswith(("double_blocks.", "single_blocks.")) else own
-
-
 def _wrong(file: Path, what: str) -> CheckpointError:
     """Return an error about a file, on one line; names in it are shown as far as they can be."""
     return CheckpointError(f"{file}: {plain(what, _SHOWN)}")
@@ -260,12 +252,16 @@ def _grouped(raw: Mapping[str, Tensor], file: Path, kind: str) -> list[_Module]:
         own = next((names for names in _DOWN_UP_NAMES if any(key.startswith(names) for key in raw)), ())
         _refuse(file, "are of another layout than the rest", (key for key in raw if not key.startswith(own)))
     _refuse(file, "are not finite", (key for key, x in raw.items() if not x.isfinite().all()))
-    modules = [
-        _Module(name, ends, raw[name + ends[0]], raw[name + ends[1]], _alpha(raw, name, file))
-        for ends in _PAIRS
-        for name in (key.removesuffix(ends[0]) for key in raw if key.endswith(ends[0]))
-        if name + ends[1] in raw
-    ]
+    modules = []
+    for down_end, up_end in _PAIRS:
+        for name in (key.removesuffix(down_end) for key in raw if key.endswith(down_end)):
+            if name + up_end not in raw:
+                continue
+            alpha = raw.get(name + _ALPHA)
+            if alpha is not None and (alpha.numel() != 1 or alpha.item() <= 0):
+                raise _wrong(file, f"{name}{_ALPHA} must be one number above 0. Save it again.")
+            pair, stated = (raw[name + down_end], raw[name + up_end]), None if alpha is None else alpha.item()
+            modules.append(_Module(name, (down_end, up_end), *pair, stated))
     taken = {module.name + end for module in modules for end in (*module.ends, _ALPHA)}
     _refuse(file, "belong to no pair of down and up", raw.keys() - taken)
     for module in modules:
@@ -275,16 +271,6 @@ def _grouped(raw: Mapping[str, Tensor], file: Path, kind: str) -> list[_Module]:
                 file, f"{module.name} has no down and up of one rank: {down} and {up}. Download it again."
             )
     return modules
-
-
-def _alpha(raw: Mapping[str, Tensor], name: str, file: Path) -> float | None:
-    """Return a module's own alpha, or None."""
-    alpha = raw.get(name + _ALPHA)
-    if alpha is None:
-        return None
-    if alpha.numel() != 1 or alpha.item() <= 0:
-        raise _wrong(file, f"{name}{_ALPHA} must be one number above 0. Save it again.")
-    return alpha.item()
 
 
 @dataclass(frozen=True)

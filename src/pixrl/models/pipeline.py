@@ -1,14 +1,13 @@
 """What adapters of diffusers pipelines share: `PipelineRenderer` draws, `FlowPipelinePolicy` is trained too.
 
-First the helpers of every adapter: settings, seeded noise, micro-batches. Then two ways to a faster update:
-plain attention on a CPU, and torch.compile. Then the renderer (card, settings, sampling in pieces) and the policy (one
-Euler loop, placement, LoRA slots). A family adds how it encodes a prompt, its schedule and its velocity. loading.py
-loads the weights.
+First the helpers of every adapter: settings, seeded noise, micro-batches. Then the renderer (card, settings, sampling
+in pieces) and the policy (one Euler loop, placement, LoRA slots). A family adds how it encodes a prompt, its schedule
+and its velocity. loading.py loads the weights.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -19,10 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pixrl.device import choose_device, choose_precision
-from pixrl.errors import ConfigError, InputError, RunError, ShapeError, did_you_mean
+from pixrl.device import choose_device, choose_precision, plain_attention
+from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
 from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, Renderer, SamplingSettings
 from pixrl.models.latents import LatentCache, decode_latents, encode_latents, memory_format
@@ -31,7 +29,7 @@ from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import Base, MemoryPlan
 from pixrl.models.placement import PipelinePart, Placement, set_decoding, without_gradients
 from pixrl.models.quantization import quantize
-from pixrl.models.sharding import shard, transformer_blocks
+from pixrl.models.sharding import compile_blocks, shard
 from pixrl.models.slots import LoraSlots, Slot, digest, merge, parse_slot
 from pixrl.models.text import PromptCache, check_words
 
@@ -124,62 +122,6 @@ FEW_STEPS = 8
 """The most steps of a checkpoint that was distilled to few."""
 SHORT = 256
 """The number of image tokens up to which the table of all pairs is small beside the other activations."""
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Make `scaled_dot_product_attention` plain matrix products, in the dtype that it is given, while it is open.
-
-    torch's fused kernel saves memory that short sequences do not need, and its backward pass is slow in bfloat16 on a
-    CPU. In an update plain matrix products are faster and no farther from float32; forwards alone, the fused kernel is
-    (`benchmarks/align.py`, "fused attention").
-    """
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
-
-
-VARIANTS = 256
-"""The most times that one block may be compiled: slots x gradients x kinds of block x sizes. torch's own limit is 8."""
-
-
-def compile_blocks(denoiser: nn.Module, backend: str) -> int:
-    """Compile every transformer block in place by torch.compile and return how many there are.
-
-    LoRA layers must be attached already.
-
-    The blocks of a transformer are alike, so one compiled block serves all of them: minutes less to wait than for the
-    whole model, at the speed of the whole. What differs between calls is compiled anew: each LoRA slot, with gradients
-    and without, and a second batch size (from the third on sizes are symbols).
-    Past `VARIANTS` torch would go back to uncompiled code in silence; here it raises. This is set for the process.
-
-    Args:
-        denoiser: keeps its blocks in lists, as those of diffusers do.
-        backend: of torch.compile: inductor, or another that this installation has.
-
-    Raises:
-        ConfigError: there is no such backend, or the model has no blocks.
-    """
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
-        raise ConfigError(
-            f"torch.compile has no backend {backend!r} here.{did_you_mean(backend, known)} Usual is inductor; "
-            f"there are {', '.join(sorted(known))}."
-        )
-    blocks = transformer_blocks(denoiser)
-    if not blocks:
-        raise ConfigError(
-            f"{type(denoiser).__name__} has no list of blocks to compile. Leave out machine.compile."
-        )
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for block in blocks:
-        block.compile(backend=backend)
-    return len(blocks)
 
 
 @dataclass(frozen=True)
@@ -477,10 +419,12 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     @torch.no_grad()
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
         with self.present(PipelinePart.VAE):
-            return torch.cat([self._latents.get(image, self._encode_image) for image in images_BCHW.split(1)])
-
-    def _encode_image(self, image_BCHW: Tensor) -> Tensor:
-        return encode_latents(self.vae, image_BCHW.to(self.device))
+            return torch.cat(
+                [
+                    self._latents.get(image, lambda one: encode_latents(self.vae, one.to(self.device)))
+                    for image in images_BCHW.split(1)
+                ]
+            )
 
     def merge_lora(self, place: Path) -> None:
         """Add a LoRA to the frozen weights: a file or folder as `lora_files.open_lora` reads it.

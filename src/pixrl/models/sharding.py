@@ -1,4 +1,6 @@
-"""A transformer whose frozen weights are divided among processes, by torch's `fully_shard` (FSDP2), block by block.
+"""What is done to a transformer block by block: dividing its weights among processes, and compiling it.
+
+Weights are divided by torch's `fully_shard` (FSDP2).
 
 Each process keeps its part of every weight. A block's weights are gathered before the block computes, forwards and
 backwards, and given back after it, so that all processes must make the same passes in the same order. LoRA stays whole
@@ -9,14 +11,17 @@ Divided with its block, LoRA would be gathered in float32 with every pass, not i
 
 from collections.abc import Collection
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from pixrl.errors import ConfigError
+from pixrl.errors import ConfigError, did_you_mean
 
 GATHERED = 2
 """Blocks whose weights are whole at a time: the one that computes, and the next one, gathered meanwhile."""
+VARIANTS = 256
+"""The most times that one block may be compiled: slots x gradients x kinds of block x sizes. torch's own limit is 8."""
 
 
 def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
@@ -83,3 +88,38 @@ def sharded_bytes(transformer: nn.Module, processes: int) -> int:
 def _bytes(module: nn.Module) -> int:
     frozen = (x for name, x in module.named_parameters() if "lora_" not in name)
     return sum(x.numel() * x.element_size() for x in frozen)
+
+
+def compile_blocks(denoiser: nn.Module, backend: str) -> int:
+    """Compile every transformer block in place by torch.compile and return how many there are.
+
+    LoRA layers must be attached already.
+
+    The blocks of a transformer are alike, so one compiled block serves all of them: minutes less to wait than for the
+    whole model, at the speed of the whole. What differs between calls is compiled anew: each LoRA slot, with gradients
+    and without, and a second batch size (from the third on sizes are symbols).
+    Past `VARIANTS` torch would go back to uncompiled code in silence; here it raises. This is set for the process.
+
+    Args:
+        denoiser: keeps its blocks in lists, as those of diffusers do.
+        backend: of torch.compile: inductor, or another that this installation has.
+
+    Raises:
+        ConfigError: there is no such backend, or the model has no blocks.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(
+            f"torch.compile has no backend {backend!r} here.{did_you_mean(backend, known)} Usual is inductor; "
+            f"there are {', '.join(sorted(known))}."
+        )
+    blocks = transformer_blocks(denoiser)
+    if not blocks:
+        raise ConfigError(
+            f"{type(denoiser).__name__} has no list of blocks to compile. Leave out machine.compile."
+        )
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in blocks:
+        block.compile(backend=backend)
+    return len(blocks)

@@ -20,10 +20,9 @@ from pixrl.report.figures import (
     panels,
     phases,
     reward_panels,
-    thumbnail,
     warnings,
 )
-from pixrl.report.page import render
+from pixrl.report.page import THUMBNAIL, inline, render
 from pixrl.runs.config import ALIGN, PERSONALIZE, AlignConfig, read_config, require_kind
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
@@ -34,8 +33,10 @@ DONE = {ALIGN: "aligned", PERSONALIZE: "personalized"}
 """What a kind of run does to a model, for headings."""
 
 
-def write_align_report(path: Path) -> Path:
+def write_align_report(path: Path, refresh: float | None = None) -> Path:
     """Write report.html into an align run's folder, whether it is finished or not; return the page's path.
+
+    `refresh`: seconds after which the page loads itself again.
 
     Raises:
         RunError: it is no align run.
@@ -43,7 +44,7 @@ def write_align_report(path: Path) -> Path:
     """
     folder = RunFolder.open(path)
     require_kind(folder)
-    write_atomic(folder.report_path, render("align.html.j2", align_view(folder)).encode())
+    write_atomic(folder.report_path, render("align.html.j2", align_view(folder), refresh).encode())
     return folder.report_path
 
 
@@ -83,7 +84,9 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "slot": "trained" if config.optimizer.ema is None else "averaged",
         "reward_panels": reward_panels(shape, metrics, evaluated),
         "panels": panels(metrics, evaluated, learned=shape.learned),
-        "group": newest_group(folder.path, shape, manifest, thumbnail),
+        "group": newest_group(
+            folder.path, shape, manifest, lambda file: inline(file, THUMBNAIL, folder.path)
+        ),
         "group_note": shape.pictures,
         "phases": phases(metrics),
         "failures": failures(manifest),

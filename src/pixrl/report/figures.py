@@ -13,9 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from markupsafe import Markup
 
-from pixrl.metrics.intervals import Interval, bootstrap
+from pixrl.metrics.intervals import Interval, bootstrap, gains_by_prompt
 from pixrl.report.charts import Curve, lines_chart
-from pixrl.report.page import THUMBNAIL, inline
+from pixrl.report.page import THUMBNAIL, Embedded, inline
 from pixrl.runs.folder import ManifestRow, RunFolder
 from pixrl.runs.reading import (
     HELD_OUT,
@@ -62,9 +62,9 @@ class Pair:
 
     prompt: str
     seed: int
-    before: str
-    after: str
-    reference: str | None = None
+    before: Embedded
+    after: Embedded
+    reference: Embedded | None = None
 
 
 @dataclass(frozen=True)
@@ -267,17 +267,14 @@ def gallery_pairs(folder: RunFolder) -> list[Pair]:
         Pair(
             entry["prompt"],
             entry["seed"],
-            inline(before, THUMBNAIL),
-            inline(after, THUMBNAIL),
-            inline(folder.path / entry["reference"], THUMBNAIL) if "reference" in entry else None,
+            inline(before, THUMBNAIL, folder.path),
+            inline(after, THUMBNAIL, folder.path),
+            inline(folder.path / entry["reference"], THUMBNAIL, folder.path)
+            if "reference" in entry
+            else None,
         )
         for entry, before, after in before_and_after(folder)
     ]
-
-
-def thumbnail(path: Path) -> str:
-    """Return a picture among others as a data URI."""
-    return inline(path, THUMBNAIL)
 
 
 def newest_group(
@@ -423,8 +420,8 @@ def changes_of(folder: RunFolder, shape: RunShape) -> list[Change]:
     # the interval of a reward's gain over prompts, whose pictures are drawn from the same noise before and after
     before, after = (sample_scores(folder, row["step"]) for row in evaluated)
     both = [name for name in before if len(before[name]) == len(after.get(name, ()))]
-    gains = {name: gains_by_prompt(before[name], after[name], shape.per_prompt) for name in both}
-    intervals = {name: bootstrap(found) for name, found in gains.items() if len(found) > 1}
+    gains = {name: bootstrap(gains_by_prompt(before[name], after[name], shape.per_prompt)) for name in both}
+    intervals = {name: found for name, found in gains.items() if found.count > 1}
     changes = [
         Change(
             name,
@@ -438,18 +435,6 @@ def changes_of(folder: RunFolder, shape: RunShape) -> list[Change]:
     if "diversity" in last:
         changes.append(Change("diversity", "spread", number(first["diversity"]), number(last["diversity"])))
     return changes
-
-
-def gains_by_prompt(
-    before: Sequence[float | None], after: Sequence[float | None], per_prompt: int
-) -> list[float]:
-    """Return each prompt's mean gain over its pictures that have both scores; prompts without one are left out."""
-    gains = [
-        math.nan if old is None or new is None else new - old for old, new in zip(before, after, strict=True)
-    ]
-    groups = [gains[at : at + per_prompt] for at in range(0, len(gains), per_prompt)]
-    known = [[gain for gain in group if not math.isnan(gain)] for group in groups]
-    return [sum(group) / len(group) for group in known if group]
 
 
 def warnings(changes: Sequence[Change]) -> list[str]:

@@ -23,7 +23,7 @@ from pixrl.jobs.fuse_many import FinishedRuns
 from pixrl.metrics.fusion import FusionFigures, figures
 from pixrl.report import charts
 from pixrl.report.figures import ParentShare, number, parent_shares
-from pixrl.report.page import FULL, THUMBNAIL, inline, render
+from pixrl.report.page import FULL, THUMBNAIL, Embedded, inline, render
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow
 from pixrl.runs.log import COEFFICIENTS
@@ -41,7 +41,7 @@ class Child:
     index: int
     step: int
     seed: int
-    image: str
+    image: Embedded
     parts: tuple[ParentShare, ...]
     reward: float
     balance: float
@@ -63,7 +63,7 @@ class Parent:
     concept: str
     place: int
     prompt: str
-    images: tuple[str, ...]
+    images: tuple[Embedded, ...]
     usable: int
     percent: float | None
     similarity: float | None
@@ -79,16 +79,19 @@ class Parent:
             concept=concept,
             place=place,
             prompt=world.prompts[concept],
-            images=tuple(inline(file, THUMBNAIL) for file in files[:3]),
+            images=tuple(inline(file, THUMBNAIL, run.folder.path) for file in files[:3]),
             usable=world.usable_exemplars[concept],
             percent=None if part is None else part.percent,
             similarity=None if part is None else part.similarity,
         )
 
 
-def write_fuse_report(run: FinishedRun) -> Path:
-    """Write report.html into the run's folder; return its path."""
-    write_atomic(run.folder.report_path, render("fuse.html.j2", fuse_view(run)).encode())
+def write_fuse_report(run: FinishedRun, refresh: float | None = None) -> Path:
+    """Write report.html into the run's folder; return its path.
+
+    `refresh`: seconds after which the page loads itself again.
+    """
+    write_atomic(run.folder.report_path, render("fuse.html.j2", fuse_view(run), refresh).encode())
     return run.folder.report_path
 
 
@@ -108,6 +111,7 @@ def fuse_view(run: FinishedRun) -> dict[str, Any]:
     return {
         "concepts": config.concepts,
         "images": len(run.rows),
+        "budget": config.budget,
         "pool": selection.images if selection.pool else 0,
         "sampler": str(config.sampler),
         "model": config.model,
@@ -151,8 +155,11 @@ def run_figures(run: FinishedRun) -> FusionFigures:
     return figures(similarities_BN, run.config.alpha, limits.presence, limits.balance, run.selection.indices)
 
 
-def child_of(run: FinishedRun, row: ManifestRow, side: int) -> Child:
-    """Return a manifest row as the page shows it; its picture is scaled down to `side` pixels."""
+def child_of(run: FinishedRun, row: ManifestRow, side: int, page: Path | None = None) -> Child:
+    """Return a manifest row as a page shows it; its picture is scaled to `side` pixels.
+
+    `page`: the folder of the page; None: the run's.
+    """
     limits = run.selection.thresholds
     parts = parent_shares(row, run.config.concepts)
     least = min(part.similarity for part in parts)
@@ -163,7 +170,7 @@ def child_of(run: FinishedRun, row: ManifestRow, side: int) -> Child:
         index=row.index,
         step=row.step,
         seed=row.seed,
-        image=inline(run.folder.path / row.file, side),
+        image=inline(run.folder.path / row.file, side, page or run.folder.path),
         parts=parts,
         reward=number(row.scores.get("reward")),
         balance=balance,
@@ -217,11 +224,14 @@ def _scatter(run: FinishedRun, children: list[Child]) -> dict[str, Any]:
     return {"scatter_chart": Markup(chart), "scatter_title": title, "scatter_note": note}
 
 
-def write_many_report(runs: FinishedRuns) -> Path:
-    """Write report.html of the folder and of every finished run in it; return the folder's."""
+def write_many_report(runs: FinishedRuns, refresh: float | None = None) -> Path:
+    """Write report.html of the folder and of every finished run in it; return the folder's.
+
+    `refresh`: seconds after which the folder's page loads itself again.
+    """
     for run in runs.runs:
         write_fuse_report(run)
-    write_atomic(runs.folder.report_path, render("many.html.j2", many_view(runs)).encode())
+    write_atomic(runs.folder.report_path, render("many.html.j2", many_view(runs), refresh).encode())
     return runs.folder.report_path
 
 
@@ -254,7 +264,8 @@ def many_view(runs: FinishedRuns) -> dict[str, Any]:
 def _row(runs: FinishedRuns, run: FinishedRun) -> dict[str, Any]:
     selection = run.selection
     shown = list(selection.indices) or [near.index for near in selection.nearest]
-    children = [child_of(run, run.rows[index], THUMBNAIL) for index in shown[:SHOWN]]
+    page = runs.folder.path
+    children = [child_of(run, run.rows[index], THUMBNAIL, page) for index in shown[:SHOWN]]
     batches: dict[int, list[float]] = {}
     for entry in run.rows:
         if (reward := entry.scores.get("reward")) is not None:
@@ -263,7 +274,7 @@ def _row(runs: FinishedRuns, run: FinishedRun) -> dict[str, Any]:
     parents = []
     for concept in run.config.concepts:
         files = fuse_job.exemplar_files(run.folder, concept)
-        parents += [{"concept": concept, "image": inline(file, THUMBNAIL)} for file in files[:1]]
+        parents += [{"concept": concept, "image": inline(file, THUMBNAIL, page)} for file in files[:1]]
     return {
         "name": str(run.config.sampler),
         "concepts": run.config.concepts,

@@ -136,6 +136,21 @@ class Reward(ABC):
     def score(self, batch: RewardBatch) -> Scores:
         """Score a batch: one float per sample, whatever batches a set of samples is divided into."""
 
+    def expect(self, batch: RewardBatch) -> None:
+        """Be given pictures as soon as they are drawn, before `score` is asked for them with the others of their step.
+
+        A reward that scores elsewhere begins; others wait to be asked.
+        """
+        return None
+
+    def reference_problem(self, metadata: Mapping[str, object]) -> str | None:
+        """Return why no picture can be judged by a sample's references, or None; most rewards look at none."""
+        return None
+
+    def unused_references(self, metadata: Mapping[str, object]) -> list[int]:
+        """Return which of a sample's references, counted from 1, it leaves out."""
+        return []
+
     def rehearse(self, batch: RewardBatch) -> Scores | Failure:
         """Score a synthetic batch before a run; return a failure where the reward can score no picture at all."""
         return self.score(batch)

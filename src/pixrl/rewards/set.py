@@ -20,8 +20,8 @@ import torch
 from pixrl import rewards
 from pixrl.errors import ConfigError, FailedScoresError, Failure, InputError, ShapeError
 from pixrl.plugins import Caught
+from pixrl.rewards.actor import RewardOnRay
 from pixrl.rewards.base import ComparingReward, DifferentiableReward, Reward
-from pixrl.rewards.references import ReferenceReward
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
 from pixrl.types import RewardBatch, Scores
 
@@ -107,7 +107,10 @@ class RewardSet:
         self.max_failed_share = max_failed_share
         self._weights = weights_by_stage(settings, stages)
         self.names: tuple[str, ...] = tuple(setting.name for setting in settings)
-        self._rewards: dict[str, Reward] = {s.name: rewards.load(s.reward, **s.options) for s in settings}
+        self._rewards: dict[str, Reward] = {
+            s.name: RewardOnRay(s) if s.on is not None else rewards.load(s.reward, **s.options)
+            for s in settings
+        }
         self._callers: dict[str, Caller[Scores | Failure]] = {
             name: Caller(None if one.keeps_time else time_limit) for name, one in self._rewards.items()
         }
@@ -162,20 +165,12 @@ class RewardSet:
 
     def reference_problems(self, metadata: Mapping[str, object]) -> Mapping[str, str]:
         """Return, by reward, why it can judge no picture by a sample's references, where that is so."""
-        found = {
-            name: one.reference_problem(metadata)
-            for name, one in self._rewards.items()
-            if isinstance(one, ReferenceReward)
-        }
+        found = {name: one.reference_problem(metadata) for name, one in self._rewards.items()}
         return {name: reason for name, reason in found.items() if reason is not None}
 
     def unused_references(self, metadata: Mapping[str, object]) -> Mapping[str, list[int]]:
         """Return, by reward, which of a sample's references, counted from 1, it leaves out, where it does."""
-        found = {
-            name: one.unused_references(metadata)
-            for name, one in self._rewards.items()
-            if isinstance(one, ReferenceReward)
-        }
+        found = {name: one.unused_references(metadata) for name, one in self._rewards.items()}
         return {name: numbers for name, numbers in found.items() if numbers}
 
     def score(self, batch: RewardBatch, gather: Gather | None = None) -> Mapping[str, Scores]:
@@ -211,7 +206,18 @@ class RewardSet:
             InputError: there is no picture.
         """
         count = _count(batch)
+        self.expect(batch)
         return {name: self._score(name, batch, count) for name in self.names}
+
+    def expect(self, batch: RewardBatch) -> None:
+        """Hand pictures to the rewards that score elsewhere, so that they begin while others are drawn or scored."""
+        for name in self.names:
+            self._rewards[name].expect(batch)
+
+    @property
+    def are_elsewhere(self) -> bool:
+        """Whether any of the rewards scores beside the run, on a cluster."""
+        return any(isinstance(one, RewardOnRay) for one in self._rewards.values())
 
     def broken(self, batch: RewardBatch) -> Mapping[str, str]:
         """Return, by reward, why it cannot score this batch at all: it raises, hangs, or answers in the wrong shape."""

@@ -14,6 +14,7 @@ from pixrl.config import Settings
 from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.plugins import full_path, is_path
 from pixrl.text import require_text
+from pixrl.workers import LOCAL
 
 
 def name_of(function: Callable[..., object]) -> str:
@@ -35,6 +36,17 @@ def is_importable(function: Callable[..., object]) -> bool:
     return module is not None and vars(module).get(name_of(function)) is function
 
 
+class ClusterShare(Settings):
+    """What a reward takes of a Ray cluster, on which it scores beside the run (extra `ray`)."""
+
+    ray: str = LOCAL
+    """The cluster's address: local (this machine alone), auto (the one that it belongs to), or host:port."""
+    cpus: float = Field(1.0, ge=0)
+    """CPUs, and so threads; may be a fraction."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs; may be a fraction. None: 1 where the cluster has any."""
+
+
 class RewardSetting(Settings):
     """The settings of one reward of a run."""
 
@@ -46,6 +58,8 @@ class RewardSetting(Settings):
     """The share in the advantage, after this reward's own normalization. Stages replace it."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The parameters of the reward's class, such as `model: toy:clip`."""
+    on: ClusterShare | None = Field(None, exclude_if=lambda on: on is None)
+    """Where it scores: `ray`, or `{ray: ADDRESS, cpus: 1, gpus: 0.5}`; none: in the run's own process."""
     held_out: bool = False
     """Whether the reward is only logged, never trained on."""
 
@@ -60,6 +74,11 @@ class RewardSetting(Settings):
         if isinstance(path, str) and is_path(path) and given.get("kind") is None:
             return {**given, "name": path.rpartition(":")[2], "kind": path}
         return given
+
+    @field_validator("on", mode="before")
+    @classmethod
+    def _on_ray(cls, given: object) -> object:
+        return {} if given == "ray" else given
 
     @field_serializer("options", when_used="json")
     def _with_paths(self, options: dict[str, Any]) -> dict[str, Any]:

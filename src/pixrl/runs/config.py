@@ -26,7 +26,7 @@ from pixrl.algorithms.sampling import RolloutSettings, StepNoise
 from pixrl.algorithms.trainer import OptimizerSettings
 from pixrl.config import MOST, Count, Seed, Settings, Side, refuse_infinite
 from pixrl.data.prompts import Split
-from pixrl.errors import RunError
+from pixrl.errors import ConfigError, RunError
 from pixrl.hub import split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
 from pixrl.models.flux import Preset, Shift
@@ -198,8 +198,59 @@ class AlignConfig(Settings):
             raise ValueError(
                 "evaluation.column names a column of evaluation.source, which is not given: give it, or leave both out"
             )
-        self._memory_fits()
-        self._guard_can_act()
+        return self
+
+    @model_validator(mode="after")
+    def _memory_fits(self) -> "AlignConfig":
+        """Refuse ways of saving memory that the method cannot bear."""
+        machine = self.machine
+        if machine.drop_text_encoders and self.exploration.varies_conditions:
+            raise ValueError(
+                f"machine.drop_text_encoders: {self.exploration.kind} exploration computes with the text encoders in "
+                "every step; take machine.offload=parts instead"
+            )
+        if machine.offload is Offload.SEQUENTIAL and not machine.gradient_checkpointing:
+            raise ValueError(
+                "machine.offload=sequential saves nothing in training unless activations are computed again: "
+                "add machine.gradient_checkpointing=true"
+            )
+        if machine.divides and machine.base is not Base.DTYPE:
+            raise ValueError(
+                f"machine.shard=full: weights of machine.base={machine.base} cannot be divided among processes; leave "
+                "machine.shard out, or take base: dtype"
+            )
+        if machine.offload is Offload.SEQUENTIAL and machine.divides:
+            raise ValueError(
+                "machine.shard=full: layers that come from the CPU one by one cannot be divided among processes too; "
+                "take machine.offload=parts"
+            )
+        if machine.offload is Offload.SEQUENTIAL and machine.compile is not None:
+            raise ValueError(
+                "machine.compile: layers whose weights come and go cannot be compiled; leave it out, or take "
+                "machine.offload=parts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _guard_can_act(self) -> "AlignConfig":
+        """Refuse an action of the guard that would have no effect, or nothing to go back to."""
+        action, every, output = self.monitor.action, self.evaluation.every, self.output
+        if action in (Action.STOP, Action.RAISE_KL) and (every is None or every >= self.steps):
+            raise ValueError(
+                f"monitor.action: {action} acts when an evaluation during the run finds something, and there is none: "
+                "set evaluation.every to a few training steps, or leave the action at warn"
+            )
+        if action is Action.RAISE_KL and not self.loss.model_dump().get("kl"):
+            raise ValueError(
+                "monitor.action: raise_kl multiplies loss.kl, which is not above 0 here: set it, or take stop or "
+                "rollback"
+            )
+        reach = (output.keep_checkpoints - 1) * output.checkpoint_every
+        if action is Action.ROLLBACK and reach < (every or self.steps):
+            raise ValueError(
+                f"monitor.action: rollback needs the checkpoint of the evaluation before, {every or self.steps} steps "
+                f"back, and the kept ones reach back {reach}: raise output.keep_checkpoints or evaluate more often"
+            )
         return self
 
     @property
@@ -227,55 +278,6 @@ class AlignConfig(Settings):
         if split is Split.TRAIN or self.evaluation.source is None:
             return self.prompts.source, self.prompts.column
         return self.evaluation.source, self.evaluation.column
-
-    def _guard_can_act(self) -> None:
-        """ValueError where the guard's action would have no effect, or nothing to go back to."""
-        action, every, output = self.monitor.action, self.evaluation.every, self.output
-        if action in (Action.STOP, Action.RAISE_KL) and (every is None or every >= self.steps):
-            raise ValueError(
-                f"monitor.action: {action} acts when an evaluation during the run finds something, and there is none: "
-                "set evaluation.every to a few training steps, or leave the action at warn"
-            )
-        if action is Action.RAISE_KL and not self.loss.model_dump().get("kl"):
-            raise ValueError(
-                "monitor.action: raise_kl multiplies loss.kl, which is not above 0 here: set it, or take stop or "
-                "rollback"
-            )
-        reach = (output.keep_checkpoints - 1) * output.checkpoint_every
-        if action is Action.ROLLBACK and reach < (every or self.steps):
-            raise ValueError(
-                f"monitor.action: rollback needs the checkpoint of the evaluation before, {every or self.steps} steps "
-                f"back, and the kept ones reach back {reach}: raise output.keep_checkpoints or evaluate more often"
-            )
-
-    def _memory_fits(self) -> None:
-        """ValueError for ways of saving memory that the method cannot bear."""
-        machine = self.machine
-        if machine.drop_text_encoders and self.exploration.varies_conditions:
-            raise ValueError(
-                f"machine.drop_text_encoders: {self.exploration.kind} exploration computes with the text encoders in "
-                "every step; take machine.offload=parts instead"
-            )
-        if machine.offload is Offload.SEQUENTIAL and not machine.gradient_checkpointing:
-            raise ValueError(
-                "machine.offload=sequential saves nothing in training unless activations are computed again: "
-                "add machine.gradient_checkpointing=true"
-            )
-        if machine.divides and machine.base is not Base.DTYPE:
-            raise ValueError(
-                f"machine.shard=full: weights of machine.base={machine.base} cannot be divided among processes; leave "
-                "machine.shard out, or take base: dtype"
-            )
-        if machine.offload is Offload.SEQUENTIAL and machine.divides:
-            raise ValueError(
-                "machine.shard=full: layers that come from the CPU one by one cannot be divided among processes too; "
-                "take machine.offload=parts"
-            )
-        if machine.offload is Offload.SEQUENTIAL and machine.compile is not None:
-            raise ValueError(
-                "machine.compile: layers whose weights come and go cannot be compiled; leave it out, or take "
-                "machine.offload=parts"
-            )
 
 
 class SubjectSettings(PromptSettings):
@@ -336,6 +338,10 @@ class PersonalizeConfig(AlignConfig):
 
 
 ALIGN, PERSONALIZE = "align", "personalize"
+PERSONALIZE_RECIPE = "toy/customized-nft"
+"""What `pixrl personalize` does where no recipe is given."""
+SUBJECT_RECIPE = "toy/subject"
+"""The same where a subject is."""
 KINDS: Mapping[str, type[AlignConfig]] = {ALIGN: AlignConfig, PERSONALIZE: PersonalizeConfig}
 
 
@@ -348,21 +354,68 @@ def load_recipe(
     recipe: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
-    values: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     kind: str | None = None,
 ) -> AlignConfig:
-    """Load a recipe as what its own `kind` says it is.
+    """Load a recipe as what its own `kind` says it is, with what was given besides.
 
     Args:
         recipe: a YAML file, a name under recipes/, or a mapping.
-        overrides, values: see `config.load`.
+        overrides: further settings, `a.b=c`.
+        steps, seed: in place of the recipe's.
+        settings: further ones by dotted name.
         kind: the job to do; None: the recipe's own, align where it does not say.
 
     Raises:
         ConfigError: it is wrong, or for another job than `kind`.
     """
+    given = {"steps": steps, "seed": seed}
+    values = {name: value for name, value in given.items() if value is not None} | dict(settings or {})
     wanted = kind or recipes.kind_of(recipe) or ALIGN
     return recipes.load(KINDS.get(wanted, AlignConfig), recipe, overrides, values=values, kind=wanted)
+
+
+def load_personalize(
+    recipe: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    *,
+    subject: Path | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[AlignConfig, str | Path | Mapping[str, Any]]:
+    """Load the settings of a personalization, and what to name its folder after."""
+    chosen = {text.partition("=")[0].strip() for text in overrides}
+    sources = () if subject is None else ("prompts.source", "evaluation.source")
+    own = {name: str(subject) for name in sources if name not in chosen}
+    usual = PERSONALIZE_RECIPE if subject is None else SUBJECT_RECIPE
+    source = usual if recipe is None else recipe
+    config = load_recipe(
+        source, overrides, steps=steps, seed=seed, settings={**own, **(settings or {})}, kind=PERSONALIZE
+    )
+    return config, source if subject is None else Path(subject).resolve().name
+
+
+def load_either(
+    recipe: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    *,
+    subject: Path | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+) -> AlignConfig:
+    """Load the settings that `pixrl align RECIPE` or `pixrl personalize --subject SUBJECT` would train with.
+
+    Raises:
+        ConfigError: neither a recipe nor a subject, or the recipe is wrong.
+    """
+    if subject is not None:
+        return load_personalize(recipe, overrides, subject=subject, steps=steps, seed=seed)[0]
+    if recipe is None:
+        raise ConfigError("Neither a recipe nor a subject was given. Type toy/e2po, or --subject FOLDER.")
+    return load_recipe(recipe, overrides, steps=steps, seed=seed)
 
 
 def require_kind(folder: RunFolder) -> str:
@@ -375,6 +428,6 @@ def require_kind(folder: RunFolder) -> str:
     return folder.kind
 
 
-def read_config(folder: RunFolder) -> AlignConfig:
-    """Read the recipe of an alignment or a personalization."""
-    return load_recipe(folder.recipe(), kind=require_kind(folder))
+def read_config(folder: RunFolder, overrides: Sequence[str] = ()) -> AlignConfig:
+    """Read the recipe of an alignment or a personalization, with what is set besides."""
+    return load_recipe(folder.recipe(), overrides, kind=require_kind(folder))

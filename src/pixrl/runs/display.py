@@ -186,7 +186,12 @@ class LiveView:
         self.live.stop()
 
     def _show(self) -> None:
-        self.live.update(Group(self._head(), self._curves(), self._foot()))
+        history = self.history
+        phases = [name for name in history.values if name.startswith("seconds/")]
+        parts = [f"{name.removeprefix('seconds/')} {history.last(name):.1f} s" for name in phases]
+        parts.append(f"{history.last('images_per_second'):.1f} pictures/s")
+        foot = Text("   ".join([*parts, *history.notes()]) if phases else "", style="dim")
+        self.live.update(Group(self._head(), self._curves(), foot))
 
     def _head(self) -> Table:
         history = self.history
@@ -211,13 +216,6 @@ class LiveView:
                     Text(f"held out {_short(name)}", style="dim"), Text(sparkline(values)), Text(change)
                 )
         return table
-
-    def _foot(self) -> Text:
-        history = self.history
-        phases = [name for name in history.values if name.startswith("seconds/")]
-        parts = [f"{name.removeprefix('seconds/')} {history.last(name):.1f} s" for name in phases]
-        speed = f"{history.last('images_per_second'):.1f} pictures/s"
-        return Text("   ".join([*parts, speed, *history.notes()]) if phases else "", style="dim")
 
 
 def for_terminal() -> Monitor:

@@ -28,15 +28,22 @@ PACKAGES = (
 def describe(seed: object, recipe_sha256: str) -> bytes:
     """Return the content of environment.json. `recipe_sha256` lets `RunFolder.open` notice a changed recipe."""
     torch = sys.modules.get("torch")  # if it is in use already; asking never loads it
+    words, cpu = sys.argv[1:], platform.processor() or platform.machine()
+    for secret in secrets_in(os.environ):  # a key's value is kept as the variable that holds it, $MY_KEY
+        words = [secret.without_in(word) for word in words]
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        named = dict([part.strip() for part in line.partition(":")[::2]] for line in reversed(lines))
+        cpu = named.get("model name", cpu)
     gpus = range(torch.cuda.device_count()) if torch is not None and torch.cuda.is_available() else ()
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *map(_without_secrets, sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *words],
         "seed": seed,
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "machine": {
             "system": platform.platform(),
-            "cpu": _cpu_model(),
+            "cpu": cpu,
             "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
             "ram_bytes": None
             if sys.platform == "win32"
@@ -59,23 +66,6 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _without_secrets(word: str) -> str:
-    """A word of the command line without what an environment variable holds as a key, typed as $MY_KEY."""
-    for secret in secrets_in(os.environ):
-        word = secret.without_in(word)
-    return word
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _git_commit(root: Path) -> str | None:

@@ -5,6 +5,7 @@ disk; a crash in between leaves at most a torn last line and files beside, which
 lies, and what is replaced, is `place.py`'s.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -90,7 +91,8 @@ class JsonLines:
         """
         if self._size is None:
             self._cut(self._scan().good_bytes)
-        content = "".join(_to_line(row) for row in rows).encode()
+        bodies = (json.dumps(row, ensure_ascii=False, allow_nan=False)[:-1] for row in rows)
+        content = "".join(f'{body}, "crc": "{zlib.crc32(body.encode()):08x}"}}\n' for body in bodies).encode()
         is_new = not self.path.exists()
         with disk_guard(self.path, len(content)):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -160,7 +162,11 @@ def scan_lines(content: bytes) -> Scan:
     lines = io.BytesIO(content).readlines()
     end = 0
     for number, line in enumerate(lines, 1):
-        row = _from_line(line)
+        row = None
+        body, mark, tail = line.rpartition(b', "crc": "')
+        if mark and tail == b'%08x"}\n' % zlib.crc32(body):
+            with contextlib.suppress(ValueError, TypeError):
+                row = dict(parse_json(body + b"}"))
         if row is None:
             torn = number == len(lines)
             return Scan(rows, ends, None if torn else number, torn)
@@ -168,22 +174,6 @@ def scan_lines(content: bytes) -> Scan:
         rows.append(row)
         ends.append(end)
     return Scan(rows, ends, None)
-
-
-def _to_line(row: Mapping[str, Any]) -> str:
-    body = json.dumps(row, ensure_ascii=False, allow_nan=False)[:-1]
-    return f'{body}, "crc": "{zlib.crc32(body.encode()):08x}"}}\n'
-
-
-def _from_line(line: bytes) -> dict[str, Any] | None:
-    """The row of a whole line, or None when it does not match its checksum."""
-    body, mark, tail = line.rpartition(b', "crc": "')
-    if not mark or tail != b'%08x"}\n' % zlib.crc32(body):
-        return None
-    try:
-        return dict(parse_json(body + b"}"))
-    except (ValueError, TypeError):
-        return None
 
 
 METRICS = "metrics.jsonl"

@@ -32,6 +32,7 @@ from pixrl.algorithms.world import World
 from pixrl.config import Settings
 from pixrl.errors import GuardError
 from pixrl.metrics.diversity import mean_pairwise_distance, pixel_features
+from pixrl.metrics.intervals import gains_by_prompt
 from pixrl.metrics.pictures import picture_statistics
 from pixrl.runs import checkpoint
 from pixrl.runs.files import write_atomic
@@ -197,8 +198,9 @@ class Guard:
         It comes before the evaluation's line in the log, so that a run that has the line has been looked at.
         """
         signals: tuple[Signal, ...] = ()
-        if self.world.rank == 0 and (first := self._baseline(step)) is not None:
-            sides = [Looked.of(self.folder, at, self.per_prompt) for at in (first, step)]
+        steps = map(step_of_place, evaluated_places(self.folder)) if self.world.rank == 0 else ()
+        if earlier := [at for at in steps if self.first <= at < step]:
+            sides = [Looked.of(self.folder, at, self.per_prompt) for at in (min(earlier), step)]
             signals = compare(sides[0], sides[1], self.settings, self.trained, self.held_out)
             content = json.dumps([_finite(asdict(one)) for one in signals], indent=1)
             write_atomic(samples_of(self.folder, step) / FINDINGS, content.encode() + b"\n")
@@ -219,31 +221,26 @@ class Guard:
         elif action is Action.RAISE_KL:
             self.say(f"{what} loss.kl is {self.raise_kl(self.settings.kl_factor):g} from here on.")
         else:
-            where = self._roll_back(step) if action is Action.ROLLBACK else "Its newest checkpoint is kept."
+            where = "Its newest checkpoint is kept."
+            if action is Action.ROLLBACK:
+                good = self._roll_back(step)
+                where = f"Its weights are those of step {good}, the last in which nothing was found."
             raise GuardError(
                 f"{what} The run ends here, as monitor.action={action} says. {where} To go on all the same: pixrl "
                 f"resume {self.folder.path} --set monitor.action=warn"
             )
 
-    def _baseline(self, step: int) -> int | None:
-        """Return the step of the first comparable evaluation; None where this one is it."""
-        steps = [
-            at for place in evaluated_places(self.folder) if self.first <= (at := step_of_place(place)) < step
-        ]
-        return min(steps, default=None)
-
-    def _roll_back(self, step: int) -> str:
-        """Drop everything after the checkpoint of the last evaluation in which nothing was found."""
+    def _roll_back(self, step: int) -> int:
+        """Drop all after the checkpoint of the last evaluation in which nothing was found, and return its step."""
         good = self.first
         if self.world.rank == 0:
-            places = [at for place in evaluated_places(self.folder) if (at := step_of_place(place)) < step]
+            places = [at for at in map(step_of_place, evaluated_places(self.folder)) if at < step]
             clean = [at for at in places if not any(one.found for one in read_findings(self.folder, at))]
             kept = checkpoint.latest(self.folder.path, at_most=max(clean, default=self.first))
             good = 0 if kept is None else checkpoint.step_of(kept)
             images = 0 if kept is None else int((checkpoint.read_state(kept) or {})["images"])
             cut_back(self.folder, good, images)
-        good = self.world.gather(good)[0]
-        return f"Its weights are those of step {good}, the last in which nothing was found."
+        return self.world.gather(good)[0]
 
 
 def _gain(first: Looked, now: Looked, name: str) -> Tensor:
@@ -251,7 +248,9 @@ def _gain(first: Looked, now: Looked, name: str) -> Tensor:
     before_PS = first.scores[name]
     known = before_PS[before_PS.isfinite()]
     spread = float(known.std(correction=0)) if len(known) else math.nan
-    return (now.scores[name] - before_PS).nanmean(dim=1) / (spread or torch.finfo(torch.float64).eps)
+    before, after = (one.scores[name].flatten().tolist() for one in (first, now))
+    gains = gains_by_prompt(before, after, before_PS.shape[1])
+    return torch.tensor(gains, dtype=torch.float64) / (spread or torch.finfo(torch.float64).eps)
 
 
 def _p_value(change_P: Tensor) -> float:

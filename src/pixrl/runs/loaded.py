@@ -197,7 +197,8 @@ def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> 
 
 def placed(setting: RewardSetting, device: str) -> RewardSetting:
     """Let a reward compute where the process does, unless its options say where."""
-    if "device" in setting.options or not rewards_table.takes(setting.reward, "device"):
+    elsewhere = setting.on is not None
+    if elsewhere or "device" in setting.options or not rewards_table.takes(setting.reward, "device"):
         return setting
     return setting.model_copy(update={"options": {**setting.options, "device": device}})
 
@@ -217,7 +218,17 @@ def check_references(run: LoadedRun) -> tuple[str, ...]:
     """
     if not isinstance(run.config, PersonalizeConfig):
         return ()
-    subjects = _subjects(run)
+    sources = (
+        (run.prompts.prompts.name, run.prompts.prompts),
+        (run.held_out.name, run.evaluated()),
+    )
+    # each once; one of the same name in another source is another subject
+    known = {
+        (source, str(prompt.metadata.get("subject", ""))): prompt.metadata
+        for source, prompts in sources
+        for prompt in prompts
+    }
+    subjects = [(name, metadata) for (_, name), metadata in known.items()]
     found = [(name, run.rewards.reference_problems(metadata)) for name, metadata in subjects]
     for reward in run.rewards.names:
         broken = [(name, of[reward]) for name, of in found if reward in of]
@@ -229,19 +240,6 @@ def check_references(run: LoadedRun) -> tuple[str, ...]:
                 "whole pictures: options mask: none."
             )
     return tuple(_left_out(subjects, run.rewards))
-
-
-def _subjects(run: LoadedRun) -> list[tuple[str, Mapping[str, object]]]:
-    """Name and metadata of each subject once; one of the same name in another source is another subject."""
-    known = {
-        (source, str(prompt.metadata.get("subject", ""))): prompt.metadata
-        for source, prompts in (
-            (run.prompts.prompts.name, run.prompts.prompts),
-            (run.held_out.name, run.evaluated()),
-        )
-        for prompt in prompts
-    }
-    return [(name, metadata) for (_, name), metadata in known.items()]
 
 
 def _left_out(subjects: Sequence[tuple[str, Mapping[str, object]]], rewards: RewardSet) -> Iterator[str]:
@@ -279,24 +277,17 @@ def plan_batches(run: LoadedRun) -> tuple[MicroBatches, tuple[str, ...]]:
     spread = f"{config.prompts.per_step} groups of {run.method.group_size} over {team.size} process(es)"
     spread += ", which divide the denoiser's weights among them" if run.policy.in_step else ""
     read = dict.fromkeys([*run.prompts.prompts.notes, *run.held_out.notes])
-    merged = (f"merged into the model: {one.said}" for one in run.policy.merged)
-    return common, (spread, *read, *merged, *_overlap(run), *found.reasons)
-
-
-def _overlap(run: LoadedRun) -> Iterator[str]:
-    """A note where the evaluation asks for what is trained on."""
+    notes = [spread, *read, *(f"merged into the model: {one.said}" for one in run.policy.merged)]
     seen, asked = run.trained_on(), len(run.evaluated())
-    if seen:
+    if seen:  # the evaluation asks for what is trained on
         which = "all" if seen == asked else f"{seen} of"
-        how = (
-            "are of subjects that are trained on"
-            if isinstance(run.config, PersonalizeConfig)
-            else "are trained on too"
-        )
-        yield (
+        subjects = isinstance(config, PersonalizeConfig)
+        how = "are of subjects that are trained on" if subjects else "are trained on too"
+        notes.append(
             f"evaluation: {which} {asked} prompts {how}, so its figures show what was learned of them and "
             "not what carries over. Name others: --set evaluation.source=..."
         )
+    return common, (*notes, *found.reasons)
 
 
 def make_evaluator(run: LoadedRun, micro_batches: MicroBatches) -> Evaluator:

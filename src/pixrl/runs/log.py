@@ -207,15 +207,14 @@ class FuseLog:
         self._thread.shutdown(wait=True)
 
     def _hand_over(self, write: Callable[..., None], *given: object) -> None:
-        self._pending.append(self._thread.submit(self._in_order, write, *given))
+        def in_order() -> None:
+            # nothing is written behind what could not be: a checkpoint says that all of its step is there
+            if not self._is_broken:
+                self._is_broken = True
+                write(*given)
+                self._is_broken = False
 
-    def _in_order(self, write: Callable[..., None], *given: object) -> None:
-        """Nothing is written behind what could not be: a checkpoint says that all of its step is there."""
-        if self._is_broken:
-            return
-        self._is_broken = True
-        write(*given)
-        self._is_broken = False
+        self._pending.append(self._thread.submit(in_order))
 
     def _write(self, rollouts: FusionRollouts, scores: FusionScores, metrics: Mapping[str, float]) -> None:
         indices = range(rollouts.first_index, rollouts.first_index + len(rollouts))

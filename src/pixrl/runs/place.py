@@ -75,6 +75,15 @@ def make(
                 shutil.rmtree(new, ignore_errors=True)
 
 
+def free_place(below: Path, name: str) -> Path:
+    """Return the place of this name below a folder, with a number behind it where it is taken."""
+    number, place = 1, below / name
+    while place.exists():
+        number += 1
+        place = below / f"{name}-{number}"
+    return place
+
+
 def require_free(path: Path, force: bool = False) -> None:
     """Check that a run can begin at `path`.
 

@@ -57,7 +57,15 @@ def plan(
     `condition`: one row, with references as all have,
     for the trial on a GPU.
     """
-    drawing, training = _limits(policy, condition, rollout_batch, train_batch, through_decoder)
+    given = [
+        None if size is None else Limit(size, "the recipe says so") for size in (rollout_batch, train_batch)
+    ]
+    if policy.device.type != "cuda":
+        usual = Limit(policy.micro_batch, "what suits a CPU's cache at this resolution")
+        drawing, training = (limit or usual for limit in given)
+    else:
+        drawing = given[0] or _measured(policy, trial(policy, condition))
+        training = given[1] or _measured(policy, trial(policy, condition, train=True, decode=through_decoder))
     sizes = (evened(rollouts, drawing.size), evened(trained, training.size))
     reasons = (
         _say("rollout", rollouts, sizes[0], drawing),
@@ -75,26 +83,6 @@ def evened(count: int, most: int) -> int:
 def _say(what: str, count: int, size: int, limit: Limit) -> str:
     pieces = -(-count // size)
     return f"{what}: {pieces} x {size} for {count} pictures a process; at most {limit.size} ({limit.because})"
-
-
-def _limits(
-    policy: FlowPipelinePolicy,
-    condition: Conditioning,
-    rollout_batch: int | None,
-    train_batch: int | None,
-    through_decoder: bool,
-) -> tuple[Limit, Limit]:
-    given = [
-        None if size is None else Limit(size, "the recipe says so") for size in (rollout_batch, train_batch)
-    ]
-    drawing, training = given
-    if policy.device.type != "cuda":
-        usual = Limit(policy.micro_batch, "what suits a CPU's cache at this resolution")
-        return drawing or usual, training or usual
-    return (
-        drawing or _measured(policy, trial(policy, condition)),
-        training or _measured(policy, trial(policy, condition, train=True, decode=through_decoder)),
-    )
 
 
 def trial(
@@ -116,8 +104,20 @@ def trial(
 
 
 def _measured(policy: FlowPipelinePolicy, attempt: Callable[[int], None]) -> Limit:
+    def needed(count: int) -> int:
+        """Return the bytes that a trial needs beyond what lies there already."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(policy.device)
+        before = torch.cuda.memory_allocated(policy.device)
+        try:
+            attempt(count)
+        finally:
+            for parameter in policy.denoiser.parameters():
+                parameter.grad = None
+        return int(torch.cuda.max_memory_allocated(policy.device)) - before
+
     def peak(count: int) -> int | None:
-        return unless_exhausted(partial(_peak, policy, attempt, count))
+        return unless_exhausted(partial(needed, count))
 
     peak(1)  # the first run also allocates workspaces
     one = peak(1)
@@ -146,19 +146,6 @@ def largest(one: int | None, two: int | None, free: int) -> Limit:
     each = max(1, two - one)
     room = int(free * SAFE_SHARE) - (one - each)
     return Limit(max(1, room // each), f"{each / 2**20:.0f} MiB a picture, {free / 2**30:.1f} GiB free")
-
-
-def _peak(policy: FlowPipelinePolicy, attempt: Callable[[int], None], count: int) -> int:
-    """Bytes that a trial needs beyond what lies there already."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(policy.device)
-    before = torch.cuda.memory_allocated(policy.device)
-    try:
-        attempt(count)
-    finally:
-        for parameter in policy.denoiser.parameters():
-            parameter.grad = None
-    return int(torch.cuda.max_memory_allocated(policy.device)) - before
 
 
 SAFE_SHARE = 0.8

@@ -6,10 +6,12 @@ Nothing here loads torch or the code of a method, so that a page of a run costs 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
+
+from PIL import Image
 
 from pixrl.errors import CheckpointError
 from pixrl.runs import checkpoint
@@ -216,6 +218,31 @@ def before_and_after(folder: RunFolder) -> Iterator[tuple[dict[str, Any], Path, 
         name = f"{entry['number']:04d}.png"
         if (first / name).is_file() and (last / name).is_file():
             yield entry, first / name, last / name
+
+
+class Pictures(Sequence[Image.Image]):
+    """The pictures of a run, read from its folder when asked for."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, place: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> "Pictures": ...
+
+    def __getitem__(self, place: int | slice) -> "Image.Image | Pictures":
+        if isinstance(place, slice):
+            return Pictures(self.files[place])
+        with Image.open(self.files[place]) as picture:
+            return picture.convert("RGB")
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return (self[place] for place in range(len(self)))
 
 
 class Tail:

@@ -55,7 +55,9 @@ class Training:
 
     def collect(self, step: int, clock: Clock) -> Rollouts:
         with clock.phase("collect"):
-            return self.aligner.collect(self.run.groups(step), step)
+            rewards = self.run.rewards
+            watch = rewards.expect if rewards.are_elsewhere else None
+            return self.aligner.collect(self.run.groups(step), step, watch)
 
     def score(self, rollouts: Rollouts, clock: Clock) -> Mapping[str, Scores]:
         with clock.phase("score"):
@@ -71,7 +73,10 @@ class Training:
             checks["gradient_disagreement"] = self.aligner.gradient_disagreement()
             require_agreement(checks["gradient_disagreement"])
         with clock.phase("diversity"):
-            metrics["diversity"] = self._diversity(rollouts)
+            spread_P = group_diversity(rollouts.images_BCHW, self.run.method.group_size, self.run.features)
+            tally = Tally()
+            tally.add({"diversity": spread_P})
+            metrics |= tally.over(self.run.team).means()
         return metrics | checks
 
     def raise_kl(self, factor: float) -> float:
@@ -108,12 +113,6 @@ class Training:
         if warning is not None:
             self.say(warning)
         return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
-
-    def _diversity(self, rollouts: Rollouts) -> float:
-        tally = Tally()
-        spread_P = group_diversity(rollouts.images_BCHW, self.run.method.group_size, self.run.features)
-        tally.add({"diversity": spread_P})
-        return tally.over(self.run.team).means()["diversity"]
 
 
 @dataclass(frozen=True)

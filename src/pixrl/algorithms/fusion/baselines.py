@@ -67,7 +67,16 @@ class GoldenSection(Sampler[NoSettings]):
     def ask(self, count: int, step: int) -> Proposal:
         turn = step % len(self.low)
         weights = [self._inner(turn)[i % 2] for i in range(count)]
-        rows_BN = torch.tensor([self._mix(turn, weight) for weight in weights])
+        if self.task.concepts == 2:
+            rows = [[weight, 1 - weight] for weight in weights]
+        else:
+            centers = [(low + high) / 2 for low, high in zip(self.low, self.high, strict=True)]
+            others = sum(center for i, center in enumerate(centers) if i != turn)
+            rows = [
+                [w if i == turn else (1 - w) * center / others for i, center in enumerate(centers)]
+                for w in weights
+            ]
+        rows_BN = torch.tensor(rows)
         return Proposal(rows_BN[:, :, None].repeat(1, 1, self.task.columns), {"turn": torch.tensor(turn)})
 
     def tell(self, proposal: Proposal, feedback: Feedback) -> dict[str, float]:
@@ -88,14 +97,6 @@ class GoldenSection(Sampler[NoSettings]):
     def _inner(self, turn: int) -> tuple[float, float]:
         low, high = self.low[turn], self.high[turn]
         return high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-
-    def _mix(self, turn: int, weight: float) -> list[float]:
-        concepts = self.task.concepts
-        if concepts == 2:
-            return [weight, 1 - weight]
-        centers = [(low + high) / 2 for low, high in zip(self.low, self.high, strict=True)]
-        others = sum(center for i, center in enumerate(centers) if i != turn)
-        return [weight if i == turn else (1 - weight) * centers[i] / others for i in range(concepts)]
 
     def state(self) -> dict[str, Any]:
         return {"low": self.low, "high": self.high, "known": self.known}

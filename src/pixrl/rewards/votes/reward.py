@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pixrl.errors import ConfigError, RunError, ServiceError, did_you_mean
+from pixrl.errors import ConfigError, InputError, RunError, ServiceError, did_you_mean
 from pixrl.rewards.base import ComparingReward, Options, Reward
 from pixrl.rewards.settings import RewardSetting
 from pixrl.rewards.votes.groups import (
@@ -210,6 +210,24 @@ class VotesReward(ComparingReward):
 def votes_reward(settings: Sequence[RewardSetting]) -> RewardSetting | None:
     """Return which of a recipe's rewards is people's votes; None where none is."""
     return next((one for one in settings if one.reward == VotesReward.name), None)
+
+
+def with_simulated_voter(
+    settings: Sequence[RewardSetting], taste: str, wrong: float, seed: int
+) -> tuple[RewardSetting, ...]:
+    """Return a recipe's rewards with a simulated voter, who votes by another of them and is wrong in a share.
+
+    Raises:
+        InputError: there are no votes to give.
+    """
+    asked = votes_reward(settings)
+    if asked is None:
+        raise InputError(
+            "The recipe has no reward `votes`, so there is nothing to simulate. Leave --simulate out."
+        )
+    voter = {"taste": taste, "wrong": wrong, "seed": seed}
+    simulated = asked.model_copy(update={"options": {**asked.options, "simulated": voter}})
+    return tuple(simulated if one is asked else one for one in settings)
 
 
 def _keep(place: Path, batch: RewardBatch, row: int) -> VotedPicture:
