@@ -63,7 +63,7 @@ def test_runs_are_seen_live_side_by_side_enlarged_and_stopped(browser: Any, root
 
 
 def test_a_mixture_follows_the_pad_and_is_kept(browser: Any, root: Path) -> None:
-    studio = Studio(root, ("owl", "snail", "mushroom"))
+    studio = Studio(root, ("owl", "snail", "mushroom"), "toy:flux")  # which draws at any size
     url = launch(studio, "127.0.0.1", 0, None)
     try:
         tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
@@ -89,5 +89,14 @@ def test_a_mixture_follows_the_pad_and_is_kept(browser: Any, root: Path) -> None
         with tab.expect_download() as saved:
             tab.locator(".mixture a").first.click()
         assert saved.value.suggested_filename == "owl-snail-0.png"
+        width = "document.querySelector('.mixture img').naturalWidth"
+        side = tab.evaluate(width)
+        tab.get_by_role("button", name="Draw larger").click()
+        tab.get_by_text(f"{2 * side} × {2 * side} pixels").wait_for()
+        assert tab.evaluate(width) == 2 * side
+        tab.get_by_role("button", name="For ComfyUI").click()
+        with tab.expect_download() as saved:
+            tab.get_by_role("link", name="Download the coefficients").click()
+        assert saved.value.suggested_filename == "owl-snail-0.safetensors"
     finally:
         studio.page.close()

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
+import safetensors.torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -146,6 +148,47 @@ def test_favourites_keep_their_lineage(root: Path) -> None:
     assert uri is not None and Image.open(io.BytesIO(base64.b64decode(uri[1]))).info["pixrl"].startswith(
         "owl 0.75"
     )
+
+
+def picture_in(html: str) -> Image.Image:
+    found = re.search(r'<img src="data:image/png;base64,([^"]+)"', html)
+    assert found is not None
+    return Image.open(io.BytesIO(base64.b64decode(found[1])))
+
+
+def test_draw_larger_shows_the_same_mixture_at_twice_the_side(root: Path) -> None:
+    tab: FuseTab = Studio(root, ("owl", "snail"), "toy:flux").fuse
+    child = Blend(("owl", "snail"), (1.0, 0.0), 4)
+    _, small, _ = tab.redraw(replace(child, seed=3))
+    large, note = tab.enlarge(child)
+    before, after = picture_in(small), picture_in(large)
+    side = tab.mixer.side()
+    assert before.size == (side, side) and after.size == (2 * side, 2 * side)
+    assert note == f"{2 * side} × {2 * side} pixels" and 'download="owl-snail-4.png"' in large
+    assert after.info["pixrl"] == before.info["pixrl"] == "owl 1.0000, snail 0.0000, seed 4"
+    assert np.asarray(after).std() > 0.25 * np.asarray(before).std()  # a picture, no plain colour
+    assert np.array_equal(
+        picture_in(tab.redraw(replace(child, seed=3))[1]), before
+    )  # nothing else has changed
+    assert tab.enlarge(None) == [gr.skip()] * 2
+
+
+def test_a_model_that_draws_no_larger_says_so(root: Path) -> None:
+    kept, said = Studio(root, ("owl", "snail")).fuse.enlarge(Blend(("owl", "snail"), (0.5, 0.5), 0))
+    assert kept == gr.skip() and "toy:sd3: it draws pictures of up to 64 x 64" in said
+
+
+def test_a_mixtures_coefficients_are_a_file_for_comfyui(root: Path, mixer: Mixer) -> None:
+    tab: FuseTab = Studio(root, ("owl", "snail")).fuse
+    html = tab.hand_over(Blend(("owl", "snail"), (0.25, 0.75), 5))
+    found = re.search(
+        r'download="owl-snail-5.safetensors" href="data:application/octet-stream;base64,([^"]+)"', html
+    )
+    assert found is not None and tab.hand_over(None) == gr.skip()
+    values_ND = safetensors.torch.load(base64.b64decode(found[1]))["coefficients_ND"]
+    renderer = models.load(MODEL, device="cpu")
+    width = renderer.encode(["a photo of an owl"]).tokens_BLD.shape[2]
+    assert values_ND.tolist() == [[0.25] * width, [0.75] * width]
 
 
 def test_an_unknown_concept_is_a_sentence_and_a_search_is_a_run(root: Path) -> None:

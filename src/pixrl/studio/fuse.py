@@ -23,6 +23,9 @@ from pixrl.studio.folders import HERE, sentence
 from pixrl.studio.style import asset
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pixrl.algorithms.fusion.mixing import Mixing
     from pixrl.fusion.config import FuseConfig
     from pixrl.studio.app import Studio
 
@@ -123,17 +126,28 @@ class Mixer:
         with self._lock, torch.inference_mode():
             renderer, card = _load(self.model, self.device, size)
             mixing = mixing_of(renderer, card, config)
-            columns = mixing.features_ND.shape[1]
             pictures = []
             for child in children:  # alone, so that a picture depends on nothing beside it
-                weights = torch.tensor(
-                    child.weights, dtype=mixing.features_ND.dtype, device=mixing.features_ND.device
-                )
-                coefficients_1ND = weights[None, :, None].expand(1, len(child.weights), columns)
-                image_CHW = render(renderer, mixing, coefficients_1ND, [child.seed])[0]
+                image_CHW = render(renderer, mixing, _coefficients(child, mixing), [child.seed])[0]
                 pixels = image_CHW.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu()
                 pictures.append(Image.fromarray(pixels.numpy()))
         return pictures
+
+    def coefficients(self, child: Blend) -> bytes:
+        """Return a mixture's coefficients as the file that ComfyUI's node pack reads (`pixrl.report.coefficients`).
+
+        Raises:
+            InputError: a concept is unknown to the model.
+        """
+        from pixrl.fusion.world import mixing_of
+        from pixrl.report.coefficients import coefficients_bytes
+
+        config = check(child.concepts, self.model)
+        with self._lock:
+            renderer, card = _load(self.model, self.device, None)
+            values_1ND = _coefficients(child, mixing_of(renderer, card, config))
+        prompts = [card.exemplar_prompt.format(concept=concept) for concept in child.concepts]
+        return coefficients_bytes(values_1ND[0], config, prompts, child.seed)
 
     def side(self) -> int:
         """Return the side of the model's pictures in pixels."""
@@ -147,6 +161,13 @@ def _load(model: str, device: str, size: int | None) -> tuple[Any, Any]:
     from pixrl.hub_check import Layout
 
     return models.load(model, device=device, resolution=size), read_card(model, Layout.PIPELINE)
+
+
+def _coefficients(child: Blend, mixing: "Mixing[Any]") -> "Tensor":
+    """Return the coefficients [1, N, D] of a mixture: a concept's weight in every column."""
+    features_ND = mixing.features_ND
+    weights_N = features_ND.new_tensor(child.weights)
+    return weights_N[None, :, None].expand(1, -1, features_ND.shape[1])
 
 
 def morph(child: Blend) -> list[Blend]:
@@ -217,6 +238,8 @@ class FuseTab:
                 with gr.Row(elem_classes="buttons"):
                     self.larger = gr.Button("Draw larger", size="sm", min_width=90)
                     self.morph = gr.Button("Morph", size="sm", min_width=90)
+                    self.comfyui = gr.Button("For ComfyUI", size="sm", min_width=90)
+                with gr.Row(elem_classes="buttons"):
                     self.search = gr.Button("Learn it", size="sm", min_width=90)
                 self.note = gr.HTML("", elem_classes="note", apply_default_css=False)
             with gr.Column(scale=1, min_width=280):
@@ -260,6 +283,7 @@ class FuseTab:
         self.more.click(self.vary, [self.child, self.favourites], similar, **quiet)
         self.larger.click(self.enlarge, [self.child], [self.picture, self.note], **quiet)
         self.morph.click(self.animate, [self.child], [self.animation, self.note], **quiet)
+        self.comfyui.click(self.hand_over, [self.child], [self.note], **quiet)
         for one in (self.similar, self.kept):
             taken = [self.concepts, self.pad, *drawn]
             one.select(self.take, [self.similar_children, self.favourites], taken, **quiet)
@@ -330,6 +354,14 @@ class FuseTab:
             return [gr.skip()] * 2
         image = uri(gif(self.mixer.draw(morph(child))), "gif")
         return [render("studio/morph.html.j2", {"image": image, "name": child.name}), ""]
+
+    def hand_over(self, child: Blend | None) -> Any:
+        """Return a note with the child's coefficients as a file for ComfyUI."""
+        if child is None:
+            return gr.skip()
+        content = base64.b64encode(self.mixer.coefficients(child)).decode()
+        file = {"name": f"{child.name}.safetensors", "uri": f"data:application/octet-stream;base64,{content}"}
+        return render("studio/coefficients.html.j2", file)
 
     def take(self, similar: list[Shown], favourites: list[Shown], event: gr.EventData) -> list[Any]:
         """Return the chosen child of a list: its concepts, the pad, itself, its picture and an empty note."""
