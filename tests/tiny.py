@@ -6,11 +6,14 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -26,6 +29,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -276,6 +281,57 @@ def flux(folder: Path, *, seed: int = 0, guidance_embeds: bool = False) -> Path:
     card = {"steps": 4, "guidance": 3.5, "resolution": 32, "max_sequence_length": 48}
     (folder / "pixrl.json").write_text(json.dumps(card))
     return folder
+
+
+def qwen_image(folder: Path, *, seed: int = 0) -> Path:
+    """A QwenImagePipeline folder with a Qwen2.5-VL encoder and a VAE of video, and the published schedule."""
+    torch.manual_seed(seed)
+    words = qwen_tokenizer()
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(
+        text_config=text | {"vocab_size": len(words), "num_key_value_heads": 1, "rope_parameters": rope},
+        vision_config=sight | {"fullatt_block_indexes": [0]},
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    _make_lively(transformer)
+    pipeline = QwenImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=_video_vae(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=words,
+    )
+    pipeline.save_pretrained(folder)
+    card = {"steps": 4, "guidance": 0.0, "resolution": 32, "max_sequence_length": 192}
+    (folder / "pixrl.json").write_text(json.dumps(card))
+    return folder
+
+
+def _video_vae() -> AutoencoderKLQwenImage:
+    model = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.7, 0.1, 0.9, -0.2],
+        latents_std=[2.8, 1.4, 2.3, 1.2],
+    )
+    with torch.no_grad():
+        model.decoder.conv_out.weight.mul_(8)
+    return model
 
 
 QWEN_CHAT = (

@@ -26,6 +26,7 @@ RENDERERS: dict[str, Callable[[Path], Path]] = {
     "sdxl": tiny.sdxl,
     "flux": tiny.flux,
     "z-image": tiny.z_image,
+    "qwen-image": tiny.qwen_image,
 }
 
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pixrl.data.pictures import list_pictures, read_picture, read_pictures, to_tensors
+from pixrl.data.pictures import LARGEST, list_pictures, read_picture, read_pictures, to_tensors
+from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import Subject, load_subjects
 from pixrl.errors import InputError
+from pixrl.runs.data import checksum
 from pixrl.toy.language import parse
 from pixrl.toy.scene import SUBJECTS, render, subject_scene
 from pixrl.toy.vocabulary import KINDS
@@ -37,6 +39,66 @@ def make_subject(folder: Path, word: str = "dog", prompts: str = "a dog in the s
     (folder / "class.txt").write_text(f"{word}\n")
     (folder / "prompts.txt").write_text(prompts)
     return folder
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def mask(file: Path, size: tuple[int, int] = (40, 48), mode: str = "L") -> Path:
+    """White, or opaque, on the left half."""
+    levels = Image.new("L", size, 0)
+    levels.paste(255, (0, 0, size[0] // 2, size[1]))
+    image = Image.new("RGB", size, "blue")
+    if mode == "A":
+        image.putalpha(levels)
+    (image if mode == "A" else levels).save(file)
+    return file
+
+
+@pytest.mark.parametrize("mode", ["L", "A"])
+def test_masks_of_ones_own_go_with_their_pictures(mode: str, tmp_path: Path) -> None:
+    folder = make_subject(tmp_path / "dog")
+    mask(folder / "b.mask.png", mode=mode)
+    subjects = load_subjects(folder)
+    assert [one.name for one in subjects[0].references if isinstance(one, Path)] == ["a.jpg", "b.png"]
+    metadata = subject_prompts(subjects)[0].metadata
+    first, second = metadata["mask"]
+    assert first is None and second.shape == (3, 48, 40) == metadata["reference"][1].shape
+    assert second[:, :, :20].eq(1).all() and second[:, :, 20:].eq(0).all()
+    before = checksum(subject_prompts(subjects))
+    (folder / "b.mask.png").unlink()
+    without = subject_prompts(load_subjects(folder))
+    assert "mask" not in without[0].metadata and checksum(without) != before
+
+
+def test_a_mask_of_a_large_picture_is_reduced_with_it(tmp_path: Path) -> None:
+    folder = make_subject(tmp_path / "dog")
+    size = (LARGEST + 500, 900)
+    picture(folder / "c.png", size)
+    mask(folder / "c.mask.png", size)
+    metadata = subject_prompts(load_subjects(folder))[0].metadata
+    assert metadata["mask"][2].shape == metadata["reference"][2].shape
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "colour", "said"),
+    [
+        ("b.mask.png", (48, 40), None, "is 48x40, and its picture b.png is 40x48"),
+        ("b.mask.png", (40, 48), "black", "is black everywhere"),
+        ("b.mask.png", (40, 48), "white", "is white everywhere"),
+        ("c.mask.png", (40, 48), None, "is a mask without a picture: it belongs to c.jpg or .png"),
+    ],
+)
+def test_masks_that_fit_no_picture(
+    name: str, size: tuple[int, int], colour: str | None, said: str, tmp_path: Path
+) -> None:
+    folder = make_subject(tmp_path / "dog")
+    if colour is None:
+        mask(folder / name, size)
+    else:
+        picture(folder / name, size, colour)
+    with pytest.raises(InputError, match=said):
+        load_subjects(folder)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from tests import tiny
 
 from pixrl import models
 from pixrl.models.flux import FluxPolicy
+from pixrl.models.qwen_image import QwenImagePolicy
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLPolicy
 from pixrl.models.z_image import ZImagePolicy
@@ -53,4 +54,14 @@ def z_image(tmp_path_factory: pytest.TempPathFactory) -> ZImagePolicy:
     """A language model in place of CLIP."""
     policy = models.load(tiny.z_image(tmp_path_factory.mktemp("tiny") / "z"), device="cpu", dtype="float32")
     assert isinstance(policy, ZImagePolicy)
+    return policy
+
+
+@pytest.fixture(scope="session")
+def qwen_image(tmp_path_factory: pytest.TempPathFactory) -> QwenImagePolicy:
+    """A language model within a longer frame, whose first tokens are left out."""
+    policy = models.load(
+        tiny.qwen_image(tmp_path_factory.mktemp("tiny") / "q"), device="cpu", dtype="float32"
+    )
+    assert isinstance(policy, QwenImagePolicy)
     return policy

@@ -51,6 +51,10 @@ def test_comments_and_a_byte_order_mark_are_skipped(tmp_path):
         ("owl & & cat", "nothing on one side"),
         ("Owl & owl", "'Owl & owl' names the same concept twice"),
         ("   ", "is empty"),
+        (
+            "owl & photo.png",
+            "'photo.png' is a picture, and a fusion mixes what the model's text encoders",
+        ),
     ],
 )
 def test_a_bad_line_is_named_with_file_number_and_content(tmp_path, line, says):
@@ -101,3 +105,16 @@ def test_the_published_lists_load(name, count):
     assert len(found) == count
     assert all(concept == concept.strip() for concept in found.concepts)
     assert len({concept.casefold() for concept in found.concepts}) == len(found.concepts)
+
+
+@pytest.mark.parametrize("picture", ["photo.png", "my owl.JPG", "pictures/owl.webp", "owl.heic"])
+def test_a_picture_is_no_concept_and_what_can_be_done_is_said(picture):
+    with pytest.raises(InputError) as caught:
+        check_concepts(["snail", picture])
+    said = str(caught.value)
+    assert said.startswith(f"The concept {picture!r} is a picture") and "\n" not in said
+    assert "pixrl fuse owl snail" in said and "pixrl personalize --subject FOLDER" in said
+    assert check_concepts(["a png", "a photo of a jpg"]) == (
+        "a png",
+        "a photo of a jpg",
+    )  # words about pictures

@@ -16,7 +16,7 @@ from pixrl.errors import CheckpointError
 from pixrl.models.base import Conditioning
 from pixrl.models.lora_export import to_diffusers
 from pixrl.models.lora_files import open_lora
-from pixrl.models.text import chat_frame
+from pixrl.models.text import LanguageEncoder, chat_frame
 from pixrl.models.z_image import ZImagePolicy
 
 OWL, LONG = "a red owl", "two blue snails on a table under a lamp"
@@ -207,3 +207,17 @@ def test_the_layout_is_the_published_one(folder: Path) -> None:
         "transformer": "ZImageTransformer2DModel",
         "vae": "AutoencoderKL",
     }
+
+
+def test_what_a_prompt_says_is_read_where_the_rest_of_the_chat_begins(policy: ZImagePolicy) -> None:
+    """Not at the last token, which says the same of every prompt."""
+    (encoder,) = policy.text_encoders()
+    assert isinstance(encoder, LanguageEncoder)
+    _, after = encoder.frame
+    for prompt in (OWL, LONG):
+        text = encoder.read(prompt)
+        rest = encoder.tokenizer(after, add_special_tokens=False)["input_ids"]
+        assert text.ids_L[text.end : text.end + len(rest)].tolist() == rest and len(rest) > 1
+        states = encoder._states(text.ids_L[None], text.embeddings_LD[None])
+        features = encoder.features(text.ids_L[None], text.embeddings_LD[None])
+        assert torch.equal(features.pooled_KE[0], states[0, text.end])

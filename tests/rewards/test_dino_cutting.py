@@ -142,3 +142,36 @@ def test_no_gradient_passes_through_the_masks(dino_folder: Path, images: Tensor)
     made.differentiable_scores(leaf, ["x"], [{"reference": images[1]}]).sum().backward()
     assert seen and not any(seen)
     assert leaf.grad is not None and leaf.grad[..., :16].any() and not leaf.grad[..., 16:].any()
+
+
+@pytest.mark.parametrize("cut", ["both", "reference"])
+def test_a_mask_of_ones_own_cuts_out_its_reference(cut: str, dino_folder: Path, images: Tensor) -> None:
+    """The segmenter takes the left half of everything; the user's mask the right half of the reference."""
+    made = DinoSegReward(
+        dino_folder,
+        segmenter=lambda pictures: halves(pictures, ["owl"] * len(pictures)),
+        mask=cut,
+        device="cpu",
+    )
+    right = halves(images[1:2], ["snail"])
+    own = right.expand(3, -1, -1)
+    masks = torch.cat([halves(images[:1], ["owl"]) if cut == "both" else torch.ones(1, 32, 32), right])
+    ours, theirs = DinoEncoder(dino_folder, device="cpu").image_features(
+        Foreground.composite(images[:2], masks)
+    )
+    given = {"reference": [images[1]], "mask": [own]}
+    assert agree(score(made, images[0], given).values_B[0], (ours * theirs).sum(), MODEL)
+    without = score(made, images[0], {"reference": [images[1]]}).values_B[0]  # which finds no cached features
+    assert not agree(score(made, images[0], given).values_B[0], without, MODEL)
+    some = score(made, images[0], {"reference": [images[1], images[2]], "mask": [own, None]}).values_B[0]
+    other = score(made, images[0], {"reference": [images[2]]}).values_B[0]
+    assert agree(some, ((ours * theirs).sum() + other) / 2, MODEL)
+
+
+def test_whole_pictures_take_no_notice_of_masks(dino_folder: Path, images: Tensor) -> None:
+    made = DinoSegReward(dino_folder, mask="none", device="cpu")
+    own = halves(images[1:2], ["snail"]).expand(3, -1, -1)
+    values = [
+        score(made, images[0], {"reference": [images[1]], **more}).values_B for more in ({}, {"mask": [own]})
+    ]
+    assert values[0].equal(values[1])

@@ -104,6 +104,8 @@ def test_a_corner_draws_the_concept_itself_and_the_middle_neither(mixer: Mixer) 
 def test_what_the_model_cannot_do_is_refused_with_the_reason(mixer: Mixer) -> None:
     with pytest.raises(InputError, match="dragon"):
         mixer.draw([Blend(("owl", "dragon"), (0.5, 0.5), 0)])
+    with pytest.raises(InputError, match=r"'photo\.png' is a picture"):
+        check(["owl", "photo.png"], MODEL)
     with pytest.raises(InputError, match="given twice"):
         check(["owl", "Owl"], MODEL)
     with pytest.raises(InputError, match="room for 4 concepts, and 5"):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pixrl.data.pictures import FOREIGN_SUFFIXES, SUFFIXES
 from pixrl.errors import InputError
 from pixrl.text import comparable, lines, read_text, require_text
 
@@ -46,7 +47,8 @@ def parse_pairs(lines: Sequence[str], source: str = "the list of pairs") -> Pair
     appears. Lines that start with # are comments.
 
     Raises:
-        InputError: a line does not name at least two different concepts or holds what is no text; there is none.
+        InputError: a line does not name at least two different concepts, names a picture or holds what is no text;
+            there is none.
     """
     spelling: dict[str, str] = {}
     first_line: dict[frozenset[str], int] = {}
@@ -79,7 +81,7 @@ def check_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
     """Return the concepts without stray spaces.
 
     Raises:
-        InputError: there are fewer than two, or one is empty, no text or given twice.
+        InputError: there are fewer than two, or one is empty, a picture, no text or given twice.
     """
     names = tuple(" ".join(concept.split()) for concept in concepts)
     if len(names) < 2:
@@ -91,10 +93,21 @@ def check_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
         raise InputError(f"A concept is empty in {list(concepts)!r}. Type, for example: pixrl fuse owl snail")
     seen: set[str] = set()
     for name in names:
+        _refuse_picture(name)
         if _key(require_text(name, f"the concept {name!r}")) in seen:
             raise InputError(f"The concept {name!r} is given twice; a fusion is between different concepts.")
         seen.add(_key(name))
     return names
+
+
+def _refuse_picture(concept: str, place: str = "The concept") -> None:
+    """Raise an InputError where a concept is the name of a picture, which a text encoder would read as words."""
+    if concept.lower().endswith(SUFFIXES + FOREIGN_SUFFIXES):
+        raise InputError(
+            f"{place} {concept!r} is a picture, and a fusion mixes what the model's text encoders make of words, in "
+            "which no model here has a place for pictures: name what it shows (pixrl fuse owl snail), or teach a FLUX "
+            "model a subject by its pictures (pixrl personalize --subject FOLDER)."
+        )
 
 
 def _key(concept: str) -> str:
@@ -112,6 +125,8 @@ def _parse(source: str, number: int, line: str) -> tuple[str, ...]:
     names = [" ".join(part.split()) for part in line.split(SEPARATOR)]
     if not all(names):
         raise InputError(f"{place}: {line.strip()!r} has nothing on one side of {SEPARATOR!r}. {EXAMPLE}")
+    for name in names:
+        _refuse_picture(name, f"{place}:")
     if len({_key(name) for name in names}) < len(names):
         raise InputError(f"{place}: {line.strip()!r} names the same concept twice. {EXAMPLE}")
     return tuple(names)

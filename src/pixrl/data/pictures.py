@@ -22,6 +22,10 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF")
 """The formats that are read, whatever a name ends in; MPO is a phone's JPEG with a depth map or preview behind it."""
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".svg", ".psd", ".dng", ".raw", ".cr2", ".nef", ".arw")
 """The endings of pictures that are not read."""
+MASK_ENDING = ".mask.png"
+"""Follows a picture's name, without its ending, in that of its mask."""
+HALF = 128
+"""The level of a mask from which on a pixel is the subject's."""
 NOTE_SUFFIXES = (".txt", ".md", ".json", ".caption")
 NOTE_NAMES = ("license", "licence", "readme")
 """The names, in any case, of files without a picture that may lie beside pictures."""
@@ -144,13 +148,45 @@ def _in_srgb(path: Path, image: Image.Image) -> Image.Image:
     return shown
 
 
+def mask_of(picture: Path) -> Path | None:
+    """Return the mask of yours that lies beside a picture, `front.mask.png` for front.jpg; None where there is none."""
+    file = picture.with_name(picture.stem + MASK_ENDING)
+    return file if file.is_file() else None
+
+
+def read_mask(file: Path, picture: Path) -> Image.Image:
+    """Read a mask: white where the subject is, or transparent where it is not; gray levels count in part.
+
+    Raises:
+        InputError: it cannot be read, has another size than its picture, or shows no subject, or nothing else.
+    """
+    shown = read_picture(file).convert("L")
+    with Image.open(file) as given:
+        if given.has_transparency_data:
+            shown = given.convert("RGBA").getchannel("A")
+    size = read_picture(picture).size
+    if shown.size != size:
+        raise InputError(
+            f"{file} is {shown.width}x{shown.height}, and its picture {picture.name} is {size[0]}x{size[1]} as it is "
+            "shown. Save the mask in that size."
+        )
+    levels = shown.histogram()
+    if not any(levels[HALF:]) or not any(levels[:HALF]):
+        raise InputError(
+            f"{file} is {'white' if any(levels[HALF:]) else 'black'} everywhere. A mask is white where the subject is, "
+            "and black around it, or transparent around it."
+        )
+    return shown
+
+
 def list_pictures(folder: Path) -> list[Path]:
     """Return the picture files of a folder, sorted by name.
 
-    Hidden files, folders, notes (.txt ...) and what systems leave are passed over.
+    Hidden files, folders, notes (.txt ...), masks and what systems leave are passed over.
 
     Raises:
-        InputError: a file is neither, or a link leads nowhere: passing over it could lose a reference in silence.
+        InputError: a file is neither, a mask has no picture, or a link leads nowhere: passing over it could lose a
+            reference in silence.
     """
     found = []
     for file in sorted(folder.iterdir()):
@@ -167,7 +203,15 @@ def list_pictures(folder: Path) -> list[Path]:
                 f"if it is no picture, move it out of the folder. Pictures end in {', '.join(SUFFIXES)}."
             )
         found.append(file)
-    return found
+    pictures = [file for file in found if not file.name.lower().endswith(MASK_ENDING)]
+    masks = {mask_of(file) for file in pictures}
+    for file in found:
+        if file not in pictures and file not in masks:
+            raise InputError(
+                f"{file} is a mask without a picture: it belongs to {file.name[: -len(MASK_ENDING)]}.jpg or .png, and "
+                "there is none. Rename it after its picture, or move it out of the folder."
+            )
+    return pictures
 
 
 def is_junk(file: Path) -> bool:

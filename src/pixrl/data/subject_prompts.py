@@ -7,7 +7,8 @@
 | `include`, `exclude` | with the class word: a GenEval entry that asks for one of its class and no second one |
 | `shown`     | the pictures that the model is shown: the first `count` references               |
 | `reference` | all references, which rewards compare with                                       |
-| `subjects`  | where several are shown together: a list of `class` and `reference`, one a subject |
+| `mask`      | where there are masks of yours: one a reference, [3, H, W], white the subject; None without one |
+| `subjects`  | where several are shown together: a list of `class`, `reference` and `mask`, one a subject |
 | `target`    | how the picture should look, where the source has it; only `sft` learns from it  |
 
 Pictures are read when they are asked for, and the last ones are kept.
@@ -15,9 +16,12 @@ Pictures are read when they are asked for, and the last ones are kept.
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pixrl.data.pictures import PictureStore, opened
+from PIL import Image
+
+from pixrl.data.pictures import PictureStore, opened, read_mask
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.data.subjects import Subject, SubjectSet
 from pixrl.errors import InputError
@@ -75,6 +79,7 @@ class _About(Mapping[str, object]):
         self._count = count
         self._keys = ["subject", "reference", "shown"]
         self._keys += ["class", "include", "exclude"] if subject.word is not None else []
+        self._keys += ["mask"] if any(subject.masks) else []
         self._keys += ["subjects"] if subject.words else []
         self._keys += ["target"] if subject.target(number) is not None else []
 
@@ -89,11 +94,13 @@ class _About(Mapping[str, object]):
             case "include" | "exclude":
                 return [{"class": self._subject.word, "count": 1 if key == "include" else 2}]
             case "subjects":
-                pictures = self._pictures(None)
+                several = zip(self._subject.words, self._pictures(None), self._masks(), strict=True)
                 return [
-                    {"class": word, "reference": picture}
-                    for word, picture in zip(self._subject.words, pictures, strict=True)
+                    {"class": word, "reference": picture, **({} if mask is None else {"mask": [mask]})}
+                    for word, picture, mask in several
                 ]
+            case "mask":
+                return self._masks()
             case "target":
                 target = self._subject.target(self._number)
                 assert target is not None
@@ -112,8 +119,21 @@ class _About(Mapping[str, object]):
     def __len__(self) -> int:
         return len(self._keys)
 
+    def _masks(self) -> "list[Tensor | None]":
+        pairs = zip(self._subject.masks, self._subject.references, strict=True)
+        return [
+            self._store.get((self._index, "mask", number), partial(_opened_mask, mask, picture))
+            if mask is not None and isinstance(picture, Path)
+            else None
+            for number, (mask, picture) in enumerate(pairs)
+        ]
+
     def _pictures(self, count: int | None) -> "list[Tensor]":
         chosen = self._subject.references[:count]
         return [
             self._store.get((self._index, number), partial(opened, one)) for number, one in enumerate(chosen)
         ]
+
+
+def _opened_mask(mask: Path, picture: Path) -> Image.Image:
+    return opened(read_mask(mask, picture))

@@ -4,7 +4,7 @@
 |---|---|
 | `toy:subjects` | the toy world's thirty held-out subjects (split `evaluation`), or others for training |
 | a folder | one subject: pictures, `class.txt` (its class word), `prompts.txt` (one a line), or instead of that the |
-|           | captions beside the pictures |
+|           | captions beside the pictures; masks of yours if there are any (`front.mask.png` for front.jpg) |
 | a folder of such folders | each of them |
 | a DreamBench checkout | google/dreambooth, or its `dataset/`: a folder a subject and `prompts_and_classes.txt` |
 | `list.json` | UNO's lists: `[{"prompt": ..., "image_paths": [...]}, ...]`, paths from the file's folder, or the one |
@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from pixrl.data.pictures import (
     is_junk,
     junk_note,
     list_pictures,
+    mask_of,
+    read_mask,
     read_picture,
     to_tensors,
 )
@@ -68,6 +70,11 @@ class Subject:
         """What opens the target of a prompt, by its number; None where there is none."""
         found = self.targets[number] if self.targets else None
         return partial(read_picture, found) if isinstance(found, Path) else found
+
+    @cached_property
+    def masks(self) -> tuple[Path | None, ...]:
+        """The mask of yours beside each reference; none for those without one."""
+        return tuple(mask_of(one) if isinstance(one, Path) else None for one in self.references)
 
     def pictures(self) -> list[Image.Image]:
         """The references as RGB, each in its own size.
@@ -315,6 +322,8 @@ def _checked(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
             if isinstance(picture, Path) and picture not in seen:
                 read_picture(picture)
                 seen.add(picture)
+                if (mask := mask_of(picture)) is not None:
+                    read_mask(mask, picture)
     return tuple(subjects)
 
 

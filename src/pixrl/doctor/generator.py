@@ -177,7 +177,7 @@ def _tokenizers(
             )
             continue
         is_short = kind.startswith("CLIP")
-        most = min(CLIP_LENGTH, int(made.model_max_length)) if is_short else int(renderer.text_length)
+        most = min(CLIP_LENGTH, int(made.model_max_length)) if is_short else int(renderer.framed_length)
         if most:
             found[name] = (made, most)
     return found
@@ -289,6 +289,8 @@ def _given(kind: str, takes: Any, texts: Mapping[str, Any]) -> Iterator[tuple[st
         return
     if kind == "ZImageTransformer2DModel":
         yield "the rows of the language model", "cap_feat_dim", one.hidden_size
+    if kind == "QwenImageTransformer2DModel":
+        yield "the rows of the language model", "joint_attention_dim", one.text_config.hidden_size
     if two is None:
         return
     if kind == "SD3Transformer2DModel":

@@ -25,6 +25,7 @@ RENDERERS = {
     "sdxl": "pixrl.models.sdxl:SDXLPolicy",
     "flux": "pixrl.models.flux:FluxPolicy",
     "z-image": "pixrl.models.z_image:ZImagePolicy",
+    "qwen-image": "pixrl.models.qwen_image:QwenImagePolicy",
 }
 """The adapter of each kind of generator."""
 REGISTRY = Registry("kind", "pixrl.models", RENDERERS)

@@ -18,6 +18,11 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
+def is_of_video(vae: Any) -> bool:
+    """Return whether a VAE is one of video, to which a picture is a single frame [B, C, 1, h, w]: Qwen-Image's."""
+    return "temperal_downsample" in vae.config
+
+
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Decode latents to pictures in [0, 1]: undo the VAE's scaling and shift, decode, map [-1, 1] to [0, 1].
 
@@ -29,14 +34,15 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
         mean, std = (
             latents.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
         )
-        latents = latents * std / config.scaling_factor + mean
+        latents = latents * std / config.get("scaling_factor", 1.0) + mean
     else:
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
     latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device))
     kind = latents.device.type  # the VAE's own may be another until its hooks have moved it
     narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
     with torch.autocast(kind, dtype=torch.bfloat16) if narrow else nullcontext():
-        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+        pixels: Tensor = vae.decode(_as_frame(vae, latents), return_dict=False)[0]
+    pixels = pixels.squeeze(2) if is_of_video(vae) else pixels
     return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -46,13 +52,19 @@ def encode_latents(vae: Any, images_BCHW: Tensor) -> Tensor:
     The VAE's distribution gives its mean.
     """
     config = vae.config
-    mean: Tensor = vae.encode(images_BCHW.to(vae.dtype) * 2 - 1).latent_dist.mean.float()
+    images_BCHW = _as_frame(vae, images_BCHW.to(vae.dtype) * 2 - 1)
+    mean: Tensor = vae.encode(images_BCHW).latent_dist.mean.float()
+    mean = mean.squeeze(2) if is_of_video(vae) else mean
     if config.latents_mean is not None and config.latents_std is not None:
         middle, spread = (
             mean.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
         )
-        return (mean - middle) * float(config.scaling_factor) / spread
+        return (mean - middle) * float(config.get("scaling_factor", 1.0)) / spread
     return (mean - (config.shift_factor or 0.0)) * float(config.scaling_factor)
+
+
+def _as_frame(vae: Any, x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.unsqueeze(2) if is_of_video(vae) else x_BCHW
 
 
 class LatentCache:

@@ -6,7 +6,7 @@ missing with random numbers and only log it. What does not fit is found from the
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -55,6 +55,8 @@ OPTIONAL_PARTS = {"StableDiffusion3Pipeline": T5_COMPONENTS}
 _LIBRARIES = ("diffusers", "transformers")
 _HARMLESS = ("position_ids", "decoder.", "lm_head.")
 """The names of weights that published text encoders carry and their classes do not use."""
+_WITHIN = "model.language_model."
+"""What the names of a language model begin with, beside a vision tower."""
 _CONVERTED = ("transformer", "unet", "vae")
 """The parts whose names in the authors' files are known."""
 _FAILURES = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError)
@@ -313,13 +315,21 @@ def misfit_of_folder(part: Path, model: torch.nn.Module) -> Misfit:
     """
     found = {name: one.shape for file in model_files(part) for name, one in read_header(file).items()}
     expected = _shapes(model)
-    if found.keys().isdisjoint(expected):
-        # transformers has dropped a level of its CLIPTextModel, and takes a Qwen3ForCausalLM's weights for Qwen3Model
-        levels = re.compile(r"(text_)?model\.")
-        found = {
-            levels.sub("", name, count=1) if levels.match(name) else name: x for name, x in found.items()
-        }
-    return compare(found, expected)
+    return compare({_as_loaded(name, found, expected): shape for name, shape in found.items()}, expected)
+
+
+def _as_loaded(name: str, found: Collection[str], expected: Collection[str]) -> str:
+    """Return the name that transformers gives a text encoder's weight, where it has moved levels since the file.
+
+    CLIPTextModel has lost one, Qwen3Model takes the files of Qwen3ForCausalLM, and in Qwen2.5-VL the language model and
+    the vision tower are both within the model.
+    """
+    if any(one.startswith(_WITHIN) for one in expected):
+        outside = re.sub(r"^model\.(?!language_model\.|visual\.)", _WITHIN, name)
+        return re.sub(r"^visual\.", "model.visual.", outside)
+    if not any(one in expected for one in found):
+        return re.sub(r"^(text_)?model\.", "", name)
+    return name
 
 
 def misfit_of_file(file: Path, models: Mapping[str, torch.nn.Module]) -> Misfit:

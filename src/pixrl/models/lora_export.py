@@ -37,7 +37,13 @@ from pixrl.errors import CheckpointError
 from pixrl.models.published_names import place_of
 from pixrl.models.slots import DOWN, UP, Lora
 
-PREFIXES = {"sd3": "transformer.", "flux": "transformer.", "sdxl": "unet.", "z-image": "transformer."}
+PREFIXES = {
+    "sd3": "transformer.",
+    "flux": "transformer.",
+    "sdxl": "unet.",
+    "z-image": "transformer.",
+    "qwen-image": "transformer.",
+}
 """What diffusers' names of a LoRA's modules begin with, by the model's kind."""
 ADAPTER_METADATA = "lora_adapter_metadata"
 """The key in a file's header under which diffusers writes peft's configuration, as JSON."""

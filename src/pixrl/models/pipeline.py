@@ -23,7 +23,7 @@ from pixrl.device import choose_device, choose_precision, plain_attention
 from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
 from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, Renderer, SamplingSettings
-from pixrl.models.latents import LatentCache, decode_latents, encode_latents, memory_format
+from pixrl.models.latents import LatentCache, decode_latents, encode_latents, is_of_video, memory_format
 from pixrl.models.loading import denoiser_of, load_pipeline
 from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import Base, MemoryPlan
@@ -172,7 +172,9 @@ class PipelineRenderer(Renderer):
         self.settings = make_settings(self.card, defaults, steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
         self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision, t5=t5)
-        self.vae: nn.Module = self.pipeline.vae.to(memory_format=memory_format(self.device))
+        self.vae: nn.Module = self.pipeline.vae
+        if not is_of_video(self.vae):
+            self.vae.to(memory_format=memory_format(self.device))
         plan = plan or MemoryPlan()
         self.base = plan.base
         if plan.base is not Base.DTYPE:
@@ -258,6 +260,8 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     lora_targets: ClassVar[tuple[str, ...]]
     usual_text_length: ClassVar[int] = 512
     """`text_length` in the pipeline of diffusers, where no card says another."""
+    negative_prompt: ClassVar[str] = ""
+    """What guidance leads away from."""
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
         self.denoiser: nn.Module = denoiser_of(self.pipeline)
@@ -282,19 +286,22 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
 
     def _guided(self, predict: Predict, x: Tensor, level_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return u + scale * (c - u) of the prediction c and the unconditional u; c where the scale is at most 1."""
-        scale = self.guidance_scale
-        if scale <= 1:
+        if self.guidance_scale <= 1:
             return predict(x, level_B, conditioning)
         both = Conditioning.cat([self._unconditional(len(x)).to(device=self.device), conditioning])
         unconditional, conditional = (
             predict(torch.cat([x, x]), torch.cat([level_B, level_B]), both).float().chunk(2)
         )
-        return unconditional + scale * (conditional - unconditional)
+        return self._away(unconditional, conditional)
+
+    def _away(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
+        """Return the prediction that leads away from the unconditional one, beyond the conditional one."""
+        return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def _unconditional(self, rows: int) -> Conditioning:
-        """Return what guidance leads away from: the empty prompt, of rows of `encode`."""
+        """Return what guidance leads away from, of rows of `encode`."""
         with torch.no_grad():
-            return self._cache.rows([""] * rows)
+            return self._cache.rows([self.negative_prompt] * rows)
 
     @property
     def text_length(self) -> int:
@@ -306,6 +313,11 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     def framed(self, prompt: str, tokenizer: Any) -> str:
         """Return the text that a tokenizer of the pipeline is given for a prompt."""
         return prompt
+
+    @property
+    def framed_length(self) -> int:
+        """The most tokens of `framed` that an encoder other than CLIP reads."""
+        return self.text_length
 
     def checkpoint_gradients(self) -> None:
         """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
@@ -334,7 +346,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         """
         check_words(prompts, self.vocabulary, self.name)
         with torch.no_grad(), self.present(PipelinePart.TEXT):
-            self._cache.keep(["", *prompts])
+            self._cache.keep(["", self.negative_prompt, *prompts])
         self.placement.drop_text()
 
     def present(self, part: PipelinePart) -> AbstractContextManager[None]:

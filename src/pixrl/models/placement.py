@@ -10,6 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import nn
 
 from pixrl.errors import InputError
+from pixrl.models.latents import is_of_video
 from pixrl.models.memory_plan import MemoryPlan, Offload
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -135,13 +136,18 @@ def set_decoding(vae: Any, plan: MemoryPlan, resolution: int) -> None:
     side = plan.vae_tiling
     if side is None:
         return
-    unit = 2 ** (len(vae.config.block_out_channels) - 1)
+    of_video = is_of_video(vae)
+    unit = int(vae.spatial_compression_ratio if of_video else 2 ** (len(vae.config.block_out_channels) - 1))
     if side >= resolution:
         raise InputError(
             f"vae_tiling={side} has no effect on pictures of {resolution} pixels: give a smaller tile, or leave it out."
         )
     if side % unit or side < 2 * unit:
         raise InputError(f"vae_tiling={side} must be a multiple of {unit} pixels, and at least {2 * unit}.")
+    if of_video:
+        stride = 3 * side // (4 * unit) * unit
+        vae.enable_tiling(side, side, stride, stride)
+        return
     vae.enable_tiling()
     vae.tile_sample_min_size = side
     vae.tile_latent_min_size = side // unit

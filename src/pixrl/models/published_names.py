@@ -249,7 +249,8 @@ def place_of(module: str, kind: str) -> tuple[str, _Rows]:
             return f"{published}.{match[2]}.{place.module}", place
     raise CheckpointError(
         f"The LoRA on {module!r} has no place in the layout that ComfyUI reads for {kind}. Export diffusers' layout "
-        "(ComfyUI reads that too, for SD3, FLUX and Z-Image), or train attention and MLP alone (lora.targets)."
+        "(ComfyUI reads that too, for SD3, FLUX, Z-Image and Qwen-Image), or train attention and MLP alone "
+        "(lora.targets)."
     )
 
 

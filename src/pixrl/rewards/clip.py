@@ -14,7 +14,7 @@ from torch import Tensor
 from pixrl.errors import InputError, ShapeError
 from pixrl.rewards.base import DifferentiableReward, Options, Read
 from pixrl.rewards.encoders import ClipSimilarity, PictureEncoder
-from pixrl.rewards.references import Encode, ReferenceReward, References, choice, cut_out_features
+from pixrl.rewards.references import ReferenceReward, References, choice
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction
 from pixrl.rewards.weights import part
 from pixrl.types import RewardBatch, Scores
@@ -199,13 +199,12 @@ class ClipImageReward(ReferenceReward):
     def reads(cls, options: Options) -> Mapping[str, Read]:
         return {"model": A_CLIP, "segmenter": Read()}
 
-    def _features(
-        self, images_BCHW: Tensor, kinds: Sequence[object], encode: Encode, *, of_reference: bool
-    ) -> Tensor:
-        if self._foreground is None:
-            return encode(images_BCHW)
-        masks_BHW = self._foreground.masks(images_BCHW.detach())
-        return cut_out_features(images_BCHW, masks_BHW, self._foreground, self.background, encode)
+    def _cuts_out(self, of_reference: bool) -> bool:
+        return self._foreground is not None
+
+    def _masks(self, images_BCHW: Tensor, kinds: Sequence[object]) -> Tensor:
+        assert self._foreground is not None
+        return self._foreground.masks(images_BCHW)
 
 
 class ClipIReward(ClipImageReward):

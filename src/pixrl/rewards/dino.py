@@ -19,7 +19,7 @@ from torch import Tensor
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.rewards.base import Options, Read
 from pixrl.rewards.encoders import DinoEncoder, Transform
-from pixrl.rewards.references import Encode, ReferenceReward, References, choice, cut_out_features
+from pixrl.rewards.references import ReferenceReward, References, choice
 from pixrl.rewards.segmentation import WHITE, Colour, Foreground, MaskFunction, Segmenter, load_back_end
 from pixrl.rewards.weights import part
 
@@ -50,8 +50,9 @@ class Region(StrEnum):
 class DinoSegReward(ReferenceReward):
     """The mean cosine in [-1, 1] of DINO class tokens between the generated subject and its references.
 
-    The references are in metadata["reference"]: [3, H, W], [M, 3, H, W] or a list of pictures of any sizes. What
-    fails, and that a reference without a subject is left out of the mean, is as in `ReferenceReward`.
+    The references are in metadata["reference"]: [3, H, W], [M, 3, H, W] or a list of pictures of any sizes. Masks of
+    the user's own, in metadata["mask"], cut the subject out of them in place of the segmenter. What fails, and that a
+    reference without a subject is left out of the mean, is as in `ReferenceReward`.
 
     Args:
         model: `toy:identity`, a folder or a hub id (facebook/dinov2-large in the paper).
@@ -124,15 +125,11 @@ class DinoSegReward(ReferenceReward):
     def reads(cls, options: Options) -> Mapping[str, Read]:
         return {"model": Read(), "segmenter": Read()}
 
-    def _features(
-        self, images_BCHW: Tensor, kinds: Sequence[object], encode: Encode, *, of_reference: bool
-    ) -> Tensor:
-        if self.mask is Mask.NONE or (self.mask is Mask.REFERENCE and not of_reference):
-            return encode(images_BCHW)
-        masks_BHW = self._masks(images_BCHW.detach(), kinds)
-        return cut_out_features(images_BCHW, masks_BHW, self._foreground, self.background, encode)
+    def _cuts_out(self, of_reference: bool) -> bool:
+        return self.mask is Mask.BOTH or (self.mask is Mask.REFERENCE and of_reference)
 
     def _masks(self, images_BCHW: Tensor, kinds: Sequence[object]) -> Tensor:
+        assert self._foreground is not None
         if self.region is Region.FOREGROUND or self._segmenter is None:
             return self._foreground.masks(images_BCHW)
         return self._segmenter.class_masks(images_BCHW.float(), kinds).cpu()

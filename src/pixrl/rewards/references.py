@@ -26,6 +26,9 @@ KEY = "reference"
 """The metadata key of references: one picture [3, H, W], several of one size [M, 3, H, W], or a list of pictures."""
 
 
+MASK = "mask"
+"""The metadata key of masks of the user's own: a list with one [3, H, W] a reference, white the subject, or None."""
+
 SUBJECTS = "subjects"
 """The metadata key of several subjects in a picture: a list of metadata, with a class and a reference each."""
 
@@ -53,6 +56,14 @@ def references_of(metadata: Mapping[str, object]) -> list[Tensor]:
     return pictures
 
 
+def masks_of(metadata: Mapping[str, object], count: int) -> list[Tensor | None]:
+    """Return the user's own mask [1, H, W] in [0, 1] of each of so many references; None where there is none."""
+    given = metadata.get(MASK)
+    if not isinstance(given, Sequence) or len(given) != count:
+        return [None] * count
+    return [one.float().mean(dim=0, keepdim=True).cpu() if isinstance(one, Tensor) else None for one in given]
+
+
 class References(StrEnum):
     """The references of a sample that are compared: all (the mean over them), or the first alone."""
 
@@ -60,7 +71,10 @@ class References(StrEnum):
     FIRST = "first"
 
 
-def chosen(pictures: Sequence[Tensor], which: References) -> Sequence[Tensor]:
+PartT = TypeVar("PartT")
+
+
+def chosen(pictures: Sequence[PartT], which: References) -> Sequence[PartT]:
     """Return the references that are compared."""
     return pictures[:1] if which is References.FIRST else pictures
 
@@ -149,6 +163,8 @@ class ReferenceReward(DifferentiableReward):
     provenance: Mapping[str, str]
     subject: int | None = None
     """The number of the compared subject, from 0, where a picture has several; None: there is one."""
+    background: Colour
+    _foreground: Foreground | None = None
 
     def __init__(self, encoder: PictureEncoder, references: References) -> None:
         self.encoder = encoder
@@ -165,10 +181,31 @@ class ReferenceReward(DifferentiableReward):
         return "no class in the metadata" if by_class and "class" not in about else None
 
     @abstractmethod
+    def _cuts_out(self, of_reference: bool) -> bool:
+        """Return whether the encoder sees the subject alone, cut out, rather than the whole picture."""
+
+    @abstractmethod
+    def _masks(self, images_BCHW: Tensor, kinds: Sequence[object]) -> Tensor:
+        """Return masks [B, H, W] in [0, 1] of pictures that show one kind each; asked only where it cuts out."""
+
     def _features(
-        self, images_BCHW: Tensor, kinds: Sequence[object], encode: Encode, *, of_reference: bool
+        self,
+        images_BCHW: Tensor,
+        kinds: Sequence[object],
+        encode: Encode,
+        *,
+        of_reference: bool,
+        own_BHW: Tensor | None = None,
     ) -> Tensor:
-        """Return unit vectors [B, E] of pictures that show one kind each; a row is nan where nothing was found."""
+        """Return unit vectors [B, E] of pictures that show one kind each; a row is nan where nothing was found.
+
+        `own_BHW` are masks of the user's, in place of the segmenter's.
+        """
+        if not self._cuts_out(of_reference):
+            return encode(images_BCHW)
+        masks_BHW = self._masks(images_BCHW.detach(), kinds) if own_BHW is None else own_BHW
+        assert self._foreground is not None
+        return cut_out_features(images_BCHW, masks_BHW, self._foreground, self.background, encode)
 
     def kind_problem(self, kind: object) -> str | None:
         """Return why that kind cannot be looked for, or None."""
@@ -236,7 +273,9 @@ class ReferenceReward(DifferentiableReward):
     def _looked_up(self, metadata: Mapping[str, object]) -> _Sought:
         """Return what pictures with this metadata are compared with; each reference is encoded once."""
         kind = metadata.get("class")
-        pictures = chosen(references_of(metadata), self.references)
+        found = references_of(metadata)
+        pictures = chosen(found, self.references)
+        masks = chosen(masks_of(metadata, len(found)), self.references)
         unjudged = self.kind_problem(kind) if pictures else _no_reference(self.subject)
         if unjudged is not None:
             return _Sought(kind, torch.empty(0, 0), unjudged)
@@ -245,10 +284,17 @@ class ReferenceReward(DifferentiableReward):
             features = [
                 self._cache.get(
                     picture,
-                    str(kind),
-                    partial(self._features, picture, [kind], self.encoder.image_features, of_reference=True),
+                    f"{kind}{'' if mask is None else _content(mask)}",
+                    partial(
+                        self._features,
+                        picture,
+                        [kind],
+                        self.encoder.image_features,
+                        of_reference=True,
+                        own_BHW=mask,
+                    ),
                 )
-                for picture in pictures
+                for picture, mask in zip(pictures, masks, strict=True)
             ]
             return _Sought(kind, torch.cat(features))
 

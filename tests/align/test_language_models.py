@@ -1,12 +1,18 @@
-"""A Z-Image is trained by every method, goes on as it was, and diffusers draws with what it exports."""
+"""Models that read prompts with a language model are trained by every method and go on as they were.
+
+Their own pipelines draw with what they export, and the doctor knows them.
+"""
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
-from diffusers import ZImagePipeline
+from torch import Tensor
 
 import pixrl
 from pixrl import api, models
@@ -14,7 +20,8 @@ from pixrl.doctor.diagnosis import Diagnosis
 from pixrl.doctor.examine import examine_training
 from pixrl.errors import CheckpointError
 from pixrl.jobs import align as align_job
-from pixrl.models.z_image import ZImagePolicy
+from pixrl.models.flux import pack_latents
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.report.export import Format, export
 from pixrl.runs import checkpoint
 from pixrl.runs.config import AlignConfig, load_recipe
@@ -23,18 +30,64 @@ from tests.align.parts import E2PO, GRPO, final, recipe, same
 from tests.tolerance import PICTURE, agree
 
 OWL = "a red owl"
+GUIDANCE = 1.5
 LANGUAGE: dict[str, Any] = {"exploration": E2PO["exploration"] | {"encoders": "language", "norm": "relative"}}
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A model as its own pipeline draws it, and what is known of it."""
+
+    make: Callable[[Path], Path]
+    pipeline: str
+    arguments: Callable[[Tensor], dict[str, Any]]
+    """Of the latents, which some pipelines take as tokens; with guidance."""
+    width: str
+    """The option of the denoiser that takes the language model's width."""
+    letters: int
+    """The longest prompt that is read, a letter a token: what the frame leaves of the tokens."""
+
+
+KINDS = {
+    "z-image": Kind(
+        lambda folder: tiny.z_image(folder, shift=6.0),
+        "ZImagePipeline",
+        lambda noise: {"latents": noise, "guidance_scale": GUIDANCE},
+        "cap_feat_dim",
+        64 - 19,
+    ),
+    "qwen-image": Kind(
+        tiny.qwen_image,
+        "QwenImagePipeline",
+        lambda noise: {
+            "latents": pack_latents(noise), "true_cfg_scale": GUIDANCE, "negative_prompt": " "
+        },
+        "joint_attention_dim",
+        192 - 128,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.z_image(tmp_path_factory.mktemp("z") / "base", shift=6.0)
+def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return KINDS[name].make(tmp_path_factory.mktemp("language") / "model")
 
 
 @pytest.fixture(scope="module")
 def run(folder: Path, prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = recipe(folder, prompt_file, steps=2, optimizer={"lr": 0.05, "ema": 0.5}, guidance=1.5)
+    made = recipe(folder, prompt_file, steps=2, optimizer={"lr": 0.05, "ema": 0.5}, guidance=GUIDANCE)
     return pixrl.align(made, out=tmp_path_factory.mktemp("runs") / "bright").run
+
+
+def load(folder: Path, lora: Path | None = None) -> FlowPipelinePolicy:
+    found = models.load(folder, device="cpu", dtype="float32", guidance=GUIDANCE, lora=lora)
+    assert isinstance(found, FlowPipelinePolicy)
+    return found
 
 
 @pytest.mark.parametrize("method", [{}, GRPO, LANGUAGE], ids=["nft", "grpo", "e2po"])
@@ -49,9 +102,8 @@ def test_it_goes_on_as_it_was(
     assert any(x.any() for name, x in final(whole.run).items() if "lora_B" in name)
 
 
-def test_diffusers_draws_what_was_trained(folder: Path, run: Path, tmp_path: Path) -> None:
-    policy = models.load(folder, device="cpu", dtype="float32", guidance=1.5)
-    assert isinstance(policy, ZImagePolicy)
+def test_diffusers_draws_what_was_trained(name: str, folder: Path, run: Path, tmp_path: Path) -> None:
+    policy = load(folder)
     slots = policy.attach_lora(rank=4, alpha=8)
     base = policy.sample(policy.encode([OWL]), [1])
     tensors, _ = checkpoint.load(checkpoint.latest(run) or run)
@@ -59,22 +111,21 @@ def test_diffusers_draws_what_was_trained(folder: Path, run: Path, tmp_path: Pat
     with policy.slot("ema"):
         ours = policy.sample(policy.encode([OWL]), [1])
     file = export(run, layout=Format.DIFFUSERS, out=tmp_path / "out").file
-    pipeline = ZImagePipeline.from_pretrained(folder)
+    pipeline = getattr(diffusers, KINDS[name].pipeline).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     theirs = pipeline(
         OWL,
-        latents=policy.initial_noise([1]),
         num_inference_steps=policy.settings.steps,
-        guidance_scale=1.5,
         max_sequence_length=policy.text_length,
         height=32,
         width=32,
         output_type="pt",
+        **KINDS[name].arguments(policy.initial_noise([1])),
     ).images
     assert agree(ours, theirs, PICTURE)
     assert not agree(base, ours, PICTURE)
-    again = models.load(folder, device="cpu", dtype="float32", guidance=1.5, lora=file)
+    again = load(folder, file)
     assert agree(again.sample(again.encode([OWL]), [1]), ours, PICTURE)
 
 
@@ -86,13 +137,11 @@ def test_comfyui_reads_the_layout_of_diffusers(run: Path, tmp_path: Path) -> Non
 
 
 def test_the_doctor_knows_it(folder: Path, prompt_file: Path) -> None:
-    found = api.examine(recipe(folder, prompt_file, guidance=1.5))
+    found = api.examine(recipe(folder, prompt_file, guidance=GUIDANCE))
     assert not found.problems and not any("distilled" in note for note in found.notes)
-    policy = models.load(folder, device="cpu", dtype="float32")
-    assert isinstance(policy, ZImagePolicy)
-    for name, part in found.parts.items():
-        tensors = policy.pipeline.components[name].state_dict().values()
-        assert part.bytes == sum(x.nbytes for x in tensors), name
+    for part, known in found.parts.items():
+        tensors = load(folder).pipeline.components[part].state_dict().values()
+        assert known.bytes == sum(x.nbytes for x in tensors), part
     assert found.drawing is not None and found.training is not None
 
 
@@ -101,27 +150,28 @@ def before_a_run(*given: Any, **changes: Any) -> Diagnosis:
     return examine_training(AlignConfig(**recipe(*given, **changes)), about_to_run=True)
 
 
-def test_the_doctor_counts_a_prompt_with_the_chat_around_it(folder: Path, tmp_path: Path) -> None:
-    """The frame takes 19 of the 64 tokens, and each letter of a prompt one."""
-    long = tmp_path / "long.txt"
-    long.write_text(f"{'o' * 45}\n{'w' * 46}\n")
+def test_the_doctor_counts_a_prompt_within_its_frame(name: str, folder: Path, tmp_path: Path) -> None:
+    most, long = KINDS[name].letters, tmp_path / "long.txt"
+    long.write_text(f"{'o' * most}\n{'w' * (most + 1)}\n")
     found = before_a_run(folder, long)
-    assert any("1 of 2 prompts are longer than the 64 tokens" in note for note in found.notes), found.notes
-    assert any("'www" in note for note in found.notes)
+    assert any("1 of 2 prompts are longer" in note and "'www" in note for note in found.notes), found.notes
+    whole, cut = load(folder).encode(["o" * most, "w" * (most + 1)]).own_BL
+    assert whole.all() and cut.all(), "one fills the tokens, of the other the frame's end is lost"
 
 
-def test_a_text_encoder_of_another_model_is_told(folder: Path, prompt_file: Path, tmp_path: Path) -> None:
+def test_a_text_encoder_of_another_model_is_told(
+    name: str, folder: Path, prompt_file: Path, tmp_path: Path
+) -> None:
     other = shutil.copytree(folder, tmp_path / "other")
     file = other / "transformer" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"cap_feat_dim": 24}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {KINDS[name].width: 24}))
     said = " ".join(problem.message for problem in before_a_run(other, prompt_file).problems)
     assert (
-        "cap_feat_dim of the ZImageTransformer2DModel is 24, but the rows of the language model give 16"
-        in said
+        f"{KINDS[name].width} of the " in said and "is 24, but the rows of the language model give 16" in said
     )
 
 
-def test_a_distilled_checkpoint_is_told(prompt_file: Path, tmp_path: Path) -> None:
+def test_a_distilled_z_image_is_told(prompt_file: Path, tmp_path: Path) -> None:
     turbo = tiny.z_image(tmp_path / "turbo")
     (turbo / "pixrl.json").unlink()
     said = " ".join(before_a_run(turbo, prompt_file, resolution=32).notes)
@@ -130,10 +180,11 @@ def test_a_distilled_checkpoint_is_told(prompt_file: Path, tmp_path: Path) -> No
     )
 
 
-def test_the_recipe_of_paper_scale_is_the_papers_but_for_the_model() -> None:
-    ours, papers = (load_recipe(name).model_dump() for name in ("z-image/e2po", "paper/e2po"))
-    same = {"advantage", "loss", "optimizer", "lora", "seed"}
-    assert {name: ours[name] for name in same} == {name: papers[name] for name in same}
+@pytest.mark.parametrize("recipe_name", ["z-image/e2po", "qwen-image/e2po"])
+def test_a_recipe_of_paper_scale_is_the_papers_but_for_the_model(recipe_name: str) -> None:
+    ours, papers = (load_recipe(name).model_dump() for name in (recipe_name, "paper/e2po"))
+    kept = {"advantage", "loss", "optimizer", "lora", "seed"}
+    assert {name: ours[name] for name in kept} == {name: papers[name] for name in kept}
     own, paper = ours["exploration"], papers["exploration"]
     assert {name for name in own if own[name] != paper[name]} == {
         "noises", "variants", "encoders", "weighted", "norm", "max_norm"
