@@ -53,18 +53,10 @@ def remedy(path: Path) -> str:
         if in_checkout("toy_build"):
             return f"Type: pixrl toy build --stage {path.relative_to(TOY_ROOT).parts[0]}"
         return "It comes with pixrl: install that again, in a checkout: pip install --force-reinstall --no-deps ."
-    return (
-        _mend_cache(path)
-        or "Save or download it again, for example: hf download OWNER/NAME --local-dir FOLDER"
-    )
-
-
-def _mend_cache(path: Path) -> str | None:
-    """Return the command for what lies in the hub's cache (`models--OWNER--NAME/snapshots/COMMIT/...`), or None."""
-    parts = path.parts
+    parts = path.parts  # in the hub's cache: models--OWNER--NAME/snapshots/COMMIT/...
     at = next((n for n, part in enumerate(parts[:-2]) if _CACHED.fullmatch(part)), None)
     if at is None or parts[at + 1] != "snapshots":
-        return None
+        return "Save or download it again, for example: hf download OWNER/NAME --local-dir FOLDER"
     commit, inside = parts[at + 2], "/".join(parts[at + 3 :])
     main = Path(*parts[: at + 1], "refs", "main")
     words = ["hf download", parts[at].removeprefix("models--").replace("--", "/")]
@@ -110,7 +102,23 @@ def check_folder(path: Path, layout: Layout) -> None:
                 f"{path}/{INDEX} lists the component {name!r} ({kind}), but the folder {part} is missing. "
                 f"{remedy(part)}"
             )
-        _check_component(part, kind)
+        if "Tokenizer" in kind:
+            if not any((part / one).is_file() for one in ("tokenizer.json", "vocab.json", "spiece.model")):
+                raise CheckpointError(
+                    f"{part} holds no tokenizer.json, vocab.json or spiece.model. {remedy(part)}"
+                )
+        elif "Scheduler" in kind:
+            read_json(part / "scheduler_config.json")
+        elif not is_model(kind):
+            read_json(part / "preprocessor_config.json")
+        else:
+            _check_model(part)
+            found = class_of(part)
+            if found not in (None, kind):
+                raise CheckpointError(
+                    f"{part}/config.json is that of a {found}, but {INDEX} says that {part.name!r} is a {kind}: "
+                    f"another model's files lie in this folder. {remedy(part)}"
+                )
 
 
 def components(path: Path) -> dict[str, str]:
@@ -278,26 +286,6 @@ def some(keys: Sequence[str]) -> str:
 
 def _more(keys: Sequence[object], named: int = NAMED) -> str:
     return ", ..." if len(keys) > named else ""
-
-
-def _check_component(part: Path, kind: str) -> None:
-    if "Tokenizer" in kind:
-        if not any((part / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
-            raise CheckpointError(
-                f"{part} holds no tokenizer.json, vocab.json or spiece.model. {remedy(part)}"
-            )
-    elif "Scheduler" in kind:
-        read_json(part / "scheduler_config.json")
-    elif not is_model(kind):
-        read_json(part / "preprocessor_config.json")
-    else:
-        _check_model(part)
-        found = class_of(part)
-        if found not in (None, kind):
-            raise CheckpointError(
-                f"{part}/config.json is that of a {found}, but {INDEX} says that {part.name!r} is a {kind}: "
-                f"another model's files lie in this folder. {remedy(part)}"
-            )
 
 
 def _check_model(part: Path, *, bin_too: bool = False) -> None:

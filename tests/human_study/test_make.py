@@ -11,10 +11,19 @@ from typer.testing import CliRunner
 from pixrl import cli
 from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.human_study import sources
-from pixrl.human_study.criteria import PRESETS, parse_criteria
 from pixrl.human_study.make import make
 from pixrl.human_study.page import state_of, vote_page, write_bundle
-from pixrl.human_study.study import STUDY, Comparison, StudySettings, open_study, plan, spoil, units
+from pixrl.human_study.study import (
+    PRESETS,
+    STUDY,
+    Comparison,
+    StudySettings,
+    open_study,
+    parse_criteria,
+    plan,
+    spoil,
+    units,
+)
 from pixrl.human_study.votes import Votes
 from pixrl.runs.folder import ManifestRow
 from tests.human_study.conftest import PROMPTS, SYSTEMS, Make, write_system

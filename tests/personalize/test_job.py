@@ -105,7 +105,7 @@ def test_a_run_is_a_folder(tmp_path: Path, flux_folder: Path, subjects: Path, me
     assert "personalized on rex (dog), tom (cat)</span></h1>" in page
     assert 'alt="reference"' in page and "pixrl personalize" in page
     assert load_recipe(folder.recipe()) == load_recipe(
-        recipe(flux_folder, subjects, **METHODS[method], kind="personalize"), values={"seed": 3}
+        recipe(flux_folder, subjects, **METHODS[method], kind="personalize"), seed=3
     )
 
 

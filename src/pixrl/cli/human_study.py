@@ -51,10 +51,9 @@ def make(
 ) -> None:
     """Make a blind study from the pictures of runs and folders."""
     from pixrl import config
-    from pixrl.human_study.criteria import parse_criteria
     from pixrl.human_study.make import make as make_study
     from pixrl.human_study.sources import parse_systems
-    from pixrl.human_study.study import StudySettings
+    from pixrl.human_study.study import StudySettings, parse_criteria
 
     found = parse_systems(systems or [])
     preset = parse_criteria(criteria or ["e2po"])

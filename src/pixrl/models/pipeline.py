@@ -428,12 +428,9 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     @torch.no_grad()
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
         with self.present(PipelinePart.VAE):
-            return torch.cat(
-                [
-                    self._latents.get(image, lambda one: encode_latents(self.vae, one.to(self.device)))
-                    for image in images_BCHW.split(1)
-                ]
-            )
+            pictures, get = images_BCHW.split(1), self._latents.get
+            rows = [get(x, lambda one: encode_latents(self.vae, one.to(self.device))) for x in pictures]
+            return torch.cat(rows)
 
     def merge_lora(self, place: Path) -> None:
         """Add a LoRA to the frozen weights: a file or folder as `lora_files.open_lora` reads it.

@@ -107,6 +107,29 @@ class PanelSpec:
     signal: bool = False
     """Whether the figure describes what advantages are made from, which a run that learns from no score has not."""
 
+    def panel(self, metrics: Rows) -> Panel | None:
+        """Return the panel; None where nothing was logged for it, or nothing failed."""
+        found = {label: _points(metrics, name) for name, label in self.names.items()}
+        curves = [
+            Curve(label, points, css)
+            for (label, points), css in zip(found.items(), ("mean", "k0"), strict=False)
+            if points
+        ]
+        window = window_of(max((len(curve.values) for curve in curves), default=0))
+        if self.smooth and window > 1:
+            faint = [Curve("each step", curve.values, "faint") for curve in curves]
+            curves = [*faint, *(Curve(f"mean of {window}", _smoothed(c.values), "mean") for c in curves)]
+        idle = all(y == 0 for curve in curves for _, y in curve.values)
+        if not curves or (idle and self.title == "Failed scores"):
+            return None
+        positive = all(y >= 0 for curve in curves for _, y in curve.values)
+        floor = 0.0 if positive else -math.inf
+        return Panel(
+            self.title,
+            self.note,
+            Markup(lines_chart(curves, "step", "", legend=len(curves) > 1, floor=floor)),
+        )
+
 
 SPECS = (
     PanelSpec("Group standard deviation", "Of the rewards within a group: the learning signal.",
@@ -331,7 +354,7 @@ def reward_panels(shape: RunShape, metrics: Rows, evaluated: Rows) -> list[Panel
 def panels(metrics: Rows, evaluated: Rows, *, learned: bool = True) -> list[Panel]:
     """Return the panels of everything else that was logged, in a fixed order; `learned`: the run learns from scores."""
     found = [
-        panel for spec in SPECS if learned or not spec.signal if (panel := _panel(spec, metrics)) is not None
+        panel for spec in SPECS if learned or not spec.signal if (panel := spec.panel(metrics)) is not None
     ]
     if ratio := _points(metrics, "ratio_mean"):
         low, high = dict(_points(metrics, "ratio_min")), dict(_points(metrics, "ratio_max"))
@@ -371,30 +394,6 @@ def smooth(points: Sequence[tuple[float, float]], window: int = WINDOW) -> list[
         for at, (x, _) in enumerate(points)
         for near in [points[max(0, at - half) : at + half + 1]]
     ]
-
-
-def _panel(spec: PanelSpec, metrics: Rows) -> Panel | None:
-    """Return the panel of a spec; None where nothing was logged for it, or nothing failed."""
-    found = {label: _points(metrics, name) for name, label in spec.names.items()}
-    curves = [
-        Curve(label, points, css)
-        for (label, points), css in zip(found.items(), ("mean", "k0"), strict=False)
-        if points
-    ]
-    window = window_of(max((len(curve.values) for curve in curves), default=0))
-    if spec.smooth and window > 1:
-        faint = [Curve("each step", curve.values, "faint") for curve in curves]
-        curves = [*faint, *(Curve(f"mean of {window}", _smoothed(c.values), "mean") for c in curves)]
-    idle = all(y == 0 for curve in curves for _, y in curve.values)
-    if not curves or (idle and spec.title == "Failed scores"):
-        return None
-    positive = all(y >= 0 for curve in curves for _, y in curve.values)
-    floor = 0.0 if positive else -math.inf
-    return Panel(
-        spec.title,
-        spec.note,
-        Markup(lines_chart(curves, "step", "", legend=len(curves) > 1, floor=floor)),
-    )
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -68,6 +68,23 @@ class Parent:
     percent: float | None
     similarity: float | None
 
+    @classmethod
+    def of(cls, run: FinishedRun, place: int, best: "Child | None") -> "Parent":
+        """Return the concept at a place of the recipe, with its share of the best child where there is one."""
+        concept = run.config.concepts[place]
+        world = fuse_job.read_world(run.folder)
+        files = fuse_job.exemplar_files(run.folder, concept)
+        part = None if best is None else best.parts[place]
+        return cls(
+            concept=concept,
+            place=place,
+            prompt=world.prompts[concept],
+            images=tuple(inline(file, THUMBNAIL, run.folder.path) for file in files[:3]),
+            usable=world.usable_exemplars[concept],
+            percent=None if part is None else part.percent,
+            similarity=None if part is None else part.similarity,
+        )
+
 
 def write_fuse_report(run: FinishedRun, refresh: float | None = None) -> Path:
     """Write report.html into the run's folder; return its path.
@@ -87,7 +104,7 @@ def fuse_view(run: FinishedRun) -> dict[str, Any]:
     failures = [child for child in children if child.failed is not None]
     shown = list(selection.indices) or [near.index for near in selection.nearest]
     best = child_of(run, run.rows[shown[0]], FULL) if shown else None
-    parents = [_parent(run, place, best) for place in range(len(config.concepts))]
+    parents = [Parent.of(run, place, best) for place in range(len(config.concepts))]
     middle = (len(parents) + 1) // 2
     limits = selection.thresholds
     environment, facts = run_facts(run)
@@ -161,22 +178,6 @@ def child_of(run: FinishedRun, row: ManifestRow, side: int, page: Path | None = 
         failed=row.failed,
         spread=row.extra.get("coefficients", {}).get("spread", math.nan),
         coefficients=f"{COEFFICIENTS}/step-{row.step:06d}.safetensors, row {place}",
-    )
-
-
-def _parent(run: FinishedRun, place: int, best: Child | None) -> Parent:
-    concept = run.config.concepts[place]
-    world = fuse_job.read_world(run.folder)
-    files = fuse_job.exemplar_files(run.folder, concept)
-    part = None if best is None else best.parts[place]
-    return Parent(
-        concept=concept,
-        place=place,
-        prompt=world.prompts[concept],
-        images=tuple(inline(file, THUMBNAIL, run.folder.path) for file in files[:3]),
-        usable=world.usable_exemplars[concept],
-        percent=None if part is None else part.percent,
-        similarity=None if part is None else part.similarity,
     )
 
 

@@ -199,7 +199,7 @@ class ClipImageReward(ReferenceReward):
     def reads(cls, options: Options) -> Mapping[str, Read]:
         return {"model": A_CLIP, "segmenter": Read()}
 
-    def _cuts_out(self, of_reference: bool) -> bool:
+    def cuts_out(self, of_reference: bool) -> bool:
         return self._foreground is not None
 
     def _masks(self, images_BCHW: Tensor, kinds: Sequence[object]) -> Tensor:

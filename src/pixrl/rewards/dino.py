@@ -125,7 +125,7 @@ class DinoSegReward(ReferenceReward):
     def reads(cls, options: Options) -> Mapping[str, Read]:
         return {"model": Read(), "segmenter": Read()}
 
-    def _cuts_out(self, of_reference: bool) -> bool:
+    def cuts_out(self, of_reference: bool) -> bool:
         return self.mask is Mask.BOTH or (self.mask is Mask.REFERENCE and of_reference)
 
     def _masks(self, images_BCHW: Tensor, kinds: Sequence[object]) -> Tensor:

@@ -76,6 +76,21 @@ class Silence:
     hopeless: bool = False
     """Waiting does not help."""
 
+    @classmethod
+    def of(cls, error: Exception, time_limit: float) -> "Silence":
+        """Say why a request failed, by the first cause of its error; `time_limit` in seconds."""
+        causes: list[BaseException] = [error]
+        while (before := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(before.exceptions[0] if isinstance(before, BaseExceptionGroup) else before)
+        first = causes[-1]
+        if any(isinstance(cause, TimeoutError) for cause in causes):
+            return cls(f"no answer within {time_limit:g} s", slow=True)
+        if isinstance(first, ssl.SSLCertVerificationError):
+            return cls(str(first), hopeless=True)
+        if isinstance(first, ConnectionError) and first.errno is not None:  # asyncio has a text of its own
+            return cls(f"[Errno {first.errno}] {os.strerror(first.errno)}")
+        return cls(str(first) if isinstance(first, OSError) else f"{type(first).__name__}: {first}")
+
 
 class Service:
     """An HTTP service under a base address.
@@ -136,22 +151,7 @@ class Service:
                     after = seconds_of(response.headers.get("Retry-After"))
                     return Reply(response.status_code, bytes(said), after)
         except (TimeoutError, httpx2.HTTPError) as error:
-            return _silence(error, time_limit)
-
-
-def _silence(error: Exception, time_limit: float) -> Silence:
-    """Why a request failed, by the first cause of its error."""
-    causes: list[BaseException] = [error]
-    while (before := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(before.exceptions[0] if isinstance(before, BaseExceptionGroup) else before)
-    first = causes[-1]
-    if any(isinstance(cause, TimeoutError) for cause in causes):
-        return Silence(f"no answer within {time_limit:g} s", slow=True)
-    if isinstance(first, ssl.SSLCertVerificationError):
-        return Silence(str(first), hopeless=True)
-    if isinstance(first, ConnectionError) and first.errno is not None:  # asyncio has a text of its own
-        return Silence(f"[Errno {first.errno}] {os.strerror(first.errno)}")
-    return Silence(str(first) if isinstance(first, OSError) else f"{type(first).__name__}: {first}")
+            return Silence.of(error, time_limit)
 
 
 def seconds_of(text: str | None) -> float | None:

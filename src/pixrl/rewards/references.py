@@ -181,7 +181,7 @@ class ReferenceReward(DifferentiableReward):
         return "no class in the metadata" if by_class and "class" not in about else None
 
     @abstractmethod
-    def _cuts_out(self, of_reference: bool) -> bool:
+    def cuts_out(self, of_reference: bool) -> bool:
         """Return whether the encoder sees the subject alone, cut out, rather than the whole picture."""
 
     @abstractmethod
@@ -201,7 +201,7 @@ class ReferenceReward(DifferentiableReward):
 
         `own_BHW` are masks of the user's, in place of the segmenter's.
         """
-        if not self._cuts_out(of_reference):
+        if not self.cuts_out(of_reference):
             return encode(images_BCHW)
         masks_BHW = self._masks(images_BCHW.detach(), kinds) if own_BHW is None else own_BHW
         assert self._foreground is not None

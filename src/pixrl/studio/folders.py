@@ -141,7 +141,16 @@ class WatchedRun:
             self._since = int(start_if_any(folder).get("evaluated_from", 0)) if self._shape is not None else 0
             self._known = stamps
             self._changes, self._recipes = self._changes + 1, self._recipes + 1
-        self._changes += self._read_on()
+        metrics, evaluations, manifest = self._tails
+        before = [len(tail.rows) for tail in self._tails]
+        known = [tail.update() for tail in self._tails]
+        at = min(known[0], len(self._metrics))
+        self._metrics[at:] = [finite_or_nan(row) for row in metrics.rows[at:]]
+        at = min(known[2], len(self._rows))
+        self._rows[at:] = RunFolder(self.path, self._kind).parse_manifest(manifest.rows[at:])
+        if known[1] != before[1] or len(evaluations.rows) != before[1]:
+            self._evaluations_changed += 1
+        self._changes += known != before or [len(tail.rows) for tail in self._tails] != before
         evaluated = [row for row in self._tails[1].rows if row["step"] >= self._since]
         state = self._state(evaluated)
         return RunData(
@@ -157,19 +166,6 @@ class WatchedRun:
             version=self._changes,
             evaluations_version=(self._recipes, self._evaluations_changed),
         )
-
-    def _read_on(self) -> bool:
-        """Read the new lines of the logs, and return whether any log is other than it was."""
-        metrics, evaluations, manifest = self._tails
-        before = [len(tail.rows) for tail in self._tails]
-        known = [tail.update() for tail in self._tails]
-        at = min(known[0], len(self._metrics))
-        self._metrics[at:] = [finite_or_nan(row) for row in metrics.rows[at:]]
-        at = min(known[2], len(self._rows))
-        self._rows[at:] = RunFolder(self.path, self._kind).parse_manifest(manifest.rows[at:])
-        if known[1] != before[1] or len(evaluations.rows) != before[1]:
-            self._evaluations_changed += 1
-        return known != before or [len(tail.rows) for tail in self._tails] != before
 
     def _state(self, evaluated: Sequence[dict[str, Any]]) -> State:
         if process_of(self.path) is not None:

@@ -251,26 +251,6 @@ class FuseTab:
                 self.learned = studio.html()
         self.child, self.searched, self.mark = gr.State(None), gr.State(None), gr.State(0)
         self.similar_children, self.favourites = gr.State([]), gr.State([])
-        self._listen()
-
-    def tick(self, searched: str | None, mark: int) -> list[Any]:
-        """Return the learned search as it stands, and a mark of it; nothing where the mark is still the same."""
-        if searched is None:
-            return [gr.skip(), gr.skip()]
-        shown = self._learned(searched)
-        return [gr.skip(), gr.skip()] if hash(shown) == mark else [shown, hash(shown)]
-
-    def _learned(self, searched: str) -> str:
-        try:
-            data = self.studio.look(searched)
-        except InputError:  # its process has not made the folder yet, or could not
-            path = self.studio.runs.root / searched
-            said = self.studio.processes.outcome(path) or "The search is starting."
-            return _note(said)
-        page = self.studio.page_of(searched)
-        return page.head(data) + page.group(data)
-
-    def _listen(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         drawn = [self.child, self.picture, self.note]
         last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
@@ -288,6 +268,23 @@ class FuseTab:
             taken = [self.concepts, self.pad, *drawn]
             one.select(self.take, [self.similar_children, self.favourites], taken, **quiet)
         self.search.click(self.learn, [self.child], [self.searched, self.note], **quiet)
+
+    def tick(self, searched: str | None, mark: int) -> list[Any]:
+        """Return the learned search as it stands, and a mark of it; nothing where the mark is still the same."""
+        if searched is None:
+            return [gr.skip(), gr.skip()]
+        shown = self._learned(searched)
+        return [gr.skip(), gr.skip()] if hash(shown) == mark else [shown, hash(shown)]
+
+    def _learned(self, searched: str) -> str:
+        try:
+            data = self.studio.look(searched)
+        except InputError:  # its process has not made the folder yet, or could not
+            path = self.studio.runs.root / searched
+            said = self.studio.processes.outcome(path) or "The search is starting."
+            return _note(said)
+        page = self.studio.page_of(searched)
+        return page.head(data) + page.group(data)
 
     def choose(self, concepts: Sequence[str]) -> list[Any]:
         """Begin with equal weights of the chosen concepts: return the pad, the child, its picture and a note."""

@@ -99,7 +99,20 @@ class RunPage:
             count: how many are shown.
         """
         key = (data.evaluations_version, data.error, order, count)
-        return self._part("pairs", key, lambda: _pairs(data, order, count))
+
+        def make() -> str:
+            view: dict[str, Any] = {"run": data.name, "pairs": [], "step": 0, "shown": 0, "total": 0}
+            if data.shape is not None and not data.error:
+                found = figures.scored_pairs(data.folder, data.shape)
+                reward, _, way = order.partition(": ")
+                if way:
+                    found = figures.by_change(found, reward, falls=way.startswith("most fallen"))
+                shown = [_pair(data, pair) for pair in found[:count]]
+                step = data.evaluated[-1]["step"] if data.evaluated else 0
+                view |= {"pairs": shown, "step": step, "shown": len(shown), "total": len(found)}
+            return render("studio/pairs.html.j2", view)
+
+        return self._part("pairs", key, make)
 
     def _rewards(self, data: RunData) -> str:
         if data.error:
@@ -232,19 +245,6 @@ def _child(data: RunData, row: ManifestRow, concepts: Sequence[str]) -> dict[str
         "parts": figures.parent_shares(row, concepts),
         "reward": figures.number(row.scores.get("reward")),
     }
-
-
-def _pairs(data: RunData, order: str, count: int) -> str:
-    view: dict[str, Any] = {"run": data.name, "pairs": [], "step": 0, "shown": 0, "total": 0}
-    if data.shape is not None and not data.error:
-        found = figures.scored_pairs(data.folder, data.shape)
-        reward, _, way = order.partition(": ")
-        if way:
-            found = figures.by_change(found, reward, falls=way.startswith("most fallen"))
-        shown = [_pair(data, pair) for pair in found[:count]]
-        step = data.evaluated[-1]["step"] if data.evaluated else 0
-        view |= {"pairs": shown, "step": step, "shown": len(shown), "total": len(found)}
-    return render("studio/pairs.html.j2", view)
 
 
 def _pair(data: RunData, pair: figures.ScoredPair) -> dict[str, Any]:

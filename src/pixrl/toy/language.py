@@ -144,7 +144,21 @@ def parse(prompt: str) -> ParsedPrompt:
             break
     text, background = _cut_phrase(text, BACKGROUND_PHRASES)
     text, accessory = _cut_phrase(text, ACCESSORY_PHRASES)
-    metadata, pattern = _read_body(text, prompt)
+    pattern = None
+    between = next((word for word in (*RELATIONS, "and") if f" {word} " in text), None)
+    if between is not None:
+        (first, _), (second, _) = (_read_noun(part, prompt) for part in text.split(f" {between} ", 1))
+        if between in RELATIONS:
+            metadata = {"tag": "position", "include": [second, first | {"position": [between, 0]}]}
+        else:
+            tag = "color_attr" if "color" in first or "color" in second else "two_object"
+            metadata = {"tag": tag, "include": [first, second]}
+    else:
+        entry, pattern = _read_noun(text, prompt)
+        metadata = {"tag": "colors" if "color" in entry else "single_object", "include": [entry]}
+        if text.split()[0] in NUMBERS:
+            excluded = {"class": entry["class"], "count": entry["count"] + 1}
+            metadata = {"tag": "counting", "include": [entry], "exclude": [excluded]}
     if accessory is not None and len(metadata["include"]) > 1:
         raise UnreadablePrompt(prompt, "only a picture of one object can name an accessory")
     metadata["prompt"] = prompt
@@ -157,22 +171,6 @@ def _cut_phrase(text: str, table: dict[str, tuple[str, ...]]) -> tuple[str, str 
             if text.endswith(f" {phrase}"):
                 return text.removesuffix(phrase).strip(), name
     return text, None
-
-
-def _read_body(text: str, prompt: str) -> tuple[dict[str, Any], str | None]:
-    for relation in RELATIONS:
-        if f" {relation} " in text:
-            (first, _), (second, _) = (_read_noun(part, prompt) for part in text.split(f" {relation} ", 1))
-            return {"tag": "position", "include": [second, first | {"position": [relation, 0]}]}, None
-    if " and " in text:
-        (first, _), (second, _) = (_read_noun(part, prompt) for part in text.split(" and ", 1))
-        tag = "color_attr" if "color" in first or "color" in second else "two_object"
-        return {"tag": tag, "include": [first, second]}, None
-    entry, pattern = _read_noun(text, prompt)
-    if text.split()[0] in NUMBERS:
-        excluded = {"class": entry["class"], "count": entry["count"] + 1}
-        return {"tag": "counting", "include": [entry], "exclude": [excluded]}, pattern
-    return {"tag": "colors" if "color" in entry else "single_object", "include": [entry]}, pattern
 
 
 def _read_noun(text: str, prompt: str) -> tuple[dict[str, Any], str | None]:

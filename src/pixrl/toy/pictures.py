@@ -94,25 +94,26 @@ def to_tensor(images: Bytes) -> Tensor:
 
 def spoil(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Return each picture [B, 3, H, W] with one of five faults: noise, blur, swapped blocks, pale colours, a grid."""
-    return torch.stack([_spoilt(image, int(rng.integers(5)), rng) for image in images])
-
-
-def _spoilt(image: Tensor, fault: int, rng: np.random.Generator) -> Tensor:
-    if fault == 0:  # noise
-        noise = torch.from_numpy(rng.standard_normal(image.shape)).float()
-        return (image + float(rng.uniform(0.1, 0.3)) * noise).clamp(0, 1)
-    if fault == 1:  # blur
-        side = int(rng.choice((8, 12, 16, 20)))
-        small = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True, align_corners=False)
-        return F.interpolate(small, image.shape[1:], mode="bilinear", align_corners=False)[0]
-    if fault == 2:  # blocks of 16 pixels in random order
-        n = image.shape[1] // 16
-        blocks = image.unfold(1, 16, 16).unfold(2, 16, 16).reshape(3, n * n, 16, 16)
-        blocks = blocks[:, torch.from_numpy(rng.permutation(n * n))]
-        return blocks.view(3, n, n, 16, 16).permute(0, 1, 3, 2, 4).reshape(image.shape)
-    if fault == 3:  # washed-out colours
-        return image.mean() + (image - image.mean()) * float(rng.uniform(0.15, 0.45))
-    period = int(rng.integers(3, 7))
-    lines = (torch.arange(image.shape[1]) % period == 0).float()
-    grid = torch.maximum(lines[:, None], lines[None, :])
-    return image + (float(rng.uniform(0, 1)) - image) * grid * float(rng.uniform(0.4, 0.9))
+    spoilt = []
+    for image in images:
+        match int(rng.integers(5)):
+            case 0:  # noise
+                noise = torch.from_numpy(rng.standard_normal(image.shape)).float()
+                image = (image + float(rng.uniform(0.1, 0.3)) * noise).clamp(0, 1)
+            case 1:  # blur
+                side = int(rng.choice((8, 12, 16, 20)))
+                small = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True)
+                image = F.interpolate(small, image.shape[1:], mode="bilinear")[0]
+            case 2:  # blocks of 16 pixels in random order
+                n = image.shape[1] // 16
+                blocks = image.unfold(1, 16, 16).unfold(2, 16, 16).reshape(3, n * n, 16, 16)
+                blocks = blocks[:, torch.from_numpy(rng.permutation(n * n))]
+                image = blocks.view(3, n, n, 16, 16).permute(0, 1, 3, 2, 4).reshape(image.shape)
+            case 3:  # pale colours
+                image = image.mean() + (image - image.mean()) * float(rng.uniform(0.15, 0.45))
+            case _:  # a grid
+                lines = (torch.arange(image.shape[1]) % int(rng.integers(3, 7)) == 0).float()
+                grid = torch.maximum(lines[:, None], lines[None, :])
+                image = image + (float(rng.uniform(0, 1)) - image) * grid * float(rng.uniform(0.4, 0.9))
+        spoilt.append(image)
+    return torch.stack(spoilt)

@@ -228,12 +228,22 @@ def check_flux(root: Path, thin: int) -> Iterable[Gate]:
     vae = _vae(root)
     judge = SceneJudge.fit(vae, SEED, QUICK if thin > 1 else FULL)
     yield Gate("flux", "background and accessory right", _share(judge.follows(images, wanted)), 0.70)
-    yield from _judge_gates(judge, vae)
+    # the judge itself on held-out subjects: drawn as asked and decoded so, and with one thing exchanged
+    rng = np.random.default_rng(SEED)
+    right = [asking(subject, rng) for subject in SUBJECTS for _ in range(8)]
+    drawn, _ = _pictures(right)
+    accepted = [judge.follows(pictures, right) for pictures in (drawn, reconstruct(vae, drawn))]
+    rejected = [
+        ~judge.follows(_pictures([exchange(scene, rng) for scene in right])[0], right)
+        for exchange in (other_background, other_accessory)
+    ]
+    for figure, shares in (("accepts true", accepted), ("rejects wrong", rejected)):
+        yield Gate("flux", f"judge {figure} drawings", min(map(_share, shares)), 0.95)
     masks = Foreground(root / "segmenter").masks(images)
     encoder = DinoEncoder(root / "identity")
-    drawn = encoder.image_features(Foreground.composite(images, masks))
-    own = (drawn * encoder.image_features(references)).sum(-1)
-    other = (drawn * encoder.image_features(relatives)).sum(-1)
+    features = encoder.image_features(Foreground.composite(images, masks))
+    own = (features * encoder.image_features(references)).sum(-1)
+    other = (features * encoder.image_features(relatives)).sum(-1)
     yield Gate(
         "flux",
         "identity: own reference minus another of the kind, mean cosine",
@@ -254,23 +264,6 @@ def asking(subject: ToySubject, rng: np.random.Generator) -> Scene:
         scene = subject_scene(subject, rng, added_accessory=1.0)
         if scene.mentions_background and scene.background != "plain":
             return scene
-
-
-def _judge_gates(judge: SceneJudge, vae: AutoencoderKL) -> Iterable[Gate]:
-    """The judge itself on held-out subjects: drawn as asked and decoded so, and with one thing exchanged.
-
-    Each figure is the smaller of two shares.
-    """
-    rng = np.random.default_rng(SEED)
-    wanted = [asking(subject, rng) for subject in SUBJECTS for _ in range(8)]
-    drawn, _ = _pictures(wanted)
-    accepted = [judge.follows(images, wanted) for images in (drawn, reconstruct(vae, drawn))]
-    rejected = [
-        ~judge.follows(_pictures([exchange(scene, rng) for scene in wanted])[0], wanted)
-        for exchange in (other_background, other_accessory)
-    ]
-    for figure, shares in (("accepts true", accepted), ("rejects wrong", rejected)):
-        yield Gate("flux", f"judge {figure} drawings", min(map(_share, shares)), 0.95)
 
 
 def other_background(scene: Scene, rng: np.random.Generator) -> Scene:

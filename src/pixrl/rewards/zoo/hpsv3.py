@@ -129,7 +129,19 @@ class HPSv3Reward(DifferentiableReward):
         dtype: str = "auto",
     ) -> None:
         file = find_file(model, WEIGHTS)
-        words = _words(file, processor)
+        if processor is None and not (file.parent / "config.json").is_file():
+            raise CheckpointError(
+                f"{file.parent} holds no config and tokenizer, as published. Say which Qwen2-VL it was trained from: "
+                "processor: Qwen/Qwen2-VL-7B-Instruct"
+            )
+        words = (
+            file.parent if processor is None else words_folder(processor)
+        )  # of the config and the tokenizer
+        kind = read_json(words / "config.json").get("model_type")
+        if kind != "qwen2_vl":
+            raise CheckpointError(
+                f"{words} describes a {kind!r} model; HPSv3 was trained from a 'qwen2_vl' one."
+            )
         self.device = choose_device(device)
         self.precision = choose_precision(self.device, dtype)
         self.tokenizer = load_tokenizer(words)
@@ -291,17 +303,3 @@ def _rows(weights: Mapping[str, Tensor], source: Path) -> int:
             "Is it HPSv3.safetensors?"
         )
     return int(weights[name].shape[0])
-
-
-def _words(file: Path, processor: str | Path | None) -> Path:
-    """Return the folder of Qwen2-VL's config and tokenizer."""
-    if processor is None and not (file.parent / "config.json").is_file():
-        raise CheckpointError(
-            f"{file.parent} holds no config and tokenizer, as published. Say which Qwen2-VL it was trained from: "
-            "processor: Qwen/Qwen2-VL-7B-Instruct"
-        )
-    words = file.parent if processor is None else words_folder(processor)
-    kind = read_json(words / "config.json").get("model_type")
-    if kind != "qwen2_vl":
-        raise CheckpointError(f"{words} describes a {kind!r} model; HPSv3 was trained from a 'qwen2_vl' one.")
-    return words
