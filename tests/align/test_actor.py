@@ -11,10 +11,12 @@ import torch
 
 import pixrl
 from pixrl import api, rewards
+from pixrl.config import dump, load, parse_yaml
 from pixrl.errors import CheckpointError, ConfigError, RunError
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.actor import RewardOnRay
 from pixrl.rewards.settings import ClusterShare, RewardSetting
+from pixrl.runs.config import AlignConfig
 from pixrl.runs.folder import RunFolder
 from pixrl.types import RewardBatch
 from tests.align.parts import aligner, final, groups, recipe, same
@@ -153,3 +155,12 @@ def test_the_doctor_asks_for_the_cluster(sd3_folder: Path, prompt_file: Path, ju
         settings = recipe(sd3_folder, prompt_file, rewards=[reward(judge, on={"ray": address})])
         found = api.examine(settings)
     assert any(f"Nobody answers at the Ray address {address}" in str(problem) for problem in found.problems)
+
+
+def test_a_recipe_names_it_as_yaml_would_write_yes() -> None:
+    """YAML takes a plain `on` for true; as the name of a setting it is a word, also once a recipe is written."""
+    settings = "rewards: [{name: preference, on: ray, options: {model: toy:preference}}]"
+    found = load(AlignConfig, {"model": "toy:sd3", **parse_yaml(settings, "recipe.yaml")})
+    assert found.rewards[0].on == ClusterShare()
+    again = load(AlignConfig, parse_yaml(dump(found), "recipe.yaml"))
+    assert again.rewards == found.rewards

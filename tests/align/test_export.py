@@ -340,8 +340,11 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     )
     fusion = tmp_path / "fusion"
     RunFolder.create(fusion, kind="fuse", recipe=FuseConfig(concepts=("owl", "snail")))
-    none = CliRunner().invoke(cli.app, ["export", str(fusion)])
+    unfinished = CliRunner().invoke(cli.app, ["export", str(fusion)])
+    assert (unfinished.exit_code, f"Type: pixrl resume {fusion}" in unfinished.stderr) == (1, True)
+    RunFolder.create(tmp_path / "pairs", kind="fuse-pairs", recipe=FuseConfig(concepts=("owl", "snail")))
+    none = CliRunner().invoke(cli.app, ["export", str(tmp_path / "pairs")])
     assert none.exit_code == 1
-    assert "a run of kind 'fuse', which trains no LoRA" in none.stderr and "pixrl align RECIPE" in none.stderr
+    assert "'fuse-pairs', which trains no LoRA" in none.stderr and "pixrl align RECIPE" in none.stderr
     wrong = CliRunner().invoke(cli.app, ["export", str(run), "--slot", "emma"])
     assert (wrong.exit_code, "There are current, old, ema" in wrong.stderr) == (2, True)

@@ -29,8 +29,8 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are drawn, then the slot `current` moves: what learns is no longer what drew."""
     collect = Aligner.collect
 
-    def collect_and_move(self: Aligner, groups: Sequence[Group], step: int) -> Rollouts:
-        rollouts = collect(self, groups, step)
+    def collect_and_move(self: Aligner, groups: Sequence[Group], step: int, *watch: Any) -> Rollouts:
+        rollouts = collect(self, groups, step, *watch)
         with torch.no_grad():
             for parameter in self.parameters:
                 parameter.add_(0.5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from pixrl.config import parse_yaml
 from pixrl.rewards import REWARDS, is_differentiable
 from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder, SiglipEncoder
 from pixrl.rewards.set import RewardSet, RewardSetting, Stage
@@ -108,7 +109,7 @@ def test_the_rewards_with_a_gradient_are_named() -> None:
 
 def test_the_yaml_examples_are_valid() -> None:
     for text in blocks("yaml"):
-        data = yaml.safe_load(text)
+        data = parse_yaml(text, "docs/rewards.md")
         settings = [RewardSetting.model_validate(one) for one in data["rewards"]]
         check_rewards(settings, [Stage.model_validate(one) for one in data.get("stages", ())])
 
