@@ -148,8 +148,8 @@ def require_answer(address: str) -> None:
     """
     if address in (LOCAL, AUTO):
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
         raise InputError(
             f"{address!r} is no address of a Ray cluster. Type local, auto or host:port, such as 10.0.0.1:6379"
         )

@@ -128,6 +128,8 @@ def test_it_begins_when_it_is_told_and_answers_in_order(ray: Any, judge: Path) -
     assert scores.values_B.nan_to_num(-1).equal(alone.values_B.nan_to_num(-1))
     assert found.provenance == alone.provenance
     assert found.score(batch_of("d")).reasons == (None,)  # which nobody had announced
+    found.expect(batch_of("e"))
+    assert found.score(batch_of("e fail")).reasons != (None,)  # the same picture, asked of something else
 
 
 def test_a_lost_actor_is_made_again(ray: Any, judge: Path) -> None:

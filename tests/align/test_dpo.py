@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from torch import Tensor
 
@@ -170,7 +171,7 @@ def test_encoding_undoes_decoding(config: dict[str, Any]) -> None:
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels))
 
     vae = SimpleNamespace(
-        config=SimpleNamespace(**config),
+        config=FrozenDict(config),  # as diffusers has it: a mapping, whose keys are attributes too
         dtype=torch.float32,
         encode=encode,
         decode=lambda x, return_dict: (x,),

@@ -195,7 +195,9 @@ def test_contradictions_are_refused(given: dict[str, Any], said: str) -> None:
         Workers(**given)
 
 
-@pytest.mark.parametrize("address", ["nowhere", "host:", ":6379", "host:port", "host:99999"])
+@pytest.mark.parametrize(
+    "address", ["nowhere", "host:", ":6379", "host:port", "host:99999", "ray://host:10001"]
+)
 def test_what_is_no_address(address: str) -> None:
     pytest.importorskip("ray")
     with pytest.raises(InputError, match="no address of a Ray cluster"):

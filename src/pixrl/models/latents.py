@@ -20,7 +20,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 def is_of_video(vae: Any) -> bool:
     """Return whether a VAE is one of video, to which a picture is a single frame [B, C, 1, h, w]: Qwen-Image's."""
-    return hasattr(vae.config, "temperal_downsample")
+    return "temperal_downsample" in vae.config
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
         mean, std = (
             latents.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
         )
-        latents = latents * std / getattr(config, "scaling_factor", 1.0) + mean
+        latents = latents * std / config.get("scaling_factor", 1.0) + mean
     else:
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
     latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device))
@@ -59,7 +59,7 @@ def encode_latents(vae: Any, images_BCHW: Tensor) -> Tensor:
         middle, spread = (
             mean.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
         )
-        return (mean - middle) * float(getattr(config, "scaling_factor", 1.0)) / spread
+        return (mean - middle) * float(config.get("scaling_factor", 1.0)) / spread
     return (mean - (config.shift_factor or 0.0)) * float(config.scaling_factor)
 
 

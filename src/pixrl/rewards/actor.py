@@ -41,13 +41,13 @@ class RewardOnRay(Reward):
         share = share_of(self._ray, setting.on.cpus, setting.on.gpus)
         make = self._ray.remote(_Actor).options(max_restarts=LOSSES, max_task_retries=LOSSES, **share)
         self._actor = make.remote(Place.own(setting.on.cpus), setting.model_dump_json())
-        self._expected: list[tuple[torch.Tensor, Any]] = []
+        self._expected: list[tuple[RewardBatch, Any]] = []
         self.name, self.provenance = self._get(self._actor.describe.remote())
 
     def expect(self, batch: RewardBatch) -> None:
         """Send pictures to the actor, unless they are those that it was sent since the last scores."""
         if not self._is_expected(batch):
-            self._expected.append((batch.images_BCHW, self._actor.score.remote(*_sent(batch))))
+            self._expected.append((batch, self._actor.score.remote(*_sent(batch))))
 
     def score(self, batch: RewardBatch) -> Scores:
         if not self._is_expected(batch):
@@ -75,9 +75,10 @@ class RewardOnRay(Reward):
         return found
 
     def _is_expected(self, batch: RewardBatch) -> bool:
-        images = [part for part, _ in self._expected]
-        whole = sum(map(len, images)) == len(batch.images_BCHW)
-        return whole and bool(images) and torch.equal(torch.cat(images), batch.images_BCHW)
+        parts = [part for part, _ in self._expected]
+        if not parts or [prompt for part in parts for prompt in part.prompts] != list(batch.prompts):
+            return False
+        return torch.equal(torch.cat([part.images_BCHW for part in parts]), batch.images_BCHW)
 
     def _get(self, answer: Any) -> Any:
         errors = self._ray.exceptions
