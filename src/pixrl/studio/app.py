@@ -20,8 +20,9 @@ from pixrl.rewards.http import is_loopback
 from pixrl.runs.process import ask_to_stop
 from pixrl.studio.folders import RunData, Runs, State, sentence
 from pixrl.studio.fuse import FuseTab
-from pixrl.studio.pages import AT_ONCE, RunPage, asset, large, orders_of, run_list, style, theme
+from pixrl.studio.pages import AT_ONCE, RunPage, large, orders_of, run_list
 from pixrl.studio.processes import Processes
+from pixrl.studio.style import asset, style, theme
 
 EVERY = 2.0
 """Seconds between two looks at the folders."""

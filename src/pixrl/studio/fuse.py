@@ -20,7 +20,7 @@ from pixrl import config as recipes
 from pixrl.errors import InputError, PixrlError
 from pixrl.report.page import render
 from pixrl.studio.folders import HERE, sentence
-from pixrl.studio.pages import asset
+from pixrl.studio.style import asset
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,16 +1,14 @@
 """A run as the parts of its page: HTML made of the figures that its report has (`report/figures.py`).
 
-Each part is made again only when what it shows has changed. Type, spacing and colours are the reports'.
+Each part is made again only when what it shows has changed.
 """
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 from markupsafe import Markup
 
 from pixrl.report import figures
@@ -18,60 +16,6 @@ from pixrl.report.charts import reward_chart, sparkline
 from pixrl.report.page import THUMBNAIL, inline, render
 from pixrl.runs.folder import ManifestRow
 from pixrl.studio.folders import RunData
-
-FONT = (
-    "ui-sans-serif",
-    "system-ui",
-    "-apple-system",
-    "Segoe UI",
-    "Roboto",
-    "Helvetica Neue",
-    "Arial",
-    "sans-serif",
-)
-
-
-def asset(name: str) -> str:
-    """Return the text of a file beside the page's templates."""
-    return (files("pixrl.report") / "templates" / "studio" / name).read_text(encoding="utf-8")
-
-
-def style() -> str:
-    """Return the reports' style sheet for what stands inside `.pixrl`, and the studio's own."""
-    templates = files("pixrl.report") / "templates"
-    colours, report = (
-        (templates / name).read_text(encoding="utf-8") for name in ("colours.css", "style.css")
-    )
-    return f"<style>{colours}.pixrl {{ {report} }}\n{asset('studio.css')}{asset('fuse.css')}</style>"
-
-
-def theme() -> gr.themes.Base:
-    """Return Gradio's plain theme in the type, spacing and colours of the reports."""
-    base = gr.themes.Base(
-        primary_hue="blue",
-        neutral_hue="zinc",
-        radius_size="lg",
-        font=FONT,
-        font_mono=("ui-monospace", "Menlo", "Consolas", "monospace"),
-    )
-    return base.set(
-        body_background_fill="var(--bg)",
-        body_background_fill_dark="var(--bg)",
-        block_background_fill="transparent",
-        block_background_fill_dark="transparent",
-        block_border_width="0px",
-        block_shadow="none",
-        button_secondary_background_fill="var(--card)",
-        button_secondary_background_fill_dark="var(--card)",
-        button_secondary_border_color="var(--line)",
-        button_secondary_border_color_dark="var(--line)",
-        button_border_width="1px",
-        input_background_fill="var(--card)",
-        input_background_fill_dark="var(--card)",
-        input_border_color="var(--line)",
-        input_border_color_dark="var(--line)",
-    )
-
 
 LARGE = 1024
 """Longest side in pixels of a picture that was clicked on."""
