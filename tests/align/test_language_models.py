@@ -25,7 +25,7 @@ from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.report.export import Format, export
 from pixrl.runs import checkpoint
 from pixrl.runs.config import AlignConfig, load_recipe
-from tests import tiny
+from tests import tiny_language
 from tests.align.parts import E2PO, GRPO, final, recipe, same
 from tests.tolerance import PICTURE, agree
 
@@ -50,14 +50,14 @@ class Kind:
 
 KINDS = {
     "z-image": Kind(
-        lambda folder: tiny.z_image(folder, shift=6.0),
+        lambda folder: tiny_language.z_image(folder, shift=6.0),
         "ZImagePipeline",
         lambda noise: {"latents": noise, "guidance_scale": GUIDANCE},
         "cap_feat_dim",
         64 - 19,
     ),
     "qwen-image": Kind(
-        tiny.qwen_image,
+        tiny_language.qwen_image,
         "QwenImagePipeline",
         lambda noise: {
             "latents": pack_latents(noise), "true_cfg_scale": GUIDANCE, "negative_prompt": " "
@@ -172,7 +172,7 @@ def test_a_text_encoder_of_another_model_is_told(
 
 
 def test_a_distilled_z_image_is_told(prompt_file: Path, tmp_path: Path) -> None:
-    turbo = tiny.z_image(tmp_path / "turbo")
+    turbo = tiny_language.z_image(tmp_path / "turbo")
     (turbo / "pixrl.json").unlink()
     said = " ".join(before_a_run(turbo, prompt_file, resolution=32).notes)
     assert (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import encoder_rewards, language_rewards, tiny
+from tests import encoder_rewards, language_rewards, tiny, tiny_language
 from tests.rewards.services import TOKEN, service_for
 from tests.tiny_dino import dino
 from tests.tolerance import STORES, epsilon
@@ -25,8 +25,8 @@ RENDERERS: dict[str, Callable[[Path], Path]] = {
     "sd3": make_sd3,
     "sdxl": tiny.sdxl,
     "flux": tiny.flux,
-    "z-image": tiny.z_image,
-    "qwen-image": tiny.qwen_image,
+    "z-image": tiny_language.z_image,
+    "qwen-image": tiny_language.qwen_image,
 }
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tests import tiny
+from tests import tiny, tiny_language
 
 from pixrl import models
 from pixrl.models.flux import FluxPolicy
@@ -52,7 +52,9 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> FluxPolicy:
 @pytest.fixture(scope="session")
 def z_image(tmp_path_factory: pytest.TempPathFactory) -> ZImagePolicy:
     """A language model in place of CLIP."""
-    policy = models.load(tiny.z_image(tmp_path_factory.mktemp("tiny") / "z"), device="cpu", dtype="float32")
+    policy = models.load(
+        tiny_language.z_image(tmp_path_factory.mktemp("tiny") / "z"), device="cpu", dtype="float32"
+    )
     assert isinstance(policy, ZImagePolicy)
     return policy
 
@@ -61,7 +63,7 @@ def z_image(tmp_path_factory: pytest.TempPathFactory) -> ZImagePolicy:
 def qwen_image(tmp_path_factory: pytest.TempPathFactory) -> QwenImagePolicy:
     """A language model within a longer frame, whose first tokens are left out."""
     policy = models.load(
-        tiny.qwen_image(tmp_path_factory.mktemp("tiny") / "q"), device="cpu", dtype="float32"
+        tiny_language.qwen_image(tmp_path_factory.mktemp("tiny") / "q"), device="cpu", dtype="float32"
     )
     assert isinstance(policy, QwenImagePolicy)
     return policy
