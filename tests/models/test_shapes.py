@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny
+from tests import tiny, tiny_language
 from tests.tolerance import PICTURE, agree
 from torch import Tensor
 
@@ -48,12 +48,12 @@ FAMILIES = {
         packed=True,
     ),
     "z-image": Family(
-        tiny.z_image,
+        tiny_language.z_image,
         2.5,
         lambda policy, scale: {"guidance_scale": scale, "max_sequence_length": policy.text_length},
     ),
     "qwen-image": Family(
-        tiny.qwen_image,
+        tiny_language.qwen_image,
         4.0,
         lambda policy, scale: {
             "true_cfg_scale": scale,
