@@ -1,10 +1,15 @@
 """LoRA slots: one backbone, three adapters, and the reference is the backbone to the bit."""
 
+from typing import Any
+
 import pytest
 import torch
-from tests.tolerance import agree
+from tests.tolerance import MODEL, agree
 from torch import Tensor
 
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.sampling import RolloutSettings, Samples, StepPlan, roll_out
+from pixrl.device import Precision
 from pixrl.errors import CheckpointError, InputError, RunError
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import LoraSlots
@@ -115,6 +120,69 @@ def test_slots_nest_and_survive_errors(sd3: SD3Policy) -> None:
             raise KeyError
         assert lora.active == "old"
     assert lora.active == "current"
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_folded_weights_draw_as_those_beside_them(sd3: SD3Policy, slot: str) -> None:
+    lora = attach(sd3)
+    perturb(lora)
+    lora.blend("old", "current", 0.5)
+    weights = {name: x.clone() for name, x in sd3.denoiser.named_parameters() if "lora_" not in name}
+    with torch.no_grad():
+        beside = velocity(sd3, slot)
+        with sd3.slot(slot), sd3.folded():
+            assert lora.active == slot
+            changed = {
+                n
+                for n, x in sd3.denoiser.named_parameters()
+                if "lora_" not in n and not torch.equal(x, weights[n])
+            }
+            inside = sd3.velocity(
+                sd3.initial_noise([1, 2]), torch.tensor([0.9, 0.3]), sd3.encode(["owl", "snail"])
+            )
+        again = velocity(sd3, slot)
+    assert bool(changed) == (slot in ("current", "old"))
+    assert agree(inside, beside, MODEL)
+    assert torch.equal(again, beside), "the weights of before are back"
+    assert all(torch.equal(x, weights[n]) for n, x in sd3.denoiser.named_parameters() if n in weights)
+
+
+def test_an_error_within_leaves_the_weights_of_before(sd3: SD3Policy) -> None:
+    lora = attach(sd3)
+    perturb(lora)
+    before = velocity(sd3, "current")
+    with pytest.raises(KeyError), sd3.folded():
+        raise KeyError
+    assert torch.equal(velocity(sd3, "current"), before)
+    assert all(p.requires_grad for p in lora.parameters())
+
+
+def test_only_full_weights_are_folded(sd3: SD3Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision, and in its autocast, the sum would lose what the slot has learned."""
+    perturb(attach(sd3))
+    before = {name: x.clone() for name, x in sd3.denoiser.named_parameters()}
+    for precision in (Precision(torch.float32, torch.bfloat16), Precision(torch.bfloat16, None)):
+        monkeypatch.setattr(sd3, "precision", precision)
+        with sd3.folded():
+            assert all(torch.equal(x, before[name]) for name, x in sd3.denoiser.named_parameters())
+
+
+def test_rollouts_are_drawn_with_folded_weights(sd3: SD3Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = attach(sd3)
+    perturb(lora)
+    seen = []
+    predict = sd3.velocity
+
+    def watched(*given: Any) -> Tensor:
+        seen.append(all(layer.disable_adapters for layer in lora._layers))
+        return predict(*given)
+
+    monkeypatch.setattr(sd3, "velocity", watched)
+    plan = StepPlan.make(sd3, RolloutSettings(steps=2), seed=0, step=0)
+    group = Group(0, 0, 0, "owl")
+    samples = Samples.of([group], 2, 1, 0)
+    roll_out(sd3, prepare(NoiseOnly(), sd3, [group]), samples, plan, 2)
+    assert seen == [True, True]
 
 
 def test_state_round_trip(sd3: SD3Policy, sd3_folder: object) -> None:

@@ -369,11 +369,12 @@ def roll_out(
     if not len(samples):
         return _nothing(policy, plan)
     parts, images = [], []
-    for rows in chunks(len(samples), micro_batch):
-        parts.append(_roll_out_part(policy, variants, samples, plan, rows))
-        if plan.watch is not None:
-            images.append(policy.decode(parts[-1][0]).float().cpu())
-            plan.watch(rows, images[-1])
+    with policy.folded():
+        for rows in chunks(len(samples), micro_batch):
+            parts.append(_roll_out_part(policy, variants, samples, plan, rows))
+            if plan.watch is not None:
+                images.append(policy.decode(parts[-1][0]).float().cpu())
+                plan.watch(rows, images[-1])
     if plan.watch is None:  # at the end, so that an offloaded decoder is moved once
         images = [policy.decode(x0).float().cpu() for x0, _ in parts]
     by_step = zip(*(transitions for _, transitions in parts), strict=True)

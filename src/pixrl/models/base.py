@@ -347,6 +347,13 @@ class FlowPolicy(Renderer):
         """
         return nullcontext()
 
+    def folded(self) -> AbstractContextManager[None]:
+        """Let passes without a gradient compute with the active slot inside the weights, while it is open.
+
+        Results are equal but for rounding.
+        """
+        return nullcontext()
+
     @abstractmethod
     def slot(self, name: str) -> AbstractContextManager[None]:
         """Let `velocity` use a LoRA slot while it is open: 'current', 'old', 'ema', or 'reference' (adapters off)."""

@@ -27,7 +27,7 @@ from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, R
 from pixrl.models.latents import LatentCache, decode_latents, encode_latents, is_of_video, memory_format
 from pixrl.models.loading import denoiser_of, load_pipeline
 from pixrl.models.lora_files import open_lora
-from pixrl.models.memory_plan import Base, MemoryPlan
+from pixrl.models.memory_plan import Base, MemoryPlan, Offload
 from pixrl.models.placement import PipelinePart, Placement, set_decoding, without_gradients
 from pixrl.models.quantization import quantize
 from pixrl.models.sharding import compile_blocks, shard
@@ -407,6 +407,11 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         computed_twice = self.compiled or getattr(self.denoiser, "gradient_checkpointing", False)
         quick = self.device.type == "cpu" and self._shift_tokens() <= SHORT and not computed_twice
         return plain_attention() if quick else nullcontext()
+
+    def folded(self) -> AbstractContextManager[None]:
+        as_loaded = self.base is Base.DTYPE and self.offload is Offload.NONE and not self.in_step
+        full = self.precision.autocast is None and self.precision.weights in (torch.float32, torch.float64)
+        return self.lora.folded() if self.lora is not None and as_loaded and full else nullcontext()
 
     def pooled(self, conditioning: Conditioning) -> Tensor:
         """Return the pooled text features [B, E], without which these models cannot run.

@@ -94,6 +94,30 @@ class LoraSlots:
         finally:
             self._activate(before)
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Put the active slot's product into the weights themselves while it is open, so that no pass computes it.
+
+        The weights of before come back as they were, bit for bit. Passes differ by rounding from those beside the
+        weights, which in half precision would be more than the slot itself: only full weights may be folded.
+        """
+        if self._active is Slot.REFERENCE:
+            yield
+            return
+        weights = [layer.get_base_layer().weight for layer in self._layers]
+        kept = [weight.data for weight in weights]
+        with torch.no_grad():
+            for layer, weight in zip(self._layers, weights, strict=True):
+                weight.data = weight.data + layer.get_delta_weight(self._active.value)
+        for layer in self._layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for weight, data in zip(weights, kept, strict=True):
+                weight.data = data
+            self._activate(self._active)
+
     @property
     def active(self) -> Slot:
         """The slot in use now."""
@@ -158,9 +182,11 @@ class LoraSlots:
         for layer in self._layers:
             if slot is Slot.REFERENCE:
                 layer.enable_adapters(False)
-            else:
-                layer.set_adapter(slot.value)
+                continue
+            if layer.disable_adapters:
                 layer.enable_adapters(True)
+            if layer.active_adapters != [slot.value]:  # peft goes through all parameters of the layer
+                layer.set_adapter(slot.value)
         self._active = slot
         for adapter, tensors in self._tensors.items():
             for tensor in tensors.values():
