@@ -316,7 +316,7 @@ def velocity_deviation(policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[in
 @torch.no_grad()
 def velocity_of(slot: Slot, policy: FlowPolicy, x_t: Tensor, t_B: Tensor, condition: Conditioning) -> Tensor:
     """Return the velocity of another slot than the trained one, without a graph."""
-    with policy.slot(slot):
+    with policy.slot(slot), policy.folded():
         return policy.velocity(x_t, t_B, condition)
 
 

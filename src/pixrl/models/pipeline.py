@@ -129,6 +129,7 @@ def micro_batch_for(device: torch.device, width: int, height: int) -> int:
 
 FEW_STEPS = 8
 """The most steps of a checkpoint that was distilled to few."""
+FULL = (torch.float32, torch.float64)
 SHORT = 256
 """The number of image tokens up to which the table of all pairs is small beside the other activations."""
 
@@ -405,13 +406,16 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
 
     def quick_backward(self) -> AbstractContextManager[None]:
         computed_twice = self.compiled or getattr(self.denoiser, "gradient_checkpointing", False)
-        quick = self.device.type == "cpu" and self._shift_tokens() <= SHORT and not computed_twice
+        is_full = (self.precision.autocast or self.precision.weights) in FULL
+        quick = (
+            self.device.type == "cpu" and self._shift_tokens() <= SHORT and not computed_twice and not is_full
+        )
         return plain_attention() if quick else nullcontext()
 
     def folded(self) -> AbstractContextManager[None]:
         as_loaded = self.base is Base.DTYPE and self.offload is Offload.NONE and not self.in_step
-        full = self.precision.autocast is None and self.precision.weights in (torch.float32, torch.float64)
-        return self.lora.folded() if self.lora is not None and as_loaded and full else nullcontext()
+        is_full = self.precision.autocast is None and self.precision.weights in FULL
+        return self.lora.folded() if self.lora is not None and as_loaded and is_full else nullcontext()
 
     def pooled(self, conditioning: Conditioning) -> Tensor:
         """Return the pooled text features [B, E], without which these models cannot run.

@@ -80,6 +80,7 @@ class LoraSlots:
         self._layers = [module for module in backbone.modules() if isinstance(module, LoraLayer)]
         self._tensors = {slot: _collect(backbone, slot) for slot in ADAPTERS}
         self._active = Slot.CURRENT
+        self._sums_of_old: list[Tensor] | None = None
         for slot in (Slot.OLD, Slot.EMA):
             self.blend(slot, Slot.CURRENT, 0.0)
         self._activate(Slot.CURRENT)
@@ -99,16 +100,16 @@ class LoraSlots:
         """Put the active slot's product into the weights themselves while it is open, so that no pass computes it.
 
         The weights of before come back as they were, bit for bit. Passes differ by rounding from those beside the
-        weights, which in half precision would be more than the slot itself: only full weights may be folded.
+        weights, which in half precision would be more than the slot itself: only full weights may be folded. The sums
+        of `old` are kept until it changes.
         """
         if self._active is Slot.REFERENCE:
             yield
             return
         weights = [layer.get_base_layer().weight for layer in self._layers]
         kept = [weight.data for weight in weights]
-        with torch.no_grad():
-            for layer, weight in zip(self._layers, weights, strict=True):
-                weight.data = weight.data + layer.get_delta_weight(self._active.value)
+        for weight, whole in zip(weights, self._sums(), strict=True):
+            weight.data = whole
         for layer in self._layers:
             layer.enable_adapters(False)
         try:
@@ -117,6 +118,20 @@ class LoraSlots:
             for weight, data in zip(weights, kept, strict=True):
                 weight.data = data
             self._activate(self._active)
+
+    @torch.no_grad()
+    def _sums(self) -> list[Tensor]:
+        """Return each layer's weight with the active slot's product added, in the layers' order."""
+        if self._active is Slot.OLD and self._sums_of_old is not None:
+            return self._sums_of_old
+        with torch.inference_mode(False):
+            sums = [
+                layer.get_base_layer().weight + layer.get_delta_weight(self._active.value)
+                for layer in self._layers
+            ]
+        if self._active is Slot.OLD:
+            self._sums_of_old = sums
+        return sums
 
     @property
     def active(self) -> Slot:
@@ -137,6 +152,7 @@ class LoraSlots:
         if not 0 <= decay <= 1:
             raise InputError(f"decay must be in [0, 1], got {decay}.")
         into, out_of = self._adapter(target), self._adapter(source)
+        self._sums_of_old = None
         for name, tensor in into.items():
             tensor.lerp_(out_of[name], 1 - decay)
 
@@ -169,6 +185,7 @@ class LoraSlots:
             )
         for name, tensor in own.items():
             tensor.copy_(state[name])
+        self._sums_of_old = None
 
     def _adapter(self, name: str) -> dict[str, nn.Parameter]:
         slot = parse_slot(name)
