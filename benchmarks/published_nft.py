@@ -21,13 +21,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from align import LEVELS, NOISES, PROMPTS, SAMPLES, STEPS, Bench, plan_batches
+from align import LEVELS, NOISES, PROMPTS, SAMPLES, STEPS, Bench
 from pixrl import config as recipes
 from pixrl import models
 from pixrl.device import Precision
+from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.runs.config import AlignConfig
-from pixrl.runs.loaded import load_run
+from pixrl.runs.loaded import load_run, plan_batches
 
 Result = TypeVar("Result")
 BETA, KL = 1.0, 1e-4
@@ -39,6 +40,7 @@ class PublishedLoop:
 
     def __init__(self, prompts: list[str], micro_batch: int, precision: Precision) -> None:
         loaded = models.load("toy:sd3", device="cpu", dtype="float32")
+        assert isinstance(loaded, SD3Policy)
         self.pipeline, self.precision, self.micro_batch = loaded.pipeline, precision, micro_batch
         self.transformer = self.pipeline.transformer.requires_grad_(False)
         lora = LoraConfig(
