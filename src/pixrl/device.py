@@ -128,8 +128,8 @@ def plain_attention() -> Iterator[None]:
     """Make `scaled_dot_product_attention` plain matrix products, in the dtype that it is given, while it is open.
 
     torch's fused kernel saves memory that short sequences do not need, and its backward pass is slow in bfloat16 on a
-    CPU. In an update plain matrix products are faster and no farther from float32; forwards alone, the fused kernel is
-    (`benchmarks/align.py`, "fused attention").
+    CPU. There plain matrix products are faster in an update and no farther from float32; forwards alone, and in full
+    precision, the fused kernel is (`benchmarks/align.py`, "fused attention").
     """
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)

@@ -9,9 +9,16 @@ from tests.tolerance import GRADIENT, agree
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixrl.device import plain_attention
+from pixrl.device import Precision, plain_attention
 from pixrl.models.pipeline import SHORT
 from pixrl.models.sd3 import SD3Policy
+
+
+@pytest.fixture
+def half(sd3: SD3Policy) -> SD3Policy:
+    """The same in bfloat16 autocast, where the fused kernel's backward pass is slow."""
+    sd3.precision = Precision(torch.float32, torch.bfloat16)
+    return sd3
 
 
 def learned(policy: SD3Policy, kernels: AbstractContextManager[None]) -> tuple[Tensor, Tensor]:
@@ -26,7 +33,7 @@ def learned(policy: SD3Policy, kernels: AbstractContextManager[None]) -> tuple[T
 
 def test_velocities_and_gradients_are_equal(sd3: SD3Policy) -> None:
     sd3.attach_lora(rank=4, alpha=8)
-    for fast, plain in zip(learned(sd3, sd3.quick_backward()), learned(sd3, nullcontext()), strict=True):
+    for fast, plain in zip(learned(sd3, plain_attention()), learned(sd3, nullcontext()), strict=True):
         assert agree(fast, plain, GRADIENT)
 
 
@@ -38,9 +45,9 @@ def is_plain(kernels: AbstractContextManager[None]) -> bool:
     return graph is not None and "Flash" not in graph.name()
 
 
-def test_it_is_another_kernel_within_and_the_usual_one_after(sd3: SD3Policy) -> None:
+def test_it_is_another_kernel_within_and_the_usual_one_after(half: SD3Policy) -> None:
     allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    assert is_plain(sd3.quick_backward())
+    assert is_plain(half.quick_backward())
     with pytest.raises(ZeroDivisionError), plain_attention():
         assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
         _ = 1 / 0
@@ -48,33 +55,37 @@ def test_it_is_another_kernel_within_and_the_usual_one_after(sd3: SD3Policy) -> 
     assert not is_plain(nullcontext())
 
 
+def test_full_precision_takes_the_fused_kernel(sd3: SD3Policy) -> None:
+    assert not is_plain(sd3.quick_backward())
+
+
 def test_not_for_long_sequences_nor_where_forwards_are_computed_twice(
-    sd3: SD3Policy, monkeypatch: pytest.MonkeyPatch
+    half: SD3Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sd3.checkpoint_gradients()
-    assert not is_plain(sd3.quick_backward())
-    sd3.denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
-    assert is_plain(sd3.quick_backward())
-    sd3.compiled = True
-    assert not is_plain(sd3.quick_backward())
-    sd3.compiled = False
-    monkeypatch.setattr(sd3, "_shift_tokens", lambda: SHORT + 1)
-    assert not is_plain(sd3.quick_backward())
+    half.checkpoint_gradients()
+    assert not is_plain(half.quick_backward())
+    half.denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
+    assert is_plain(half.quick_backward())
+    half.compiled = True
+    assert not is_plain(half.quick_backward())
+    half.compiled = False
+    monkeypatch.setattr(half, "_shift_tokens", lambda: SHORT + 1)
+    assert not is_plain(half.quick_backward())
 
 
 def test_an_update_by_nft_takes_it_and_sampling_does_not(
-    sd3: SD3Policy, monkeypatch: pytest.MonkeyPatch
+    half: SD3Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sd3.attach_lora(rank=4, alpha=8)
+    half.attach_lora(rank=4, alpha=8)
     inside: list[bool] = []
-    velocity = sd3.velocity
+    velocity = half.velocity
 
     def spy(*given: Tensor) -> Tensor:
         inside.append(torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed())
         return velocity(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sd3, "velocity", spy)
-    found = aligner(sd3, NFT, ODE, noises=2)
+    monkeypatch.setattr(half, "velocity", spy)
+    found = aligner(half, NFT, ODE, noises=2)
     rollouts = found.collect(groups(1), 0)
     assert inside and not any(inside)
     inside.clear()

@@ -147,6 +147,31 @@ def test_folded_weights_draw_as_those_beside_them(sd3: SD3Policy, slot: str) -> 
     assert all(torch.equal(x, weights[n]) for n, x in sd3.denoiser.named_parameters() if n in weights)
 
 
+def test_what_is_folded_follows_the_slot(sd3: SD3Policy) -> None:
+    """The sums of `old` are kept, and are never those of weights that it had before."""
+    lora = attach(sd3)
+
+    def folded(slot: str) -> Tensor:
+        with torch.no_grad(), sd3.slot(slot), sd3.folded():
+            return sd3.velocity(sd3.initial_noise([1]), torch.tensor([0.9]), sd3.encode(["owl"]))
+
+    def beside(slot: str) -> Tensor:
+        with torch.no_grad(), sd3.slot(slot):
+            return sd3.velocity(sd3.initial_noise([1]), torch.tensor([0.9]), sd3.encode(["owl"]))
+
+    for seed in range(2):
+        perturb(lora, seed)
+        before = folded("old")
+        assert torch.equal(folded("old"), before) and agree(before, beside("old"), MODEL)
+        lora.blend("old", "current", 0.5)
+        assert agree(folded("old"), beside("old"), MODEL)
+        assert agree(folded("current"), beside("current"), MODEL)
+    start = lora.state()
+    folded("old")
+    lora.load_state({name: 2 * x for name, x in start.items()})
+    assert agree(folded("old"), beside("old"), MODEL)
+
+
 def test_an_error_within_leaves_the_weights_of_before(sd3: SD3Policy) -> None:
     lora = attach(sd3)
     perturb(lora)

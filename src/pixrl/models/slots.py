@@ -124,6 +124,7 @@ class LoraSlots:
         """Return each layer's weight with the active slot's product added, in the layers' order."""
         if self._active is Slot.OLD and self._sums_of_old is not None:
             return self._sums_of_old
+        self._sums_of_old = None  # never two copies at a time
         with torch.inference_mode(False):
             sums = [
                 layer.get_base_layer().weight + layer.get_delta_weight(self._active.value)
