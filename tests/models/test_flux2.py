@@ -159,8 +159,13 @@ def test_a_distilled_checkpoint_draws_without_guidance(tmp_path: Path) -> None:
     (folder / "pixrl.json").unlink()
     policy = load(folder)
     settings = policy.settings
-    assert (settings.steps, settings.guidance, settings.resolution, policy.distilled_steps) == (4, 0.0, 1024, 4)
-    with pytest.raises(InputError, match="guidance 4 has no effect: .* is distilled to few steps"):
+    assert (settings.steps, settings.guidance, settings.resolution, policy.distilled_steps) == (
+        4,
+        0.0,
+        1024,
+        4,
+    )
+    with pytest.raises(InputError, match=r"guidance 4 has no effect: .* is distilled to few steps"):
         models.load(folder, device="cpu", guidance=4.0)
 
 

@@ -4,8 +4,8 @@ Latents run from noise (t = 1) to data (t = 0); the transformer is fed t and pre
 [B, C, h, w] as in FLUX.1, and packed two by two into tokens by the same rule; what the VAE's batch norm makes of such
 patches is undone in `decode`. A position has four axes: picture, row, column, and place in the text.
 
-A prompt is read by Qwen3 as one turn of a chat, without thoughts. Its features are three hidden states side by side, and
-padding is read as text is, without a mask.
+A prompt is read by Qwen3 as one turn of a chat, without thoughts. Its features are three hidden states side by side,
+and padding is read as text is, without a mask.
 
 Above a scale of 1 `guidance` is the usual u + scale * (c - u) with the empty prompt for u. Checkpoints that are
 distilled to four steps say so in model_index.json, and the pipeline ignores a scale that it is given for them.

@@ -60,7 +60,9 @@ def encode_latents(vae: Any, images_BCHW: Tensor) -> Tensor:
 def _spread(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the mean and the deviation of a VAE's latents, as it states them; None where it states one scale."""
     config = vae.config
-    if "batch_norm_eps" in config:  # FLUX.2's: of each channel at each place within a patch of 2 x 2, in that order
+    if (
+        "batch_norm_eps" in config
+    ):  # FLUX.2's: of each channel at each place within a patch of 2 x 2, in that order
         channels, rows, columns = latents.shape[1:]
         moments = (vae.bn.running_mean.float(), (vae.bn.running_var.float() + config.batch_norm_eps).sqrt())
         tiles = (x.to(latents.device).view(1, channels, 2, 2) for x in moments)
