@@ -28,12 +28,13 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
 
     Within float16 autocast the decoder runs in bfloat16, since its activations overflow in float16.
     """
+    config = vae.config
     latents = latents.float()
     if spread := _spread(vae, latents):
         mean, std = spread
         latents = latents * std + mean
     else:
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
     latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device))
     kind = latents.device.type  # the VAE's own may be another until its hooks have moved it
     narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
@@ -48,13 +49,14 @@ def encode_latents(vae: Any, images_BCHW: Tensor) -> Tensor:
 
     The VAE's distribution gives its mean.
     """
+    config = vae.config
     images_BCHW = _as_frame(vae, images_BCHW.to(vae.dtype) * 2 - 1)
-    latents: Tensor = vae.encode(images_BCHW).latent_dist.mean.float()
-    latents = latents.squeeze(2) if is_of_video(vae) else latents
-    if spread := _spread(vae, latents):
-        mean, std = spread
-        return (latents - mean) / std
-    return (latents - (vae.config.shift_factor or 0.0)) * float(vae.config.scaling_factor)
+    mean: Tensor = vae.encode(images_BCHW).latent_dist.mean.float()
+    mean = mean.squeeze(2) if is_of_video(vae) else mean
+    if spread := _spread(vae, mean):
+        middle, deviation = spread
+        return (mean - middle) / deviation
+    return (mean - (config.shift_factor or 0.0)) * float(config.scaling_factor)
 
 
 def _spread(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -387,7 +387,7 @@ def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str
     yield f"pipeline.{lora}"
     side = config.resolution
     sampling = {"num_inference_steps": _steps(config), "guidance_scale": config.guidance}
-    yield f"image = pipeline({_text(PROMPT)}{_keywords(sampling | {'height': side, 'width': side})}).images[0]"
+    yield f"image = pipeline(prompt={_text(PROMPT)}{_keywords(sampling | {'height': side, 'width': side})}).images[0]"
     yield f"image.save({_text(PICTURE)})"
 
 
