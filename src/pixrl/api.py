@@ -323,7 +323,7 @@ def draw(
     what: str | Path,
     prompt: str | None = None,
     n: int = 4,
-    size: int | None = None,
+    size: int | str | None = None,
     seed: int = 0,
     out: Path | str | None = None,
     *,
@@ -338,7 +338,7 @@ def draw(
         what: a run's folder; a LoRA's file or folder, with `model`; or a model.
         prompt: what to draw; None for a fusion.
         n: how many pictures.
-        size: their side in pixels; None: the run's, or the model's.
+        size: in pixels: the side of a square, or width x height as "832x1216"; None: the run's, or the model's.
         seed: of the noises; picture i is the same for any n.
         out: a new folder for PNGs and manifest.jsonl; None: one under drawn/.
         model: the one that a LoRA belongs to.

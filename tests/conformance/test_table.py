@@ -86,9 +86,9 @@ def options_of(name: str, folder: Path) -> dict[str, object]:
 
 
 def batch_of(name: str) -> RewardBatch:
-    """Four pictures that a reward can be asked about; some fail."""
+    """Four pictures, wider than high, that a reward can be asked about; some fail."""
     coarse = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
+    images = torch.nn.functional.interpolate(coarse, (32, 44), mode="bilinear")
     if name in language_rewards.OPTIONS:
         prompts = list(language_rewards.PROMPTS.get(name, PROMPTS))
         return RewardBatch(images, prompts, language_rewards.METADATA.get(name, ()))
@@ -117,7 +117,7 @@ def test_reward(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SERVED)
 def test_reward_of_a_service(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIXRL_REWARD_TOKEN", TOKEN)
-    images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), (32, 32), mode="bilinear")
+    images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), (32, 44), mode="bilinear")
     with service_for(name, tmp_path) as options:
         reward = rewards.load(name, **options)
         check_reward(reward, RewardBatch(images, PROMPTS))

@@ -143,7 +143,10 @@ def draw(
         typer.Argument(metavar="PROMPT", help="What to draw; none for a fusion.", show_default=False),
     ] = None,
     n: Annotated[int, option("How many pictures.", HOW, "4", flag="--n")] = 4,
-    size: Annotated[int | None, option("Their side in pixels.", HOW, "the run's, or the model's")] = None,
+    size: Annotated[
+        str | None,
+        option("Their pixels: 1024, or width x height: 832x1216.", HOW, "the run's, or the model's"),
+    ] = None,
     seed: Annotated[int, option("Of the noises.", HOW, "0")] = 0,
     child: Annotated[
         int | None, option("Of a fusion: the child to draw again, its own noise first, then others.", HOW)

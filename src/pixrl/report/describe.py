@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pixrl.algorithms.sampling import StepNoise
+from pixrl.config import parse_resolution
 from pixrl.data.subjects import CLASS_FILE
 from pixrl.errors import InputError
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
@@ -55,7 +56,7 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
     notes = [str(note) for note in start.get("notes", ())]
     below = "" if config.lora.base is None else f", on top of {config.lora.base}"
     return [
-        ("model", f"{config.model} ({start.get('fingerprint', 'not started')})"),
+        ("model", f"{config.model} ({start.get('fingerprint', 'not started')}){drawing(config.resolution)}"),
         ("prompts", f"{config.prompts.source}, {config.prompts.per_step} a step"),
         *_references(config),
         ("pictures", f"{config.prompts.per_step} × {config.group_size} a step, {images_of(config)} in all"),
@@ -66,6 +67,11 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
         ("seed", str(config.seed)),
         *([("plan", "; ".join(notes))] if notes else []),
     ]
+
+
+def drawing(resolution: int | str | None) -> str:
+    """Say behind a model's name how it was asked to draw; nothing where its own settings were left."""
+    return "" if resolution is None else ", {} × {} pixels".format(*parse_resolution(resolution))
 
 
 def _references(config: AlignConfig) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import yaml
 
+from pixrl.config import parse_resolution
 from pixrl.hub import TOY_PREFIX, is_hub_id, split_adapter, split_revision, split_single_file
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models import NOT_STATED, generator_licence
@@ -385,9 +386,9 @@ def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str
     yield ""
     yield f"pipeline = {pipeline}.from_pretrained({_text(base)}{pinned}{absent})"
     yield f"pipeline.{lora}"
-    side = config.resolution
+    width, height = (None, None) if config.resolution is None else parse_resolution(config.resolution)
     sampling = {"num_inference_steps": _steps(config), "guidance_scale": config.guidance}
-    yield f"image = pipeline(prompt={_text(PROMPT)}{_keywords(sampling | {'height': side, 'width': side})}).images[0]"
+    yield f"image = pipeline(prompt={_text(PROMPT)}{_keywords(sampling | {'height': height, 'width': width})}).images[0]"
     yield f"image.save({_text(PICTURE)})"
 
 
@@ -407,7 +408,9 @@ def _steps(config: AlignConfig) -> int:
 
 def _load_options(config: AlignConfig) -> str:
     """Return the keywords of `models.load` with which the run's evaluation draws."""
-    chosen = {"steps": _steps(config), "guidance": config.guidance, "resolution": config.resolution}
+    resolution = config.resolution
+    chosen: dict[str, object] = {"steps": _steps(config), "guidance": config.guidance}
+    chosen["resolution"] = _text(resolution) if isinstance(resolution, str) else resolution
     return _keywords(chosen | ({} if config.t5 else {"t5": False}))
 
 
