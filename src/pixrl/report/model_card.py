@@ -394,7 +394,8 @@ def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str
     yield f"pipeline.{lora}"
     width, height = (None, None) if config.resolution is None else parse_resolution(config.resolution)
     sampling = {"num_inference_steps": _steps(config), "guidance_scale": config.guidance}
-    yield f"image = pipeline(prompt={_text(PROMPT)}{_keywords(sampling | {'height': height, 'width': width})}).images[0]"
+    chosen = _keywords(sampling | {"height": height, "width": width})
+    yield f"image = pipeline(prompt={_text(PROMPT)}{chosen}).images[0]"
     yield f"image.save({_text(PICTURE)})"
 
 
