@@ -220,7 +220,7 @@ def shown_to(policy: FlowPolicy, variants: Variants, groups: Sequence[Group]) ->
         return variants
     if not isinstance(policy, ReferencePolicy):
         raise InputError(
-            f"{policy.name} ({type(policy).__name__}) takes no reference pictures. Give a FLUX model, such as toy:flux."
+            f"{policy.name} ({type(policy).__name__}) takes no reference pictures. Give a model that does, such as toy:flux."
         )
     if len(counts) > 1:
         raise InputError(
@@ -229,7 +229,8 @@ def shown_to(policy: FlowPolicy, variants: Variants, groups: Sequence[Group]) ->
         )
     side = policy.reference_side
     by_place = [torch.stack([on_square(one, side) for one in same]) for same in zip(*pictures, strict=True)]
-    return replace(variants, anchor=policy.with_references(variants.anchor, by_place))
+    prompts = [group.prompt for group in groups]
+    return replace(variants, anchor=policy.show(variants.anchor, by_place, prompts))
 
 
 def shown_pictures(metadata: Mapping[str, object]) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from pixrl.errors import CheckpointError, ShapeError
 from pixrl.models.base import Conditioning
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.models.text import LANGUAGE, PerturbableText, PromptText, TextEncoder, TextFeatures, lerp_rows
+from pixrl.models.text import LANGUAGE, PromptText, TextEncoder, TextFeatures, lerp_rows
 
 _MARK = "PROMPT"
 """What stands for the prompt where a chat template is asked for the text around it."""
@@ -143,7 +143,7 @@ def chat_frame(tokenizer: Any, *, thinks: bool) -> tuple[str, str]:
     return before, after
 
 
-class LanguagePolicy(FlowPipelinePolicy, PerturbableText):
+class LanguagePolicy(FlowPipelinePolicy):
     """A trainable flow pipeline whose prompts one language model reads."""
 
     layers: ClassVar[tuple[int, ...]]

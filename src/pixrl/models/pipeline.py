@@ -8,7 +8,7 @@ and its velocity. loading.py loads the weights.
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
@@ -296,7 +296,9 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         """Return u + scale * (c - u) of the prediction c and the unconditional u; c where the scale is at most 1."""
         if self.guidance_scale <= 1:
             return predict(x, level_B, conditioning)
-        both = Conditioning.cat([self._unconditional(len(x)).to(device=self.device), conditioning])
+        away = self._unconditional(len(x)) if conditioning.away is None else conditioning.away
+        away = replace(away.to(device=self.device), references=conditioning.references)
+        both = Conditioning.cat([away, conditioning])
         return self._away(*predict(torch.cat([x, x]), torch.cat([level_B, level_B]), both).float().chunk(2))
 
     def _away(self, unconditional: Tensor, conditional: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from pixrl.metrics.diversity import Features, pixel_features
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.memory_plan import Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.references import TokenReferences
 from pixrl.models.slots import LoraSlots, Slot
 from pixrl.models.text import check_words
 from pixrl.rewards.encoders import load_encoder
@@ -184,14 +185,26 @@ def not_trainable(adapter: type, name: str) -> ConfigError:
     )
 
 
-def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> FluxPolicy:
-    """Set up the model for reference pictures. Raises ConfigError where it takes none."""
-    if not isinstance(policy, FluxPolicy):
+def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> TokenReferences:
+    """Set up the model for reference pictures.
+
+    Raises:
+        ConfigError: it takes none, or a setting has no effect on it.
+    """
+    if isinstance(policy, FluxPolicy):
+        policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
+        return policy
+    if not isinstance(policy, TokenReferences):
         raise ConfigError(
-            f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a FLUX model: "
-            "--set model=toy:flux, or a FLUX checkpoint."
+            f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a model that does: "
+            "--set model=toy:flux, or a checkpoint of FLUX or of Qwen-Image-Edit."
         )
-    policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
+    for name in ("preset", "shift"):
+        if getattr(settings, name) is not None:
+            raise ConfigError(
+                f"references.{name} has no effect on {policy.name}: it is FLUX's. Leave it out."
+            )
+    policy.place(side=settings.side)
     return policy
 
 
