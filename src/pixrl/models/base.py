@@ -384,6 +384,10 @@ class ReferencePolicy(ImageEncoder):
             ShapeError: another number of pictures than of prompts.
         """
 
+    def laid_out(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Return pictures [3, H, W] of any size as the model is shown them, each [3, side, side]."""
+        return [on_square(picture, self.reference_side) for picture in pictures]
+
     def show(
         self, conditioning: Conditioning, references: Sequence[Tensor], prompts: Sequence[str]
     ) -> Conditioning:

@@ -447,7 +447,8 @@ def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:
     yield f"policy.merge_lora(Path({_text(FOLDER)}) / {_text(file)})"
     yield f"pictures = to_tensors(read_pictures(Path({_text(PICTURES)})){cut})"
     yield "references = [on_square(picture, policy.reference_side)[None] for picture in pictures]"
-    yield f"conditioning = policy.with_references(policy.encode([{_text(PROMPT)}]), references)"
+    yield f"prompts = [{_text(PROMPT)}]"
+    yield "conditioning = policy.show(policy.encode(prompts), references, prompts)"
     yield from _drawn(config, "policy", "conditioning")
 
 

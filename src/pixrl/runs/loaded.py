@@ -8,7 +8,7 @@ import torch
 from pixrl import models
 from pixrl import rewards as rewards_table
 from pixrl.algorithms import make_advantage, make_exploration, make_loss
-from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare, shown_pictures
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
 from pixrl.algorithms.world import Team, limit_threads
 from pixrl.data.preferences import load_pairs
@@ -105,7 +105,11 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None, *, sharded: 
     for one in (prompts, held_out):
         check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
     if config.machine.drop_text_encoders:
-        policy.drop_text([prompt.text for one in (prompts, held_out) for prompt in one])
+        known = [prompt for one in (prompts, held_out) for prompt in one]
+        shown = [shown_pictures(prompt.metadata) for prompt in known]
+        if isinstance(policy, TokenReferences):
+            shown = [tuple(policy.laid_out(own)) for own in shown]
+        policy.drop_text([prompt.text for prompt in known], shown)
     lora = config.lora
     slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
     if sharded:
