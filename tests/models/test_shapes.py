@@ -21,7 +21,6 @@ from pixrl.models.pipeline import FlowPipelinePolicy, latent_size, micro_batch_f
 
 WIDE, HIGH = "48x32", "32x48"
 OWL, SNAIL = "a photo of an owl", "a photo of a red snail"
-CLEAN = {"output_type": "latent"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def load(folder: Path | str, resolution: int | str, guidance: float | None = Non
     return found
 
 
-def published(policy: FlowPipelinePolicy, family: Family, width: int, height: int) -> Tensor:
+def published(policy: FlowPipelinePolicy, family: Family, width: int, height: int, **more: Any) -> Tensor:
     noise = policy.initial_noise([1, 2])
     found: Tensor = policy.pipeline(
         prompt=[OWL, SNAIL],
@@ -85,8 +84,8 @@ def published(policy: FlowPipelinePolicy, family: Family, width: int, height: in
         num_inference_steps=policy.settings.steps,
         width=width,
         height=height,
-        **CLEAN,
-        **family.call(policy, family.guidance),
+        output_type="latent",
+        **family.call(policy, family.guidance) | more,
     ).images
     return unpack_latents(found, (height // 8, width // 8)) if family.packed else found
 

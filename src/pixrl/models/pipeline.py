@@ -8,7 +8,7 @@ and its velocity. loading.py loads the weights.
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
@@ -158,6 +158,7 @@ class PipelineRenderer(Renderer):
         dtype: str = "auto",
         steps: int | None = None,
         guidance: float | None = None,
+        negative_prompt: str | None = None,
         resolution: int | str | None = None,
         t5: bool = True,
         plan: MemoryPlan | None = None,
@@ -178,8 +179,13 @@ class PipelineRenderer(Renderer):
         self.precision = choose_precision(self.device, dtype, on_gpu=self.gpu_dtype)
         self._check_options(guidance, t5)
         defaults = self._defaults(checkpoint.folder)
-        self.settings = make_settings(self.card, defaults, steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
+        settings = make_settings(self.card, defaults, steps, guidance, resolution)
+        self.settings = replace(settings, negative_prompt=negative_prompt)
+        if negative_prompt is not None:
+            self.require_negative_prompt(self.name)
+            check_words([negative_prompt], self.vocabulary, self.name)
+            self._require_guidance()
         self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision, t5=t5)
         self.vae: nn.Module = self.pipeline.vae
         if not is_of_video(self.vae):
@@ -206,6 +212,10 @@ class PipelineRenderer(Renderer):
         """The few steps that the checkpoint was distilled to, by its configs; None where it was not, or has a card."""
         steps = self._defaults(self.checkpoint.folder).steps
         return steps if self.card.steps is None and steps <= FEW_STEPS else None
+
+    @abstractmethod
+    def _require_guidance(self) -> None:
+        """Raise InputError where the guidance scale leads away from nothing, since a negative prompt was given."""
 
     def _check_options(self, guidance: float | None, t5: bool) -> None:
         """Raise InputError for an option that has no effect on this checkpoint."""
@@ -268,8 +278,9 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     lora_targets: ClassVar[tuple[str, ...]]
     usual_text_length: ClassVar[int] = 512
     """`text_length` in the pipeline of diffusers, where no card says another."""
+    reads_negative_prompt = True
     negative_prompt: ClassVar[str] = ""
-    """What guidance leads away from."""
+    """What guidance leads away from where `settings.negative_prompt` does not say it."""
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
         self.denoiser: nn.Module = denoiser_of(self.pipeline)
@@ -292,6 +303,21 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         """The scale of `_guided` for the setting `guidance`, which means what it does in the pipeline of diffusers."""
         return self.settings.guidance
 
+    def _require_guidance(self) -> None:
+        if self.guidance_scale <= 1:
+            least = self.settings.guidance - (self.guidance_scale - 1)
+            raise InputError(
+                f"negative_prompt has no effect on {self.name} at guidance {self.settings.guidance:g}: only guidance "
+                f"above {least:g} leads away from it. Give guidance too, such as guidance={least + 3:g}, or leave it "
+                "out."
+            )
+
+    @property
+    def unwanted(self) -> str:
+        """The text that guidance leads away from."""
+        given = self.settings.negative_prompt
+        return self.negative_prompt if given is None else given
+
     def _guided(self, predict: Predict, x: Tensor, level_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return u + scale * (c - u) of the prediction c and the unconditional u; c where the scale is at most 1."""
         if self.guidance_scale <= 1:
@@ -306,7 +332,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     def _unconditional(self, rows: int) -> Conditioning:
         """Return what guidance leads away from, of rows of `encode`."""
         with torch.no_grad():
-            return self._cache.rows([self.negative_prompt] * rows)
+            return self._cache.rows([self.unwanted] * rows)
 
     @property
     def text_length(self) -> int:
@@ -351,7 +377,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         """
         check_words(prompts, self.vocabulary, self.name)
         with torch.no_grad(), self.present(PipelinePart.TEXT):
-            self._cache.keep(["", self.negative_prompt, *prompts])
+            self._cache.keep(["", self.unwanted, *prompts])
         self.placement.drop_text()
 
     def present(self, part: PipelinePart) -> AbstractContextManager[None]:

@@ -386,10 +386,19 @@ def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str
     yield ""
     yield f"pipeline = {pipeline}.from_pretrained({_text(base)}{pinned}{absent})"
     yield f"pipeline.{lora}"
-    width, height = (None, None) if config.resolution is None else parse_resolution(config.resolution)
-    sampling = {"num_inference_steps": _steps(config), "guidance_scale": config.guidance}
-    yield f"image = pipeline({_text(PROMPT)}{_keywords(sampling | {'height': height, 'width': width})}).images[0]"
+    yield f"image = pipeline({_text(PROMPT)}{_keywords(_call(config, pipeline))}).images[0]"
     yield f"image.save({_text(PICTURE)})"
+
+
+def _call(config: AlignConfig, pipeline: str) -> dict[str, object]:
+    """Return the arguments with which a pipeline of diffusers draws as the run's evaluation does."""
+    width, height = (None, None) if config.resolution is None else parse_resolution(config.resolution)
+    scale, away = "guidance_scale", config.negative_prompt
+    if pipeline.startswith("QwenImage"):  # it is guided only where a negative prompt is given
+        scale, away = "true_cfg_scale", " " if away is None else away
+    found: dict[str, object] = {"num_inference_steps": _steps(config), scale: config.guidance}
+    found |= {"negative_prompt": None if away is None else _text(away)}
+    return found | {"height": height, "width": width}
 
 
 def _drawn(config: AlignConfig, policy: str, conditioning: str) -> Iterator[str]:
@@ -408,10 +417,9 @@ def _steps(config: AlignConfig) -> int:
 
 def _load_options(config: AlignConfig) -> str:
     """Return the keywords of `models.load` with which the run's evaluation draws."""
-    resolution = config.resolution
-    chosen: dict[str, object] = {"steps": _steps(config), "guidance": config.guidance}
-    chosen["resolution"] = _text(resolution) if isinstance(resolution, str) else resolution
-    return _keywords(chosen | ({} if config.t5 else {"t5": False}))
+    chosen = config.drawing | {"t5": None if config.t5 else False}
+    given = {name: _text(one) if isinstance(one, str) else one for name, one in chosen.items()}
+    return _keywords({"steps": _steps(config)} | given)
 
 
 def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:

@@ -155,11 +155,9 @@ def load_policy(config: AlignConfig, team: Team, *, sharded: bool = False) -> Fl
         device=team.device,
         dtype=config.machine.dtype,
         steps=config.sampling.steps,
-        guidance=config.guidance,
-        resolution=config.resolution,
-        t5=config.t5,
         plan=machine,
         lora=config.lora.base,
+        **config.drawing,
     )
     policy = require_trainable(policy, config.model)
     if isinstance(config, PersonalizeConfig):
