@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     ZImagePipeline,
@@ -19,6 +22,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
 )
 
@@ -80,6 +84,47 @@ def z_image(
         tokenizer=words,
     )
     return _saved(pipeline, folder, Z_IMAGE_CARD if card is None else card)
+
+
+def flux2_klein(folder: Path, *, seed: int = 0, distilled: bool = False) -> Path:
+    """A Flux2KleinPipeline folder with a Qwen3 encoder as deep as its pipeline reads, and a VAE with a batch norm."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    text = Qwen3Config(
+        **SIZES, vocab_size=len(words), num_hidden_layers=28, head_dim=8, tie_word_embeddings=True
+    )
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    tiny.make_lively(transformer)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(8)
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 3)
+    pipeline = Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(text),
+        tokenizer=words,
+        is_distilled=distilled,
+    )
+    return _saved(pipeline, folder, Z_IMAGE_CARD)
 
 
 def qwen_image(folder: Path, *, seed: int = 0) -> Path:

@@ -15,8 +15,8 @@ from pixrl.doctor.examine import examine_fusion, examine_training, try_out
 from pixrl.errors import ConfigError, InputError
 from pixrl.fusion.config import COMPARE, PAIRS, FuseConfig, resolve_options
 from pixrl.fusion.config import KIND as FUSE
-from pixrl.fusion.learned import read_policy, settings_of
 from pixrl.fusion.select import Selection
+from pixrl.fusion.trainer import read_policy, settings_of
 from pixrl.jobs import align as align_job
 from pixrl.jobs import draw as draw_job
 from pixrl.jobs import fuse as fuse_job

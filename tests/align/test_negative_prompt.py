@@ -10,7 +10,7 @@ import pixrl
 from pixrl import api
 from pixrl.doctor.diagnosis import Need
 from pixrl.errors import InputError, PixrlError
-from pixrl.report.describe import facts
+from pixrl.report.align import facts
 from pixrl.report.model_card import _call
 from pixrl.runs.config import load_recipe
 from pixrl.runs.folder import RunFolder

@@ -10,7 +10,7 @@ from PIL import Image
 import pixrl
 from pixrl import api
 from pixrl.errors import ConfigError
-from pixrl.report.describe import facts
+from pixrl.report.align import facts
 from pixrl.runs.config import load_recipe
 from pixrl.runs.folder import RunFolder
 from tests.align.parts import E2PO, GRPO, final, recipe, same

@@ -107,16 +107,15 @@ def export(
     """Write a run's LoRA for diffusers, ComfyUI or UNO, with a model card; of a fusion, a child's coefficients."""
     from pixrl.errors import InputError
     from pixrl.models.slots import parse_slot
-    from pixrl.report import coefficients
     from pixrl.report import export as exporting
 
-    if child is not None or coefficients.is_fusion(run):
+    if child is not None or exporting.is_fusion(run):
         for name, given in (("--format", layout), ("--slot", slot)):
             if given is not None:
                 raise InputError(
                     f"{name} is for a LoRA, and a child of a fusion has coefficients: leave it out."
                 )
-        found = coefficients.export_child(run, child, out)
+        found = exporting.export_child(run, child, out)
         typer.echo(f"Coefficients of child {found.child}: {found.file}")
         typer.echo(f"Prompts, in this order: {'; '.join(found.prompts)}")
         return

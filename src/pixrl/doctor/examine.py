@@ -44,7 +44,7 @@ from pixrl.doctor.rewards import (
     reward_notes,
 )
 from pixrl.fusion.config import FuseConfig
-from pixrl.fusion.learned import read_policy
+from pixrl.fusion.trainer import read_policy
 from pixrl.fusion.world import judges_of
 from pixrl.hub import Checkpoint, read_card
 from pixrl.models import adapter_of

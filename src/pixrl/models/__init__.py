@@ -24,6 +24,7 @@ RENDERERS = {
     "sd3": "pixrl.models.sd3:SD3Policy",
     "sdxl": "pixrl.models.sdxl:SDXLPolicy",
     "flux": "pixrl.models.flux:FluxPolicy",
+    "flux2-klein": "pixrl.models.flux2:Flux2KleinPolicy",
     "z-image": "pixrl.models.z_image:ZImagePolicy",
     "qwen-image": "pixrl.models.qwen_image:QwenImagePolicy",
 }

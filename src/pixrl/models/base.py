@@ -311,7 +311,7 @@ class Renderer(ABC):
         """
         raise InputError(
             f"The LoRA {place} cannot be merged into {self.name}, a {type(self).__name__}: pixrl reads those of "
-            "SD3, FLUX, SDXL, Z-Image and Qwen-Image. Leave it out."
+            "SD3, FLUX, FLUX.2, SDXL, Z-Image and Qwen-Image. Leave it out."
         )
 
 

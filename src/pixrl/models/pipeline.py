@@ -393,7 +393,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
 
     def schedule(self, steps: int) -> Tensor:
         scheduler = self.pipeline.scheduler
-        shift = {"mu": self._shift_mu()} if scheduler.config.use_dynamic_shifting else {}
+        shift = {"mu": self._shift_mu(steps)} if scheduler.config.use_dynamic_shifting else {}
         scheduler.set_timesteps(**self._timesteps(steps), **shift)
         sigmas: Tensor = scheduler.sigmas
         return sigmas.to(device="cpu", dtype=torch.float32).clone()
@@ -402,8 +402,8 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         """Return how the scheduler is asked for so many steps, as the pipeline of diffusers asks it."""
         return {"num_inference_steps": steps}
 
-    def _shift_mu(self) -> float:
-        """Return the schedule's shift, which is linear in the number of the picture's tokens."""
+    def _shift_mu(self, steps: int) -> float:
+        """Return the schedule's shift for so many steps, which is linear in the number of the picture's tokens."""
         config = self.pipeline.scheduler.config
         rise = config.max_shift - config.base_shift
         run = config.max_image_seq_len - config.base_image_seq_len

@@ -22,7 +22,7 @@ from pixrl.jobs.fuse import FinishedRun
 from pixrl.jobs.fuse_many import FinishedRuns
 from pixrl.metrics.fusion import FusionFigures, figures
 from pixrl.report import charts
-from pixrl.report.describe import drawing
+from pixrl.report.align import drawing
 from pixrl.report.figures import ParentShare, number, parent_shares
 from pixrl.report.page import FULL, THUMBNAIL, Embedded, inline, render
 from pixrl.runs.files import write_atomic

@@ -18,8 +18,16 @@ from pixrl.config import parse_resolution
 from pixrl.hub import TOY_PREFIX, is_hub_id, split_adapter, split_revision, split_single_file
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models import NOT_STATED, generator_licence
-from pixrl.report import describe
-from pixrl.report.align import is_unseen
+from pixrl.report.align import (
+    class_word,
+    facts,
+    in_words,
+    is_unseen,
+    learned_by,
+    machine_facts,
+    method_parts,
+    subjects_in_words,
+)
 from pixrl.report.figures import Change, changes_of, failures, warnings
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.folder import RunFolder
@@ -100,9 +108,9 @@ def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequ
     evaluated = base_and_last(folder)
     changes = changes_of(folder, shape_of(config))
     what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
-    subjects = describe.subjects_in_words(folder, config)
+    subjects = subjects_in_words(folder, config)
     of_whom = f"It was trained to draw {markdown(subjects)}. " if subjects else ""
-    by = markdown(describe.learned_by(config))
+    by = markdown(learned_by(config))
     sections = [
         _front_matter(config),
         f"# {markdown(folder.path.name)}\n\n{of_whom}"
@@ -144,10 +152,8 @@ def _pictures(config: AlignConfig, pairs: Sequence[Shown]) -> str:
 def _row(config: AlignConfig, pair: Shown, with_subject: bool) -> str:
     subject = ""
     if pair.reference is not None and pair.subject is not None:
-        word = describe.class_word(config.evaluation.source or config.prompts.source, pair.subject)
-        subject = (
-            f"![reference]({_address(pair.reference[1])}) {markdown(describe.in_words(pair.subject, word))}"
-        )
+        word = class_word(config.evaluation.source or config.prompts.source, pair.subject)
+        subject = f"![reference]({_address(pair.reference[1])}) {markdown(in_words(pair.subject, word))}"
     pictures = [
         f"![{when}]({_address(file)})" for when, (_, file) in (("before", pair.before), ("after", pair.after))
     ]
@@ -244,9 +250,9 @@ def _method(folder: RunFolder, config: AlignConfig) -> str:
         f"{markdown(', '.join(f'{name} {value}' for name, value in s.options.items()) or 'no options')}"
         for s in config.rewards
     ]
-    facts = [
+    settings = [
         f"- {name}: {markdown(text)}"
-        for name, text in (*describe.method_parts(config), *describe.facts(config, start_if_any(folder)))
+        for name, text in (*method_parts(config), *facts(config, start_if_any(folder)))
     ]
     data = [
         f"- training prompts: {code(config.prompts.source)}",
@@ -255,8 +261,8 @@ def _method(folder: RunFolder, config: AlignConfig) -> str:
     if isinstance(config, PersonalizeConfig):
         shown = "of them only what is shown above is part of this folder"
         data.append(f"- reference pictures: those of the subjects named there; {shown}")
-    machine = [f"- {name}: {markdown(text)}" for name, text in describe.machine_facts(environment)]
-    return "\n".join(["## Method", "", *facts, "", "## Rewards", "", *rewards, "", "## Data", "", *data,
+    machine = [f"- {name}: {markdown(text)}" for name, text in machine_facts(environment)]
+    return "\n".join(["## Method", "", *settings, "", "## Rewards", "", *rewards, "", "## Data", "", *data,
                       "", "## Machine", "", *machine])  # fmt: skip
 
 
@@ -386,7 +392,7 @@ def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str
     yield ""
     yield f"pipeline = {pipeline}.from_pretrained({_text(base)}{pinned}{absent})"
     yield f"pipeline.{lora}"
-    yield f"image = pipeline({_text(PROMPT)}{_keywords(_call(config, pipeline))}).images[0]"
+    yield f"image = pipeline(prompt={_text(PROMPT)}{_keywords(_call(config, pipeline))}).images[0]"
     yield f"image.save({_text(PICTURE)})"
 
 
@@ -397,7 +403,12 @@ def _call(config: AlignConfig, pipeline: str) -> dict[str, object]:
     if pipeline.startswith("QwenImage"):  # it is guided only where a negative prompt is given
         scale, away = "true_cfg_scale", " " if away is None else away
     found: dict[str, object] = {"num_inference_steps": _steps(config), scale: config.guidance}
-    found |= {"negative_prompt": None if away is None else _text(away)}
+    if pipeline.startswith("Flux2"):  # it takes one as features alone
+        found["negative_prompt_embeds"] = (
+            None if away is None else f"pipeline.encode_prompt({_text(away)})[0]"
+        )
+    else:
+        found["negative_prompt"] = None if away is None else _text(away)
     return found | {"height": height, "width": width}
 
 

@@ -134,13 +134,13 @@ class Mixer:
         return pictures
 
     def coefficients(self, child: Blend) -> bytes:
-        """Return a mixture's coefficients as the file that ComfyUI's node pack reads (`pixrl.report.coefficients`).
+        """Return a mixture's coefficients as the file that ComfyUI's node pack reads (`pixrl.report.export`).
 
         Raises:
             InputError: a concept is unknown to the model.
         """
         from pixrl.fusion.world import mixing_of
-        from pixrl.report.coefficients import coefficients_bytes
+        from pixrl.report.export import coefficients_bytes
 
         config = check(child.concepts, self.model)
         with self._lock:
