@@ -155,9 +155,9 @@ def test_figures_over_processes() -> None:
 
 def test_disagreement_is_noticed() -> None:
     x = torch.randn(100)
-    assert disagreement(Alone(), x) == 0
-    assert disagreement(Pair([[0.0, 1.0, 2.0]]), x) > 0.01
-    assert disagreement(Alone(), torch.zeros(0)) == 0
+    assert disagreement(Alone(), [x]) == 0
+    assert disagreement(Pair([[0.0, 1.0, 2.0]]), [x]) > 0.01
+    assert disagreement(Alone(), [torch.zeros(0)]) == 0 == disagreement(Alone(), [])
 
 
 def test_displays_take_everything(capsys: pytest.CaptureFixture[str]) -> None:
