@@ -136,6 +136,24 @@ def sharded_bytes(transformer: nn.Module, processes: int) -> int:
     return -(-total // processes) + total - sum(sizes) + sum(sorted(sizes)[-GATHERED:])
 
 
+def gathered_bytes(transformer: nn.Module, computing: torch.dtype) -> int:
+    """Return the most bytes of trained weights that are whole at a time on one process, beside its part.
+
+    That is what is no block, the blocks in use, and a gradient: in the computing dtype, and in float32 to be summed.
+
+    Raises:
+        ConfigError: it has no list of blocks.
+    """
+    sizes = sorted(_count(block) for block in require_blocks(transformer))
+    rest = _count(transformer) - sum(sizes)
+    gradient = max(rest, sizes[-1]) * (computing.itemsize + torch.float32.itemsize)
+    return (rest + sum(sizes[-GATHERED:])) * computing.itemsize + gradient
+
+
+def _count(module: nn.Module) -> int:
+    return sum(x.numel() for x in module.parameters())
+
+
 def _bytes(module: nn.Module) -> int:
     frozen = (x for name, x in module.named_parameters() if "lora_" not in name)
     return sum(x.numel() * x.element_size() for x in frozen)

@@ -21,11 +21,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pixrl.errors import CheckpointError, InputError, RunError, did_you_mean
 from pixrl.libraries import check_torchvision
 from pixrl.models.quantization import dense_weight, set_weight
-from pixrl.models.sharding import cut, local, whole
+from pixrl.models.sharding import cut, local, shard_trained, whole
 
 Lora = Mapping[str, tuple[Tensor, Tensor]]
 """A mapping of the transformer's modules to (down [r, in], up [out, r]), whose product is added to the weight."""
@@ -235,18 +236,34 @@ class FullSlots(Slots):
 
     kind = "whole-weight"
 
-    def __init__(self, denoiser: nn.Module, copies: Collection[Slot]) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        copies: Collection[Slot],
+        mesh: DeviceMesh | None = None,
+        computing: torch.dtype | None = None,
+    ) -> None:
         """Make the copies, equal to the denoiser as it is now, which is the one that is trained from here on.
 
         Args:
             denoiser: becomes float32 and trainable, in place.
             copies: the slots besides `current`.
+            mesh: the processes that divide all of them; None: each has all.
+            computing: the dtype in which divided weights are gathered; None: float32.
         """
         super().__init__()
         denoiser.float().requires_grad_(False)
         self._of = {Slot.CURRENT: denoiser}
-        self._of |= {slot: copy.deepcopy(denoiser) for slot in Slot if slot in copies and slot not in self._of}
+        for slot in Slot:
+            if slot in copies and slot is not Slot.CURRENT:
+                self._of[slot] = copy.deepcopy(denoiser)
+                if (
+                    mesh is not None
+                ):  # at once, so that one whole copy at a time is all that a process must hold
+                    shard_trained(self._of[slot], mesh, computing)
         denoiser.requires_grad_(True)
+        if mesh is not None:
+            shard_trained(denoiser, mesh, computing)
 
     @property
     def backbone(self) -> nn.Module:

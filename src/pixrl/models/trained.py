@@ -5,6 +5,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -12,7 +13,7 @@ from pixrl.device import Precision
 from pixrl.errors import InputError, RunError
 from pixrl.models.memory_plan import Base, Offload
 from pixrl.models.placement import Placement
-from pixrl.models.sharding import compile_blocks, shard, shard_trained
+from pixrl.models.sharding import compile_blocks, shard
 from pixrl.models.slots import FullSlots, LoraSlots, Slot, Slots, parse_slot
 
 
@@ -50,12 +51,8 @@ class TrainedDenoiser(ABC):
         self.compiled = True
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Divide the transformer's weights among processes as `sharding` does; slots must be attached already."""
-        if isinstance(self.slots, FullSlots):
-            for copy in self.slots.modules:
-                shard_trained(copy, mesh, self.precision.autocast)
-        else:
-            shard(self.denoiser, mesh, () if self.lora is None else self.lora.all_parameters())
+        """Divide the frozen weights among processes as `sharding.shard` does; LoRA must be attached already."""
+        shard(self.denoiser, mesh, () if self.lora is None else self.lora.all_parameters())
         self.in_step = True
 
     def attach_lora(
@@ -74,21 +71,28 @@ class TrainedDenoiser(ABC):
         self.slots = slots
         return slots
 
-    def attach_full(self, copies: Collection[Slot]) -> FullSlots:
+    def attach_full(self, copies: Collection[Slot], mesh: DeviceMesh | None = None) -> FullSlots:
         """Let all of the denoiser's weights be trained, with a copy for each other slot; the pictures do not change.
 
         The denoiser is float32 from here on; its matrix products stay in the dtype that they were in.
 
+        Args:
+            copies: the slots besides `current`.
+            mesh: the processes that divide the weights and the copies; None: each has all of them.
+
         Raises:
+            ConfigError: the denoiser has no list of blocks, by which it would be divided.
             RunError: there are slots already.
-            InputError: the weights are quantized, or wait on the CPU layer by layer.
+            InputError: the weights are quantized, wait on the CPU layer by layer, or compute in float16.
         """
         self._require_no_slots()
         if self.base is not Base.DTYPE or self.offload is Offload.SEQUENTIAL:
             how = f"base={self.base.value}" if self.base is not Base.DTYPE else "offload=sequential"
             raise InputError(f"{how}: such weights cannot be trained. Leave it out, or attach_lora.")
-        slots = FullSlots(self.denoiser, copies)
-        self.slots = slots
+        if self.precision.autocast is torch.float16:
+            raise InputError("The gradients of whole weights underflow in float16: take dtype=bfloat16.")
+        slots = FullSlots(self.denoiser, copies, mesh, self.precision.autocast)
+        self.slots, self.in_step = slots, mesh is not None
         return slots
 
     def _require_no_slots(self) -> None:

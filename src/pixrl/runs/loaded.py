@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from pixrl import models
 from pixrl import rewards as rewards_table
@@ -106,9 +107,8 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None, *, sharded: 
         check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
     if config.machine.drop_text_encoders:
         policy.drop_text([prompt.text for one in (prompts, held_out) for prompt in one])
-    slots = attach_slots(policy, config)
-    if sharded:
-        policy.shard(team.mesh(trained=config.train is Train.FULL))
+    mesh = team.mesh(trained=config.train is Train.FULL) if sharded else None
+    slots = attach_slots(policy, config, mesh)
     if config.machine.compile is not None:
         policy.compile(config.machine.compile)
     rewards = load_rewards(config, team.device) if rewards is None else rewards
@@ -169,12 +169,28 @@ def load_policy(config: AlignConfig, team: Team, *, sharded: bool = False) -> Fl
     return policy
 
 
-def attach_slots(policy: FlowPipelinePolicy, config: AlignConfig) -> Slots:
-    """Attach what a recipe trains: LoRA, or all weights with the copies that its method reads."""
+def attach_slots(
+    policy: FlowPipelinePolicy,
+    config: AlignConfig,
+    mesh: DeviceMesh | None = None,
+    *,
+    copies: Sequence[Slot] | None = None,
+) -> Slots:
+    """Attach what a recipe trains to its model.
+
+    Args:
+        policy: without slots.
+        config: the recipe.
+        mesh: the processes that divide the weights; None: each has all of them.
+        copies: slots to keep copies for where all weights are trained; None: those that the method reads.
+    """
     if config.train is Train.FULL:
-        return policy.attach_full(config.copies)
+        return policy.attach_full(config.copies if copies is None else copies, mesh)
     lora = config.lora
-    return policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    if mesh is not None:
+        policy.shard(mesh)
+    return slots
 
 
 SLOTS = "slots/"
@@ -196,9 +212,8 @@ def load_slot(
     prefix = f"{SLOTS}{slot.value}/"
     names = (name for name in tensors if name.startswith(prefix))
     drawn = Slot.CURRENT  # no copies: one slot is enough to draw with
-    policy.attach_full(()).load_state(
-        {f"{drawn.value}/{name.removeprefix(prefix)}": tensors[name] for name in names}
-    )
+    own = {f"{drawn.value}/{name.removeprefix(prefix)}": tensors[name] for name in names}
+    attach_slots(policy, config, copies=()).load_state(own)
     return drawn
 
 
