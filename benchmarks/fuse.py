@@ -177,7 +177,7 @@ def plain_loop(path: Path, world: FusionWorld, count: int, *, batch: int, score:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     pipeline = StableDiffusionXLPipeline.from_pretrained(path, torch_dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    side = world.renderer.settings.resolution
+    width, height = world.renderer.settings.width, world.renderer.settings.height
     sources = world.renderer.encode([world.prompt(concept) for concept in CONCEPTS])
     exemplars = [world.exemplars(concept, 4).features_ME for concept in CONCEPTS]
     assert sources.pooled_BE is not None
@@ -193,13 +193,13 @@ def plain_loop(path: Path, world: FusionWorld, count: int, *, batch: int, score:
             pooled_prompt_embeds=pooled,
             num_inference_steps=world.renderer.settings.steps,
             guidance_scale=0.0,
-            height=side,
-            width=side,
+            height=height,
+            width=width,
             generator=torch.Generator(device).manual_seed(seed),
         ).images
         if score:
             pixels = [torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8) for i in images]
-            stacked = torch.stack([p.view(side, side, 3).permute(2, 0, 1).float() / 255 for p in pixels])
+            stacked = torch.stack([p.view(height, width, 3).permute(2, 0, 1).float() / 255 for p in pixels])
             world.scorer.similarities(stacked, exemplars)
 
     for seed in range(2):

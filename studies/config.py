@@ -13,7 +13,7 @@ from pixrl.config import Settings
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import ConfigError, did_you_mean
 from pixrl.jobs.fuse import slug
-from pixrl.report.describe import images_of, updates_of
+from pixrl.report.align import images_of, updates_of
 from pixrl.rewards.settings import RewardSetting, check_rewards
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, load_recipe
 from pixrl.runs.evaluation import spread_evenly

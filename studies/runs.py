@@ -15,8 +15,7 @@ from pixrl.jobs import align as align_job
 from pixrl.jobs.fuse import slug
 from pixrl.metrics.diversity import DiversityMeter
 from pixrl.models.slots import Slot
-from pixrl.report.align import write_align_report
-from pixrl.report.describe import images_of, updates_of
+from pixrl.report.align import images_of, updates_of, write_align_report
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths
 from pixrl.runs.folder import RunFolder

@@ -7,7 +7,7 @@ from typing import Any
 
 from pixrl import untrusted
 from pixrl.metrics.intervals import Interval, student
-from pixrl.report.describe import images_of, updates_of
+from pixrl.report.align import images_of, updates_of
 from pixrl.runs.config import AlignConfig
 from studies.config import CrossedTable, PersonalizeStudyConfig, RunStudyConfig, budget_of
 from studies.tables import Grid, Records, Row, layout_of, markdown, text_table, write

@@ -6,20 +6,15 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
-    AutoencoderKLQwenImage,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPConfig,
@@ -29,11 +24,6 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3Model,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
@@ -47,7 +37,7 @@ KINDS = ("background", "owl", "snail", "cat")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def _symbols() -> list[str]:
+def symbols() -> list[str]:
     """The 256 characters that stand for the bytes in a byte-level vocabulary."""
     printable = [
         *range(ord("!"), ord("~") + 1),
@@ -60,8 +50,8 @@ def _symbols() -> list[str]:
 def tokenizer(folder: Path, length: int = TEXT_LENGTH) -> CLIPTokenizer:
     """A byte-level tokenizer without merges: every text can be written in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    symbols = _symbols()
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), _START, _END]
+    known = symbols()
+    words = [*known, *(f"{symbol}</w>" for symbol in known), _START, _END]
     (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer.from_pretrained(str(folder), model_max_length=length)
@@ -124,7 +114,7 @@ def segmenter(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def _vae(latent_channels: int, **settings: float) -> AutoencoderKL:
+def vae(latent_channels: int, **settings: float) -> AutoencoderKL:
     model = AutoencoderKL(
         block_out_channels=(8, 8, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -171,11 +161,11 @@ def sd3(
         qk_norm="rms_norm",
         dual_attention_layers=(0,) if dual else (),
     )
-    _make_lively(transformer)
+    make_lively(transformer)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(4, scaling_factor=1.5, shift_factor=0.06),
+        vae=vae(4, scaling_factor=1.5, shift_factor=0.06),
         text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**_text_settings(words, first))),
         tokenizer=words,
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_text_settings(words, second))),
@@ -233,11 +223,11 @@ def sdxl(folder: Path, *, seed: int = 0, second: int = 16) -> Path:
         projection_class_embeddings_input_dim=second + 6 * 8,
         cross_attention_dim=16 + second,
     )
-    _make_lively(unet)
+    make_lively(unet)
     pipeline = StableDiffusionXLPipeline(
         unet=unet,
         scheduler=EulerAncestralDiscreteScheduler(**SDXL_LEVELS, timestep_spacing="trailing"),
-        vae=_vae(4, scaling_factor=0.13025),
+        vae=vae(4, scaling_factor=0.13025),
         text_encoder=CLIPTextModel(CLIPTextConfig(**_text_settings(words, 16))),
         tokenizer=words,
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_text_settings(words, second))),
@@ -267,11 +257,11 @@ def flux(folder: Path, *, seed: int = 0, guidance_embeds: bool = False) -> Path:
         axes_dims_rope=(4, 6, 6),
         guidance_embeds=guidance_embeds,
     )
-    _make_lively(transformer)
+    make_lively(transformer)
     pipeline = FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=_vae(4, scaling_factor=1.5, shift_factor=0.06),
+        vae=vae(4, scaling_factor=1.5, shift_factor=0.06),
         text_encoder=CLIPTextModel(CLIPTextConfig(**_text_settings(words, 32))),
         tokenizer=words,
         text_encoder_2=T5EncoderModel(t5),
@@ -283,123 +273,6 @@ def flux(folder: Path, *, seed: int = 0, guidance_embeds: bool = False) -> Path:
     return folder
 
 
-def qwen_image(folder: Path, *, seed: int = 0) -> Path:
-    """A QwenImagePipeline folder with a Qwen2.5-VL encoder and a VAE of video, and the published schedule."""
-    torch.manual_seed(seed)
-    words = qwen_tokenizer()
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    config = Qwen2_5_VLConfig(
-        text_config=text | {"vocab_size": len(words), "num_key_value_heads": 1, "rope_parameters": rope},
-        vision_config=sight | {"fullatt_block_indexes": [0]},
-    )
-    transformer = QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    )
-    _make_lively(transformer)
-    pipeline = QwenImagePipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-        ),
-        vae=_video_vae(),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
-        tokenizer=words,
-    )
-    pipeline.save_pretrained(folder)
-    card = {"steps": 4, "guidance": 0.0, "resolution": 32, "max_sequence_length": 192}
-    (folder / "pixrl.json").write_text(json.dumps(card))
-    return folder
-
-
-def _video_vae() -> AutoencoderKLQwenImage:
-    model = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[-0.7, 0.1, 0.9, -0.2],
-        latents_std=[2.8, 1.4, 2.3, 1.2],
-    )
-    with torch.no_grad():
-        model.decoder.conv_out.weight.mul_(8)
-    return model
-
-
-QWEN_CHAT = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{% endif %}"
-)
-"""One turn of a chat as Qwen3's template writes it."""
-
-
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level Qwen2Tokenizer without merges, with Qwen3's special tokens and template."""
-    words = Qwen2Tokenizer(
-        vocab={symbol: n for n, symbol in enumerate(_symbols())},
-        merges=[],
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    words.chat_template = QWEN_CHAT
-    return words
-
-
-def z_image(
-    folder: Path, *, seed: int = 0, shift: float = 3.0, card: dict[str, object] | None = None
-) -> Path:
-    """A ZImagePipeline folder with a Qwen3 encoder; Turbo's schedule is shifted by 3, that of the base model by 6."""
-    torch.manual_seed(seed)
-    words = qwen_tokenizer()
-    text = Qwen3Config(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    transformer = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[4, 6, 6],
-        axes_lens=[1024, 64, 64],
-    )
-    _make_lively(transformer)
-    for token in (transformer.x_pad_token, transformer.cap_pad_token):
-        torch.nn.init.normal_(token)
-    pipeline = ZImagePipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        vae=_vae(4, scaling_factor=0.3611, shift_factor=0.1159),
-        text_encoder=Qwen3Model(text),
-        tokenizer=words,
-    )
-    pipeline.save_pretrained(folder)
-    (folder / "pixrl.json").write_text(json.dumps(Z_IMAGE_CARD if card is None else card))
-    return folder
-
-
-Z_IMAGE_CARD: dict[str, object] = {"steps": 4, "guidance": 0.0, "resolution": 32, "max_sequence_length": 64}
-
-
 def _t5(width: int) -> tuple[T5Config, T5Tokenizer]:
     letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
     pieces = T5Tokenizer(vocab=[*letters, *((chr(c), -2.0) for c in range(33, 127))], extra_ids=0)
@@ -407,7 +280,7 @@ def _t5(width: int) -> tuple[T5Config, T5Tokenizer]:
     return config, pieces
 
 
-def _make_lively(model: torch.nn.Module) -> None:
+def make_lively(model: torch.nn.Module) -> None:
     """Random weights large enough that the text changes the picture visibly."""
     with torch.no_grad():
         for parameter in model.parameters():

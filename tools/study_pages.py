@@ -17,10 +17,9 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from pixrl.human_study import report
-from pixrl.human_study.make import make
+from pixrl.human_study.make import make, parse_systems
 from pixrl.human_study.results import compute
 from pixrl.human_study.server import StudyServer
-from pixrl.human_study.sources import parse_systems
 from pixrl.human_study.study import PRESETS, Comparison, Folder, StudySettings
 from pixrl.human_study.votes import Vote, Votes
 

@@ -15,8 +15,8 @@ from pixrl.doctor.examine import examine_fusion, examine_training, try_out
 from pixrl.errors import ConfigError, InputError
 from pixrl.fusion.config import COMPARE, PAIRS, FuseConfig, resolve_options
 from pixrl.fusion.config import KIND as FUSE
-from pixrl.fusion.learned import read_policy, settings_of
 from pixrl.fusion.select import Selection
+from pixrl.fusion.trainer import read_policy, settings_of
 from pixrl.jobs import align as align_job
 from pixrl.jobs import draw as draw_job
 from pixrl.jobs import fuse as fuse_job
@@ -323,7 +323,7 @@ def draw(
     what: str | Path,
     prompt: str | None = None,
     n: int = 4,
-    size: int | None = None,
+    size: int | str | None = None,
     seed: int = 0,
     out: Path | str | None = None,
     *,
@@ -338,7 +338,7 @@ def draw(
         what: a run's folder; a LoRA's file or folder, with `model`; or a model.
         prompt: what to draw; None for a fusion.
         n: how many pictures.
-        size: their side in pixels; None: the run's, or the model's.
+        size: in pixels: the side of a square, or width x height as "832x1216"; None: the run's, or the model's.
         seed: of the noises; picture i is the same for any n.
         out: a new folder for PNGs and manifest.jsonl; None: one under drawn/.
         model: the one that a LoRA belongs to.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticSerializationError
 
 from pixrl.errors import ConfigError, InputError, did_you_mean
@@ -34,8 +34,41 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """Seed of everything random, in the range that every generator and every file format here can hold."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
 """Number of steps, pictures, prompts and the like."""
-Side = Annotated[int, Field(ge=1, le=16384)]
-"""Side of a picture in pixels."""
+MOST_SIDE = 16384
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
+"""Side of a square picture in pixels."""
+_WIDTH_BY_HEIGHT = re.compile(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?")
+
+
+def parse_resolution(given: object) -> tuple[int, int]:
+    """Return the (width, height) in pixels of a resolution: 1024 is a square, 832x1216 is 832 wide and 1216 high.
+
+    Raises:
+        InputError: it is neither one number nor two with an x between them, or a side is above 16384.
+    """
+    is_text = isinstance(given, int | str) and not isinstance(given, bool)
+    found = _WIDTH_BY_HEIGHT.fullmatch(str(given)) if is_text else None
+    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 0 < max(sides) <= MOST_SIDE:
+        raise InputError(
+            f"{given!r} is no size of pictures: give pixels from 1 to {MOST_SIDE}, one number for a square (1024), or "
+            "width x height (832x1216)."
+        )
+    return sides
+
+
+def plain_resolution(given: object) -> int | str:
+    """Return a resolution as recipes and records write it: a square as its side, others as WIDTHxHEIGHT.
+
+    Raises:
+        InputError: as `parse_resolution` does.
+    """
+    width, height = parse_resolution(given)
+    return width if width == height else f"{width}x{height}"
+
+
+Resolution = Annotated[int | str, BeforeValidator(plain_resolution)]
+"""Size of a picture in pixels: the side of a square, or WIDTHxHEIGHT."""
 
 
 class Settings(BaseModel):

@@ -267,13 +267,11 @@ def _check_encoding(checks: _Checks, renderer: Renderer, prompts: Sequence[str])
 def _check_pictures(checks: _Checks, renderer: Renderer, both: Conditioning, tolerance: float) -> None:
     state = torch.get_rng_state()
     images = renderer.sample(both[[0, 0, 1]], [1, 2, 1])
-    side = renderer.settings.resolution
+    size = [renderer.settings.height, renderer.settings.width]
     checks.require(
-        list(images.shape) == [3, 3, side, side]
-        and images.dtype is torch.float32
-        and images.device.type == "cpu",
+        list(images.shape) == [3, 3, *size] and images.dtype is torch.float32 and images.device.type == "cpu",
         "picture_shape",
-        f"pictures must be float32 [3, 3, {side}, {side}] on the CPU, "
+        f"pictures must be float32 {[3, 3, *size]} on the CPU, "
         f"got {images.dtype} {list(images.shape)} on {images.device}",
     )
     checks.require(bool(images.isfinite().all()), "picture_finite", "pictures are not finite")

@@ -11,8 +11,7 @@ from pixrl.errors import CheckpointError, RunError
 from pixrl.fusion.config import FuseConfig
 from pixrl.metrics.intervals import Interval
 from pixrl.report import charts
-from pixrl.report.align import write_align_report
-from pixrl.report.describe import facts
+from pixrl.report.align import facts, write_align_report
 from pixrl.report.figures import (
     Change,
     Panel,

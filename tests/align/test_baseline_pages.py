@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from pixrl.report.align import align_view, write_align_report
-from pixrl.report.describe import method_parts
+from pixrl.report.align import align_view, method_parts, write_align_report
 from pixrl.report.figures import changes_of
 from pixrl.report.model_card import Facts, write_card
 from pixrl.runs.config import AlignConfig, PersonalizeConfig

@@ -62,7 +62,9 @@ def about_rex(tmp_path_factory: pytest.TempPathFactory, prompt_file: Path) -> Pa
 @pytest.fixture(scope="module")
 def fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("fusion") / "run"
-    return pixrl.fuse(["owl", "snail"], budget=6, batch=3, exemplars=1, sampler="random", out=place).run
+    return pixrl.fuse(
+        ["owl", "snail"], budget=6, batch=3, exemplars=1, sampler="random", resolution="64x48", out=place
+    ).run
 
 
 @pytest.mark.parametrize("solver", ["dpm", "euler"])
@@ -109,6 +111,10 @@ def test_more_pictures_begin_with_the_same_and_other_seeds_give_others(run: Path
 def test_a_smaller_size(run: Path, tmp_path: Path) -> None:
     side = models.load(RunFolder.open(run).recipe()["model"], device="cpu").settings.resolution // 2
     assert pixrl.draw(run, OWL, n=1, size=side, out=tmp_path / "out")[0].size == (side, side)
+    wide = pixrl.draw(run, OWL, n=1, size=f"{2 * side}x{side}", out=tmp_path / "wide")
+    assert wide[0].size == (2 * side, side)
+    row = json.loads((tmp_path / "wide/manifest.jsonl").read_text())
+    assert row["size"] == f"{2 * side}x{side}"
 
 
 def test_an_exported_lora_and_a_plain_model(run: Path, sd3_folder: Path, tmp_path: Path) -> None:
@@ -150,7 +156,9 @@ def test_a_child_again_and_with_other_noises(fusion: Path, tmp_path: Path) -> No
     row = folder.manifest()[4]
     assert seeds_of(tmp_path / "again")[0] == row.seed and len(set(seeds_of(tmp_path / "again"))) == 3
     own = pixels(api.Pictures([fusion / str(row.file)]))
-    assert (drawn[:1] - own).abs().max() <= LEVEL
+    assert (drawn[:1] - own).abs().max() <= LEVEL and own.shape[2:] == (48, 64)
+    high = pixrl.draw(fusion, child=4, n=1, size="48x64", out=tmp_path / "high")
+    assert high[0].size == (48, 64)
     assert (drawn[1:] - own).abs().max() > 20 * LEVEL
     with pytest.raises(InputError, match=r"without a prompt"):
         pixrl.draw(fusion, OWL, child=1, out=tmp_path / "none")

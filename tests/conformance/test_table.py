@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import encoder_rewards, language_rewards, tiny
+from tests import encoder_rewards, language_rewards, tiny, tiny_language
 from tests.rewards.services import TOKEN, service_for
 from tests.tiny_dino import dino
 from tests.tolerance import STORES, epsilon
@@ -25,8 +25,9 @@ RENDERERS: dict[str, Callable[[Path], Path]] = {
     "sd3": make_sd3,
     "sdxl": tiny.sdxl,
     "flux": tiny.flux,
-    "z-image": tiny.z_image,
-    "qwen-image": tiny.qwen_image,
+    "flux2-klein": tiny_language.flux2_klein,
+    "z-image": tiny_language.z_image,
+    "qwen-image": tiny_language.qwen_image,
 }
 
 
@@ -85,9 +86,9 @@ def options_of(name: str, folder: Path) -> dict[str, object]:
 
 
 def batch_of(name: str) -> RewardBatch:
-    """Four pictures that a reward can be asked about; some fail."""
+    """Four pictures, wider than high, that a reward can be asked about; some fail."""
     coarse = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
+    images = torch.nn.functional.interpolate(coarse, (32, 44), mode="bilinear")
     if name in language_rewards.OPTIONS:
         prompts = list(language_rewards.PROMPTS.get(name, PROMPTS))
         return RewardBatch(images, prompts, language_rewards.METADATA.get(name, ()))
@@ -116,7 +117,7 @@ def test_reward(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SERVED)
 def test_reward_of_a_service(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIXRL_REWARD_TOKEN", TOKEN)
-    images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), (32, 32), mode="bilinear")
+    images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), (32, 44), mode="bilinear")
     with service_for(name, tmp_path) as options:
         reward = rewards.load(name, **options)
         check_reward(reward, RewardBatch(images, PROMPTS))

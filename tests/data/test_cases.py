@@ -22,7 +22,7 @@ from pixrl.data.prompts import Prompt, Split, load_prompts
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import load_subjects, read_classes
 from pixrl.errors import ConfigError, InputError
-from pixrl.report.describe import class_word
+from pixrl.report.align import class_word
 from pixrl.runs.config import AlignConfig, PersonalizeConfig
 from pixrl.runs.data import checksum
 

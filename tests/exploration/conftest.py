@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from tests import tiny
+from tests import tiny, tiny_language
 
 from pixrl import models
 from pixrl.models.flux import FluxPolicy
+from pixrl.models.flux2 import Flux2KleinPolicy
 from pixrl.models.qwen_image import QwenImagePolicy
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLPolicy
@@ -50,9 +51,21 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> FluxPolicy:
 
 
 @pytest.fixture(scope="session")
+def flux2_klein(tmp_path_factory: pytest.TempPathFactory) -> Flux2KleinPolicy:
+    """A language model of which three hidden states are taken side by side, padding and all."""
+    policy = models.load(
+        tiny_language.flux2_klein(tmp_path_factory.mktemp("tiny") / "k"), device="cpu", dtype="float32"
+    )
+    assert isinstance(policy, Flux2KleinPolicy)
+    return policy
+
+
+@pytest.fixture(scope="session")
 def z_image(tmp_path_factory: pytest.TempPathFactory) -> ZImagePolicy:
     """A language model in place of CLIP."""
-    policy = models.load(tiny.z_image(tmp_path_factory.mktemp("tiny") / "z"), device="cpu", dtype="float32")
+    policy = models.load(
+        tiny_language.z_image(tmp_path_factory.mktemp("tiny") / "z"), device="cpu", dtype="float32"
+    )
     assert isinstance(policy, ZImagePolicy)
     return policy
 
@@ -61,7 +74,7 @@ def z_image(tmp_path_factory: pytest.TempPathFactory) -> ZImagePolicy:
 def qwen_image(tmp_path_factory: pytest.TempPathFactory) -> QwenImagePolicy:
     """A language model within a longer frame, whose first tokens are left out."""
     policy = models.load(
-        tiny.qwen_image(tmp_path_factory.mktemp("tiny") / "q"), device="cpu", dtype="float32"
+        tiny_language.qwen_image(tmp_path_factory.mktemp("tiny") / "q"), device="cpu", dtype="float32"
     )
     assert isinstance(policy, QwenImagePolicy)
     return policy

@@ -28,7 +28,7 @@ from pixrl.errors import ConfigError, InputError, RunError
 from pixrl.fusion.config import FuseConfig
 from pixrl.jobs.fuse import start
 from pixrl.models.base import Conditioning, Mixture
-from pixrl.report.coefficients import coefficients_bytes, export_child
+from pixrl.report.export import coefficients_bytes, export_child
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.log import load_coefficients
 from tests.fuse.world import fake_world

@@ -13,7 +13,7 @@ from pixrl.algorithms.fusion.policy import ConditionalPolicy
 from pixrl.cli import app
 from pixrl.errors import InputError
 from pixrl.fusion.config import FuseConfig
-from pixrl.fusion.learned import read_policy
+from pixrl.fusion.trainer import read_policy
 from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs.fuse import go_on, start
 from tests.fuse.test_samplers import sampler_of, scores, task

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pixrl.human_study.make import make
-from pixrl.human_study.sources import parse_systems
+from pixrl.human_study.make import make, parse_systems
 from pixrl.human_study.study import Folder, StudySettings, parse_criteria
 
 PROMPTS = ("an owl", "a snail", "a red cat", "a cactus", "two dogs")

@@ -5,8 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pixrl.human_study.page import import_votes, write_bundle
-from pixrl.human_study.server import StudyServer
+from pixrl.human_study.server import StudyServer, import_votes, write_bundle
 from pixrl.human_study.study import TIE, Folder
 from pixrl.human_study.votes import Participant, Vote, Votes
 from tests.human_study.conftest import SYSTEMS, Make

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from pixrl import cli
 from pixrl.errors import CheckpointError, InputError, PixrlError
-from pixrl.human_study import sources
+from pixrl.human_study import make as sources
 from pixrl.human_study.make import make
-from pixrl.human_study.page import state_of, vote_page, write_bundle
+from pixrl.human_study.server import state_of, vote_page, write_bundle
 from pixrl.human_study.study import (
     PRESETS,
     STUDY,

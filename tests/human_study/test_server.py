@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from pixrl import cli
 from pixrl.errors import CheckpointError, InputError
-from pixrl.human_study.page import import_votes, write_bundle, write_links
-from pixrl.human_study.server import StudyServer
+from pixrl.human_study.server import StudyServer, import_votes, write_bundle, write_links
 from pixrl.human_study.study import TIE, Folder
 from pixrl.human_study.votes import Vote, Votes
 from tests.human_study.conftest import Make, free_port, served

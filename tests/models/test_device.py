@@ -51,11 +51,11 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_micro_batches_shrink_with_the_picture() -> None:
-    assert micro_batch_for(CPU, 64) == 32
-    assert micro_batch_for(CPU, 512) == 1
-    assert micro_batch_for(GPU, 512) == 64
-    assert micro_batch_for(GPU, 1024) == 16
-    assert micro_batch_for(GPU, 16384) == 1
+    assert micro_batch_for(CPU, 64, 64) == 32
+    assert micro_batch_for(CPU, 512, 512) == 1
+    assert micro_batch_for(GPU, 512, 512) == 64
+    assert micro_batch_for(GPU, 1024, 1024) == 16
+    assert micro_batch_for(GPU, 16384, 16384) == 1
 
 
 def test_within_float16_autocast_the_decoder_runs_in_bfloat16(sd3: SD3Policy) -> None:

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tests import tiny
+from tests import tiny_language
 from tests.tolerance import MODEL, PICTURE, agree
 from torch import Tensor
 
 from pixrl import models
 from pixrl.models.flux import pack_latents, unpack_latents
-from pixrl.models.lora_export import to_diffusers
-from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.qwen_image import QwenImagePolicy
 
@@ -24,7 +21,7 @@ OWL, LONG = "a red owl", "two blue snails on a table"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.qwen_image(tmp_path_factory.mktemp("qwen") / "image")
+    return tiny_language.qwen_image(tmp_path_factory.mktemp("qwen") / "image")
 
 
 @pytest.fixture
@@ -83,17 +80,6 @@ def test_pictures_equal_the_published_pipeline(policy: QwenImagePolicy) -> None:
     assert agree(policy.sample(policy.encode([OWL]), [1]), theirs, PICTURE)
 
 
-def test_tokens_are_the_pipelines(policy: QwenImagePolicy) -> None:
-    found = policy.encode([OWL, LONG])
-    theirs, mask = policy.pipeline.encode_prompt([OWL, LONG], max_sequence_length=policy.text_length)
-    length = theirs.shape[1]
-    assert found.mask_BL is not None and found.tokens_BLD.shape == (2, policy.text_length, 16)
-    assert torch.equal(found.mask_BL[:, :length], mask.bool()) and not found.mask_BL[:, length:].any()
-    assert agree(found.tokens_BLD[:, :length] * mask[:, :, None], theirs * mask[:, :, None], MODEL)
-    assert not found.tokens_BLD[~found.mask_BL].any()
-    assert found.mask_BL.sum(dim=1).diff().item() == len(LONG) - len(OWL), "a letter is a token"
-
-
 def test_the_schedule_is_the_pipelines(policy: QwenImagePolicy) -> None:
     diffusers_latents(policy, [OWL], [1], 0.0)
     assert agree(policy.schedule(policy.settings.steps), policy.pipeline.scheduler.sigmas, 4)
@@ -135,20 +121,6 @@ def test_guidance_turns_a_tokens_velocity_and_keeps_its_length(policy: QwenImage
     assert not agree(guided, plain, MODEL)
 
 
-def test_neither_padding_nor_longer_prompts_beside_it_change_a_row(policy: QwenImagePolicy) -> None:
-    both = policy.encode([OWL, LONG])
-    assert both.mask_BL is not None
-    noise, t_B = policy.initial_noise([1, 2]), torch.full((2,), 0.6)
-    with torch.no_grad():
-        together = policy.velocity(noise, t_B, both)
-        alone = policy.velocity(noise[:1], t_B[:1], both[:1])
-        wild = both.tokens_BLD.masked_fill(~both.mask_BL[:, :, None], 7.0)
-        unmasked = policy.velocity(noise, t_B, replace(both, mask_BL=None))
-        assert agree(policy.velocity(noise, t_B, replace(both, tokens_BLD=wild)), together, MODEL)
-    assert agree(together[:1], alone, MODEL)
-    assert not agree(unmasked, together, MODEL)
-
-
 def test_it_can_be_trained_after_it_has_drawn(policy: QwenImagePolicy) -> None:
     """Positions that were made within inference mode could not be trained through."""
     slots = policy.attach_lora(rank=2, alpha=4)
@@ -185,28 +157,6 @@ def test_the_vae_decodes_in_tiles(folder: Path, policy: QwenImagePolicy) -> None
         corner = policy.decode(latents[:, :, :4, :4])
     assert parts.shape == whole.shape and not agree(parts, whole, PICTURE)
     assert agree(parts[:, :, :12, :12], corner[:, :, :12, :12], MODEL), "three quarters of a tile to the next"
-
-
-def test_a_lora_of_others_is_merged(folder: Path, tmp_path: Path) -> None:
-    lora = {
-        "transformer_blocks.0.attn.to_q": (torch.randn(2, 32), torch.randn(32, 2)),
-        "transformer_blocks.1.img_mlp.net.2": (torch.randn(2, 128), torch.randn(32, 2)),
-    }
-    plain, theirs = tmp_path / "plain.safetensors", tmp_path / "theirs.safetensors"
-    save_file({name: x.contiguous() for name, x in to_diffusers(lora, "qwen-image").items()}, plain)
-    other: dict[str, Tensor] = {}
-    for name, (down, up) in lora.items():
-        other |= {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
-    save_file(other, theirs)
-    before = load(folder).denoiser.state_dict()
-    for file in (plain, theirs):
-        assert open_lora(file, "qwen-image").lora.keys() == lora.keys()
-        merged = models.load(folder, device="cpu", dtype="float32", lora=file)
-        assert isinstance(merged, QwenImagePolicy)
-        for name, x in merged.denoiser.state_dict().items():
-            down, up = lora.get(name.removesuffix(".weight"), (None, None))
-            change = torch.zeros(()) if down is None or up is None else up @ down
-            assert agree(x, before[name] + change, 8), name
 
 
 def test_the_layout_is_the_published_one(folder: Path) -> None:

@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tests import tiny
-from tests.tolerance import MODEL, PICTURE, agree
+from tests import tiny_language
+from tests.tolerance import PICTURE, agree
 from torch import Tensor
 
 from pixrl import models
 from pixrl.errors import CheckpointError
 from pixrl.models.base import Conditioning
-from pixrl.models.lora_export import to_diffusers
-from pixrl.models.lora_files import open_lora
-from pixrl.models.text import LanguageEncoder, chat_frame
+from pixrl.models.language import chat_frame
 from pixrl.models.z_image import ZImagePolicy
 
 OWL, LONG = "a red owl", "two blue snails on a table under a lamp"
@@ -25,7 +22,7 @@ BASE_SHIFT = 6.0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.z_image(tmp_path_factory.mktemp("z") / "turbo")
+    return tiny_language.z_image(tmp_path_factory.mktemp("z") / "turbo")
 
 
 @pytest.fixture
@@ -64,20 +61,9 @@ def test_latents_equal_the_published_pipeline(policy: ZImagePolicy, guidance: fl
     assert agree(policy.sample(policy.encode([OWL, LONG]), [1, 2]), policy.decode(theirs), PICTURE)
 
 
-def test_captions_are_the_pipelines(policy: ZImagePolicy) -> None:
-    found = policy.encode([OWL, LONG])
-    theirs, _ = policy.pipeline.encode_prompt([OWL, LONG], max_sequence_length=policy.text_length)
-    assert found.mask_BL is not None
-    assert found.tokens_BLD.shape == (2, policy.text_length, 16)
-    for row, mask, caption in zip(found.tokens_BLD, found.mask_BL, theirs, strict=True):
-        assert agree(row[mask], caption, MODEL)
-        assert mask[: len(caption)].all() and not row[len(caption) :].any()
-    assert len(theirs[0]) < len(theirs[1]) < policy.text_length
-
-
 @pytest.mark.parametrize("shift", [3.0, BASE_SHIFT])
 def test_the_schedule_is_the_pipelines(shift: float, tmp_path: Path) -> None:
-    policy = load(tiny.z_image(tmp_path / "z", shift=shift))
+    policy = load(tiny_language.z_image(tmp_path / "z", shift=shift))
     diffusers_latents(policy, [OWL], [1], 0.0)
     theirs = policy.pipeline.scheduler.sigmas
     assert agree(policy.schedule(policy.settings.steps), theirs, 4)
@@ -103,20 +89,6 @@ def test_the_velocity_of_a_perfect_network_is_noise_minus_data(
     assert torch.equal(found, noise - data)
     assert asked == [0.75, 0.25]
     assert both.mask_BL is not None and lengths == both.mask_BL.sum(dim=1).tolist()
-
-
-def test_neither_padding_nor_longer_prompts_beside_it_change_a_row(policy: ZImagePolicy) -> None:
-    both = policy.encode([OWL, LONG])
-    assert both.mask_BL is not None
-    noise, t_B = policy.initial_noise([1, 2]), torch.full((2,), 0.6)
-    with torch.no_grad():
-        together = policy.velocity(noise, t_B, both)
-        alone = policy.velocity(noise[:1], t_B[:1], both[:1])
-        wild = both.tokens_BLD.masked_fill(~both.mask_BL[:, :, None], 7.0)
-        unmasked = policy.velocity(noise, t_B, replace(both, mask_BL=None))
-        assert torch.equal(policy.velocity(noise, t_B, replace(both, tokens_BLD=wild)), together)
-    assert agree(together[:1], alone, MODEL)
-    assert not agree(unmasked, together, MODEL), "padding that counts as caption changes the picture"
 
 
 def test_rows_with_a_mask_mix_and_move_as_their_tokens_do(policy: ZImagePolicy) -> None:
@@ -146,7 +118,7 @@ def test_rows_with_a_mask_mix_and_move_as_their_tokens_do(policy: ZImagePolicy) 
 def test_without_a_card_the_schedule_tells_which_model_it_is(tmp_path: Path) -> None:
     found = {}
     for shift in (3.0, BASE_SHIFT):
-        place = tiny.z_image(tmp_path / str(shift), shift=shift)
+        place = tiny_language.z_image(tmp_path / str(shift), shift=shift)
         (place / "pixrl.json").unlink()
         policy = load(place)
         settings = policy.settings
@@ -175,29 +147,6 @@ def test_the_attention_of_every_block_is_trained(policy: ZImagePolicy) -> None:
     assert sum(used) == len(used) / 2, "of down and up, the down has none as long as the up is zero"
 
 
-def test_a_lora_of_others_is_merged(folder: Path, tmp_path: Path) -> None:
-    """In diffusers' names, and in those that ai-toolkit writes, with an alpha."""
-    lora = {
-        "layers.0.attention.to_q": (torch.randn(2, 32), torch.randn(32, 2)),
-        "noise_refiner.0.attention.to_out.0": (torch.randn(2, 32), torch.randn(32, 2)),
-    }
-    plain, theirs = tmp_path / "plain.safetensors", tmp_path / "theirs.safetensors"
-    save_file({name: x.contiguous() for name, x in to_diffusers(lora, "z-image").items()}, plain)
-    other: dict[str, Tensor] = {}
-    for name, (down, up) in lora.items():
-        other |= {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
-    save_file(other, theirs)
-    before = load(folder).denoiser.state_dict()
-    for file in (plain, theirs):
-        assert open_lora(file, "z-image").lora.keys() == lora.keys()
-        merged = models.load(folder, device="cpu", dtype="float32", lora=file)
-        assert isinstance(merged, ZImagePolicy)
-        for name, x in merged.denoiser.state_dict().items():
-            down, up = lora.get(name.removesuffix(".weight"), (None, None))
-            change = torch.zeros(()) if down is None or up is None else up @ down
-            assert agree(x, before[name] + change, 8), name
-
-
 def test_the_layout_is_the_published_one(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     assert {name: one[1] for name, one in index.items() if isinstance(one, list)} == {
@@ -207,17 +156,3 @@ def test_the_layout_is_the_published_one(folder: Path) -> None:
         "transformer": "ZImageTransformer2DModel",
         "vae": "AutoencoderKL",
     }
-
-
-def test_what_a_prompt_says_is_read_where_the_rest_of_the_chat_begins(policy: ZImagePolicy) -> None:
-    """Not at the last token, which says the same of every prompt."""
-    (encoder,) = policy.text_encoders()
-    assert isinstance(encoder, LanguageEncoder)
-    _, after = encoder.frame
-    for prompt in (OWL, LONG):
-        text = encoder.read(prompt)
-        rest = encoder.tokenizer(after, add_special_tokens=False)["input_ids"]
-        assert text.ids_L[text.end : text.end + len(rest)].tolist() == rest and len(rest) > 1
-        states = encoder._states(text.ids_L[None], text.embeddings_LD[None])
-        features = encoder.features(text.ids_L[None], text.embeddings_LD[None])
-        assert torch.equal(features.pooled_KE[0], states[0, text.end])

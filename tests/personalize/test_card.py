@@ -29,7 +29,7 @@ def run(flux_folder: Path, subjects: Path, tmp_path_factory: pytest.TempPathFact
         steps=1,
         optimizer={"lr": 0.05, "ema": None},
         references={"count": 1, "side": 48, "preset": "kontext", "shift": "uno"},
-        resolution=32,
+        resolution="48x32",
     )
     return pixrl.personalize(made, out=tmp_path_factory.mktemp("runs") / "rex").run
 
@@ -86,7 +86,7 @@ def test_the_cards_code_draws_with_references(
     card = export(run, out=tmp_path).card
     assert "A plain FluxPipeline draws with these weights, but shows the model no ref" in card.read_text()
     plain, shown = blocks(card)
-    assert 'FluxPipeline.from_pretrained("' in plain
+    assert 'FluxPipeline.from_pretrained("' in plain and ", height=32, width=48)" in plain
     shown = shown.replace('models.load("', 'models.load(dtype="float32", ref="')
     filled = shown.replace('"FOLDER"', repr(str(tmp_path))).replace('"PROMPT"', "'a dog in snow'")
     variables: dict[str, object] = {}
@@ -99,7 +99,7 @@ def test_the_cards_code_draws_with_references(
     assert agree(drawn, trained, PICTURE)  # the LoRA is merged into the weights here, beside them there
     assert not agree(drawn, bare, 2 * PICTURE)
     with Image.open(tmp_path / "picture.png") as saved:
-        assert saved.size == (32, 32)
+        assert saved.size == (48, 32)
 
 
 def test_the_cards_code_draws_what_the_report_shows(
@@ -136,7 +136,7 @@ def test_the_cards_code_draws_what_the_report_shows(
 
 def in_slot(run: Path, flux_folder: Path, other: FluxPolicy, conditioning: object) -> torch.Tensor:
     """What the run's own slot draws of a conditioning."""
-    policy = models.load(flux_folder, dtype="float32", steps=3, resolution=32)
+    policy = models.load(flux_folder, dtype="float32", steps=3, resolution="48x32")
     assert isinstance(policy, FluxPolicy)
     policy.place(preset=other.preset, shift=other.shift, side=other.reference_side)
     slots = policy.attach_lora(rank=4, alpha=8)

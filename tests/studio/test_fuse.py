@@ -164,9 +164,9 @@ def test_draw_larger_shows_the_same_mixture_at_twice_the_side(root: Path) -> Non
     _, small, _ = tab.redraw(replace(child, seed=3))
     large, note = tab.enlarge(child)
     before, after = picture_in(small), picture_in(large)
-    side = tab.mixer.side()
-    assert before.size == (side, side) and after.size == (2 * side, 2 * side)
-    assert note == f"{2 * side} × {2 * side} pixels" and 'download="owl-snail-4.png"' in large
+    width, height = tab.mixer.size()
+    assert before.size == (width, height) and after.size == (2 * width, 2 * height)
+    assert note == f"{2 * width} × {2 * height} pixels" and 'download="owl-snail-4.png"' in large
     assert after.info["pixrl"] == before.info["pixrl"] == "owl 1.0000, snail 0.0000, seed 4"
     assert np.asarray(after).std() > 0.25 * np.asarray(before).std()  # a picture, no plain colour
     assert np.array_equal(

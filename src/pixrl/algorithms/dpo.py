@@ -46,7 +46,7 @@ from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepPlan
 from pixrl.data.preferences import LOSER, WINNER
 from pixrl.equations import dpo_loss, interpolate
 from pixrl.errors import InputError
-from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, on_square
+from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, on_canvas
 from pixrl.models.slots import Slot
 
 
@@ -108,11 +108,11 @@ class DPOLoss(NoisedLoss):
             raise InputError(
                 f"{policy.name} ({type(policy).__name__}) cannot encode pictures of a pair: give an SD3 or FLUX model."
             )
-        side = policy.settings.resolution
+        size = (policy.settings.width, policy.settings.height)
         if not len(samples):
-            return torch.zeros(0, 3, side, side), policy.initial_noise([0])[:0], ()
+            return torch.zeros(0, 3, *size[::-1]), policy.initial_noise([0])[:0], ()
         pairs = [
-            [on_square(picture, side) for picture in pair_of(group.metadata, group.prompt)]
+            [on_canvas(picture, *size) for picture in pair_of(group.metadata, group.prompt)]
             for group in samples.groups
         ]
         images_BCHW = torch.stack([pair[place % 2] for pair in pairs for place in range(samples.per_group)])

@@ -181,7 +181,7 @@ class RPOLoss(NoisedLoss):
         if x0.shape[1:] != noise.shape[1:]:
             raise InputError(
                 f"rpo's similarity loss needs references as large as the pictures, latents {list(noise.shape[1:])}, "
-                f"not {list(x0.shape[1:])}: leave references.side out, or set loss.similarity to 0."
+                f"not {list(x0.shape[1:])}: leave references.side out and draw squares, or set loss.similarity to 0."
             )
         groups = rollouts.samples.groups
         asked = [class_prompt(groups[row]) for row in rollouts.samples.prompt_B[list(rows)].tolist()]

@@ -391,13 +391,12 @@ def roll_out(
 
 def _nothing(policy: FlowPolicy, plan: StepPlan) -> Drawn:
     """Return what a process without samples has drawn."""
-    side = policy.settings.resolution
     latents = policy.initial_noise([0])[:0]
     none_B = latents.new_zeros(0)
     transitions = tuple(
         Transition(number, latents, latents, none_B) for number in sorted(plan.stochastic | plan.kept)
     )
-    return torch.zeros(0, 3, side, side), latents, transitions
+    return torch.zeros(0, 3, policy.settings.height, policy.settings.width), latents, transitions
 
 
 def _roll_out_part(

@@ -36,7 +36,7 @@ from pixrl.algorithms.loss import (
 )
 from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepPlan
 from pixrl.errors import InputError
-from pixrl.models.base import FlowPolicy, ReferencePolicy, on_square
+from pixrl.models.base import FlowPolicy, ReferencePolicy, on_canvas
 from pixrl.models.slots import Slot
 
 TARGET = "target"
@@ -89,10 +89,10 @@ class SFTLoss(NoisedLoss):
             raise InputError(
                 f"{policy.name} ({type(policy).__name__}) cannot encode target pictures: give a FLUX model."
             )
-        side = policy.settings.resolution
+        size = (policy.settings.width, policy.settings.height)
         if not len(samples):
-            return torch.zeros(0, 3, side, side), policy.initial_noise([0])[:0], ()
-        targets = [on_square(target_of(group.metadata, group.prompt), side) for group in samples.groups]
+            return torch.zeros(0, 3, *size[::-1]), policy.initial_noise([0])[:0], ()
+        targets = [on_canvas(target_of(group.metadata, group.prompt), *size) for group in samples.groups]
         images_BCHW = torch.stack(targets)[samples.prompt_B]
         return images_BCHW, policy.encode_images(images_BCHW), ()
 

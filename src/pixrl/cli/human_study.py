@@ -52,7 +52,7 @@ def make(
     """Make a blind study from the pictures of runs and folders."""
     from pixrl import config
     from pixrl.human_study.make import make as make_study
-    from pixrl.human_study.sources import parse_systems
+    from pixrl.human_study.make import parse_systems
     from pixrl.human_study.study import StudySettings, parse_criteria
 
     found = parse_systems(systems or [])
@@ -99,7 +99,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a study to its participants, each by a link of their own; Ctrl-C stops it, and it goes on later."""
-    from pixrl.human_study.page import write_bundle, write_links
+    from pixrl.human_study.server import write_bundle, write_links
     from pixrl.human_study.study import open_study
     from pixrl.human_study.votes import Votes
 
@@ -120,7 +120,7 @@ def serve(
 
 
 def _serve(study: Path, host: str, port: int, url: str | None) -> None:
-    from pixrl.human_study.page import write_links
+    from pixrl.human_study.server import write_links
     from pixrl.human_study.study import open_study
     from pixrl.rewards.http import is_loopback
 
@@ -160,8 +160,8 @@ def results(
 ) -> None:
     """Win rates, strengths, agreement, and the automatic rewards against the votes: a page and CSV files."""
     from pixrl.human_study import report
-    from pixrl.human_study.page import import_votes
     from pixrl.human_study.results import compute
+    from pixrl.human_study.server import import_votes
     from pixrl.human_study.study import open_study
 
     folder = open_study(study)

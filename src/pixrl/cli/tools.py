@@ -112,16 +112,15 @@ def export(
     """Write a run's LoRA, or all its weights, for other programs, with a card; of a fusion, a child's coefficients."""
     from pixrl.errors import InputError
     from pixrl.models.slots import parse_slot
-    from pixrl.report import coefficients
     from pixrl.report import export as exporting
 
-    if child is not None or coefficients.is_fusion(run):
+    if child is not None or exporting.is_fusion(run):
         for name, given in (("--format", layout), ("--slot", slot)):
             if given is not None:
                 raise InputError(
                     f"{name} is for trained weights, and a child of a fusion has coefficients: leave it out."
                 )
-        found = coefficients.export_child(run, child, out)
+        found = exporting.export_child(run, child, out)
         typer.echo(f"Coefficients of child {found.child}: {found.file}")
         typer.echo(f"Prompts, in this order: {'; '.join(found.prompts)}")
         return
@@ -148,7 +147,10 @@ def draw(
         typer.Argument(metavar="PROMPT", help="What to draw; none for a fusion.", show_default=False),
     ] = None,
     n: Annotated[int, option("How many pictures.", HOW, "4", flag="--n")] = 4,
-    size: Annotated[int | None, option("Their side in pixels.", HOW, "the run's, or the model's")] = None,
+    size: Annotated[
+        str | None,
+        option("Their pixels: 1024, or width x height: 832x1216.", HOW, "the run's, or the model's"),
+    ] = None,
     seed: Annotated[int, option("Of the noises.", HOW, "0")] = 0,
     child: Annotated[
         int | None, option("Of a fusion: the child to draw again, its own noise first, then others.", HOW)

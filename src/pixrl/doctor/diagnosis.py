@@ -149,8 +149,8 @@ class Diagnosis:
     parts: Mapping[str, PartSize]
     rewards: Mapping[str, int]
     """Bytes on the disk of each model of a reward; in memory it takes about as many."""
-    side: int | None
-    """Side of the pictures in pixels."""
+    size: tuple[int, int] | None
+    """Width and height of the pictures in pixels."""
     drawing: Cost | None
     batches: Batches | None
     needed: int | None

@@ -1,6 +1,7 @@
 """What a run takes, estimated before its weights are loaded: memory, micro-batches, the time of a step."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,7 +129,7 @@ class Estimate:
         """
         self.weighed = weighed
         self.trained, self.precision = trained_of(policy, config, precision), precision
-        self.side = policy.settings.resolution
+        self.size = (policy.settings.width, policy.settings.height)
         self.cpu_batch = policy.micro_batch
         if config.machine.gradient_checkpointing:
             policy.checkpoint_gradients()
@@ -155,7 +156,7 @@ class Estimate:
         kept = -(-config.steps // output.images_every) * config.prompts.per_step * config.group_size
         times = 2 if evaluation.every is None else 2 + config.steps // evaluation.every
         shown = times * evaluation.prompts * evaluation.per_prompt
-        return checkpoints + (kept + shown) * 3 * self.side**2
+        return checkpoints + (kept + shown) * 3 * math.prod(self.size)
 
     def training_operations(self) -> int:
         """Return the floating point operations of one picture at one noise level, with its gradient."""
@@ -198,7 +199,7 @@ def empty_renderer(
         require_fit(checkpoint, pipeline, findings, t5=options.get("t5") is not False)
     made = adapter(checkpoint, name=model, device="cpu", dtype="float32", pipeline=pipeline, **options)
     with findings.catch(Need.SETTING):
-        set_decoding(made.vae, plan, made.settings.resolution)
+        set_decoding(made.vae, plan, made.settings.longest)
     if plan.base is not Base.DTYPE:
         with findings.catch(Need.SETTING):
             linear_layers(denoiser_of(pipeline), model, plan.base)
@@ -247,9 +248,9 @@ def report_misfits(
         findings.miss(Need.WEIGHTS, contradiction(checkpoint.folder, error))
 
 
-def is_small(parts: Mapping[str, PartSize], side: int, device: torch.device) -> bool:
+def is_small(parts: Mapping[str, PartSize], longest: int, device: torch.device) -> bool:
     """Return whether a model is so small that it fits into memory without a check, with the batches planned for it."""
-    return parameters_of(parts) < SMALL_MODEL and side <= SMALL_SIDE and free_bytes(device) > PLENTY
+    return parameters_of(parts) < SMALL_MODEL and longest <= SMALL_SIDE and free_bytes(device) > PLENTY
 
 
 def on_device(parts: dict[str, PartSize], plan: MemoryPlan, *, text_dropped: bool = False) -> int:

@@ -1,5 +1,6 @@
 """`pixrl doctor`: what a recipe needs and whether it can run here, before anything loads."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from pixrl import config as recipes
 from pixrl.algorithms.exploration import shown_pictures
+from pixrl.config import parse_resolution
 from pixrl.data.prompts import Prompt, Split
 from pixrl.device import Precision, quiet_loading
 from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Need, Work, size
@@ -42,7 +44,7 @@ from pixrl.doctor.rewards import (
     reward_notes,
 )
 from pixrl.fusion.config import FuseConfig
-from pixrl.fusion.learned import read_policy
+from pixrl.fusion.trainer import read_policy
 from pixrl.fusion.world import judges_of
 from pixrl.hub import Checkpoint, read_card
 from pixrl.models import adapter_of
@@ -62,8 +64,8 @@ from pixrl.runs.config import AlignConfig, PersonalizeConfig, kind_of
 from pixrl.runs.loaded import load_rewards, not_trainable, read_prompts, require_trainable, show_references
 from pixrl.runs.planner import require_equal_shares, trial
 
-USUAL_SIDE = 512
-"""Side in pixels of the synthetic pictures where the generator's own is not known."""
+USUAL_SIZE = (512, 512)
+"""Width and height of the synthetic pictures where those of the generator's are not known."""
 
 
 @quiet_loading()
@@ -132,7 +134,7 @@ def examine_training(
         parts=parts,
         rewards=rewards,
         trained=None if estimate is None else estimate.trained,
-        side=None if estimate is None else estimate.side,
+        size=None if estimate is None else estimate.size,
         drawing=None if weighed is None else weighed.drawing,
         training=None if weighed is None else weighed.training,
         batches=batches,
@@ -180,7 +182,8 @@ def _estimate(
     if about_to_run and not findings.problems:  # where its memory is in doubt
         is_planned = config.machine.rollout_batch is None and config.machine.train_batch is None
         one = config.references.count == 1 if isinstance(config, PersonalizeConfig) else True
-        is_weighed = not (is_planned and one and is_small(parts, config.resolution or 0, device))
+        longest = 0 if config.resolution is None else max(parse_resolution(config.resolution))
+        is_weighed = not (is_planned and one and is_small(parts, longest, device))
     judges = named_models(config.rewards) | {"output.features": config.output.features}
     subject = isinstance(config, PersonalizeConfig)
     instead = "pixrl personalize subject/flux-uno --subject FOLDER" if subject else TOY_MODEL
@@ -264,14 +267,16 @@ def try_out(config: AlignConfig, found: Diagnosis) -> Diagnosis:
     if tried:
         alone = config.model_copy(update={"rewards": tuple(tried), "stages": ()})
         with findings.catch(Need.SERVICE, weights=True):
-            try_rewards(load_rewards(alone, found.place.device), config, found.side, findings)
+            try_rewards(load_rewards(alone, found.place.device), config, found.size, findings)
     return replace(found, problems=findings.problems, notes=findings.notes)
 
 
-def try_rewards(rewards: RewardSet, config: AlignConfig, side: int | None, findings: Findings) -> None:
+def try_rewards(
+    rewards: RewardSet, config: AlignConfig, size: tuple[int, int] | None, findings: Findings
+) -> None:
     """Let the rewards score a synthetic batch for prompts of training and of the evaluation (`rehearse`)."""
     prompts = [prompt for split in Split for prompt in read_prompts(config, split)]
-    rehearse(rewards, prompts, side or USUAL_SIDE, findings)
+    rehearse(rewards, prompts, size or USUAL_SIZE, findings)
 
 
 @quiet_loading()
@@ -307,21 +312,29 @@ def examine_fusion(
     )
     parts = {} if checkpoint is None else find_parts(checkpoint, precision, findings, base=config.memory.base)
     cost: Cost | None = None
-    side, batch = 0, 1
+    drawn, batch = (0, 0), 1
     if checkpoint is not None and adapter is not None and can_be_estimated(adapter, config.model, findings):
         with report_misfits(checkpoint, findings):
-            made = empty_renderer(config.model, checkpoint, precision, device, config.memory, findings)
+            made = empty_renderer(
+                config.model,
+                checkpoint,
+                precision,
+                device,
+                config.memory,
+                findings,
+                resolution=config.resolution,
+            )
             assert isinstance(made, FlowPipelinePolicy)
             texts = [made.card.exemplar_prompt.format(concept=one) for one in concepts or config.concepts]
             require_texts(made, checkpoint, texts, findings, t5=True)
             require_own_world(made, parts, {"clip": config.clip, "segmenter": config.segmenter}, findings)
-            side = made.settings.resolution
-            if not (about_to_run and is_small(parts, side, device)):
+            drawn = (made.settings.width, made.settings.height)
+            if not (about_to_run and is_small(parts, max(drawn), device)):
                 row, modules = made.blank(), (made.denoiser, made.vae)
                 without_encoders(made, row, precision)
                 with imagined(*modules):
                     cost = cost_of(trial(made, row), modules)
-            batch = min(micro_batch_for(device, side), config.batch)
+            batch = min(micro_batch_for(device, *drawn), config.batch)
     named: tuple[str | None, ...] = (config.clip, config.segmenter)
     if checkpoint is not None:  # without one nobody knows which encoder it is calibrated for
         named = judges_of(read_card(checkpoint.folder), config.clip, config.segmenter)
@@ -335,16 +348,20 @@ def examine_fusion(
             f"{size(needed)} are needed and {size(place.free)} are free. Save memory with memory.offload=parts or "
             "sequential, memory.vae_slicing=true, or a smaller checkpoint.",
         )
-    disk = None if not side else (config.budget + config.exemplars * len(config.concepts)) * 3 * side**2
+    disk = (
+        None
+        if not drawn[0]
+        else (config.budget + config.exemplars * len(config.concepts)) * 3 * math.prod(drawn)
+    )
     require_disk(disk, findings)
-    reason = f"rollout: {batch} at a time, what suits the device at {side} x {side}"
+    reason = f"rollout: {batch} at a time, what suits the device at {drawn[0]} x {drawn[1]}"
     return Diagnosis(
         kind="fuse",
         model=config.model,
         place=place,
         parts=parts,
         rewards=models,
-        side=side or None,
+        size=drawn if drawn[0] else None,
         drawing=cost,
         batches=None if cost is None else Batches(batch, None, (reason,)),
         needed=needed,

@@ -259,8 +259,8 @@ def require_own_world(
         findings: filled with what is refused.
         instead: what to type where the toy world was meant, or where a recipe with other judges is.
     """
-    side = renderer.settings.resolution
-    if renderer.vocabulary is not None or side <= TOY_SIDE or parameters_of(parts) <= TOY_LARGEST:
+    settings = renderer.settings
+    if renderer.vocabulary is not None or settings.longest <= TOY_SIDE or parameters_of(parts) <= TOY_LARGEST:
         return
     for setting, ref in named.items():
         if not isinstance(ref, str | Path):
@@ -273,8 +273,8 @@ def require_own_world(
             findings.miss(
                 Need.SETTING,
                 f"{setting} is {ref}, which has only seen the toy world's drawings of {TOY_SIDE} x {TOY_SIDE}, and "
-                f"{renderer.name} draws pictures of {side} x {side}: its scores would mean nothing. Name a published "
-                f"checkpoint there (docs/rewards.md), or type: {instead}",
+                f"{renderer.name} draws pictures of {settings.width} x {settings.height}: its scores would mean "
+                f"nothing. Name a published checkpoint there (docs/rewards.md), or type: {instead}",
             )
 
 
@@ -290,7 +290,9 @@ def reward_notes(settings: Sequence[RewardSetting], *, announced: bool) -> Itera
                 yield f"The reward {setting.name!r} {note}"
 
 
-def rehearse(rewards: RewardSet, prompts: Sequence[Prompt], side: int, findings: Findings) -> None:
+def rehearse(
+    rewards: RewardSet, prompts: Sequence[Prompt], size: tuple[int, int], findings: Findings
+) -> None:
     """Let every reward score a small synthetic batch: what raises there would raise in the first step.
 
     Noise is shown, or a prompt's own reference picture where it has one. A picture without a score is only noted, for
@@ -299,7 +301,7 @@ def rehearse(rewards: RewardSet, prompts: Sequence[Prompt], side: int, findings:
     Args:
         rewards: all rewards of the run.
         prompts: the run's prompts, of which a few are taken.
-        side: side in pixels of the generator's pictures.
+        size: width and height in pixels of the generator's pictures.
         findings: filled with the failure of a reward.
     """
     chosen = [prompts[place * len(prompts) // REHEARSED] for place in range(REHEARSED)] if prompts else []
@@ -310,7 +312,7 @@ def rehearse(rewards: RewardSet, prompts: Sequence[Prompt], side: int, findings:
         known = references_of(prompt.metadata) if "reference" in prompt.metadata else []
         patches = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(number))
         shown = known[0].float().cpu() if known else patches
-        images.append(F.interpolate(shown, size=(side, side), mode="bilinear")[0].clamp(0, 1))
+        images.append(F.interpolate(shown, size=size[::-1], mode="bilinear")[0].clamp(0, 1))
     batch = RewardBatch(torch.stack(images), [one.text for one in chosen], [one.metadata for one in chosen])
     count = len(chosen)
     for name, reason in rewards.broken(batch).items():

@@ -11,7 +11,7 @@ from pixrl import plugins
 from pixrl.algorithms import MIXINGS, SAMPLERS
 from pixrl.algorithms.fusion.base import Sampler
 from pixrl.algorithms.fusion.mixing import ColumnsSettings, MixingSettings, Pooled
-from pixrl.config import MOST, Count, Seed, Settings, refuse_infinite
+from pixrl.config import MOST, Count, Resolution, Seed, Settings, refuse_infinite
 from pixrl.data.pairs import check_concepts
 from pixrl.errors import ConfigError, RunError, did_you_mean
 from pixrl.fusion.noise import Noise, NoisePlan
@@ -46,6 +46,8 @@ class FuseConfig(Settings):
     """Two or more different concepts."""
     model: str = "toy:sd3"
     """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
+    resolution: Resolution | None = None
+    """Size of the pictures in pixels: 512 for squares, 832x1216 for width x height; none: the checkpoint's own."""
     sampler: SamplerName = "rmler"
     """How the mixing coefficients are chosen: a name, or path/to/file.py:Name for a sampler of yours."""
     options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
@@ -138,9 +140,9 @@ class FuseConfig(Settings):
         return self.model_copy(update={**found, "sampler": plugins.full_path(self.sampler), "mixing": mixing})
 
     @property
-    def world(self) -> tuple[str, str | None, str | None, str, str, MemoryPlan]:
+    def world(self) -> tuple[str, str | None, str | None, str, str, MemoryPlan, int | str | None]:
         """The arguments of `fusion.world.load_world`."""
-        return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory
+        return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory, self.resolution
 
     @property
     def pool_images(self) -> int:

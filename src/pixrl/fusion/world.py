@@ -127,6 +127,7 @@ def load_world(
     device: str = "auto",
     dtype: str = "auto",
     memory: MemoryPlan | None = None,
+    resolution: int | str | None = None,
 ) -> FusionWorld:
     """Load the world of a checkpoint; a second call in one process returns the same one."""
     from pixrl.models import load
@@ -137,9 +138,8 @@ def load_world(
     card = read_card(model, Layout.PIPELINE)
     clip, segmenter = judges_of(card, clip, segmenter)
     scorer = FusionScorer(ClipSimilarity(clip, device=device), Foreground(segmenter, device=device))
-    return FusionWorld(
-        load(model, device=device, dtype=dtype, plan=memory), scorer, card, clip=clip, segmenter=segmenter
-    )
+    renderer = load(model, device=device, dtype=dtype, plan=memory, resolution=resolution)
+    return FusionWorld(renderer, scorer, card, clip=clip, segmenter=segmenter)
 
 
 def mixing_of(renderer: Renderer, card: Card, config: FuseConfig) -> Mixing[Any]:

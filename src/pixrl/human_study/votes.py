@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pixrl.errors import RunError
 from pixrl.human_study.study import TIE, Comparison, Folder, Study, plan
-from pixrl.rewards.votes.file import VoteFile
+from pixrl.rewards.votes.groups import VoteFile
 
 TOKEN_BYTES = 24
 """Random bytes of a participant's token: 192 bits."""

@@ -116,7 +116,7 @@ def get_ready(
     rewards = load_rewards(config, team.device)
     rewards.require_comparable(team.size)
     findings = Findings()
-    try_rewards(rewards, config, found.side, findings)
+    try_rewards(rewards, config, found.size, findings)
     require(findings)
     return config, rewards, any(team.gather(found.sharded)), notes
 

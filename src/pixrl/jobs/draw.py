@@ -15,6 +15,7 @@ from torch import Tensor
 from pixrl import models
 from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
 from pixrl.algorithms.world import Team
+from pixrl.config import plain_resolution
 from pixrl.data.prompts import Split
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import Subject, SubjectSet, load_subjects
@@ -52,8 +53,8 @@ class DrawRequest:
     prompt: str | None = None
     """None for a child of a fusion, which has no prompt."""
     count: int = 4
-    size: int | None = None
-    """The side in pixels; None: as the run, or else the model, has it."""
+    size: int | str | None = None
+    """Pixels: the side of a square, or WIDTHxHEIGHT; None: as the run, or else the model, has it."""
     seed: int = 0
     subject: str | None = None
     """Of a personalization: the subject whose references the model is shown; None: its only one."""
@@ -94,8 +95,8 @@ def draw(what: str | Path, request: DrawRequest, out: Path) -> tuple[Path, ...]:
     """
     if request.count < 1:
         raise InputError(f"n must be at least 1, got {request.count}. Type: --n 4")
-    if request.size is not None and request.size < 1:
-        raise InputError(f"size is the side of a picture in pixels, got {request.size}. Type: --size 512")
+    if request.size is not None:
+        request = replace(request, size=plain_resolution(request.size))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} is there already, and nothing is overwritten. Give another --out.")
     source = _source(what, request)
@@ -237,7 +238,7 @@ def _of_child(path: Path, request: DrawRequest) -> Source:
         config.model,
         device=request.device or config.device,
         dtype=config.dtype,
-        resolution=request.size,
+        resolution=config.resolution if request.size is None else request.size,
         plan=config.memory,
     )
     if renderer.fingerprint() != read_world(folder).fingerprint:

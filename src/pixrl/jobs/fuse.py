@@ -19,9 +19,8 @@ from pixrl.doctor.diagnosis import require
 from pixrl.doctor.examine import examine_fusion
 from pixrl.errors import CheckpointError, RunError
 from pixrl.fusion.config import KIND, FuseConfig, open_run
-from pixrl.fusion.learned import read_policy
 from pixrl.fusion.select import Selection, choose, choose_thresholds, similarities_of
-from pixrl.fusion.trainer import FailureWatch, FusionTrainer
+from pixrl.fusion.trainer import FailureWatch, FusionTrainer, read_policy
 from pixrl.fusion.world import FusionSession, FusionWorld, load_world
 from pixrl.hub import Presence
 from pixrl.plugins import changed_files

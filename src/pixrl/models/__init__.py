@@ -24,6 +24,7 @@ RENDERERS = {
     "sd3": "pixrl.models.sd3:SD3Policy",
     "sdxl": "pixrl.models.sdxl:SDXLPolicy",
     "flux": "pixrl.models.flux:FluxPolicy",
+    "flux2-klein": "pixrl.models.flux2:Flux2KleinPolicy",
     "z-image": "pixrl.models.z_image:ZImagePolicy",
     "qwen-image": "pixrl.models.qwen_image:QwenImagePolicy",
 }
@@ -43,7 +44,7 @@ def load(
     dtype: str = "auto",
     steps: int | None = None,
     guidance: float | None = None,
-    resolution: int | None = None,
+    resolution: int | str | None = None,
     t5: bool = True,
     plan: "MemoryPlan | None" = None,
     lora: str | Path | None = None,
@@ -56,7 +57,8 @@ def load(
             names, else the one that loads pipelines of the class in the checkpoint's model_index.json.
         device: "auto" (a GPU when there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32", "bfloat16" or "float16" (GPU only).
-        steps, guidance, resolution: in place of what the checkpoint's card or the adapter's default says.
+        steps, guidance, resolution: in place of what the checkpoint's card or the adapter's default says; a resolution
+            is the side of a square, or width x height: "832x1216".
         t5: load SD3's third text encoder, where the checkpoint has it.
         plan: what to do to save memory (`pixrl.models.memory_plan.MemoryPlan`); nothing when None.
         lora: a file or folder that is merged into the denoiser, as `pixrl.models.lora_files` reads it.

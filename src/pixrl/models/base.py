@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pixrl.config import parse_resolution
 from pixrl.device import DType
 from pixrl.errors import InputError, ShapeError
 from pixrl.models.memory_plan import Base
@@ -203,11 +204,32 @@ class Mixture:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """The settings of sampling: number of steps, guidance scale, picture side in pixels."""
+    """The settings of sampling.
+
+    Attributes:
+        steps: how many.
+        guidance: the scale.
+        resolution: size of a picture in pixels: the side of a square, or WIDTHxHEIGHT.
+    """
 
     steps: int
     guidance: float
-    resolution: int
+    resolution: int | str
+
+    @property
+    def width(self) -> int:
+        """The columns of a picture, in pixels."""
+        return parse_resolution(self.resolution)[0]
+
+    @property
+    def height(self) -> int:
+        """The rows of a picture, in pixels."""
+        return parse_resolution(self.resolution)[1]
+
+    @property
+    def longest(self) -> int:
+        """The longer side of a picture, in pixels."""
+        return max(self.width, self.height)
 
 
 class Renderer(ABC):
@@ -275,7 +297,7 @@ class Renderer(ABC):
         """
         raise InputError(
             f"The LoRA {place} cannot be merged into {self.name}, a {type(self).__name__}: pixrl reads those of "
-            "SD3, FLUX, SDXL, Z-Image and Qwen-Image. Leave it out."
+            "SD3, FLUX, FLUX.2, SDXL, Z-Image and Qwen-Image. Leave it out."
         )
 
 
@@ -359,15 +381,24 @@ def on_square(image_CHW: Tensor, side: int) -> Tensor:
     Raises:
         ShapeError: it is no RGB picture.
     """
+    return on_canvas(image_CHW, side, side)
+
+
+def on_canvas(image_CHW: Tensor, width: int, height: int) -> Tensor:
+    """Lay a picture [3, H, W] of any size in the middle of white, [3, height, width], neither cut nor stretched.
+
+    Raises:
+        ShapeError: it is no RGB picture.
+    """
     if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
         raise ShapeError(f"A reference picture is [3, H, W], not {list(image_CHW.shape)}.")
-    height, width = image_CHW.shape[1:]
-    scale = side / max(height, width)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    rows, columns = image_CHW.shape[1:]
+    scale = min(height / rows, width / columns)
+    size = (max(1, round(rows * scale)), max(1, round(columns * scale)))
     shown = image_CHW.float()
-    if size != (height, width):
+    if size != (rows, columns):
         shown = F.interpolate(shown[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
-    top, left = (side - size[0]) // 2, (side - size[1]) // 2
-    square = torch.ones(3, side, side)
-    square[:, top : top + size[0], left : left + size[1]] = shown.clamp(0, 1)
-    return square
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    canvas = torch.ones(3, height, width)
+    canvas[:, top : top + size[0], left : left + size[1]] = shown.clamp(0, 1)
+    return canvas

@@ -163,7 +163,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
             )
         self.preset = Preset(named)
         self.shift = Shift.FLUX
-        self.reference_side = self.settings.resolution
+        self.reference_side = min(self.settings.width, self.settings.height)
 
     def _defaults(self, folder: Path) -> SamplingSettings:
         return self.defaults if _is_guided(folder) else SCHNELL

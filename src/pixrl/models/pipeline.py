@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pixrl.config import plain_resolution
 from pixrl.device import choose_device, choose_precision, plain_attention
 from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
@@ -34,38 +35,47 @@ from pixrl.models.trained import TrainedDenoiser
 
 
 def make_settings(
-    card: Card, default: SamplingSettings, steps: int | None, guidance: float | None, resolution: int | None
+    card: Card,
+    default: SamplingSettings,
+    steps: int | None,
+    guidance: float | None,
+    resolution: int | str | None,
 ) -> SamplingSettings:
     """Return the sampling settings: of each the caller's value, else the card's, else the adapter's default.
 
     Raises:
-        InputError: fewer than one step, or a negative guidance scale.
+        InputError: fewer than one step, a negative guidance scale, or a resolution that is none.
     """
 
-    def first(*values: float | None) -> float:
+    def first(*values: Any) -> Any:
         return next(value for value in values if value is not None)
 
     settings = SamplingSettings(
         steps=int(first(steps, card.steps, default.steps)),
         guidance=float(first(guidance, card.guidance, default.guidance)),
-        resolution=int(first(resolution, card.resolution, default.resolution)),
+        resolution=plain_resolution(first(resolution, card.resolution, default.resolution)),
     )
     if settings.steps < 1 or settings.guidance < 0:
         raise InputError(f"steps must be at least 1 and guidance at least 0, got {settings}.")
     return settings
 
 
-def latent_side(resolution: int, vae_factor: int, patch: int = 1) -> int:
-    """Return the rows, and columns, of the latents of a square picture.
+def latent_size(settings: SamplingSettings, vae_factor: int, patch: int = 1) -> tuple[int, int]:
+    """Return the rows and columns of a picture's latents.
 
     Raises:
-        InputError: the resolution is no multiple of a latent's pixels, or of a token's.
+        InputError: a side is no multiple of a latent's pixels, or of a token's; names the nearest size that is.
     """
-    if resolution < 1 or resolution % (vae_factor * patch):
+    unit = vae_factor * patch
+    sides = (settings.width, settings.height)
+    if any(side % unit for side in sides):
+        near = plain_resolution("x".join(str(max(1, round(side / unit)) * unit) for side in sides))
+        each = "" if settings.width == settings.height else "width and height each "
         raise InputError(
-            f"resolution {resolution} must be a multiple of {vae_factor * patch} for this checkpoint."
+            f"resolution {settings.resolution} must be {each}a multiple of {unit} for this checkpoint. The nearest is "
+            f"{near}."
         )
-    return resolution // vae_factor
+    return settings.height // vae_factor, settings.width // vae_factor
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -110,11 +120,10 @@ def chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def micro_batch_for(device: torch.device, resolution: int) -> int:
+def micro_batch_for(device: torch.device, width: int, height: int) -> int:
     """Return how many pictures go through the model at once: what fits a CPU's cache, or a GPU's memory."""
-    if device.type == "cpu":
-        return max(1, 32 * 64 * 64 // (resolution * resolution))
-    return max(1, 64 * 512 * 512 // (resolution * resolution))
+    pixels = 32 * 64 * 64 if device.type == "cpu" else 64 * 512 * 512
+    return max(1, pixels // (width * height))
 
 
 FEW_STEPS = 8
@@ -148,7 +157,7 @@ class PipelineRenderer(Renderer):
         dtype: str = "auto",
         steps: int | None = None,
         guidance: float | None = None,
-        resolution: int | None = None,
+        resolution: int | str | None = None,
         t5: bool = True,
         plan: MemoryPlan | None = None,
         pipeline: Any = None,
@@ -178,13 +187,13 @@ class PipelineRenderer(Renderer):
         self.base = plan.base
         if plan.base is not Base.DTYPE:
             quantize(denoiser_of(self.pipeline), self.name, plan.base, self.device, self.precision)
-        set_decoding(self.vae, plan, self.settings.resolution)
+        set_decoding(self.vae, plan, self.settings.longest)
         self.offload = plan.offload
         self._place(plan, placed=pipeline is not None)
         channels, patch = self._latent_geometry()
-        side = latent_side(self.settings.resolution, self.pipeline.vae_scale_factor, patch)
-        self.latent_shape = (channels, side, side)
-        self.micro_batch = micro_batch_for(self.device, self.settings.resolution)
+        rows, columns = latent_size(self.settings, self.pipeline.vae_scale_factor, patch)
+        self.latent_shape = (channels, rows, columns)
+        self.micro_batch = micro_batch_for(self.device, self.settings.width, self.settings.height)
         self._cache = PromptCache(self._encode_one)
 
     def _defaults(self, folder: Path) -> SamplingSettings:
@@ -231,8 +240,7 @@ class PipelineRenderer(Renderer):
 
     def _sample(self, source: Conditioning | Mixture, seeds: Sequence[int], size: int) -> Tensor:
         check_pairs(source, seeds, self.settings.steps)
-        side = self.settings.resolution
-        images = torch.empty(len(seeds), 3, side, side)
+        images = torch.empty(len(seeds), 3, self.settings.height, self.settings.width)
         with self._without_gradients():
             for rows in chunks(len(seeds), size):
                 images[rows] = self._draw(source[rows], seeds[rows]).cpu()
@@ -341,7 +349,7 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
 
     def schedule(self, steps: int) -> Tensor:
         scheduler = self.pipeline.scheduler
-        shift = {"mu": self._shift_mu()} if scheduler.config.use_dynamic_shifting else {}
+        shift = {"mu": self._shift_mu(steps)} if scheduler.config.use_dynamic_shifting else {}
         scheduler.set_timesteps(**self._timesteps(steps), **shift)
         sigmas: Tensor = scheduler.sigmas
         return sigmas.to(device="cpu", dtype=torch.float32).clone()
@@ -350,8 +358,8 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
         """Return how the scheduler is asked for so many steps, as the pipeline of diffusers asks it."""
         return {"num_inference_steps": steps}
 
-    def _shift_mu(self) -> float:
-        """Return the schedule's shift, which is linear in the number of the picture's tokens."""
+    def _shift_mu(self, steps: int) -> float:
+        """Return the schedule's shift for so many steps, which is linear in the number of the picture's tokens."""
         config = self.pipeline.scheduler.config
         rise = config.max_shift - config.base_shift
         run = config.max_image_seq_len - config.base_image_seq_len

@@ -125,8 +125,10 @@ def without_gradients(offload: Offload) -> AbstractContextManager[None]:
     return torch.inference_mode() if offload is Offload.NONE else torch.no_grad()
 
 
-def set_decoding(vae: Any, plan: MemoryPlan, resolution: int) -> None:
+def set_decoding(vae: Any, plan: MemoryPlan, longest: int) -> None:
     """Set how a VAE decodes, and encodes references: slice by slice, tile by tile, or whole.
+
+    `longest`: the pictures' longer side in pixels.
 
     Raises:
         InputError: tiles as large as the pictures, or no multiple of a latent, or too small for one.
@@ -138,9 +140,9 @@ def set_decoding(vae: Any, plan: MemoryPlan, resolution: int) -> None:
         return
     of_video = is_of_video(vae)
     unit = int(vae.spatial_compression_ratio if of_video else 2 ** (len(vae.config.block_out_channels) - 1))
-    if side >= resolution:
+    if side >= longest:
         raise InputError(
-            f"vae_tiling={side} has no effect on pictures of {resolution} pixels: give a smaller tile, or leave it out."
+            f"vae_tiling={side} has no effect on pictures of {longest} pixels: give a smaller tile, or leave it out."
         )
     if side % unit or side < 2 * unit:
         raise InputError(f"vae_tiling={side} must be a multiple of {unit} pixels, and at least {2 * unit}.")

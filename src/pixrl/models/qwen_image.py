@@ -17,18 +17,16 @@ from torch import Tensor
 from pixrl.hub import Checkpoint
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flux import pack_latents, unpack_latents
+from pixrl.models.language import LanguagePolicy
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.pipeline import FlowPipelinePolicy, even_levels
+from pixrl.models.pipeline import even_levels
 from pixrl.models.slots import KNOWN_TARGETS
-from pixrl.models.text import LANGUAGE, LanguageEncoder, PerturbableText, padded
 
 PATCH = 2
 """Rows and columns of latents in a token."""
-LAYER = -1
-"""The hidden state of the language model that the pipeline takes."""
 
 
-class QwenImagePolicy(FlowPipelinePolicy, PerturbableText):
+class QwenImagePolicy(LanguagePolicy):
     """Qwen-Image as a trainable policy."""
 
     pipelines = ("QwenImagePipeline",)
@@ -38,6 +36,7 @@ class QwenImagePolicy(FlowPipelinePolicy, PerturbableText):
     defaults = SamplingSettings(steps=50, guidance=4.0, resolution=1024)
     lora_targets = KNOWN_TARGETS
     negative_prompt = " "
+    layers = (-1,)
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
         """Load the checkpoint; the options are those of `FlowPipelinePolicy`."""
@@ -59,41 +58,13 @@ class QwenImagePolicy(FlowPipelinePolicy, PerturbableText):
         """Return the frames, rows and columns of a picture's tokens."""
         return [(1, self.latent_shape[1] // PATCH, self.latent_shape[2] // PATCH)]
 
-    def blank(self) -> Conditioning:
-        width = self.pipeline.transformer.config.joint_attention_dim
-        return Conditioning(torch.zeros(1, self.text_length, width, dtype=self.precision.weights))
-
-    def _encode_one(self, prompt: str) -> Conditioning:
-        with self.text_present():
-            tokens_1LD, _ = self.pipeline.encode_prompt(
-                prompt=[prompt], device=self.device, max_sequence_length=self.text_length
-            )
-        return padded(tokens_1LD[0], self.text_length)
-
-    def framed(self, prompt: str, tokenizer: Any) -> str:
-        return prompt.join(self._frame())
-
-    def _frame(self) -> tuple[str, str]:
+    def frame(self, tokenizer: Any) -> tuple[str, str]:
         before, _, after = self.pipeline.prompt_template_encode.partition("{}")
         return before, after
 
     @property
-    def framed_length(self) -> int:
-        return self.text_length + int(self.pipeline.prompt_template_encode_start_idx)
-
-    def text_encoders(self) -> tuple[LanguageEncoder, ...]:
-        """Return the language model, without its first tokens, which are the frame's."""
-        return (
-            LanguageEncoder(
-                name=LANGUAGE,
-                model=self.pipeline.text_encoder,
-                tokenizer=self.pipeline.tokenizer,
-                length=self.framed_length,
-                frame=self._frame(),
-                layers=(LAYER,),
-                skipped=int(self.pipeline.prompt_template_encode_start_idx),
-            ),
-        )
+    def skipped(self) -> int:
+        return int(self.pipeline.prompt_template_encode_start_idx)
 
     def schedule(self, steps: int) -> Tensor:
         """Return the pipeline's levels; of a single step 1 and 0, where diffusers divides 0 by 0 to stretch them."""

@@ -48,7 +48,7 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
         super().__init__(checkpoint, **options)
         table, patch = int(self.pipeline.transformer.config.pos_embed_max_size), self._latent_geometry()[1]
         most = table * patch * int(self.pipeline.vae_scale_factor)
-        if self.settings.resolution > most:
+        if self.settings.longest > most:
             raise InputError(
                 f"resolution {self.settings.resolution} is beyond the table of positions of {self.name}: it draws "
                 f"pictures of up to {most} x {most}. Give resolution={most} or less, or leave it out."

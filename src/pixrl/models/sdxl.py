@@ -171,8 +171,8 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
 
     def _unet(self, x: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return what the UNet predicts for its own input, alpha x0 + s noise, in float32."""
-        side = float(self.settings.resolution)
-        sizes = x.new_tensor([side, side, 0, 0, side, side]).expand(len(x), SIZES)
+        size = (self.settings.height, self.settings.width)  # the UNet takes rows before columns
+        sizes = x.new_tensor([*size, 0, 0, *size]).expand(len(x), SIZES)
         found: Tensor = self.denoiser(
             x,
             timesteps_B,

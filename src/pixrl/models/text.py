@@ -1,8 +1,8 @@
 """Prompts on their way into a model: words checked, rows encoded once and kept, and rows from changed embeddings.
 
 A variant of a prompt is its token embeddings plus a perturbation, sent through the real encoder, a CLIP or a language
-model: the embedding table's output is replaced and everything behind it (positions, causal mask, pooling at the end
-token, projection) runs as published. All variants of a prompt go through as one batch, differentiable in the
+model (language.py). The embedding table's output is replaced and everything behind it (positions, causal mask, pooling
+at the end token, projection) runs as published. All variants of a prompt go through as one batch, differentiable in the
 embeddings. The features are then written over the encoder's own part of what `encode` gave; the other encoders' parts
 stay as they are.
 """
@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from pixrl.device import free_bytes
 from pixrl.equations import content_mask
-from pixrl.errors import CheckpointError, InputError, ShapeError, UnknownWordError, did_you_mean
+from pixrl.errors import InputError, ShapeError, UnknownWordError, did_you_mean
 from pixrl.models.base import Conditioning
 from pixrl.text import require_text
 
@@ -27,8 +26,6 @@ CACHE_BYTES = 2**30
 """The bytes of prompt rows that are kept."""
 LANGUAGE = "language"
 """The name of the language model of a pipeline that reads prompts with one."""
-_MARK = "PROMPT"
-"""What stands for the prompt where a chat template is asked for the text around it."""
 
 
 def check_words(prompts: Sequence[str], vocabulary: frozenset[str] | None, name: str) -> None:
@@ -294,124 +291,16 @@ class ClipEncoder(TextEncoder):
             )
         pooled = conditioning.pooled_BE.clone()
         if self.pooled_columns is not None:
-            _lerp(pooled[:, self.pooled_columns], features.pooled_KE, weight_B)
+            lerp_rows(pooled[:, self.pooled_columns], features.pooled_KE, weight_B)
         if self.token_columns is None or features.tokens_KLD is None:
             return replace(conditioning, pooled_BE=pooled)
         tokens = conditioning.tokens_BLD.clone()
-        _lerp(tokens[:, : self.length, self.token_columns], features.tokens_KLD, weight_B)
+        lerp_rows(tokens[:, : self.length, self.token_columns], features.tokens_KLD, weight_B)
         return replace(conditioning, tokens_BLD=tokens, pooled_BE=pooled)
 
     def _pooled(self, output: Any) -> Tensor:
         pooled: Tensor = output.text_embeds if self.projected else output.pooler_output
         return pooled
-
-
-@dataclass(frozen=True)
-class LanguageEncoder(TextEncoder):
-    """A causal language model that reads a prompt within a frame of text, such as one turn of a chat.
-
-    Its pooled features are what the pipeline takes of the first token after the prompt, which sees all of it, as CLIP's
-    end token does.
-    """
-
-    frame: tuple[str, str]
-    """The text before and after a prompt; the second begins with a special token."""
-    layers: tuple[int, ...]
-    """The hidden states that the pipeline takes, side by side; -1 is the last."""
-    skipped: int = 0
-    """The number of first rows that the pipeline leaves out."""
-
-    def read(self, prompt: str) -> PromptText:
-        before, after = self.frame
-        found = self.tokenizer(
-            [f"{before}{prompt}{after}"],
-            padding="max_length",
-            max_length=self.length,
-            truncation=True,
-            padding_side="right",
-            return_offsets_mapping=True,
-            return_tensors="pt",
-        )
-        ids: Tensor = found.input_ids.to(self.model.device)
-        first_L, last_L = found.offset_mapping[0].to(self.model.device).unbind(dim=1)
-        inside_L = (first_L >= len(before)) & (last_L <= len(before) + len(prompt)) & (first_L < last_L)
-        return self._text(ids[0], inside_L & self._own(ids)[0], int(self._ends(ids)[0]), prompt)
-
-    def pooled(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> Tensor:
-        return self._at_ends(ids_BL, self._states(ids_BL, embeddings_BLD)).float()
-
-    def features(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> TextFeatures:
-        states_BLD = self._states(ids_BL, embeddings_BLD)
-        return TextFeatures(self._at_ends(ids_BL, states_BLD), states_BLD[:, self.skipped :])
-
-    def blend(self, conditioning: Conditioning, features: TextFeatures, weight_B: Tensor) -> Conditioning:
-        rows, other = len(conditioning), features.tokens_KLD
-        if other is None or other.shape != conditioning.tokens_BLD.shape or len(weight_B) != rows:
-            raise ShapeError(
-                f"blend: conditionings {list(conditioning.tokens_BLD.shape)}, features "
-                f"{None if other is None else list(other.shape)} and {len(weight_B)} weights; give one row each."
-            )
-        tokens = conditioning.tokens_BLD.clone()
-        _lerp(tokens, other, weight_B)
-        if conditioning.mask_BL is not None:
-            tokens = tokens.masked_fill(~conditioning.mask_BL[:, :, None], 0)
-        return replace(conditioning, tokens_BLD=tokens)
-
-    def _states(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> Tensor:
-        output = self._run(
-            ids_BL,
-            embeddings_BLD,
-            attention_mask=self._own(ids_BL).long(),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        return torch.cat([output.hidden_states[layer] for layer in self.layers], dim=-1)
-
-    def _own(self, ids_BL: Tensor) -> Tensor:
-        """Return a mask that is false on padding, which stands behind the last token of another kind."""
-        others_BL: Tensor = ids_BL != self.tokenizer.pad_token_id
-        return others_BL.int().flip(1).cumsum(dim=1).flip(1) > 0
-
-    def _ends(self, ids_BL: Tensor) -> Tensor:
-        """Return the place [B] of the first token after each prompt, or of its last one where that was cut off."""
-        before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in self.frame)
-        behind_BL = (ids_BL == after[0]) & (
-            torch.arange(ids_BL.shape[1], device=ids_BL.device) >= len(before)
-        )
-        last_B = self._own(ids_BL).sum(dim=1) - 1
-        return torch.where(behind_BL.any(dim=1), behind_BL.int().argmax(dim=1), last_B)
-
-    def _at_ends(self, ids_BL: Tensor, states_BLD: Tensor) -> Tensor:
-        return states_BLD[torch.arange(len(ids_BL), device=ids_BL.device), self._ends(ids_BL)]
-
-
-def padded(tokens_LD: Tensor, length: int) -> Conditioning:
-    """Return one prompt's own token features as a row of `length` tokens, with a mask of what is padding."""
-    mask = torch.arange(length, device=tokens_LD.device) < len(tokens_LD)
-    return Conditioning(pad(tokens_LD, (0, 0, 0, length - len(tokens_LD)))[None], mask_BL=mask[None])
-
-
-def chat_frame(tokenizer: Any, *, thinks: bool) -> tuple[str, str]:
-    """Return the text before and after what a user says in a chat's first turn, up to where the answer begins.
-
-    `thinks`: whether the template leaves room for the model's thoughts, as Qwen3's calls it.
-
-    Raises:
-        CheckpointError: the tokenizer has no chat template, or one that changes what the user says.
-    """
-    if not tokenizer.chat_template:
-        raise CheckpointError(
-            "The tokenizer has no chat template, within which this model reads a prompt. Download it again: "
-            "chat_template.jinja, or chat_template in tokenizer_config.json, is missing."
-        )
-    turn = [{"role": "user", "content": _MARK}]
-    text = tokenizer.apply_chat_template(
-        turn, tokenize=False, add_generation_prompt=True, enable_thinking=thinks
-    )
-    before, mark, after = text.partition(_MARK)
-    if not mark or not after:
-        raise CheckpointError(f"The tokenizer's chat template does not hold what the user says: {text!r}.")
-    return before, after
 
 
 class PerturbableText(ABC):
@@ -422,7 +311,7 @@ class PerturbableText(ABC):
         """Return CLIP-L, and then CLIP-G where there is one, in the layout of `encode`; or the language model."""
 
 
-def _lerp(part: Tensor, other: Tensor, weight_B: Tensor) -> None:
+def lerp_rows(part: Tensor, other: Tensor, weight_B: Tensor) -> None:
     """Move a view toward `other`, row by row; exact at the weights 0 and 1."""
     weight = weight_B.to(device=part.device, dtype=part.dtype).view(-1, *[1] * (part.ndim - 1))
     part.copy_(torch.lerp(part, other.to(device=part.device, dtype=part.dtype), weight))

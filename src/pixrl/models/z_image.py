@@ -11,7 +11,6 @@ The published models differ in one number of their configs: Turbo's schedule is 
 """
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,19 +19,17 @@ from torch import Tensor
 
 from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, SamplingSettings
+from pixrl.models.language import LanguagePolicy, chat_frame
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.pipeline import FlowPipelinePolicy, even_levels
-from pixrl.models.text import LANGUAGE, LanguageEncoder, PerturbableText, chat_frame, padded
+from pixrl.models.pipeline import even_levels
 
 PATCH = 2
 """Rows and columns of latents in a token."""
 TURBO_SHIFT = 3.0
 TURBO = SamplingSettings(steps=8, guidance=0.0, resolution=1024)
-LAYER = -2
-"""The hidden state of the language model that is the caption."""
 
 
-class ZImagePolicy(FlowPipelinePolicy, PerturbableText):
+class ZImagePolicy(LanguagePolicy):
     """Z-Image or Z-Image-Turbo as a trainable policy."""
 
     pipelines = ("ZImagePipeline",)
@@ -44,6 +41,8 @@ class ZImagePolicy(FlowPipelinePolicy, PerturbableText):
     }
     defaults = SamplingSettings(steps=50, guidance=5.0, resolution=1024)
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+    layers = (-2,)
+    width_option = "cap_feat_dim"
 
     def _defaults(self, folder: Path) -> SamplingSettings:
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -57,39 +56,8 @@ class ZImagePolicy(FlowPipelinePolicy, PerturbableText):
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels), PATCH
 
-    def blank(self) -> Conditioning:
-        width = self.pipeline.transformer.config.cap_feat_dim
-        return Conditioning(torch.zeros(1, self.text_length, width, dtype=self.precision.weights))
-
-    def _encode_one(self, prompt: str) -> Conditioning:
-        with self.text_present():
-            (caption,), _ = self.pipeline.encode_prompt(
-                prompt=[prompt],
-                device=self.device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.text_length,
-            )
-        return padded(caption, self.text_length)
-
-    @cached_property
-    def _frame(self) -> tuple[str, str]:
-        return chat_frame(self.pipeline.tokenizer, thinks=True)
-
-    def framed(self, prompt: str, tokenizer: Any) -> str:
-        return prompt.join(chat_frame(tokenizer, thinks=True))
-
-    def text_encoders(self) -> tuple[LanguageEncoder, ...]:
-        """Return the language model, whose features of a prompt are its caption."""
-        return (
-            LanguageEncoder(
-                name=LANGUAGE,
-                model=self.pipeline.text_encoder,
-                tokenizer=self.pipeline.tokenizer,
-                length=self.text_length,
-                frame=self._frame,
-                layers=(LAYER,),
-            ),
-        )
+    def frame(self, tokenizer: Any) -> tuple[str, str]:
+        return chat_frame(tokenizer, thinks=True)
 
     def _timesteps(self, steps: int) -> dict[str, Any]:
         return even_levels(steps)

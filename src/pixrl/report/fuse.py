@@ -22,6 +22,7 @@ from pixrl.jobs.fuse import FinishedRun
 from pixrl.jobs.fuse_many import FinishedRuns
 from pixrl.metrics.fusion import FusionFigures, figures
 from pixrl.report import charts
+from pixrl.report.align import drawing
 from pixrl.report.figures import ParentShare, number, parent_shares
 from pixrl.report.page import FULL, THUMBNAIL, Embedded, inline, render
 from pixrl.runs.files import write_atomic
@@ -327,7 +328,7 @@ def run_facts(run: FinishedRun) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     mixing = run.config.mixing
     rest = mixing.model_dump(mode="json", exclude_none=True, exclude={"kind"})
     facts = [
-        ("generator", f"{world.model} ({world.fingerprint})"),
+        ("generator", f"{world.model} ({world.fingerprint}){drawing(run.config.resolution)}"),
         ("similarity", world.clip),
         ("foreground", f"{world.segmenter}, on white"),
         ("mixing", ", ".join([mixing.kind, *(f"{name} {value}" for name, value in rest.items())])),

@@ -14,11 +14,20 @@ from urllib.parse import quote
 
 import yaml
 
+from pixrl.config import parse_resolution
 from pixrl.hub import TOY_PREFIX, is_hub_id, split_adapter, split_revision, split_single_file
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models import NOT_STATED, generator_licence
-from pixrl.report import describe
-from pixrl.report.align import is_unseen
+from pixrl.report.align import (
+    class_word,
+    facts,
+    in_words,
+    is_unseen,
+    learned_by,
+    machine_facts,
+    method_parts,
+    subjects_in_words,
+)
 from pixrl.report.figures import Change, changes_of, failures, warnings
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, Train
 from pixrl.runs.folder import RunFolder
@@ -101,9 +110,9 @@ def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequ
     evaluated = base_and_last(folder)
     changes = changes_of(folder, shape_of(config))
     what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
-    subjects = describe.subjects_in_words(folder, config)
+    subjects = subjects_in_words(folder, config)
     of_whom = f"It was trained to draw {markdown(subjects)}. " if subjects else ""
-    by = markdown(describe.learned_by(config))
+    by = markdown(learned_by(config))
     sections = [
         _front_matter(config),
         f"# {markdown(folder.path.name)}\n\n{of_whom}"
@@ -151,10 +160,8 @@ def _pictures(config: AlignConfig, pairs: Sequence[Shown]) -> str:
 def _row(config: AlignConfig, pair: Shown, with_subject: bool) -> str:
     subject = ""
     if pair.reference is not None and pair.subject is not None:
-        word = describe.class_word(config.evaluation.source or config.prompts.source, pair.subject)
-        subject = (
-            f"![reference]({_address(pair.reference[1])}) {markdown(describe.in_words(pair.subject, word))}"
-        )
+        word = class_word(config.evaluation.source or config.prompts.source, pair.subject)
+        subject = f"![reference]({_address(pair.reference[1])}) {markdown(in_words(pair.subject, word))}"
     pictures = [
         f"![{when}]({_address(file)})" for when, (_, file) in (("before", pair.before), ("after", pair.after))
     ]
@@ -251,9 +258,9 @@ def _method(folder: RunFolder, config: AlignConfig) -> str:
         f"{markdown(', '.join(f'{name} {value}' for name, value in s.options.items()) or 'no options')}"
         for s in config.rewards
     ]
-    facts = [
+    settings = [
         f"- {name}: {markdown(text)}"
-        for name, text in (*describe.method_parts(config), *describe.facts(config, start_if_any(folder)))
+        for name, text in (*method_parts(config), *facts(config, start_if_any(folder)))
     ]
     data = [
         f"- training prompts: {code(config.prompts.source)}",
@@ -262,8 +269,8 @@ def _method(folder: RunFolder, config: AlignConfig) -> str:
     if isinstance(config, PersonalizeConfig):
         shown = "of them only what is shown above is part of this folder"
         data.append(f"- reference pictures: those of the subjects named there; {shown}")
-    machine = [f"- {name}: {markdown(text)}" for name, text in describe.machine_facts(environment)]
-    return "\n".join(["## Method", "", *facts, "", "## Rewards", "", *rewards, "", "## Data", "", *data,
+    machine = [f"- {name}: {markdown(text)}" for name, text in machine_facts(environment)]
+    return "\n".join(["## Method", "", *settings, "", "## Rewards", "", *rewards, "", "## Data", "", *data,
                       "", "## Machine", "", *machine])  # fmt: skip
 
 
@@ -408,9 +415,10 @@ def _loaded(config: AlignConfig, facts: Facts) -> Iterator[str]:
     yield ""
     yield f"pipeline = {pipeline}.from_pretrained({_text(base)}{pinned}{absent})"
     yield from () if is_pipeline else (f"pipeline.{learned}",)
-    side = config.resolution
+    width, height = (None, None) if config.resolution is None else parse_resolution(config.resolution)
     sampling = {"num_inference_steps": _steps(config), "guidance_scale": config.guidance}
-    yield f"image = pipeline({_text(PROMPT)}{_keywords(sampling | {'height': side, 'width': side})}).images[0]"
+    chosen = _keywords(sampling | {"height": height, "width": width})
+    yield f"image = pipeline(prompt={_text(PROMPT)}{chosen}).images[0]"
     yield f"image.save({_text(PICTURE)})"
 
 
@@ -430,7 +438,9 @@ def _steps(config: AlignConfig) -> int:
 
 def _load_options(config: AlignConfig) -> str:
     """Return the keywords of `models.load` with which the run's evaluation draws."""
-    chosen = {"steps": _steps(config), "guidance": config.guidance, "resolution": config.resolution}
+    resolution = config.resolution
+    chosen: dict[str, object] = {"steps": _steps(config), "guidance": config.guidance}
+    chosen["resolution"] = _text(resolution) if isinstance(resolution, str) else resolution
     return _keywords(chosen | ({} if config.t5 else {"t5": False}))
 
 

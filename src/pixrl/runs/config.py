@@ -25,7 +25,7 @@ from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import MOST_STEPS as MOST_SAMPLING
 from pixrl.algorithms.sampling import RolloutSettings, StepNoise
 from pixrl.algorithms.trainer import OptimizerSettings
-from pixrl.config import MOST, Count, Seed, Settings, Side, refuse_infinite
+from pixrl.config import MOST, Count, Resolution, Seed, Settings, Side, refuse_infinite
 from pixrl.data.prompts import Split
 from pixrl.device import DType
 from pixrl.errors import ConfigError, RunError
@@ -149,8 +149,8 @@ class AlignConfig(Settings):
     """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
     guidance: float | None = Field(None, ge=0, le=MOST_GUIDANCE)
     """Classifier-free guidance of sampling and training; none: the checkpoint's own. Up to 1: none."""
-    resolution: Side | None = None
-    """Side of the pictures in pixels; none: the checkpoint's own."""
+    resolution: Resolution | None = None
+    """Size of the pictures in pixels: 512 for squares, 832x1216 for width x height; none: the checkpoint's own."""
     t5: bool = True
     """SD3's third text encoder; false: neither downloaded nor loaded; long prompts are understood worse."""
     seed: Seed = 0
@@ -349,7 +349,7 @@ class ReferenceSettings(Settings):
     count: int | None = Field(1, ge=1, le=64)
     """Pictures of each subject, the first ones; none: all."""
     side: Side | None = None
-    """Pixels of the square that each is laid out on; none: the pictures' own resolution."""
+    """Pixels of the square that each is laid out on; none: the pictures' shorter side."""
     preset: Preset | None = None
     """Position ids of their tokens, uno or kontext; none: what the checkpoint's card says, else uno."""
     shift: Shift | None = None

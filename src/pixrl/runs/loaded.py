@@ -228,7 +228,7 @@ def not_trainable(adapter: type, name: str) -> ConfigError:
     """Make the error of a model whose adapter only draws."""
     return ConfigError(
         f"{name} is a {adapter.__name__}: it draws pictures but has no velocity and no LoRA slots to train. "
-        "Give a flow model: --set model=toy:sd3, or an SD3, SDXL, FLUX, Z-Image or Qwen-Image checkpoint."
+        "Give a flow model: --set model=toy:sd3, or an SD3, SDXL, FLUX, FLUX.2, Z-Image or Qwen-Image checkpoint."
     )
 
 

@@ -108,12 +108,12 @@ class Mixer:
         self.model, self.device = model, device
         self._lock = threading.Lock()
 
-    def draw(self, children: Sequence[Blend], size: int | None = None) -> list[Image.Image]:
+    def draw(self, children: Sequence[Blend], size: int | str | None = None) -> list[Image.Image]:
         """Draw mixtures of the same concepts.
 
         Args:
             children: what is drawn.
-            size: the side in pixels; None: the model's.
+            size: in pixels, the side of a square or WIDTHxHEIGHT; None: the model's.
 
         Raises:
             InputError: a concept is unknown to the model, or the concepts or the size do not fit it.
@@ -134,13 +134,13 @@ class Mixer:
         return pictures
 
     def coefficients(self, child: Blend) -> bytes:
-        """Return a mixture's coefficients as the file that ComfyUI's node pack reads (`pixrl.report.coefficients`).
+        """Return a mixture's coefficients as the file that ComfyUI's node pack reads (`pixrl.report.export`).
 
         Raises:
             InputError: a concept is unknown to the model.
         """
         from pixrl.fusion.world import mixing_of
-        from pixrl.report.coefficients import coefficients_bytes
+        from pixrl.report.export import coefficients_bytes
 
         config = check(child.concepts, self.model)
         with self._lock:
@@ -149,13 +149,14 @@ class Mixer:
         prompts = [card.exemplar_prompt.format(concept=concept) for concept in child.concepts]
         return coefficients_bytes(values_1ND[0], config, prompts, child.seed)
 
-    def side(self) -> int:
-        """Return the side of the model's pictures in pixels."""
-        return int(_load(self.model, self.device, None)[0].settings.resolution)
+    def size(self) -> tuple[int, int]:
+        """Return the width and height of the model's pictures in pixels."""
+        settings = _load(self.model, self.device, None)[0].settings
+        return settings.width, settings.height
 
 
 @lru_cache(maxsize=2)
-def _load(model: str, device: str, size: int | None) -> tuple[Any, Any]:
+def _load(model: str, device: str, size: int | str | None) -> tuple[Any, Any]:
     from pixrl import models
     from pixrl.hub import read_card
     from pixrl.hub_check import Layout
@@ -337,7 +338,8 @@ class FuseTab:
         if child is None:
             return [gr.skip()] * 2
         try:
-            (picture,) = self.mixer.draw([child], size=2 * self.mixer.side())
+            width, height = self.mixer.size()
+            (picture,) = self.mixer.draw([child], size=f"{2 * width}x{2 * height}")
         except PixrlError as error:
             return [gr.skip(), self._refused(error)]
         return [

@@ -1,4 +1,4 @@
-"""Groups of pictures that wait for a vote, and the votes.
+"""Groups of pictures that wait for a vote, and the votes, in a file of SQLite with a write-ahead log.
 
 A vote is a rank for each picture of a group, 0 the best; equal ranks are ties. Best of n ranks one picture 0 and the
 others 1, a pair is a group of two, an order has as many ranks as pictures. The first vote on a group counts, so that
@@ -6,13 +6,95 @@ the same group in a second tab is never counted twice; it can be taken back unti
 """
 
 import json
+import sqlite3
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Self
 
-from pixrl.errors import InputError
-from pixrl.rewards.votes.file import VoteFile
+from pixrl.errors import CheckpointError, InputError, RunError
+
+PATIENCE = 30.0
+"""Seconds that a writer waits for the others."""
+
+
+class VoteFile:
+    """A connection to a file of votes.
+
+    Args:
+        path: the file.
+        make: whether to make its tables where they are missing.
+
+    Raises:
+        CheckpointError: it is no file of votes, or damaged.
+        RunError: it cannot be written.
+    """
+
+    schema: ClassVar[str]
+    """The statements that make its tables where they are missing."""
+    tables: ClassVar[str]
+    """The names of its tables, with commas."""
+
+    def __init__(self, path: Path, *, make: bool = False) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            self._base = sqlite3.connect(
+                path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+            )
+        except sqlite3.OperationalError as error:
+            raise self._unwritable(error) from None
+        try:
+            self._base.execute("PRAGMA journal_mode=WAL")
+            self._base.execute("PRAGMA synchronous=FULL")  # a power cut takes no vote that was answered
+            if make:
+                self._base.executescript(self.schema)
+            self._base.execute(f"SELECT 1 FROM {self.tables} LIMIT 1")
+        except sqlite3.DatabaseError as error:
+            self._base.close()
+            if make and isinstance(error, sqlite3.OperationalError):
+                raise self._unwritable(error) from None
+            raise CheckpointError(f"{path} is no file of votes, or damaged ({error}). Put it back.") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._base.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """Open a transaction that is written whole or not at all."""
+        with self._lock:
+            try:
+                self._base.execute("BEGIN IMMEDIATE")
+                yield self._base
+                self._base.execute("COMMIT")
+            except BaseException as error:
+                if self._base.in_transaction:
+                    self._base.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise self._unwritable(error) from None
+                raise
+
+    def _read(self, query: str, *given: object) -> list[tuple[object, ...]]:
+        with self._lock:
+            return self._base.execute(query, given).fetchall()
+
+    def _unwritable(self, error: Exception) -> RunError:
+        return RunError(
+            f"{self.path} cannot be written ({error}); all earlier votes are kept. Make room on the disk, then vote "
+            "again."
+        )
+
 
 FOLDER = "votes"
 """The folder of a run that holds the pictures that are voted on, and the files below."""
