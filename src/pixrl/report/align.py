@@ -33,9 +33,9 @@ from pixrl.runs.config import (
     PERSONALIZE,
     AlignConfig,
     PersonalizeConfig,
+    Train,
     read_config,
     require_kind,
-    Train,
 )
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
