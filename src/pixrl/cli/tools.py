@@ -94,17 +94,22 @@ def export(
     run: Run,
     layout: Annotated[
         str | None,
-        option("Of a LoRA: diffusers', comfyui's or uno's key names.", default="diffusers", flag="--format"),
+        option(
+            "Of a LoRA: diffusers', comfyui's or uno's key names; of train: full: diffusers' folder, or weights.",
+            default="diffusers",
+            flag="--format",
+        ),
     ] = None,
     slot: Annotated[
-        str | None, option("Of a LoRA: current or ema.", default="ema, where the run has averaged weights")
+        str | None,
+        option("Of trained weights: current or ema.", default="ema, where the run has averaged weights"),
     ] = None,
     child: Annotated[
         int | None, option("Of a fusion: whose coefficients.", default="the best of the selection")
     ] = None,
     out: Annotated[Path | None, option("The folder.", default="export/FORMAT in the run's")] = None,
 ) -> None:
-    """Write a run's LoRA for diffusers, ComfyUI or UNO, with a model card; of a fusion, a child's coefficients."""
+    """Write a run's LoRA, or all its weights, for other programs, with a card; of a fusion, a child's coefficients."""
     from pixrl.errors import InputError
     from pixrl.models.slots import parse_slot
     from pixrl.report import export as exporting
@@ -113,7 +118,7 @@ def export(
         for name, given in (("--format", layout), ("--slot", slot)):
             if given is not None:
                 raise InputError(
-                    f"{name} is for a LoRA, and a child of a fusion has coefficients: leave it out."
+                    f"{name} is for trained weights, and a child of a fusion has coefficients: leave it out."
                 )
         found = exporting.export_child(run, child, out)
         typer.echo(f"Coefficients of child {found.child}: {found.file}")
@@ -125,7 +130,7 @@ def export(
         layout=exporting.parse_format(layout or "diffusers"),
         slot=None if slot is None else parse_slot(slot),
     )
-    typer.echo(f"LoRA ({done.slot.value}, step {done.step}): {done.file}")
+    typer.echo(f"{done.what} ({done.slot.value}, step {done.step}): {done.file}")
     typer.echo(f"Card: {done.card}")
 
 

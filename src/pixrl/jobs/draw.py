@@ -32,7 +32,7 @@ from pixrl.runs import checkpoint
 from pixrl.runs.config import KINDS, PersonalizeConfig, read_config
 from pixrl.runs.files import fsync_folder, write_atomic
 from pixrl.runs.folder import RunFolder, png_bytes
-from pixrl.runs.loaded import load_policy
+from pixrl.runs.loaded import load_policy, load_slot
 from pixrl.runs.log import coefficients_file, load_coefficients
 from pixrl.runs.measure import evaluated_slot, sample
 from pixrl.runs.place import RECIPE
@@ -45,7 +45,6 @@ EPOCH = -7
 MANIFEST = "manifest.jsonl"
 INDEX = "model_index.json"
 """What a folder with a whole model holds, and one with a LoRA alone does not."""
-_SLOTS = "slots/"
 
 
 @dataclass(frozen=True)
@@ -199,14 +198,11 @@ def _of_run(folder: RunFolder, request: DrawRequest) -> Source:
     require_same_model(folder, read_start(folder), policy)
     group = Group(0, EPOCH, 0, str(request.prompt), metadata)
     row = prepare(NoiseOnly(), policy, [group]).anchor
-    lora = config.lora
-    slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
-    tensors, _ = checkpoint.load(saved)
-    slots.load_state({k.removeprefix(_SLOTS): x for k, x in tensors.items() if k.startswith(_SLOTS)})
     slot = evaluated_slot(config)
+    loaded = load_slot(policy, config, checkpoint.load(saved)[0], slot)
 
     def picture(seed: int) -> Tensor:
-        with policy.slot(slot):
+        with policy.slot(loaded):
             return sample(policy, row, [seed], solver=config.sampling.solver)[0]
 
     about |= {"prompt": request.prompt, "model": config.model, "run": str(folder.path), "slot": slot.value}

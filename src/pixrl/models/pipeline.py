@@ -1,7 +1,7 @@
 """What adapters of diffusers pipelines share: `PipelineRenderer` draws, `FlowPipelinePolicy` is trained too.
 
 First the helpers of every adapter: settings, seeded noise, micro-batches. Then the renderer (card, settings, sampling
-in pieces) and the policy (one Euler loop, placement, LoRA slots). A family adds how it encodes a prompt, its schedule
+in pieces) and the policy (one Euler loop, placement, slots). A family adds how it encodes a prompt, its schedule
 and its velocity. loading.py loads the weights.
 """
 
@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from pixrl.config import plain_resolution
 from pixrl.device import choose_device, choose_precision, plain_attention
@@ -30,9 +29,9 @@ from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import Base, MemoryPlan
 from pixrl.models.placement import PipelinePart, Placement, set_decoding, without_gradients
 from pixrl.models.quantization import quantize
-from pixrl.models.sharding import compile_blocks, shard
-from pixrl.models.slots import LoraSlots, Slot, digest, merge, parse_slot
+from pixrl.models.slots import Slot, digest, merge
 from pixrl.models.text import PromptCache, check_words
+from pixrl.models.trained import TrainedDenoiser
 
 
 def make_settings(
@@ -272,10 +271,9 @@ class PipelineRenderer(Renderer):
         return sha256(f"{files} {self.base.value}".encode()).hexdigest()[:16]
 
 
-class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
+class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEncoder):
     """A trainable flow pipeline, sampled by Euler steps on the pipeline's own schedule."""
 
-    lora_targets: ClassVar[tuple[str, ...]]
     usual_text_length: ClassVar[int] = 512
     """`text_length` in the pipeline of diffusers, where no card says another."""
     reads_negative_prompt = True
@@ -283,10 +281,8 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     """What guidance leads away from where `settings.negative_prompt` does not say it."""
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
-        self.denoiser: nn.Module = denoiser_of(self.pipeline)
-        self.placement = Placement(self.pipeline, self.denoiser, self.device, plan, placed=placed)
-        self.lora: LoraSlots | None = None
-        self.compiled = False
+        self._denoiser = denoiser_of(self.pipeline)
+        self.placement = Placement(self.pipeline, self._denoiser, self.device, plan, placed=placed)
         self._latents = LatentCache()
         self.merged: tuple[Merged, ...] = ()
 
@@ -349,20 +345,6 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     def framed_length(self) -> int:
         """The most tokens of `framed` that an encoder other than CLIP reads."""
         return self.text_length
-
-    def checkpoint_gradients(self) -> None:
-        """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
-        self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-
-    def compile(self, backend: str) -> None:
-        """Compile every transformer block as `compile_blocks` does; LoRA must be attached already."""
-        compile_blocks(self.denoiser, backend)
-        self.compiled = True
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Divide the transformer's weights among processes as `sharding.shard` does; LoRA must be attached already."""
-        shard(self.denoiser, mesh, () if self.lora is None else self.lora.all_parameters())
-        self.in_step = True
 
     def _without_gradients(self) -> AbstractContextManager[None]:
         # weights that were gathered in inference mode could not be trained through afterwards
@@ -474,8 +456,10 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
             CheckpointError: it is missing, damaged, more than plain LoRA, or does not fit this transformer.
             InputError: nobody knows whose names files for this model go by.
         """
-        if self.lora is not None:
-            raise RunError("Merge a LoRA before attach_lora: slots are trained on top of the merged weights.")
+        if self.slots is not None:
+            raise RunError(
+                "Merge a LoRA before attach_lora or attach_full: slots begin with the merged weights."
+            )
         if self.lora_layout is None:
             return super().merge_lora(place)
         found = open_lora(place, self.lora_layout)
@@ -483,35 +467,11 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
             merge(self.denoiser, found.lora, str(place))
         self.merged = (*self.merged, Merged(digest(found.lora), f"{place}: {found.said}"))
 
-    def attach_lora(
-        self, *, rank: int = 32, alpha: float = 64.0, targets: tuple[str, ...] | None = None, seed: int = 0
-    ) -> LoraSlots:
-        """Add the trainable slots and return them; the pictures do not change by it.
-
-        Raises:
-            RunError: there are slots already.
-            InputError: the rank is below 1, or a target names no layer.
-        """
-        if self.lora is not None:
-            raise RunError("This policy already has LoRA slots. Load the model again to attach others.")
-        wanted = self.lora_targets if targets is None else targets
-        with self.placement.changing_layers():
-            self.lora = LoraSlots(self.denoiser, rank=rank, alpha=alpha, targets=wanted, seed=seed)
-        return self.lora
-
-    def slot(self, name: str) -> AbstractContextManager[None]:
-        wanted = parse_slot(name)
-        if self.lora is not None:
-            return self.lora.use(wanted)
-        if wanted in (Slot.OLD, Slot.EMA):
-            raise RunError(f"The slot {name!r} does not exist before attach_lora(rank=..., alpha=...).")
-        return nullcontext()
-
     def fingerprint(self) -> str:
         """Return a hash of the checkpoint's files, and of the `current` slot where there is one."""
-        if self.lora is None:
+        if self.slots is None:
             return self.backbone_fingerprint
-        return sha256(f"{self.backbone_fingerprint}{_digest(self.lora.state())}".encode()).hexdigest()[:16]
+        return sha256(f"{self.backbone_fingerprint}{_digest(self.slots.state())}".encode()).hexdigest()[:16]
 
     @property
     def backbone_fingerprint(self) -> str:

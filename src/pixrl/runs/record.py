@@ -167,7 +167,7 @@ def require_same_model(folder: RunFolder, began: Mapping[str, Any], policy: Flow
     if began["fingerprint"] != policy.backbone_fingerprint:
         raise CheckpointError(
             f"{folder.path} was trained from {began['model']} ({began['fingerprint']}), but {policy.name} "
-            f"is another model ({policy.backbone_fingerprint}). Its LoRA weights mean nothing there: "
+            f"is another model ({policy.backbone_fingerprint}). What it has learned means nothing there: "
             "put the model back, or start a new run."
         )
 
