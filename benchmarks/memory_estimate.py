@@ -174,7 +174,7 @@ def row(name: str, pipeline: str, transformer: dict[str, Any], checkpointing: bo
         name,
         f"{count / 1e9:.2f} B",
         size(2 * count),
-        size(trained.lora + 2 * trained.gradients + trained.optimizer),
+        size(trained.slots + trained.gradients + trained.optimizer),
         "yes" if checkpointing else "no",
         size(estimate.training.first),
         size(estimate.training.each),

@@ -63,7 +63,7 @@ def test_weights_lora_and_optimizer_are_exact() -> None:
     optimizer.step()
     assert found.trained is not None
     assert found.trained.parameters == sum(p.numel() for p in slots.parameters())
-    assert found.trained.lora == sum(x.nbytes for x in slots.state().values())
+    assert found.trained.slots == sum(x.nbytes for x in slots.state().values()) == found.trained.saved
     assert found.trained.gradients == sum(p.nbytes for p in slots.parameters())
     moments = [x.nbytes for state in optimizer.state.values() for x in state.values()]
     assert found.trained.optimizer == sum(moments)

@@ -220,11 +220,13 @@ class SamplingSettings:
         steps: how many.
         guidance: the scale.
         resolution: size of a picture in pixels: the side of a square, or WIDTHxHEIGHT.
+        negative_prompt: what guidance leads away from; None: what the family's pipeline does.
     """
 
     steps: int
     guidance: float
     resolution: int | str
+    negative_prompt: str | None = None
 
     @property
     def width(self) -> int:
@@ -246,8 +248,9 @@ class Renderer(ABC):
     """A frozen generator: all that concept fusion needs. Prompt embeddings are computed once and cached.
 
     `models.load` makes one by `Adapter(checkpoint, name=, device=, dtype=, steps=, guidance=, resolution=, t5=, plan=)`
-    and passes on what it was given. An adapter of another package is found by the entry points `pixrl.models`, one in a
-    file of yours by `path/to/file.py:Name@FOLDER`.
+    and passes on what it was given; also `negative_prompt=`, where one was given and the class reads it. An adapter of
+    another package is found by the entry points `pixrl.models`, one in a file of yours by
+    `path/to/file.py:Name@FOLDER`.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -260,6 +263,8 @@ class Renderer(ABC):
     """The family whose names its LoRA files use, such as sd3; None: none can be merged."""
     base: Base = Base.DTYPE
     """The form of its frozen weights; an adapter that can quantize them sets it to its plan's."""
+    reads_negative_prompt: ClassVar[bool] = False
+    """Whether its guidance is a second pass that leads away from a text, which may be given as `negative_prompt`."""
     licences: ClassVar[Mapping[str, str]] = {}
     """The licences of published weights by hub id, as known when this was written; the model's page decides."""
     name: str
@@ -298,6 +303,15 @@ class Renderer(ABC):
 
         A run is not resumed with another one. An adapter's own file of Python is part of that of its checkpoint.
         """
+
+    @classmethod
+    def require_negative_prompt(cls, name: str) -> None:
+        """Raise InputError where a model of this class, loaded as `name`, reads no negative prompt."""
+        if not cls.reads_negative_prompt:
+            raise InputError(
+                f"negative_prompt has no effect on {name}: its adapter {cls.__name__} draws without a second pass that "
+                "could lead away from a text. Leave it out, and say in the prompt what is wanted."
+            )
 
     def merge_lora(self, place: Path) -> None:
         """Add a LoRA to the frozen weights.

@@ -143,6 +143,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
         "black-forest-labs/FLUX.1-schnell": "Apache-2.0",
         "bytedance-research/UNO": "CC BY-NC 4.0",
     }
+    reads_negative_prompt = False  # its guidance is an input, not a second pass
     defaults = SamplingSettings(steps=25, guidance=4.0, resolution=512)
     lora_targets = KNOWN_TARGETS
 

@@ -1,8 +1,8 @@
 """Qwen-Image-Edit as a trainable flow policy with reference pictures, on diffusers' QwenImageEditPlusPipeline.
 
 It is Qwen-Image, shown pictures twice: the vision-language model reads them before the prompt, as "Picture 1: ...", at
-about 384 x 384 pixels, and their latents stand behind the picture's own tokens. What guidance leads away from is " ",
-read with the same pictures.
+about 384 x 384 pixels, and their latents stand behind the picture's own tokens. What guidance leads away from is read
+with the same pictures.
 
 Deviations from the pipeline: 1. Latents of references are of the size that they are given in (`references.side`), where
 the pipeline makes every picture as large as 1024 x 1024. 2. A prompt is cut to `text_length` tokens, pictures apart,
@@ -78,7 +78,7 @@ class QwenImageEditPolicy(QwenPolicy, TokenReferences):
             self._shown.rows(
                 [PicturedPrompt.of(text, own) for text, own in zip(texts, pictures, strict=True)]
             )
-            for texts in (prompts, [self.negative_prompt] * len(prompts))
+            for texts in (prompts, [self.unwanted] * len(prompts))
         )
         shapes = [
             self._shape(latents) for latents in (self.latent_shape, *(x.shape for x in shown.references))
@@ -91,7 +91,7 @@ class QwenImageEditPolicy(QwenPolicy, TokenReferences):
         shown = [
             PicturedPrompt.of(text, [seen for picture in own for seen in self._seen(picture[None])])
             for prompt, own in zip(prompts, references, strict=True)
-            for text in (prompt, self.negative_prompt)
+            for text in (prompt, self.unwanted)
             if own
         ]
         if shown:

@@ -1,22 +1,32 @@
-"""LoRA on one backbone: the slots that are trained, and what is merged into the weights below them.
+"""The slots of a denoiser's weights, as LoRA or as whole copies, and LoRA that is merged into the weights below them.
 
-The slots: `current` is trained, `old` samples, `ema` is evaluated, `reference` is the backbone. They are PEFT adapters
-on the same modules, so that no second copy of the backbone ever exists. Only `current` requires gradients, whichever
-slot is active.
+The slots: `current` is trained, `old` samples, `ema` is evaluated, `reference` is the model before training. Only
+`current` requires gradients, whichever slot is active. Two classes have them:
+
+`LoraSlots`: PEFT adapters on the same modules, so that no second copy of the backbone ever exists; the reference is
+the backbone.
+`FullSlots`: all weights are trained, and every other slot that is wanted is a copy of the denoiser. All are float32
+whatever dtype the model was loaded in: an update of a thousandth of a weight, or an average that moves by as little,
+is lost to bfloat16's eight bits. Matrix products stay in the model's dtype, by autocast.
 """
 
+import copy
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pixrl.errors import CheckpointError, InputError, RunError, did_you_mean
 from pixrl.libraries import check_torchvision
 from pixrl.models.quantization import dense_weight, set_weight
+from pixrl.models.sharding import cut, local, shard_trained, whole
 
 Lora = Mapping[str, tuple[Tensor, Tensor]]
 """A mapping of the transformer's modules to (down [r, in], up [out, r]), whose product is added to the weight."""
@@ -25,7 +35,7 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 
 class Slot(StrEnum):
-    """The LoRA weights that `velocity` uses."""
+    """The weights that `velocity` uses."""
 
     CURRENT = "current"
     OLD = "old"
@@ -52,37 +62,19 @@ def parse_slot(name: str) -> Slot:
     return Slot(name)
 
 
-class LoraSlots:
-    """Three LoRA adapters of equal shape and equal start on a frozen backbone.
+class Slots(ABC):
+    """Weights of equal shape and equal start in several slots, of which `current` is trained."""
 
-    They start equal to the backbone (LoRA's B is zero); `A` is drawn from a generator of its own, seeded by `seed`.
-    """
+    kind: ClassVar[str]
+    """What the slots hold, in words."""
 
-    def __init__(
-        self, backbone: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int
-    ) -> None:
-        if rank < 1:
-            raise InputError(f"The LoRA rank must be at least 1, got {rank}.")
-        check_torchvision()
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-
-        _require_targets(backbone, targets)
-        backbone.requires_grad_(False)
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"
-        )
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            torch.manual_seed(seed)
-            for slot in ADAPTERS:
-                inject_adapter_in_model(config, backbone, slot.value)
-        self._layers = [module for module in backbone.modules() if isinstance(module, LoraLayer)]
-        self._tensors = {slot: _collect(backbone, slot) for slot in ADAPTERS}
+    def __init__(self) -> None:
         self._active = Slot.CURRENT
-        for slot in (Slot.OLD, Slot.EMA):
-            self.blend(slot, Slot.CURRENT, 0.0)
-        self._activate(Slot.CURRENT)
+
+    @property
+    @abstractmethod
+    def backbone(self) -> nn.Module:
+        """The denoiser that computes with the active slot."""
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
@@ -99,30 +91,38 @@ class LoraSlots:
         """The slot in use now."""
         return self._active
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The denoisers that the slots compute with, that of `current` first."""
+        return (self.backbone,)
+
     def parameters(self) -> list[nn.Parameter]:
         """Return what an optimizer trains: the parameters of `current`."""
-        return list(self._tensors[Slot.CURRENT].values())
-
-    def all_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of every slot."""
-        return [parameter for tensors in self._tensors.values() for parameter in tensors.values()]
+        return list(self._tensors(Slot.CURRENT).values())
 
     @torch.no_grad()
     def blend(self, target: str, source: str, decay: float) -> None:
         """Set target to decay * target + (1 - decay) * source; decay 0 copies."""
         if not 0 <= decay <= 1:
             raise InputError(f"decay must be in [0, 1], got {decay}.")
-        into, out_of = self._adapter(target), self._adapter(source)
+        into, out_of = self._written(target), self._written(source)
         for name, tensor in into.items():
-            tensor.lerp_(out_of[name], 1 - decay)
+            local(tensor).lerp_(local(out_of[name]), 1 - decay)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return copies of every adapter's tensors on the CPU, by 'SLOT/PARAMETER', for a checkpoint."""
-        return {
-            f"{slot.value}/{name}": tensor.detach().cpu().clone()
-            for slot, tensors in self._tensors.items()
-            for name, tensor in tensors.items()
-        }
+    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Return copies of every trained slot's tensors on the CPU, by 'SLOT/PARAMETER', for a checkpoint.
+
+        Where they are divided among processes, all of them must call this, to gather the parts.
+
+        Args:
+            keep: whether this process wants them; otherwise it returns {}.
+        """
+        found = {}
+        for name, tensor in self._saved().items():
+            gathered = whole(tensor.detach())
+            if keep:
+                found[name] = gathered.to("cpu", copy=True)
+        return found
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -131,28 +131,92 @@ class LoraSlots:
         Raises:
             CheckpointError: names or shapes are not the same.
         """
-        own = {
-            f"{slot.value}/{name}": t
-            for slot, tensors in self._tensors.items()
-            for name, t in tensors.items()
-        }
+        own = self._saved()
         wrong = sorted(own.keys() ^ state.keys())
         wrong = wrong or [name for name in own if own[name].shape != state[name].shape]
         if wrong:
             raise CheckpointError(
-                f"The saved LoRA slots do not fit this model: {len(wrong)} tensors differ, first {wrong[0]!r}. "
-                "Load the checkpoint, rank and target modules that the run began with."
+                f"The saved {self.kind} slots do not fit this model: {len(wrong)} tensors differ, first {wrong[0]!r}. "
+                "Load the checkpoint, and train the layers, that the run began with."
             )
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            local(tensor).copy_(cut(state[name], tensor))
 
-    def _adapter(self, name: str) -> dict[str, nn.Parameter]:
+    def _saved(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{slot.value}/{name}": tensor
+            for slot in self._written_slots()
+            for name, tensor in self._tensors(slot).items()
+        }
+
+    def _written(self, name: str) -> dict[str, nn.Parameter]:
         slot = parse_slot(name)
         if slot is Slot.REFERENCE:
             raise InputError(
                 "The reference slot is the backbone itself: it can be neither written nor copied."
             )
-        return self._tensors[slot]
+        return self._tensors(slot)
+
+    @abstractmethod
+    def _written_slots(self) -> Sequence[Slot]:
+        """Return the slots that change in training."""
+
+    @abstractmethod
+    def _tensors(self, slot: Slot) -> dict[str, nn.Parameter]:
+        """Return one slot's parameters by a name that is the same in every slot."""
+
+    @abstractmethod
+    def _activate(self, slot: Slot) -> None: ...
+
+
+class LoraSlots(Slots):
+    """Three LoRA adapters of equal shape and equal start on a frozen backbone.
+
+    They start equal to the backbone (LoRA's B is zero); `A` is drawn from a generator of its own, seeded by `seed`.
+    """
+
+    kind = "LoRA"
+
+    def __init__(
+        self, backbone: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise InputError(f"The LoRA rank must be at least 1, got {rank}.")
+        check_torchvision()
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
+        _require_targets(backbone, targets)
+        backbone.requires_grad_(False)
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"
+        )
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            torch.manual_seed(seed)
+            for slot in ADAPTERS:
+                inject_adapter_in_model(config, backbone, slot.value)
+        self._backbone = backbone
+        self._layers = [module for module in backbone.modules() if isinstance(module, LoraLayer)]
+        self._adapters = {slot: _collect(backbone, slot) for slot in ADAPTERS}
+        for slot in (Slot.OLD, Slot.EMA):
+            self.blend(slot, Slot.CURRENT, 0.0)
+        self._activate(Slot.CURRENT)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self._backbone
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of every slot."""
+        return [parameter for tensors in self._adapters.values() for parameter in tensors.values()]
+
+    def _written_slots(self) -> Sequence[Slot]:
+        return ADAPTERS
+
+    def _tensors(self, slot: Slot) -> dict[str, nn.Parameter]:
+        return self._adapters[slot]
 
     def _activate(self, slot: Slot) -> None:
         for layer in self._layers:
@@ -162,9 +226,70 @@ class LoraSlots:
                 layer.set_adapter(slot.value)
                 layer.enable_adapters(True)
         self._active = slot
-        for adapter, tensors in self._tensors.items():
+        for adapter, tensors in self._adapters.items():
             for tensor in tensors.values():
                 tensor.requires_grad_(adapter is Slot.CURRENT)
+
+
+class FullSlots(Slots):
+    """All weights of a denoiser as `current`, and a whole copy of it for each other slot; float32 throughout."""
+
+    kind = "whole-weight"
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        copies: Collection[Slot],
+        mesh: DeviceMesh | None = None,
+        computing: torch.dtype | None = None,
+    ) -> None:
+        """Make the copies, equal to the denoiser as it is now, which is the one that is trained from here on.
+
+        Args:
+            denoiser: becomes float32 and trainable, in place.
+            copies: the slots besides `current`.
+            mesh: the processes that divide all of them; None: each has all.
+            computing: the dtype in which divided weights are gathered; None: float32.
+        """
+        super().__init__()
+        denoiser.float().requires_grad_(False)
+        self._of = {Slot.CURRENT: denoiser}
+        for slot in Slot:
+            if slot in copies and slot is not Slot.CURRENT:
+                self._of[slot] = copy.deepcopy(denoiser)
+                if (
+                    mesh is not None
+                ):  # at once, so that one whole copy at a time is all that a process must hold
+                    shard_trained(self._of[slot], mesh, computing)
+        denoiser.requires_grad_(True)
+        if mesh is not None:
+            shard_trained(denoiser, mesh, computing)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self._of[self._active]
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return tuple(self._of.values())
+
+    def _written_slots(self) -> Sequence[Slot]:
+        return [slot for slot in self._of if slot is not Slot.REFERENCE]
+
+    def _tensors(self, slot: Slot) -> dict[str, nn.Parameter]:
+        return dict(self._require(slot).named_parameters())
+
+    def _activate(self, slot: Slot) -> None:
+        self._require(slot)
+        self._active = slot
+
+    def _require(self, slot: Slot) -> nn.Module:
+        if slot not in self._of:
+            raise RunError(
+                f"There is no copy of the weights for the slot {slot.value!r}: only those that the method reads are "
+                f"kept, {', '.join(self._of)}."
+            )
+        return self._of[slot]
 
 
 def slot_sizes(backbone: nn.Module, targets: Sequence[str], rank: int) -> list[int]:

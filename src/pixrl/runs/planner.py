@@ -22,7 +22,7 @@ from pixrl.models.memory_plan import Offload
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.references import TokenReferences
 from pixrl.models.sharding import transformer_blocks
-from pixrl.runs.config import AlignConfig
+from pixrl.runs.config import AlignConfig, Train
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,9 @@ def smaller_runs(config: AlignConfig) -> list[str]:
     ways = {
         "machine.gradient_checkpointing=true": not machine.gradient_checkpointing,
         "machine.offload=parts": machine.offload is Offload.NONE,
-        "machine.offload=sequential": machine.offload is Offload.PARTS,
+        "machine.offload=sequential": machine.offload is Offload.PARTS and config.train is Train.LORA,
         "optimizer.eight_bit=true": not config.optimizer.eight_bit,
+        "train=lora": config.train is Train.FULL,
         "a smaller resolution": True,
     }
     return [way for way, is_open in ways.items() if is_open]
