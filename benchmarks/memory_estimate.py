@@ -64,6 +64,16 @@ def sd3(layers: int, heads: int, positions: int, **more: object) -> dict[str, An
     }
 
 
+def flux2(layers: int, single: int, heads: int, language: int) -> dict[str, Any]:
+    return {
+        "num_layers": layers,
+        "num_single_layers": single,
+        "num_attention_heads": heads,
+        "joint_attention_dim": 3 * language,
+        "guidance_embeds": False,
+    }
+
+
 MODELS = {
     "SD3 Medium": ("StableDiffusion3Pipeline", sd3(24, 24, 192)),
     "SD3.5 Medium": (
@@ -73,8 +83,21 @@ MODELS = {
     "SD3.5 Large": ("StableDiffusion3Pipeline", sd3(38, 38, 192, qk_norm="rms_norm")),
     "FLUX.1-dev": ("FluxPipeline", FLUX | {"guidance_embeds": True}),
     "FLUX.1-schnell": ("FluxPipeline", FLUX | {"guidance_embeds": False}),
+    "FLUX.2 klein 4B": ("Flux2KleinPipeline", flux2(5, 20, 24, 2560)),
+    "FLUX.2 klein 9B": ("Flux2KleinPipeline", flux2(8, 24, 32, 4096)),
+    "Z-Image": ("ZImagePipeline", {"in_channels": 16, "cap_feat_dim": 2560}),
+    "Qwen-Image": ("QwenImagePipeline", {}),
 }
-TRANSFORMERS = {"StableDiffusion3Pipeline": "SD3Transformer2DModel", "FluxPipeline": "FluxTransformer2DModel"}
+PARTS = {
+    "StableDiffusion3Pipeline": ("SD3Transformer2DModel", "AutoencoderKL", VAE),
+    "FluxPipeline": ("FluxTransformer2DModel", "AutoencoderKL", VAE),
+    "Flux2KleinPipeline": (
+        "Flux2Transformer2DModel", "AutoencoderKLFlux2", {"block_out_channels": [128, 256, 512, 512]}
+    ),
+    "ZImagePipeline": ("ZImageTransformer2DModel", "AutoencoderKL", VAE),
+    "QwenImagePipeline": ("QwenImageTransformer2DModel", "AutoencoderKLQwenImage", {}),
+}  # fmt: skip
+"""The classes of the transformer and of the VAE, and the config of that; what is left out is diffusers' default."""
 
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -102,6 +125,8 @@ def texts(pipeline: str) -> dict[str, tuple[str, dict[str, Any]]]:
     ]
     if pipeline == "FluxPipeline":
         return {"text_encoder": ("CLIPTextModel", clips[0][1]), "text_encoder_2": t5}
+    if pipeline not in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        return {}
     return {"text_encoder": clips[0], "text_encoder_2": clips[1], "text_encoder_3": t5}
 
 
@@ -109,16 +134,17 @@ def folder(place: Path, pipeline: str, transformer: dict[str, Any]) -> Path:
     """The configs of a pipeline, without weights."""
     scheduler = "FlowMatchEulerDiscreteScheduler"
     encoders = texts(pipeline)
+    kind, decoder, vae = PARTS[pipeline]
     files = {
         INDEX: {
             "_class_name": pipeline,
             "scheduler": ["diffusers", scheduler],
-            "transformer": ["diffusers", TRANSFORMERS[pipeline]],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "transformer": ["diffusers", kind],
+            "vae": ["diffusers", decoder],
             **{name: ["transformers", kind] for name, (kind, _) in encoders.items()},
         },
         "transformer/config.json": transformer,
-        "vae/config.json": VAE,
+        "vae/config.json": vae,
         **{f"{name}/config.json": config for name, (_, config) in encoders.items()},
         "scheduler/scheduler_config.json": {"_class_name": scheduler, "shift": 3.0},
         "tokenizer/tokenizer_config.json": {"model_max_length": 77},
@@ -140,7 +166,7 @@ def row(name: str, pipeline: str, transformer: dict[str, Any], checkpointing: bo
             Checkpoint(path), device="cpu", dtype="float32", resolution=512, steps=10,
             pipeline=empty_pipeline(pipeline, path, BF16),
         )  # fmt: skip
-        policy.settings = type(policy.settings)(10, 1.0, 512)
+        policy.settings = type(policy.settings)(10, 0.0, 512)
         count = sum(parameter.numel() for parameter in policy.denoiser.parameters())
         estimate = Estimate(policy, policy.blank(), config, BF16)
     trained = estimate.trained
@@ -148,7 +174,7 @@ def row(name: str, pipeline: str, transformer: dict[str, Any], checkpointing: bo
         name,
         f"{count / 1e9:.2f} B",
         size(2 * count),
-        size(trained.lora + 2 * trained.gradients + trained.optimizer),
+        size(trained.slots + trained.gradients + trained.optimizer),
         "yes" if checkpointing else "no",
         size(estimate.training.first),
         size(estimate.training.each),

@@ -155,7 +155,8 @@ def sharded(run: LoadedRun, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for name in ("whole", "base sharded, LoRA whole", "base and LoRA sharded"):
         other = load_run(settings(2))
-        policy, slots = other.policy, other.slots
+        policy, slots = other.policy, other.policy.lora
+        assert slots is not None
         if name != "whole":
             shard(policy.denoiser, run.team.mesh(), slots.all_parameters() if "whole" in name else ())
         x = policy.initial_noise(range(4))

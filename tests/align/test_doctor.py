@@ -63,7 +63,7 @@ def test_weights_lora_and_optimizer_are_exact() -> None:
     optimizer.step()
     assert found.trained is not None
     assert found.trained.parameters == sum(p.numel() for p in slots.parameters())
-    assert found.trained.lora == sum(x.nbytes for x in slots.state().values())
+    assert found.trained.slots == sum(x.nbytes for x in slots.state().values()) == found.trained.saved
     assert found.trained.gradients == sum(p.nbytes for p in slots.parameters())
     moments = [x.nbytes for state in optimizer.state.values() for x in state.values()]
     assert found.trained.optimizer == sum(moments)
@@ -180,6 +180,7 @@ def test_what_lies_on_the_device_by_plan() -> None:
     assert doctor.on_device(parts, MemoryPlan()) == 157
     assert doctor.on_device(parts, MemoryPlan(), text_dropped=True) == 107
     assert doctor.on_device(parts, MemoryPlan(offload="parts")) == 150
+    assert doctor.on_device(parts, MemoryPlan(offload="parts"), text_dropped=True) == 107
     assert doctor.on_device(parts, MemoryPlan(offload="sequential")) == 50
 
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pixrl.algorithms import world
 from pixrl.algorithms.sampling import Samples
 from pixrl.algorithms.world import Alone, Tally, disagreement
 from pixrl.data.prompts import Prompt, PromptSet
@@ -153,11 +154,35 @@ def test_figures_over_processes() -> None:
     assert Tally().over(Alone()).means() == {}
 
 
+class Twice:
+    """A world of two whose other process has the same gradients, twice."""
+
+    rank, size = 0, 2
+
+    def sum(self, values: Tensor) -> Tensor:
+        return 3 * values
+
+    def gather(self, value: AnyT) -> list[AnyT]:
+        return [value, value]
+
+
+def test_gradients_are_summed_bucket_by_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor over a bucket's size, one without a gradient; the flag is counted once."""
+    monkeypatch.setattr(world, "BUCKET", 4)
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in ((3,), (1,), (2, 3), (2,), (1,))]
+    for number, parameter in enumerate(parameters[:-1]):
+        parameter.grad = torch.arange(parameter.numel()).view_as(parameter) + 10.0 * number
+    given = [torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in parameters]
+    assert world.sum_gradients(Twice(), parameters, 2.0) == 6.0
+    for parameter, before in zip(parameters, given, strict=True):
+        assert parameter.grad is not None and torch.equal(parameter.grad, 3 * before)
+
+
 def test_disagreement_is_noticed() -> None:
     x = torch.randn(100)
-    assert disagreement(Alone(), x) == 0
-    assert disagreement(Pair([[0.0, 1.0, 2.0]]), x) > 0.01
-    assert disagreement(Alone(), torch.zeros(0)) == 0
+    assert disagreement(Alone(), [x]) == 0
+    assert disagreement(Pair([[0.0, 1.0, 2.0]]), [x]) > 0.01
+    assert disagreement(Alone(), [torch.zeros(0)]) == 0 == disagreement(Alone(), [])
 
 
 def test_displays_take_everything(capsys: pytest.CaptureFixture[str]) -> None:

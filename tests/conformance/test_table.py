@@ -25,8 +25,10 @@ RENDERERS: dict[str, Callable[[Path], Path]] = {
     "sd3": make_sd3,
     "sdxl": tiny.sdxl,
     "flux": tiny.flux,
+    "flux2-klein": tiny_language.flux2_klein,
     "z-image": tiny_language.z_image,
     "qwen-image": tiny_language.qwen_image,
+    "qwen-image-edit": tiny_language.qwen_edit,
 }
 
 

@@ -7,6 +7,7 @@ from tests import tiny, tiny_language
 
 from pixrl import models
 from pixrl.models.flux import FluxPolicy
+from pixrl.models.flux2 import Flux2KleinPolicy
 from pixrl.models.qwen_image import QwenImagePolicy
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLPolicy
@@ -46,6 +47,16 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> SDXLPolicy:
 def flux(tmp_path_factory: pytest.TempPathFactory) -> FluxPolicy:
     policy = models.load(tiny.flux(tmp_path_factory.mktemp("tiny") / "flux"), device="cpu", dtype="float32")
     assert isinstance(policy, FluxPolicy)
+    return policy
+
+
+@pytest.fixture(scope="session")
+def flux2_klein(tmp_path_factory: pytest.TempPathFactory) -> Flux2KleinPolicy:
+    """A language model of which three hidden states are taken side by side, padding and all."""
+    policy = models.load(
+        tiny_language.flux2_klein(tmp_path_factory.mktemp("tiny") / "k"), device="cpu", dtype="float32"
+    )
+    assert isinstance(policy, Flux2KleinPolicy)
     return policy
 
 

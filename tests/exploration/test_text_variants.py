@@ -11,15 +11,14 @@ from torch import Tensor
 
 from pixrl.errors import InputError, ShapeError
 from pixrl.models.base import Conditioning
-from pixrl.models.qwen_image import QwenImagePolicy
+from pixrl.models.language import LanguagePolicy
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLPolicy
 from pixrl.models.text import ClipEncoder, PerturbableText, PromptText, TextEncoder
-from pixrl.models.z_image import ZImagePolicy
 
 PROMPT = "BOWFLY"
 """Every letter once, and none that stands in a chat's frame: rows of a table tell its tokens apart."""
-ALL = ["sd3", "sd3_t5", "flux", "sdxl", "z_image", "qwen_image"]
+ALL = ["sd3", "sd3_t5", "flux", "sdxl", "flux2_klein", "z_image", "qwen_image"]
 ONES = torch.ones(1)
 
 
@@ -80,7 +79,7 @@ def test_all_parts_together_fill_the_clip_rows(policy: SD3Policy) -> None:
         rows = policy.pipeline.tokenizer_max_length
         assert agree(written.tokens_BLD[:, :rows], plain.tokens_BLD[:, :rows], MODEL)
         assert not written.tokens_BLD[:, rows:].any()
-    elif isinstance(policy, SDXLPolicy | ZImagePolicy | QwenImagePolicy):
+    elif isinstance(policy, SDXLPolicy | LanguagePolicy):
         assert agree(written.tokens_BLD, plain.tokens_BLD, MODEL)
     else:
         assert not written.tokens_BLD.any()

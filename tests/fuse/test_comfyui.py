@@ -229,7 +229,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
         export_child(path)
     for option in (["--slot", "ema"], ["--format", "uno"]):
         done = CliRunner().invoke(cli.app, ["export", str(path), "--child", "1", *option])
-        assert done.exit_code == 2 and f"{option[0]} is for a LoRA" in done.output
+        assert done.exit_code == 2 and f"{option[0]} is for trained weights" in done.output
     align = CliRunner().invoke(cli.app, ["export", str(tmp_path / "gone"), "--child", "1"])
     assert align.exit_code == 1
 

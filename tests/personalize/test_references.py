@@ -99,9 +99,9 @@ def test_one_schedule_with_the_published_shift(bare: FluxPolicy) -> None:
     shifted = {}
     for shift, mu in ((Shift.FLUX, 0.63), (Shift.UNO, 0.459)):
         bare.place(shift=shift)
-        assert bare._shift_mu() == pytest.approx(mu, abs=5e-4)
+        assert bare._shift_mu(1) == pytest.approx(mu, abs=5e-4)
         t = 0.5
-        expected = math.exp(bare._shift_mu()) / (math.exp(bare._shift_mu()) + (1 / t - 1))
+        expected = math.exp(bare._shift_mu(1)) / (math.exp(bare._shift_mu(1)) + (1 / t - 1))
         shifted[shift] = bare.schedule(4)
         assert shifted[shift][2].item() == pytest.approx(expected, abs=rounding(torch.float32, 16))
         assert shifted[shift][0] == 1 and shifted[shift][-1] == 0

@@ -277,6 +277,11 @@ class Loss(ABC):
         """Return how much of the old policy stays after a step; None where this loss has no old policy."""
         return None
 
+    @classmethod
+    def has_old_policy(cls) -> bool:
+        """Return whether the loss reads the slot `old`."""
+        return cls.sampling_slot is Slot.OLD or cls.old_decay is not Loss.old_decay
+
 
 class NoisedLoss(Loss):
     """A loss of samples that are noised anew at `settings.timesteps` noise levels, in an order of each sample's own."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError
 from pixrl.libraries import bitsandbytes
+from pixrl.models.sharding import divided, whole
 
 SMALLEST, BLOCK = 4096, 256
 """The number of values of the smallest tensor that is kept in bytes, and of those that share a scale."""
@@ -43,13 +44,22 @@ def moment_bytes(sizes: Sequence[int], *, eight_bit: bool) -> int:
     )
 
 
-def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return an optimizer's moments, 'PARAMETER/NAME' -> a copy on the CPU; parameters are counted from 0."""
-    return {
-        f"{place}/{name}": torch.as_tensor(x).detach().cpu().clone()
-        for place, parameter in enumerate(_parameters(optimizer))
-        for name, x in optimizer.state.get(parameter, {}).items()
-    }
+def moments(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+    """Return an optimizer's moments, 'PARAMETER/NAME' -> a copy on the CPU; parameters are counted from 0.
+
+    Where they are divided among processes, all of them must call this, to gather the parts.
+
+    Args:
+        optimizer: of any class of torch or bitsandbytes.
+        keep: whether this process wants them; otherwise it returns {}.
+    """
+    found = {}
+    for place, parameter in enumerate(_parameters(optimizer)):
+        for name, x in optimizer.state.get(parameter, {}).items():
+            gathered = whole(torch.as_tensor(x).detach())
+            if keep:
+                found[f"{place}/{name}"] = gathered.to("cpu", copy=True)
+    return found
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -67,10 +77,12 @@ def restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     in_bytes = not isinstance(optimizer, torch.optim.AdamW)
     if (is_bytes and not in_bytes) or max(states, default=-1) >= len(known):
         raise CheckpointError(
-            "The optimizer's moments in the checkpoint are those of another optimizer: put optimizer.eight_bit and "
-            "the LoRA settings back to what the run began with."
+            "The optimizer's moments in the checkpoint are those of another optimizer: put optimizer.eight_bit, train "
+            "and the LoRA settings back to what the run began with."
         )
     if not in_bytes:
+        for number, state in states.items():
+            state |= {key: divided(x, known[number]) for key, x in state.items() if key != _STEP}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states, "param_groups": groups})
         return

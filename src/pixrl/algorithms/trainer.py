@@ -35,12 +35,13 @@ from pixrl.algorithms.exploration import Exploration, Group, prepare
 from pixrl.algorithms.loss import Loss, Rollouts
 from pixrl.algorithms.optim import adamw, adamw_8bit, moments, restore_moments
 from pixrl.algorithms.sampling import RolloutSettings, Samples, Schedule, StepPlan
-from pixrl.algorithms.world import Alone, Tally, World, disagreement
+from pixrl.algorithms.world import Alone, Tally, World, disagreement, sum_gradients
 from pixrl.config import MOST, Count, Settings
 from pixrl.errors import RunError
 from pixrl.models.base import FlowPolicy
 from pixrl.models.pipeline import chunks
-from pixrl.models.slots import LoraSlots, Slot
+from pixrl.models.sharding import whole
+from pixrl.models.slots import Slot, Slots
 from pixrl.types import RewardBatch, Scores, sample_seed
 
 _PARTS_KEY = -3
@@ -52,7 +53,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Settings):
-    """The settings of AdamW on the LoRA parameters, and of the averaged weights."""
+    """The settings of AdamW on the trained parameters, and of the averaged weights."""
 
     eight_bit: bool = False
     """Keep its moments in 8 bits, a quarter of the memory (needs the extra: pip install 'pixrl[quantized]')."""
@@ -127,7 +128,7 @@ class Aligner:
     def __init__(
         self,
         policy: FlowPolicy,
-        slots: LoraSlots,
+        slots: Slots,
         method: Method,
         micro_batches: MicroBatches,
         *,
@@ -227,7 +228,7 @@ class Aligner:
 
     def gradient_disagreement(self) -> float:
         """Return how far the processes' last gradients are apart; 0 when they agree."""
-        return disagreement(self.world, _flat_gradient(self.parameters))
+        return disagreement(self.world, (whole(p.grad) for p in self.parameters if p.grad is not None))
 
     def _rows(self, rollouts: Rollouts, advantage_TPS: Tensor, number: int) -> list[int]:
         """Return this process's samples of one optimizer step: shuffled over all processes, failed ones left out.
@@ -282,16 +283,10 @@ class Aligner:
 
     def _step_together(self, not_finite: int) -> float | None:
         """Sum the gradients of all processes, clip them and step; every process decides alike."""
-        flat = torch.cat(
-            [_flat_gradient(self.parameters), torch.tensor([float(not_finite)]).to(self.policy.device)]
-        )
-        flat = self.world.sum(flat)
-        sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, gradient in zip(self.parameters, flat[:-1].split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter).clone()
+        not_finite_of_all = sum_gradients(self.world, self.parameters, not_finite)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.method.optimizer.grad_clip)
-        good = bool(norm.isfinite()) and flat[-1].item() == 0
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.method.optimizer.grad_clip))
+        good = bool(norm.isfinite()) and not_finite_of_all == 0
         if good:
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -314,9 +309,13 @@ class Aligner:
             self.slots.blend(Slot.EMA, Slot.CURRENT, self.method.optimizer.ema)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that a checkpoint must hold as tensors: slots, optimizer, exploration."""
-        optimizer = {f"optimizer/{name}": x for name, x in moments(self.optimizer).items()}
-        slots = {f"slots/{name}": x for name, x in self.slots.state().items()}
+        """Return all that a checkpoint must hold as tensors: slots, optimizer, exploration.
+
+        All processes call it; the one of rank 0 writes, and the others get no slots and no optimizer.
+        """
+        writes = self.world.rank == 0
+        optimizer = {f"optimizer/{name}": x for name, x in moments(self.optimizer, keep=writes).items()}
+        slots = {f"slots/{name}": x for name, x in self.slots.state(keep=writes).items()}
         exploration = {f"exploration/{name}": x for name, x in self.method.exploration.state().items()}
         return slots | optimizer | exploration
 
@@ -333,12 +332,6 @@ class Aligner:
         self.skipped_in_a_row = int(left.pop("skipped_in_a_row"))
         if left:
             self.scaler.load_state_dict(left)
-
-
-def _flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-    return torch.cat(
-        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-    )
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,20 +7,22 @@ only with `--multi_gpu`.
 Gradients are summed once an update by accelerate's `reduce`, and no DistributedDataParallel wraps the model. It was
 tried on two gloo processes (docs/log.md): its mean over processes is off by a quarter where they hold one picture and
 two; it sums in every backward pass, so that a process whose pictures all failed, or that has fewer micro-batches,
-leaves the other waiting until it times out; and what it would hide is one sum of LoRA's gradients an update.
+leaves the other waiting until it times out; and what it would hide is one sum of LoRA's gradients an update. Weights
+that are trained and divided among processes are summed by FSDP2 in the backward pass (`models/sharding.py`).
 """
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from pixrl.device import choose_device
 
@@ -130,16 +132,54 @@ class Tally:
         return found
 
 
-def disagreement(world: World, values: Tensor) -> float:
-    """Return how far the processes' copies of a vector are apart.
+BUCKET = 2**24
+"""Values of the gradients that are summed at a time: 64 MiB, so that their sum takes little beside a whole model's."""
 
-    That is the largest relative difference of three checksums: sum, norm and a weighted sum that sees swapped values.
+
+def sum_gradients(world: World, parameters: Sequence[nn.Parameter], flag: float) -> float:
+    """Set each gradient to its sum over all processes, and return the sum of `flag`; a missing gradient counts as 0.
+
+    Gradients of divided parameters are summed already.
     """
-    x = values.detach().double().cpu()
-    weights = torch.linspace(-1, 1, max(1, len(x)), dtype=torch.float64)[: len(x)]
-    sums: list[list[float]] = world.gather([x.sum().item(), x.norm().item(), (x * weights).sum().item()])
-    scale = max(max(abs(one) for one in row) for row in sums) or 1.0
-    apart: float = max(max(column) - min(column) for column in zip(*sums, strict=True))
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    total, own = 0.0, parameters[0].new_full((1,), flag) if gradients else torch.tensor([flag])
+    for bucket in _buckets(gradients) if gradients else ([],):
+        flat = world.sum(torch.cat([*(gradient.flatten() for gradient in bucket), own]))
+        sizes = [gradient.numel() for gradient in bucket]
+        for gradient, summed in zip(bucket, flat[:-1].split(sizes), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+        total += flat[-1].item()
+        own = torch.zeros_like(own)
+    return total
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(one.numel() for one in bucket) + gradient.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    yield bucket
+
+
+def disagreement(world: World, values: Iterable[Tensor]) -> float:
+    """Return how far the processes' copies of some tensors are apart.
+
+    That is the largest relative difference of three checksums of each: sum, norm and a weighted sum that sees swapped
+    values.
+    """
+    own: list[float] = []
+    for one in values:
+        x = one.detach().double().cpu().flatten()
+        weights = torch.linspace(-1, 1, max(1, len(x)), dtype=torch.float64)[: len(x)]
+        own += [x.sum().item(), x.norm().item(), (x * weights).sum().item()]
+    sums: list[list[float]] = world.gather(own)
+    scale = max((abs(one) for row in sums for one in row), default=0.0) or 1.0
+    apart: float = max((max(column) - min(column) for column in zip(*sums, strict=True)), default=0.0)
     return apart / scale
 
 
@@ -190,13 +230,17 @@ class Team:
         values: list[AnyT] = gather_object([value])
         return values
 
-    def mesh(self) -> DeviceMesh:
-        """Return the processes that divide a model among them, as torch's mesh of one dimension: see `sharers`."""
+    def mesh(self, *, trained: bool = False) -> DeviceMesh:
+        """Return the processes that divide a model among them, as torch's mesh of one dimension: see `sharers`.
+
+        `trained`: its weights have gradients, which copies must tell each other; where there are several copies the
+        mesh has two dimensions then, hosts and the processes of each.
+        """
         each = sharers(self.size, self.local)
         hosts = init_device_mesh(
             self._state.device.type, (self.size // each, each), mesh_dim_names=("host", "part")
         )
-        return hosts["part"]
+        return hosts if trained and each < self.size else hosts["part"]
 
     def wait(self) -> None:
         """Block until every process has called this."""
@@ -206,7 +250,8 @@ class Team:
 def sharers(size: int, local: int) -> int:
     """Return how many processes divide one copy of a model: those of a host, whose links are fast; all, if it has one.
 
-    Frozen weights have no gradients, so hosts with copies of their own have nothing more to tell each other.
+    Frozen weights have no gradients, so hosts with copies of their own have nothing more to tell each other; trained
+    ones are summed over the hosts once a backward pass.
     """
     return local if local > 1 and size % local == 0 else size
 

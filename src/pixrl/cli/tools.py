@@ -94,17 +94,22 @@ def export(
     run: Run,
     layout: Annotated[
         str | None,
-        option("Of a LoRA: diffusers', comfyui's or uno's key names.", default="diffusers", flag="--format"),
+        option(
+            "Of a LoRA: diffusers', comfyui's or uno's key names; of train: full: diffusers' folder, or weights.",
+            default="diffusers",
+            flag="--format",
+        ),
     ] = None,
     slot: Annotated[
-        str | None, option("Of a LoRA: current or ema.", default="ema, where the run has averaged weights")
+        str | None,
+        option("Of trained weights: current or ema.", default="ema, where the run has averaged weights"),
     ] = None,
     child: Annotated[
         int | None, option("Of a fusion: whose coefficients.", default="the best of the selection")
     ] = None,
     out: Annotated[Path | None, option("The folder.", default="export/FORMAT in the run's")] = None,
 ) -> None:
-    """Write a run's LoRA for diffusers, ComfyUI or UNO, with a model card; of a fusion, a child's coefficients."""
+    """Write a run's LoRA, or all its weights, for other programs, with a card; of a fusion, a child's coefficients."""
     from pixrl.errors import InputError
     from pixrl.models.slots import parse_slot
     from pixrl.report import export as exporting
@@ -113,7 +118,7 @@ def export(
         for name, given in (("--format", layout), ("--slot", slot)):
             if given is not None:
                 raise InputError(
-                    f"{name} is for a LoRA, and a child of a fusion has coefficients: leave it out."
+                    f"{name} is for trained weights, and a child of a fusion has coefficients: leave it out."
                 )
         found = exporting.export_child(run, child, out)
         typer.echo(f"Coefficients of child {found.child}: {found.file}")
@@ -125,7 +130,7 @@ def export(
         layout=exporting.parse_format(layout or "diffusers"),
         slot=None if slot is None else parse_slot(slot),
     )
-    typer.echo(f"LoRA ({done.slot.value}, step {done.step}): {done.file}")
+    typer.echo(f"{done.what} ({done.slot.value}, step {done.step}): {done.file}")
     typer.echo(f"Card: {done.card}")
 
 
@@ -147,6 +152,10 @@ def draw(
         option("Their pixels: 1024, or width x height: 832x1216.", HOW, "the run's, or the model's"),
     ] = None,
     seed: Annotated[int, option("Of the noises.", HOW, "0")] = 0,
+    guidance: Annotated[float | None, option("Guidance scale.", HOW, "the run's, or the model's")] = None,
+    negative_prompt: Annotated[
+        str | None, option("What guidance leads away from.", HOW, "the run's, or the model's own")
+    ] = None,
     child: Annotated[
         int | None, option("Of a fusion: the child to draw again, its own noise first, then others.", HOW)
     ] = None,
@@ -161,7 +170,18 @@ def draw(
     from pixrl import api
 
     drawn = api.draw(
-        what, prompt, n, size, seed, out, model=model, subject=subject, child=child, device=device
+        what,
+        prompt,
+        n,
+        size,
+        seed,
+        out,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        model=model,
+        subject=subject,
+        child=child,
+        device=device,
     )
     typer.echo(f"{len(drawn)} pictures: {drawn.files[0].parent}")
 

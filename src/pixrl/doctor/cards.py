@@ -178,8 +178,8 @@ class CardPlans:
         for name, part in self.parts.items():
             yield f"{'weights':<12}{name:<18}{part.parameters / 1e6:>10.2f} M parameters{size(part.bytes):>12}"
         t = self.trained
-        taken = t.lora + 2 * t.gradients + t.optimizer
-        yield f"{'training':<12}{'LoRA, AdamW':<18}{t.parameters / 1e6:>10.2f} M parameters{size(taken):>12}"
+        taken = t.slots + t.gradients + t.optimizer
+        yield f"{'training':<12}{t.what:<18}{t.parameters / 1e6:>10.2f} M parameters{size(taken):>12}"
         yield ""
         yield f"{'':<6}{'peak':>10}  {'rollout':>7}  {'train':>5}  {'s a step':>8}  {'hours':>7}  plan"
         for plan in self.plans:
@@ -332,7 +332,7 @@ def weigh(config: AlignConfig, checkpoint: Checkpoint, precision: Precision) -> 
     try:
         made = empty_renderer(
             config.model, checkpoint, precision, GPU, plan, findings, weights=False,
-            steps=config.sampling.steps, guidance=config.guidance, resolution=config.resolution, t5=config.t5,
+            steps=config.sampling.steps, **config.drawing,
         )  # fmt: skip
         policy = require_trainable(made, config.model)
         headers = imagined_headers(checkpoint, policy.pipeline, t5=config.t5)

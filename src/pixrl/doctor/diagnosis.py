@@ -93,11 +93,19 @@ class Trained:
     """The memory that training adds to the weights, in bytes."""
 
     parameters: int
-    lora: int
-    """Bytes of all three slots."""
+    slots: int
+    """Bytes of all slots."""
+    saved: int
+    """Bytes of the slots in a checkpoint."""
     gradients: int
     optimizer: int
     """Bytes of its state after the first step."""
+    what: str
+    """What is trained, in words."""
+    replaced: int = 0
+    """Bytes of the loaded weights that the slots replace: the denoiser's, where all of it is trained."""
+    casts: int = 0
+    """Bytes of copies in the computing dtype that a pass with gradients keeps where weights are whole."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ class Diagnosis:
             yield f"{'reward':<12}{name:<18}{'':>23}{size(taken):>12}"
         if self.trained is not None:
             t = self.trained
-            yield f"{'training':<12}{'LoRA, 3 slots':<18}{t.parameters / 1e6:>10.2f} M parameters{size(t.lora):>12}"
+            yield f"{'training':<12}{t.what:<18}{t.parameters / 1e6:>10.2f} M parameters{size(t.slots):>12}"
             yield f"{'':<12}{'gradients':<41}{size(t.gradients):>12}"
             yield f"{'':<12}{'optimizer':<41}{size(t.optimizer):>12}"
         for name, cost in (("drawing", self.drawing), ("training", self.training)):

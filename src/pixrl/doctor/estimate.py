@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from pixrl import models
-from pixrl.algorithms.optim import moment_bytes
 from pixrl.algorithms.trainer import MicroBatches
 from pixrl.algorithms.world import sharers
 from pixrl.device import Precision, choose_precision, free_bytes
-from pixrl.doctor.diagnosis import Batches, Findings, Hardware, Need, Trained, run_name, size
+from pixrl.doctor.diagnosis import Batches, Findings, Hardware, Need, run_name, size
 from pixrl.doctor.generator import require_fit
 from pixrl.doctor.needs import existing_device, require_bitsandbytes
+from pixrl.doctor.trained import bytes_on_process, trained_of
 from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
@@ -40,11 +40,11 @@ from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.placement import TEXT_PARTS, set_decoding
 from pixrl.models.quantization import NF4, linear_layers
 from pixrl.models.sharding import sharded_bytes, transformer_blocks
-from pixrl.models.slots import slot_sizes
 from pixrl.models.text import PromptCache
-from pixrl.runs.config import AlignConfig, kind_of
+from pixrl.runs.config import AlignConfig, Train, kind_of
 from pixrl.runs.environment import describe
 from pixrl.runs.folder import RunFolder
+from pixrl.runs.loaded import attach_slots
 from pixrl.runs.place import ENVIRONMENT, RECIPE
 from pixrl.runs.planner import (
     SAFE_SHARE,
@@ -56,13 +56,20 @@ from pixrl.runs.planner import (
     trial,
 )
 
-SLOTS = 3
-"""LoRA slots of a run."""
 SMALL_MODEL, SMALL_SIDE, PLENTY = 2**25, 256, 2**31
 """Parameters, side in pixels and free bytes: such a model takes a small share of that memory, whatever it draws."""
-FLOAT = 4
-"""Bytes of a number of the LoRA, its gradients and its optimizer."""
-_SAME = ("model", "guidance", "resolution", "exploration", "sampling", "loss", "lora", "machine", "rewards")
+_SAME = (
+    "model",
+    "guidance",
+    "resolution",
+    "exploration",
+    "sampling",
+    "loss",
+    "train",
+    "lora",
+    "machine",
+    "rewards",
+)
 """Keys of a recipe on which the time of a step depends."""
 SIDE, TRIES = 1024, 6
 """Side of the matrix product that measures this machine's speed, and how often it is tried; the best counts."""
@@ -121,17 +128,7 @@ class Estimate:
         `operations` are unset.
         """
         self.weighed = weighed
-        lora = config.lora
-        sizes = slot_sizes(
-            policy.denoiser, policy.lora_targets if lora.targets is None else lora.targets, lora.rank
-        )
-        count = sum(sizes)
-        self.trained = Trained(
-            parameters=count,
-            lora=SLOTS * FLOAT * count,
-            gradients=FLOAT * count,
-            optimizer=moment_bytes(sizes, eight_bit=config.optimizer.eight_bit),
-        )
+        self.trained, self.precision = trained_of(policy, config, precision), precision
         self.size = (policy.settings.width, policy.settings.height)
         self.cpu_batch = policy.micro_batch
         if config.machine.gradient_checkpointing:
@@ -141,7 +138,7 @@ class Estimate:
         if not weighed:
             return
         with torch.device("meta"):
-            policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+            attach_slots(policy, config, copies=())  # copies compute nothing here
         self._condition, self._decodes = condition, config.loss.through_decoder
         self.drawing, self.training = self.costs(self.references)
         with imagined(policy.denoiser, policy.vae):
@@ -155,7 +152,7 @@ class Estimate:
     def disk(self, config: AlignConfig) -> int:
         """Return the bytes that the run's folder may take: checkpoints, and pictures that PNG cannot make smaller."""
         output, evaluation = config.output, config.evaluation
-        checkpoints = (output.keep_checkpoints + 1) * (self.trained.lora + self.trained.optimizer)
+        checkpoints = (output.keep_checkpoints + 1) * (self.trained.saved + self.trained.optimizer)
         kept = -(-config.steps // output.images_every) * config.prompts.per_step * config.group_size
         times = 2 if evaluation.every is None else 2 + config.steps // evaluation.every
         shown = times * evaluation.prompts * evaluation.per_prompt
@@ -262,6 +259,8 @@ def on_device(parts: dict[str, PartSize], plan: MemoryPlan, *, text_dropped: boo
     text = sum(taken for name, taken in sizes.items() if name in TEXT_PARTS)
     if plan.offload is Offload.SEQUENTIAL:
         return max(text, sizes.get("vae", 0))
+    if plan.offload is Offload.PARTS and text_dropped:  # prompts are read while the denoiser waits
+        return max(text, sum(sizes.values()) - text)
     if plan.offload is Offload.PARTS:
         return sum(sizes.values()) - text - sizes.get("vae", 0) + max(text, sizes.get("vae", 0))
     return sum(sizes.values()) - (text if text_dropped else 0)
@@ -296,18 +295,23 @@ def fit(
     machine, trained, denoiser = config.machine, estimate.trained, estimate.policy.denoiser
     free = place.free // (place.local if device.type == "cpu" else 1)
     can_wait = machine.offload is not Offload.SEQUENTIAL and machine.base is Base.DTYPE
+    is_full = config.train is Train.FULL
+    can_wait &= not (is_full and config.optimizer.eight_bit)
     ways: tuple[bool, ...] = (False,)
     if place.processes > 1 and can_wait and machine.shard is not Shard.NONE and transformer_blocks(denoiser):
         ways = (True,) if machine.divides else (False, True)  # the one that takes less memory last
     for sharded in ways:
         resident = on_device(parts, machine, text_dropped=machine.drop_text_encoders) + sum(rewards.values())
-        resident += trained.lora + 2 * trained.gradients + trained.optimizer
-        each = sharers(place.processes, place.local)
-        if sharded and each > 1:
+        each = sharers(place.processes, place.local) if sharded else 1
+        resident += bytes_on_process(trained, denoiser, each if is_full else 1, estimate.precision)
+        if each > 1 and not is_full:
             whole = sum(part.bytes for name, part in parts.items() if name in DENOISERS)
             resident += sharded_bytes(denoiser, each) - whole
-        batches = _batches(config, device, place, estimate, free - resident)
-        peak = resident + _higher(estimate.drawing, estimate.training, (batches.rollout, batches.train or 1))
+        training = estimate.training
+        if each > 1:  # gathered in the computing dtype, and given back
+            training = replace(training, first=training.first - trained.casts)
+        batches = _batches(config, device, place, estimate, training, free - resident)
+        peak = resident + _higher(estimate.drawing, training, (batches.rollout, batches.train or 1))
         found = Fitted(batches, resident, peak, free, sharded)
         if found.fits:
             break
@@ -350,13 +354,15 @@ def fit_batches(
             f"{sharers(place.processes, place.local)} processes divide a copy of the denoiser among them"
         )
     host = sum(part.bytes for part in parts.values()) * place.local
+    if found.sharded and config.train is Train.FULL:  # the weights in float32 and one copy of them at a time
+        host += (2 * estimate.trained.gradients - estimate.trained.replaced) * place.local
     if device.type != "cpu" and host > free_bytes(torch.device("cpu")):
         findings.miss(Need.MEMORY, f"Weights pass through main memory, which needs {size(host)} free.")
     return found.batches, found.peak, found.sharded
 
 
 def _batches(
-    config: AlignConfig, device: torch.device, place: Hardware, estimate: Estimate, room: int
+    config: AlignConfig, device: torch.device, place: Hardware, estimate: Estimate, training: Cost, room: int
 ) -> Batches:
     """Return the micro-batches for so many bytes of room, by the planner's rules, and why."""
     machine = config.machine
@@ -366,7 +372,7 @@ def _batches(
     chosen, reasons = [], []
     for name, count, cost, given in (
         ("rollout", counts[0], estimate.drawing, machine.rollout_batch),
-        ("training", counts[1], estimate.training, machine.train_batch),
+        ("training", counts[1], training, machine.train_batch),
     ):
         most, why = _most(device, cost, room, estimate.cpu_batch, given)
         chosen.append(evened(count, most))

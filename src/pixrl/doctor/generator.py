@@ -30,7 +30,9 @@ from pixrl.hub_check import (
     remedy,
 )
 from pixrl.models import adapter_of, lora_files
+from pixrl.models.base import Renderer
 from pixrl.models.estimate import CONTRADICTIONS, VAE, PartSize, empty_text_encoder, part_sizes
+from pixrl.models.language import LanguagePolicy
 from pixrl.models.loading import DENOISERS, PREFIXES, family, misfit_of_file, misfit_of_folder, part_class
 from pixrl.models.memory_plan import Base
 from pixrl.models.slots import Lora
@@ -220,7 +222,7 @@ def require_fit(checkpoint: Checkpoint, pipeline: Any, findings: Findings, *, t5
             findings.miss(Need.WEIGHTS, error)
     denoiser = next(pipeline.components[name] for name in DENOISERS if name in kinds)
     takes, kind = denoiser.config, type(denoiser).__name__
-    for what, option, given in _given(kind, takes, texts):
+    for what, option, given in _given(adapter_of(checkpoint), kind, takes, texts):
         if takes[option] != given:
             findings.miss(
                 Need.WEIGHTS,
@@ -279,7 +281,9 @@ def _others(part: nn.Module, name: str) -> set[str]:
     return next((same - {name} for same in names.values() if name in same), set())
 
 
-def _given(kind: str, takes: Any, texts: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+def _given(
+    adapter: type[Renderer], kind: str, takes: Any, texts: Mapping[str, Any]
+) -> Iterator[tuple[str, str, int]]:
     """Yield which encoders give a width, the denoiser's option that takes it, and the width, where they are known."""
     one, two, three = (
         texts[name].config if name in texts else None
@@ -287,10 +291,9 @@ def _given(kind: str, takes: Any, texts: Mapping[str, Any]) -> Iterator[tuple[st
     )
     if one is None:
         return
-    if kind == "ZImageTransformer2DModel":
-        yield "the rows of the language model", "cap_feat_dim", one.hidden_size
-    if kind == "QwenImageTransformer2DModel":
-        yield "the rows of the language model", "joint_attention_dim", one.text_config.hidden_size
+    if issubclass(adapter, LanguagePolicy):
+        width = len(adapter.layers) * one.get_text_config().hidden_size
+        yield "the rows of the language model", adapter.width_option, width
     if two is None:
         return
     if kind == "SD3Transformer2DModel":

@@ -30,11 +30,9 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """
     config = vae.config
     latents = latents.float()
-    if config.latents_mean is not None and config.latents_std is not None:
-        mean, std = (
-            latents.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
-        )
-        latents = latents * std / config.get("scaling_factor", 1.0) + mean
+    if spread := _spread(vae, latents):
+        mean, std = spread
+        latents = latents * std + mean
     else:
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
     latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device))
@@ -55,12 +53,27 @@ def encode_latents(vae: Any, images_BCHW: Tensor) -> Tensor:
     images_BCHW = _as_frame(vae, images_BCHW.to(vae.dtype) * 2 - 1)
     mean: Tensor = vae.encode(images_BCHW).latent_dist.mean.float()
     mean = mean.squeeze(2) if is_of_video(vae) else mean
-    if config.latents_mean is not None and config.latents_std is not None:
-        middle, spread = (
-            mean.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
-        )
-        return (mean - middle) * float(config.get("scaling_factor", 1.0)) / spread
+    if spread := _spread(vae, mean):
+        middle, deviation = spread
+        return (mean - middle) / deviation
     return (mean - (config.shift_factor or 0.0)) * float(config.scaling_factor)
+
+
+def _spread(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and the deviation of a VAE's latents, as it states them; None where it states one scale."""
+    config = vae.config
+    if (
+        "batch_norm_eps" in config
+    ):  # FLUX.2's: of each channel at each place within a patch of 2 x 2, in that order
+        channels, rows, columns = latents.shape[1:]
+        moments = (vae.bn.running_mean.float(), (vae.bn.running_var.float() + config.batch_norm_eps).sqrt())
+        tiles = (x.to(latents.device).view(1, channels, 2, 2) for x in moments)
+        mean, std = (x.repeat(1, 1, rows // 2, columns // 2) for x in tiles)
+        return mean, std
+    if config.latents_mean is None or config.latents_std is None:
+        return None
+    mean, std = (latents.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std))
+    return mean, std / config.get("scaling_factor", 1.0)
 
 
 def _as_frame(vae: Any, x_BCHW: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ PREFIXES = {
     "sd3": "transformer.",
     "flux": "transformer.",
     "sdxl": "unet.",
+    "flux2-klein": "transformer.",
     "z-image": "transformer.",
     "qwen-image": "transformer.",
 }

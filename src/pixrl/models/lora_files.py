@@ -100,7 +100,7 @@ def open_lora(place: Path, kind: str) -> LoraFile:
 
     Args:
         place: a .safetensors file, or a folder that holds one: peft's, diffusers' or an export of pixrl.
-        kind: of the model that it is for: sd3, flux, sdxl, z-image or qwen-image.
+        kind: of the model that it is for: a key of `PREFIXES`, such as sd3.
 
     Raises:
         CheckpointError: it is missing, damaged, a pickle, of a layout that is not known, holds more than plain LoRA of
@@ -435,14 +435,20 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 
 def _by_diffusers(modules: Iterable[_Module], file: Path, kind: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rename to diffusers' names of FLUX, SDXL, Z-Image or Qwen-Image through its own converters."""
+    """Rename to diffusers' names of any model but SD3 through its own converters."""
     given: dict[str, Tensor] = {}
     for module in modules:
         given |= {module.name + module.ends[0]: module.down, module.name + module.ends[1]: module.up}
         if module.ends == _KOHYA and module.alpha is not None:
             given[module.name + _ALPHA] = torch.tensor(float(len(module.down)))  # strength 1 more
     with quiet_loading():
-        from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusionXLPipeline, ZImagePipeline
+        from diffusers import (
+            Flux2KleinPipeline,
+            FluxPipeline,
+            QwenImagePipeline,
+            StableDiffusionXLPipeline,
+            ZImagePipeline,
+        )
         from diffusers.utils import convert_unet_state_dict_to_peft
 
         try:
@@ -452,6 +458,7 @@ def _by_diffusers(modules: Iterable[_Module], file: Path, kind: str) -> dict[str
             else:
                 readers: dict[str, Any] = {
                     "flux": FluxPipeline,
+                    "flux2-klein": Flux2KleinPipeline,
                     "z-image": ZImagePipeline,
                     "qwen-image": QwenImagePipeline,
                 }

@@ -1,14 +1,14 @@
 """What adapters of diffusers pipelines share: `PipelineRenderer` draws, `FlowPipelinePolicy` is trained too.
 
 First the helpers of every adapter: settings, seeded noise, micro-batches. Then the renderer (card, settings, sampling
-in pieces) and the policy (one Euler loop, placement, LoRA slots). A family adds how it encodes a prompt, its schedule
+in pieces) and the policy (one Euler loop, placement, slots). A family adds how it encodes a prompt, its schedule
 and its velocity. loading.py loads the weights.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from pixrl.config import plain_resolution
 from pixrl.device import choose_device, choose_precision, plain_attention
@@ -30,9 +29,9 @@ from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import Base, MemoryPlan, Offload
 from pixrl.models.placement import PipelinePart, Placement, set_decoding, without_gradients
 from pixrl.models.quantization import quantize
-from pixrl.models.sharding import compile_blocks, shard
-from pixrl.models.slots import LoraSlots, Slot, digest, merge, parse_slot
+from pixrl.models.slots import Slot, digest, merge
 from pixrl.models.text import PromptCache, check_words
+from pixrl.models.trained import TrainedDenoiser
 
 
 def make_settings(
@@ -159,6 +158,7 @@ class PipelineRenderer(Renderer):
         dtype: str = "auto",
         steps: int | None = None,
         guidance: float | None = None,
+        negative_prompt: str | None = None,
         resolution: int | str | None = None,
         t5: bool = True,
         plan: MemoryPlan | None = None,
@@ -179,8 +179,13 @@ class PipelineRenderer(Renderer):
         self.precision = choose_precision(self.device, dtype, on_gpu=self.gpu_dtype)
         self._check_options(guidance, t5)
         defaults = self._defaults(checkpoint.folder)
-        self.settings = make_settings(self.card, defaults, steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
+        settings = make_settings(self.card, defaults, steps, guidance, resolution)
+        self.settings = replace(settings, negative_prompt=negative_prompt)
+        if negative_prompt is not None:
+            self.require_negative_prompt(self.name)
+            check_words([negative_prompt], self.vocabulary, self.name)
+            self._require_guidance()
         self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision, t5=t5)
         self.vae: nn.Module = self.pipeline.vae
         if not is_of_video(self.vae):
@@ -207,6 +212,10 @@ class PipelineRenderer(Renderer):
         """The few steps that the checkpoint was distilled to, by its configs; None where it was not, or has a card."""
         steps = self._defaults(self.checkpoint.folder).steps
         return steps if self.card.steps is None and steps <= FEW_STEPS else None
+
+    @abstractmethod
+    def _require_guidance(self) -> None:
+        """Raise InputError where the guidance scale leads away from nothing, since a negative prompt was given."""
 
     def _check_options(self, guidance: float | None, t5: bool) -> None:
         """Raise InputError for an option that has no effect on this checkpoint."""
@@ -263,20 +272,18 @@ class PipelineRenderer(Renderer):
         return sha256(f"{files} {self.base.value}".encode()).hexdigest()[:16]
 
 
-class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
+class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEncoder):
     """A trainable flow pipeline, sampled by Euler steps on the pipeline's own schedule."""
 
-    lora_targets: ClassVar[tuple[str, ...]]
     usual_text_length: ClassVar[int] = 512
     """`text_length` in the pipeline of diffusers, where no card says another."""
+    reads_negative_prompt = True
     negative_prompt: ClassVar[str] = ""
-    """What guidance leads away from."""
+    """What guidance leads away from where `settings.negative_prompt` does not say it."""
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
-        self.denoiser: nn.Module = denoiser_of(self.pipeline)
-        self.placement = Placement(self.pipeline, self.denoiser, self.device, plan, placed=placed)
-        self.lora: LoraSlots | None = None
-        self.compiled = False
+        self._denoiser = denoiser_of(self.pipeline)
+        self.placement = Placement(self.pipeline, self._denoiser, self.device, plan, placed=placed)
         self._latents = LatentCache()
         self.merged: tuple[Merged, ...] = ()
 
@@ -293,11 +300,28 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         """The scale of `_guided` for the setting `guidance`, which means what it does in the pipeline of diffusers."""
         return self.settings.guidance
 
+    def _require_guidance(self) -> None:
+        if self.guidance_scale <= 1:
+            least = self.settings.guidance - (self.guidance_scale - 1)
+            raise InputError(
+                f"negative_prompt has no effect on {self.name} at guidance {self.settings.guidance:g}: only guidance "
+                f"above {least:g} leads away from it. Give guidance too, such as guidance={least + 3:g}, or leave it "
+                "out."
+            )
+
+    @property
+    def unwanted(self) -> str:
+        """The text that guidance leads away from."""
+        given = self.settings.negative_prompt
+        return self.negative_prompt if given is None else given
+
     def _guided(self, predict: Predict, x: Tensor, level_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return u + scale * (c - u) of the prediction c and the unconditional u; c where the scale is at most 1."""
         if self.guidance_scale <= 1:
             return predict(x, level_B, conditioning)
-        both = Conditioning.cat([self._unconditional(len(x)).to(device=self.device), conditioning])
+        away = self._unconditional(len(x)) if conditioning.away is None else conditioning.away
+        away = replace(away.to(device=self.device), references=conditioning.references)
+        both = Conditioning.cat([away, conditioning])
         return self._away(*predict(torch.cat([x, x]), torch.cat([level_B, level_B]), both).float().chunk(2))
 
     def _away(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
@@ -307,7 +331,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     def _unconditional(self, rows: int) -> Conditioning:
         """Return what guidance leads away from, of rows of `encode`."""
         with torch.no_grad():
-            return self._cache.rows([self.negative_prompt] * rows)
+            return self._cache.rows([self.unwanted] * rows)
 
     @property
     def text_length(self) -> int:
@@ -325,35 +349,28 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         """The most tokens of `framed` that an encoder other than CLIP reads."""
         return self.text_length
 
-    def checkpoint_gradients(self) -> None:
-        """Recompute the transformer's activations in the backward pass: less memory, about a third more time."""
-        self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-
-    def compile(self, backend: str) -> None:
-        """Compile every transformer block as `compile_blocks` does; LoRA must be attached already."""
-        compile_blocks(self.denoiser, backend)
-        self.compiled = True
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Divide the transformer's weights among processes as `sharding.shard` does; LoRA must be attached already."""
-        shard(self.denoiser, mesh, () if self.lora is None else self.lora.all_parameters())
-        self.in_step = True
-
     def _without_gradients(self) -> AbstractContextManager[None]:
         # weights that were gathered in inference mode could not be trained through afterwards
         return torch.no_grad() if self.in_step else super()._without_gradients()
 
-    def drop_text(self, prompts: Sequence[str]) -> None:
+    def drop_text(self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] | None = None) -> None:
         """Encode these prompts and the empty one, keep their rows on the CPU and free the text encoders for good.
+
+        Args:
+            prompts: at least one.
+            references: the pictures [3, side, side] that each prompt will be shown with; None: there are none.
 
         Raises:
             InputError: the rows would not fit into memory.
             UnknownWordError: a prompt has a word outside the vocabulary.
         """
         check_words(prompts, self.vocabulary, self.name)
-        with torch.no_grad(), self.present(PipelinePart.TEXT):
-            self._cache.keep(["", self.negative_prompt, *prompts])
+        with torch.no_grad(), self.placement.without_denoiser(), self.present(PipelinePart.TEXT):
+            self._keep_text(prompts, references or [()] * len(prompts))
         self.placement.drop_text()
+
+    def _keep_text(self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]]) -> None:
+        self._cache.keep(["", self.unwanted, *prompts])
 
     def present(self, part: PipelinePart) -> AbstractContextManager[None]:
         """Keep the text encoders, or the VAE, on the device while it is open."""
@@ -368,7 +385,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
 
     def schedule(self, steps: int) -> Tensor:
         scheduler = self.pipeline.scheduler
-        shift = {"mu": self._shift_mu()} if scheduler.config.use_dynamic_shifting else {}
+        shift = {"mu": self._shift_mu(steps)} if scheduler.config.use_dynamic_shifting else {}
         scheduler.set_timesteps(**self._timesteps(steps), **shift)
         sigmas: Tensor = scheduler.sigmas
         return sigmas.to(device="cpu", dtype=torch.float32).clone()
@@ -377,8 +394,8 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
         """Return how the scheduler is asked for so many steps, as the pipeline of diffusers asks it."""
         return {"num_inference_steps": steps}
 
-    def _shift_mu(self) -> float:
-        """Return the schedule's shift, which is linear in the number of the picture's tokens."""
+    def _shift_mu(self, steps: int) -> float:
+        """Return the schedule's shift for so many steps, which is linear in the number of the picture's tokens."""
         config = self.pipeline.scheduler.config
         rise = config.max_shift - config.base_shift
         run = config.max_image_seq_len - config.base_image_seq_len
@@ -415,7 +432,7 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
     def folded(self) -> AbstractContextManager[None]:
         as_loaded = self.base is Base.DTYPE and self.offload is Offload.NONE and not self.in_step
         is_full = self.precision.autocast is None and self.precision.weights in FULL
-        return self.lora.folded() if self.lora is not None and as_loaded and is_full else nullcontext()
+        return self.slots.folded() if self.slots is not None and as_loaded and is_full else nullcontext()
 
     def pooled(self, conditioning: Conditioning) -> Tensor:
         """Return the pooled text features [B, E], without which these models cannot run.
@@ -457,8 +474,10 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
             CheckpointError: it is missing, damaged, more than plain LoRA, or does not fit this transformer.
             InputError: nobody knows whose names files for this model go by.
         """
-        if self.lora is not None:
-            raise RunError("Merge a LoRA before attach_lora: slots are trained on top of the merged weights.")
+        if self.slots is not None:
+            raise RunError(
+                "Merge a LoRA before attach_lora or attach_full: slots begin with the merged weights."
+            )
         if self.lora_layout is None:
             return super().merge_lora(place)
         found = open_lora(place, self.lora_layout)
@@ -466,35 +485,11 @@ class FlowPipelinePolicy(PipelineRenderer, FlowPolicy, ImageEncoder):
             merge(self.denoiser, found.lora, str(place))
         self.merged = (*self.merged, Merged(digest(found.lora), f"{place}: {found.said}"))
 
-    def attach_lora(
-        self, *, rank: int = 32, alpha: float = 64.0, targets: tuple[str, ...] | None = None, seed: int = 0
-    ) -> LoraSlots:
-        """Add the trainable slots and return them; the pictures do not change by it.
-
-        Raises:
-            RunError: there are slots already.
-            InputError: the rank is below 1, or a target names no layer.
-        """
-        if self.lora is not None:
-            raise RunError("This policy already has LoRA slots. Load the model again to attach others.")
-        wanted = self.lora_targets if targets is None else targets
-        with self.placement.changing_layers():
-            self.lora = LoraSlots(self.denoiser, rank=rank, alpha=alpha, targets=wanted, seed=seed)
-        return self.lora
-
-    def slot(self, name: str) -> AbstractContextManager[None]:
-        wanted = parse_slot(name)
-        if self.lora is not None:
-            return self.lora.use(wanted)
-        if wanted in (Slot.OLD, Slot.EMA):
-            raise RunError(f"The slot {name!r} does not exist before attach_lora(rank=..., alpha=...).")
-        return nullcontext()
-
     def fingerprint(self) -> str:
         """Return a hash of the checkpoint's files, and of the `current` slot where there is one."""
-        if self.lora is None:
+        if self.slots is None:
             return self.backbone_fingerprint
-        return sha256(f"{self.backbone_fingerprint}{_digest(self.lora.state())}".encode()).hexdigest()[:16]
+        return sha256(f"{self.backbone_fingerprint}{_digest(self.slots.state())}".encode()).hexdigest()[:16]
 
     @property
     def backbone_fingerprint(self) -> str:

@@ -5,16 +5,20 @@ Weights are divided by torch's `fully_shard` (FSDP2).
 Each process keeps its part of every weight. A block's weights are gathered before the block computes, forwards and
 backwards, and given back after it, so that all processes must make the same passes in the same order. LoRA stays whole
 on each: its gradients are summed as without sharding, so slots, optimizer and checkpoints are the same, bit for bit.
-
 Divided with its block, LoRA would be gathered in float32 with every pass, not its gradient summed once an update.
+
+Where all weights are trained, their gradients, moments and copies are divided like them: FSDP2 sums each block's
+gradient over the processes in its backward pass, in float32, and a process keeps its part. Weights are gathered in the
+dtype that matrix products take. What leaves a process (checkpoints) is gathered whole.
 """
 
 from collections.abc import Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pixrl.errors import ConfigError, did_you_mean
 
@@ -72,6 +76,53 @@ def shard(transformer: nn.Module, mesh: DeviceMesh, whole: Collection[nn.Paramet
         fully_shard(module, mesh=mesh, ignored_params=set(whole))
 
 
+def shard_trained(transformer: nn.Module, mesh: DeviceMesh, computing: torch.dtype | None) -> None:
+    """Divide a transformer of which all weights are trained, or a copy of one, among the processes of a mesh.
+
+    Gradients are summed over processes, not averaged: each process's loss is a sum divided by the terms of all.
+    Nothing stays gathered after a pass, since weights change between two passes without gradients.
+
+    Args:
+        transformer: in float32; may lie on the CPU.
+        mesh: of all processes; of two dimensions where each host holds a copy: hosts, and processes of a host.
+        computing: the dtype of matrix products; None: float32.
+
+    Raises:
+        ConfigError: it has no list of blocks.
+    """
+    precision = MixedPrecisionPolicy(
+        param_dtype=computing, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for module in (*require_blocks(transformer), transformer):
+        made = fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        assert isinstance(made, FSDPModule)
+        made.set_gradient_divide_factor(1.0)
+        made.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction with a factor
+
+
+def local(x: Tensor) -> Tensor:
+    """Return this process's part of a tensor, sharing its memory; the tensor itself where it is whole."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return a tensor with the parts of all processes, all of which must call this where it is divided."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def cut(x: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a whole tensor that this process has of `like`, without asking the others."""
+    return local(divided(x, like))
+
+
+def divided(x: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor, which every process has, divided as `like` is; as it is where that is whole."""
+    if not isinstance(like, DTensor):
+        return x
+    here = x.to(like.device)
+    return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def sharded_bytes(transformer: nn.Module, processes: int) -> int:
     """Return the most bytes of its weights on one process: its part, what is no block, and the blocks in use.
 
@@ -83,6 +134,24 @@ def sharded_bytes(transformer: nn.Module, processes: int) -> int:
     sizes = [_bytes(block) for block in require_blocks(transformer)]
     total = _bytes(transformer)
     return -(-total // processes) + total - sum(sizes) + sum(sorted(sizes)[-GATHERED:])
+
+
+def gathered_bytes(transformer: nn.Module, computing: torch.dtype) -> int:
+    """Return the most bytes of trained weights that are whole at a time on one process, beside its part.
+
+    That is what is no block, the blocks in use, and a gradient: in the computing dtype, and in float32 to be summed.
+
+    Raises:
+        ConfigError: it has no list of blocks.
+    """
+    sizes = sorted(_count(block) for block in require_blocks(transformer))
+    rest = _count(transformer) - sum(sizes)
+    gradient = max(rest, sizes[-1]) * (computing.itemsize + torch.float32.itemsize)
+    return (rest + sum(sizes[-GATHERED:])) * computing.itemsize + gradient
+
+
+def _count(module: nn.Module) -> int:
+    return sum(x.numel() for x in module.parameters())
 
 
 def _bytes(module: nn.Module) -> int:

@@ -1,22 +1,32 @@
-"""LoRA on one backbone: the slots that are trained, and what is merged into the weights below them.
+"""The slots of a denoiser's weights, as LoRA or as whole copies, and LoRA that is merged into the weights below them.
 
-The slots: `current` is trained, `old` samples, `ema` is evaluated, `reference` is the backbone. They are PEFT adapters
-on the same modules, so that no second copy of the backbone ever exists. Only `current` requires gradients, whichever
-slot is active.
+The slots: `current` is trained, `old` samples, `ema` is evaluated, `reference` is the model before training. Only
+`current` requires gradients, whichever slot is active. Two classes have them:
+
+`LoraSlots`: PEFT adapters on the same modules, so that no second copy of the backbone ever exists; the reference is
+the backbone.
+`FullSlots`: all weights are trained, and every other slot that is wanted is a copy of the denoiser. All are float32
+whatever dtype the model was loaded in: an update of a thousandth of a weight, or an average that moves by as little,
+is lost to bfloat16's eight bits. Matrix products stay in the model's dtype, by autocast.
 """
 
+import copy
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pixrl.errors import CheckpointError, InputError, RunError, did_you_mean
 from pixrl.libraries import check_torchvision
 from pixrl.models.quantization import dense_weight, set_weight
+from pixrl.models.sharding import cut, local, shard_trained, whole
 
 Lora = Mapping[str, tuple[Tensor, Tensor]]
 """A mapping of the transformer's modules to (down [r, in], up [out, r]), whose product is added to the weight."""
@@ -25,7 +35,7 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 
 class Slot(StrEnum):
-    """The LoRA weights that `velocity` uses."""
+    """The weights that `velocity` uses."""
 
     CURRENT = "current"
     OLD = "old"
@@ -52,15 +62,132 @@ def parse_slot(name: str) -> Slot:
     return Slot(name)
 
 
-class LoraSlots:
+class Slots(ABC):
+    """Weights of equal shape and equal start in several slots, of which `current` is trained."""
+
+    kind: ClassVar[str]
+    """What the slots hold, in words."""
+
+    def __init__(self) -> None:
+        self._active = Slot.CURRENT
+
+    @property
+    @abstractmethod
+    def backbone(self) -> nn.Module:
+        """The denoiser that computes with the active slot."""
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Run the backbone with that slot while it is open; the one before comes back after, also on an error."""
+        before = self._active
+        self._activate(parse_slot(name))
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+    def folded(self) -> AbstractContextManager[None]:
+        """Put the active slot into the backbone's own weights while it is open, where it lies beside them.
+
+        The weights of before come back as they were, bit for bit. No slot may change within it.
+        """
+        return nullcontext()
+
+    @property
+    def active(self) -> Slot:
+        """The slot in use now."""
+        return self._active
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The denoisers that the slots compute with, that of `current` first."""
+        return (self.backbone,)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what an optimizer trains: the parameters of `current`."""
+        return list(self._tensors(Slot.CURRENT).values())
+
+    @torch.no_grad()
+    def blend(self, target: str, source: str, decay: float) -> None:
+        """Set target to decay * target + (1 - decay) * source; decay 0 copies."""
+        if not 0 <= decay <= 1:
+            raise InputError(f"decay must be in [0, 1], got {decay}.")
+        into, out_of = self._written(target), self._written(source)
+        for name, tensor in into.items():
+            local(tensor).lerp_(local(out_of[name]), 1 - decay)
+
+    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Return copies of every trained slot's tensors on the CPU, by 'SLOT/PARAMETER', for a checkpoint.
+
+        Where they are divided among processes, all of them must call this, to gather the parts.
+
+        Args:
+            keep: whether this process wants them; otherwise it returns {}.
+        """
+        found = {}
+        for name, tensor in self._saved().items():
+            gathered = whole(tensor.detach())
+            if keep:
+                found[name] = gathered.to("cpu", copy=True)
+        return found
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave.
+
+        Raises:
+            CheckpointError: names or shapes are not the same.
+        """
+        own = self._saved()
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong = wrong or [name for name in own if own[name].shape != state[name].shape]
+        if wrong:
+            raise CheckpointError(
+                f"The saved {self.kind} slots do not fit this model: {len(wrong)} tensors differ, first {wrong[0]!r}. "
+                "Load the checkpoint, and train the layers, that the run began with."
+            )
+        for name, tensor in own.items():
+            local(tensor).copy_(cut(state[name], tensor))
+
+    def _saved(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{slot.value}/{name}": tensor
+            for slot in self._written_slots()
+            for name, tensor in self._tensors(slot).items()
+        }
+
+    def _written(self, name: str) -> dict[str, nn.Parameter]:
+        slot = parse_slot(name)
+        if slot is Slot.REFERENCE:
+            raise InputError(
+                "The reference slot is the backbone itself: it can be neither written nor copied."
+            )
+        return self._tensors(slot)
+
+    @abstractmethod
+    def _written_slots(self) -> Sequence[Slot]:
+        """Return the slots that change in training."""
+
+    @abstractmethod
+    def _tensors(self, slot: Slot) -> dict[str, nn.Parameter]:
+        """Return one slot's parameters by a name that is the same in every slot."""
+
+    @abstractmethod
+    def _activate(self, slot: Slot) -> None: ...
+
+
+class LoraSlots(Slots):
     """Three LoRA adapters of equal shape and equal start on a frozen backbone.
 
     They start equal to the backbone (LoRA's B is zero); `A` is drawn from a generator of its own, seeded by `seed`.
     """
 
+    kind = "LoRA"
+
     def __init__(
         self, backbone: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int
     ) -> None:
+        super().__init__()
         if rank < 1:
             raise InputError(f"The LoRA rank must be at least 1, got {rank}.")
         check_torchvision()
@@ -77,39 +204,42 @@ class LoraSlots:
             torch.manual_seed(seed)
             for slot in ADAPTERS:
                 inject_adapter_in_model(config, backbone, slot.value)
+        self._backbone = backbone
         self._layers = [module for module in backbone.modules() if isinstance(module, LoraLayer)]
-        self._tensors = {slot: _collect(backbone, slot) for slot in ADAPTERS}
-        self._active = Slot.CURRENT
+        self._adapters = {slot: _collect(backbone, slot) for slot in ADAPTERS}
         self._sums_of_old: list[Tensor] | None = None
+        """Each layer's weight with the product of `old` in it, until that changes."""
         for slot in (Slot.OLD, Slot.EMA):
             self.blend(slot, Slot.CURRENT, 0.0)
         self._activate(Slot.CURRENT)
 
-    @contextmanager
-    def use(self, name: str) -> Iterator[None]:
-        """Run the backbone with that slot while it is open; the one before comes back after, also on an error."""
-        before = self._active
-        self._activate(parse_slot(name))
-        try:
-            yield
-        finally:
-            self._activate(before)
+    @property
+    def backbone(self) -> nn.Module:
+        return self._backbone
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of every slot."""
+        return [parameter for tensors in self._adapters.values() for parameter in tensors.values()]
+
+    def blend(self, target: str, source: str, decay: float) -> None:
+        self._sums_of_old = None
+        super().blend(target, source, decay)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._sums_of_old = None
+        super().load_state(state)
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """Put the active slot's product into the weights themselves while it is open, so that no pass computes it.
-
-        The weights of before come back as they were, bit for bit. Passes differ by rounding from those beside the
-        weights, which in half precision would be more than the slot itself: only full weights may be folded. The sums
-        of `old` are kept until it changes.
-        """
+        # Passes differ by rounding from those beside the weights, which in half precision would be more than the slot
+        # itself: only full weights may be folded (`FlowPipelinePolicy.folded`).
         if self._active is Slot.REFERENCE:
             yield
             return
         weights = [layer.get_base_layer().weight for layer in self._layers]
         kept = [weight.data for weight in weights]
-        for weight, whole in zip(weights, self._sums(), strict=True):
-            weight.data = whole
+        for weight, folded in zip(weights, self._sums(), strict=True):
+            weight.data = folded
         for layer in self._layers:
             layer.enable_adapters(False)
         try:
@@ -134,67 +264,11 @@ class LoraSlots:
             self._sums_of_old = sums
         return sums
 
-    @property
-    def active(self) -> Slot:
-        """The slot in use now."""
-        return self._active
+    def _written_slots(self) -> Sequence[Slot]:
+        return ADAPTERS
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return what an optimizer trains: the parameters of `current`."""
-        return list(self._tensors[Slot.CURRENT].values())
-
-    def all_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of every slot."""
-        return [parameter for tensors in self._tensors.values() for parameter in tensors.values()]
-
-    @torch.no_grad()
-    def blend(self, target: str, source: str, decay: float) -> None:
-        """Set target to decay * target + (1 - decay) * source; decay 0 copies."""
-        if not 0 <= decay <= 1:
-            raise InputError(f"decay must be in [0, 1], got {decay}.")
-        into, out_of = self._adapter(target), self._adapter(source)
-        self._sums_of_old = None
-        for name, tensor in into.items():
-            tensor.lerp_(out_of[name], 1 - decay)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return copies of every adapter's tensors on the CPU, by 'SLOT/PARAMETER', for a checkpoint."""
-        return {
-            f"{slot.value}/{name}": tensor.detach().cpu().clone()
-            for slot, tensors in self._tensors.items()
-            for name, tensor in tensors.items()
-        }
-
-    @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave.
-
-        Raises:
-            CheckpointError: names or shapes are not the same.
-        """
-        own = {
-            f"{slot.value}/{name}": t
-            for slot, tensors in self._tensors.items()
-            for name, t in tensors.items()
-        }
-        wrong = sorted(own.keys() ^ state.keys())
-        wrong = wrong or [name for name in own if own[name].shape != state[name].shape]
-        if wrong:
-            raise CheckpointError(
-                f"The saved LoRA slots do not fit this model: {len(wrong)} tensors differ, first {wrong[0]!r}. "
-                "Load the checkpoint, rank and target modules that the run began with."
-            )
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-        self._sums_of_old = None
-
-    def _adapter(self, name: str) -> dict[str, nn.Parameter]:
-        slot = parse_slot(name)
-        if slot is Slot.REFERENCE:
-            raise InputError(
-                "The reference slot is the backbone itself: it can be neither written nor copied."
-            )
-        return self._tensors[slot]
+    def _tensors(self, slot: Slot) -> dict[str, nn.Parameter]:
+        return self._adapters[slot]
 
     def _activate(self, slot: Slot) -> None:
         for layer in self._layers:
@@ -206,9 +280,70 @@ class LoraSlots:
             if layer.active_adapters != [slot.value]:  # peft goes through all parameters of the layer
                 layer.set_adapter(slot.value)
         self._active = slot
-        for adapter, tensors in self._tensors.items():
+        for adapter, tensors in self._adapters.items():
             for tensor in tensors.values():
                 tensor.requires_grad_(adapter is Slot.CURRENT)
+
+
+class FullSlots(Slots):
+    """All weights of a denoiser as `current`, and a whole copy of it for each other slot; float32 throughout."""
+
+    kind = "whole-weight"
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        copies: Collection[Slot],
+        mesh: DeviceMesh | None = None,
+        computing: torch.dtype | None = None,
+    ) -> None:
+        """Make the copies, equal to the denoiser as it is now, which is the one that is trained from here on.
+
+        Args:
+            denoiser: becomes float32 and trainable, in place.
+            copies: the slots besides `current`.
+            mesh: the processes that divide all of them; None: each has all.
+            computing: the dtype in which divided weights are gathered; None: float32.
+        """
+        super().__init__()
+        denoiser.float().requires_grad_(False)
+        self._of = {Slot.CURRENT: denoiser}
+        for slot in Slot:
+            if slot in copies and slot is not Slot.CURRENT:
+                self._of[slot] = copy.deepcopy(denoiser)
+                if (
+                    mesh is not None
+                ):  # at once, so that one whole copy at a time is all that a process must hold
+                    shard_trained(self._of[slot], mesh, computing)
+        denoiser.requires_grad_(True)
+        if mesh is not None:
+            shard_trained(denoiser, mesh, computing)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self._of[self._active]
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return tuple(self._of.values())
+
+    def _written_slots(self) -> Sequence[Slot]:
+        return [slot for slot in self._of if slot is not Slot.REFERENCE]
+
+    def _tensors(self, slot: Slot) -> dict[str, nn.Parameter]:
+        return dict(self._require(slot).named_parameters())
+
+    def _activate(self, slot: Slot) -> None:
+        self._require(slot)
+        self._active = slot
+
+    def _require(self, slot: Slot) -> nn.Module:
+        if slot not in self._of:
+            raise RunError(
+                f"There is no copy of the weights for the slot {slot.value!r}: only those that the method reads are "
+                f"kept, {', '.join(self._of)}."
+            )
+        return self._of[slot]
 
 
 def slot_sizes(backbone: nn.Module, targets: Sequence[str], rank: int) -> list[int]:

@@ -14,6 +14,7 @@ from pixrl.algorithms.sampling import StepNoise
 from pixrl.config import parse_resolution
 from pixrl.data.subjects import CLASS_FILE
 from pixrl.errors import InputError
+from pixrl.fusion.config import FuseConfig
 from pixrl.hub import TOY_PREFIX
 from pixrl.report.figures import (
     SHOWN,
@@ -28,7 +29,15 @@ from pixrl.report.figures import (
     warnings,
 )
 from pixrl.report.page import THUMBNAIL, inline, render
-from pixrl.runs.config import ALIGN, PERSONALIZE, AlignConfig, PersonalizeConfig, read_config, require_kind
+from pixrl.runs.config import (
+    ALIGN,
+    PERSONALIZE,
+    AlignConfig,
+    PersonalizeConfig,
+    Train,
+    read_config,
+    require_kind,
+)
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.reading import comparable_evaluations, start_if_any
@@ -37,7 +46,7 @@ from pixrl.text import read_text, shown_name
 
 
 def learned_by(config: AlignConfig) -> str:
-    """Return what the LoRA was trained by, as part of a sentence."""
+    """Return what the weights were trained by, as part of a sentence."""
     if not config.loss.learns_from_scores:
         return "supervised flow matching on target pictures (no score was learned from)"
     names = " and ".join(setting.name for setting in config.rewards if not setting.held_out)
@@ -76,24 +85,30 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
     over = "the run" if s.decay_steps == "all" else f"{s.decay_steps} steps"
     falls = "" if s.decay_steps is None else f", falling to 0 over {over}"
     notes = [str(note) for note in start.get("notes", ())]
+    trained = "all weights of the denoiser"
+    if config.train is Train.LORA:
+        trained = f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}"
     below = "" if config.lora.base is None else f", on top of {config.lora.base}"
     return [
-        ("model", f"{config.model} ({start.get('fingerprint', 'not started')}){drawing(config.resolution)}"),
+        ("model", f"{config.model} ({start.get('fingerprint', 'not started')}){drawing(config)}"),
         ("prompts", f"{config.prompts.source}, {config.prompts.per_step} a step"),
         *_references(config),
         ("pictures", f"{config.prompts.per_step} × {config.group_size} a step, {images_of(config)} in all"),
         ("updates", f"{s.updates} a step, {updates_of(config)} in all"),
         ("optimizer", f"AdamW, lr {s.lr:g}{rises}{falls}, gradient norm at most {s.grad_clip:g}"),
         ("averaged weights", "none" if s.ema is None else f"decay {s.ema:g}"),
-        ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}{below}"),
+        ("trained", f"{trained}{below}"),
         ("seed", str(config.seed)),
         *([("plan", "; ".join(notes))] if notes else []),
     ]
 
 
-def drawing(resolution: int | str | None) -> str:
+def drawing(config: AlignConfig | FuseConfig) -> str:
     """Say behind a model's name how it was asked to draw; nothing where its own settings were left."""
-    return "" if resolution is None else ", {} × {} pixels".format(*parse_resolution(resolution))
+    size, scale, away = config.resolution, config.guidance, config.negative_prompt
+    said = "" if size is None else ", {} × {} pixels".format(*parse_resolution(size))
+    said += "" if scale is None else f", guidance {scale:g}"
+    return said + ("" if away is None else f", away from {away!r}")
 
 
 def _references(config: AlignConfig) -> list[tuple[str, str]]:

@@ -1,4 +1,6 @@
-"""A run's LoRA as a file that other programs load, with a model card and pictures beside it: a folder a format.
+"""What a run learned as files that other programs load, with a model card and pictures beside: a folder a format.
+
+Of `train: full` the files are whole weights (`whole_weights.py`); the rest is about LoRA.
 
 The last whole checkpoint is taken. The weights are saved with their scale (alpha / rank) in the up projections and all
 modules of one rank, so that a reader needs no alpha; diffusers' layout says so in its header, too, and ComfyUI's in its
@@ -10,7 +12,7 @@ Of a fusion, the mixing coefficients of one child are what is exported: `integra
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from pixrl import models
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError, did_you_mean
 from pixrl.fusion.config import KIND, FuseConfig, open_run
 from pixrl.hub import locate
-from pixrl.hub_check import components, read_json
+from pixrl.hub_check import INDEX, components, read_json
 from pixrl.jobs import fuse as fuse_job
 from pixrl.models.loading import OPTIONAL_PARTS
 from pixrl.models.lora_export import (
@@ -41,9 +43,10 @@ from pixrl.models.lora_export import (
 from pixrl.models.lora_files import read_lora
 from pixrl.models.published_names import from_published
 from pixrl.models.slots import DOWN, UP, Lora, Slot, added, digest, slot_lora
+from pixrl.report import whole_weights
 from pixrl.report.model_card import Facts, in_unos_code, pipeline_name, shown_pairs, write_card
 from pixrl.runs import checkpoint
-from pixrl.runs.config import KINDS, AlignConfig, read_config
+from pixrl.runs.config import KINDS, AlignConfig, Train, read_config
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.log import load_coefficients
@@ -136,12 +139,15 @@ _ROUNDING = 1e-5
 
 
 class Format(StrEnum):
-    """The layouts of LoRA files: how their tensors are named."""
+    """The layouts of an export: of a LoRA's file how its tensors are named, of whole weights a folder or a file."""
 
     DIFFUSERS = "diffusers"
+    """Of whole weights: a pipeline's folder."""
     COMFYUI = "comfyui"
     UNO = "uno"
     """The names of UNO's published `dit_lora.safetensors`, for FLUX alone."""
+    WEIGHTS = "weights"
+    """All weights of the denoiser in one file, of `train: full` alone."""
 
 
 def parse_format(name: str) -> Format:
@@ -158,6 +164,8 @@ FILES = {
     Format.COMFYUI: "comfyui_lora.safetensors",
     Format.UNO: "dit_lora.safetensors",
 }
+WHOLE = {Format.DIFFUSERS: INDEX, Format.WEIGHTS: whole_weights.FILE}
+"""The same of `train: full`."""
 
 
 @dataclass(frozen=True)
@@ -168,34 +176,41 @@ class Exported:
     card: Path
     slot: Slot
     step: int
+    what: str = "LoRA"
 
 
 def export(
     run: Path, *, out: Path | None = None, layout: Format = Format.DIFFUSERS, slot: Slot | None = None
 ) -> Exported:
-    """Write a run's LoRA, model card and pictures.
+    """Write a run's LoRA, or all weights where it trained all, with model card and pictures.
 
     Args:
         run: an align or personalize run, finished or not.
         out: the folder; None: `export/FORMAT` in the run's, so that each format has its own card.
-        layout: diffusers', ComfyUI's or UNO's names.
+        layout: diffusers', ComfyUI's or UNO's names; of all weights a pipeline's folder (diffusers) or one file.
         slot: current or ema; None: the averaged weights where the run has them.
 
     Raises:
         RunError: it is no such run, or has no checkpoint yet.
         InputError: `out` holds an export of another format.
-        ConfigError: the run has no averaged weights, or UNO's layout was asked for of another model than FLUX.
+        ConfigError: the run has no averaged weights, or has not what the layout is for.
         CheckpointError: a module has no place in the layout, or the base model's folder is gone.
     """
     folder = _open(run)
+    config = read_config(folder)
+    files = FILES if config.train is Train.LORA else WHOLE
+    if layout not in files:
+        what = "train: full, whose weights are" if files is WHOLE else "a LoRA, which is"
+        raise ConfigError(
+            f"{run} is a run of {what} not exported as {layout.value}. Type: --format {' | '.join(files)}"
+        )
     place = folder.path / "export" / layout.value if out is None else out
-    for other, name in FILES.items():
+    for other, name in files.items():
         if other is not layout and (place / name).exists():
             raise InputError(
                 f"{place} holds an export of format {other}, whose card would be overwritten. Give another --out, or "
                 "leave it out: each format then has a folder of its own in the run's."
             )
-    config = read_config(folder)
     averaged = config.optimizer.ema is not None
     if slot is Slot.EMA and not averaged:
         raise ConfigError("This run keeps no averaged weights (optimizer.ema is null). Type: --slot current")
@@ -210,20 +225,29 @@ def export(
     tensors, _ = checkpoint.load(saved)
     found = locate(config.model)
     base, adapter = found.folder, models.adapter_of(found)
-    family = adapter.lora_layout or adapter.__name__
-    lora = of_one_rank(_lora(folder, config, tensors, chosen, family))
-    named = _named(lora, layout, base, family)
+    run_name = folder.path.name
+    metadata = {"format": "pt", "made_by": "pixrl", "run": run_name, "slot": chosen.value}
     facts = Facts(
-        file=FILES[layout],
+        file=files[layout],
         slot=chosen.value,
         step=checkpoint.step_of(saved),
         layout=layout.value,
         pipeline=pipeline_name(base),
         without=_left_out(config, base),
     )
+    if config.train is Train.FULL:
+        pipeline = whole_weights.trained_pipeline(config, found, tensors, chosen)
+        facts = replace(facts, denoiser=whole_weights.denoiser_name(pipeline))
+        if layout is Format.WEIGHTS:
+            file = whole_weights.write_file(pipeline, place, metadata)
+        else:
+            file = whole_weights.write_folder(pipeline, found, place)
+        return Exported(file, _describe(folder, config, facts, place, ""), chosen, facts.step, "All weights")
+    family = adapter.lora_layout or adapter.__name__
+    lora = of_one_rank(_lora(folder, config, tensors, chosen, family))
+    named = _named(lora, layout, base, family)
     by = _reader(layout)
-    run_name = folder.path.name
-    metadata = {"format": "pt", "made_by": "pixrl", "run": run_name, "slot": chosen.value, "checked_with": by}
+    metadata |= {"checked_with": by}
     if layout is Format.DIFFUSERS:
         metadata |= adapter_metadata(lora, family)
     file = write_lora(place / FILES[layout], named, metadata)
@@ -301,14 +325,15 @@ def _notes(layout: Format, named: Mapping[str, Tensor], reader: str) -> str:
 
 
 def _open(run: Path) -> RunFolder:
-    """Open a run that trains a LoRA; raise RunError for any other."""
+    """Open a run of align or personalize; raise RunError for any other."""
     start = "pixrl align RECIPE --out DIR, or pixrl personalize RECIPE --out DIR"
     if not run.is_dir():
         raise RunError(f"There is no run folder {run}. To make a run that can be exported, type: {start}")
     folder = RunFolder.open(run, allow_changed=True)
     if folder.kind not in KINDS:
         raise RunError(
-            f"{run} is a run of kind {folder.kind!r}, which trains no LoRA: there is nothing to export. Type: {start}"
+            f"{run} is a run of kind {folder.kind!r}, which trains no LoRA and no weights: there is nothing to export. "
+            f"Type: {start}"
         )
     return folder
 

@@ -1,7 +1,7 @@
-"""The model card of an exported LoRA: what it is, how it was made, what it gained and lost, how to use it.
+"""The model card of an exported LoRA, or of whole weights: what it is, what it gained and lost, how to use it.
 
 Names, prompts, reasons and whatever else comes from outside stands in it as mere text (`markdown`) or as code (`code`).
-The code that it shows for loading the LoRA (`usage`) runs as it stands, once FOLDER is filled in.
+The code that it shows for loading it (`usage`) runs as it stands, once FOLDER is filled in.
 """
 
 import json
@@ -29,7 +29,7 @@ from pixrl.report.align import (
     subjects_in_words,
 )
 from pixrl.report.figures import Change, changes_of, failures, warnings
-from pixrl.runs.config import AlignConfig, PersonalizeConfig
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, Train
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.reading import (
     MEASURED,
@@ -47,7 +47,7 @@ SHOWN = 6
 """Pairs of pictures on a card."""
 FOLDER, PICTURES, PROMPT = "FOLDER", "PICTURES", "PROMPT"
 """Words in the shown code that the reader replaces."""
-COMFYUI, UNO = "comfyui", "uno"
+DIFFUSERS, COMFYUI, UNO, WEIGHTS = "diffusers", "comfyui", "uno", "weights"
 UNO_RANK = 512
 """Rank of UNO's published file, which its app sets."""
 PICTURE = "picture.png"
@@ -84,6 +84,8 @@ class Facts:
     """diffusers' class of the base model."""
     without: tuple[str, ...] = ()
     """Parts that the base model is loaded without."""
+    denoiser: str = "transformer"
+    """The denoiser's name in the pipeline."""
 
 
 def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
@@ -114,17 +116,23 @@ def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequ
     sections = [
         _front_matter(config),
         f"# {markdown(folder.path.name)}\n\n{of_whom}"
-        f"A LoRA of rank {config.lora.rank} on {code(config.model)}, trained by {by} with "
+        f"{_what(config)} {code(config.model)}, trained by {by} with "
         f"`pixrl {folder.kind}`: the {what} weights after {facts.step} of {config.steps} steps.",
         _pictures(config, pairs),
         _changes(folder, config, changes, evaluated),
         artefacts(folder, changes),
         _method(folder, config),
-        usage(config, file=facts.file, layout=facts.layout, pipeline=facts.pipeline, without=facts.without),
+        usage(config, facts),
         _licences(folder, config),
         f"## Recipe\n\n{fenced(folder.recipe_text().strip(), 'yaml')}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _what(config: AlignConfig) -> str:
+    if config.train is Train.FULL:
+        return "All weights of the denoiser of"
+    return f"A LoRA of rank {config.lora.rank} on"
 
 
 def _front_matter(config: AlignConfig) -> str:
@@ -135,7 +143,7 @@ def _front_matter(config: AlignConfig) -> str:
     licence = encodable(generator_licence(config.model))
     fields |= {"license": "other", "license_name": licence} if licence != NOT_STATED else {}
     method = ["reinforcement-learning"] if config.loss.learns_from_scores else []
-    fields["tags"] = ["lora", "diffusers", "pixrl", *method]
+    fields["tags"] = [*(["lora"] if config.train is Train.LORA else []), "diffusers", "pixrl", *method]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()}\n---"
 
 
@@ -267,8 +275,13 @@ def _method(folder: RunFolder, config: AlignConfig) -> str:
 
 
 def _licences(folder: RunFolder, config: AlignConfig) -> str:
+    is_lora = config.train is Train.LORA
     rows = [
-        (config.model, "base model; this LoRA derives from it", generator_licence(config.model)),
+        (
+            config.model,
+            f"base model; {'this LoRA derives' if is_lora else 'these weights derive'} from it",
+            generator_licence(config.model),
+        ),
     ]
     if config.lora.base is not None:
         lora = config.lora.base
@@ -276,7 +289,7 @@ def _licences(folder: RunFolder, config: AlignConfig) -> str:
         folders = lora if Path(lora).is_dir() else "/".join(Path(lora).parts[-3:-1])
         known = Path(lora).is_dir() or len(Path(lora).parts) > 2
         licence = generator_licence(folders) if known else NOT_STATED
-        rows.append((lora, "LoRA that is part of this one", licence))
+        rows.append((lora, f"LoRA that is part of {'this one' if is_lora else 'them'}", licence))
     for name, provenance in read_rewards(folder).items():
         for key, licence in provenance.items():
             # each part of a reward has its own: `model` with `licence`, `segmenter` with `segmenter_licence`
@@ -298,17 +311,9 @@ def pipeline_name(model: Path) -> str:
     return str(read_json(model / INDEX).get("_class_name"))
 
 
-def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without: Sequence[str] = ()) -> str:
-    """Return the section that says how to load the LoRA, as markdown.
-
-    Args:
-        config: the run's recipe.
-        file: the LoRA's name.
-        layout: diffusers, comfyui or uno.
-        pipeline: diffusers' class of the base model.
-        without: parts that the base model is loaded without.
-    """
-    parts = ["## Use"]
+def usage(config: AlignConfig, facts: Facts) -> str:
+    """Return the section that says how to load what was exported, as markdown."""
+    parts, file, layout = ["## Use"], facts.file, facts.layout
     if layout == COMFYUI:
         parts.append(
             f"Put `{file}` into `ComfyUI/models/loras` and load it with the node *Load LoRA* (model alone)."
@@ -325,18 +330,31 @@ def usage(config: AlignConfig, *, file: str, layout: str, pipeline: str, without
             f"which were drawn with pixrl's {config.sampling.solver.value}."
         )
         parts += [
-            f"{FOLDER} is where this file lies, {PROMPT} what to draw.{'' if _needs_pixrl(config) else note}",
-            _code(_loaded(config, file, pipeline, without)),
+            f"{FOLDER} is where this file lies, {PROMPT} what to draw."
+            f"{'' if _needs_pixrl(config, layout) else note}",
+            _code(_loaded(config, facts)),
         ]
     if isinstance(config, PersonalizeConfig):
-        parts += _references(config, file, layout, pipeline)
+        parts += _references(config, facts)
     return "\n\n".join(parts)
 
 
-def _needs_pixrl(config: AlignConfig) -> bool:
+def _is_pipeline(config: AlignConfig, layout: str) -> bool:
+    """Return whether the export is a whole pipeline's folder."""
+    return config.train is Train.FULL and layout == DIFFUSERS
+
+
+def _needs_pixrl(config: AlignConfig, layout: str) -> bool:
     """Return whether the base is a model that diffusers alone cannot load."""
     adapter, place = split_adapter(config.model)
+    if _is_pipeline(config, layout):
+        return bool(adapter)
     return bool(adapter) or place.startswith(TOY_PREFIX) or split_single_file(place) is not None
+
+
+def _weights(facts: Facts) -> str:
+    """Return code that gives whole weights to a pipeline's, or a policy's, denoiser."""
+    return f"load_state_dict(load_file({_text(f'{FOLDER}/{facts.file}')}))"
 
 
 def in_unos_code(file: str, rank: int) -> str:
@@ -352,9 +370,10 @@ def in_unos_code(file: str, rank: int) -> str:
     )
 
 
-def _references(config: PersonalizeConfig, file: str, layout: str, pipeline: str) -> list[str]:
+def _references(config: PersonalizeConfig, facts: Facts) -> list[str]:
     """Say how the reference pictures are shown to a model with these weights."""
-    who = "ComfyUI draws" if layout == COMFYUI else f"A plain {pipeline} draws"
+    layout = facts.layout
+    who = "ComfyUI draws" if layout == COMFYUI else f"A plain {facts.pipeline} draws"
     what = f"{who} with these weights, but shows the model no reference pictures, which it was trained to look at."
     if layout == COMFYUI:
         return [
@@ -363,7 +382,7 @@ def _references(config: PersonalizeConfig, file: str, layout: str, pipeline: str
         ]
     return [
         f"{what} pixrl shows them as in training ({PICTURES} is a folder with pictures of the subject):",
-        _code(_shown(config, file)),
+        _code(_shown(config, facts)),
     ]
 
 
@@ -371,31 +390,49 @@ def _code(lines: Iterator[str]) -> str:
     return fenced("\n".join(lines), "python")
 
 
-def _loaded(config: AlignConfig, file: str, pipeline: str, without: Sequence[str]) -> Iterator[str]:
-    """Yield code for diffusers' pipeline with the LoRA, or pixrl's model where diffusers alone cannot load the base."""
-    ref = config.model
-    lora = f"load_lora_weights({_text(FOLDER)}, weight_name={_text(file)})"
-    if _needs_pixrl(config):
+def _loaded(config: AlignConfig, facts: Facts) -> Iterator[str]:
+    """Yield code for diffusers' pipeline with the export, or for pixrl's model where diffusers cannot load the base."""
+    is_pipeline, pipeline = _is_pipeline(config, facts.layout), facts.pipeline
+    ref = FOLDER if is_pipeline else config.model
+    learned = f"load_lora_weights({_text(FOLDER)}, weight_name={_text(facts.file)})"
+    if facts.layout == WEIGHTS:
+        learned = f"{facts.denoiser}.{_weights(facts)}"
+        yield "from safetensors.torch import load_file"
+    if _needs_pixrl(config, facts.layout):
         yield "from pathlib import Path"
         yield ""
         yield "from pixrl import models"
         yield from _DRAWING
         yield ""
         yield f"model = models.load({_text(ref)}{_load_options(config)})"
-        yield f"model.pipeline.{lora}"
+        yield from () if is_pipeline else (f"model.pipeline.{learned}",)
         yield from _drawn(config, "model", f"model.encode([{_text(PROMPT)}])")
         return
     base, _, revision = ref.partition("@") if is_hub_id(ref) else (ref, "", "")
     pinned = f", revision={_text(revision)}" if revision else ""
-    absent = "".join(f", {name}=None" for name in without)
+    absent = "".join(f", {name}=None" for name in facts.without)
     yield f"from diffusers import {pipeline}"
     yield ""
     yield f"pipeline = {pipeline}.from_pretrained({_text(base)}{pinned}{absent})"
-    yield f"pipeline.{lora}"
-    width, height = (None, None) if config.resolution is None else parse_resolution(config.resolution)
-    sampling = {"num_inference_steps": _steps(config), "guidance_scale": config.guidance}
-    yield f"image = pipeline({_text(PROMPT)}{_keywords(sampling | {'height': height, 'width': width})}).images[0]"
+    yield from () if is_pipeline else (f"pipeline.{learned}",)
+    yield f"image = pipeline(prompt={_text(PROMPT)}{_keywords(_call(config, pipeline))}).images[0]"
     yield f"image.save({_text(PICTURE)})"
+
+
+def _call(config: AlignConfig, pipeline: str) -> dict[str, object]:
+    """Return the arguments with which a pipeline of diffusers draws as the run's evaluation does."""
+    width, height = (None, None) if config.resolution is None else parse_resolution(config.resolution)
+    scale, away = "guidance_scale", config.negative_prompt
+    if pipeline.startswith("QwenImage"):  # it is guided only where a negative prompt is given
+        scale, away = "true_cfg_scale", " " if away is None else away
+    found: dict[str, object] = {"num_inference_steps": _steps(config), scale: config.guidance}
+    if pipeline.startswith("Flux2"):  # it takes one as features alone
+        found["negative_prompt_embeds"] = (
+            None if away is None else f"pipeline.encode_prompt({_text(away)})[0]"
+        )
+    else:
+        found["negative_prompt"] = None if away is None else _text(away)
+    return found | {"height": height, "width": width}
 
 
 def _drawn(config: AlignConfig, policy: str, conditioning: str) -> Iterator[str]:
@@ -414,13 +451,12 @@ def _steps(config: AlignConfig) -> int:
 
 def _load_options(config: AlignConfig) -> str:
     """Return the keywords of `models.load` with which the run's evaluation draws."""
-    resolution = config.resolution
-    chosen: dict[str, object] = {"steps": _steps(config), "guidance": config.guidance}
-    chosen["resolution"] = _text(resolution) if isinstance(resolution, str) else resolution
-    return _keywords(chosen | ({} if config.t5 else {"t5": False}))
+    chosen = config.drawing | {"t5": None if config.t5 else False}
+    given = {name: _text(one) if isinstance(one, str) else one for name, one in chosen.items()}
+    return _keywords({"steps": _steps(config)} | given)
 
 
-def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:
+def _shown(config: PersonalizeConfig, facts: Facts) -> Iterator[str]:
     """Yield code that draws one picture of a subject as the run's evaluation draws."""
     references = config.references
     placed = {
@@ -439,14 +475,20 @@ def _shown(config: PersonalizeConfig, file: str) -> Iterator[str]:
         yield f"from pixrl.models.flux import {', '.join(named)}"
     yield "from pixrl.models.base import on_square"
     yield _DRAWING[1]
+    yield from ("from safetensors.torch import load_file",) if facts.layout == WEIGHTS else ()
     yield ""
-    yield f"policy = models.load({_text(config.model)}{_load_options(config)})"
+    is_pipeline, file = _is_pipeline(config, facts.layout), facts.file
+    yield f"policy = models.load({_text(FOLDER if is_pipeline else config.model)}{_load_options(config)})"
     if given:
         yield f"policy.place({given})"
-    yield f"policy.merge_lora(Path({_text(FOLDER)}) / {_text(file)})"
+    if facts.layout == WEIGHTS:
+        yield f"policy.denoiser.{_weights(facts)}"
+    elif not is_pipeline:
+        yield f"policy.merge_lora(Path({_text(FOLDER)}) / {_text(file)})"
     yield f"pictures = to_tensors(read_pictures(Path({_text(PICTURES)})){cut})"
     yield "references = [on_square(picture, policy.reference_side)[None] for picture in pictures]"
-    yield f"conditioning = policy.with_references(policy.encode([{_text(PROMPT)}]), references)"
+    yield f"prompts = [{_text(PROMPT)}]"
+    yield "conditioning = policy.show(policy.encode(prompts), references, prompts)"
     yield from _drawn(config, "policy", "conditioning")
 
 

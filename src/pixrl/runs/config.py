@@ -10,6 +10,7 @@ A personalize recipe is an align recipe whose prompts come with subjects. `fusio
 """
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,13 +25,15 @@ from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import MOST_STEPS as MOST_SAMPLING
 from pixrl.algorithms.sampling import RolloutSettings, StepNoise
 from pixrl.algorithms.trainer import OptimizerSettings
-from pixrl.config import MOST, Count, Resolution, Seed, Settings, Side, refuse_infinite
+from pixrl.config import MOST, MOST_GUIDANCE, Count, Resolution, Seed, Settings, Side, refuse_infinite
 from pixrl.data.prompts import Split
+from pixrl.device import DType
 from pixrl.errors import ConfigError, RunError
 from pixrl.hub import split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
 from pixrl.models.flux import Preset, Shift
 from pixrl.models.memory_plan import Base, MemoryPlan, Offload, Shard
+from pixrl.models.slots import Slot
 from pixrl.plugins import PartOf, checksums
 from pixrl.rewards import REGISTRY as REWARDS
 from pixrl.rewards.settings import RewardSetting, Stage, check_rewards, weights_by_stage
@@ -38,7 +41,7 @@ from pixrl.runs.folder import RunFolder
 from pixrl.runs.guard import Action, MonitorSettings
 from pixrl.runs.trackers import Trackers
 
-MOST_RANK, MOST_GUIDANCE = 4096, 1000
+MOST_RANK = 4096
 LONGEST_WAIT = 86400.0
 """Seconds."""
 
@@ -65,8 +68,17 @@ class ScoringSettings(Settings):
     evaluation's) pictures."""
 
 
+class Train(StrEnum):
+    """The weights of the denoiser that are trained."""
+
+    LORA = "lora"
+    """A LoRA on the frozen weights."""
+    FULL = "full"
+    """All of them, in float32, with a whole copy for each other policy that the method keeps."""
+
+
 class LoraSettings(Settings):
-    """The trainable parameters, and what they are trained on top of."""
+    """The trainable parameters of `train: lora`, and what is trained on top of."""
 
     base: str | None = None
     """A LoRA that is merged into the model first and makes the base with it: a file, or a folder as peft saves it."""
@@ -109,7 +121,7 @@ class MachineSettings(MemoryPlan):
     drop_text_encoders: bool = False
     """Encode every prompt at the start, then free the text encoders; the embeddings wait on the CPU."""
     shard: Shard = Shard.AUTO
-    """Divide the frozen denoiser among a run's processes by FSDP2: auto (where it does not fit whole), none or full."""
+    """Divide the denoiser among a run's processes by FSDP2: auto (where it does not fit whole), none or full."""
     compile: str | None = None
     """Compile the transformer's blocks by this backend of torch.compile, such as inductor; none: not compiled."""
 
@@ -137,6 +149,8 @@ class AlignConfig(Settings):
     """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
     guidance: float | None = Field(None, ge=0, le=MOST_GUIDANCE)
     """Classifier-free guidance of sampling and training; none: the checkpoint's own. Up to 1: none."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, in sampling and training; none: what the model's pipeline does without one."""
     resolution: Resolution | None = None
     """Size of the pictures in pixels: 512 for squares, 832x1216 for width x height; none: the checkpoint's own."""
     t5: bool = True
@@ -154,6 +168,8 @@ class AlignConfig(Settings):
     advantage: Annotated[EstimatorSettings, PartOf(ADVANTAGES, usual="group")] = AdvantageSettings()
     loss: Annotated[LossSettings, PartOf(LOSSES)] = NFTSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    train: Train = Train.LORA
+    """lora; full: all weights of the denoiser, in float32, for which `pixrl doctor` says the memory."""
     lora: LoraSettings = LoraSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     machine: MachineSettings = MachineSettings()
@@ -232,6 +248,39 @@ class AlignConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _weights_can_be_trained(self) -> "AlignConfig":
+        """Refuse settings that mean nothing where all weights are trained, or forbid it."""
+        if self.train is not Train.FULL:
+            return self
+        machine, usual = self.machine, dict(LoraSettings())
+        idle = [name for name, value in dict(self.lora).items() if name != "base" and value != usual[name]]
+        if idle:
+            raise ValueError(
+                f"train: full trains every weight, so lora.{' and lora.'.join(idle)} would have no effect: leave "
+                f"{'it' if len(idle) == 1 else 'them'} out, by --set 'lora={{}}' for instance, or take train: lora"
+            )
+        if machine.base is not Base.DTYPE:
+            raise ValueError(
+                f"train: full: weights of machine.base={machine.base} are rounded to a few values and cannot be "
+                "trained; take base: dtype, or train: lora"
+            )
+        if machine.offload is Offload.SEQUENTIAL:
+            raise ValueError(
+                "train: full: machine.offload=sequential streams frozen weights, and here all change; take "
+                "machine.offload=parts or machine.shard=full, or train: lora"
+            )
+        if machine.dtype == DType.FLOAT16:
+            raise ValueError(
+                "train: full: the gradients of whole weights underflow in float16; take machine.dtype=bfloat16"
+            )
+        if machine.divides and self.optimizer.eight_bit:
+            raise ValueError(
+                "optimizer.eight_bit: its moments cannot be divided among processes as machine.shard=full divides "
+                "trained weights; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _guard_can_act(self) -> "AlignConfig":
         """Refuse an action of the guard that would have no effect, or nothing to go back to."""
         action, every, output = self.monitor.action, self.evaluation.every, self.output
@@ -259,6 +308,13 @@ class AlignConfig(Settings):
         return self.exploration.noises * self.exploration.per_noise
 
     @property
+    def copies(self) -> tuple[Slot, ...]:
+        """The slots besides the trained one of which `train: full` keeps whole copies: those that the method reads."""
+        old = LOSSES.find(self.loss.kind).has_old_policy()
+        wanted = {Slot.REFERENCE: True, Slot.OLD: old, Slot.EMA: self.optimizer.ema is not None}
+        return tuple(slot for slot, is_wanted in wanted.items() if is_wanted)
+
+    @property
     def code(self) -> dict[str, str]:
         """Checksums of the user's files that hold parts of the method, for a resume to compare."""
         functions = [reward.options.get("function") for reward in self.rewards]
@@ -272,6 +328,11 @@ class AlignConfig(Settings):
                 *((REWARDS, function) for function in functions if isinstance(function, str)),
             ]
         )
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """The options of `models.load` that say how the model draws, but for its steps."""
+        return self.model_dump(include={"guidance", "negative_prompt", "resolution", "t5"})
 
     def prompts_of(self, split: Split) -> tuple[str, str | None]:
         """Return the source and the column of the prompts of training, or of the evaluation."""

@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from pixrl import models
 from pixrl import rewards as rewards_table
 from pixrl.algorithms import make_advantage, make_exploration, make_loss
-from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
+from pixrl.algorithms.exploration import Group, NoiseOnly, prepare, shown_pictures
 from pixrl.algorithms.trainer import Aligner, Method, MicroBatches
 from pixrl.algorithms.world import Team, limit_threads
 from pixrl.data.preferences import load_pairs
@@ -20,12 +22,13 @@ from pixrl.metrics.diversity import Features, pixel_features
 from pixrl.models.flux import FluxPolicy
 from pixrl.models.memory_plan import Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.models.slots import LoraSlots, Slot
+from pixrl.models.references import TokenReferences
+from pixrl.models.slots import Slot, Slots
 from pixrl.models.text import check_words
 from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.config import AlignConfig, PersonalizeConfig, ReferenceSettings
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, ReferenceSettings, Train
 from pixrl.runs.data import PromptSampler, share, what_is_asked
 from pixrl.runs.evaluation import Evaluator, spread_evenly
 from pixrl.runs.planner import plan, require_equal_shares, require_room
@@ -38,7 +41,7 @@ class LoadedRun:
     config: AlignConfig
     team: Team
     policy: FlowPipelinePolicy
-    slots: LoraSlots
+    slots: Slots
     prompts: PromptSampler
     held_out: PromptSet
     rewards: RewardSet
@@ -104,11 +107,13 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None, *, sharded: 
     for one in (prompts, held_out):
         check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
     if config.machine.drop_text_encoders:
-        policy.drop_text([prompt.text for one in (prompts, held_out) for prompt in one])
-    lora = config.lora
-    slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
-    if sharded:
-        policy.shard(team.mesh())
+        known = [prompt for one in (prompts, held_out) for prompt in one]
+        shown = [shown_pictures(prompt.metadata) for prompt in known]
+        if isinstance(policy, TokenReferences):
+            shown = [tuple(policy.laid_out(own)) for own in shown]
+        policy.drop_text([prompt.text for prompt in known], shown)
+    mesh = team.mesh(trained=config.train is Train.FULL) if sharded else None
+    slots = attach_slots(policy, config, mesh)
     if config.machine.compile is not None:
         policy.compile(config.machine.compile)
     rewards = load_rewards(config, team.device) if rewards is None else rewards
@@ -155,11 +160,9 @@ def load_policy(config: AlignConfig, team: Team, *, sharded: bool = False) -> Fl
         device=team.device,
         dtype=config.machine.dtype,
         steps=config.sampling.steps,
-        guidance=config.guidance,
-        resolution=config.resolution,
-        t5=config.t5,
         plan=machine,
         lora=config.lora.base,
+        **config.drawing,
     )
     policy = require_trainable(policy, config.model)
     if isinstance(config, PersonalizeConfig):
@@ -167,6 +170,54 @@ def load_policy(config: AlignConfig, team: Team, *, sharded: bool = False) -> Fl
     if config.machine.gradient_checkpointing:
         policy.checkpoint_gradients()
     return policy
+
+
+def attach_slots(
+    policy: FlowPipelinePolicy,
+    config: AlignConfig,
+    mesh: DeviceMesh | None = None,
+    *,
+    copies: Sequence[Slot] | None = None,
+) -> Slots:
+    """Attach what a recipe trains to its model.
+
+    Args:
+        policy: without slots.
+        config: the recipe.
+        mesh: the processes that divide the weights; None: each has all of them.
+        copies: slots to keep copies for where all weights are trained; None: those that the method reads.
+    """
+    if config.train is Train.FULL:
+        return policy.attach_full(config.copies if copies is None else copies, mesh)
+    lora = config.lora
+    slots = policy.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    if mesh is not None:
+        policy.shard(mesh)
+    return slots
+
+
+SLOTS = "slots/"
+"""What the names of the slots' tensors begin with in a checkpoint."""
+
+
+def load_slot(
+    policy: FlowPipelinePolicy, config: AlignConfig, tensors: Mapping[str, Tensor], slot: Slot
+) -> Slot:
+    """Give a policy what a run has in one slot, from a checkpoint's tensors, and return the slot to draw with.
+
+    Raises:
+        CheckpointError: the tensors do not fit.
+    """
+    if config.train is Train.LORA:
+        own = {name.removeprefix(SLOTS): x for name, x in tensors.items() if name.startswith(SLOTS)}
+        attach_slots(policy, config).load_state(own)
+        return slot
+    prefix = f"{SLOTS}{slot.value}/"
+    names = (name for name in tensors if name.startswith(prefix))
+    drawn = Slot.CURRENT  # no copies: one slot is enough to draw with
+    own = {f"{drawn.value}/{name.removeprefix(prefix)}": tensors[name] for name in names}
+    attach_slots(policy, config, copies=()).load_state(own)
+    return drawn
 
 
 def require_trainable(renderer: object, name: str) -> FlowPipelinePolicy:
@@ -180,18 +231,30 @@ def not_trainable(adapter: type, name: str) -> ConfigError:
     """Make the error of a model whose adapter only draws."""
     return ConfigError(
         f"{name} is a {adapter.__name__}: it draws pictures but has no velocity and no LoRA slots to train. "
-        "Give a flow model: --set model=toy:sd3, or an SD3, SDXL, FLUX, Z-Image or Qwen-Image checkpoint."
+        "Give a flow model: --set model=toy:sd3, or an SD3, SDXL, FLUX, FLUX.2, Z-Image or Qwen-Image checkpoint."
     )
 
 
-def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> FluxPolicy:
-    """Set up the model for reference pictures. Raises ConfigError where it takes none."""
-    if not isinstance(policy, FluxPolicy):
+def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> TokenReferences:
+    """Set up the model for reference pictures.
+
+    Raises:
+        ConfigError: it takes none, or a setting has no effect on it.
+    """
+    if isinstance(policy, FluxPolicy):
+        policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
+        return policy
+    if not isinstance(policy, TokenReferences):
         raise ConfigError(
-            f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a FLUX model: "
-            "--set model=toy:flux, or a FLUX checkpoint."
+            f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a model that does: "
+            "--set model=toy:flux, or a checkpoint of FLUX or of Qwen-Image-Edit."
         )
-    policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
+    for name in ("preset", "shift"):
+        if getattr(settings, name) is not None:
+            raise ConfigError(
+                f"references.{name} has no effect on {policy.name}: it is FLUX's. Leave it out."
+            )
+    policy.place(side=settings.side)
     return policy
 
 

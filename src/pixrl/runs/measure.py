@@ -25,7 +25,7 @@ from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
 from pixrl.runs.config import AlignConfig, read_config
 from pixrl.runs.folder import RunFolder
-from pixrl.runs.loaded import LoadedRun, load_run
+from pixrl.runs.loaded import SLOTS, LoadedRun, load_run
 from pixrl.runs.record import find_place, read_start, require_same_model
 from pixrl.types import RewardBatch, Scores
 
@@ -33,7 +33,6 @@ EPOCH = -6
 """Epoch of these pictures' seeds. Training uses 0 and up; the loop's own evaluation -5."""
 TAG = "tag"
 """What a GenEval entry calls its task."""
-_SLOTS = "slots/"
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ def open_run(path: Path, rewards: Sequence[RewardSetting] = ()) -> LoadedRun:
     require_same_model(folder, read_start(folder), shop.policy)
     _, _, saved = find_place(folder)
     if saved is not None:
-        slots = {name.removeprefix(_SLOTS): x for name, x in saved[0].items() if name.startswith(_SLOTS)}
+        slots = {name.removeprefix(SLOTS): x for name, x in saved[0].items() if name.startswith(SLOTS)}
         shop.slots.load_state(slots)
     return shop
 

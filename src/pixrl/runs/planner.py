@@ -18,11 +18,11 @@ from pixrl.algorithms.trainer import MicroBatches
 from pixrl.device import free_bytes
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning
-from pixrl.models.flux import FluxPolicy
 from pixrl.models.memory_plan import Offload
 from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.references import TokenReferences
 from pixrl.models.sharding import transformer_blocks
-from pixrl.runs.config import AlignConfig
+from pixrl.runs.config import AlignConfig, Train
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,8 @@ def fewer_references(fit: int, count: int) -> str:
 
 def smaller_references(policy: FlowPipelinePolicy) -> Iterator[str]:
     """Return the setting that halves the side of references, where there is a smaller one."""
-    assert isinstance(policy, FluxPolicy)
-    unit = 2 * int(policy.pipeline.vae_scale_factor)
+    assert isinstance(policy, TokenReferences)
+    unit = policy.reference_unit
     half = policy.reference_side // 2 // unit * unit
     if half:
         yield f"references.side={half}"
@@ -243,8 +243,9 @@ def smaller_runs(config: AlignConfig) -> list[str]:
     ways = {
         "machine.gradient_checkpointing=true": not machine.gradient_checkpointing,
         "machine.offload=parts": machine.offload is Offload.NONE,
-        "machine.offload=sequential": machine.offload is Offload.PARTS,
+        "machine.offload=sequential": machine.offload is Offload.PARTS and config.train is Train.LORA,
         "optimizer.eight_bit=true": not config.optimizer.eight_bit,
+        "train=lora": config.train is Train.FULL,
         "a smaller resolution": True,
     }
     return [way for way, is_open in ways.items() if is_open]

@@ -1,0 +1,70 @@
+"""The memory that training takes beside the loaded weights: slots, gradients, the optimizer's state."""
+
+import torch
+from torch import nn
+
+from pixrl.algorithms.optim import moment_bytes
+from pixrl.algorithms.world import BUCKET
+from pixrl.device import Precision
+from pixrl.doctor.diagnosis import Trained
+from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.sharding import gathered_bytes
+from pixrl.models.slots import slot_sizes
+from pixrl.runs.config import AlignConfig, Train
+
+FLOAT = 4
+"""Bytes of a number of the trained weights, their gradients and their optimizer."""
+LORA_SLOTS = 3
+"""LoRA slots of a run."""
+
+
+def trained_of(policy: FlowPipelinePolicy, config: AlignConfig, precision: Precision) -> Trained:
+    """Return what a recipe trains of a policy that has no slots yet.
+
+    Raises:
+        InputError: a target is no layer that LoRA can change.
+    """
+    eight_bit = config.optimizer.eight_bit
+    if config.train is Train.LORA:
+        targets = policy.lora_targets if config.lora.targets is None else config.lora.targets
+        sizes = slot_sizes(policy.denoiser, targets, config.lora.rank)
+        count = sum(sizes)
+        slots = LORA_SLOTS * FLOAT * count
+        moments = moment_bytes(sizes, eight_bit=eight_bit)
+        return Trained(count, slots, slots, FLOAT * count, moments, f"LoRA, {LORA_SLOTS} slots")
+    sizes = [parameter.numel() for parameter in policy.denoiser.parameters()]
+    count, copies = sum(sizes), 1 + len(config.copies)
+    return Trained(
+        parameters=count,
+        slots=copies * FLOAT * count,
+        saved=(copies - 1) * FLOAT * count,  # the reference is the model itself
+        gradients=FLOAT * count,
+        optimizer=moment_bytes(sizes, eight_bit=eight_bit),
+        what=f"all weights, x {copies}",
+        replaced=precision.weights.itemsize * count,
+        casts=_casts(policy.denoiser, precision),
+    )
+
+
+def _casts(denoiser: nn.Module, precision: Precision) -> int:
+    """Return the bytes of the copies in the computing dtype that autocast keeps of float32 weights in training."""
+    if precision.autocast is None:
+        return 0
+    layers = (one for one in denoiser.modules() if isinstance(one, nn.Linear | nn.Conv2d))
+    return precision.autocast.itemsize * sum(x.numel() for layer in layers for x in layer.parameters())
+
+
+def bytes_on_process(trained: Trained, denoiser: nn.Module, processes: int, precision: Precision) -> int:
+    """Return the bytes that training adds on a process to the loaded weights.
+
+    Args:
+        trained: of `trained_of`.
+        denoiser: what is trained, or LoRA's backbone.
+        processes: how many divide trained weights; 1: they are whole, as LoRA always is.
+        precision: of the run.
+    """
+    own = trained.slots + trained.gradients + trained.optimizer - trained.replaced
+    if processes == 1:
+        return own + min(trained.gradients, FLOAT * BUCKET)
+    parts = -(-(own + trained.replaced) // processes)
+    return parts + gathered_bytes(denoiser, precision.autocast or torch.float32) - trained.replaced

@@ -1,0 +1,109 @@
+"""FLUX.2 [klein] as a trainable flow policy, on diffusers' Flux2KleinPipeline.
+
+Latents run from noise (t = 1) to data (t = 0); the transformer is fed t and predicts noise - data. Latents here are
+[B, C, h, w] as in FLUX.1, and packed two by two into tokens by the same rule; what the VAE's batch norm makes of such
+patches is undone in `decode`. A position has four axes: picture, row, column, and place in the text.
+
+A prompt is read by Qwen3 as one turn of a chat, without thoughts. Its features are three hidden states side by side,
+and padding is read as text is, without a mask.
+
+Above a scale of 1 `guidance` is the usual u + scale * (c - u) with the empty prompt for u. Checkpoints that are
+distilled to four steps say so in model_index.json, and the pipeline ignores a scale that it is given for them.
+
+The schedule is shifted by the number of a picture's tokens and of steps, by constants in the pipeline's code rather
+than in the scheduler's config.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pixrl.errors import InputError
+from pixrl.hub_check import INDEX, read_json
+from pixrl.models.base import Conditioning, SamplingSettings
+from pixrl.models.flux import pack_latents, unpack_latents
+from pixrl.models.language import LanguagePolicy, chat_frame
+from pixrl.models.pipeline import even_levels
+from pixrl.models.slots import KNOWN_TARGETS
+from pixrl.models.text import PerturbableText
+
+PATCH = 2
+"""Rows and columns of latents in a token."""
+DISTILLED = SamplingSettings(steps=4, guidance=0.0, resolution=1024)
+
+
+class Flux2KleinPolicy(LanguagePolicy, PerturbableText):
+    """FLUX.2 [klein], 4B or 9B, base or distilled, as a trainable policy."""
+
+    pipelines = ("Flux2KleinPipeline",)
+    pipeline_class = "Flux2KleinPipeline"
+    lora_layout = "flux2-klein"
+    licences: ClassVar[Mapping[str, str]] = {
+        "black-forest-labs/FLUX.2-klein-4B": "Apache-2.0",
+        "black-forest-labs/FLUX.2-klein-base-4B": "Apache-2.0",
+        "black-forest-labs/FLUX.2-klein-9B": "FLUX Non-Commercial License",
+        "black-forest-labs/FLUX.2-klein-base-9B": "FLUX Non-Commercial License",
+    }
+    defaults = SamplingSettings(steps=50, guidance=4.0, resolution=1024)
+    lora_targets = (*KNOWN_TARGETS, "attn.to_qkv_mlp_proj")
+    layers = (9, 18, 27)
+    takes_padding = True
+
+    def _defaults(self, folder: Path) -> SamplingSettings:
+        return DISTILLED if _is_distilled(folder) else self.defaults
+
+    def _check_options(self, guidance: float | None, t5: bool) -> None:
+        super()._check_options(guidance, t5)
+        if guidance is not None and _is_distilled(self.checkpoint.folder):
+            raise InputError(
+                f"guidance {guidance:g} has no effect: {self.name} is distilled to few steps, and draws without. "
+                "Leave it out."
+            )
+
+    def _latent_geometry(self) -> tuple[int, int]:
+        return int(self.pipeline.transformer.config.in_channels) // PATCH**2, PATCH
+
+    def frame(self, tokenizer: Any) -> tuple[str, str]:
+        return chat_frame(tokenizer, thinks=False)
+
+    def _timesteps(self, steps: int) -> dict[str, Any]:
+        return even_levels(steps)
+
+    def _shift_mu(self, steps: int) -> float:
+        """Return a shift that is linear in the tokens, and up to 4300 of them in the steps too.
+
+        Source: black-forest-labs/flux2, by way of diffusers' `compute_empirical_mu`.
+        """
+        tokens = self._shift_tokens()
+        at_200 = 0.00016927 * tokens + 0.45666666
+        if tokens > 4300:
+            return at_200
+        at_10 = 8.73809524e-05 * tokens + 1.89833333
+        return at_200 + (at_10 - at_200) / 190 * (200 - steps)
+
+    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._guided(self._predict, x_t, t_B, conditioning)
+
+    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        rows, columns = x_t.shape[2] // PATCH, x_t.shape[3] // PATCH
+        found: Tensor = self.denoiser(
+            hidden_states=pack_latents(x_t),
+            timestep=t_B,
+            encoder_hidden_states=conditioning.tokens_BLD,
+            txt_ids=_positions(1, 1, 1, conditioning.tokens_BLD.shape[1]).to(self.device),
+            img_ids=_positions(1, rows, columns, 1).to(self.device),
+            return_dict=False,
+        )[0]
+        return unpack_latents(found.float(), (rows, columns))
+
+
+def _positions(*sizes: int) -> Tensor:
+    """Return the position [n, 4] of every place in a grid of these sizes: picture, row, column, place in the text."""
+    return torch.cartesian_prod(*(torch.arange(size) for size in sizes))
+
+
+def _is_distilled(folder: Path) -> bool:
+    return bool(read_json(folder / INDEX).get("is_distilled", False))
