@@ -23,8 +23,8 @@ from studies.style import PALETTE
 BASE = "base"
 """The variant that is there without being named: the model before training."""
 _SHARED = (
-    "model", "resolution", "guidance", "prompts.source", "prompts.column", "evaluation.source", "evaluation.column",
-    "rewards", "stages",
+    "model", "resolution", "guidance", "negative_prompt", "prompts.source", "prompts.column", "evaluation.source",
+    "evaluation.column", "rewards", "stages",
 )  # fmt: skip
 """What must be the same in all variants, for their figures to mean the same."""
 _SHARED_SUBJECTS = ("references",)

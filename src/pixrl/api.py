@@ -327,6 +327,8 @@ def draw(
     seed: int = 0,
     out: Path | str | None = None,
     *,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
     model: str | None = None,
     subject: str | None = None,
     child: int | None = None,
@@ -341,6 +343,7 @@ def draw(
         size: in pixels: the side of a square, or width x height as "832x1216"; None: the run's, or the model's.
         seed: of the noises; picture i is the same for any n.
         out: a new folder for PNGs and manifest.jsonl; None: one under drawn/.
+        guidance, negative_prompt: the scale, and what it leads away from; None: the run's, or the model's.
         model: the one that a LoRA belongs to.
         subject: of a personalization of several subjects: whose references the model is shown.
         child: of a fusion: the number of the child, whose own noise comes first.
@@ -351,7 +354,9 @@ def draw(
         RunError, CheckpointError: what was learned is not there, is damaged, or belongs to another model.
     """
     name = fuse_job.slug("-".join([Path(what).name, *([] if child is None else [str(child)]), str(seed)]))
-    request = draw_job.DrawRequest(prompt, n, size, seed, subject, child, model, device)
+    request = draw_job.DrawRequest(
+        prompt, n, size, seed, guidance, negative_prompt, subject, child, model, device
+    )
     with quiet_loading():
         return Pictures(draw_job.draw(what, request, free_place(DRAWN, name) if out is None else Path(out)))
 

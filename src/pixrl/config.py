@@ -30,6 +30,8 @@ KINDS = {"int": "number", "float": "number", "timestamp": "date", "bool": "truth
 """Words for YAML's tags in messages."""
 MOST = 10**6
 """Upper limit of everything that a recipe counts."""
+MOST_GUIDANCE = 1000
+"""Upper limit of a guidance scale."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """Seed of everything random, in the range that every generator and every file format here can hold."""
 Count = Annotated[int, Field(ge=1, le=MOST)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from pixrl.config import Settings
 from pixrl.equations import variant_weight
 from pixrl.errors import CheckpointError, InputError, ShapeError
-from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy, on_square
+from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy
 from pixrl.models.text import TextEncoder, TextFeatures
 
 GroupSize = Annotated[int, Field(ge=1, le=4096)]
@@ -220,16 +220,18 @@ def shown_to(policy: FlowPolicy, variants: Variants, groups: Sequence[Group]) ->
         return variants
     if not isinstance(policy, ReferencePolicy):
         raise InputError(
-            f"{policy.name} ({type(policy).__name__}) takes no reference pictures. Give a FLUX model, such as toy:flux."
+            f"{policy.name} ({type(policy).__name__}) takes no reference pictures. Give a model that does, such as "
+            "toy:flux."
         )
     if len(counts) > 1:
         raise InputError(
             f"Prompts of one step have {counts[0]} and {counts[-1]} reference pictures; give all the same number: "
             f"--set references.count={max(1, counts[0])}"
         )
-    side = policy.reference_side
-    by_place = [torch.stack([on_square(one, side) for one in same]) for same in zip(*pictures, strict=True)]
-    return replace(variants, anchor=policy.with_references(variants.anchor, by_place))
+    laid_out = [policy.laid_out(own) for own in pictures]
+    by_place = [torch.stack(same) for same in zip(*laid_out, strict=True)]
+    prompts = [group.prompt for group in groups]
+    return replace(variants, anchor=policy.show(variants.anchor, by_place, prompts))
 
 
 def shown_pictures(metadata: Mapping[str, object]) -> tuple[Tensor, ...]:

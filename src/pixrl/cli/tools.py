@@ -152,6 +152,10 @@ def draw(
         option("Their pixels: 1024, or width x height: 832x1216.", HOW, "the run's, or the model's"),
     ] = None,
     seed: Annotated[int, option("Of the noises.", HOW, "0")] = 0,
+    guidance: Annotated[float | None, option("Guidance scale.", HOW, "the run's, or the model's")] = None,
+    negative_prompt: Annotated[
+        str | None, option("What guidance leads away from.", HOW, "the run's, or the model's own")
+    ] = None,
     child: Annotated[
         int | None, option("Of a fusion: the child to draw again, its own noise first, then others.", HOW)
     ] = None,
@@ -166,7 +170,18 @@ def draw(
     from pixrl import api
 
     drawn = api.draw(
-        what, prompt, n, size, seed, out, model=model, subject=subject, child=child, device=device
+        what,
+        prompt,
+        n,
+        size,
+        seed,
+        out,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        model=model,
+        subject=subject,
+        child=child,
+        device=device,
     )
     typer.echo(f"{len(drawn)} pictures: {drawn.files[0].parent}")
 

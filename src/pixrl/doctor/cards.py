@@ -332,7 +332,7 @@ def weigh(config: AlignConfig, checkpoint: Checkpoint, precision: Precision) -> 
     try:
         made = empty_renderer(
             config.model, checkpoint, precision, GPU, plan, findings, weights=False,
-            steps=config.sampling.steps, guidance=config.guidance, resolution=config.resolution, t5=config.t5,
+            steps=config.sampling.steps, **config.drawing,
         )  # fmt: skip
         policy = require_trainable(made, config.model)
         headers = imagined_headers(checkpoint, policy.pipeline, t5=config.t5)

@@ -115,6 +115,7 @@ def examine_training(
     if checkpoint is not None:
         parts = find_parts(checkpoint, precision, findings, t5=config.t5, base=config.machine.base)
         texts = [prompt.text for prompt in prompts + shown]
+        texts += [] if config.negative_prompt is None else [config.negative_prompt]
         estimate = _estimate(
             config, checkpoint, parts, precision, device, prompts, texts, lora, findings, about_to_run
         )
@@ -172,12 +173,7 @@ def _estimate(
     findings: Findings,
     about_to_run: bool,
 ) -> Estimate | None:
-    options = {
-        "steps": config.sampling.steps,
-        "guidance": config.guidance,
-        "resolution": config.resolution,
-        "t5": config.t5,
-    }
+    options = {"steps": config.sampling.steps, **config.drawing}
     is_weighed = not about_to_run
     if about_to_run and not findings.problems:  # where its memory is in doubt
         is_planned = config.machine.rollout_batch is None and config.machine.train_batch is None
@@ -316,13 +312,7 @@ def examine_fusion(
     if checkpoint is not None and adapter is not None and can_be_estimated(adapter, config.model, findings):
         with report_misfits(checkpoint, findings):
             made = empty_renderer(
-                config.model,
-                checkpoint,
-                precision,
-                device,
-                config.memory,
-                findings,
-                resolution=config.resolution,
+                config.model, checkpoint, precision, device, config.memory, findings, **config.drawing
             )
             assert isinstance(made, FlowPipelinePolicy)
             texts = [made.card.exemplar_prompt.format(concept=one) for one in concepts or config.concepts]

@@ -11,7 +11,7 @@ from pixrl import plugins
 from pixrl.algorithms import MIXINGS, SAMPLERS
 from pixrl.algorithms.fusion.base import Sampler
 from pixrl.algorithms.fusion.mixing import ColumnsSettings, MixingSettings, Pooled
-from pixrl.config import MOST, Count, Resolution, Seed, Settings, refuse_infinite
+from pixrl.config import MOST, MOST_GUIDANCE, Count, Resolution, Seed, Settings, refuse_infinite
 from pixrl.data.pairs import check_concepts
 from pixrl.errors import ConfigError, RunError, did_you_mean
 from pixrl.fusion.noise import Noise, NoisePlan
@@ -46,6 +46,10 @@ class FuseConfig(Settings):
     """Two or more different concepts."""
     model: str = "toy:sd3"
     """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
+    guidance: float | None = Field(None, ge=0, le=MOST_GUIDANCE)
+    """Classifier-free guidance; none: the checkpoint's own."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; none: what the model's pipeline does without one."""
     resolution: Resolution | None = None
     """Size of the pictures in pixels: 512 for squares, 832x1216 for width x height; none: the checkpoint's own."""
     sampler: SamplerName = "rmler"
@@ -140,9 +144,15 @@ class FuseConfig(Settings):
         return self.model_copy(update={**found, "sampler": plugins.full_path(self.sampler), "mixing": mixing})
 
     @property
-    def world(self) -> tuple[str, str | None, str | None, str, str, MemoryPlan, int | str | None]:
-        """The arguments of `fusion.world.load_world`."""
-        return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory, self.resolution
+    def drawing(self) -> dict[str, Any]:
+        """The options of `models.load` that say how the model draws."""
+        return self.model_dump(include={"guidance", "negative_prompt", "resolution"})
+
+    @property
+    def world(self) -> tuple[Any, ...]:
+        """The arguments of `fusion.world.load_world`, in its order."""
+        drawn = (self.guidance, self.negative_prompt, self.resolution)
+        return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory, *drawn
 
     @property
     def pool_images(self) -> int:

@@ -127,6 +127,8 @@ def load_world(
     device: str = "auto",
     dtype: str = "auto",
     memory: MemoryPlan | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
     resolution: int | str | None = None,
 ) -> FusionWorld:
     """Load the world of a checkpoint; a second call in one process returns the same one."""
@@ -138,7 +140,8 @@ def load_world(
     card = read_card(model, Layout.PIPELINE)
     clip, segmenter = judges_of(card, clip, segmenter)
     scorer = FusionScorer(ClipSimilarity(clip, device=device), Foreground(segmenter, device=device))
-    renderer = load(model, device=device, dtype=dtype, plan=memory, resolution=resolution)
+    drawing: dict[str, Any] = {"guidance": guidance, "negative_prompt": negative_prompt}
+    renderer = load(model, device=device, dtype=dtype, plan=memory, resolution=resolution, **drawing)
     return FusionWorld(renderer, scorer, card, clip=clip, segmenter=segmenter)
 
 

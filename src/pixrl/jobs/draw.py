@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from pixrl import models
 from pixrl.algorithms.exploration import Group, NoiseOnly, prepare
 from pixrl.algorithms.world import Team
-from pixrl.config import plain_resolution
+from pixrl.config import MOST_GUIDANCE, plain_resolution
 from pixrl.data.prompts import Split
 from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import Subject, SubjectSet, load_subjects
@@ -56,6 +57,10 @@ class DrawRequest:
     size: int | str | None = None
     """Pixels: the side of a square, or WIDTHxHEIGHT; None: as the run, or else the model, has it."""
     seed: int = 0
+    guidance: float | None = None
+    """The scale; None: as the run, or else the model, has it."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; None: the same."""
     subject: str | None = None
     """Of a personalization: the subject whose references the model is shown; None: its only one."""
     child: int | None = None
@@ -64,6 +69,12 @@ class DrawRequest:
     """The model that a LoRA belongs to."""
     device: str | None = None
     """None: the run's, or "auto"."""
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """The settings of drawing that were given, as recipes name them."""
+        given = {"resolution": self.size, "guidance": self.guidance, "negative_prompt": self.negative_prompt}
+        return {name: value for name, value in given.items() if value is not None}
 
     def seeds(self, group: int = 0) -> tuple[int, ...]:
         """Return one seed a picture."""
@@ -95,6 +106,10 @@ def draw(what: str | Path, request: DrawRequest, out: Path) -> tuple[Path, ...]:
     """
     if request.count < 1:
         raise InputError(f"n must be at least 1, got {request.count}. Type: --n 4")
+    if request.guidance is not None and not 0 <= request.guidance <= MOST_GUIDANCE:
+        raise InputError(f"guidance is a number from 0 to {MOST_GUIDANCE}, got {request.guidance:g}.")
+    if request.negative_prompt is not None:
+        require_text(request.negative_prompt, f"the negative prompt {request.negative_prompt!r}")
     if request.size is not None:
         request = replace(request, size=plain_resolution(request.size))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -125,7 +140,7 @@ def _source(what: str | Path, request: DrawRequest) -> Source:
         ref, lora = (str(what), None) if request.base is None else (request.base, str(what))
         if lora is None and not (place / INDEX).is_file() and any(place.glob("*lora*.safetensors")):
             raise InputError(f"{what} holds a LoRA, which draws on its model alone. Add it: --model REF")
-        renderer = models.load(ref, device=request.device or "auto", resolution=request.size, lora=lora)
+        renderer = models.load(ref, device=request.device or "auto", lora=lora, **request.drawing)
         row = renderer.encode([str(request.prompt)])
         about = {"prompt": request.prompt, "model": ref, "fingerprint": renderer.fingerprint()}
         about |= {} if lora is None else {"lora": lora}
@@ -166,7 +181,7 @@ def _of_run(folder: RunFolder, request: DrawRequest) -> Source:
     machine: dict[str, object] = {"gradient_checkpointing": False}
     machine |= {} if request.device is None else {"device": request.device}
     steps = config.evaluation.steps or config.sampling.steps
-    asked: dict[str, object] = {} if request.size is None else {"resolution": request.size}
+    asked = request.drawing
     asked["sampling"] = config.sampling.model_copy(update={"steps": steps})
     asked["machine"] = config.machine.model_copy(update=machine)
     config = config.model_copy(update=asked)
@@ -238,8 +253,8 @@ def _of_child(path: Path, request: DrawRequest) -> Source:
         config.model,
         device=request.device or config.device,
         dtype=config.dtype,
-        resolution=config.resolution if request.size is None else request.size,
         plan=config.memory,
+        **{**config.drawing, **request.drawing},
     )
     if renderer.fingerprint() != read_world(folder).fingerprint:
         raise CheckpointError(f"{config.model} has changed since {path} was drawn. Put the old one back.")
@@ -253,4 +268,10 @@ def _of_child(path: Path, request: DrawRequest) -> Source:
 
 def _how(renderer: Renderer) -> dict[str, object]:
     settings = renderer.settings
-    return {"size": settings.resolution, "steps": settings.steps, "guidance": settings.guidance}
+    negative = {} if settings.negative_prompt is None else {"negative_prompt": settings.negative_prompt}
+    return {
+        "size": settings.resolution,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        **negative,
+    }

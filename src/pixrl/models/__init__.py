@@ -27,6 +27,7 @@ RENDERERS = {
     "flux2-klein": "pixrl.models.flux2:Flux2KleinPolicy",
     "z-image": "pixrl.models.z_image:ZImagePolicy",
     "qwen-image": "pixrl.models.qwen_image:QwenImagePolicy",
+    "qwen-image-edit": "pixrl.models.qwen_edit:QwenImageEditPolicy",
 }
 """The adapter of each kind of generator."""
 REGISTRY = Registry("kind", "pixrl.models", RENDERERS)
@@ -44,6 +45,7 @@ def load(
     dtype: str = "auto",
     steps: int | None = None,
     guidance: float | None = None,
+    negative_prompt: str | None = None,
     resolution: int | str | None = None,
     t5: bool = True,
     plan: "MemoryPlan | None" = None,
@@ -59,6 +61,8 @@ def load(
         dtype: "auto", "float32", "bfloat16" or "float16" (GPU only).
         steps, guidance, resolution: in place of what the checkpoint's card or the adapter's default says; a resolution
             is the side of a square, or width x height: "832x1216".
+        negative_prompt: the text that guidance leads away from, of models whose guidance is a second pass; None: what
+            the model's pipeline does without one.
         t5: load SD3's third text encoder, where the checkpoint has it.
         plan: what to do to save memory (`pixrl.models.memory_plan.MemoryPlan`); nothing when None.
         lora: a file or folder that is merged into the denoiser, as `pixrl.models.lora_files` reads it.
@@ -72,6 +76,8 @@ def load(
         REGISTRY.require(kind)
     checkpoint = locate(ref, t5=t5)
     adapter: Any = adapter_of(checkpoint, kind)
+    if negative_prompt is not None:
+        adapter.require_negative_prompt(str(ref))
     renderer: Renderer = adapter(
         checkpoint,
         name=str(ref),
@@ -82,6 +88,7 @@ def load(
         resolution=resolution,
         t5=t5,
         plan=plan,
+        **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
     )
     if plan is not None and renderer.base is not plan.base:
         raise InputError(

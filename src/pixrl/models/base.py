@@ -30,12 +30,14 @@ class Conditioning:
         references: latents of reference pictures.
         mask_BL: true on a prompt's own tokens, false on padding; None: every token counts, as SD3, SDXL and FLUX have
             it, which attend to padding too.
+        away: what guidance leads away from, row by row, where that depends on the references; None: it does not.
     """
 
     tokens_BLD: Tensor
     pooled_BE: Tensor | None = None
     references: tuple[Tensor, ...] = ()
     mask_BL: Tensor | None = None
+    away: "Conditioning | None" = None
 
     def __len__(self) -> int:
         return self.tokens_BLD.shape[0]
@@ -47,14 +49,16 @@ class Conditioning:
             else torch.as_tensor(rows, dtype=torch.long).to(self.tokens_BLD.device)
         )
         mask = None if self.mask_BL is None else self.mask_BL[index]
-        return replace(self._map(lambda x: x[index]), mask_BL=mask)
+        away = None if self.away is None else self.away[rows]
+        return replace(self._map(lambda x: x[index]), mask_BL=mask, away=away)
 
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Conditioning":
         """Return the same rows on a device, in a dtype."""
         mask = None if self.mask_BL is None else self.mask_BL.to(device=device)
-        return replace(self._map(lambda x: x.to(device=device, dtype=dtype)), mask_BL=mask)
+        away = None if self.away is None else self.away.to(device=device, dtype=dtype)
+        return replace(self._map(lambda x: x.to(device=device, dtype=dtype)), mask_BL=mask, away=away)
 
     @property
     def own_BL(self) -> Tensor:
@@ -102,6 +106,7 @@ class Conditioning:
                 (r * flat.view(-1, *[1] * (r.ndim - 1))).sum(0, keepdim=True) for r in self.references
             ),
             mask_BL=self.mixed_mask((column_weights != 0).any(dim=1)[None, :, None]),
+            away=None if self.away is None else self.away.mix(weights),
         )
 
     def lerp(self, other: "Conditioning", weight: Tensor | float) -> "Conditioning":
@@ -119,7 +124,10 @@ class Conditioning:
         if self.mask_BL is not None or other.mask_BL is not None:
             far = w.view(-1, 1)
             mask = (self.own_BL & (far != 1)) | (other.own_BL & (far != 0))
-        return Conditioning(blend(self.tokens_BLD, other.tokens_BLD), pooled, refs, mask)
+        away = None
+        if self.away is not None and other.away is not None:
+            away = self.away.lerp(other.away, weight)
+        return Conditioning(blend(self.tokens_BLD, other.tokens_BLD), pooled, refs, mask, away)
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -127,11 +135,13 @@ class Conditioning:
         pooled = [p.pooled_BE for p in parts if p.pooled_BE is not None]
         columns = zip(*(p.references for p in parts), strict=True)
         is_masked = any(p.mask_BL is not None for p in parts)
+        aways = [p.away for p in parts if p.away is not None]
         return Conditioning(
             torch.cat([p.tokens_BLD for p in parts]),
             torch.cat(pooled) if pooled else None,
             tuple(torch.cat(column) for column in columns),
             torch.cat([p.own_BL for p in parts]) if is_masked else None,
+            Conditioning.cat(aways) if len(aways) == len(parts) else None,
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
@@ -210,11 +220,13 @@ class SamplingSettings:
         steps: how many.
         guidance: the scale.
         resolution: size of a picture in pixels: the side of a square, or WIDTHxHEIGHT.
+        negative_prompt: what guidance leads away from; None: what the family's pipeline does.
     """
 
     steps: int
     guidance: float
     resolution: int | str
+    negative_prompt: str | None = None
 
     @property
     def width(self) -> int:
@@ -236,8 +248,9 @@ class Renderer(ABC):
     """A frozen generator: all that concept fusion needs. Prompt embeddings are computed once and cached.
 
     `models.load` makes one by `Adapter(checkpoint, name=, device=, dtype=, steps=, guidance=, resolution=, t5=, plan=)`
-    and passes on what it was given. An adapter of another package is found by the entry points `pixrl.models`, one in a
-    file of yours by `path/to/file.py:Name@FOLDER`.
+    and passes on what it was given; also `negative_prompt=`, where one was given and the class reads it. An adapter of
+    another package is found by the entry points `pixrl.models`, one in a file of yours by
+    `path/to/file.py:Name@FOLDER`.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -250,6 +263,8 @@ class Renderer(ABC):
     """The family whose names its LoRA files use, such as sd3; None: none can be merged."""
     base: Base = Base.DTYPE
     """The form of its frozen weights; an adapter that can quantize them sets it to its plan's."""
+    reads_negative_prompt: ClassVar[bool] = False
+    """Whether its guidance is a second pass that leads away from a text, which may be given as `negative_prompt`."""
     licences: ClassVar[Mapping[str, str]] = {}
     """The licences of published weights by hub id, as known when this was written; the model's page decides."""
     name: str
@@ -288,6 +303,15 @@ class Renderer(ABC):
 
         A run is not resumed with another one. An adapter's own file of Python is part of that of its checkpoint.
         """
+
+    @classmethod
+    def require_negative_prompt(cls, name: str) -> None:
+        """Raise InputError where a model of this class, loaded as `name`, reads no negative prompt."""
+        if not cls.reads_negative_prompt:
+            raise InputError(
+                f"negative_prompt has no effect on {name}: its adapter {cls.__name__} draws without a second pass that "
+                "could lead away from a text. Leave it out, and say in the prompt what is wanted."
+            )
 
     def merge_lora(self, place: Path) -> None:
         """Add a LoRA to the frozen weights.
@@ -373,6 +397,20 @@ class ReferencePolicy(ImageEncoder):
         Raises:
             ShapeError: another number of pictures than of prompts.
         """
+
+    def laid_out(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Return pictures [3, H, W] of any size as the model is shown them, each [3, side, side]."""
+        return [on_square(picture, self.reference_side) for picture in pictures]
+
+    def show(
+        self, conditioning: Conditioning, references: Sequence[Tensor], prompts: Sequence[str]
+    ) -> Conditioning:
+        """Return what `with_references` does; a model that reads pictures and prompts together reads them anew.
+
+        Raises:
+            ShapeError: another number of pictures than of prompts.
+        """
+        return self.with_references(conditioning, references)
 
 
 def on_square(image_CHW: Tensor, side: int) -> Tensor:

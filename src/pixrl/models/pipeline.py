@@ -8,7 +8,7 @@ and its velocity. loading.py loads the weights.
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
@@ -157,6 +157,7 @@ class PipelineRenderer(Renderer):
         dtype: str = "auto",
         steps: int | None = None,
         guidance: float | None = None,
+        negative_prompt: str | None = None,
         resolution: int | str | None = None,
         t5: bool = True,
         plan: MemoryPlan | None = None,
@@ -177,8 +178,13 @@ class PipelineRenderer(Renderer):
         self.precision = choose_precision(self.device, dtype, on_gpu=self.gpu_dtype)
         self._check_options(guidance, t5)
         defaults = self._defaults(checkpoint.folder)
-        self.settings = make_settings(self.card, defaults, steps, guidance, resolution)
         self.vocabulary = None if self.card.vocabulary is None else frozenset(self.card.vocabulary)
+        settings = make_settings(self.card, defaults, steps, guidance, resolution)
+        self.settings = replace(settings, negative_prompt=negative_prompt)
+        if negative_prompt is not None:
+            self.require_negative_prompt(self.name)
+            check_words([negative_prompt], self.vocabulary, self.name)
+            self._require_guidance()
         self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision, t5=t5)
         self.vae: nn.Module = self.pipeline.vae
         if not is_of_video(self.vae):
@@ -205,6 +211,10 @@ class PipelineRenderer(Renderer):
         """The few steps that the checkpoint was distilled to, by its configs; None where it was not, or has a card."""
         steps = self._defaults(self.checkpoint.folder).steps
         return steps if self.card.steps is None and steps <= FEW_STEPS else None
+
+    @abstractmethod
+    def _require_guidance(self) -> None:
+        """Raise InputError where the guidance scale leads away from nothing, since a negative prompt was given."""
 
     def _check_options(self, guidance: float | None, t5: bool) -> None:
         """Raise InputError for an option that has no effect on this checkpoint."""
@@ -266,8 +276,9 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
 
     usual_text_length: ClassVar[int] = 512
     """`text_length` in the pipeline of diffusers, where no card says another."""
+    reads_negative_prompt = True
     negative_prompt: ClassVar[str] = ""
-    """What guidance leads away from."""
+    """What guidance leads away from where `settings.negative_prompt` does not say it."""
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
         self._denoiser = denoiser_of(self.pipeline)
@@ -288,11 +299,28 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
         """The scale of `_guided` for the setting `guidance`, which means what it does in the pipeline of diffusers."""
         return self.settings.guidance
 
+    def _require_guidance(self) -> None:
+        if self.guidance_scale <= 1:
+            least = self.settings.guidance - (self.guidance_scale - 1)
+            raise InputError(
+                f"negative_prompt has no effect on {self.name} at guidance {self.settings.guidance:g}: only guidance "
+                f"above {least:g} leads away from it. Give guidance too, such as guidance={least + 3:g}, or leave it "
+                "out."
+            )
+
+    @property
+    def unwanted(self) -> str:
+        """The text that guidance leads away from."""
+        given = self.settings.negative_prompt
+        return self.negative_prompt if given is None else given
+
     def _guided(self, predict: Predict, x: Tensor, level_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return u + scale * (c - u) of the prediction c and the unconditional u; c where the scale is at most 1."""
         if self.guidance_scale <= 1:
             return predict(x, level_B, conditioning)
-        both = Conditioning.cat([self._unconditional(len(x)).to(device=self.device), conditioning])
+        away = self._unconditional(len(x)) if conditioning.away is None else conditioning.away
+        away = replace(away.to(device=self.device), references=conditioning.references)
+        both = Conditioning.cat([away, conditioning])
         return self._away(*predict(torch.cat([x, x]), torch.cat([level_B, level_B]), both).float().chunk(2))
 
     def _away(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
@@ -302,7 +330,7 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
     def _unconditional(self, rows: int) -> Conditioning:
         """Return what guidance leads away from, of rows of `encode`."""
         with torch.no_grad():
-            return self._cache.rows([self.negative_prompt] * rows)
+            return self._cache.rows([self.unwanted] * rows)
 
     @property
     def text_length(self) -> int:
@@ -324,17 +352,24 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
         # weights that were gathered in inference mode could not be trained through afterwards
         return torch.no_grad() if self.in_step else super()._without_gradients()
 
-    def drop_text(self, prompts: Sequence[str]) -> None:
+    def drop_text(self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] | None = None) -> None:
         """Encode these prompts and the empty one, keep their rows on the CPU and free the text encoders for good.
+
+        Args:
+            prompts: at least one.
+            references: the pictures [3, side, side] that each prompt will be shown with; None: there are none.
 
         Raises:
             InputError: the rows would not fit into memory.
             UnknownWordError: a prompt has a word outside the vocabulary.
         """
         check_words(prompts, self.vocabulary, self.name)
-        with torch.no_grad(), self.present(PipelinePart.TEXT):
-            self._cache.keep(["", self.negative_prompt, *prompts])
+        with torch.no_grad(), self.placement.without_denoiser(), self.present(PipelinePart.TEXT):
+            self._keep_text(prompts, references or [()] * len(prompts))
         self.placement.drop_text()
+
+    def _keep_text(self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]]) -> None:
+        self._cache.keep(["", self.unwanted, *prompts])
 
     def present(self, part: PipelinePart) -> AbstractContextManager[None]:
         """Keep the text encoders, or the VAE, on the device while it is open."""

@@ -88,8 +88,9 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
         return Conditioning(tokens, pooled)
 
     def _unconditional(self, rows: int) -> Conditioning:
-        empty = super()._unconditional(rows)
-        return empty._map(torch.zeros_like) if self.pipeline.config.force_zeros_for_empty_prompt else empty
+        away = super()._unconditional(rows)
+        is_zero = self.settings.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt
+        return away._map(torch.zeros_like) if is_zero else away
 
     def text_encoders(self) -> tuple[ClipEncoder, ...]:
         """Return CLIP-L, which gives tokens alone, and CLIP-G, whose pooled features are the model's."""

@@ -14,6 +14,7 @@ from pixrl.algorithms.sampling import StepNoise
 from pixrl.config import parse_resolution
 from pixrl.data.subjects import CLASS_FILE
 from pixrl.errors import InputError
+from pixrl.fusion.config import FuseConfig
 from pixrl.hub import TOY_PREFIX
 from pixrl.report.figures import (
     SHOWN,
@@ -89,7 +90,7 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
         trained = f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}"
     below = "" if config.lora.base is None else f", on top of {config.lora.base}"
     return [
-        ("model", f"{config.model} ({start.get('fingerprint', 'not started')}){drawing(config.resolution)}"),
+        ("model", f"{config.model} ({start.get('fingerprint', 'not started')}){drawing(config)}"),
         ("prompts", f"{config.prompts.source}, {config.prompts.per_step} a step"),
         *_references(config),
         ("pictures", f"{config.prompts.per_step} × {config.group_size} a step, {images_of(config)} in all"),
@@ -102,9 +103,12 @@ def facts(config: AlignConfig, start: Mapping[str, Any]) -> list[tuple[str, str]
     ]
 
 
-def drawing(resolution: int | str | None) -> str:
+def drawing(config: AlignConfig | FuseConfig) -> str:
     """Say behind a model's name how it was asked to draw; nothing where its own settings were left."""
-    return "" if resolution is None else ", {} × {} pixels".format(*parse_resolution(resolution))
+    size, scale, away = config.resolution, config.guidance, config.negative_prompt
+    said = "" if size is None else ", {} × {} pixels".format(*parse_resolution(size))
+    said += "" if scale is None else f", guidance {scale:g}"
+    return said + ("" if away is None else f", away from {away!r}")
 
 
 def _references(config: AlignConfig) -> list[tuple[str, str]]:

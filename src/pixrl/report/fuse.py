@@ -328,7 +328,7 @@ def run_facts(run: FinishedRun) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     mixing = run.config.mixing
     rest = mixing.model_dump(mode="json", exclude_none=True, exclude={"kind"})
     facts = [
-        ("generator", f"{world.model} ({world.fingerprint}){drawing(run.config.resolution)}"),
+        ("generator", f"{world.model} ({world.fingerprint}){drawing(run.config)}"),
         ("similarity", world.clip),
         ("foreground", f"{world.segmenter}, on white"),
         ("mixing", ", ".join([mixing.kind, *(f"{name} {value}" for name, value in rest.items())])),

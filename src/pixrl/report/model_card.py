@@ -415,11 +415,24 @@ def _loaded(config: AlignConfig, facts: Facts) -> Iterator[str]:
     yield ""
     yield f"pipeline = {pipeline}.from_pretrained({_text(base)}{pinned}{absent})"
     yield from () if is_pipeline else (f"pipeline.{learned}",)
-    width, height = (None, None) if config.resolution is None else parse_resolution(config.resolution)
-    sampling = {"num_inference_steps": _steps(config), "guidance_scale": config.guidance}
-    chosen = _keywords(sampling | {"height": height, "width": width})
-    yield f"image = pipeline(prompt={_text(PROMPT)}{chosen}).images[0]"
+    yield f"image = pipeline(prompt={_text(PROMPT)}{_keywords(_call(config, pipeline))}).images[0]"
     yield f"image.save({_text(PICTURE)})"
+
+
+def _call(config: AlignConfig, pipeline: str) -> dict[str, object]:
+    """Return the arguments with which a pipeline of diffusers draws as the run's evaluation does."""
+    width, height = (None, None) if config.resolution is None else parse_resolution(config.resolution)
+    scale, away = "guidance_scale", config.negative_prompt
+    if pipeline.startswith("QwenImage"):  # it is guided only where a negative prompt is given
+        scale, away = "true_cfg_scale", " " if away is None else away
+    found: dict[str, object] = {"num_inference_steps": _steps(config), scale: config.guidance}
+    if pipeline.startswith("Flux2"):  # it takes one as features alone
+        found["negative_prompt_embeds"] = (
+            None if away is None else f"pipeline.encode_prompt({_text(away)})[0]"
+        )
+    else:
+        found["negative_prompt"] = None if away is None else _text(away)
+    return found | {"height": height, "width": width}
 
 
 def _drawn(config: AlignConfig, policy: str, conditioning: str) -> Iterator[str]:
@@ -438,10 +451,9 @@ def _steps(config: AlignConfig) -> int:
 
 def _load_options(config: AlignConfig) -> str:
     """Return the keywords of `models.load` with which the run's evaluation draws."""
-    resolution = config.resolution
-    chosen: dict[str, object] = {"steps": _steps(config), "guidance": config.guidance}
-    chosen["resolution"] = _text(resolution) if isinstance(resolution, str) else resolution
-    return _keywords(chosen | ({} if config.t5 else {"t5": False}))
+    chosen = config.drawing | {"t5": None if config.t5 else False}
+    given = {name: _text(one) if isinstance(one, str) else one for name, one in chosen.items()}
+    return _keywords({"steps": _steps(config)} | given)
 
 
 def _shown(config: PersonalizeConfig, facts: Facts) -> Iterator[str]:
@@ -475,7 +487,8 @@ def _shown(config: PersonalizeConfig, facts: Facts) -> Iterator[str]:
         yield f"policy.merge_lora(Path({_text(FOLDER)}) / {_text(file)})"
     yield f"pictures = to_tensors(read_pictures(Path({_text(PICTURES)})){cut})"
     yield "references = [on_square(picture, policy.reference_side)[None] for picture in pictures]"
-    yield f"conditioning = policy.with_references(policy.encode([{_text(PROMPT)}]), references)"
+    yield f"prompts = [{_text(PROMPT)}]"
+    yield "conditioning = policy.show(policy.encode(prompts), references, prompts)"
     yield from _drawn(config, "policy", "conditioning")
 
 

@@ -25,7 +25,7 @@ from pixrl.algorithms.nft import NFTSettings
 from pixrl.algorithms.sampling import MOST_STEPS as MOST_SAMPLING
 from pixrl.algorithms.sampling import RolloutSettings, StepNoise
 from pixrl.algorithms.trainer import OptimizerSettings
-from pixrl.config import MOST, Count, Resolution, Seed, Settings, Side, refuse_infinite
+from pixrl.config import MOST, MOST_GUIDANCE, Count, Resolution, Seed, Settings, Side, refuse_infinite
 from pixrl.data.prompts import Split
 from pixrl.device import DType
 from pixrl.errors import ConfigError, RunError
@@ -41,7 +41,7 @@ from pixrl.runs.folder import RunFolder
 from pixrl.runs.guard import Action, MonitorSettings
 from pixrl.runs.trackers import Trackers
 
-MOST_RANK, MOST_GUIDANCE = 4096, 1000
+MOST_RANK = 4096
 LONGEST_WAIT = 86400.0
 """Seconds."""
 
@@ -149,6 +149,8 @@ class AlignConfig(Settings):
     """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
     guidance: float | None = Field(None, ge=0, le=MOST_GUIDANCE)
     """Classifier-free guidance of sampling and training; none: the checkpoint's own. Up to 1: none."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, in sampling and training; none: what the model's pipeline does without one."""
     resolution: Resolution | None = None
     """Size of the pictures in pixels: 512 for squares, 832x1216 for width x height; none: the checkpoint's own."""
     t5: bool = True
@@ -326,6 +328,11 @@ class AlignConfig(Settings):
                 *((REWARDS, function) for function in functions if isinstance(function, str)),
             ]
         )
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """The options of `models.load` that say how the model draws, but for its steps."""
+        return self.model_dump(include={"guidance", "negative_prompt", "resolution", "t5"})
 
     def prompts_of(self, split: Split) -> tuple[str, str | None]:
         """Return the source and the column of the prompts of training, or of the evaluation."""

@@ -37,6 +37,7 @@ from pixrl.runs.reading import (
 REFERENCES = "samples/references"
 """The folder of pictures of the evaluation's subjects, 0007.png for the prompt of number 7."""
 REFERENCE_SIDE = 256
+_DRAWING = ("guidance", "negative_prompt", "resolution", "references")
 
 
 def write_start(
@@ -235,7 +236,7 @@ def _sampling(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "evaluation.steps": recipe["evaluation"]["steps"] or sampling["steps"],
         "sampling.solver": sampling["solver"],
-        **{name: recipe[name] for name in ("guidance", "resolution", "references") if name in recipe},
+        **{name: recipe[name] for name in _DRAWING if name in recipe},
     }
 
 
