@@ -67,6 +67,11 @@ def test_weights_lora_and_optimizer_are_exact() -> None:
     assert found.trained.gradients == sum(p.nbytes for p in slots.parameters())
     moments = [x.nbytes for state in optimizer.state.values() for x in state.values()]
     assert found.trained.optimizer == sum(moments)
+    weights = dict(policy.denoiser.named_parameters())
+    before = {name: x.data_ptr() for name, x in weights.items()}
+    with policy.folded():
+        copies = [x.nbytes for name, x in weights.items() if x.data_ptr() != before[name]]
+    assert found.trained.folded == sum(copies) > 0
 
 
 def made(act: Callable[[], object]) -> int:

@@ -106,6 +106,8 @@ class Trained:
     """Bytes of the loaded weights that the slots replace: the denoiser's, where all of it is trained."""
     casts: int = 0
     """Bytes of copies in the computing dtype that autocast keeps during a pass, where trained weights are whole."""
+    folded: int = 0
+    """Bytes of the layers' weights with a slot's LoRA in them, where passes without a gradient compute with those."""
 
 
 @dataclass(frozen=True)

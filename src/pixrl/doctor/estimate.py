@@ -308,9 +308,10 @@ def fit(
             whole = sum(part.bytes for name, part in parts.items() if name in DENOISERS)
             resident += sharded_bytes(denoiser, each) - whole
         # sharded weights are gathered in the computing dtype, and given back
-        kept = trained.casts if each > 1 else 0
         drawing, training = (
-            replace(cost, first=max(cost.each, cost.first - kept))
+            replace(cost, first=max(cost.each, cost.first - trained.casts))
+            if each > 1 and trained.casts
+            else cost
             for cost in (estimate.drawing, estimate.training)
         )
         batches = _batches(config, device, place, estimate.cpu_batch, (drawing, training), free - resident)

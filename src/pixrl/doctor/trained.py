@@ -7,9 +7,11 @@ from pixrl.algorithms.optim import moment_bytes
 from pixrl.algorithms.world import BUCKET
 from pixrl.device import Precision
 from pixrl.doctor.diagnosis import Trained
+from pixrl.models.memory_plan import Base, Offload, Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.sharding import gathered_bytes
 from pixrl.models.slots import slot_sizes
+from pixrl.models.trained import FULL
 from pixrl.runs.config import AlignConfig, Train
 
 FLOAT = 4
@@ -31,7 +33,12 @@ def trained_of(policy: FlowPipelinePolicy, config: AlignConfig, precision: Preci
         count = sum(sizes)
         slots = LORA_SLOTS * FLOAT * count
         moments = moment_bytes(sizes, eight_bit=eight_bit)
-        return Trained(count, slots, slots, FLOAT * count, moments, f"LoRA, {LORA_SLOTS} slots")
+        weights = (
+            sum(down * up for down, up in zip(sizes[::2], sizes[1::2], strict=True)) // config.lora.rank**2
+        )
+        folded = FLOAT * weights if _folds(config, precision) else 0
+        words = f"LoRA, {LORA_SLOTS} slots"
+        return Trained(count, slots, slots, FLOAT * count, moments, words, folded=folded)
     sizes = [parameter.numel() for parameter in policy.denoiser.parameters()]
     count, copies = sum(sizes), 1 + len(config.copies)
     return Trained(
@@ -44,6 +51,15 @@ def trained_of(policy: FlowPipelinePolicy, config: AlignConfig, precision: Preci
         replaced=precision.weights.itemsize * count,
         casts=_casts(policy.denoiser, precision),
     )
+
+
+def _folds(config: AlignConfig, precision: Precision) -> bool:
+    """Return whether the run's model folds LoRA into its weights, as `TrainedDenoiser.folded` decides."""
+    machine = config.machine
+    as_loaded = (
+        machine.base is Base.DTYPE and machine.offload is Offload.NONE and machine.shard is not Shard.FULL
+    )
+    return as_loaded and precision.autocast is None and precision.weights in FULL
 
 
 def _casts(denoiser: nn.Module, precision: Precision) -> int:
@@ -63,7 +79,7 @@ def bytes_on_process(trained: Trained, denoiser: nn.Module, processes: int, prec
         processes: how many divide trained weights; 1: they are whole, as LoRA always is.
         precision: of the run.
     """
-    own = trained.slots + trained.gradients + trained.optimizer - trained.replaced
+    own = trained.slots + trained.folded + trained.gradients + trained.optimizer - trained.replaced
     if processes == 1:
         return own + min(trained.gradients, FLOAT * BUCKET)
     parts = -(-(own + trained.replaced) // processes)

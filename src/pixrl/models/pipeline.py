@@ -6,7 +6,7 @@ and its velocity. loading.py loads the weights.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,12 +26,12 @@ from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, R
 from pixrl.models.latents import LatentCache, decode_latents, encode_latents, is_of_video, memory_format
 from pixrl.models.loading import denoiser_of, load_pipeline
 from pixrl.models.lora_files import open_lora
-from pixrl.models.memory_plan import Base, MemoryPlan, Offload
+from pixrl.models.memory_plan import Base, MemoryPlan
 from pixrl.models.placement import PipelinePart, Placement, set_decoding, without_gradients
 from pixrl.models.quantization import quantize
 from pixrl.models.slots import Slot, digest, merge
 from pixrl.models.text import PromptCache, check_words
-from pixrl.models.trained import TrainedDenoiser
+from pixrl.models.trained import FULL, TrainedDenoiser
 
 
 def make_settings(
@@ -128,7 +128,6 @@ def micro_batch_for(device: torch.device, width: int, height: int) -> int:
 
 FEW_STEPS = 8
 """The most steps of a checkpoint that was distilled to few."""
-FULL = (torch.float32, torch.float64)
 SHORT = 256
 """The number of image tokens up to which the table of all pairs is small beside the other activations."""
 
@@ -429,11 +428,6 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
         )
         return plain_attention() if quick else nullcontext()
 
-    def folded(self) -> AbstractContextManager[None]:
-        as_loaded = self.base is Base.DTYPE and self.offload is Offload.NONE and not self.in_step
-        is_full = self.precision.autocast is None and self.precision.weights in FULL
-        return self.slots.folded() if self.slots is not None and as_loaded and is_full else nullcontext()
-
     def pooled(self, conditioning: Conditioning) -> Tensor:
         """Return the pooled text features [B, E], without which these models cannot run.
 
@@ -489,7 +483,11 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
         """Return a hash of the checkpoint's files, and of the `current` slot where there is one."""
         if self.slots is None:
             return self.backbone_fingerprint
-        return sha256(f"{self.backbone_fingerprint}{_digest(self.slots.state())}".encode()).hexdigest()[:16]
+        current = {key: x for key, x in self.slots.state().items() if key.startswith(f"{Slot.CURRENT}/")}
+        total = sha256()
+        for key, x in sorted(current.items()):
+            total.update(key.encode() + x.contiguous().numpy().tobytes())
+        return sha256(f"{self.backbone_fingerprint}{total.hexdigest()}".encode()).hexdigest()[:16]
 
     @property
     def backbone_fingerprint(self) -> str:
@@ -499,10 +497,3 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
         return sha256(
             " ".join((self._files_fingerprint, *(one.digest for one in self.merged))).encode()
         ).hexdigest()[:16]
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    total = sha256()
-    for name in sorted(key for key in state if key.startswith(f"{Slot.CURRENT}/")):
-        total.update(name.encode() + state[name].contiguous().numpy().tobytes())
-    return total.hexdigest()

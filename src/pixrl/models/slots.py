@@ -232,7 +232,7 @@ class LoraSlots(Slots):
     @contextmanager
     def folded(self) -> Iterator[None]:
         # Passes differ by rounding from those beside the weights, which in half precision would be more than the slot
-        # itself: only full weights may be folded (`FlowPipelinePolicy.folded`).
+        # itself: only full weights may be folded (`TrainedDenoiser.folded`).
         if self._active is Slot.REFERENCE:
             yield
             return

@@ -16,6 +16,9 @@ from pixrl.models.placement import Placement
 from pixrl.models.sharding import compile_blocks, shard
 from pixrl.models.slots import FullSlots, LoraSlots, Slot, Slots, parse_slot
 
+FULL = (torch.float32, torch.float64)
+"""Precisions in which a sum of a weight and its LoRA keeps what the LoRA has learned."""
+
 
 class TrainedDenoiser(ABC):
     """What a flow pipeline's policy does to its denoiser alone; `pipeline.FlowPipelinePolicy` has the rest."""
@@ -94,6 +97,11 @@ class TrainedDenoiser(ABC):
         slots = FullSlots(self.denoiser, copies, mesh, self.precision.autocast)
         self.slots, self.in_step = slots, mesh is not None
         return slots
+
+    def folded(self) -> AbstractContextManager[None]:
+        as_loaded = self.base is Base.DTYPE and self.offload is Offload.NONE and not self.in_step
+        is_full = self.precision.autocast is None and self.precision.weights in FULL
+        return self.slots.folded() if self.slots is not None and as_loaded and is_full else nullcontext()
 
     def _require_no_slots(self) -> None:
         if self.slots is not None:

@@ -95,10 +95,8 @@ def shown_pairs(folder: RunFolder, count: int = SHOWN) -> list[Shown]:
         names = [f"images/{entry['number']:04d}-{when}.png" for when in ("before", "after")]
         reference = None
         if "reference" in entry and (file := folder.path / entry["reference"]).is_file():
-            reference = (
-                file,
-                f"images/{file.stem}-reference.png",
-            )  # shared by pairs of one subject and prompt
+            # shared by pairs of one subject and prompt
+            reference = (file, f"images/{file.stem}-reference.png")
         pair = (before, names[0]), (after, names[1])
         found.append(Shown(entry["prompt"], *pair, reference, entry.get("subject")))
     total = min(count, len(found))
