@@ -19,7 +19,7 @@ from torch import Tensor
 from pixrl.config import Settings
 from pixrl.equations import variant_weight
 from pixrl.errors import CheckpointError, InputError, ShapeError
-from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy, on_square
+from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy
 from pixrl.models.text import TextEncoder, TextFeatures
 
 GroupSize = Annotated[int, Field(ge=1, le=4096)]
@@ -227,9 +227,15 @@ def shown_to(policy: FlowPolicy, variants: Variants, groups: Sequence[Group]) ->
             f"Prompts of one step have {counts[0]} and {counts[-1]} reference pictures; give all the same number: "
             f"--set references.count={max(1, counts[0])}"
         )
-    side = policy.reference_side
-    by_place = [torch.stack([on_square(one, side) for one in same]) for same in zip(*pictures, strict=True)]
-    return replace(variants, anchor=policy.with_references(variants.anchor, by_place))
+    laid = [[policy.lay_out(one) for one in own] for own in pictures]
+    if len({tuple(one.shape for one in own) for own in laid}) == 1:
+        by_place = [torch.stack(same) for same in zip(*laid, strict=True)]
+        return replace(variants, anchor=policy.with_references(variants.anchor, by_place))
+    rows = [
+        policy.with_references(variants.anchor[[row]], [one[None] for one in own])
+        for row, own in enumerate(laid)
+    ]
+    return replace(variants, anchor=Conditioning.cat(rows))
 
 
 def shown_pictures(metadata: Mapping[str, object]) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ A `ReferencePolicy` also takes reference pictures, which `on_square` lays out fo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +30,15 @@ class Conditioning:
         references: latents of reference pictures.
         mask_BL: true on a prompt's own tokens, false on padding; None: every token counts, as SD3, SDXL and FLUX have
             it, which attend to padding too.
+        sizes_BN2: rows and columns of the latents of each row's N references, where these have several shapes; zeros
+            fill up what is beyond. None: all references at a place have the shape of their tensor.
     """
 
     tokens_BLD: Tensor
     pooled_BE: Tensor | None = None
     references: tuple[Tensor, ...] = ()
     mask_BL: Tensor | None = None
+    sizes_BN2: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens_BLD.shape[0]
@@ -47,7 +50,10 @@ class Conditioning:
             else torch.as_tensor(rows, dtype=torch.long).to(self.tokens_BLD.device)
         )
         mask = None if self.mask_BL is None else self.mask_BL[index]
-        return replace(self._map(lambda x: x[index]), mask_BL=mask)
+        sizes = self.sizes_BN2
+        if sizes is not None:  # on the CPU, since shapes are read from it
+            sizes = sizes[index if isinstance(index, slice) else index.cpu()]
+        return replace(self._map(lambda x: x[index]), mask_BL=mask, sizes_BN2=sizes)
 
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -62,6 +68,15 @@ class Conditioning:
         if self.mask_BL is not None:
             return self.mask_BL
         return torch.ones(self.tokens_BLD.shape[:2], dtype=torch.bool, device=self.tokens_BLD.device)
+
+    @property
+    def sizes(self) -> Tensor:
+        """The rows and columns of every reference's latents, [B, N, 2]."""
+        if self.sizes_BN2 is not None:
+            return self.sizes_BN2
+        return (
+            torch.tensor([one.shape[2:] for one in self.references]).view(1, -1, 2).expand(len(self), -1, -1)
+        )
 
     @property
     def mean_BD(self) -> Tensor:
@@ -90,6 +105,8 @@ class Conditioning:
             raise ShapeError(
                 f"mix: weights {tuple(weights.shape)} for {len(self)} conditionings; give [B] or [B, D]."
             )
+        if self.sizes_BN2 is not None:
+            raise ShapeError("mix: references of several shapes cannot be added up; lay them out on squares.")
         column_weights = weights if weights.ndim == 2 else weights[:, None]
         flat = column_weights.mean(dim=1)
         return replace(
@@ -114,12 +131,14 @@ class Conditioning:
         pooled = None
         if self.pooled_BE is not None and other.pooled_BE is not None:
             pooled = blend(self.pooled_BE, other.pooled_BE)
+        if not torch.equal(self.sizes, other.sizes):
+            raise ShapeError("lerp: the references of the two have other shapes; lay them out on squares.")
         refs = tuple(blend(a, b) for a, b in zip(self.references, other.references, strict=True))
         mask = None
         if self.mask_BL is not None or other.mask_BL is not None:
             far = w.view(-1, 1)
             mask = (self.own_BL & (far != 1)) | (other.own_BL & (far != 0))
-        return Conditioning(blend(self.tokens_BLD, other.tokens_BLD), pooled, refs, mask)
+        return Conditioning(blend(self.tokens_BLD, other.tokens_BLD), pooled, refs, mask, self.sizes_BN2)
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -130,9 +149,21 @@ class Conditioning:
         return Conditioning(
             torch.cat([p.tokens_BLD for p in parts]),
             torch.cat(pooled) if pooled else None,
-            tuple(torch.cat(column) for column in columns),
+            tuple(torch.cat(_filled_up(column)) for column in columns),
             torch.cat([p.own_BL for p in parts]) if is_masked else None,
+            _joint_sizes(parts),
         )
+
+    def by_shape(self) -> "Iterator[tuple[Tensor, Conditioning]]":
+        """Yield the rows whose references have the same shapes, and what they are, its references without filling."""
+        if self.sizes_BN2 is None:
+            yield torch.arange(len(self)), self
+            return
+        for sizes_N2 in self.sizes_BN2.unique(dim=0):
+            rows = (self.sizes_BN2 == sizes_N2).flatten(1).all(dim=1).nonzero().flatten()
+            part = self[rows]
+            cut = tuple(x[:, :, :h, :w] for x, (h, w) in zip(part.references, sizes_N2.tolist(), strict=True))
+            yield rows, replace(part, references=cut, sizes_BN2=None)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Return the rows with every tensor but the mask changed."""
@@ -143,6 +174,20 @@ class Conditioning:
             pooled_BE=pooled,
             references=tuple(change(r) for r in self.references),
         )
+
+
+def _filled_up(references: Sequence[Tensor]) -> list[Tensor]:
+    """Return latents [B, C, h, w] with zeros below and at the right up to the largest of them."""
+    rows, columns = (max(one.shape[axis] for one in references) for axis in (2, 3))
+    return [F.pad(one, (0, columns - one.shape[3], 0, rows - one.shape[2])) for one in references]
+
+
+def _joint_sizes(parts: Sequence[Conditioning]) -> Tensor | None:
+    """Return the sizes of all references of the parts, or None where all at a place have one shape."""
+    shapes = {tuple(one.shape[1:] for one in part.references) for part in parts}
+    if len(shapes) == 1 and all(part.sizes_BN2 is None for part in parts):
+        return None
+    return torch.cat([part.sizes for part in parts])
 
 
 @dataclass(frozen=True)
@@ -378,7 +423,11 @@ class ReferencePolicy(ImageEncoder):
     """A policy whose conditioning may carry reference pictures."""
 
     reference_side: int
-    """The side in pixels of the square that a reference is laid out on."""
+    """The side in pixels of the square that a reference is laid out on, or the longer side where it keeps its shape."""
+
+    def lay_out(self, image_CHW: Tensor) -> Tensor:
+        """Return a picture [3, H, W] of any size as the model is shown it: on a white square."""
+        return on_square(image_CHW, self.reference_side)
 
     @abstractmethod
     def with_references(self, conditioning: Conditioning, references: Sequence[Tensor]) -> Conditioning:
@@ -396,6 +445,29 @@ def on_square(image_CHW: Tensor, side: int) -> Tensor:
         ShapeError: it is no RGB picture.
     """
     return on_canvas(image_CHW, side, side)
+
+
+def in_own_shape(image_CHW: Tensor, longest: int, unit: int) -> Tensor:
+    """Scale a picture [3, H, W] to a longer side, and cut the middle whose sides are multiples of `unit` pixels.
+
+    Raises:
+        InputError: a side would be shorter than that.
+
+    Source: UNO's `preprocess_ref` (bytedance/UNO).
+    """
+    rows, columns = image_CHW.shape[1:]
+    size = tuple(int(longest / max(rows, columns) * side) for side in (rows, columns))
+    height, width = (side // unit * unit for side in size)
+    if min(height, width) < 1:
+        raise InputError(
+            f"A reference of {columns} x {rows} pixels, scaled to {longest} on its longer side, is thinner than "
+            f"a token, {unit} pixels: give a larger references.side, or leave references.shape out."
+        )
+    shown = image_CHW.float()
+    if size != (rows, columns):
+        shown = F.interpolate(shown[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return shown[:, top : top + height, left : left + width].clamp(0, 1)
 
 
 def on_canvas(image_CHW: Tensor, width: int, height: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pixrl.errors import CheckpointError, InputError, ShapeError, did_you_mean
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX, read_json
-from pixrl.models.base import Conditioning, ReferencePolicy, SamplingSettings
+from pixrl.models.base import Conditioning, ReferencePolicy, SamplingSettings, in_own_shape
 from pixrl.models.pipeline import FlowPipelinePolicy, even_levels
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
@@ -47,6 +47,15 @@ class Shift(StrEnum):
     """The shift of FluxPipeline by the picture's tokens: mu = 0.630 at 512 x 512."""
     UNO = "uno"
     """The shift of UNO's published inference: mu = 0.459 at 512 x 512."""
+
+
+class Shape(StrEnum):
+    """The shape in which references are shown."""
+
+    SQUARE = "square"
+    """Each on a white square, nothing cut off: one batch holds references of any shapes."""
+    OWN = "own"
+    """Each as it is, up to its last whole token, as UNO shows them: rows of one shape go through the model together."""
 
 
 Size = tuple[int, int]
@@ -164,6 +173,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
             )
         self.preset = Preset(named)
         self.shift = Shift.FLUX
+        self.shape = Shape.SQUARE
         self.reference_side = min(self.settings.width, self.settings.height)
 
     def _defaults(self, folder: Path) -> SamplingSettings:
@@ -178,7 +188,12 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
             )
 
     def place(
-        self, *, preset: Preset | None = None, shift: Shift | None = None, side: int | None = None
+        self,
+        *,
+        preset: Preset | None = None,
+        shift: Shift | None = None,
+        side: int | None = None,
+        shape: Shape | None = None,
     ) -> None:
         """Set how references are placed and sized and the schedule is shifted, in place of what the checkpoint says.
 
@@ -194,7 +209,14 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
             )
         self.preset = self.preset if preset is None else preset
         self.shift = self.shift if shift is None else shift
+        self.shape = self.shape if shape is None else shape
         self.reference_side = self.reference_side if side is None else side
+
+    def lay_out(self, image_CHW: Tensor) -> Tensor:
+        """Return a picture [3, H, W] as the model is shown it: on a white square, or in its own shape."""
+        if self.shape is Shape.OWN:
+            return in_own_shape(image_CHW, self.reference_side, 2 * int(self.pipeline.vae_scale_factor))
+        return super().lay_out(image_CHW)
 
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels) // 4, 2
@@ -261,6 +283,13 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         return even_levels(steps)
 
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        if conditioning.sizes_BN2 is None:
+            return self._predict(x_t, t_B, conditioning)
+        parts = [(rows, self._predict(x_t[rows], t_B[rows], part)) for rows, part in conditioning.by_shape()]
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        return torch.cat([found for _, found in parts])[order.to(x_t.device)]
+
+    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         size = _token_size(x_t)
         packed = [pack_latents(latents) for latents in (x_t, *conditioning.references)]
         own, others = position_ids(
