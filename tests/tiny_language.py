@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     ZImagePipeline,
@@ -21,6 +22,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -40,8 +42,11 @@ SIZES: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1
 }  # fmt: skip
 """The sizes of every language model here."""
+VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+VISION_IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 Z_IMAGE_CARD: dict[str, object] = {"steps": 4, "guidance": 0.0, "resolution": 32, "max_sequence_length": 64}
 QWEN_CARD: dict[str, object] = Z_IMAGE_CARD | {"max_sequence_length": 192}
+EDIT_CARD: dict[str, object] = Z_IMAGE_CARD | {"max_sequence_length": 400}
 
 
 def tokenizer() -> Qwen2Tokenizer:
@@ -129,13 +134,35 @@ def flux2_klein(folder: Path, *, seed: int = 0, distilled: bool = False) -> Path
 
 def qwen_image(folder: Path, *, seed: int = 0) -> Path:
     """A QwenImagePipeline folder with a Qwen2.5-VL encoder and a VAE of video, and the published schedule."""
+    return _saved(QwenImagePipeline(**_qwen_parts(seed)), folder, QWEN_CARD)
+
+
+def qwen_edit(folder: Path, *, seed: int = 0, zero_cond_t: bool = True) -> Path:
+    """A QwenImageEditPlusPipeline folder, with what is known of its processor without torchvision.
+
+    `zero_cond_t`: references are modulated as clean, as in the edition of November 2025.
+    """
+    parts = _qwen_parts(seed, zero_cond_t=zero_cond_t)
+    _saved(QwenImageEditPlusPipeline(**parts, processor=None), folder, EDIT_CARD)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["processor"] = ["transformers", "Qwen2VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56).save_pretrained(folder / "processor")
+    parts["tokenizer"].save_pretrained(folder / "processor")
+    return folder
+
+
+def _qwen_parts(seed: int, **transformer_settings: object) -> dict[str, Any]:
     torch.manual_seed(seed)
     words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *VISION]})
+    ids = dict(zip(VISION_IDS, words.convert_tokens_to_ids(VISION), strict=True))
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
     sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     config = Qwen2_5_VLConfig(
         text_config=SIZES | {"vocab_size": len(words), "num_hidden_layers": 2, "rope_parameters": rope},
         vision_config=sight | {"fullatt_block_indexes": [0]},
+        **ids,
     )
     transformer = QwenImageTransformer2DModel(
         in_channels=16,
@@ -145,18 +172,18 @@ def qwen_image(folder: Path, *, seed: int = 0) -> Path:
         num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(4, 6, 6),
+        **transformer_settings,
     )
     tiny.make_lively(transformer)
-    pipeline = QwenImagePipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
-        vae=_video_vae(),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
-        tokenizer=words,
-    )
-    return _saved(pipeline, folder, QWEN_CARD)
+        "vae": _video_vae(),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+        "tokenizer": words,
+    }
 
 
 def _video_vae() -> AutoencoderKLQwenImage:

@@ -180,6 +180,7 @@ def test_what_lies_on_the_device_by_plan() -> None:
     assert doctor.on_device(parts, MemoryPlan()) == 157
     assert doctor.on_device(parts, MemoryPlan(), text_dropped=True) == 107
     assert doctor.on_device(parts, MemoryPlan(offload="parts")) == 150
+    assert doctor.on_device(parts, MemoryPlan(offload="parts"), text_dropped=True) == 107
     assert doctor.on_device(parts, MemoryPlan(offload="sequential")) == 50
 
 

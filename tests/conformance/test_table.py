@@ -28,6 +28,7 @@ RENDERERS: dict[str, Callable[[Path], Path]] = {
     "flux2-klein": tiny_language.flux2_klein,
     "z-image": tiny_language.z_image,
     "qwen-image": tiny_language.qwen_image,
+    "qwen-image-edit": tiny_language.qwen_edit,
 }
 
 

@@ -13,8 +13,9 @@ import pixrl
 from pixrl import api
 from pixrl.algorithms.exploration import SHOWN, Group, NoiseOnly, prepare, shown_pictures
 from pixrl.errors import InputError, ShapeError
-from pixrl.models.base import Conditioning, in_own_shape
+from pixrl.models.base import Conditioning
 from pixrl.models.flux import FluxPolicy, Shape
+from pixrl.models.references import in_own_shape
 from pixrl.runs.config import load_recipe
 from pixrl.runs.loaded import load_run
 from pixrl.runs.planner import require_equal_shares
@@ -149,12 +150,12 @@ def test_the_plan_is_made_for_the_largest_references(flux_folder: Path, several:
     policy = loaded.policy
     assert isinstance(policy, FluxPolicy)
     areas = [
-        policy.lay_out(one)[0].numel()
+        policy.laid_out([one])[0][0].numel()
         for prompt in loaded.prompts.prompts
         for one in shown_pictures(prompt.metadata)
     ]
     (chosen,) = shown_pictures(loaded.largest_group().metadata)
-    assert policy.lay_out(chosen)[0].numel() == max(areas) > min(areas)
+    assert policy.laid_out([chosen])[0][0].numel() == max(areas) > min(areas)
 
 
 def test_sharded_weights_refuse_them(flux_folder: Path, several: Path) -> None:

@@ -220,20 +220,22 @@ def shown_to(policy: FlowPolicy, variants: Variants, groups: Sequence[Group]) ->
         return variants
     if not isinstance(policy, ReferencePolicy):
         raise InputError(
-            f"{policy.name} ({type(policy).__name__}) takes no reference pictures. Give a FLUX model, such as toy:flux."
+            f"{policy.name} ({type(policy).__name__}) takes no reference pictures. Give a model that does, such as "
+            "toy:flux."
         )
     if len(counts) > 1:
         raise InputError(
             f"Prompts of one step have {counts[0]} and {counts[-1]} reference pictures; give all the same number: "
             f"--set references.count={max(1, counts[0])}"
         )
-    laid = [[policy.lay_out(one) for one in own] for own in pictures]
-    if len({tuple(one.shape for one in own) for own in laid}) == 1:
-        by_place = [torch.stack(same) for same in zip(*laid, strict=True)]
-        return replace(variants, anchor=policy.with_references(variants.anchor, by_place))
+    prompts = [group.prompt for group in groups]
+    laid_out = [policy.laid_out(own) for own in pictures]
+    if len({tuple(one.shape for one in own) for own in laid_out}) == 1:
+        by_place = [torch.stack(same) for same in zip(*laid_out, strict=True)]
+        return replace(variants, anchor=policy.show(variants.anchor, by_place, prompts))
     rows = [
-        policy.with_references(variants.anchor[[row]], [one[None] for one in own])
-        for row, own in enumerate(laid)
+        policy.show(variants.anchor[[row]], [one[None] for one in own], [prompts[row]])
+        for row, own in enumerate(laid_out)
     ]
     return replace(variants, anchor=Conditioning.cat(rows))
 

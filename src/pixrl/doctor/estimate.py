@@ -259,6 +259,8 @@ def on_device(parts: dict[str, PartSize], plan: MemoryPlan, *, text_dropped: boo
     text = sum(taken for name, taken in sizes.items() if name in TEXT_PARTS)
     if plan.offload is Offload.SEQUENTIAL:
         return max(text, sizes.get("vae", 0))
+    if plan.offload is Offload.PARTS and text_dropped:  # prompts are read while the denoiser waits
+        return max(text, sum(sizes.values()) - text)
     if plan.offload is Offload.PARTS:
         return sum(sizes.values()) - text - sizes.get("vae", 0) + max(text, sizes.get("vae", 0))
     return sum(sizes.values()) - (text if text_dropped else 0)

@@ -27,6 +27,7 @@ RENDERERS = {
     "flux2-klein": "pixrl.models.flux2:Flux2KleinPolicy",
     "z-image": "pixrl.models.z_image:ZImagePolicy",
     "qwen-image": "pixrl.models.qwen_image:QwenImagePolicy",
+    "qwen-image-edit": "pixrl.models.qwen_edit:QwenImageEditPolicy",
 }
 """The adapter of each kind of generator."""
 REGISTRY = Registry("kind", "pixrl.models", RENDERERS)

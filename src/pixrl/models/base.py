@@ -30,6 +30,7 @@ class Conditioning:
         references: latents of reference pictures.
         mask_BL: true on a prompt's own tokens, false on padding; None: every token counts, as SD3, SDXL and FLUX have
             it, which attend to padding too.
+        away: what guidance leads away from, row by row, where that depends on the references; None: it does not.
         sizes_BN2: rows and columns of the latents of each row's N references, where these have several shapes; zeros
             fill up what is beyond. None: all references at a place have the shape of their tensor.
     """
@@ -38,6 +39,7 @@ class Conditioning:
     pooled_BE: Tensor | None = None
     references: tuple[Tensor, ...] = ()
     mask_BL: Tensor | None = None
+    away: "Conditioning | None" = None
     sizes_BN2: Tensor | None = None
 
     def __len__(self) -> int:
@@ -53,14 +55,16 @@ class Conditioning:
         sizes = self.sizes_BN2
         if sizes is not None:  # on the CPU, since shapes are read from it
             sizes = sizes[index if isinstance(index, slice) else index.cpu()]
-        return replace(self._map(lambda x: x[index]), mask_BL=mask, sizes_BN2=sizes)
+        away = None if self.away is None else self.away[rows]
+        return replace(self._map(lambda x: x[index]), mask_BL=mask, away=away, sizes_BN2=sizes)
 
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Conditioning":
         """Return the same rows on a device, in a dtype."""
         mask = None if self.mask_BL is None else self.mask_BL.to(device=device)
-        return replace(self._map(lambda x: x.to(device=device, dtype=dtype)), mask_BL=mask)
+        away = None if self.away is None else self.away.to(device=device, dtype=dtype)
+        return replace(self._map(lambda x: x.to(device=device, dtype=dtype)), mask_BL=mask, away=away)
 
     @property
     def own_BL(self) -> Tensor:
@@ -74,9 +78,8 @@ class Conditioning:
         """The rows and columns of every reference's latents, [B, N, 2]."""
         if self.sizes_BN2 is not None:
             return self.sizes_BN2
-        return (
-            torch.tensor([one.shape[2:] for one in self.references]).view(1, -1, 2).expand(len(self), -1, -1)
-        )
+        found = torch.tensor([one.shape[2:] for one in self.references], dtype=torch.long)
+        return found.view(1, len(self.references), 2).expand(len(self), -1, -1)
 
     @property
     def mean_BD(self) -> Tensor:
@@ -119,6 +122,7 @@ class Conditioning:
                 (r * flat.view(-1, *[1] * (r.ndim - 1))).sum(0, keepdim=True) for r in self.references
             ),
             mask_BL=self.mixed_mask((column_weights != 0).any(dim=1)[None, :, None]),
+            away=None if self.away is None else self.away.mix(weights),
         )
 
     def lerp(self, other: "Conditioning", weight: Tensor | float) -> "Conditioning":
@@ -138,7 +142,12 @@ class Conditioning:
         if self.mask_BL is not None or other.mask_BL is not None:
             far = w.view(-1, 1)
             mask = (self.own_BL & (far != 1)) | (other.own_BL & (far != 0))
-        return Conditioning(blend(self.tokens_BLD, other.tokens_BLD), pooled, refs, mask, self.sizes_BN2)
+        away = None
+        if self.away is not None and other.away is not None:
+            away = self.away.lerp(other.away, weight)
+        return Conditioning(
+            blend(self.tokens_BLD, other.tokens_BLD), pooled, refs, mask, away, self.sizes_BN2
+        )
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -146,11 +155,13 @@ class Conditioning:
         pooled = [p.pooled_BE for p in parts if p.pooled_BE is not None]
         columns = zip(*(p.references for p in parts), strict=True)
         is_masked = any(p.mask_BL is not None for p in parts)
+        aways = [p.away for p in parts if p.away is not None]
         return Conditioning(
             torch.cat([p.tokens_BLD for p in parts]),
             torch.cat(pooled) if pooled else None,
             tuple(torch.cat(_filled_up(column)) for column in columns),
             torch.cat([p.own_BL for p in parts]) if is_masked else None,
+            Conditioning.cat(aways) if len(aways) == len(parts) else None,
             _joint_sizes(parts),
         )
 
@@ -425,10 +436,6 @@ class ReferencePolicy(ImageEncoder):
     reference_side: int
     """The side in pixels of the square that a reference is laid out on, or the longer side where it keeps its shape."""
 
-    def lay_out(self, image_CHW: Tensor) -> Tensor:
-        """Return a picture [3, H, W] of any size as the model is shown it: on a white square."""
-        return on_square(image_CHW, self.reference_side)
-
     @abstractmethod
     def with_references(self, conditioning: Conditioning, references: Sequence[Tensor]) -> Conditioning:
         """Return the prompts with reference pictures, each [B, 3, H, W] with sides that are multiples of two latents.
@@ -436,6 +443,20 @@ class ReferencePolicy(ImageEncoder):
         Raises:
             ShapeError: another number of pictures than of prompts.
         """
+
+    def laid_out(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Return pictures [3, H, W] of any size as the model is shown them: on white squares."""
+        return [on_square(picture, self.reference_side) for picture in pictures]
+
+    def show(
+        self, conditioning: Conditioning, references: Sequence[Tensor], prompts: Sequence[str]
+    ) -> Conditioning:
+        """Return what `with_references` does; a model that reads pictures and prompts together reads them anew.
+
+        Raises:
+            ShapeError: another number of pictures than of prompts.
+        """
+        return self.with_references(conditioning, references)
 
 
 def on_square(image_CHW: Tensor, side: int) -> Tensor:
@@ -445,29 +466,6 @@ def on_square(image_CHW: Tensor, side: int) -> Tensor:
         ShapeError: it is no RGB picture.
     """
     return on_canvas(image_CHW, side, side)
-
-
-def in_own_shape(image_CHW: Tensor, longest: int, unit: int) -> Tensor:
-    """Scale a picture [3, H, W] to a longer side, and cut the middle whose sides are multiples of `unit` pixels.
-
-    Raises:
-        InputError: a side would be shorter than that.
-
-    Source: UNO's `preprocess_ref` (bytedance/UNO).
-    """
-    rows, columns = image_CHW.shape[1:]
-    size = tuple(int(longest / max(rows, columns) * side) for side in (rows, columns))
-    height, width = (side // unit * unit for side in size)
-    if min(height, width) < 1:
-        raise InputError(
-            f"A reference of {columns} x {rows} pixels, scaled to {longest} on its longer side, is thinner than "
-            f"a token, {unit} pixels: give a larger references.side, or leave references.shape out."
-        )
-    shown = image_CHW.float()
-    if size != (rows, columns):
-        shown = F.interpolate(shown[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return shown[:, top : top + height, left : left + width].clamp(0, 1)
 
 
 def on_canvas(image_CHW: Tensor, width: int, height: int) -> Tensor:

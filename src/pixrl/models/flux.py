@@ -7,7 +7,6 @@ transformer attends to them as to any other token; position ids tell them apart.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from enum import StrEnum
 from itertools import accumulate, chain
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch import Tensor
 from pixrl.errors import CheckpointError, InputError, ShapeError, did_you_mean
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX, read_json
-from pixrl.models.base import Conditioning, ReferencePolicy, SamplingSettings, in_own_shape
-from pixrl.models.pipeline import FlowPipelinePolicy, even_levels
+from pixrl.models.base import Conditioning, SamplingSettings
+from pixrl.models.pipeline import even_levels
+from pixrl.models.references import TokenReferences, in_own_shape
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
 
@@ -140,7 +140,7 @@ def unpack_latents(tokens: Tensor, size: Size) -> Tensor:
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), tokens.shape[2] // 4, 2 * rows, 2 * columns)
 
 
-class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
+class FluxPolicy(TokenReferences, PerturbableText):
     """FLUX as a trainable policy with any number of reference pictures; `preset` says how their tokens are placed."""
 
     pipelines = ("FluxPipeline", KONTEXT_PIPELINE)
@@ -200,9 +200,7 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         Raises:
             InputError: the side is no multiple of two latents, or the shift would have no effect.
         """
-        unit = 2 * int(self.pipeline.vae_scale_factor)
-        if side is not None and (side < unit or side % unit):
-            raise InputError(f"The side of a reference must be a multiple of {unit} pixels, got {side}.")
+        super().place(side=side)
         if shift is not None and not self.pipeline.scheduler.config.use_dynamic_shifting:
             raise InputError(
                 f"shift {shift.value} has no effect: the schedule of {self.name} does not depend on the resolution."
@@ -210,13 +208,12 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         self.preset = self.preset if preset is None else preset
         self.shift = self.shift if shift is None else shift
         self.shape = self.shape if shape is None else shape
-        self.reference_side = self.reference_side if side is None else side
 
-    def lay_out(self, image_CHW: Tensor) -> Tensor:
-        """Return a picture [3, H, W] as the model is shown it: on a white square, or in its own shape."""
+    def laid_out(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Return pictures [3, H, W] as the model is shown them: on white squares, or in their own shapes."""
         if self.shape is Shape.OWN:
-            return in_own_shape(image_CHW, self.reference_side, 2 * int(self.pipeline.vae_scale_factor))
-        return super().lay_out(image_CHW)
+            return [in_own_shape(picture, self.reference_side, self.reference_unit) for picture in pictures]
+        return super().laid_out(pictures)
 
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels) // 4, 2
@@ -232,11 +229,6 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
         dtype = self.precision.weights
         tokens = torch.zeros(1, self.text_length, config.joint_attention_dim, dtype=dtype)
         return Conditioning(tokens, torch.zeros(1, config.pooled_projection_dim, dtype=dtype))
-
-    def blank_reference(self) -> Tensor:
-        """Return zeros in the shape of one reference's latents, [1, C, h, w]."""
-        side = self.reference_side // int(self.pipeline.vae_scale_factor)
-        return torch.zeros(1, self.latent_shape[0], side, side)
 
     def _encode_one(self, prompt: str) -> Conditioning:
         with self.text_present():
@@ -265,15 +257,6 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
                 token_columns=None,
             ),
         )
-
-    def with_references(self, conditioning: Conditioning, references: Sequence[Tensor]) -> Conditioning:
-        for images in references:
-            _check_pictures(images, 2 * int(self.pipeline.vae_scale_factor))
-            if len(images) != len(conditioning):
-                raise ShapeError(
-                    f"{len(images)} reference pictures for {len(conditioning)} prompts; give one a prompt."
-                )
-        return replace(conditioning, references=tuple(self.encode_images(images) for images in references))
 
     def _shift_tokens(self) -> int:
         tokens = super()._shift_tokens()
@@ -309,41 +292,6 @@ class FluxPolicy(FlowPipelinePolicy, PerturbableText, ReferencePolicy):
             return_dict=False,
         )[0]
         return unpack_latents(tokens[:, : size[0] * size[1]].float(), size)
-
-
-def _check_pictures(images: object, unit: int) -> None:
-    """Raise an error unless the images are RGB, in [0, 1], with sides that are multiples of two latents."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-        raise ShapeError(
-            f"A reference is RGB pictures [B, 3, H, W], one a prompt, got {_said(images)}. Give a list of them, "
-            "each with the batch's axis (picture[None]); pixrl.data.pictures.read_picture puts transparency on white."
-        )
-    height, width = images.shape[2:]
-    if min(height, width) < unit or height % unit or width % unit:
-        side = max(unit, -(-max(height, width) // unit) * unit)
-        raise ShapeError(
-            f"The sides of a reference must be multiples of {unit} pixels, got {height} x {width}. Lay it out on "
-            f"white, nothing cut off: pixrl.models.base.on_square(picture, {side})."
-        )
-    if not images.is_floating_point():
-        raise InputError(
-            f"A reference must be floating point in [0, 1], got {_said(images)}. Give images.float() / 255."
-        )
-    if not images.isfinite().all():
-        raise InputError("A reference holds values that are not finite. Its values must lie in [0, 1].")
-    low, high = float(images.min()), float(images.max())
-    if low < 0 or high > 1:
-        raise InputError(
-            f"The values of a reference must lie in [0, 1], got {low:g} to {high:g}. Give images / 255 for 0..255, "
-            "(images + 1) / 2 for -1..1, and images.clamp(0, 1) for what a resize overshot."
-        )
-
-
-def _said(given: object) -> str:
-    """Describe what was given, for an error message."""
-    if isinstance(given, Tensor):
-        return f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
-    return f"a {type(given).__name__}"
 
 
 def _token_size(latents: Tensor) -> Size:

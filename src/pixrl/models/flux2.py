@@ -28,13 +28,14 @@ from pixrl.models.flux import pack_latents, unpack_latents
 from pixrl.models.language import LanguagePolicy, chat_frame
 from pixrl.models.pipeline import even_levels
 from pixrl.models.slots import KNOWN_TARGETS
+from pixrl.models.text import PerturbableText
 
 PATCH = 2
 """Rows and columns of latents in a token."""
 DISTILLED = SamplingSettings(steps=4, guidance=0.0, resolution=1024)
 
 
-class Flux2KleinPolicy(LanguagePolicy):
+class Flux2KleinPolicy(LanguagePolicy, PerturbableText):
     """FLUX.2 [klein], 4B or 9B, base or distilled, as a trainable policy."""
 
     pipelines = ("Flux2KleinPipeline",)

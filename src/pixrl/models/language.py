@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from pixrl.errors import CheckpointError, ShapeError
 from pixrl.models.base import Conditioning
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.models.text import LANGUAGE, PerturbableText, PromptText, TextEncoder, TextFeatures, lerp_rows
+from pixrl.models.text import LANGUAGE, PromptText, TextEncoder, TextFeatures, lerp_rows
 
 _MARK = "PROMPT"
 """What stands for the prompt where a chat template is asked for the text around it."""
@@ -39,14 +39,15 @@ class LanguageEncoder(TextEncoder):
     takes_padding: bool = False
     """Whether the pipeline takes the rows of padding as it takes others, without a mask."""
 
-    def encode(self, prompt: str) -> Conditioning:
+    def encode(self, prompt: str, **given: Any) -> Conditioning:
         """Return a prompt as the pipeline reads it, one row of `length - skipped` tokens.
 
-        Padding is zeros, which the mask tells apart, unless the pipeline takes its rows.
+        Padding is zeros, which the mask tells apart, unless the pipeline takes its rows. `given`: what else the model
+        is given, such as pictures.
         """
         ids_1L = self._tokens(prompt, padded=self.takes_padding).input_ids.to(self.model.device)
         embeddings_1LD = self.model.get_input_embeddings()(ids_1L)
-        tokens_1LD = self._states(ids_1L, embeddings_1LD)[:, self.skipped :]
+        tokens_1LD = self._states(ids_1L, embeddings_1LD, **given)[:, self.skipped :]
         if self.takes_padding:
             return Conditioning(tokens_1LD)
         own, length = tokens_1LD.shape[1], self.length - self.skipped
@@ -92,13 +93,14 @@ class LanguageEncoder(TextEncoder):
             **options,
         )
 
-    def _states(self, ids_BL: Tensor, embeddings_BLD: Tensor) -> Tensor:
+    def _states(self, ids_BL: Tensor, embeddings_BLD: Tensor, **given: Any) -> Tensor:
         output = self._run(
             ids_BL,
             embeddings_BLD,
             attention_mask=self._own(ids_BL).long(),
             output_hidden_states=True,
             use_cache=False,
+            **given,
         )
         return torch.cat([output.hidden_states[layer] for layer in self.layers], dim=-1)
 
@@ -143,7 +145,7 @@ def chat_frame(tokenizer: Any, *, thinks: bool) -> tuple[str, str]:
     return before, after
 
 
-class LanguagePolicy(FlowPipelinePolicy, PerturbableText):
+class LanguagePolicy(FlowPipelinePolicy):
     """A trainable flow pipeline whose prompts one language model reads."""
 
     layers: ClassVar[tuple[int, ...]]

@@ -52,6 +52,8 @@ _MARKS = {
 }
 OPTIONAL_PARTS = {"StableDiffusion3Pipeline": T5_COMPONENTS}
 """The parts that a folder may lack: SD3 draws without its T5 encoder."""
+UNUSED_PARTS = {"QwenImageEditPlusPipeline": ("processor",)}
+"""The parts that are never loaded: Qwen's processor needs torchvision, and its picture processor is loaded apart."""
 _LIBRARIES = ("diffusers", "transformers")
 _HARMLESS = ("position_ids", "decoder.", "lm_head.")
 """The names of weights that published text encoders carry and their classes do not use."""
@@ -99,6 +101,7 @@ def load_pipeline(class_name: str, checkpoint: Checkpoint, precision: Precision,
     load = _load_folder if checkpoint.file is None else _load_file
     present, optional = components(checkpoint.folder), OPTIONAL_PARTS.get(class_name, ())
     without = {name: None for name in optional if not t5 or name not in present}
+    without |= dict.fromkeys(UNUSED_PARTS.get(class_name, ()))
     with quiet_loading():
         pipeline = load(class_name, checkpoint, precision, without)
     pipeline.set_progress_bar_config(disable=True)

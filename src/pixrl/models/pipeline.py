@@ -318,7 +318,9 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
         """Return u + scale * (c - u) of the prediction c and the unconditional u; c where the scale is at most 1."""
         if self.guidance_scale <= 1:
             return predict(x, level_B, conditioning)
-        both = Conditioning.cat([self._unconditional(len(x)).to(device=self.device), conditioning])
+        away = self._unconditional(len(x)) if conditioning.away is None else conditioning.away
+        away = replace(away.to(device=self.device), references=conditioning.references)
+        both = Conditioning.cat([away, conditioning])
         return self._away(*predict(torch.cat([x, x]), torch.cat([level_B, level_B]), both).float().chunk(2))
 
     def _away(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
@@ -350,17 +352,24 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
         # weights that were gathered in inference mode could not be trained through afterwards
         return torch.no_grad() if self.in_step else super()._without_gradients()
 
-    def drop_text(self, prompts: Sequence[str]) -> None:
+    def drop_text(self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] | None = None) -> None:
         """Encode these prompts and the empty one, keep their rows on the CPU and free the text encoders for good.
+
+        Args:
+            prompts: at least one.
+            references: the pictures [3, side, side] that each prompt will be shown with; None: there are none.
 
         Raises:
             InputError: the rows would not fit into memory.
             UnknownWordError: a prompt has a word outside the vocabulary.
         """
         check_words(prompts, self.vocabulary, self.name)
-        with torch.no_grad(), self.present(PipelinePart.TEXT):
-            self._cache.keep(["", self.unwanted, *prompts])
+        with torch.no_grad(), self.placement.without_denoiser(), self.present(PipelinePart.TEXT):
+            self._keep_text(prompts, references or [()] * len(prompts))
         self.placement.drop_text()
+
+    def _keep_text(self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]]) -> None:
+        self._cache.keep(["", self.unwanted, *prompts])
 
     def present(self, part: PipelinePart) -> AbstractContextManager[None]:
         """Keep the text encoders, or the VAE, on the device while it is open."""

@@ -49,6 +49,7 @@ class Placement:
         self.denoiser = denoiser
         self.device = device
         self.offload = plan.offload
+        self._divides = plan.divides
         self.on_device: set[PipelinePart] = set(PipelinePart) if placed else set()
         if placed:
             return
@@ -79,6 +80,18 @@ class Placement:
         unstream_weights(self.denoiser)
         yield
         stream_weights(self.denoiser, self.device)
+
+    @contextmanager
+    def without_denoiser(self) -> Iterator[None]:
+        """Let the denoiser wait on the CPU within it, where parts take turns on the device anyway."""
+        if self.offload is not Offload.PARTS or self._divides:
+            yield
+            return
+        self.denoiser.to("cpu")
+        try:
+            yield
+        finally:
+            self.denoiser.to(self.device)
 
     def drop_text(self) -> None:
         """Free the text encoders for good."""

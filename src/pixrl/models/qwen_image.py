@@ -8,7 +8,7 @@ length: `encode` pads them with zeros, and the mask tells the transformer, for p
 the guided velocity is given the length that it has without guidance.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,18 +21,18 @@ from pixrl.models.language import LanguagePolicy
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.pipeline import even_levels
 from pixrl.models.slots import KNOWN_TARGETS
+from pixrl.models.text import PerturbableText
 
 PATCH = 2
 """Rows and columns of latents in a token."""
+Shape = tuple[int, int, int]
+"""Frames, rows and columns of a picture's tokens."""
 
 
-class QwenImagePolicy(LanguagePolicy):
-    """Qwen-Image as a trainable policy."""
+class QwenPolicy(LanguagePolicy):
+    """What Qwen-Image and Qwen-Image-Edit share: all but what is read and shown beside a prompt."""
 
-    pipelines = ("QwenImagePipeline",)
-    pipeline_class = "QwenImagePipeline"
     lora_layout = "qwen-image"
-    licences: ClassVar[Mapping[str, str]] = {"Qwen/Qwen-Image": "Apache-2.0"}
     defaults = SamplingSettings(steps=50, guidance=4.0, resolution=1024)
     lora_targets = KNOWN_TARGETS
     negative_prompt = " "
@@ -41,9 +41,13 @@ class QwenImagePolicy(LanguagePolicy):
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
         """Load the checkpoint; the options are those of `FlowPipelinePolicy`."""
         super().__init__(checkpoint, **options)
-        # Positions are kept from when they are first asked for: not within inference mode, nor without content.
+        self._keep_positions([self._shape(self.latent_shape)], self.text_length)
+
+    def _keep_positions(self, shapes: list[Shape], length: int) -> None:
+        """Compute the positions of pictures and text, which the transformer keeps from when it is first asked."""
         device = torch.empty(0, device=self.device).device
-        self.denoiser.pos_embed([self._shape()], max_txt_seq_len=self.text_length, device=device)  # type: ignore[operator]
+        with torch.inference_mode(False):  # what is made within it could not be trained through
+            self.denoiser.pos_embed([shapes], max_txt_seq_len=length, device=device)  # type: ignore[operator]
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
         rope = self.pipeline.transformer.pos_embed
@@ -54,9 +58,9 @@ class QwenImagePolicy(LanguagePolicy):
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels) // PATCH**2, PATCH
 
-    def _shape(self) -> list[tuple[int, int, int]]:
-        """Return the frames, rows and columns of a picture's tokens."""
-        return [(1, self.latent_shape[1] // PATCH, self.latent_shape[2] // PATCH)]
+    def _shape(self, latents: Sequence[int]) -> Shape:
+        """Return the frames, rows and columns of a picture's tokens, of the shape of its latents [..., h, w]."""
+        return 1, latents[-2] // PATCH, latents[-1] // PATCH
 
     def frame(self, tokenizer: Any) -> tuple[str, str]:
         before, _, after = self.pipeline.prompt_template_encode.partition("{}")
@@ -80,7 +84,7 @@ class QwenImagePolicy(LanguagePolicy):
         guided = pack_latents(super()._away(unconditional, conditional))
         length = pack_latents(conditional).norm(dim=-1, keepdim=True)
         kept = guided * (length / guided.norm(dim=-1, keepdim=True))
-        return unpack_latents(kept, self._shape()[0][1:])
+        return unpack_latents(kept, self._shape(conditional.shape)[1:])
 
     def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         tokens, mask = conditioning.tokens_BLD, conditioning.mask_BL
@@ -88,12 +92,23 @@ class QwenImagePolicy(LanguagePolicy):
             longest = int(mask.any(dim=0).nonzero().max()) + 1
             tokens, mask = tokens[:, :longest], mask[:, :longest]
             mask = None if mask.all() else mask
+        pictures = (x_t, *conditioning.references)
+        shapes = [self._shape(latents.shape) for latents in pictures]
         found: Tensor = self.denoiser(
-            hidden_states=pack_latents(x_t),
+            hidden_states=torch.cat([pack_latents(latents) for latents in pictures], dim=1),
             timestep=t_B,
             encoder_hidden_states=tokens,
             encoder_hidden_states_mask=mask,
-            img_shapes=[self._shape()] * len(x_t),
+            img_shapes=[shapes] * len(x_t),
             return_dict=False,
         )[0]
-        return unpack_latents(found.float(), self._shape()[0][1:])
+        size = shapes[0][1:]
+        return unpack_latents(found[:, : size[0] * size[1]].float(), size)
+
+
+class QwenImagePolicy(QwenPolicy, PerturbableText):
+    """Qwen-Image as a trainable policy."""
+
+    pipelines = ("QwenImagePipeline",)
+    pipeline_class = "QwenImagePipeline"
+    licences: ClassVar[Mapping[str, str]] = {"Qwen/Qwen-Image": "Apache-2.0"}

@@ -9,9 +9,9 @@ stay as they are.
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from pixrl.errors import InputError, ShapeError, UnknownWordError, did_you_mean
 from pixrl.models.base import Conditioning
 from pixrl.text import require_text
 
+Key = TypeVar("Key", bound=Hashable)
 CACHE_BYTES = 2**30
 """The bytes of prompt rows that are kept."""
 LANGUAGE = "language"
@@ -53,23 +54,23 @@ def check_words(prompts: Sequence[str], vocabulary: frozenset[str] | None, name:
                 )
 
 
-class PromptCache:
-    """A cache of the conditioning rows of prompts, which drops the least recently used past `limit_bytes`.
+class PromptCache(Generic[Key]):
+    """A cache of conditioning rows of prompts, or of prompts with what is shown beside them.
 
-    Each prompt is encoded alone, so that its row does not depend on what it was asked with, and a resumed run (whose
-    cache starts empty) sees exactly the rows of the unbroken one.
+    It drops the least recently used past `limit_bytes`. Each prompt is encoded alone, so that its row does not depend
+    on what it was asked with, and a resumed run (whose cache starts empty) sees exactly the rows of the unbroken one.
     """
 
-    def __init__(self, encode_one: Callable[[str], Conditioning], limit_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, encode_one: Callable[[Key], Conditioning], limit_bytes: int = CACHE_BYTES) -> None:
         self._encode_one = encode_one
         self._limit = limit_bytes
-        self._rows: OrderedDict[str, Conditioning] = OrderedDict()
+        self._rows: OrderedDict[Key, Conditioning] = OrderedDict()
         self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def keep(self, prompts: Sequence[str], room: int | None = None) -> None:
+    def keep(self, prompts: Sequence[Key], room: int | None = None) -> None:
         """Encode prompts, keep their rows on the CPU for good, and encode nothing else from now on.
 
         Args:
@@ -99,7 +100,7 @@ class PromptCache:
         self._rows.clear()
         self._bytes = 0
 
-    def rows(self, prompts: Sequence[str]) -> Conditioning:
+    def rows(self, prompts: Sequence[Key]) -> Conditioning:
         """Return one row for each prompt, in order.
 
         Raises:
@@ -110,7 +111,7 @@ class PromptCache:
         found = {prompt: self._row(prompt) for prompt in dict.fromkeys(prompts)}
         return Conditioning.cat([found[prompt] for prompt in prompts])
 
-    def _row(self, prompt: str) -> Conditioning:
+    def _row(self, prompt: Key) -> Conditioning:
         row = self._rows.get(prompt)
         if row is None:
             row = self._encode_one(prompt)
@@ -122,7 +123,7 @@ class PromptCache:
         return row
 
 
-def _refuse(prompt: str) -> Conditioning:
+def _refuse(prompt: object) -> Conditioning:
     raise InputError(
         f"The prompt {prompt!r} was not among those that were encoded before the text encoders were dropped: "
         "set machine.drop_text_encoders=false."

@@ -22,6 +22,7 @@ from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.language import LanguagePolicy, chat_frame
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.pipeline import even_levels
+from pixrl.models.text import PerturbableText
 
 PATCH = 2
 """Rows and columns of latents in a token."""
@@ -29,7 +30,7 @@ TURBO_SHIFT = 3.0
 TURBO = SamplingSettings(steps=8, guidance=0.0, resolution=1024)
 
 
-class ZImagePolicy(LanguagePolicy):
+class ZImagePolicy(LanguagePolicy, PerturbableText):
     """Z-Image or Z-Image-Turbo as a trainable policy."""
 
     pipelines = ("ZImagePipeline",)

@@ -486,8 +486,9 @@ def _shown(config: PersonalizeConfig, facts: Facts) -> Iterator[str]:
     elif not is_pipeline:
         yield f"policy.merge_lora(Path({_text(FOLDER)}) / {_text(file)})"
     yield f"pictures = to_tensors(read_pictures(Path({_text(PICTURES)})){cut})"
-    yield "references = [policy.lay_out(picture)[None] for picture in pictures]"
-    yield f"conditioning = policy.with_references(policy.encode([{_text(PROMPT)}]), references)"
+    yield "references = [picture[None] for picture in policy.laid_out(pictures)]"
+    yield f"prompts = [{_text(PROMPT)}]"
+    yield "conditioning = policy.show(policy.encode(prompts), references, prompts)"
     yield from _drawn(config, "policy", "conditioning")
 
 

@@ -22,6 +22,7 @@ from pixrl.metrics.diversity import Features, pixel_features
 from pixrl.models.flux import FluxPolicy, Shape
 from pixrl.models.memory_plan import Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.references import TokenReferences
 from pixrl.models.slots import Slot, Slots
 from pixrl.models.text import check_words
 from pixrl.rewards.encoders import load_encoder
@@ -62,7 +63,7 @@ class LoadedRun:
         if not isinstance(self.policy, FluxPolicy) or self.policy.shape is Shape.SQUARE:
             return group
         shown = [one.metadata for one in (*self.prompts.prompts, *self.evaluated())]
-        areas = [sum(self.policy.lay_out(one)[0].numel() for one in shown_pictures(of)) for of in shown]
+        areas = [sum(one[0].numel() for one in self.policy.laid_out(shown_pictures(of))) for of in shown]
         return replace(group, metadata=shown[areas.index(max(areas))])
 
     def evaluated(self) -> tuple[Prompt, ...]:
@@ -115,7 +116,11 @@ def load_run(config: AlignConfig, rewards: RewardSet | None = None, *, sharded: 
     for one in (prompts, held_out):
         check_words([prompt.text for prompt in one], policy.vocabulary, policy.name)
     if config.machine.drop_text_encoders:
-        policy.drop_text([prompt.text for one in (prompts, held_out) for prompt in one])
+        known = [prompt for one in (prompts, held_out) for prompt in one]
+        shown = [shown_pictures(prompt.metadata) for prompt in known]
+        if isinstance(policy, TokenReferences):
+            shown = [tuple(policy.laid_out(own)) for own in shown]
+        policy.drop_text([prompt.text for prompt in known], shown)
     mesh = team.mesh(trained=config.train is Train.FULL) if sharded else None
     slots = attach_slots(policy, config, mesh)
     if config.machine.compile is not None:
@@ -239,14 +244,26 @@ def not_trainable(adapter: type, name: str) -> ConfigError:
     )
 
 
-def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> FluxPolicy:
-    """Set up the model for reference pictures. Raises ConfigError where it takes none."""
-    if not isinstance(policy, FluxPolicy):
+def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> TokenReferences:
+    """Set up the model for reference pictures.
+
+    Raises:
+        ConfigError: it takes none, or a setting has no effect on it.
+    """
+    if isinstance(policy, FluxPolicy):
+        policy.place(preset=settings.preset, shift=settings.shift, side=settings.side, shape=settings.shape)
+        return policy
+    if not isinstance(policy, TokenReferences):
         raise ConfigError(
-            f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a FLUX model: "
-            "--set model=toy:flux, or a FLUX checkpoint."
+            f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a model that does: "
+            "--set model=toy:flux, or a checkpoint of FLUX or of Qwen-Image-Edit."
         )
-    policy.place(preset=settings.preset, shift=settings.shift, side=settings.side, shape=settings.shape)
+    for name in ("preset", "shift", "shape"):
+        if getattr(settings, name) is not None:
+            raise ConfigError(
+                f"references.{name} has no effect on {policy.name}: it is FLUX's. Leave it out."
+            )
+    policy.place(side=settings.side)
     return policy
 
 

@@ -18,9 +18,10 @@ from pixrl.algorithms.trainer import MicroBatches
 from pixrl.device import free_bytes
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning
-from pixrl.models.flux import FluxPolicy, Shape
+from pixrl.models.flux import Shape
 from pixrl.models.memory_plan import Offload
 from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.references import TokenReferences
 from pixrl.models.sharding import transformer_blocks
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, Train
 
@@ -235,8 +236,8 @@ def fewer_references(fit: int, count: int) -> str:
 
 def smaller_references(policy: FlowPipelinePolicy) -> Iterator[str]:
     """Return the setting that halves the side of references, where there is a smaller one."""
-    assert isinstance(policy, FluxPolicy)
-    unit = 2 * int(policy.pipeline.vae_scale_factor)
+    assert isinstance(policy, TokenReferences)
+    unit = policy.reference_unit
     half = policy.reference_side // 2 // unit * unit
     if half:
         yield f"references.side={half}"
