@@ -76,6 +76,7 @@ def test_its_pipeline_draws_what_was_trained(
     with policy.slot("ema"):
         ours = policy.sample(shown, [1])
     file = export(whole, layout=Format.DIFFUSERS, out=tmp_path / "out").file
+    assert "takes reference pictures as `image=`" in (file.parent / "README.md").read_text()
     again = models.load(folder, device="cpu", dtype="float32")
     assert isinstance(again, QwenImageEditPolicy)
     processor = PictureProcessor(again._patches, again.pipeline.tokenizer)

@@ -370,6 +370,10 @@ def in_unos_code(file: str, rank: int) -> str:
     )
 
 
+_WITH_PICTURES = ("FluxKontextPipeline", "QwenImageEditPlusPipeline")
+"""The pipelines of diffusers that take reference pictures themselves."""
+
+
 def _references(config: PersonalizeConfig, facts: Facts) -> list[str]:
     """Say how the reference pictures are shown to a model with these weights."""
     layout = facts.layout
@@ -380,6 +384,8 @@ def _references(config: PersonalizeConfig, facts: Facts) -> list[str]:
             f"{what} pixrl shows them; the code is in the card of the layout diffusers, which "
             "`pixrl export RUN --format diffusers` writes to `RUN/export/diffusers/README.md`."
         ]
+    if facts.pipeline in _WITH_PICTURES:
+        what = f"{who} with these weights, and takes reference pictures as `image=`, in a size of its own."
     return [
         f"{what} pixrl shows them as in training ({PICTURES} is a folder with pictures of the subject):",
         _code(_shown(config, facts)),
