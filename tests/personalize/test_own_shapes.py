@@ -14,7 +14,7 @@ from pixrl import api
 from pixrl.algorithms.exploration import SHOWN, Group, NoiseOnly, prepare, shown_pictures
 from pixrl.errors import InputError, ShapeError
 from pixrl.models.base import Conditioning
-from pixrl.models.flux import FluxPolicy, Shape
+from pixrl.models.flux import FluxPolicy, ReferenceShape
 from pixrl.models.references import in_own_shape
 from pixrl.runs.config import load_recipe
 from pixrl.runs.loaded import load_run
@@ -54,7 +54,7 @@ MIXED = ((40, 64), (64, 40), (40, 64), (32, 32))
 
 @pytest.fixture
 def own(policy: FluxPolicy) -> FluxPolicy:
-    policy.place(shape=Shape.OWN)
+    policy.place(shape=ReferenceShape.OWN)
     return policy
 
 

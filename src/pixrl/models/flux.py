@@ -49,7 +49,7 @@ class Shift(StrEnum):
     """The shift of UNO's published inference: mu = 0.459 at 512 x 512."""
 
 
-class Shape(StrEnum):
+class ReferenceShape(StrEnum):
     """The shape in which references are shown."""
 
     SQUARE = "square"
@@ -173,7 +173,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
             )
         self.preset = Preset(named)
         self.shift = Shift.FLUX
-        self.shape = Shape.SQUARE
+        self.shape = ReferenceShape.SQUARE
         self.reference_side = min(self.settings.width, self.settings.height)
 
     def _defaults(self, folder: Path) -> SamplingSettings:
@@ -193,7 +193,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
         preset: Preset | None = None,
         shift: Shift | None = None,
         side: int | None = None,
-        shape: Shape | None = None,
+        shape: ReferenceShape | None = None,
     ) -> None:
         """Set how references are placed and sized and the schedule is shifted, in place of what the checkpoint says.
 
@@ -211,7 +211,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
 
     def laid_out(self, pictures: Sequence[Tensor]) -> list[Tensor]:
         """Return pictures [3, H, W] as the model is shown them: on white squares, or in their own shapes."""
-        if self.shape is Shape.OWN:
+        if self.shape is ReferenceShape.OWN:
             return [in_own_shape(picture, self.reference_side, self.reference_unit) for picture in pictures]
         return super().laid_out(pictures)
 

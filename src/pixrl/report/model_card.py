@@ -469,7 +469,7 @@ def _shown(config: PersonalizeConfig, facts: Facts) -> Iterator[str]:
         "preset": None if references.preset is None else f"Preset.{references.preset.name}",
         "shift": None if references.shift is None else f"Shift.{references.shift.name}",
         "side": references.side,
-        "shape": None if references.shape is None else f"Shape.{references.shape.name}",
+        "shape": None if references.shape is None else f"ReferenceShape.{references.shape.name}",
     }
     given = ", ".join(f"{name}={value}" for name, value in placed.items() if value is not None)
     cut = "" if references.count is None else f"[:{references.count}]"
@@ -478,7 +478,7 @@ def _shown(config: PersonalizeConfig, facts: Facts) -> Iterator[str]:
     yield "from pixrl import models"
     yield "from pixrl.data.pictures import read_pictures, to_tensors"
     yield _DRAWING[0]
-    if named := [name for name in ("Preset", "Shape", "Shift") if f"={name}." in given]:
+    if named := [name for name in ("Preset", "ReferenceShape", "Shift") if f"={name}." in given]:
         yield f"from pixrl.models.flux import {', '.join(named)}"
     yield _DRAWING[1]
     yield from ("from safetensors.torch import load_file",) if facts.layout == WEIGHTS else ()

@@ -19,7 +19,7 @@ from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.metrics.diversity import Features, pixel_features
-from pixrl.models.flux import FluxPolicy, Shape
+from pixrl.models.flux import FluxPolicy, ReferenceShape
 from pixrl.models.memory_plan import Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.references import TokenReferences
@@ -60,7 +60,7 @@ class LoadedRun:
     def largest_group(self) -> Group:
         """Return a group of the first step; where references keep their shape, with the largest ones of the run."""
         group = self.first_groups()[0]
-        if not isinstance(self.policy, FluxPolicy) or self.policy.shape is Shape.SQUARE:
+        if not isinstance(self.policy, FluxPolicy) or self.policy.shape is ReferenceShape.SQUARE:
             return group
         shown = [one.metadata for one in (*self.prompts.prompts, *self.evaluated())]
         areas = [sum(one[0].numel() for one in self.policy.laid_out(shown_pictures(of))) for of in shown]
