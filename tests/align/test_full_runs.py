@@ -26,7 +26,7 @@ from pixrl.models.estimate import PeakMeter
 from pixrl.models.memory_plan import Base, MemoryPlan
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.sd3 import SD3Policy
-from pixrl.models.sharding import gathered_bytes, transformer_blocks
+from pixrl.models.sharding import gathered_bytes, transformer_blocks, whole
 from pixrl.models.slots import Slot
 from pixrl.report.export import Format, export
 from pixrl.runs.config import load_recipe
@@ -38,7 +38,7 @@ from tests.align.test_doctor import NEAR
 from tests.align.test_full import ALL, OWL, load, slots_of
 from tests.align.test_processes import EPS
 from tests.align.test_sharding import FULL, NONE, is_divided, write_recipe
-from tests.tolerance import GRADIENT, agree, agree_after_adam
+from tests.tolerance import GRADIENT, STORES, agree, agree_after_adam, agree_in_norm
 
 
 def full(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -197,6 +197,36 @@ def _hold(folder: str, what: str) -> None:
     slots.load_state(state)
     assert all(torch.equal(x, state[name]) for name, x in slots.state().items())
     assert slots.state(keep=False) == {} and moments(optimizer, keep=False) == {}
+
+
+def test_shards_are_gathered_in_the_dtype_of_matrix_products(sd3_folder: Path, launch: Launch) -> None:
+    assert launch(2, str(sd3_folder), act=_compute_in_half) == [0, 0]
+
+
+def _compute_in_half(folder: str) -> None:
+    """In bfloat16 a pass is one without shards but for rounding, the same in every slot; gradients are float32."""
+    ends = []
+    for mesh in (Team("cpu").mesh(trained=True), None):
+        policy = models.load(folder, device="cpu", dtype="bfloat16")
+        assert isinstance(policy, SD3Policy)
+        slots = policy.attach_full(ALL, mesh)
+        row, x, seen = policy.encode([OWL]), policy.initial_noise([3]), set[torch.dtype]()
+        block = transformer_blocks(policy.denoiser)[0]
+        block.register_forward_pre_hook(
+            lambda of, given, seen=seen: seen.update(p.dtype for p in of.parameters())
+        )
+        velocity = policy.velocity(x, x.new_full((1,), 0.5), row)
+        assert seen == {torch.float32 if mesh is None else torch.bfloat16}
+        for slot in ALL:
+            with torch.no_grad(), policy.slot(slot):
+                assert torch.equal(policy.velocity(x, x.new_full((1,), 0.5), row), velocity)
+        velocity.square().mean().backward()
+        gradients = [p.grad for p in slots.parameters() if p.grad is not None]
+        assert {g.dtype for g in gradients} == {torch.float32} == {p.dtype for p in slots.parameters()}
+        scale = 1 if mesh is not None else 2  # both processes made the same pass
+        ends.append((velocity.detach(), scale * torch.cat([whole(g).flatten() for g in gradients])))
+    for sharded, alone in zip(*ends, strict=True):
+        assert agree_in_norm(sharded, alone, STORES, dtype=torch.bfloat16)
 
 
 def pictures(policy: FlowPipelinePolicy) -> Tensor:

@@ -3,7 +3,8 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from pixrl.algorithms import optim as optimizers
 from pixrl.config import load as load_config
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
 from pixrl.models.memory_plan import MemoryPlan, Offload
-from pixrl.models.placement import stream_weights, unstream_weights
+from pixrl.models.placement import Placement, stream_weights, unstream_weights
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLPolicy
 from pixrl.runs.config import AlignConfig, MachineSettings
@@ -238,3 +239,15 @@ def test_offload_on_a_gpu_draws_the_same(offload: str, tmp_path: Path) -> None:
     saved = models.load(folder, device="cuda", dtype="float32", plan=MemoryPlan(offload=offload))
     expected = plain.sample(plain.encode([OWL]), [1])
     assert agree(saved.sample(saved.encode([OWL]), [1]), expected, PICTURE)
+
+
+@pytest.mark.parametrize(("offload", "moved"), [("parts", ["cpu", "cuda"]), ("none", []), ("sequential", [])])
+def test_the_denoiser_waits_while_text_encoders_read_for_good(offload: str, moved: list[str]) -> None:
+    """By `offload: parts` alone, whose parts take turns anyway; both need never fit beside each other."""
+    moves: list[str] = []
+    denoiser: Any = SimpleNamespace(to=lambda device: moves.append(str(device)))
+    plan = MemoryPlan(offload=Offload(offload))
+    placement = Placement(SimpleNamespace(), denoiser, torch.device("cuda"), plan, placed=True)
+    with placement.without_denoiser():
+        assert moves == moved[:1]
+    assert moves == moved

@@ -105,7 +105,7 @@ class Trained:
     replaced: int = 0
     """Bytes of the loaded weights that the slots replace: the denoiser's, where all of it is trained."""
     casts: int = 0
-    """Bytes of copies in the computing dtype that a pass with gradients keeps where weights are whole."""
+    """Bytes of copies in the computing dtype that autocast keeps during a pass, where trained weights are whole."""
 
 
 @dataclass(frozen=True)

@@ -307,11 +307,14 @@ def fit(
         if each > 1 and not is_full:
             whole = sum(part.bytes for name, part in parts.items() if name in DENOISERS)
             resident += sharded_bytes(denoiser, each) - whole
-        training = estimate.training
-        if each > 1:  # gathered in the computing dtype, and given back
-            training = replace(training, first=training.first - trained.casts)
-        batches = _batches(config, device, place, estimate, training, free - resident)
-        peak = resident + _higher(estimate.drawing, training, (batches.rollout, batches.train or 1))
+        # sharded weights are gathered in the computing dtype, and given back
+        kept = trained.casts if each > 1 else 0
+        drawing, training = (
+            replace(cost, first=max(cost.each, cost.first - kept))
+            for cost in (estimate.drawing, estimate.training)
+        )
+        batches = _batches(config, device, place, estimate.cpu_batch, (drawing, training), free - resident)
+        peak = resident + _higher(drawing, training, (batches.rollout, batches.train or 1))
         found = Fitted(batches, resident, peak, free, sharded)
         if found.fits:
             break
@@ -362,7 +365,12 @@ def fit_batches(
 
 
 def _batches(
-    config: AlignConfig, device: torch.device, place: Hardware, estimate: Estimate, training: Cost, room: int
+    config: AlignConfig,
+    device: torch.device,
+    place: Hardware,
+    cpu_batch: int,
+    costs: tuple[Cost, Cost],
+    room: int,
 ) -> Batches:
     """Return the micro-batches for so many bytes of room, by the planner's rules, and why."""
     machine = config.machine
@@ -371,10 +379,10 @@ def _batches(
     counts = (drawn, -(-drawn // config.optimizer.updates))
     chosen, reasons = [], []
     for name, count, cost, given in (
-        ("rollout", counts[0], estimate.drawing, machine.rollout_batch),
-        ("training", counts[1], training, machine.train_batch),
+        ("rollout", counts[0], costs[0], machine.rollout_batch),
+        ("training", counts[1], costs[1], machine.train_batch),
     ):
-        most, why = _most(device, cost, room, estimate.cpu_batch, given)
+        most, why = _most(device, cost, room, cpu_batch, given)
         chosen.append(evened(count, most))
         reasons.append(
             f"{name}: {-(-count // chosen[-1])} x {chosen[-1]} for {count} pictures; at most {most} ({why})"

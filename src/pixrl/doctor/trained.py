@@ -47,7 +47,7 @@ def trained_of(policy: FlowPipelinePolicy, config: AlignConfig, precision: Preci
 
 
 def _casts(denoiser: nn.Module, precision: Precision) -> int:
-    """Return the bytes of the copies in the computing dtype that autocast keeps of float32 weights in training."""
+    """Return the bytes of the copies in the computing dtype that autocast keeps of trained weights during a pass."""
     if precision.autocast is None:
         return 0
     layers = (one for one in denoiser.modules() if isinstance(one, nn.Linear | nn.Conv2d))
