@@ -228,10 +228,16 @@ def shown_to(policy: FlowPolicy, variants: Variants, groups: Sequence[Group]) ->
             f"Prompts of one step have {counts[0]} and {counts[-1]} reference pictures; give all the same number: "
             f"--set references.count={max(1, counts[0])}"
         )
-    laid_out = [policy.laid_out(own) for own in pictures]
-    by_place = [torch.stack(same) for same in zip(*laid_out, strict=True)]
     prompts = [group.prompt for group in groups]
-    return replace(variants, anchor=policy.show(variants.anchor, by_place, prompts))
+    laid_out = [policy.laid_out(own) for own in pictures]
+    if len({tuple(one.shape for one in own) for own in laid_out}) == 1:
+        by_place = [torch.stack(same) for same in zip(*laid_out, strict=True)]
+        return replace(variants, anchor=policy.show(variants.anchor, by_place, prompts))
+    rows = [
+        policy.show(variants.anchor[[row]], [one[None] for one in own], [prompts[row]])
+        for row, own in enumerate(laid_out)
+    ]
+    return replace(variants, anchor=Conditioning.cat(rows))
 
 
 def shown_pictures(metadata: Mapping[str, object]) -> tuple[Tensor, ...]:

@@ -177,6 +177,11 @@ class RPOLoss(NoisedLoss):
         references = rollouts.conditioning(rows).references
         if not references:
             raise InputError("rpo's similarity loss needs reference pictures: set loss.similarity to 0.")
+        if rollouts.conditioning(rows).sizes_BN2 is not None:
+            raise InputError(
+                "rpo's similarity loss needs references as large as the pictures: leave references.shape out, or set "
+                "loss.similarity to 0."
+            )
         x0 = references[0]
         if x0.shape[1:] != noise.shape[1:]:
             raise InputError(

@@ -4,7 +4,7 @@ A `ReferencePolicy` also takes reference pictures, which `on_square` lays out fo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,8 @@ class Conditioning:
         mask_BL: true on a prompt's own tokens, false on padding; None: every token counts, as SD3, SDXL and FLUX have
             it, which attend to padding too.
         away: what guidance leads away from, row by row, where that depends on the references; None: it does not.
+        sizes_BN2: rows and columns of the latents of each row's N references, where these have several shapes; zeros
+            fill up what is beyond. None: all references at a place have the shape of their tensor.
     """
 
     tokens_BLD: Tensor
@@ -38,6 +40,7 @@ class Conditioning:
     references: tuple[Tensor, ...] = ()
     mask_BL: Tensor | None = None
     away: "Conditioning | None" = None
+    sizes_BN2: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens_BLD.shape[0]
@@ -49,8 +52,11 @@ class Conditioning:
             else torch.as_tensor(rows, dtype=torch.long).to(self.tokens_BLD.device)
         )
         mask = None if self.mask_BL is None else self.mask_BL[index]
+        sizes = self.sizes_BN2
+        if sizes is not None:  # on the CPU, since shapes are read from it
+            sizes = sizes[index if isinstance(index, slice) else index.cpu()]
         away = None if self.away is None else self.away[rows]
-        return replace(self._map(lambda x: x[index]), mask_BL=mask, away=away)
+        return replace(self._map(lambda x: x[index]), mask_BL=mask, away=away, sizes_BN2=sizes)
 
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -66,6 +72,14 @@ class Conditioning:
         if self.mask_BL is not None:
             return self.mask_BL
         return torch.ones(self.tokens_BLD.shape[:2], dtype=torch.bool, device=self.tokens_BLD.device)
+
+    @property
+    def sizes(self) -> Tensor:
+        """The rows and columns of every reference's latents, [B, N, 2]."""
+        if self.sizes_BN2 is not None:
+            return self.sizes_BN2
+        found = torch.tensor([one.shape[2:] for one in self.references], dtype=torch.long)
+        return found.view(1, len(self.references), 2).expand(len(self), -1, -1)
 
     @property
     def mean_BD(self) -> Tensor:
@@ -94,6 +108,8 @@ class Conditioning:
             raise ShapeError(
                 f"mix: weights {tuple(weights.shape)} for {len(self)} conditionings; give [B] or [B, D]."
             )
+        if self.sizes_BN2 is not None:
+            raise ShapeError("mix: references of several shapes cannot be added up; lay them out on squares.")
         column_weights = weights if weights.ndim == 2 else weights[:, None]
         flat = column_weights.mean(dim=1)
         return replace(
@@ -119,6 +135,8 @@ class Conditioning:
         pooled = None
         if self.pooled_BE is not None and other.pooled_BE is not None:
             pooled = blend(self.pooled_BE, other.pooled_BE)
+        if not torch.equal(self.sizes, other.sizes):
+            raise ShapeError("lerp: the references of the two have other shapes; lay them out on squares.")
         refs = tuple(blend(a, b) for a, b in zip(self.references, other.references, strict=True))
         mask = None
         if self.mask_BL is not None or other.mask_BL is not None:
@@ -127,7 +145,9 @@ class Conditioning:
         away = None
         if self.away is not None and other.away is not None:
             away = self.away.lerp(other.away, weight)
-        return Conditioning(blend(self.tokens_BLD, other.tokens_BLD), pooled, refs, mask, away)
+        return Conditioning(
+            blend(self.tokens_BLD, other.tokens_BLD), pooled, refs, mask, away, self.sizes_BN2
+        )
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -139,10 +159,22 @@ class Conditioning:
         return Conditioning(
             torch.cat([p.tokens_BLD for p in parts]),
             torch.cat(pooled) if pooled else None,
-            tuple(torch.cat(column) for column in columns),
+            tuple(torch.cat(_filled_up(column)) for column in columns),
             torch.cat([p.own_BL for p in parts]) if is_masked else None,
             Conditioning.cat(aways) if len(aways) == len(parts) else None,
+            _joint_sizes(parts),
         )
+
+    def by_shape(self) -> "Iterator[tuple[Tensor, Conditioning]]":
+        """Yield the rows whose references have the same shapes, and what they are, its references without filling."""
+        if self.sizes_BN2 is None:
+            yield torch.arange(len(self)), self
+            return
+        for sizes_N2 in self.sizes_BN2.unique(dim=0):
+            rows = (self.sizes_BN2 == sizes_N2).flatten(1).all(dim=1).nonzero().flatten()
+            part = self[rows]
+            cut = tuple(x[:, :, :h, :w] for x, (h, w) in zip(part.references, sizes_N2.tolist(), strict=True))
+            yield rows, replace(part, references=cut, sizes_BN2=None)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Return the rows with every tensor but the mask changed."""
@@ -153,6 +185,20 @@ class Conditioning:
             pooled_BE=pooled,
             references=tuple(change(r) for r in self.references),
         )
+
+
+def _filled_up(references: Sequence[Tensor]) -> list[Tensor]:
+    """Return latents [B, C, h, w] with zeros below and at the right up to the largest of them."""
+    rows, columns = (max(one.shape[axis] for one in references) for axis in (2, 3))
+    return [F.pad(one, (0, columns - one.shape[3], 0, rows - one.shape[2])) for one in references]
+
+
+def _joint_sizes(parts: Sequence[Conditioning]) -> Tensor | None:
+    """Return the sizes of all references of the parts, or None where all at a place have one shape."""
+    shapes = {tuple(one.shape[1:] for one in part.references) for part in parts}
+    if len(shapes) == 1 and all(part.sizes_BN2 is None for part in parts):
+        return None
+    return torch.cat([part.sizes for part in parts])
 
 
 @dataclass(frozen=True)
@@ -395,7 +441,7 @@ class ReferencePolicy(ImageEncoder):
     """A policy whose conditioning may carry reference pictures."""
 
     reference_side: int
-    """The side in pixels of the square that a reference is laid out on."""
+    """The side in pixels of the square that a reference is laid out on, or the longer side where it keeps its shape."""
 
     @abstractmethod
     def with_references(self, conditioning: Conditioning, references: Sequence[Tensor]) -> Conditioning:
@@ -406,7 +452,7 @@ class ReferencePolicy(ImageEncoder):
         """
 
     def laid_out(self, pictures: Sequence[Tensor]) -> list[Tensor]:
-        """Return pictures [3, H, W] of any size as the model is shown them, each [3, side, side]."""
+        """Return pictures [3, H, W] of any size as the model is shown them: on white squares."""
         return [on_square(picture, self.reference_side) for picture in pictures]
 
     def show(

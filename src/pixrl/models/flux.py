@@ -20,7 +20,7 @@ from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.pipeline import even_levels
-from pixrl.models.references import TokenReferences
+from pixrl.models.references import TokenReferences, in_own_shape
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
 
@@ -47,6 +47,15 @@ class Shift(StrEnum):
     """The shift of FluxPipeline by the picture's tokens: mu = 0.630 at 512 x 512."""
     UNO = "uno"
     """The shift of UNO's published inference: mu = 0.459 at 512 x 512."""
+
+
+class ReferenceShape(StrEnum):
+    """The shape in which references are shown."""
+
+    SQUARE = "square"
+    """Each on a white square, nothing cut off: one batch holds references of any shapes."""
+    OWN = "own"
+    """Each as it is, up to its last whole token, as UNO shows them: rows of one shape go through the model together."""
 
 
 Size = tuple[int, int]
@@ -164,6 +173,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
             )
         self.preset = Preset(named)
         self.shift = Shift.FLUX
+        self.shape = ReferenceShape.SQUARE
         self.reference_side = min(self.settings.width, self.settings.height)
 
     def _defaults(self, folder: Path) -> SamplingSettings:
@@ -178,7 +188,12 @@ class FluxPolicy(TokenReferences, PerturbableText):
             )
 
     def place(
-        self, *, preset: Preset | None = None, shift: Shift | None = None, side: int | None = None
+        self,
+        *,
+        preset: Preset | None = None,
+        shift: Shift | None = None,
+        side: int | None = None,
+        shape: ReferenceShape | None = None,
     ) -> None:
         """Set how references are placed and sized and the schedule is shifted, in place of what the checkpoint says.
 
@@ -192,6 +207,13 @@ class FluxPolicy(TokenReferences, PerturbableText):
             )
         self.preset = self.preset if preset is None else preset
         self.shift = self.shift if shift is None else shift
+        self.shape = self.shape if shape is None else shape
+
+    def laid_out(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Return pictures [3, H, W] as the model is shown them: on white squares, or in their own shapes."""
+        if self.shape is ReferenceShape.OWN:
+            return [in_own_shape(picture, self.reference_side, self.reference_unit) for picture in pictures]
+        return super().laid_out(pictures)
 
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels) // 4, 2
@@ -244,6 +266,13 @@ class FluxPolicy(TokenReferences, PerturbableText):
         return even_levels(steps)
 
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        if conditioning.sizes_BN2 is None:
+            return self._predict(x_t, t_B, conditioning)
+        parts = [(rows, self._predict(x_t[rows], t_B[rows], part)) for rows, part in conditioning.by_shape()]
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        return torch.cat([found for _, found in parts])[order.to(x_t.device)]
+
+    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         size = _token_size(x_t)
         packed = [pack_latents(latents) for latents in (x_t, *conditioning.references)]
         own, others = position_ids(

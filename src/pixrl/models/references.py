@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pixrl.errors import InputError, ShapeError
@@ -43,6 +44,29 @@ class TokenReferences(FlowPipelinePolicy, ReferencePolicy):
                     f"{len(images)} reference pictures for {len(conditioning)} prompts; give one a prompt."
                 )
         return replace(conditioning, references=tuple(self.encode_images(images) for images in references))
+
+
+def in_own_shape(image_CHW: Tensor, longest: int, unit: int) -> Tensor:
+    """Scale a picture [3, H, W] to a longer side, and cut the middle whose sides are multiples of `unit` pixels.
+
+    Raises:
+        InputError: a side would be shorter than that.
+
+    Source: UNO's `preprocess_ref` (bytedance/UNO).
+    """
+    rows, columns = image_CHW.shape[1:]
+    size = tuple(int(longest / max(rows, columns) * side) for side in (rows, columns))
+    height, width = (side // unit * unit for side in size)
+    if min(height, width) < 1:
+        raise InputError(
+            f"A reference of {columns} x {rows} pixels, scaled to {longest} on its longer side, is thinner than "
+            f"a token, {unit} pixels: give a larger references.side, or leave references.shape out."
+        )
+    shown = image_CHW.float()
+    if size != (rows, columns):
+        shown = F.interpolate(shown[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return shown[:, top : top + height, left : left + width].clamp(0, 1)
 
 
 def _check_pictures(images: object, unit: int) -> None:

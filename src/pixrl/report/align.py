@@ -16,6 +16,7 @@ from pixrl.data.subjects import CLASS_FILE
 from pixrl.errors import InputError
 from pixrl.fusion.config import FuseConfig
 from pixrl.hub import TOY_PREFIX
+from pixrl.models.flux import ReferenceShape
 from pixrl.report.figures import (
     SHOWN,
     changes_of,
@@ -118,7 +119,9 @@ def _references(config: AlignConfig) -> list[tuple[str, str]]:
     r = config.references
     count = "all pictures" if r.count is None else f"{r.count} picture{'s' if r.count > 1 else ''}"
     parts = [f"{count} of each subject"]
-    parts += [] if r.side is None else [f"on {r.side} × {r.side} pixels"]
+    own = r.shape is ReferenceShape.OWN
+    parts += ["in their own shape"] if own else []
+    parts += [] if r.side is None else [f"{r.side} pixels long" if own else f"on {r.side} × {r.side} pixels"]
     parts += [] if r.preset is None else [f"position ids {r.preset.value}"]
     parts += [] if r.shift is None else [f"schedule shift {r.shift.value}"]
     return [("references", ", ".join(parts))]

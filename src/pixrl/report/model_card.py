@@ -467,6 +467,7 @@ def _shown(config: PersonalizeConfig, facts: Facts) -> Iterator[str]:
         "preset": None if references.preset is None else f"Preset.{references.preset.name}",
         "shift": None if references.shift is None else f"Shift.{references.shift.name}",
         "side": references.side,
+        "shape": None if references.shape is None else f"ReferenceShape.{references.shape.name}",
     }
     given = ", ".join(f"{name}={value}" for name, value in placed.items() if value is not None)
     cut = "" if references.count is None else f"[:{references.count}]"
@@ -475,9 +476,8 @@ def _shown(config: PersonalizeConfig, facts: Facts) -> Iterator[str]:
     yield "from pixrl import models"
     yield "from pixrl.data.pictures import read_pictures, to_tensors"
     yield _DRAWING[0]
-    if named := [name for name in ("Preset", "Shift") if f"={name}." in given]:
+    if named := [name for name in ("Preset", "ReferenceShape", "Shift") if f"={name}." in given]:
         yield f"from pixrl.models.flux import {', '.join(named)}"
-    yield "from pixrl.models.base import on_square"
     yield _DRAWING[1]
     yield from ("from safetensors.torch import load_file",) if facts.layout == WEIGHTS else ()
     yield ""
@@ -490,7 +490,7 @@ def _shown(config: PersonalizeConfig, facts: Facts) -> Iterator[str]:
     elif not is_pipeline:
         yield f"policy.merge_lora(Path({_text(FOLDER)}) / {_text(file)})"
     yield f"pictures = to_tensors(read_pictures(Path({_text(PICTURES)})){cut})"
-    yield "references = [on_square(picture, policy.reference_side)[None] for picture in pictures]"
+    yield "references = [picture[None] for picture in policy.laid_out(pictures)]"
     yield f"prompts = [{_text(PROMPT)}]"
     yield "conditioning = policy.show(policy.encode(prompts), references, prompts)"
     yield from _drawn(config, "policy", "conditioning")

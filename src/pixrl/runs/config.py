@@ -31,7 +31,7 @@ from pixrl.device import DType
 from pixrl.errors import ConfigError, RunError
 from pixrl.hub import split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
-from pixrl.models.flux import Preset, Shift
+from pixrl.models.flux import Preset, ReferenceShape, Shift
 from pixrl.models.memory_plan import Base, MemoryPlan, Offload, Shard
 from pixrl.models.slots import Slot
 from pixrl.plugins import PartOf, checksums
@@ -356,7 +356,9 @@ class ReferenceSettings(Settings):
     count: int | None = Field(1, ge=1, le=64)
     """Pictures of each subject, the first ones; none: all."""
     side: Side | None = None
-    """Pixels of the square that each is laid out on; none: the pictures' shorter side."""
+    """Pixels of the square that each is laid out on, or of its longer side; none: the pictures' shorter side."""
+    shape: ReferenceShape | None = None
+    """square (on white, nothing cut off), or own (in its own shape, as UNO shows them); none: square."""
     preset: Preset | None = None
     """Position ids of their tokens, uno or kontext; none: what the checkpoint's card says, else uno."""
     shift: Shift | None = None

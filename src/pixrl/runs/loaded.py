@@ -1,7 +1,7 @@
 """Everything that an align recipe names, loaded and checked against each other."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.metrics.diversity import Features, pixel_features
-from pixrl.models.flux import FluxPolicy
+from pixrl.models.flux import FluxPolicy, ReferenceShape
 from pixrl.models.memory_plan import Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.references import TokenReferences
@@ -56,6 +56,15 @@ class LoadedRun:
     def first_groups(self) -> list[Group]:
         """Return this process's groups of the first step, or any group where it has none."""
         return self.groups(0) or self.prompts.groups(0)[:1]
+
+    def largest_group(self) -> Group:
+        """Return a group of the first step; where references keep their shape, with the largest ones of the run."""
+        group = self.first_groups()[0]
+        if not isinstance(self.policy, FluxPolicy) or self.policy.shape is ReferenceShape.SQUARE:
+            return group
+        shown = [one.metadata for one in (*self.prompts.prompts, *self.evaluated())]
+        areas = [sum(one[0].numel() for one in self.policy.laid_out(shown_pictures(of))) for of in shown]
+        return replace(group, metadata=shown[areas.index(max(areas))])
 
     def evaluated(self) -> tuple[Prompt, ...]:
         """Return the prompts of the evaluation."""
@@ -242,14 +251,14 @@ def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> 
         ConfigError: it takes none, or a setting has no effect on it.
     """
     if isinstance(policy, FluxPolicy):
-        policy.place(preset=settings.preset, shift=settings.shift, side=settings.side)
+        policy.place(preset=settings.preset, shift=settings.shift, side=settings.side, shape=settings.shape)
         return policy
     if not isinstance(policy, TokenReferences):
         raise ConfigError(
             f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a model that does: "
             "--set model=toy:flux, or a checkpoint of FLUX or of Qwen-Image-Edit."
         )
-    for name in ("preset", "shift"):
+    for name in ("preset", "shift", "shape"):
         if getattr(settings, name) is not None:
             raise ConfigError(
                 f"references.{name} has no effect on {policy.name}: it is FLUX's. Leave it out."
@@ -324,7 +333,7 @@ def plan_batches(run: LoadedRun) -> tuple[MicroBatches, tuple[str, ...]]:
     config, team = run.config, run.team
     groups = -(-config.prompts.per_step // team.size)
     rollouts = groups * run.method.group_size
-    condition = prepare(NoiseOnly(), run.policy, run.first_groups()[:1]).anchor
+    condition = prepare(NoiseOnly(), run.policy, [run.largest_group()]).anchor
     require_room(run.policy, condition)
     found = plan(
         run.policy,

@@ -18,11 +18,12 @@ from pixrl.algorithms.trainer import MicroBatches
 from pixrl.device import free_bytes
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning
+from pixrl.models.flux import ReferenceShape
 from pixrl.models.memory_plan import Offload
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.references import TokenReferences
 from pixrl.models.sharding import transformer_blocks
-from pixrl.runs.config import AlignConfig, Train
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, Train
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,11 @@ def require_equal_shares(config: AlignConfig, processes: int, held_out: int) -> 
         raise InputError(
             "machine.shard=full divides the model among processes, and here is one. Start several (torchrun "
             "--nproc-per-node 2 -m pixrl ...), or take --set machine.shard=none."
+        )
+    if isinstance(config, PersonalizeConfig) and config.references.shape is ReferenceShape.OWN:
+        raise InputError(
+            "references.shape=own: references of several shapes take one pass each, and sharded weights "
+            "(machine.shard) need the same passes in all processes. Leave it out, or take --set machine.shard=none"
         )
     shown = min(config.evaluation.prompts, held_out)
     for name, count in (("prompts.per_step", config.prompts.per_step), ("evaluation.prompts", shown)):
