@@ -50,7 +50,6 @@ from pixrl.hub import Checkpoint, read_card
 from pixrl.models import adapter_of
 from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.estimate import (
-    Cost,
     PartSize,
     cost_of,
     imagined,
@@ -307,13 +306,11 @@ def examine_fusion(
         config.device, config.dtype, processes, findings, on_gpu=(adapter or Renderer).gpu_dtype
     )
     parts = {} if checkpoint is None else find_parts(checkpoint, precision, findings, base=config.memory.base)
-    cost: Cost | None = None
-    drawn, batch = (0, 0), 1
+    cost, drawn, batch = None, (0, 0), 1
     if checkpoint is not None and adapter is not None and can_be_estimated(adapter, config.model, findings):
         with report_misfits(checkpoint, findings):
-            made = empty_renderer(
-                config.model, checkpoint, precision, device, config.memory, findings, **config.drawing
-            )
+            how = (config.model, checkpoint, precision, device, config.memory)
+            made = empty_renderer(*how, findings, **config.drawing)
             assert isinstance(made, FlowPipelinePolicy)
             texts = [made.card.exemplar_prompt.format(concept=one) for one in concepts or config.concepts]
             require_texts(made, checkpoint, texts, findings, t5=True)
@@ -338,11 +335,8 @@ def examine_fusion(
             f"{size(needed)} are needed and {size(place.free)} are free. Save memory with memory.offload=parts or "
             "sequential, memory.vae_slicing=true, or a smaller checkpoint.",
         )
-    disk = (
-        None
-        if not drawn[0]
-        else (config.budget + config.exemplars * len(config.concepts)) * 3 * math.prod(drawn)
-    )
+    pictures = config.budget + config.exemplars * len(config.concepts)
+    disk = pictures * 3 * math.prod(drawn) if drawn[0] else None
     require_disk(disk, findings)
     reason = f"rollout: {batch} at a time, what suits the device at {drawn[0]} x {drawn[1]}"
     return Diagnosis(

@@ -429,13 +429,10 @@ def _call(config: AlignConfig, pipeline: str) -> dict[str, object]:
     scale, away = "guidance_scale", config.negative_prompt
     if pipeline.startswith("QwenImage"):  # it is guided only where a negative prompt is given
         scale, away = "true_cfg_scale", " " if away is None else away
-    found: dict[str, object] = {"num_inference_steps": _steps(config), scale: config.guidance}
-    if pipeline.startswith("Flux2"):  # it takes one as features alone
-        found["negative_prompt_embeds"] = (
-            None if away is None else f"pipeline.encode_prompt({_text(away)})[0]"
-        )
-    else:
-        found["negative_prompt"] = None if away is None else _text(away)
+    key, text = "negative_prompt", None if away is None else _text(away)
+    if pipeline.startswith("Flux2") and text is not None:  # it takes one as features alone
+        key, text = "negative_prompt_embeds", f"pipeline.encode_prompt({text})[0]"
+    found: dict[str, object] = {"num_inference_steps": _steps(config), scale: config.guidance, key: text}
     return found | {"height": height, "width": width}
 
 
