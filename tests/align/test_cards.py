@@ -178,7 +178,7 @@ def test_no_weights_are_needed_and_the_plans_are_in_order(
 
 def report(*plans: Plan, gib: float = 24, processes: int = 1) -> CardPlans:
     card = replace(CARDS["4090"], gib=gib)
-    found = cards.Trained(10**6, 12 * 10**6, 4 * 10**6, 8 * 10**6)
+    found = cards.Trained(10**6, 12 * 10**6, 12 * 10**6, 4 * 10**6, 8 * 10**6, "LoRA, 3 slots")
     return CardPlans(
         "align",
         "some/model",

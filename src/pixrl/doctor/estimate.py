@@ -306,7 +306,9 @@ def fit(
         resident += bytes_on_process(trained, denoiser, each if is_full else 1, estimate.precision)
         if each > 1 and not is_full:
             whole = sum(part.bytes for name, part in parts.items() if name in DENOISERS)
-            resident += sharded_bytes(denoiser, each) - whole
+            resident += (
+                sharded_bytes(denoiser, each) - whole - trained.folded
+            )  # divided weights are not folded
         # sharded weights are gathered in the computing dtype, and given back
         drawing, training = (
             replace(cost, first=max(cost.each, cost.first - trained.casts))

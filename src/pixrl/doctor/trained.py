@@ -7,7 +7,7 @@ from pixrl.algorithms.optim import moment_bytes
 from pixrl.algorithms.world import BUCKET
 from pixrl.device import Precision
 from pixrl.doctor.diagnosis import Trained
-from pixrl.models.memory_plan import Base, Offload, Shard
+from pixrl.models.memory_plan import Base, Offload
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.sharding import gathered_bytes
 from pixrl.models.slots import slot_sizes
@@ -54,11 +54,9 @@ def trained_of(policy: FlowPipelinePolicy, config: AlignConfig, precision: Preci
 
 
 def _folds(config: AlignConfig, precision: Precision) -> bool:
-    """Return whether the run's model folds LoRA into its weights, as `TrainedDenoiser.folded` decides."""
+    """Return whether the run's model folds LoRA into weights that are whole, as `TrainedDenoiser.folded` decides."""
     machine = config.machine
-    as_loaded = (
-        machine.base is Base.DTYPE and machine.offload is Offload.NONE and machine.shard is not Shard.FULL
-    )
+    as_loaded = machine.base is Base.DTYPE and machine.offload is Offload.NONE
     return as_loaded and precision.autocast is None and precision.weights in FULL
 
 
