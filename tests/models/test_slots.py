@@ -182,6 +182,18 @@ def test_an_error_within_leaves_the_weights_of_before(sd3: SD3Policy) -> None:
     assert all(p.requires_grad for p in lora.parameters())
 
 
+def test_another_slot_within_is_refused(sd3: SD3Policy) -> None:
+    """It would be computed beside weights that hold the folded one already."""
+    lora = attach(sd3)
+    perturb(lora)
+    before = velocity(sd3, "current")
+    refused = pytest.raises(RunError, match="'old' was asked for while 'current' is folded")
+    with sd3.folded(), refused, sd3.slot("old"):
+        pass
+    assert lora.active == "current"
+    assert torch.equal(velocity(sd3, "current"), before)
+
+
 def test_only_full_weights_are_folded(sd3: SD3Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """In half precision, and in its autocast, the sum would lose what the slot has learned."""
     perturb(attach(sd3))

@@ -420,7 +420,7 @@ class FlowPolicy(Renderer):
     def folded(self) -> AbstractContextManager[None]:
         """Let passes without a gradient compute with the active slot inside the weights, while it is open.
 
-        No slot may change within it. Results are equal but for rounding.
+        No other slot may be used within it. Results are equal but for rounding.
         """
         return nullcontext()
 

@@ -89,7 +89,10 @@ class Slots(ABC):
     def folded(self) -> AbstractContextManager[None]:
         """Put the active slot into the backbone's own weights while it is open, where it lies beside them.
 
-        The weights of before come back as they were, bit for bit. No slot may change within it.
+        The weights of before come back as they were, bit for bit.
+
+        Raises:
+            RunError: another slot is used within it, which would be added to the folded one.
         """
         return nullcontext()
 
@@ -209,6 +212,7 @@ class LoraSlots(Slots):
         self._adapters = {slot: _collect(backbone, slot) for slot in ADAPTERS}
         self._sums_of_old: list[Tensor] | None = None
         """Each layer's weight with the product of `old` in it, until that changes."""
+        self._is_folded = False
         for slot in (Slot.OLD, Slot.EMA):
             self.blend(slot, Slot.CURRENT, 0.0)
         self._activate(Slot.CURRENT)
@@ -242,9 +246,11 @@ class LoraSlots(Slots):
             weight.data = folded
         for layer in self._layers:
             layer.enable_adapters(False)
+        self._is_folded = True
         try:
             yield
         finally:
+            self._is_folded = False
             for weight, data in zip(weights, kept, strict=True):
                 weight.data = data
             self._activate(self._active)
@@ -271,6 +277,11 @@ class LoraSlots(Slots):
         return self._adapters[slot]
 
     def _activate(self, slot: Slot) -> None:
+        if self._is_folded:
+            raise RunError(
+                f"The slot {slot.value!r} was asked for while {self._active.value!r} is folded into the weights. Leave "
+                "folded() first."
+            )
         for layer in self._layers:
             if slot is Slot.REFERENCE:
                 layer.enable_adapters(False)
