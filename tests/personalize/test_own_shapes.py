@@ -12,7 +12,7 @@ from torch import Tensor
 import pixrl
 from pixrl import api
 from pixrl.algorithms.exploration import SHOWN, Group, NoiseOnly, prepare, shown_pictures
-from pixrl.errors import InputError, ShapeError
+from pixrl.errors import ConfigError, InputError, ShapeError
 from pixrl.models.base import Conditioning
 from pixrl.models.flux import FluxPolicy, ReferenceShape
 from pixrl.models.references import in_own_shape
@@ -162,3 +162,31 @@ def test_sharded_weights_refuse_them(flux_folder: Path, several: Path) -> None:
     config = load_recipe(made(flux_folder, several), kind="personalize")
     with pytest.raises(InputError, match=r"references\.shape=own: .*--set machine\.shard=none"):
         require_equal_shares(config, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"references": {"shape": "own"}},
+        {"references": {"side": 48}},
+        {"resolution": "64x48"},
+        {"resolution": "48x64", "references": {"side": 64}},
+    ],
+)
+def test_rpo_refuses_references_unlike_its_pictures_before_anything_is_drawn(
+    flux_folder: Path, several: Path, changes: dict[str, Any]
+) -> None:
+    """The doctor says so too; without its similarity loss it takes them."""
+    rpo = {"kind": "rpo", "timesteps": 2}
+
+    def asked(**more: Any) -> dict[str, Any]:
+        method = {"exploration": {"kind": "noise", "noises": 2}, "advantage": {}, "loss": rpo}
+        return recipe(flux_folder, several, **{**method, **more})
+
+    said = "rpo's similarity loss needs references as large as the pictures"
+    with pytest.raises(ConfigError, match=said):
+        load_run(load_recipe(asked(**changes), kind="personalize"))
+    found = api.examine(asked(**changes) | {"kind": "personalize"})
+    assert any(said in one.message for one in found.problems)
+    load_run(load_recipe(asked(**changes, loss=rpo | {"similarity": 0}), kind="personalize"))
+    load_run(load_recipe(asked(), kind="personalize"))

@@ -84,6 +84,12 @@ class LossSettings(Settings):
     def check_group(self, size: int) -> None:
         """Raise a ValueError where the loss cannot learn from groups of this size, above 1."""
 
+    def check_references(self, *, are_as_pictures: bool) -> None:
+        """Raise a ConfigError where the loss cannot learn with the model's reference pictures.
+
+        `are_as_pictures`: each is laid out on a square as large as the pictures that are drawn.
+        """
+
     def check_rewards(self, rewards: Sequence[RewardSetting]) -> None:
         """Raise a ValueError where the loss cannot learn from these rewards. No model is loaded."""
 

@@ -49,9 +49,14 @@ from pixrl.algorithms.loss import (
 )
 from pixrl.algorithms.sampling import Drawn, RolloutSettings, Samples, StepPlan, roll_out
 from pixrl.equations import interpolate
-from pixrl.errors import InputError
+from pixrl.errors import ConfigError, InputError
 from pixrl.models.base import FlowPolicy
 from pixrl.models.slots import Slot
+
+AS_PICTURES = (
+    "rpo's similarity loss needs references as large as the pictures: leave references.side and references.shape out "
+    "and draw squares, or set loss.similarity to 0."
+)
 
 
 class RPOSettings(LossSettings):
@@ -83,6 +88,10 @@ class RPOSettings(LossSettings):
                 raise ValueError(
                     f"advantage.{name} has no effect with loss: rpo, which ranks by the harmonic mean: remove it"
                 )
+
+    def check_references(self, *, are_as_pictures: bool) -> None:
+        if self.similarity and not are_as_pictures:
+            raise ConfigError(AS_PICTURES)
 
     def trained_levels(self, sampling: RolloutSettings) -> int:
         return self.timesteps
@@ -177,17 +186,9 @@ class RPOLoss(NoisedLoss):
         references = rollouts.conditioning(rows).references
         if not references:
             raise InputError("rpo's similarity loss needs reference pictures: set loss.similarity to 0.")
-        if rollouts.conditioning(rows).sizes_BN2 is not None:
-            raise InputError(
-                "rpo's similarity loss needs references as large as the pictures: leave references.shape out, or set "
-                "loss.similarity to 0."
-            )
         x0 = references[0]
-        if x0.shape[1:] != noise.shape[1:]:
-            raise InputError(
-                f"rpo's similarity loss needs references as large as the pictures, latents {list(noise.shape[1:])}, "
-                f"not {list(x0.shape[1:])}: leave references.side out and draw squares, or set loss.similarity to 0."
-            )
+        if rollouts.conditioning(rows).sizes_BN2 is not None or x0.shape[1:] != noise.shape[1:]:
+            raise InputError(AS_PICTURES)
         groups = rollouts.samples.groups
         asked = [class_prompt(groups[row]) for row in rollouts.samples.prompt_B[list(rows)].tolist()]
         with policy.text_present():

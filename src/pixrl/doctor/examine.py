@@ -211,9 +211,8 @@ def condition_row(policy: FlowPipelinePolicy, config: AlignConfig, prompts: Sequ
     row = policy.blank()
     if not isinstance(config, PersonalizeConfig):
         return row
-    settings = config.references
-    policy = show_references(policy, settings)
-    count = settings.count or (len(shown_pictures(prompts[0].metadata)) if prompts else 1)
+    policy = show_references(policy, config)
+    count = config.references.count or (len(shown_pictures(prompts[0].metadata)) if prompts else 1)
     return replace(row, references=(policy.blank_reference(),) * count)
 
 

@@ -28,7 +28,7 @@ from pixrl.models.text import check_words
 from pixrl.rewards.encoders import load_encoder
 from pixrl.rewards.set import RewardSet
 from pixrl.rewards.settings import RewardSetting
-from pixrl.runs.config import AlignConfig, PersonalizeConfig, ReferenceSettings, Train
+from pixrl.runs.config import AlignConfig, PersonalizeConfig, Train
 from pixrl.runs.data import PromptSampler, share, what_is_asked
 from pixrl.runs.evaluation import Evaluator, spread_evenly
 from pixrl.runs.planner import plan, require_equal_shares, require_room
@@ -175,7 +175,7 @@ def load_policy(config: AlignConfig, team: Team, *, sharded: bool = False) -> Fl
     )
     policy = require_trainable(policy, config.model)
     if isinstance(config, PersonalizeConfig):
-        show_references(policy, config.references)
+        show_references(policy, config)
     if config.machine.gradient_checkpointing:
         policy.checkpoint_gradients()
     return policy
@@ -244,26 +244,30 @@ def not_trainable(adapter: type, name: str) -> ConfigError:
     )
 
 
-def show_references(policy: FlowPipelinePolicy, settings: ReferenceSettings) -> TokenReferences:
+def show_references(policy: FlowPipelinePolicy, config: PersonalizeConfig) -> TokenReferences:
     """Set up the model for reference pictures.
 
     Raises:
-        ConfigError: it takes none, or a setting has no effect on it.
+        ConfigError: it takes none, a setting has no effect on it, or the loss cannot learn with them.
     """
-    if isinstance(policy, FluxPolicy):
-        policy.place(preset=settings.preset, shift=settings.shift, side=settings.side, shape=settings.shape)
-        return policy
+    settings = config.references
     if not isinstance(policy, TokenReferences):
         raise ConfigError(
             f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a model that does: "
             "--set model=toy:flux, or a checkpoint of FLUX or of Qwen-Image-Edit."
         )
-    for name in ("preset", "shift", "shape"):
-        if getattr(settings, name) is not None:
-            raise ConfigError(
-                f"references.{name} has no effect on {policy.name}: it is FLUX's. Leave it out."
-            )
-    policy.place(side=settings.side)
+    if isinstance(policy, FluxPolicy):
+        policy.place(preset=settings.preset, shift=settings.shift, side=settings.side, shape=settings.shape)
+    else:
+        for name in ("preset", "shift", "shape"):
+            if getattr(settings, name) is not None:
+                raise ConfigError(
+                    f"references.{name} has no effect on {policy.name}: it is FLUX's. Leave it out."
+                )
+        policy.place(side=settings.side)
+    is_square = settings.shape is not ReferenceShape.OWN
+    sides = {policy.reference_side, policy.settings.width, policy.settings.height}
+    config.loss.check_references(are_as_pictures=is_square and len(sides) == 1)
     return policy
 
 
