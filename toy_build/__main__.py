@@ -27,9 +27,9 @@ STAGES = {
 
 
 def main(names: list[str]) -> int:
-    work = ROOT / "build" / "world"
+    work, out = ROOT / "build" / "world", Path(__file__).parent / "checkpoints"
     if names == ["keep"]:
-        for path in keep(work):
+        for path in keep(work, out):
             print(path.relative_to(ROOT), path.stat().st_size)
         return 0
     unknown = [name for name in names if name not in STAGES]
@@ -39,7 +39,7 @@ def main(names: list[str]) -> int:
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workers = 0 if device.type == "cpu" else max((os.cpu_count() or 2) - 2, 1)
-    build = Build(Path(__file__).parent / "checkpoints", work, device=device, workers=workers)
+    build = Build(out, work, device=device, workers=workers)
     for name in names or STAGES:
         module, function = STAGES[name].split(":")
         getattr(importlib.import_module(module), function)(build)

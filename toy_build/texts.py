@@ -2,7 +2,7 @@
 
 The first text tower (`clip`) learned from pictures which captions go together; these two learn from captions alone to
 name what is said: kinds, colours, moods, sizes, numbers, relations. So a generator has two views of a prompt, as SD3's
-and SDXL's have. The checkpoints wait in the work folder for the pipelines that ship them.
+and SDXL's have. The checkpoints lie beside the others for the pipelines that ship them.
 """
 
 from pathlib import Path
@@ -121,7 +121,7 @@ def new_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def build_texts(build: Build) -> None:
-    """Train both encoders and leave them in the work folder."""
+    """Train and save both encoders."""
     torch.manual_seed(build.seed + 3)
     tokenizer, t5_words = CLIPTokenizer.from_pretrained(build.out / "clip"), t5_tokenizer()
     config = CLIPTextConfig(**text_config(tokenizer, SECOND_WIDTH, 3))
@@ -164,7 +164,7 @@ def build_texts(build: Build) -> None:
 
 def text_folder(build: Build) -> Path:
     """Where the encoders wait for the pipelines that ship them."""
-    return build.work / "texts"
+    return build.out / "texts"
 
 
 def load_tower(build: Build) -> CLIPTextModelWithProjection:

@@ -1,8 +1,8 @@
 """The loop that every stage of the build shares: it survives a kill, and a machine that goes away.
 
 The state of a stage lies in `work/STAGE/state.safetensors` (ignored by git) and is written every other minute.
-`keep` writes what is worth carrying to another machine, the averaged and the current weights in half precision, into
-`build-state/` (committed); a build that finds no state of its own goes on from there with moments that start anew.
+`keep` writes what is worth carrying to another machine, the averaged weights in half precision, into `build-state/`
+(committed); a build that finds no state of its own goes on from there, with moments that start anew.
 """
 
 import json
@@ -105,14 +105,19 @@ class Build:
         loader = DataLoader(_Lessons(self, lesson, steps), batch_size=None, num_workers=self.workers)
         return iter(loader)
 
+    def state(self, stage: str) -> Path:
+        """Where the stage's state is: of this machine, or else the one that another machine left."""
+        own, kept = self.work / stage / "state.safetensors", KEPT / f"{stage}.safetensors"
+        return own if own.exists() or not kept.exists() else kept
+
     def finished(self, stage: str, plan: Plan) -> bool:
         """Whether the stage's state says that all of its steps are done."""
-        path = self.work / stage / "state.safetensors"
+        path = self.state(stage)
         return path.exists() and int(_meta(path)["step"]) >= plan.steps
 
     def provenance(self, folder: str, plans: dict[str, Plan]) -> None:
         """Write beside the weights how they were made; `pixrl toy verify` adds the gates' figures."""
-        seconds = {stage: float(_meta(self.work / stage / "state.safetensors")["seconds"]) for stage in plans}
+        seconds = {stage: float(_meta(self.state(stage))["seconds"]) for stage in plans}
         names = ("torch", "diffusers", "transformers", "pillow", "numpy")
         record = {
             "command": f"python -m toy_build {folder}",
@@ -136,14 +141,14 @@ def eager_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation("eager")
 
 
-def keep(work: Path, kept: Path = KEPT) -> list[Path]:
-    """Write the state of every unfinished stage into `kept`, small enough to be committed, and return the files."""
+def keep(work: Path, out: Path, kept: Path = KEPT) -> list[Path]:
+    """Write the state of every stage that `out` holds no checkpoint of into `kept`, small enough to be committed."""
     written = []
     for path in sorted(work.glob("*/state.safetensors")):
         meta, tensors = _meta(path), load_file(path)
-        if meta["finished"] == "yes":
+        if (out / path.parent.name).exists():
             continue
-        small = {name: t.half() for name, t in tensors.items() if name.startswith(("parameter.", "average."))}
+        small = {name: t.half() for name, t in tensors.items() if name.startswith("average.")}
         kept.mkdir(exist_ok=True)
         target = kept / f"{path.parent.name}.safetensors"
         save_file(small, target, metadata=meta)
@@ -246,16 +251,15 @@ class _Trainer:
         beside.replace(self.state_path)
 
     def _restore(self) -> None:
-        kept = KEPT / f"{self.stage}.safetensors"
-        path = self.state_path if self.state_path.exists() else kept
+        path = self.build.state(self.stage)
         if not path.exists():
             return
         saved, meta = load_file(path), _meta(path)
         self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
-        self.warm_from = self.step if path == kept else 0
+        self.warm_from = 0 if path == self.state_path else self.step
         for i, (parameter, mean) in enumerate(zip(self.parameters, self.average, strict=True)):
-            parameter.data.copy_(saved[f"parameter.{i}"])
             mean.copy_(saved[f"average.{i}"])
+            parameter.data.copy_(saved.get(f"parameter.{i}", mean))
             moments = {name: saved[f"{name}.{i}"] for name in MOMENTS if f"{name}.{i}" in saved}
             for optimizer, _ in self.optimizers:
                 if moments and any(parameter is p for g in optimizer.param_groups for p in g["params"]):

@@ -8,6 +8,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 
 from pixrl import cli
 
@@ -53,6 +54,7 @@ def _play(act: Callable[..., None], words: Sequence[str], rank: int, processes: 
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
     if processes > 1:
         os.environ |= {name: str(number) for name, number in place.items()}
+    AcceleratorState._reset_state(reset_partial_state=True)  # a fork inherits what an earlier test's one process was
     act(*words)
     if dist.is_initialized():
         dist.barrier()  # the store ends with rank 0, which may be done while the others still make their groups

@@ -73,15 +73,26 @@ def test_what_is_kept_is_small_and_enough_to_go_on(build: Build, monkeypatch: py
     monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         fit(build, PLAN, stop_at=5)
-    (path,) = keep(build.work, training.KEPT)
+    (path,) = keep(build.work, build.out, training.KEPT)
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         assert file.metadata()["step"] == "5"
-    assert {name.split(".")[0] for name in names} == {"parameter", "average"}
+    assert {name.split(".")[0] for name in names} == {"average"}
     elsewhere = replace(build, work=build.work / "elsewhere")
     fit(elsewhere, PLAN)
     assert elsewhere.finished("small", PLAN)
-    assert [path.parent.name for path in keep(elsewhere.work, training.KEPT)] == []
+    (build.out / "small").mkdir(parents=True)
+    assert keep(elsewhere.work, build.out, training.KEPT) == [], "its checkpoint is what remains of it"
+
+
+def test_a_stage_that_ended_elsewhere_is_not_trained_again(build: Build) -> None:
+    ended = fit(build, PLAN)
+    keep(build.work, build.out, training.KEPT)
+    elsewhere = replace(build, work=build.work / "elsewhere")
+    assert elsewhere.finished("small", PLAN)
+    again = fit(elsewhere, PLAN)
+    for here, there in zip(ended, again, strict=True):
+        assert torch.equal(here.half(), there.half())
 
 
 def test_averaged_weights_are_what_a_stage_leaves(build: Build) -> None:
