@@ -54,7 +54,8 @@ def _play(act: Callable[..., None], words: Sequence[str], rank: int, processes: 
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
     if processes > 1:
         os.environ |= {name: str(number) for name, number in place.items()}
-    AcceleratorState._reset_state(reset_partial_state=True)  # a fork inherits what an earlier test's one process was
+    # a fork inherits what an earlier test's one process was
+    AcceleratorState._reset_state(reset_partial_state=True)
     act(*words)
     if dist.is_initialized():
         dist.barrier()  # the store ends with rank 0, which may be done while the others still make their groups
