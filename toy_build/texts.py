@@ -160,6 +160,7 @@ def build_texts(build: Build) -> None:
     build.fit("texts", reader, PLAN, lesson, loss)
     save_half(reader.tower.eval(), text_folder(build) / "text_encoder_2")
     save_half(reader.t5.eval(), text_folder(build) / "t5")
+    build.provenance("texts", {"texts": PLAN})
 
 
 def text_folder(build: Build) -> Path:
