@@ -32,7 +32,7 @@ from toy_build.world.scene import (
 )
 from toy_build.world.vocabulary import COLOURS, KINDS, SLOTS
 
-PLAN = Plan(steps=2_500, batch=32, lr=1.5e-3, warmup=100, ema=0.995, level=0.5)
+PLAN = Plan(steps=4_000, batch=32, lr=1.5e-3, warmup=100, ema=0.997, level=0.5)
 PARTS_PLAN = Plan(steps=8_000, batch=24, lr=1.5e-3, warmup=200, ema=0.998, level=0.6)
 EXPOSURE_SHARE = 0.1
 """Of what `parts` learns from: two figures over each other, half transparent."""
@@ -40,18 +40,10 @@ FREE_HYBRIDS = 0.65
 """Of what `parts` learns from: hybrids of any kinds in any colours, so that it knows parts and no pairs."""
 
 
-SLIM, WIDE = ([1, 2, 2, 2], [32, 48, 80, 128]), ([2, 2, 2, 2], [48, 80, 144, 192])
-"""Blocks and channels of each stage. Width is nearly free on a processor: WIDE has 2.6 times SLIM's weights and takes
-a third more time, and `parts` needs them (docs/log.md)."""
-
-
-def new_segmenter(
-    names: list[str], width: int, stages: tuple[list[int], list[int]] = SLIM
-) -> SegformerForSemanticSegmentation:
+def new_segmenter(names: list[str], width: int) -> SegformerForSemanticSegmentation:
     """A SegFormer on a four times smaller grid whose decoder is `width` wide."""
-    depths, channels = stages
     config = SegformerConfig(
-        depths=depths, hidden_sizes=channels, strides=[4, 2, 2, 2], patch_sizes=[7, 3, 3, 3],
+        depths=[2, 2, 2, 2], hidden_sizes=[48, 80, 144, 192], strides=[4, 2, 2, 2], patch_sizes=[7, 3, 3, 3],
         num_attention_heads=[1, 2, 4, 4], sr_ratios=[8, 4, 2, 1], mlp_ratios=[2, 2, 2, 2], decoder_hidden_size=width,
         id2label=dict(enumerate(names)), label2id={name: k for k, name in enumerate(names)},
     )  # fmt: skip
@@ -110,7 +102,7 @@ def build_segmenter(build: Build) -> None:
 def build_parts(build: Build) -> None:
     """Train and save `parts`, on pictures that are drawn for every step anew."""
     torch.manual_seed(build.seed + 1)
-    model = new_segmenter(part_names(), 128, WIDE).to(build.device)
+    model = new_segmenter(part_names(), 128).to(build.device)
 
     def drawn_lesson(draw: Draw) -> Lesson:
         drawn = [lesson(draw.rng) for _ in range(PARTS_PLAN.batch)]
