@@ -30,6 +30,8 @@ MIXINGS = {
     "velocity": {"kind": "velocity"},
     "spatial,\ntop down": {"kind": "spatial"},
     "spatial,\ninside out": {"kind": "spatial", "shape": "inside_out"},
+    "regions,\ntop down": {"kind": "regions"},
+    "regions,\ninside out": {"kind": "regions", "shape": "inside_out"},
 }
 
 

@@ -83,8 +83,8 @@ def mix(found: Coefficients, conditionings: list[Conditioning]) -> Conditioning:
         ]
     if found.mixing not in (COLUMNS, TOKENS):
         raise ValueError(
-            f"The mixing {found.mixing!r} changes with the sampling step, which no conditioning can say: this node "
-            f"takes {COLUMNS}, {TOKENS} and {VELOCITY}."
+            f"The mixing {found.mixing!r} changes with the sampling step or with the place, which no conditioning can "
+            f"say: this node takes {COLUMNS}, {TOKENS} and {VELOCITY}."
         )
     if any(options.get("attention_mask") is not None for _, options in parts):
         raise ValueError(

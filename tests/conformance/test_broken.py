@@ -193,6 +193,18 @@ RENDERERS: dict[str, tuple[Overriding, str]] = {
 }
 
 
+class ReadsTheSum(Good):
+    """Says that it attends by region, and draws from all of a row's prompts together."""
+
+    reads_regions = True
+
+
+def test_a_renderer_that_does_not_attend_by_region_as_it_says() -> None:
+    with pytest.raises(ConformanceError, match="whose region is the whole picture") as caught:
+        check_renderer(ReadsTheSum(), tolerance=1e-4)
+    assert caught.value.check == "one_region"
+
+
 @pytest.mark.parametrize("name", RENDERERS)
 def test_broken_renderers(name: str) -> None:
     broken, check = RENDERERS[name]

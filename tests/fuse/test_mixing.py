@@ -1,6 +1,7 @@
 """What is mixed: coefficients mean the same for every mixing, and a concept with the whole share is alone."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ ALL = [
     {"kind": "tokens"},
     *({"kind": "steps", "order": order} for order in StepOrder),
     {"kind": "velocity"},
-    *({"kind": "spatial", "shape": shape} for shape in Shape),
+    *({"kind": kind, "shape": shape} for kind in ("spatial", "regions") for shape in Shape),
 ]
 
 
@@ -61,7 +62,13 @@ def test_a_concept_with_the_whole_share_is_alone(settings: dict[str, object]) ->
         alone[:, concept] = 1
         mixed = mixing.mix(alone)
         if isinstance(mixed, Conditioning):
-            assert agree(mixed.tokens_BLD, SOURCES.tokens_BLD[[concept] * 2], 8)
+            one_hot = torch.eye(3)[[concept] * 2]
+            if mixed.regions_BNHW is None:
+                assert agree(mixed.tokens_BLD, SOURCES.tokens_BLD[[concept] * 2], 8)
+            else:
+                assert torch.equal(
+                    mixed.regions_BNHW, one_hot[:, :, None, None].expand_as(mixed.regions_BNHW)
+                )
             assert agree(mixed.pooled_BE, SOURCES.pooled_BE[[concept] * 2], 8)
         else:
             one_hot = torch.eye(3)[[concept] * 2]
@@ -74,9 +81,10 @@ def test_weights_sum_to_one_everywhere(settings: dict[str, object]) -> None:
     mixed = mixing.mix(torch.rand(4, *mixing.features_ND.shape).softmax(dim=1))
     if isinstance(mixed, Mixture):
         assert len(mixed.weights_S) == S
-        for weights in mixed.weights_S:
-            assert agree(weights.sum(dim=1), torch.ones_like(weights[:, 0]), 8)
-            assert bool((weights >= 0).all())
+    regions = () if isinstance(mixed, Mixture) or mixed.regions_BNHW is None else (mixed.regions_BNHW,)
+    for weights in mixed.weights_S if isinstance(mixed, Mixture) else regions:
+        assert agree(weights.sum(dim=1), torch.ones_like(weights[:, 0]), 8)
+        assert bool((weights >= 0).all())
 
 
 @pytest.mark.parametrize("settings", ALL, ids=str)
@@ -86,7 +94,11 @@ def test_a_larger_share_never_weighs_less(settings: dict[str, object]) -> None:
     columns = mixing.features_ND.shape[1]
     rows = [torch.tensor([a, 1 - a])[:, None].expand(2, columns) for a in (low, high)]
     mixed = mixing.mix(torch.stack(rows))
-    if isinstance(mixed, Conditioning):
+    if isinstance(mixed, Conditioning) and mixed.regions_BNHW is not None:
+        area_BN = mixed.regions_BNHW.mean(dim=(2, 3))
+        assert area_BN[1, 0] > area_BN[0, 0] + 0.2
+        assert bool((mixed.regions_BNHW[1, 0] >= mixed.regions_BNHW[0, 0]).all())
+    elif isinstance(mixed, Conditioning):
         first, second = (mixed.tokens_BLD[i] for i in (0, 1))
         expected = (high - low) * (SOURCES.tokens_BLD[0] - SOURCES.tokens_BLD[1])
         assert agree(second - first, expected, 16)
@@ -150,6 +162,23 @@ def test_every_cell_of_a_grid_has_its_place() -> None:
         assert masks_BHW[cell, row, column] == float(corners[cell] == (row, column))
 
 
+def test_regions_hold_every_concepts_tokens_and_pooled_features_by_area() -> None:
+    mixed = made({"kind": "regions", "shape": "left_right", "soft": 0.01}).mix(
+        torch.tensor([[[0.25], [0.5], [0.25]], [[0.0], [0.125], [0.875]]])
+    )
+    assert isinstance(mixed, Conditioning) and mixed.regions_BNHW is not None
+    assert mixed.tokens_BLD.shape == (2, 3 * L, D)
+    assert all(torch.equal(row, SOURCES.tokens_BLD.flatten(0, 1)) for row in mixed.tokens_BLD)
+    areas_BN = mixed.regions_BNHW.mean(dim=(2, 3))
+    assert torch.allclose(areas_BN, torch.tensor([[0.25, 0.5, 0.25], [0.0, 0.125, 0.875]]), atol=0.01)
+    assert agree(mixed.pooled_BE, areas_BN @ SOURCES.pooled_BE, 8)
+    columns = mixed.regions_BNHW[0, :, 0].argmax(dim=0)
+    assert columns.tolist() == [0] * 16 + [1] * 32 + [2] * 16
+    masked = replace(SOURCES, mask_BL=torch.rand(3, L) < 0.5)
+    own = made({"kind": "regions"}, masked).mix(torch.full((2, 3, 1), 1 / 3)).mask_BL
+    assert torch.equal(own, masked.mask_BL.flatten().expand(2, -1))
+
+
 def test_masks_begin_at_their_step() -> None:
     mixing = made({"kind": "spatial", "start": 4})
     sizes = [w.shape[-1] for w in mixing.mix(torch.full((1, 3, 1), 1 / 3)).weights_S]
@@ -161,6 +190,12 @@ def test_coefficients_outside_the_simplex_still_make_masks() -> None:
     assert torch.equal(shares(torch.tensor([[[1.7], [-0.7]]])), torch.tensor([[1.0, 0.0]]))
     mixed = made({"kind": "spatial"}, SOURCES[:2]).mix(torch.tensor([[[1.7], [-0.7]]]))
     assert bool((mixed.weights_S[-1][:, 0] == 1).all())
+    grid = made({"kind": "regions", "shape": "grid", "cells": 2}, SOURCES[:2])
+    cells_BNC = torch.tensor([[[1.7, 0.5, -0.2, 1.0], [-0.7, 0.5, 1.2, 0.0]]])
+    regions = grid.mix(cells_BNC).regions_BNHW
+    assert regions is not None and regions.min() == 0 and agree(regions.sum(dim=1), torch.ones(1, 64, 64), 8)
+    corners = [regions[0, 0, row, column] for row in (0, -1) for column in (0, -1)]
+    assert torch.stack(corners).tolist() == [1, 0.5, 0, 1]
 
 
 @pytest.mark.parametrize("kind", [*MIXINGS.entries])
@@ -198,6 +233,8 @@ def test_tokens_mix_token_by_token() -> None:
         ({"kind": "spatial", "cells": 3}, "cells has no effect with shape=top_down"),
         ({"kind": "spatial", "shape": "star"}, "top_down"),
         ({"kind": "velocity", "start": 3}, "start"),
+        ({"kind": "regions", "start": 3}, "start"),
+        ({"kind": "regions", "shape": "grid", "soft": 0.5}, "soft has no effect with shape=grid"),
     ],
 )
 def test_settings_without_meaning_are_refused(settings: dict[str, object], said: str) -> None:
@@ -215,6 +252,8 @@ def test_a_mixing_that_does_not_fit_the_model_is_refused(world) -> None:
         FusionSession(world, config(mixing={"kind": "steps"}))
     with pytest.raises(InputError, match=r"mixing.start=2 leaves no step"):
         FusionSession(world, config(mixing={"kind": "spatial"}))
+    with pytest.raises(InputError, match="fake cannot attend by region: its adapter FakeRenderer takes one"):
+        FusionSession(world, config(mixing={"kind": "regions"}))
 
 
 def test_a_name_alone_stands_for_its_defaults() -> None:
@@ -274,3 +313,10 @@ def test_a_run_records_what_it_mixed_and_what_it_cost(tmp_path: Path) -> None:
     assert load_coefficients(run.folder, 0).shape == (2, 2, 1)
     steps = run.folder.metrics()
     assert [row["network_passes"] for row in steps] == [2 * 2 * STEPS] * 2
+
+
+def test_regions_cost_a_pass_a_step_however_many_concepts(tmp_path: Path) -> None:
+    regions = {"mixing": "regions", "budget": 4, "batch": 2, "exemplars": 1, "keep": 1, "pool": 0}
+    run = start(recipes.load(FuseConfig, {"concepts": ["owl", "snail", "cat"], **regions}), tmp_path / "run")
+    assert load_coefficients(run.folder, 0).shape == (2, 3, 1)
+    assert [row["network_passes"] for row in run.folder.metrics()] == [2 * STEPS] * 2

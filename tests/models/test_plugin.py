@@ -22,7 +22,8 @@ import torch
 from pixrl.device import choose_device
 from pixrl.hub import checkpoint_fingerprint
 from pixrl.models.base import Conditioning, Renderer, SamplingSettings
-from pixrl.models.pipeline import check_pairs, draw, generators
+from pixrl.models.conditioning import check_pairs
+from pixrl.models.pipeline import draw, generators
 from pixrl.models.text import check_words
 
 SIDE = 64

@@ -72,6 +72,7 @@ MIXINGS = Registry(
         "steps": "pixrl.algorithms.fusion.mixing:Steps",
         "velocity": "pixrl.algorithms.fusion.mixing:Velocity",
         "spatial": "pixrl.algorithms.fusion.mixing:Spatial",
+        "regions": "pixrl.algorithms.fusion.mixing:Regions",
     },
 )
 """What of the concepts can be mixed, for `mixing.kind`; each has its `Settings`."""

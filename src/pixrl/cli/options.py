@@ -74,7 +74,9 @@ Sampler = Annotated[
 ]
 Mixing = Annotated[
     str | None,
-    option("What of the concepts is mixed: columns, tokens, steps, velocity or spatial.", HOW, "columns"),
+    option(
+        "What of the concepts is mixed: columns, tokens, steps, velocity, spatial or regions.", HOW, "columns"
+    ),
 ]
 Policy = Annotated[
     Path | None,

@@ -45,7 +45,7 @@ from pixrl.doctor.rewards import (
 )
 from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.trainer import read_policy
-from pixrl.fusion.world import judges_of
+from pixrl.fusion.world import judges_of, require_mixing
 from pixrl.hub import Checkpoint, read_card
 from pixrl.models import adapter_of
 from pixrl.models.base import Conditioning, Renderer
@@ -301,6 +301,9 @@ def examine_fusion(
             read_policy(Path(config.policy_from)).require_fits(config)
     checkpoint = find_pipeline(config.model, findings, fetch=about_to_run)
     adapter = None if checkpoint is None else adapter_of(checkpoint)
+    if adapter is not None:
+        with findings.catch(Need.SETTING):
+            require_mixing(adapter, config.model, config)
     device, place, precision = find_place(
         config.device, config.dtype, processes, findings, on_gpu=(adapter or Renderer).gpu_dtype
     )

@@ -77,7 +77,7 @@ class FuseConfig(Settings):
     policy_from: str | None = None
     """A finished fusion whose learned policy this one begins with (`policy: conditional`), or a folder of them."""
     mixing: Annotated[MixingSettings, PartOf(MIXINGS)] = ColumnsSettings()
-    """What of the concepts is mixed: columns, tokens, steps, velocity or spatial, with its settings."""
+    """What of the concepts is mixed: columns, tokens, steps, velocity, spatial or regions, with its settings."""
     pooled: Pooled = Pooled.WEIGHT
     """How the pooled text features are mixed, with the mixings columns and tokens."""
     noise: Noise = Noise.NARROW

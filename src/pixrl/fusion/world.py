@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pixrl.algorithms import make_mixing
+from pixrl.algorithms import MIXINGS, make_mixing
 from pixrl.algorithms.fusion.base import FusionTask
 from pixrl.algorithms.fusion.mixing import Mixing
 from pixrl.algorithms.fusion.policy import UNMIXED
@@ -147,8 +147,15 @@ def load_world(
 
 def mixing_of(renderer: Renderer, card: Card, config: FuseConfig) -> Mixing[Any]:
     """Return the mixing of the recipe's concepts by a generator; raises as `FusionWorld.mixing` does."""
+    require_mixing(type(renderer), renderer.name, config)
     prompts = [card.exemplar_prompt.format(concept=concept) for concept in config.concepts]
     return make_mixing(config.mixing, renderer.encode(prompts), renderer.settings.steps, config.pooled)
+
+
+def require_mixing(adapter: type[Renderer], name: str, config: FuseConfig) -> None:
+    """Raise InputError where a model of this adapter, called `name`, cannot draw by the recipe's mixing."""
+    if MIXINGS.find(config.mixing.kind).needs_regions:
+        adapter.require_regions(name)
 
 
 def render(renderer: Renderer, mixing: Mixing[Any], coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:

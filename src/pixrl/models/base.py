@@ -4,9 +4,9 @@ A `ReferencePolicy` also takes reference pictures, which `on_square` lays out fo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,245 +17,20 @@ from torch import Tensor
 from pixrl.config import parse_resolution
 from pixrl.device import DType
 from pixrl.errors import InputError, ShapeError
+from pixrl.models.conditioning import Conditioning, Mixture
 from pixrl.models.memory_plan import Base
 
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Encoded prompts: token features [B, L, D], pooled features [B, E] and, where used, reference latents.
-
-    Attributes:
-        tokens_BLD: one row a prompt; zeros where it is padding.
-        pooled_BE: None where the model takes none.
-        references: latents of reference pictures.
-        mask_BL: true on a prompt's own tokens, false on padding; None: every token counts, as SD3, SDXL and FLUX have
-            it, which attend to padding too.
-        away: what guidance leads away from, row by row, where that depends on the references; None: it does not.
-        sizes_BN2: rows and columns of the latents of each row's N references, where these have several shapes; zeros
-            fill up what is beyond. None: all references at a place have the shape of their tensor.
-    """
-
-    tokens_BLD: Tensor
-    pooled_BE: Tensor | None = None
-    references: tuple[Tensor, ...] = ()
-    mask_BL: Tensor | None = None
-    away: "Conditioning | None" = None
-    sizes_BN2: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.tokens_BLD.shape[0]
-
-    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "Conditioning":
-        index = (
-            rows
-            if isinstance(rows, slice)
-            else torch.as_tensor(rows, dtype=torch.long).to(self.tokens_BLD.device)
-        )
-        mask = None if self.mask_BL is None else self.mask_BL[index]
-        sizes = self.sizes_BN2
-        if sizes is not None:  # on the CPU, since shapes are read from it
-            sizes = sizes[index if isinstance(index, slice) else index.cpu()]
-        away = None if self.away is None else self.away[rows]
-        return replace(self._map(lambda x: x[index]), mask_BL=mask, away=away, sizes_BN2=sizes)
-
-    def to(
-        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "Conditioning":
-        """Return the same rows on a device, in a dtype."""
-        mask = None if self.mask_BL is None else self.mask_BL.to(device=device)
-        away = None if self.away is None else self.away.to(device=device, dtype=dtype)
-        return replace(self._map(lambda x: x.to(device=device, dtype=dtype)), mask_BL=mask, away=away)
-
-    @property
-    def own_BL(self) -> Tensor:
-        """True on the tokens that count, which are all where there is no mask."""
-        if self.mask_BL is not None:
-            return self.mask_BL
-        return torch.ones(self.tokens_BLD.shape[:2], dtype=torch.bool, device=self.tokens_BLD.device)
-
-    @property
-    def sizes(self) -> Tensor:
-        """The rows and columns of every reference's latents, [B, N, 2]."""
-        if self.sizes_BN2 is not None:
-            return self.sizes_BN2
-        found = torch.tensor([one.shape[2:] for one in self.references], dtype=torch.long)
-        return found.view(1, len(self.references), 2).expand(len(self), -1, -1)
-
-    @property
-    def mean_BD(self) -> Tensor:
-        """The mean of each prompt's own tokens, float32."""
-        if self.mask_BL is None:
-            return self.tokens_BLD.float().mean(dim=1)
-        own_BL1 = self.mask_BL[:, :, None]
-        return (self.tokens_BLD.float() * own_BL1).sum(dim=1) / own_BL1.sum(dim=1)
-
-    def mixed_mask(self, used_MBL: Tensor) -> Tensor | None:
-        """Return the mask [M, L] of M mixtures of these rows: a token counts where it is one of a row that is used.
-
-        `used_MBL`: bool, of each row or of each token of it ([M, B, 1] or [M, B, L]).
-        """
-        return None if self.mask_BL is None else (used_MBL.to(self.mask_BL.device) & self.mask_BL).any(dim=1)
-
-    def mix(self, weights: Tensor) -> "Conditioning":
-        """Return the weighted sum over the batch as one row: weights [B] for all columns, or [B, D] column by column.
-
-        With column weights the pooled features take each concept's mean weight.
-
-        Raises:
-            ShapeError: the weights have another shape.
-        """
-        if weights.shape[0] != len(self) or weights.ndim not in (1, 2):
-            raise ShapeError(
-                f"mix: weights {tuple(weights.shape)} for {len(self)} conditionings; give [B] or [B, D]."
-            )
-        if self.sizes_BN2 is not None:
-            raise ShapeError("mix: references of several shapes cannot be added up; lay them out on squares.")
-        column_weights = weights if weights.ndim == 2 else weights[:, None]
-        flat = column_weights.mean(dim=1)
-        return replace(
-            self,
-            tokens_BLD=(self.tokens_BLD * column_weights[:, None, :]).sum(0, keepdim=True),
-            pooled_BE=None
-            if self.pooled_BE is None
-            else (self.pooled_BE * flat[:, None]).sum(0, keepdim=True),
-            references=tuple(
-                (r * flat.view(-1, *[1] * (r.ndim - 1))).sum(0, keepdim=True) for r in self.references
-            ),
-            mask_BL=self.mixed_mask((column_weights != 0).any(dim=1)[None, :, None]),
-            away=None if self.away is None else self.away.mix(weights),
-        )
-
-    def lerp(self, other: "Conditioning", weight: Tensor | float) -> "Conditioning":
-        """Return (1 - weight) * self + weight * other; the weight is a number or [B]."""
-        w = torch.as_tensor(weight, dtype=self.tokens_BLD.dtype, device=self.tokens_BLD.device)
-
-        def blend(a: Tensor, b: Tensor) -> Tensor:
-            return torch.lerp(a, b, w.view(-1, *[1] * (a.ndim - 1)) if w.ndim else w)
-
-        pooled = None
-        if self.pooled_BE is not None and other.pooled_BE is not None:
-            pooled = blend(self.pooled_BE, other.pooled_BE)
-        if not torch.equal(self.sizes, other.sizes):
-            raise ShapeError("lerp: the references of the two have other shapes; lay them out on squares.")
-        refs = tuple(blend(a, b) for a, b in zip(self.references, other.references, strict=True))
-        mask = None
-        if self.mask_BL is not None or other.mask_BL is not None:
-            far = w.view(-1, 1)
-            mask = (self.own_BL & (far != 1)) | (other.own_BL & (far != 0))
-        away = None
-        if self.away is not None and other.away is not None:
-            away = self.away.lerp(other.away, weight)
-        return Conditioning(
-            blend(self.tokens_BLD, other.tokens_BLD), pooled, refs, mask, away, self.sizes_BN2
-        )
-
-    @staticmethod
-    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
-        """Return all rows of the parts, in order."""
-        pooled = [p.pooled_BE for p in parts if p.pooled_BE is not None]
-        columns = zip(*(p.references for p in parts), strict=True)
-        is_masked = any(p.mask_BL is not None for p in parts)
-        aways = [p.away for p in parts if p.away is not None]
-        return Conditioning(
-            torch.cat([p.tokens_BLD for p in parts]),
-            torch.cat(pooled) if pooled else None,
-            tuple(torch.cat(_filled_up(column)) for column in columns),
-            torch.cat([p.own_BL for p in parts]) if is_masked else None,
-            Conditioning.cat(aways) if len(aways) == len(parts) else None,
-            _joint_sizes(parts),
-        )
-
-    def by_shape(self) -> "Iterator[tuple[Tensor, Conditioning]]":
-        """Yield the rows whose references have the same shapes, and what they are, its references without filling."""
-        if self.sizes_BN2 is None:
-            yield torch.arange(len(self)), self
-            return
-        for sizes_N2 in self.sizes_BN2.unique(dim=0):
-            rows = (self.sizes_BN2 == sizes_N2).flatten(1).all(dim=1).nonzero().flatten()
-            part = self[rows]
-            cut = tuple(x[:, :, :h, :w] for x, (h, w) in zip(part.references, sizes_N2.tolist(), strict=True))
-            yield rows, replace(part, references=cut, sizes_BN2=None)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
-        """Return the rows with every tensor but the mask changed."""
-        pooled = None if self.pooled_BE is None else change(self.pooled_BE)
-        return replace(
-            self,
-            tokens_BLD=change(self.tokens_BLD),
-            pooled_BE=pooled,
-            references=tuple(change(r) for r in self.references),
-        )
-
-
-def _filled_up(references: Sequence[Tensor]) -> list[Tensor]:
-    """Return latents [B, C, h, w] with zeros below and at the right up to the largest of them."""
-    rows, columns = (max(one.shape[axis] for one in references) for axis in (2, 3))
-    return [F.pad(one, (0, columns - one.shape[3], 0, rows - one.shape[2])) for one in references]
-
-
-def _joint_sizes(parts: Sequence[Conditioning]) -> Tensor | None:
-    """Return the sizes of all references of the parts, or None where all at a place have one shape."""
-    shapes = {tuple(one.shape[1:] for one in part.references) for part in parts}
-    if len(shapes) == 1 and all(part.sizes_BN2 is None for part in parts):
-        return None
-    return torch.cat([part.sizes for part in parts])
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Several prompts for each picture, for which the network's predictions are averaged at every step.
-
-    Attributes:
-        parts: N conditionings of B rows each.
-        weights_S: for each of the S sampling steps the parts' weights, [B, N, 1, 1], or masks of any size,
-            [B, N, H, W], which are resized to the latents. They sum to one over N.
-    """
-
-    parts: tuple[Conditioning, ...]
-    weights_S: tuple[Tensor, ...]
-
-    def __post_init__(self) -> None:
-        rows = {len(part) for part in self.parts} | {len(weights) for weights in self.weights_S}
-        counts = {weights.shape[1] for weights in self.weights_S}
-        if len(rows) != 1 or counts != {len(self.parts)} or {w.ndim for w in self.weights_S} != {4}:
-            raise ShapeError(
-                f"Mixture: {len(self.parts)} parts and weights of {[list(w.shape) for w in self.weights_S]}; each step "
-                "needs weights [B, N, H, W] of N parts with B rows."
-            )
-
-    def __len__(self) -> int:
-        return len(self.parts[0])
-
-    def __getitem__(self, rows: slice) -> "Mixture":
-        return Mixture(tuple(part[rows] for part in self.parts), tuple(w[rows] for w in self.weights_S))
-
-    @property
-    def passes(self) -> int:
-        """The number of the network's evaluations in all, counted in pictures; parts without weight are left out."""
-        return sum(len(self.used(step)[0]) for step in range(len(self.weights_S)))
-
-    def used(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the pairs (row, part) that have weight at a step, as two vectors of equal length."""
-        rows, parts = (self.weights_S[step].flatten(2) != 0).any(dim=2).nonzero(as_tuple=True)
-        return rows, parts
-
-    def conditioning(self, step: int) -> Conditioning:
-        """Return the prompts of the pairs of `used`, one row each."""
-        rows, parts = self.used(step)
-        return Conditioning.cat(self.parts)[parts * len(self) + rows]
-
-    def average(self, step: int, predictions: Tensor) -> Tensor:
-        """Return the weighted sum [B, C, h, w] of predictions [pairs, C, h, w] for the pairs of `used`."""
-        rows, parts = self.used(step)
-        weights_BNHW = self.weights_S[step].to(predictions)
-        if weights_BNHW.shape[2:] != (1, 1):
-            size = predictions.shape[2:]
-            weights_BNHW = F.interpolate(
-                weights_BNHW, size=size, mode="bilinear", antialias=True, align_corners=False
-            )
-        found = predictions.new_zeros(len(self), len(self.parts), *predictions.shape[1:])
-        found[rows, parts] = predictions
-        return (found * weights_BNHW[:, :, None]).sum(dim=1)
+__all__ = [
+    "Conditioning",
+    "FlowPolicy",
+    "ImageEncoder",
+    "Mixture",
+    "ReferencePolicy",
+    "Renderer",
+    "SamplingSettings",
+    "on_canvas",
+    "on_square",
+]
 
 
 @dataclass(frozen=True)
@@ -311,6 +86,8 @@ class Renderer(ABC):
     """The form of its frozen weights; an adapter that can quantize them sets it to its plan's."""
     reads_negative_prompt: ClassVar[bool] = False
     """Whether its guidance is a second pass that leads away from a text, which may be given as `negative_prompt`."""
+    reads_regions: ClassVar[bool] = False
+    """Whether its places attend to a row's prompts by the masks of `Conditioning.regions_BNHW`."""
     licences: ClassVar[Mapping[str, str]] = {}
     """The licences of published weights by hub id, as known when this was written; the model's page decides."""
     name: str
@@ -357,6 +134,15 @@ class Renderer(ABC):
             raise InputError(
                 f"negative_prompt has no effect on {name}: its adapter {cls.__name__} draws without a second pass that "
                 "could lead away from a text. Leave it out, and say in the prompt what is wanted."
+            )
+
+    @classmethod
+    def require_regions(cls, name: str) -> None:
+        """Raise InputError where a model of this class, loaded as `name`, has no attention by region."""
+        if not cls.reads_regions:
+            raise InputError(
+                f"{name} cannot attend by region: its adapter {cls.__name__} takes one prompt a picture. SD3, SDXL and "
+                "FLUX models can; with this one take mixing=spatial, at a pass for each concept."
             )
 
     def merge_lora(self, place: Path) -> None:

@@ -21,6 +21,7 @@ from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.pipeline import even_levels
 from pixrl.models.references import TokenReferences, in_own_shape
+from pixrl.models.regions import joint_bias
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
 
@@ -146,6 +147,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
     pipelines = ("FluxPipeline", KONTEXT_PIPELINE)
     pipeline_class = "FluxPipeline"
     lora_layout = "flux"
+    reads_regions = True
     licences: ClassVar[Mapping[str, str]] = {
         "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] Non-Commercial License",
         "black-forest-labs/FLUX.1-Kontext-dev": "FLUX.1 [dev] Non-Commercial License",
@@ -281,6 +283,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
         guidance = None  # a distilled model takes the scale in float32; one without the embedding takes none
         if self.pipeline.transformer.config.guidance_embeds:
             guidance = torch.full((len(x_t),), self.settings.guidance, device=self.device)
+        bias = joint_bias(conditioning, size, image_first=False)
         tokens: Tensor = self.denoiser(
             hidden_states=torch.cat(packed, dim=1),
             timestep=t_B,
@@ -289,6 +292,9 @@ class FluxPolicy(TokenReferences, PerturbableText):
             encoder_hidden_states=conditioning.tokens_BLD,
             txt_ids=torch.zeros(conditioning.tokens_BLD.shape[1], 3, device=self.device),
             img_ids=torch.cat((own, *others)).to(self.device),
+            joint_attention_kwargs=None
+            if bias is None
+            else {"attention_mask": bias.to(conditioning.tokens_BLD.dtype)},
             return_dict=False,
         )[0]
         return unpack_latents(tokens[:, : size[0] * size[1]].float(), size)

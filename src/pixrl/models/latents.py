@@ -9,8 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixrl.config import plain_resolution
+from pixrl.errors import InputError
+from pixrl.models.base import SamplingSettings
+
 CACHE_BYTES = 2**28
 """The bytes of pictures' latents that are kept."""
+
+
+def latent_size(settings: SamplingSettings, vae_factor: int, patch: int = 1) -> tuple[int, int]:
+    """Return the rows and columns of a picture's latents.
+
+    Raises:
+        InputError: a side is no multiple of a latent's pixels, or of a token's; names the nearest size that is.
+    """
+    unit = vae_factor * patch
+    sides = (settings.width, settings.height)
+    if any(side % unit for side in sides):
+        near = plain_resolution("x".join(str(max(1, round(side / unit)) * unit) for side in sides))
+        each = "" if settings.width == settings.height else "width and height each "
+        raise InputError(
+            f"resolution {settings.resolution} must be {each}a multiple of {unit} for this checkpoint. The nearest is "
+            f"{near}."
+        )
+    return settings.height // vae_factor, settings.width // vae_factor
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

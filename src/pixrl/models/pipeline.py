@@ -23,7 +23,15 @@ from pixrl.device import choose_device, choose_precision, plain_attention
 from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
 from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, Renderer, SamplingSettings
-from pixrl.models.latents import LatentCache, decode_latents, encode_latents, is_of_video, memory_format
+from pixrl.models.conditioning import check_pairs
+from pixrl.models.latents import (
+    LatentCache,
+    decode_latents,
+    encode_latents,
+    is_of_video,
+    latent_size,
+    memory_format,
+)
 from pixrl.models.loading import denoiser_of, load_pipeline
 from pixrl.models.lora_files import open_lora
 from pixrl.models.memory_plan import Base, MemoryPlan
@@ -60,24 +68,6 @@ def make_settings(
     return settings
 
 
-def latent_size(settings: SamplingSettings, vae_factor: int, patch: int = 1) -> tuple[int, int]:
-    """Return the rows and columns of a picture's latents.
-
-    Raises:
-        InputError: a side is no multiple of a latent's pixels, or of a token's; names the nearest size that is.
-    """
-    unit = vae_factor * patch
-    sides = (settings.width, settings.height)
-    if any(side % unit for side in sides):
-        near = plain_resolution("x".join(str(max(1, round(side / unit)) * unit) for side in sides))
-        each = "" if settings.width == settings.height else "width and height each "
-        raise InputError(
-            f"resolution {settings.resolution} must be {each}a multiple of {unit} for this checkpoint. The nearest is "
-            f"{near}."
-        )
-    return settings.height // vae_factor, settings.width // vae_factor
-
-
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """Return one CPU generator for each seed, so that noise depends on neither the batch nor the device."""
     return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
@@ -91,16 +81,6 @@ def draw(generators_B: Sequence[torch.Generator], shape: tuple[int, ...]) -> Ten
 def even_levels(steps: int) -> dict[str, Any]:
     """Return how a scheduler is asked for levels that fall evenly from 1 to 1 / steps before they are shifted."""
     return {"sigmas": torch.linspace(1.0, 1.0 / steps, steps).tolist()}
-
-
-def check_pairs(source: Conditioning | Mixture, seeds: Sequence[int], steps: int | None = None) -> None:
-    """Raise ShapeError unless each row has a seed, there is one, and a mixture has weights for `steps` steps."""
-    if len(source) != len(seeds) or not seeds:
-        raise ShapeError(f"sample: {len(source)} conditionings for {len(seeds)} seeds; give one seed a row.")
-    if isinstance(source, Mixture) and len(source.weights_S) != steps:
-        raise ShapeError(
-            f"sample_mixture: weights for {len(source.weights_S)} steps, but this model takes {steps} steps."
-        )
 
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -249,7 +229,7 @@ class PipelineRenderer(Renderer):
         return self._sample(mixture, seeds, max(1, self.micro_batch // len(mixture.parts)))
 
     def _sample(self, source: Conditioning | Mixture, seeds: Sequence[int], size: int) -> Tensor:
-        check_pairs(source, seeds, self.settings.steps)
+        check_pairs(source, seeds, self.settings.steps, by_region=self.reads_regions)
         images = torch.empty(len(seeds), 3, self.settings.height, self.settings.width)
         with self._without_gradients():
             for rows in chunks(len(seeds), size):
@@ -320,6 +300,7 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
             return predict(x, level_B, conditioning)
         away = self._unconditional(len(x)) if conditioning.away is None else conditioning.away
         away = replace(away.to(device=self.device), references=conditioning.references)
+        away = away.in_regions_of(conditioning)
         both = Conditioning.cat([away, conditioning])
         return self._away(*predict(torch.cat([x, x]), torch.cat([level_B, level_B]), both).float().chunk(2))
 
@@ -414,6 +395,8 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
                 f"velocity: {len(x_t)} latents, t of shape {list(t_B.shape)} and {len(conditioning)} conditionings; "
                 "give one t and one row each."
             )
+        if conditioning.regions_BNHW is not None:
+            self.require_regions(self.name)
         with self.precision.context(self.device):
             velocity = self._velocity(
                 x_t.to(self.device), t_B.to(self.device), conditioning.to(device=self.device)

@@ -17,6 +17,7 @@ from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.loading import has_t5
 from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.regions import joint_attention, joint_bias
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
 
@@ -29,6 +30,7 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
     pipelines = ("StableDiffusion3Pipeline",)
     pipeline_class = "StableDiffusion3Pipeline"
     lora_layout = "sd3"
+    reads_regions = True
     licences: ClassVar[Mapping[str, str]] = {
         "stabilityai/stable-diffusion-3-medium-diffusers": "Stability AI Community License",
         "stabilityai/stable-diffusion-3.5-medium": "Stability AI Community License",
@@ -108,11 +110,14 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
         return self._guided(self._predict, x_t, t_B, conditioning)
 
     def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        velocity: Tensor = self.denoiser(
-            hidden_states=x_t,
-            timestep=t_B * 1000,
-            encoder_hidden_states=conditioning.tokens_BLD,
-            pooled_projections=self.pooled(conditioning),
-            return_dict=False,
-        )[0]
+        patch = self._latent_geometry()[1]
+        size = x_t.shape[2] // patch, x_t.shape[3] // patch
+        with joint_attention(self, joint_bias(conditioning, size, image_first=True)):
+            velocity: Tensor = self.denoiser(
+                hidden_states=x_t,
+                timestep=t_B * 1000,
+                encoder_hidden_states=conditioning.tokens_BLD,
+                pooled_projections=self.pooled(conditioning),
+                return_dict=False,
+            )[0]
         return velocity

@@ -35,6 +35,7 @@ from pixrl.models.base import Conditioning, Mixture, SamplingSettings
 from pixrl.models.latents import memory_format
 from pixrl.models.memory_plan import MemoryPlan
 from pixrl.models.pipeline import FlowPipelinePolicy, averaged, draw, generators
+from pixrl.models.regions import cross_attention
 from pixrl.models.text import ClipEncoder, PerturbableText
 
 TEXT_LENGTH = 77
@@ -55,6 +56,7 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
     pipeline_class = "StableDiffusionXLPipeline"
     gpu_dtype = DType.FLOAT16
     lora_layout = "sdxl"
+    reads_regions = True
     defaults = BASE
     lora_targets = tuple(f"attn{n}.{name}" for n in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0"))
     licences: ClassVar[Mapping[str, str]] = {
@@ -174,13 +176,14 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
         """Return what the UNet predicts for its own input, alpha x0 + s noise, in float32."""
         size = (self.settings.height, self.settings.width)  # the UNet takes rows before columns
         sizes = x.new_tensor([*size, 0, 0, *size]).expand(len(x), SIZES)
-        found: Tensor = self.denoiser(
-            x,
-            timesteps_B,
-            encoder_hidden_states=conditioning.tokens_BLD,
-            added_cond_kwargs={"text_embeds": self.pooled(conditioning), "time_ids": sizes},
-            return_dict=False,
-        )[0]
+        with cross_attention(self, conditioning, (x.shape[2], x.shape[3])):
+            found: Tensor = self.denoiser(
+                x,
+                timesteps_B,
+                encoder_hidden_states=conditioning.tokens_BLD,
+                added_cond_kwargs={"text_embeds": self.pooled(conditioning), "time_ids": sizes},
+                return_dict=False,
+            )[0]
         return found.float()
 
     def _integrate(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:

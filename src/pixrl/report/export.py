@@ -55,7 +55,7 @@ from pixrl.untrusted import encodable
 
 FORMAT = "pixrl-coefficients"
 TAKEN = ("columns", "tokens", "velocity")
-"""The mixings that ComfyUI's conditionings can say; the others change with the sampling step."""
+"""The mixings that ComfyUI's conditionings can say; the others change with the step or with the place."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def export_child(run: Path, child: int | None = None, out: Path | None = None) -
     folder, config = open_run(run)
     if config.mixing.kind not in TAKEN:
         raise ConfigError(
-            f"The children of {run} are mixed by {config.mixing.kind}, which changes with the sampling step, so no "
-            f"conditioning can say it: ComfyUI's node takes {', '.join(TAKEN)}."
+            f"The children of {run} are mixed by {config.mixing.kind}, which changes with the sampling step or with "
+            f"the place, so no conditioning can say it: ComfyUI's node takes {', '.join(TAKEN)}."
         )
     rows = folder.manifest()
     if child is None:

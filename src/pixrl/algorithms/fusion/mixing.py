@@ -10,11 +10,13 @@ D and its meaning differ:
 | steps    | picture (its share of the steps), or step | S to N S                 |
 | velocity | picture                                   | N S                      |
 | spatial  | picture (its share of the area), or cell  | N S                      |
+| regions  | picture (its share of the area), or cell  | S                        |
 
-S is the number of sampling steps. The first two mix what the network is conditioned on; the others mix what it predicts
-for each concept (velocity, noise or sample), by weights that sum to one everywhere. `columns` is RMLer's (Eq. 2);
-`velocity` averages predictions as composable diffusion does (Liu et al. 2022), `spatial` by regions as MultiDiffusion
-does (Bar-Tal et al. 2023); `steps` is known as prompt scheduling.
+S is the number of sampling steps. The first two mix what the network is conditioned on; `regions` gives it all concepts
+at once and says what each place attends to; the others mix what it predicts for each concept (velocity, noise or
+sample), by weights that sum to one everywhere. `columns` is RMLer's (Eq. 2); `velocity` averages predictions as
+composable diffusion does (Liu et al. 2022), `spatial` by regions as MultiDiffusion does (Bar-Tal et al. 2023); `steps`
+is known as prompt scheduling, `regions` as regional prompting, of which `pixrl.models.regions` has the details.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +36,7 @@ from pixrl.models.base import Conditioning, Mixture
 MASK_SIDE = 64
 """Rows and columns of a mask, whatever the latents' size: `Mixture` resizes it."""
 SOFT, CELLS = 0.25, 4
-"""The passage's width and the grid's rows of `spatial`, where none are given."""
+"""The passage's width and the grid's rows of masks, where none are given."""
 
 
 class Pooled(StrEnum):
@@ -67,6 +69,8 @@ class Mixing(ABC, Generic[MixingSettingsT]):
     Settings: ClassVar[type[MixingSettings]]
     mixes_embeddings: ClassVar[bool] = False
     """Whether the text embedding is mixed, and with it the pooled features (`pooled` in a recipe)."""
+    needs_regions: ClassVar[bool] = False
+    """Whether the generator must attend by region (`Renderer.reads_regions`)."""
     features_ND: Tensor
 
     def __init__(
@@ -248,50 +252,34 @@ class Shape(StrEnum):
     """Every cell of a coarse grid has coefficients of its own, with smooth passages between cells."""
 
 
-class SpatialSettings(MixingSettings):
-    """The part of the picture in which each concept's prediction counts."""
+class MaskSettings(MixingSettings):
+    """The part of the picture that is each concept's."""
 
-    kind: Literal["spatial"] = "spatial"
     shape: Shape = Shape.TOP_DOWN
     soft: float | None = Field(None, gt=0, le=1)
     """Width of the passage between two concepts, as a share of the picture (0.25 where none is given); 1 is a gradient
     over all of it. Without effect on a grid."""
     cells: int | None = Field(None, ge=2, le=16)
     """Rows and columns of the grid (4 where none is given). Without effect on other shapes."""
-    start: Count = 2
-    """Steps before the masks, fewer than the model takes: until then predictions are averaged by shares of the area."""
 
     @model_validator(mode="after")
-    def _has_effect(self) -> "SpatialSettings":
+    def _has_effect(self) -> "MaskSettings":
         useless = "soft" if self.shape is Shape.GRID else "cells"
         if getattr(self, useless) is not None:
             raise ValueError(f"{useless} has no effect with shape={self.shape}; leave it out")
         return self
 
 
-class Spatial(Mixing[SpatialSettings]):
-    """The predictions of the concepts, each in its part of the latents."""
+MaskSettingsT = TypeVar("MaskSettingsT", bound=MaskSettings)
 
-    Settings = SpatialSettings
 
-    def __init__(
-        self, settings: SpatialSettings, sources: Conditioning, *, steps: int, pooled: Pooled
-    ) -> None:
+class Masked(Mixing[MaskSettingsT]):
+    """A mixing that divides the picture among the concepts."""
+
+    def __init__(self, settings: MaskSettingsT, sources: Conditioning, *, steps: int, pooled: Pooled) -> None:
         super().__init__(settings, sources, steps=steps, pooled=pooled)
-        if settings.start >= steps:
-            raise InputError(
-                f"mixing.start={settings.start} leaves no step for the masks: this model takes {steps}. "
-                f"Give mixing.start={max(1, steps - 1)} or less, or more sampling steps."
-            )
         self.cells = settings.cells or CELLS
         self.features_ND = self._positions(self.cells**2 if settings.shape is Shape.GRID else 1)
-
-    def mix(self, coefficients_BND: Tensor) -> Mixture:
-        masks_BNHW = self.masks(coefficients_BND)
-        plain_BN11 = masks_BNHW.mean(dim=(2, 3), keepdim=True)
-        start = self.settings.start
-        weights_S = (plain_BN11,) * start + (masks_BNHW,) * (self.steps - start)
-        return self._mixture(len(coefficients_BND), weights_S)
 
     def masks(self, coefficients_BND: Tensor) -> Tensor:
         """Return the concepts' masks [B, N, 64, 64], which sum to one over N in every place."""
@@ -311,6 +299,64 @@ class Spatial(Mixing[SpatialSettings]):
         masks_BNP = bands(shares(coefficients_BND), places_HW.flatten(), self.settings.soft or SOFT)
         masks_BNHW: Tensor = masks_BNP.unflatten(2, (side, side))
         return masks_BNHW
+
+
+class SpatialSettings(MaskSettings):
+    """The part of the picture in which each concept's prediction counts."""
+
+    kind: Literal["spatial"] = "spatial"
+    start: Count = 2
+    """Steps before the masks, fewer than the model takes: until then predictions are averaged by shares of the area."""
+
+
+class Spatial(Masked[SpatialSettings]):
+    """The predictions of the concepts, each in its part of the latents."""
+
+    Settings = SpatialSettings
+
+    def __init__(
+        self, settings: SpatialSettings, sources: Conditioning, *, steps: int, pooled: Pooled
+    ) -> None:
+        super().__init__(settings, sources, steps=steps, pooled=pooled)
+        if settings.start >= steps:
+            raise InputError(
+                f"mixing.start={settings.start} leaves no step for the masks: this model takes {steps}. "
+                f"Give mixing.start={max(1, steps - 1)} or less, or more sampling steps."
+            )
+
+    def mix(self, coefficients_BND: Tensor) -> Mixture:
+        masks_BNHW = self.masks(coefficients_BND)
+        plain_BN11 = masks_BNHW.mean(dim=(2, 3), keepdim=True)
+        start = self.settings.start
+        weights_S = (plain_BN11,) * start + (masks_BNHW,) * (self.steps - start)
+        return self._mixture(len(coefficients_BND), weights_S)
+
+
+class RegionsSettings(MaskSettings):
+    """The part of the picture that attends to each concept's tokens, at every step."""
+
+    kind: Literal["regions"] = "regions"
+
+
+class Regions(Masked[RegionsSettings]):
+    """All concepts in one pass of the network, of which each part of the picture attends to its own."""
+
+    Settings = RegionsSettings
+    needs_regions = True
+
+    def mix(self, coefficients_BND: Tensor) -> Conditioning:
+        tokens_NLD = self.sources.tokens_BLD
+        # an unbounded policy's cells may be negative, and nothing attends less than not at all
+        masks_BNHW = self.masks(coefficients_BND).clamp_min(0).to(tokens_NLD.device)
+        masks_BNHW = masks_BNHW / masks_BNHW.sum(dim=1, keepdim=True)
+        areas_BN1 = masks_BNHW.mean(dim=(2, 3))[:, :, None]
+        own_NL = self.sources.mask_BL
+        return Conditioning(
+            tokens_NLD.flatten(0, 1).expand(len(masks_BNHW), -1, -1),
+            mix_pooled(self.sources, areas_BN1, Pooled.WEIGHT),
+            mask_BL=None if own_NL is None else own_NL.flatten().expand(len(masks_BNHW), -1),
+            regions_BNHW=masks_BNHW,
+        )
 
 
 def shares(coefficients_BND: Tensor) -> Tensor:
