@@ -79,10 +79,14 @@ def by_masks(policy: FlowPipelinePolicy, masks_NHW: Tensor, prompts: Sequence[st
     )
 
 
-def halves(side: int = GRID) -> Tensor:
-    """The upper half for the first prompt, the lower one for the second."""
-    top_HW = (torch.arange(side) < side // 2).float()[:, None].expand(side, side)
-    return torch.stack((top_HW, 1 - top_HW))
+def halves(columns: int = GRID, *, across: bool = False) -> Tensor:
+    """The upper half for the first prompt and the lower one for the second; `across`: the left half and the right."""
+    mask_HW = torch.zeros(GRID, columns)
+    if across:
+        mask_HW[:, : columns // 2] = 1
+    else:
+        mask_HW[: GRID // 2] = 1
+    return torch.stack((mask_HW, 1 - mask_HW))
 
 
 @torch.no_grad()
@@ -167,17 +171,25 @@ def seen_by(policy: FlowPipelinePolicy, rows: Conditioning, layer: nn.Module) ->
     return seen[0]
 
 
-def test_in_the_first_layer_a_half_knows_its_own_prompt_alone(policy: FlowPipelinePolicy) -> None:
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_the_first_layer_a_half_knows_its_own_prompt_alone(
+    name: str, across: bool, folders: dict[str, Path]
+) -> None:
+    """Of pictures that are wider than high, so that rows are no columns."""
+    policy = load(folders[name], "48x32")
     policy.settings = replace(policy.settings, guidance=0.0)
     layer = first_attention(policy)[0]
+    columns = GRID * 3 // 2
+    masks_NHW = halves(columns, across=across)
     pictures = []
     for second in (SNAIL, CAT):
-        found = seen_by(policy, by_masks(policy, halves(), [OWL, second]), layer)[1]
-        pictures.append((found[0] if isinstance(found, tuple) else found)[0])
-    border = GRID * GRID // 2
-    assert torch.equal(pictures[0][:border], pictures[1][:border])
-    lower = (pictures[0][border:] - pictures[1][border:]).abs().amax(dim=1)
-    assert bool((lower > 1e-3).all())
+        found = seen_by(policy, by_masks(policy, masks_NHW, [OWL, second]), layer)[1]
+        pictures.append((found[0] if isinstance(found, tuple) else found)[0].unflatten(0, (GRID, columns)))
+    one, other = (x.transpose(0, 1) if across else x for x in pictures)
+    border = len(one) // 2
+    assert torch.equal(one[:border], other[:border])
+    assert bool(((one[border:] - other[border:]).abs().amax(dim=2) > 1e-3).all())
 
 
 def heads(x_BKC: Tensor, width: int) -> Tensor:

@@ -292,9 +292,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
             encoder_hidden_states=conditioning.tokens_BLD,
             txt_ids=torch.zeros(conditioning.tokens_BLD.shape[1], 3, device=self.device),
             img_ids=torch.cat((own, *others)).to(self.device),
-            joint_attention_kwargs=None
-            if bias is None
-            else {"attention_mask": bias.to(conditioning.tokens_BLD.dtype)},
+            joint_attention_kwargs=None if bias is None else {"attention_mask": bias},
             return_dict=False,
         )[0]
         return unpack_latents(tokens[:, : size[0] * size[1]].float(), size)

@@ -64,7 +64,7 @@ def joint_bias(conditioning: Conditioning, size: Size, *, image_first: bool) -> 
         image_first: whether the image's tokens stand before the text's.
 
     Returns:
-        Queries by keys, float32 [B, 1, L + P, L + P].
+        Queries by keys, [B, 1, L + P, L + P], of the tokens' dtype.
 
     Raises:
         ShapeError, InputError: as `text_bias`.
@@ -76,13 +76,14 @@ def joint_bias(conditioning: Conditioning, size: Size, *, image_first: bool) -> 
     owners_L = torch.arange(length, device=between_BLP.device) // (
         length // conditioning.regions_BNHW.shape[1]
     )
-    bias = between_BLP.new_zeros(rows, 1, length + places, length + places)
+    total, dtype = length + places, conditioning.tokens_BLD.dtype
+    bias = between_BLP.new_zeros(rows, 1, total, total, dtype=dtype)
     text, image = slice(0, length), slice(length, None)
     if image_first:
         text, image = slice(places, None), slice(0, places)
     bias[:, 0, text, text].masked_fill_(owners_L[:, None] != owners_L, -torch.inf)
-    bias[:, 0, text, image] = between_BLP
-    bias[:, 0, image, text] = between_BLP.mT
+    bias[:, 0, text, image] = between_BLP.to(dtype)
+    bias[:, 0, image, text] = between_BLP.mT.to(dtype)
     return bias
 
 
