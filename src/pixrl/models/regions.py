@@ -103,7 +103,8 @@ class _Biased(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention or args[1].shape[-2] != self.bias.shape[-1]:
             return func(*args, **own)
         self.calls += 1
-        return func(*args, **own, attn_mask=self.bias.to(args[0].dtype))
+        query, key, value = args
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias.to(query.dtype), **own)
 
 
 @contextmanager
