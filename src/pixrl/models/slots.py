@@ -14,7 +14,7 @@ import copy
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
 from typing import ClassVar
@@ -68,7 +68,9 @@ class Slots(ABC):
     kind: ClassVar[str]
     """What the slots hold, in words."""
 
-    def __init__(self) -> None:
+    def __init__(self, trained: Iterable[Slot]) -> None:
+        """Begin with `current`; `trained` are the slots that change in training."""
+        self._trained = tuple(trained)
         self._active = Slot.CURRENT
 
     @property
@@ -155,7 +157,7 @@ class Slots(ABC):
     def _saved(self) -> dict[str, nn.Parameter]:
         return {
             f"{slot.value}/{name}": tensor
-            for slot in self._written_slots()
+            for slot in self._trained
             for name, tensor in self._tensors(slot).items()
         }
 
@@ -166,10 +168,6 @@ class Slots(ABC):
                 "The reference slot is the backbone itself: it can be neither written nor copied."
             )
         return self._tensors(slot)
-
-    @abstractmethod
-    def _written_slots(self) -> Sequence[Slot]:
-        """Return the slots that change in training."""
 
     @abstractmethod
     def _tensors(self, slot: Slot) -> dict[str, nn.Parameter]:
@@ -190,7 +188,7 @@ class LoraSlots(Slots):
     def __init__(
         self, backbone: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int
     ) -> None:
-        super().__init__()
+        super().__init__(ADAPTERS)
         if rank < 1:
             raise InputError(f"The LoRA rank must be at least 1, got {rank}.")
         check_torchvision()
@@ -209,7 +207,14 @@ class LoraSlots(Slots):
                 inject_adapter_in_model(config, backbone, slot.value)
         self._backbone = backbone
         self._layers = [module for module in backbone.modules() if isinstance(module, LoraLayer)]
-        self._adapters = {slot: _collect(backbone, slot) for slot in ADAPTERS}
+        self._adapters: dict[Slot, dict[str, nn.Parameter]] = {slot: {} for slot in ADAPTERS}
+        for name, parameter in backbone.named_parameters():
+            for slot, own in self._adapters.items():
+                if f".{slot.value}." in name and "lora_" in name:
+                    parameter.data = parameter.data.float()  # whatever the backbone's dtype is
+                    own[name.replace(f".{slot.value}.", ".")] = parameter
+        if not all(self._adapters.values()):
+            raise RunError("None of the LoRA target modules exists in this backbone.")
         self._sums_of_old: list[Tensor] | None = None
         """Each layer's weight with the product of `old` in it, until that changes."""
         self._is_folded = False
@@ -270,9 +275,6 @@ class LoraSlots(Slots):
             self._sums_of_old = sums
         return sums
 
-    def _written_slots(self) -> Sequence[Slot]:
-        return ADAPTERS
-
     def _tensors(self, slot: Slot) -> dict[str, nn.Parameter]:
         return self._adapters[slot]
 
@@ -316,7 +318,7 @@ class FullSlots(Slots):
             mesh: the processes that divide all of them; None: each has all.
             computing: the dtype in which divided weights are gathered; None: float32.
         """
-        super().__init__()
+        super().__init__(slot for slot in ADAPTERS if slot is Slot.CURRENT or slot in copies)
         denoiser.float().requires_grad_(False)
         self._of = {Slot.CURRENT: denoiser}
         for slot in Slot:
@@ -337,9 +339,6 @@ class FullSlots(Slots):
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         return tuple(self._of.values())
-
-    def _written_slots(self) -> Sequence[Slot]:
-        return [slot for slot in self._of if slot is not Slot.REFERENCE]
 
     def _tensors(self, slot: Slot) -> dict[str, nn.Parameter]:
         return dict(self._require(slot).named_parameters())
@@ -402,18 +401,6 @@ def _end(name: str) -> str:
     numbers = [place for place, part in enumerate(parts[:-1]) if part.isdigit()]
     first = numbers[0] + 1 if numbers else 0
     return ".".join(parts[first:])
-
-
-def _collect(backbone: nn.Module, slot: Slot) -> dict[str, nn.Parameter]:
-    """Return one adapter's parameters by a name that is the same in every slot; in float32 on any backbone."""
-    found = {}
-    for name, parameter in backbone.named_parameters():
-        if f".{slot.value}." in name and "lora_" in name:
-            parameter.data = parameter.data.float()
-            found[name.replace(f".{slot.value}.", ".")] = parameter
-    if not found:
-        raise RunError("None of the LoRA target modules exists in this backbone.")
-    return found
 
 
 def fitting_layers(backbone: nn.Module, lora: Lora, name: str) -> dict[str, nn.Linear]:
