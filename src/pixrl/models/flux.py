@@ -19,7 +19,6 @@ from pixrl.errors import CheckpointError, InputError, ShapeError, did_you_mean
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, SamplingSettings
-from pixrl.models.pipeline import even_levels
 from pixrl.models.references import TokenReferences, in_own_shape
 from pixrl.models.regions import joint_bias
 from pixrl.models.slots import KNOWN_TARGETS
@@ -157,6 +156,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
     reads_negative_prompt = False  # its guidance is an input, not a second pass
     defaults = SamplingSettings(steps=25, guidance=4.0, resolution=512)
     lora_targets = KNOWN_TARGETS
+    even_levels = True
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
         """Load the checkpoint; the options are those of `FlowPipelinePolicy`.
@@ -263,9 +263,6 @@ class FluxPolicy(TokenReferences, PerturbableText):
     def _shift_tokens(self) -> int:
         tokens = super()._shift_tokens()
         return tokens if self.shift is Shift.FLUX else tokens // UNO_SHRINK
-
-    def _timesteps(self, steps: int) -> dict[str, Any]:
-        return even_levels(steps)
 
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         if conditioning.sizes_BN2 is None:

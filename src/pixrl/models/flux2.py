@@ -26,7 +26,6 @@ from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flux import pack_latents, unpack_latents
 from pixrl.models.language import LanguagePolicy, chat_frame
-from pixrl.models.pipeline import even_levels
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import PerturbableText
 
@@ -50,6 +49,7 @@ class Flux2KleinPolicy(LanguagePolicy, PerturbableText):
     defaults = SamplingSettings(steps=50, guidance=4.0, resolution=1024)
     lora_targets = (*KNOWN_TARGETS, "attn.to_qkv_mlp_proj")
     layers = (9, 18, 27)
+    even_levels = True
     takes_padding = True
 
     def _defaults(self, folder: Path) -> SamplingSettings:
@@ -69,9 +69,6 @@ class Flux2KleinPolicy(LanguagePolicy, PerturbableText):
     def frame(self, tokenizer: Any) -> tuple[str, str]:
         return chat_frame(tokenizer, thinks=False)
 
-    def _timesteps(self, steps: int) -> dict[str, Any]:
-        return even_levels(steps)
-
     def _shift_mu(self, steps: int) -> float:
         """Return a shift that is linear in the tokens, and up to 4300 of them in the steps too.
 
@@ -83,9 +80,6 @@ class Flux2KleinPolicy(LanguagePolicy, PerturbableText):
             return at_200
         at_10 = 8.73809524e-05 * tokens + 1.89833333
         return at_200 + (at_10 - at_200) / 190 * (200 - steps)
-
-    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        return self._guided(self._predict, x_t, t_B, conditioning)
 
     def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         rows, columns = x_t.shape[2] // PATCH, x_t.shape[3] // PATCH

@@ -1,8 +1,8 @@
-"""What adapters of diffusers pipelines share: `PipelineRenderer` draws, `FlowPipelinePolicy` is trained too.
+"""What adapters of diffusers pipelines share: `FlowPipelinePolicy`.
 
-First the helpers of every adapter: settings, seeded noise, micro-batches. Then the renderer (card, settings, sampling
-in pieces) and the policy (one Euler loop, placement, slots). A family adds how it encodes a prompt, its schedule
-and its velocity. loading.py loads the weights.
+First the helpers of every adapter: settings, seeded noise, micro-batches. Then the policy: card, settings, sampling in
+pieces by one Euler loop, placement, slots. A family adds how it encodes a prompt, its schedule and what its network
+predicts. loading.py loads the weights.
 """
 
 from abc import abstractmethod
@@ -22,7 +22,7 @@ from pixrl.config import plain_resolution
 from pixrl.device import choose_device, choose_precision, plain_attention
 from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.hub import Card, Checkpoint, checkpoint_fingerprint, read_card
-from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, Renderer, SamplingSettings
+from pixrl.models.base import Conditioning, FlowPolicy, ImageEncoder, Mixture, SamplingSettings
 from pixrl.models.conditioning import check_pairs
 from pixrl.models.latents import (
     LatentCache,
@@ -78,11 +78,6 @@ def draw(generators_B: Sequence[torch.Generator], shape: tuple[int, ...]) -> Ten
     return torch.stack([torch.randn(shape, generator=one) for one in generators_B])
 
 
-def even_levels(steps: int) -> dict[str, Any]:
-    """Return how a scheduler is asked for levels that fall evenly from 1 to 1 / steps before they are shifted."""
-    return {"sigmas": torch.linspace(1.0, 1.0 / steps, steps).tolist()}
-
-
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """What a network says of latents [B, C, h, w], levels or timesteps [B] and B prompts: the shape of the latents."""
 
@@ -121,12 +116,20 @@ class Merged:
     """The place it came from, and its modules, ranks and strength, as a report prints them."""
 
 
-class PipelineRenderer(Renderer):
-    """A checkpoint of a diffusers pipeline with its card, its settings, a cache of prompts and sampling in pieces."""
+class FlowPipelinePolicy(TrainedDenoiser, FlowPolicy, ImageEncoder):
+    """A trainable flow pipeline, sampled by Euler steps on the pipeline's own schedule, with a cache of prompts."""
 
     pipeline_class: ClassVar[str]
     defaults: ClassVar[SamplingSettings]
     """How a checkpoint of this family without a card is sampled."""
+    even_levels: ClassVar[bool] = False
+    """Whether the pipeline of diffusers asks its scheduler for levels that fall evenly from 1 to 1 / steps before they
+    are shifted, and not for a number of steps alone."""
+    usual_text_length: ClassVar[int] = 512
+    """`text_length` in the pipeline of diffusers, where no card says another."""
+    reads_negative_prompt = True
+    negative_prompt: ClassVar[str] = ""
+    """What guidance leads away from where `settings.negative_prompt` does not say it."""
 
     def __init__(
         self,
@@ -164,7 +167,13 @@ class PipelineRenderer(Renderer):
         if negative_prompt is not None:
             self.require_negative_prompt(self.name)
             check_words([negative_prompt], self.vocabulary, self.name)
-            self._require_guidance()
+            if self.guidance_scale <= 1:
+                least = self.settings.guidance - (self.guidance_scale - 1)
+                raise InputError(
+                    f"negative_prompt has no effect on {self.name} at guidance {self.settings.guidance:g}: only "
+                    f"guidance above {least:g} leads away from it. Give guidance too, such as guidance={least + 3:g}, "
+                    "or leave it out."
+                )
         self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision, t5=t5)
         self.vae: nn.Module = self.pipeline.vae
         if not is_of_video(self.vae):
@@ -182,6 +191,13 @@ class PipelineRenderer(Renderer):
         self.micro_batch = micro_batch_for(self.device, self.settings.width, self.settings.height)
         self._cache = PromptCache(self._encode_one)
 
+    def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
+        """Move the pipeline to where the plan wants it, unless it was `placed` before."""
+        self._denoiser = denoiser_of(self.pipeline)
+        self.placement = Placement(self.pipeline, self._denoiser, self.device, plan, placed=placed)
+        self._latents = LatentCache()
+        self.merged: tuple[Merged, ...] = ()
+
     def _defaults(self, folder: Path) -> SamplingSettings:
         """Return how a checkpoint without a card is sampled; a family may look into the folder's configs."""
         return self.defaults
@@ -192,18 +208,10 @@ class PipelineRenderer(Renderer):
         steps = self._defaults(self.checkpoint.folder).steps
         return steps if self.card.steps is None and steps <= FEW_STEPS else None
 
-    @abstractmethod
-    def _require_guidance(self) -> None:
-        """Raise InputError where the guidance scale leads away from nothing, since a negative prompt was given."""
-
     def _check_options(self, guidance: float | None, t5: bool) -> None:
         """Raise InputError for an option that has no effect on this checkpoint."""
         if not t5:
             raise InputError(f"t5 has no effect: {self.name} is no SD3 checkpoint. Leave it out.")
-
-    @abstractmethod
-    def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
-        """Move the pipeline to where the plan wants it, unless it was `placed` before."""
 
     @abstractmethod
     def _latent_geometry(self) -> tuple[int, int]:
@@ -214,8 +222,21 @@ class PipelineRenderer(Renderer):
         """Encode one prompt as one row; called without gradients and once a prompt."""
 
     @abstractmethod
-    def _draw(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
-        """Return pictures of as many rows as go through the model at once, without gradients."""
+    def blank(self) -> Conditioning:
+        """Return zeros in the shape of one row of `encode`, for measurements without the text encoders."""
+
+    @abstractmethod
+    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the network's velocity under these prompts, without guidance, within the model's autocast."""
+
+    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the velocity of tensors that are on the device and fit each other, within the model's autocast."""
+        return self._guided(self._predict, x_t, t_B, conditioning)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of `_guided` for the setting `guidance`, which means what it does in the pipeline of diffusers."""
+        return self.settings.guidance
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         check_words(prompts, self.vocabulary, self.name)
@@ -231,62 +252,11 @@ class PipelineRenderer(Renderer):
     def _sample(self, source: Conditioning | Mixture, seeds: Sequence[int], size: int) -> Tensor:
         check_pairs(source, seeds, self.settings.steps, by_region=self.reads_regions)
         images = torch.empty(len(seeds), 3, self.settings.height, self.settings.width)
-        with self._without_gradients():
+        # weights that were gathered in inference mode could not be trained through afterwards
+        with torch.no_grad() if self.in_step else without_gradients(self.offload):
             for rows in chunks(len(seeds), size):
-                images[rows] = self._draw(source[rows], seeds[rows]).cpu()
+                images[rows] = self.decode(self._integrate(source[rows], seeds[rows])).cpu()
         return images
-
-    def _without_gradients(self) -> AbstractContextManager[None]:
-        """Return the context for drawing."""
-        return without_gradients(self.offload)
-
-    def fingerprint(self) -> str:
-        return self._files_fingerprint
-
-    @cached_property
-    def _files_fingerprint(self) -> str:
-        files = checkpoint_fingerprint(self.checkpoint)
-        if self.base is Base.DTYPE:
-            return files
-        return sha256(f"{files} {self.base.value}".encode()).hexdigest()[:16]
-
-
-class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEncoder):
-    """A trainable flow pipeline, sampled by Euler steps on the pipeline's own schedule."""
-
-    usual_text_length: ClassVar[int] = 512
-    """`text_length` in the pipeline of diffusers, where no card says another."""
-    reads_negative_prompt = True
-    negative_prompt: ClassVar[str] = ""
-    """What guidance leads away from where `settings.negative_prompt` does not say it."""
-
-    def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
-        self._denoiser = denoiser_of(self.pipeline)
-        self.placement = Placement(self.pipeline, self._denoiser, self.device, plan, placed=placed)
-        self._latents = LatentCache()
-        self.merged: tuple[Merged, ...] = ()
-
-    @abstractmethod
-    def blank(self) -> Conditioning:
-        """Return zeros in the shape of one row of `encode`, for measurements without the text encoders."""
-
-    @abstractmethod
-    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the velocity of tensors that are on the device and fit each other, within the model's autocast."""
-
-    @property
-    def guidance_scale(self) -> float:
-        """The scale of `_guided` for the setting `guidance`, which means what it does in the pipeline of diffusers."""
-        return self.settings.guidance
-
-    def _require_guidance(self) -> None:
-        if self.guidance_scale <= 1:
-            least = self.settings.guidance - (self.guidance_scale - 1)
-            raise InputError(
-                f"negative_prompt has no effect on {self.name} at guidance {self.settings.guidance:g}: only guidance "
-                f"above {least:g} leads away from it. Give guidance too, such as guidance={least + 3:g}, or leave it "
-                "out."
-            )
 
     @property
     def unwanted(self) -> str:
@@ -329,10 +299,6 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
         """The most tokens of `framed` that an encoder other than CLIP reads."""
         return self.text_length
 
-    def _without_gradients(self) -> AbstractContextManager[None]:
-        # weights that were gathered in inference mode could not be trained through afterwards
-        return torch.no_grad() if self.in_step else super()._without_gradients()
-
     def drop_text(self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] | None = None) -> None:
         """Encode these prompts and the empty one, keep their rows on the CPU and free the text encoders for good.
 
@@ -365,14 +331,13 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
 
     def schedule(self, steps: int) -> Tensor:
         scheduler = self.pipeline.scheduler
+        asked: dict[str, Any] = {"num_inference_steps": steps}
+        if self.even_levels:
+            asked = {"sigmas": torch.linspace(1.0, 1.0 / steps, steps).tolist()}
         shift = {"mu": self._shift_mu(steps)} if scheduler.config.use_dynamic_shifting else {}
-        scheduler.set_timesteps(**self._timesteps(steps), **shift)
+        scheduler.set_timesteps(**asked, **shift)
         sigmas: Tensor = scheduler.sigmas
         return sigmas.to(device="cpu", dtype=torch.float32).clone()
-
-    def _timesteps(self, steps: int) -> dict[str, Any]:
-        """Return how the scheduler is asked for so many steps, as the pipeline of diffusers asks it."""
-        return {"num_inference_steps": steps}
 
     def _shift_mu(self, steps: int) -> float:
         """Return the schedule's shift for so many steps, which is linear in the number of the picture's tokens."""
@@ -421,9 +386,6 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
             raise ShapeError(f"{self.name} needs pooled text features; take conditionings from encode().")
         return conditioning.pooled_BE
 
-    def _draw(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
-        return self.decode(self._integrate(source, seeds))
-
     def _integrate(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
         """Take Euler steps from noise to data, x + (sigma_next - sigma) v, and return the latents."""
         sigmas = self.schedule(self.settings.steps)
@@ -471,6 +433,13 @@ class FlowPipelinePolicy(TrainedDenoiser, PipelineRenderer, FlowPolicy, ImageEnc
         for key, x in sorted(current.items()):
             total.update(key.encode() + x.contiguous().numpy().tobytes())
         return sha256(f"{self.backbone_fingerprint}{total.hexdigest()}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def _files_fingerprint(self) -> str:
+        files = checkpoint_fingerprint(self.checkpoint)
+        if self.base is Base.DTYPE:
+            return files
+        return sha256(f"{files} {self.base.value}".encode()).hexdigest()[:16]
 
     @property
     def backbone_fingerprint(self) -> str:

@@ -19,7 +19,6 @@ from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flux import pack_latents, unpack_latents
 from pixrl.models.language import LanguagePolicy
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.pipeline import even_levels
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import PerturbableText
 
@@ -36,6 +35,7 @@ class QwenPolicy(LanguagePolicy):
     defaults = SamplingSettings(steps=50, guidance=4.0, resolution=1024)
     lora_targets = KNOWN_TARGETS
     negative_prompt = " "
+    even_levels = True
     layers = (-1,)
 
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
@@ -73,12 +73,6 @@ class QwenPolicy(LanguagePolicy):
     def schedule(self, steps: int) -> Tensor:
         """Return the pipeline's levels; of a single step 1 and 0, where diffusers divides 0 by 0 to stretch them."""
         return torch.tensor([1.0, 0.0]) if steps == 1 else super().schedule(steps)
-
-    def _timesteps(self, steps: int) -> dict[str, Any]:
-        return even_levels(steps)
-
-    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        return self._guided(self._predict, x_t, t_B, conditioning)
 
     def _away(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
         guided = pack_latents(super()._away(unconditional, conditional))

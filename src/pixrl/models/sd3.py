@@ -106,9 +106,6 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
             tokens, pooled = tokens + width, pooled + projection
         return tuple(found)
 
-    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        return self._guided(self._predict, x_t, t_B, conditioning)
-
     def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         patch = self._latent_geometry()[1]
         size = x_t.shape[2] // patch, x_t.shape[3] // patch

@@ -21,7 +21,6 @@ from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.language import LanguagePolicy, chat_frame
 from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.pipeline import even_levels
 from pixrl.models.text import PerturbableText
 
 PATCH = 2
@@ -43,6 +42,7 @@ class ZImagePolicy(LanguagePolicy, PerturbableText):
     defaults = SamplingSettings(steps=50, guidance=5.0, resolution=1024)
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
     layers = (-2,)
+    even_levels = True
     width_option = "cap_feat_dim"
 
     def _defaults(self, folder: Path) -> SamplingSettings:
@@ -60,15 +60,9 @@ class ZImagePolicy(LanguagePolicy, PerturbableText):
     def frame(self, tokenizer: Any) -> tuple[str, str]:
         return chat_frame(tokenizer, thinks=True)
 
-    def _timesteps(self, steps: int) -> dict[str, Any]:
-        return even_levels(steps)
-
     @property
     def guidance_scale(self) -> float:
         return 1 + self.settings.guidance
-
-    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        return self._guided(self._predict, x_t, t_B, conditioning)
 
     def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         captions = list(conditioning.tokens_BLD.unbind())
