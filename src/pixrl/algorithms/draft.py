@@ -179,7 +179,22 @@ class DRaFTLoss(Loss):
         condition = rollouts.conditioning(rows)
         moves = list(self._last_moves(policy, rollouts, rows, condition))
         x0 = moves[-1].after
-        score_B, slope = self._ascent(policy, rollouts, rows, x0.detach())
+        leaf = x0.detach().requires_grad_()
+        prompts, metadata = rollouts.samples.prompts, rollouts.samples.metadata
+        asked, known = [prompts[row] for row in rows], [metadata[row] for row in rows]
+        with torch.enable_grad(), policy.decoder_present():
+            images = policy.decode(leaf)
+            score_B = torch.stack(
+                [
+                    weight * self.rewards[name].differentiable_scores(images, asked, known)
+                    for name, weight in rollouts.weights.items()
+                ]
+            ).sum(dim=0)
+            scored_B = score_B.isfinite()
+            (slope,) = torch.autograd.grad(score_B[scored_B].sum(), leaf)
+        # a picture without a score teaches nothing, and may have left nan in its own row
+        score_B = torch.where(scored_B, score_B.detach(), 0.0)
+        slope = torch.where(scored_B.view(-1, *[1] * (slope.ndim - 1)), slope, 0.0)
         # the value is -score, the gradient that of -score through x0
         path_B = (slope * x0).flatten(1).sum(dim=1)
         loss_B = -score_B - (path_B - path_B.detach())
@@ -225,27 +240,6 @@ class DRaFTLoss(Loss):
             after = solver.step(x, velocity, number)
             yield Move(number, x, velocity, after)
             x = after
-
-    def _ascent(
-        self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], x0: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the weighted score [B] of clean latents and its gradient by them; 0 where a reward gives no score."""
-        leaf = x0.requires_grad_()
-        prompts, metadata = rollouts.samples.prompts, rollouts.samples.metadata
-        asked, known = [prompts[row] for row in rows], [metadata[row] for row in rows]
-        with torch.enable_grad(), policy.decoder_present():
-            images = policy.decode(leaf)
-            score_B = torch.stack(
-                [
-                    weight * self.rewards[name].differentiable_scores(images, asked, known)
-                    for name, weight in rollouts.weights.items()
-                ]
-            ).sum(dim=0)
-            scored_B = score_B.isfinite()
-            (slope,) = torch.autograd.grad(score_B[scored_B].sum(), leaf)
-        # a picture without a score may still have left nan in its own row
-        slope = torch.where(scored_B.view(-1, *[1] * (slope.ndim - 1)), slope, 0.0)
-        return torch.where(scored_B, score_B.detach(), 0.0), slope
 
 
 def refuse_others(trained: Mapping[str, float], rewards: Mapping[str, DifferentiableReward]) -> None:

@@ -249,7 +249,24 @@ def learn(
     """
     with torch.inference_mode(False), torch.enable_grad():
         parts = [_start(encoder, prompts, settings) for encoder in encoders]
-        _optimize(parts, settings)
+        # down every prompt's own objective (Eqs. 11 and 12), back within the bound after each step
+        s = settings
+        objective = partial(
+            perturbation_objective, weight=s.weight, weighted=s.weighted, target=s.target, margin=s.margin
+        )
+        with torch.no_grad():
+            h0_PD = torch.cat(
+                [part.pooled_KPE(torch.zeros_like(part.delta_KPLD[:1]))[0] for part in parts], dim=1
+            )
+        optimizer = torch.optim.AdamW([part.delta_KPLD for part in parts], lr=s.lr)
+        for _ in range(s.steps):
+            h_KPD = torch.cat([part.pooled_KPE(part.delta_KPLD) for part in parts], dim=2)
+            loss_P = torch.vmap(objective, in_dims=(1, 0))(h_KPD, h0_PD)
+            optimizer.zero_grad()
+            loss_P.sum().backward()
+            optimizer.step()
+            for part in parts:
+                part.project(s.max_norm, s.norm)
         found = [{part.encoder.name: part.result(place) for part in parts} for place in range(len(prompts))]
     for prompt, deltas in zip(prompts, found, strict=True):
         if not all(bool(delta.isfinite().all()) for delta in deltas.values()):
@@ -258,27 +275,6 @@ def learn(
                 f"(it is {settings.lr:g}), or run the text encoders in float32 or bfloat16."
             )
     return list(found)
-
-
-def _optimize(parts: Sequence[_Texts], settings: PerturbationSettings) -> None:
-    """Step down every prompt's own objective (Eqs. 11 and 12), projecting after each step; in place."""
-    s = settings
-    objective = partial(
-        perturbation_objective, weight=s.weight, weighted=s.weighted, target=s.target, margin=s.margin
-    )
-    with torch.no_grad():
-        h0_PD = torch.cat(
-            [part.pooled_KPE(torch.zeros_like(part.delta_KPLD[:1]))[0] for part in parts], dim=1
-        )
-    optimizer = torch.optim.AdamW([part.delta_KPLD for part in parts], lr=settings.lr)
-    for _ in range(settings.steps):
-        h_KPD = torch.cat([part.pooled_KPE(part.delta_KPLD) for part in parts], dim=2)
-        loss_P = torch.vmap(objective, in_dims=(1, 0))(h_KPD, h0_PD)
-        optimizer.zero_grad()
-        loss_P.sum().backward()
-        optimizer.step()
-        for part in parts:
-            part.project(settings.max_norm, settings.norm)
 
 
 def _start(encoder: TextEncoder, prompts: Sequence[str], settings: PerturbationSettings) -> _Texts:

@@ -172,29 +172,23 @@ class RPOLoss(NoisedLoss):
         terms = preference_terms(policy, rollouts, rows, noisy, self.settings.beta, with_kl)
         if self.settings.similarity == 0:
             return terms
-        _, t_B, _, noise = noisy
-        similarity_B = self._similarity(policy, rollouts, rows, t_B, noise)
-        return Terms(
-            terms.loss_B + self.settings.similarity * similarity_B,
-            {**terms.figures, "similarity_loss": similarity_B.detach()},
-        )
-
-    def _similarity(
-        self, policy: FlowPolicy, rollouts: Rollouts, rows: Sequence[int], t_B: Tensor, noise: Tensor
-    ) -> Tensor:
-        """Return flow matching's loss [B] on the first reference of each row, under the class prompt."""
-        references = rollouts.conditioning(rows).references
-        if not references:
+        # the similarity loss: flow matching's on the first reference of each row, under the class prompt
+        conditioning, (_, t_B, _, noise) = rollouts.conditioning(rows), noisy
+        if not conditioning.references:
             raise InputError("rpo's similarity loss needs reference pictures: set loss.similarity to 0.")
-        x0 = references[0]
-        if rollouts.conditioning(rows).sizes_BN2 is not None or x0.shape[1:] != noise.shape[1:]:
+        x0 = conditioning.references[0]
+        if conditioning.sizes_BN2 is not None or x0.shape[1:] != noise.shape[1:]:
             raise InputError(AS_PICTURES)
         groups = rollouts.samples.groups
         asked = [class_prompt(groups[row]) for row in rollouts.samples.prompt_B[list(rows)].tolist()]
         with policy.text_present():
-            condition = replace(policy.encode(asked), references=references)
-        x_t = interpolate(x0, noise, t_B)
-        return velocity_error(policy.velocity(x_t, t_B, condition), noise - x0)
+            condition = replace(policy.encode(asked), references=conditioning.references)
+        velocity = policy.velocity(interpolate(x0, noise, t_B), t_B, condition)
+        similarity_B = velocity_error(velocity, noise - x0)
+        return Terms(
+            terms.loss_B + self.settings.similarity * similarity_B,
+            {**terms.figures, "similarity_loss": similarity_B.detach()},
+        )
 
 
 def harmonic_scores(

@@ -401,11 +401,11 @@ def _nothing(policy: FlowPolicy, plan: StepPlan) -> Drawn:
 
 
 def _roll_out_part(
-    policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, rows: slice
+    policy: FlowPolicy, variants: Variants, samples: Samples, plan: StepPlan, part: slice
 ) -> tuple[Tensor, list[Transition]]:
-    prompt_B, variant_B, streams = samples.prompt_B[rows], samples.variant_B[rows], samples.streams[rows]
+    prompt_B, variant_B, streams = samples.prompt_B[part], samples.variant_B[part], samples.streams[part]
     anchor = variants.anchor[prompt_B]
-    x = plan.schedule.sigmas[0] * policy.initial_noise(samples.seeds[rows])
+    x = plan.schedule.sigmas[0] * policy.initial_noise(samples.seeds[part])
     solver, transitions = ODESolver(plan), []
     for number, sigma in enumerate(plan.schedule.sigmas[:-1]):
         condition = variants.at(sigma, prompt_B, variant_B)
@@ -417,35 +417,17 @@ def _roll_out_part(
             x = after
             continue
         step = plan.random_step(x, velocity, number, noise=fresh_noise(policy, streams, Use.STEP, number))
-        log_prob = _anchored_log_prob(policy, plan, number, x, step.next_x, step.log_prob, condition, anchor)
-        transitions.append(Transition(number, x, step.next_x, log_prob))
+        # its density under c_0, as the update will be; rows that were drawn under c_0 keep theirs
+        log_prob_B = step.log_prob
+        rows = _differing_rows(condition, anchor)
+        if rows:
+            velocity = policy.velocity(x[rows], x.new_full((len(rows),), sigma), anchor[rows])
+            again = plan.random_step(x[rows], velocity, number, next_x=step.next_x[rows])
+            log_prob_B = log_prob_B.clone()
+            log_prob_B[rows] = again.log_prob
+        transitions.append(Transition(number, x, step.next_x, log_prob_B))
         x = step.next_x
     return x, transitions
-
-
-def _anchored_log_prob(
-    policy: FlowPolicy,
-    plan: StepPlan,
-    number: int,
-    x: Tensor,
-    next_x: Tensor,
-    log_prob_B: Tensor,
-    condition: Conditioning,
-    anchor: Conditioning,
-) -> Tensor:
-    """Return the step's log-density [B] under the sampling policy conditioned on c_0, as the update will be.
-
-    Rows that were drawn under c_0 keep the density that they were drawn with.
-    """
-    rows = _differing_rows(condition, anchor)
-    if not rows:
-        return log_prob_B
-    sigma_B = x.new_full((len(rows),), plan.schedule.sigmas[number])
-    velocity = policy.velocity(x[rows], sigma_B, anchor[rows])
-    again = plan.random_step(x[rows], velocity, number, next_x=next_x[rows])
-    log_prob_B = log_prob_B.clone()
-    log_prob_B[rows] = again.log_prob
-    return log_prob_B
 
 
 def _differing_rows(one: Conditioning, other: Conditioning) -> list[int]:

@@ -279,10 +279,7 @@ class Aligner:
                 not_finite += not is_finite
                 if is_finite and weight:
                     tally.add({"loss": terms.loss_B, **terms.figures})
-        return self._step_together(not_finite)
-
-    def _step_together(self, not_finite: int) -> float | None:
-        """Sum the gradients of all processes, clip them and step; every process decides alike."""
+        # every process decides alike: the sums are those of all
         not_finite_of_all = sum_gradients(self.world, self.parameters, not_finite)
         self.scaler.unscale_(self.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.method.optimizer.grad_clip))

@@ -13,7 +13,7 @@ that are trained and divided among processes are summed by FSDP2 in the backward
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -145,8 +145,13 @@ def sum_gradients(world: World, parameters: Sequence[nn.Parameter], flag: float)
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    buckets: list[list[Tensor]] = [[]]
+    for gradient in gradients:
+        if buckets[-1] and sum(one.numel() for one in buckets[-1]) + gradient.numel() > BUCKET:
+            buckets.append([])
+        buckets[-1].append(gradient)
     total, own = 0.0, parameters[0].new_full((1,), flag) if gradients else torch.tensor([flag])
-    for bucket in _buckets(gradients) if gradients else ([],):
+    for bucket in buckets:
         flat = world.sum(torch.cat([*(gradient.flatten() for gradient in bucket), own]))
         sizes = [gradient.numel() for gradient in bucket]
         for gradient, summed in zip(bucket, flat[:-1].split(sizes), strict=True):
@@ -154,16 +159,6 @@ def sum_gradients(world: World, parameters: Sequence[nn.Parameter], flag: float)
         total += flat[-1].item()
         own = torch.zeros_like(own)
     return total
-
-
-def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for gradient in gradients:
-        if bucket and sum(one.numel() for one in bucket) + gradient.numel() > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(gradient)
-    yield bucket
 
 
 def disagreement(world: World, values: Iterable[Tensor]) -> float:
