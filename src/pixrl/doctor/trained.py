@@ -36,11 +36,19 @@ def trained_of(policy: FlowPipelinePolicy, config: AlignConfig, precision: Preci
         weights = (
             sum(down * up for down, up in zip(sizes[::2], sizes[1::2], strict=True)) // config.lora.rank**2
         )
-        folded = FLOAT * weights if _folds(config, precision) else 0
+        machine = config.machine
+        as_loaded = machine.base is Base.DTYPE and machine.offload is Offload.NONE
+        # as `TrainedDenoiser.folded` decides
+        is_folded = as_loaded and precision.autocast is None and precision.weights in FULL
         words = f"LoRA, {LORA_SLOTS} slots"
+        folded = FLOAT * weights if is_folded else 0
         return Trained(count, slots, slots, FLOAT * count, moments, words, folded=folded)
     sizes = [parameter.numel() for parameter in policy.denoiser.parameters()]
     count, copies = sum(sizes), 1 + len(config.copies)
+    casts = 0
+    if precision.autocast is not None:  # which keeps copies of trained weights in its dtype during a pass
+        layers = [one for one in policy.denoiser.modules() if isinstance(one, nn.Linear | nn.Conv2d)]
+        casts = precision.autocast.itemsize * sum(x.numel() for layer in layers for x in layer.parameters())
     return Trained(
         parameters=count,
         slots=copies * FLOAT * count,
@@ -49,23 +57,8 @@ def trained_of(policy: FlowPipelinePolicy, config: AlignConfig, precision: Preci
         optimizer=moment_bytes(sizes, eight_bit=eight_bit),
         what=f"all weights, x {copies}",
         replaced=precision.weights.itemsize * count,
-        casts=_casts(policy.denoiser, precision),
+        casts=casts,
     )
-
-
-def _folds(config: AlignConfig, precision: Precision) -> bool:
-    """Return whether the run's model folds LoRA into weights that are whole, as `TrainedDenoiser.folded` decides."""
-    machine = config.machine
-    as_loaded = machine.base is Base.DTYPE and machine.offload is Offload.NONE
-    return as_loaded and precision.autocast is None and precision.weights in FULL
-
-
-def _casts(denoiser: nn.Module, precision: Precision) -> int:
-    """Return the bytes of the copies in the computing dtype that autocast keeps of trained weights during a pass."""
-    if precision.autocast is None:
-        return 0
-    layers = (one for one in denoiser.modules() if isinstance(one, nn.Linear | nn.Conv2d))
-    return precision.autocast.itemsize * sum(x.numel() for layer in layers for x in layer.parameters())
 
 
 def bytes_on_process(trained: Trained, denoiser: nn.Module, processes: int, precision: Precision) -> int:

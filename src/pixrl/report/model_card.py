@@ -108,13 +108,15 @@ def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequ
     evaluated = base_and_last(folder)
     changes = changes_of(folder, shape_of(config))
     what = "averaged (ema)" if facts.slot == "ema" else f"trained ({facts.slot})"
+    is_full = config.train is Train.FULL
+    of_what = "All weights of the denoiser of" if is_full else f"A LoRA of rank {config.lora.rank} on"
     subjects = subjects_in_words(folder, config)
     of_whom = f"It was trained to draw {markdown(subjects)}. " if subjects else ""
     by = markdown(learned_by(config))
     sections = [
         _front_matter(config),
         f"# {markdown(folder.path.name)}\n\n{of_whom}"
-        f"{_what(config)} {code(config.model)}, trained by {by} with "
+        f"{of_what} {code(config.model)}, trained by {by} with "
         f"`pixrl {folder.kind}`: the {what} weights after {facts.step} of {config.steps} steps.",
         _pictures(config, pairs),
         _changes(folder, config, changes, evaluated),
@@ -125,12 +127,6 @@ def write_card(folder: RunFolder, config: AlignConfig, facts: Facts, pairs: Sequ
         f"## Recipe\n\n{fenced(folder.recipe_text().strip(), 'yaml')}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _what(config: AlignConfig) -> str:
-    if config.train is Train.FULL:
-        return "All weights of the denoiser of"
-    return f"A LoRA of rank {config.lora.rank} on"
 
 
 def _front_matter(config: AlignConfig) -> str:

@@ -91,8 +91,11 @@ def write_folder(pipeline: Any, checkpoint: Checkpoint, place: Path) -> Path:
     if place.exists() and not (place / INDEX).is_file() and any(place.iterdir()):
         raise InputError(f"{place} holds something else than an exported pipeline. Give another --out.")
     parts = {name: one for name, one in pipeline.components.items() if isinstance(one, nn.Module)}
-    for name, dtype in _own_dtypes(checkpoint, list(parts)).items():
-        parts[name].to(dtype)
+    for name, tensors in headers(checkpoint, list(parts)).items():
+        counts = Counter[str]()  # each part gets the dtype that most of its values have in the base's files
+        for one in tensors.values():
+            counts[one.dtype] += torch.Size(one.shape).numel()
+        parts[name].to(_DTYPES.get(counts.most_common(1)[0][0], torch.float32))
     name, denoiser = denoiser_name(pipeline), denoiser_of(pipeline)
     kind: Any = type(denoiser)
     beside = temporary(place.absolute(), "tmp")
@@ -108,17 +111,6 @@ def write_folder(pipeline: Any, checkpoint: Checkpoint, place: Path) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return place / INDEX
-
-
-def _own_dtypes(checkpoint: Checkpoint, parts: list[str]) -> dict[str, torch.dtype]:
-    """Return the dtype that most of each part's values have in the base's files."""
-    found = {}
-    for name, tensors in headers(checkpoint, parts).items():
-        counts: Counter[str] = Counter()
-        for one in tensors.values():
-            counts[one.dtype] += torch.Size(one.shape).numel()
-        found[name] = _DTYPES.get(counts.most_common(1)[0][0], torch.float32)
-    return found
 
 
 def _require_same(read: Mapping[str, Tensor], written: Mapping[str, Tensor], place: Path) -> None:

@@ -112,15 +112,33 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for file in files:
-        if file.suffix != ".safetensors":
-            weights |= _read_pickled(file)
+        if file.suffix == ".safetensors":
+            try:
+                weights |= load_file(file)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{file} cannot be read as safetensors ({error}): cut short, or another format? Download it again."
+                ) from error
             continue
-        try:
-            weights |= load_file(file)
-        except (OSError, SafetensorError) as error:
+        with Caught() as caught:
+            mapped = zipfile.is_zipfile(file) or None
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if caught.failure is not None:
             raise CheckpointError(
-                f"{file} cannot be read as safetensors ({error}): cut short, or another format? Download it again."
-            ) from error
+                f"{file} cannot be read as weights: {caught.failure.reason}. It is cut short, or it holds more than "
+                "tensors, which is never run. Download it again, or save its tensors as .safetensors."
+            )
+        for name in CONTAINERS:
+            if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+                content = content[name]
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{file} holds a {type(content).__name__}, not named weights.")
+        named = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        if not named:
+            raise CheckpointError(
+                f"{file} holds no named weights, only {some([str(key) for key in content])}."
+            )
+        weights |= named
     return weights
 
 
@@ -259,27 +277,6 @@ def refuse_misfits(missing: Sequence[str], unexpected: Sequence[str], source: Pa
 def under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights whose names begin with a prefix, under their names without it."""
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-
-
-def _read_pickled(file: Path) -> dict[str, Tensor]:
-    with Caught() as caught:
-        content = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None
-        )
-    if caught.failure is not None:
-        raise CheckpointError(
-            f"{file} cannot be read as weights: {caught.failure.reason}. It is cut short, or it holds more than "
-            "tensors, which is never run. Download it again, or save its tensors as .safetensors."
-        )
-    for name in CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}, not named weights.")
-    weights = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise CheckpointError(f"{file} holds no named weights, only {some([str(key) for key in content])}.")
-    return weights
 
 
 NOT_STATED = "not stated: see the model's page"

@@ -12,7 +12,7 @@ Prompts that hold one of the tokenizer's special tokens would write into the tem
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,21 @@ class HPSv3Reward(DifferentiableReward):
         self.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         self._reward_id = int(self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN))
         trunk, head = split_weights(read_weights([file]))
-        self.trunk = self._build_trunk(trunk, words, file).to(self.device)
+        with quiet_loading():
+            from transformers import Qwen2VLConfig, Qwen2VLModel
+
+            config = Qwen2VLConfig.from_pretrained(words, local_files_only=True)
+            rows = _rows(trunk, file)
+            if self._reward_id >= rows:
+                raise CheckpointError(
+                    f"{file} has {rows} token embeddings, but {REWARD_TOKEN} of the tokenizer in {words} is number "
+                    f"{self._reward_id}. Give the processor that HPSv3 was trained with: Qwen/Qwen2-VL-7B-Instruct"
+                )
+            config.text_config.vocab_size = rows
+            built = build(
+                Qwen2VLModel, config, trunk, self.precision.weights, file, attn_implementation="sdpa"
+            )
+        self.trunk = built.to(self.device)
         self.head = _head(head, self.trunk.config.text_config.hidden_size, file).to(self.device)
         self.provenance: Mapping[str, str] = {
             **origin(model, file.parent, [file], LICENCE),
@@ -167,22 +181,6 @@ class HPSv3Reward(DifferentiableReward):
             "model": Read(Form.FILES, (WEIGHTS,)),
             "processor": Read(Form.WORDS, beside=True, advice="Type: processor: Qwen/Qwen2-VL-7B-Instruct"),
         }
-
-    def _build_trunk(self, weights: Mapping[str, Tensor], words: Path, file: Path) -> Any:
-        with quiet_loading():
-            from transformers import Qwen2VLConfig, Qwen2VLModel
-
-            config = Qwen2VLConfig.from_pretrained(words, local_files_only=True)
-            rows = _rows(weights, file)
-            if self._reward_id >= rows:
-                raise CheckpointError(
-                    f"{file} has {rows} token embeddings, but {REWARD_TOKEN} of the tokenizer in {words} is number "
-                    f"{self._reward_id}. Give the processor that HPSv3 was trained with: Qwen/Qwen2-VL-7B-Instruct"
-                )
-            config.text_config.vocab_size = rows
-            return build(
-                Qwen2VLModel, config, weights, self.precision.weights, file, attn_implementation="sdpa"
-            )
 
     @torch.inference_mode()
     def score(self, batch: RewardBatch) -> Scores:

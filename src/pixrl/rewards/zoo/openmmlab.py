@@ -12,7 +12,7 @@ channel, column by column.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,24 @@ def convert(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, x in state.items():
         if name.endswith(_COMPUTED):
             continue
-        parts = dict(_converted(name, x))
+        parts: dict[str, Tensor] = {}
+        for pattern, names in SPLIT.items():
+            if re.match(pattern, name):
+                thirds = zip(names, x.chunk(3), strict=True)
+                parts |= {re.sub(pattern, to, name): third.clone() for to, third in thirds}
+        for pattern, to in RENAMED.items():
+            if re.match(pattern, name):
+                parts[re.sub(pattern, to, name)] = x
+        if match := _DOWNSAMPLE.match(name):
+            # columns [channel, (row, column)] become [(column, row), channel]
+            places = x.unflatten(-1, (x.shape[-1] // 4, 2, 2)).movedim((-1, -2), (-3, -2))
+            layer = f"{_ENCODER}encoder.layers.{match[1]}.downsample.{match[2]}"
+            parts[layer] = places.flatten(-3).contiguous()
+        if match := _STAGE_NORM.match(name):
+            parts[f"{_ENCODER}hidden_states_norms.stage{int(match[1]) + 1}.{match[2]}"] = x
+        if match := _MASK_EMBED.match(name):  # every other layer is a ReLU
+            embedder = f"{_TRANSFORMER}decoder.mask_predictor.mask_embedder"
+            parts[f"{embedder}.{int(match[1]) // 2}.0.{match[2]}"] = x
         strange += [] if parts else [name]
         found |= parts
     if strange:
@@ -133,26 +150,6 @@ def convert(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             f"{', '.join(strange[:SHOWN])}. {_REMEDY}"
         )
     return found
-
-
-def _converted(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield transformers' names and tensors of one of mmdet's; nothing where its name is unknown."""
-    for pattern, names in SPLIT.items():
-        if re.match(pattern, name):
-            yield from (
-                (re.sub(pattern, to, name), part.clone()) for to, part in zip(names, x.chunk(3), strict=True)
-            )
-    for pattern, to in RENAMED.items():
-        if re.match(pattern, name):
-            yield re.sub(pattern, to, name), x
-    if match := _DOWNSAMPLE.match(name):
-        # columns [channel, (row, column)] become [(column, row), channel]
-        places = x.unflatten(-1, (x.shape[-1] // 4, 2, 2)).movedim((-1, -2), (-3, -2))
-        yield f"{_ENCODER}encoder.layers.{match[1]}.downsample.{match[2]}", places.flatten(-3).contiguous()
-    if match := _STAGE_NORM.match(name):
-        yield f"{_ENCODER}hidden_states_norms.stage{int(match[1]) + 1}.{match[2]}", x
-    if match := _MASK_EMBED.match(name):  # every other layer is a ReLU
-        yield f"{_TRANSFORMER}decoder.mask_predictor.mask_embedder.{int(match[1]) // 2}.0.{match[2]}", x
 
 
 def config(state: Mapping[str, Tensor], path: Path) -> Any:

@@ -61,7 +61,24 @@ class StyleEncoder:
         tower = {
             f"visual.{name.removeprefix(TOWER)}": x for name, x in weights.items() if name.startswith(TOWER)
         }
-        self.model = _tower(tower, self.precision.weights, files[0]).to(self.device)
+        # no config is published: the tower's sizes are read off its tensors
+        width, _, _, patch = tower["visual.conv1.weight"].shape
+        found = [re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name) for name in tower]
+        with quiet_loading():
+            from transformers import CLIPVisionConfig, CLIPVisionModel
+
+            config = CLIPVisionConfig(
+                hidden_size=width,
+                intermediate_size=len(tower["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+                num_hidden_layers=1 + max(int(match[1]) for match in found if match),
+                num_attention_heads=width // HEAD_WIDTH,
+                image_size=patch * isqrt(len(tower["visual.positional_embedding"]) - 1),
+                patch_size=patch,
+                hidden_act="quick_gelu",
+            )
+            tensors = to_transformers(tower, files[0])
+            model: Any = build(CLIPVisionModel, config, tensors, self.precision.weights, files[0])
+        self.model = model.to(self.device)
         self.projection = weights[STYLE].float().to(self.device)
         side = int(self.model.config.image_size)
         self.preprocess = Preprocessing(side, None, (side, side), OPENAI_MEAN, OPENAI_STD, "bicubic")
@@ -82,22 +99,3 @@ class StyleEncoder:
         with self.precision.context(self.device):
             output = self.model(pixel_values=pixels_BCHW.to(self.precision.weights))
         return F.normalize(output.pooler_output.float() @ self.projection, dim=-1)
-
-
-def _tower(visual: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> Any:
-    """Build the picture tower; its sizes are read off the tensors."""
-    width, _, _, patch = visual["visual.conv1.weight"].shape
-    found = [re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name) for name in visual]
-    with quiet_loading():
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-
-        config = CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=len(visual["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-            num_hidden_layers=1 + max(int(match[1]) for match in found if match),
-            num_attention_heads=width // HEAD_WIDTH,
-            image_size=patch * isqrt(len(visual["visual.positional_embedding"]) - 1),
-            patch_size=patch,
-            hidden_act="quick_gelu",
-        )
-        return build(CLIPVisionModel, config, to_transformers(visual, path), dtype, path)
