@@ -1,6 +1,6 @@
 """The command line: reads arguments, loads settings, calls one function. torch is loaded only when a job starts.
 
-The commands are in demo.py, train.py, vote.py, tools.py, studio.py and human_study.py; each group is one line below.
+The commands are in demo.py, train.py, vote.py, tools.py and human_study.py; each group is one line below.
 """
 
 import errno
@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from pixrl import __version__
-from pixrl.cli import demo, human_study, studio, tools, train, vote
+from pixrl.cli import demo, human_study, tools, train, vote
 from pixrl.errors import PixrlError
 
 
@@ -52,7 +52,6 @@ app.add_typer(train.commands)
 app.add_typer(vote.commands)
 app.add_typer(tools.commands)
 app.add_typer(tools.toy, name="toy")
-app.add_typer(studio.commands)
 app.add_typer(human_study.commands, name="human-study")
 
 

@@ -99,9 +99,11 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a study to its participants, each by a link of their own; Ctrl-C stops it, and it goes on later."""
-    from pixrl.human_study.server import write_bundle, write_links
+    with needing("serve", "human-study serve"):
+        from pixrl.human_study.server import StudyServer, write_bundle, write_links
     from pixrl.human_study.study import open_study
     from pixrl.human_study.votes import Votes
+    from pixrl.rewards.http import is_loopback
 
     if not host:
         raise InputError("An empty --host would listen everywhere: say 0.0.0.0 if that is meant.")
@@ -116,17 +118,6 @@ def serve(
         typer.echo(f"Bundle for {count} participants: {static}; their links: {links}")
         typer.echo(f"Their files of votes come in by: pixrl human-study results {study} --import FILE")
         return
-    _serve(study, host, port, url)
-
-
-def _serve(study: Path, host: str, port: int, url: str | None) -> None:
-    from pixrl.human_study.server import write_links
-    from pixrl.human_study.study import open_study
-    from pixrl.rewards.http import is_loopback
-
-    with needing("serve", "human-study serve"):
-        from pixrl.human_study.server import StudyServer
-    folder = open_study(study)
     server = StudyServer(folder, host, port)
     links = write_links(folder, url or server.url)
     first = links.read_text(encoding="utf-8").splitlines()[1].partition(",")[2]
@@ -159,9 +150,10 @@ def results(
     ] = None,
 ) -> None:
     """Win rates, strengths, agreement, and the automatic rewards against the votes: a page and CSV files."""
+    with needing("serve", "human-study results"):
+        from pixrl.human_study.server import import_votes
     from pixrl.human_study import report
     from pixrl.human_study.results import compute
-    from pixrl.human_study.server import import_votes
     from pixrl.human_study.study import open_study
 
     folder = open_study(study)

@@ -1,4 +1,4 @@
-"""Commands around runs: doctor, export, draw, serve-rewards, study; and toy build, toy verify."""
+"""Commands around runs: doctor, export, draw, studio, serve-rewards, study; and toy build, toy verify."""
 
 import contextlib
 import json
@@ -15,6 +15,7 @@ import typer
 from pixrl.cli.options import (
     HOW,
     INTERRUPTED,
+    WHAT,
     WHERE,
     CheckedRecipe,
     Cpus,
@@ -32,6 +33,7 @@ from pixrl.cli.options import (
     option,
 )
 from pixrl.errors import InputError
+from pixrl.hub import TOY_PREFIX
 from pixrl.libraries import check_torchvision, from_checkout
 
 commands = typer.Typer()
@@ -110,7 +112,6 @@ def export(
     out: Annotated[Path | None, option("The folder.", default="export/FORMAT in the run's")] = None,
 ) -> None:
     """Write a run's LoRA, or all its weights, for other programs, with a card; of a fusion, a child's coefficients."""
-    from pixrl.errors import InputError
     from pixrl.models.slots import parse_slot
     from pixrl.report import export as exporting
 
@@ -281,6 +282,37 @@ def study(
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+STUDIO_TOKEN = "PIXRL_STUDIO_TOKEN"
+
+
+@commands.command()
+def studio(
+    runs: Annotated[
+        Path, typer.Argument(metavar="RUNS", help="A folder of runs, or a run.", show_default="runs")
+    ] = Path("runs"),
+    host: Annotated[
+        str,
+        option(f"Address to listen at; another than this machine needs {STUDIO_TOKEN}.", WHERE, "127.0.0.1"),
+    ] = "127.0.0.1",
+    model: Annotated[
+        str, option("What draws fusions: toy:NAME, a folder, or a hub id.", WHAT, "toy:sd3")
+    ] = "toy:sd3",
+    port: Annotated[int, option("0 takes any that is free.", WHERE, "8767", min=0, max=65535)] = 8767,
+) -> None:
+    """Show runs while they train, on a local page, and fuse concepts there by hand."""
+    with needing("studio", "studio"):
+        from pixrl.studio.app import Studio, launch
+    from pixrl.toy.vocabulary import KINDS
+
+    page = Studio(runs, KINDS if model.startswith(TOY_PREFIX) else (), model)
+    url = launch(page, host, port, os.environ.get(STUDIO_TOKEN))
+    typer.echo(f"Studio: {url}  (Ctrl-C closes it; runs go on)")
+    try:
+        page.page.block_thread()
+    except KeyboardInterrupt:
+        typer.echo("\nClosed.")
 
 
 toy = typer.Typer(help="The embedded toy world: build and verify its checkpoints.", no_args_is_help=True)

@@ -23,7 +23,6 @@ from pixrl.cli.options import (
 from pixrl.errors import InputError
 
 if TYPE_CHECKING:
-    from pixrl.human_study.live import VoteServer
     from pixrl.runs.config import AlignConfig
 
 commands = typer.Typer()
@@ -99,22 +98,7 @@ def _train(
     page_only: bool,
     train: Callable[[], object],
 ) -> None:
-    server = _server(target, config, run, host, port)
-    typer.echo(f"Vote at {server.link}")
-    if page_only:
-        typer.echo("Ctrl-C stops the page; votes are kept, and the run goes on.")
-        try:
-            server.serve()
-        except KeyboardInterrupt:
-            typer.echo("\nStopped; every vote is kept.")
-        return
-    with resumable(run), server.serving():
-        train()
-    say_where(run)
-
-
-def _server(target: str, config: "AlignConfig", run: Path, host: str, port: int) -> "VoteServer":
-    """Make the page's server.
+    """Train, or with `page_only` wait, beside the page of votes.
 
     Raises:
         InputError: a package is missing, nobody is asked in this run, or the address cannot be listened at.
@@ -140,4 +124,14 @@ def _server(target: str, config: "AlignConfig", run: Path, host: str, port: int)
         typer.echo(
             "Other machines can reach it by the link, and nothing is encrypted: use a network that you trust."
         )
-    return server
+    typer.echo(f"Vote at {server.link}")
+    if page_only:
+        typer.echo("Ctrl-C stops the page; votes are kept, and the run goes on.")
+        try:
+            server.serve()
+        except KeyboardInterrupt:
+            typer.echo("\nStopped; every vote is kept.")
+        return
+    with resumable(run), server.serving():
+        train()
+    say_where(run)
