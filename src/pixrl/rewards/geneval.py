@@ -120,9 +120,31 @@ def clauses(detections: Detections, metadata: Metadata) -> Iterator[Clause]:
     matched: list[Sequence[Detection] | None] = []
     present: dict[str, float] = {}
     for entry in metadata["include"]:
-        group, asked = _match(entry, kept, matched)
-        matched.append(group)
-        present[entry["class"]] = min(present.get(entry["class"], 1.0), asked[0].credit)
+        kind, count = entry["class"], entry["count"]
+        found = kept.get(kind, ())[:count]
+        enough = len(found) == count
+        asked = [Clause(enough, f"expected {kind}>={count}, found {len(found)}", len(found) / count)]
+        if "color" in entry:
+            colours = [detection["color"] for detection in found]
+            share = colours.count(entry["color"]) / count if enough else 0.0
+            reason = f"expected {entry['color']} {kind}>={count}, found colours {colours}"
+            asked.append(Clause(share == 1, reason, share))
+        if "position" in entry:
+            relation, index = entry["position"]
+            what, targets = f"expected {kind} {relation} the target (entry {index})", matched[index]
+            if not all(clause.holds for clause in asked):
+                asked.append(Clause(False, f"{what}, but its own objects are wrong", 0.0))
+            elif targets is None:
+                asked.append(Clause(False, f"{what}, but there is no target", 0.0))
+            else:
+                pairs = [relative_position(one["box"], target["box"]) for one in found for target in targets]
+                wrong = [relations for relations in pairs if relation not in relations]
+                seen = f", found {' and '.join(sorted(wrong[0])) or 'no relation'}" if wrong else ""
+                credit = 1 - len(wrong) / len(pairs) if wrong else 1.0
+                asked.append(Clause(not wrong, f"{what}{seen}", credit))
+        # the boxes that later entries may stand beside; none where any clause fails
+        matched.append(found if all(clause.holds for clause in asked) else None)
+        present[kind] = min(present.get(kind, 1.0), asked[0].credit)
         yield from asked
     for entry in metadata.get("exclude", ()):
         kind, most = entry["class"], entry["count"] - 1
@@ -137,35 +159,6 @@ def _keep(found: Sequence[Detection], threshold: float) -> list[Detection]:
     """Return the detections strictly above the threshold, the most confident first, at most MAX_OBJECTS."""
     above = [detection for detection in found if detection["score"] > threshold]
     return sorted(above, key=lambda detection: -float(detection["score"]))[:MAX_OBJECTS]
-
-
-def _match(
-    entry: Metadata, kept: Mapping[str, Sequence[Detection]], matched: Sequence[Sequence[Detection] | None]
-) -> tuple[Sequence[Detection] | None, list[Clause]]:
-    """Return the boxes matched for an include entry (None where any clause fails), and its clauses."""
-    kind, count = entry["class"], entry["count"]
-    found = kept.get(kind, ())[:count]
-    enough = len(found) == count
-    asked = [Clause(enough, f"expected {kind}>={count}, found {len(found)}", len(found) / count)]
-    if "color" in entry:
-        colours = [detection["color"] for detection in found]
-        share = colours.count(entry["color"]) / count if enough else 0.0
-        asked.append(
-            Clause(share == 1, f"expected {entry['color']} {kind}>={count}, found colours {colours}", share)
-        )
-    if "position" in entry:
-        relation, index = entry["position"]
-        what, targets = f"expected {kind} {relation} the target (entry {index})", matched[index]
-        if not all(clause.holds for clause in asked):
-            asked.append(Clause(False, f"{what}, but its own objects are wrong", 0.0))
-        elif targets is None:
-            asked.append(Clause(False, f"{what}, but there is no target", 0.0))
-        else:
-            pairs = [relative_position(one["box"], target["box"]) for one in found for target in targets]
-            wrong = [relations for relations in pairs if relation not in relations]
-            seen = f", found {' and '.join(sorted(wrong[0])) or 'no relation'}" if wrong else ""
-            asked.append(Clause(not wrong, f"{what}{seen}", 1 - len(wrong) / len(pairs) if wrong else 1.0))
-    return (found if all(clause.holds for clause in asked) else None), asked
 
 
 def relative_position(box_a: Sequence[float], box_b: Sequence[float]) -> frozenset[str]:
