@@ -229,10 +229,27 @@ class _StrictLoader(yaml.SafeLoader):
         self._depth = 0
 
     def get_single_node(self) -> yaml.Node | None:
-        node: yaml.Node | None = super().get_single_node()
-        if node is not None:
-            _refuse_excess(node)
-        return node
+        """Return the document; one that holds itself, or more than LARGEST with its aliases written out, is refused."""
+        root: yaml.Node | None = super().get_single_node()
+        sizes: dict[int, int] = {}
+
+        def size(node: yaml.Node, above: tuple[int, ...]) -> int:
+            if id(node) in above:
+                raise yaml.constructor.ConstructorError(None, None, "it holds itself", node.start_mark)
+            if id(node) not in sizes:
+                parts = (
+                    [part for pair in node.value for part in pair]
+                    if isinstance(node, yaml.MappingNode)
+                    else []
+                )
+                parts = list(node.value) if isinstance(node, yaml.SequenceNode) else parts
+                sizes[id(node)] = 1 + sum(size(part, (*above, id(node))) for part in parts)
+            return sizes[id(node)]
+
+        if root is not None and (found := size(root, ())) > LARGEST:
+            problem = f"it holds {found} values with its aliases written out, and {LARGEST} are allowed"
+            raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
+        return root
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
@@ -280,27 +297,6 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
-
-
-def _refuse_excess(root: yaml.Node) -> None:
-    """Refuse a document that is larger than LARGEST with its aliases written out, or that holds itself."""
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node, above: tuple[int, ...]) -> int:
-        if id(node) in above:
-            raise yaml.constructor.ConstructorError(None, None, "it holds itself", node.start_mark)
-        if id(node) not in sizes:
-            parts = (
-                [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
-            )
-            parts = list(node.value) if isinstance(node, yaml.SequenceNode) else parts
-            sizes[id(node)] = 1 + sum(size(part, (*above, id(node))) for part in parts)
-        return sizes[id(node)]
-
-    found = size(root, ())
-    if found > LARGEST:
-        problem = f"it holds {found} values with its aliases written out, and {LARGEST} are allowed"
-        raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
 
 
 def parse_yaml(text: str, origin: str) -> Any:

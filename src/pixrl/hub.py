@@ -471,24 +471,17 @@ def ask(ref: str) -> Remote:
     except _failures() as error:
         raise explained(ref, error) from error
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
-    return Remote(sum(sizes[name] for name in _downloaded(list(sizes))))
-
-
-def _downloaded(names: Sequence[str]) -> list[str]:
-    """Return the weights among a repository's files that are fetched.
-
-    They are a pipeline's in its parts' folders, else those of one model; of several variants (fp16) the plain one.
-    Whole pipelines in one file are not fetched.
-    """
-    if "model_index.json" not in names:
+    # a pipeline's weights lie in its parts' folders, and of several variants (fp16) the plain one is fetched
+    names, weights = list(sizes), list[str]()
+    if "model_index.json" in names:
+        for folder in (name.removesuffix("config.json") for name in names if name.count("/") == 1):
+            inside = _matching(names, (f"{folder}*.safetensors",)) if folder.endswith("/") else []
+            plain = [name for name in inside if name.removeprefix(folder).count(".") == 1]
+            weights += plain or inside
+    else:
         patterns = next((some for some in (SAFETENSORS, BINS) if _matching(names, some)), ("*.safetensors",))
-        return _matching(names, patterns)
-    found: list[str] = []
-    for folder in (name.removesuffix("config.json") for name in names if name.count("/") == 1):
-        inside = _matching(names, (f"{folder}*.safetensors",)) if folder.endswith("/") else []
-        plain = [name for name in inside if name.removeprefix(folder).count(".") == 1]
-        found += plain or inside
-    return found
+        weights = _matching(names, patterns)
+    return Remote(sum(sizes[name] for name in weights))
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

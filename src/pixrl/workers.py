@@ -76,7 +76,27 @@ class Workers:
             Exception: whatever the work raises.
         """
         if self.ray is not None:
-            yield from _on_ray(self, self.ray, work, tasks)
+            ray = connect(self.ray)
+            share = share_of(ray, self.cpus, self.gpus)
+            remote, here = ray.remote(_act).options(max_retries=LOSSES, **share), Place.own(self.cpus)
+            waiting = {remote.remote(here, [ray.put(partial(work, task))]): task for task in tasks}
+            try:
+                while waiting:
+                    (done,), _ = ray.wait(list(waiting), num_returns=1)
+                    task = waiting.pop(done)
+                    try:
+                        yield ray.get(done)
+                    except ray.exceptions.RayTaskError as error:
+                        raise error.cause from error
+                    except ray.exceptions.RayError as error:
+                        raise RunError(
+                            f"The worker of {task} was lost {LOSSES + 1} times ({type(error).__name__}); what it has "
+                            "saved is kept. Look at its memory (ray list workers), then type the same command again, "
+                            "which goes on."
+                        ) from error
+            finally:
+                for left in waiting:
+                    ray.cancel(left, force=True)
         elif self.processes > 1:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(
@@ -90,31 +110,6 @@ class Workers:
 
 HERE = Workers()
 """This very process."""
-
-
-def _on_ray(
-    workers: Workers, address: str, work: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]
-) -> Iterator[ResultT]:
-    ray = connect(address)
-    share = share_of(ray, workers.cpus, workers.gpus)
-    remote, here = ray.remote(_act).options(max_retries=LOSSES, **share), Place.own(workers.cpus)
-    waiting = {remote.remote(here, [ray.put(partial(work, task))]): task for task in tasks}
-    try:
-        while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            task = waiting.pop(done)
-            try:
-                yield ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
-            except ray.exceptions.RayError as error:
-                raise RunError(
-                    f"The worker of {task} was lost {LOSSES + 1} times ({type(error).__name__}); what it has saved is "
-                    "kept. Look at its memory (ray list workers), then type the same command again, which goes on."
-                ) from error
-    finally:
-        for left in waiting:
-            ray.cancel(left, force=True)
 
 
 def connect(address: str) -> ModuleType:

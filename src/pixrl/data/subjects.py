@@ -136,7 +136,17 @@ def load_subjects(source: str | Path, *, split: str = Split.TRAIN) -> SubjectSet
     checkout = next((one for one in (path, path / "dataset") if (one / CLASSES_FILE).is_file()), None)
     parts = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".") and not is_junk(p))
     if checkout is not None:
-        found = _read_dreambench(checkout, notes)
+        found, (listed, repeats) = [], read_classes(checkout / CLASSES_FILE)
+        there = [checkout / one for one, _, _ in listed if (checkout / one).is_dir()]
+        notes += [*repeats, *junk_note([checkout, *there])]
+        for one, word, prompts in listed:
+            if not (checkout / one).is_dir():
+                raise InputError(
+                    f"{checkout / CLASSES_FILE} lists {one!r}, but there is no folder {checkout / one}. "
+                    "Check out google/dreambooth again."
+                )
+            _require_word(one, word, prompts, f"mend {checkout / CLASSES_FILE}")
+            found.append(Subject(one, word, prompts, tuple(list_pictures(checkout / one))))
     elif parts and not holds_pictures(path) and not (path / CLASS_FILE).exists():
         notes += [*junk_note([path]), *junk_note(parts)]
         found = [_read_subject(part, notes) for part in parts]
@@ -202,24 +212,6 @@ def _checkout_hint(path: Path) -> str:
         if (folder / CLASSES_FILE).is_file():
             return f" It is a part of a DreamBench checkout: for all its subjects, give {folder}"
     return ""
-
-
-def _read_dreambench(folder: Path, notes: list[str]) -> list[Subject]:
-    subjects = []
-    listed, repeats = read_classes(folder / CLASSES_FILE)
-    notes += [
-        *repeats,
-        *junk_note([folder, *(folder / name for name, _, _ in listed if (folder / name).is_dir())]),
-    ]
-    for name, word, prompts in listed:
-        if not (folder / name).is_dir():
-            raise InputError(
-                f"{folder / CLASSES_FILE} lists {name!r}, but there is no folder {folder / name}. "
-                "Check out google/dreambooth again."
-            )
-        _require_word(name, word, prompts, f"mend {folder / CLASSES_FILE}")
-        subjects.append(Subject(name, word, prompts, tuple(list_pictures(folder / name))))
-    return subjects
 
 
 def _read_uno(path: Path, notes: list[str]) -> list[Subject]:

@@ -118,32 +118,29 @@ def toy_subjects(name: str, *, held_out: bool) -> list[ToySubject]:
         rng = np.random.default_rng((SEED, 2))
         drawn = iter(lambda: part("random_subject")(rng), None)
         chosen = islice((one for one in drawn if not part("resembles_held_out")(one)), TRAINING_SUBJECTS)
-    return [_toy_subject(number, subject, held_out) for number, subject in enumerate(chosen)]
-
-
-def _toy_subject(number: int, subject: Any, held_out: bool) -> ToySubject:
-    import numpy as np
-
-    rng = np.random.default_rng((SEED, 3, int(held_out), number))
-    scenes = [part("subject_scene")(subject, rng, added_accessory=0.0) for _ in range(VIEWS)]
-    pictures = tuple(part("render")(scene, SIDE) for scene in scenes)
-    article = "an" if subject.kind[0] in "aeiou" else "a"
-    backgrounds = [key for key in part("BACKGROUNDS") if key != "plain"]
-    worn = [key for key in part("ACCESSORIES") if key != subject.accessory]
-    asked: list[tuple[str | None, str | None]] = [
-        *((None, background) for background in backgrounds),
-        *((accessory, None) for accessory in worn),
-        *((accessory, background) for accessory in worn for background in backgrounds),
-    ]
-    prompts, targets = [], []
-    for k, (accessory, background) in enumerate(asked):
-        tables = (("ACCESSORY_PHRASES", accessory), ("BACKGROUND_PHRASES", background))
-        phrases = [part(table)[key][0] for table, key in tables if key is not None]
-        prompts.append(" ".join((f"a photo of {article} {subject.kind}", *phrases)))
-        key = (SEED, 4, int(held_out), number, k)
-        targets.append(partial(_subject_target, subject, key, accessory, background))
-    name = f"{subject.kind}_{number:02d}" if held_out else f"training_{subject.kind}_{number:02d}"
-    return name, subject.kind, tuple(prompts), pictures, tuple(targets)
+    found: list[ToySubject] = []
+    for number, subject in enumerate(chosen):
+        rng = np.random.default_rng((SEED, 3, int(held_out), number))
+        scenes = [part("subject_scene")(subject, rng, added_accessory=0.0) for _ in range(VIEWS)]
+        pictures = tuple(part("render")(scene, SIDE) for scene in scenes)
+        article = "an" if subject.kind[0] in "aeiou" else "a"
+        backgrounds = [key for key in part("BACKGROUNDS") if key != "plain"]
+        worn = [key for key in part("ACCESSORIES") if key != subject.accessory]
+        asked: list[tuple[str | None, str | None]] = [
+            *((None, background) for background in backgrounds),
+            *((accessory, None) for accessory in worn),
+            *((accessory, background) for accessory in worn for background in backgrounds),
+        ]
+        prompts, targets = [], []
+        for k, (accessory, background) in enumerate(asked):
+            tables = (("ACCESSORY_PHRASES", accessory), ("BACKGROUND_PHRASES", background))
+            phrases = [part(table)[key][0] for table, key in tables if key is not None]
+            prompts.append(" ".join((f"a photo of {article} {subject.kind}", *phrases)))
+            own = (SEED, 4, int(held_out), number, k)
+            targets.append(partial(_subject_target, subject, own, accessory, background))
+        called = f"{subject.kind}_{number:02d}" if held_out else f"training_{subject.kind}_{number:02d}"
+        found.append((called, subject.kind, tuple(prompts), pictures, tuple(targets)))
+    return found
 
 
 def _subject_target(subject: Any, key: tuple[int, ...], accessory: str | None, background: str | None) -> Any:

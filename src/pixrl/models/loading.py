@@ -217,7 +217,18 @@ def _load_file(
 
     file, folder = checkpoint.file, checkpoint.folder
     assert file is not None
-    beside = _parts_beside(file, folder, precision, without)
+    keys, index = read_header(file), read_json(folder / INDEX)
+    beside: dict[str, torch.nn.Module] = {}  # what the file lacks
+    for name in components(folder):
+        prefixes = PREFIXES.get(name)
+        if prefixes is None or name in without or any(key.startswith(prefixes) for key in keys):
+            continue
+        if not weight_files(folder / name):
+            raise CheckpointError(
+                f"{file} holds no {name}, and neither does {folder}. Name a folder or a hub id that does: {file}@FOLDER"
+            )
+        dtype = decoder_dtype(precision) if name == "vae" else precision.weights
+        beside[name] = _load_part(folder, name, index[name], dtype)
     try:
         pipeline = getattr(diffusers, class_name).from_single_file(
             str(file),
@@ -228,7 +239,6 @@ def _load_file(
             **without,
         )
     except (*_FAILURES, SingleFileComponentError) as error:
-        index = read_json(folder / INDEX)
         inside = [name for name in components(folder) if name in _CONVERTED and name not in beside]
         misfit = misfit_of_file(file, {name: _without_weights(folder, name, index[name]) for name in inside})
         raise _no_fit(file, folder, class_name, misfit, str(error)) from error
@@ -258,26 +268,6 @@ def _no_fit(file: Path, folder: Path, class_name: str, misfit: Misfit, said: str
         + (f"By its names it is a file of {looks}. " if looks else "")
         + f"Name the folder or hub id of the model that it belongs to: {file}@FOLDER"
     )
-
-
-def _parts_beside(
-    file: Path, folder: Path, precision: Precision, without: Mapping[str, None]
-) -> dict[str, torch.nn.Module]:
-    """Load the parts of a pipeline that its single file lacks from the folder with its configs."""
-    keys = read_header(file)
-    index = read_json(folder / INDEX)
-    parts = {}
-    for name in components(folder):
-        prefixes = PREFIXES.get(name)
-        if prefixes is None or name in without or any(key.startswith(prefixes) for key in keys):
-            continue
-        if not weight_files(folder / name):
-            raise CheckpointError(
-                f"{file} holds no {name}, and neither does {folder}. Name a folder or a hub id that does: {file}@FOLDER"
-            )
-        dtype = decoder_dtype(precision) if name == "vae" else precision.weights
-        parts[name] = _load_part(folder, name, index[name], dtype)
-    return parts
 
 
 def compare(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> Misfit:

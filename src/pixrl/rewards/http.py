@@ -212,7 +212,16 @@ class Patience:
             if gone:
                 since = time.monotonic() if since is None else since
                 pause = max(pause, min(asked, LONGEST_PAUSE))
-                self._wait(service, found.reason, pause, time.monotonic() - since)
+                waited = time.monotonic() - since
+                if waited >= self.seconds or self.stop.is_set():
+                    raise ServiceError(
+                        f"{where} stayed away for {waited:.3g} s ({found.reason}), longer than its option `patience` "
+                        f"allows. {self.advice}"
+                    )
+                pause = min(pause, self.seconds - waited)  # the last try is at the very end
+                said = "%s does not answer (%s): next try in %.3g s, giving up after %g s."
+                _log.warning(said, service.name, found.reason, pause, self.seconds)
+                self.stop.wait(pause)
                 continue
             if since is not None:
                 _log.warning("%s is back.", service.name)
@@ -222,22 +231,6 @@ class Patience:
                 return found
             self.stop.wait(pause)
         raise AssertionError("pauses never end")
-
-    def _wait(self, service: Service, reason: str, pause: float, waited: float) -> None:
-        if waited >= self.seconds or self.stop.is_set():
-            raise ServiceError(
-                f"{service.name} at {service.url} stayed away for {waited:.3g} s ({reason}), longer than its option "
-                f"`patience` allows. {self.advice}"
-            )
-        pause = min(pause, self.seconds - waited)  # the last try is at the very end
-        _log.warning(
-            "%s does not answer (%s): next try in %.3g s, giving up after %g s.",
-            service.name,
-            reason,
-            pause,
-            self.seconds,
-        )
-        self.stop.wait(pause)
 
 
 def pauses() -> Iterator[float]:

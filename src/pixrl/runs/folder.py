@@ -97,7 +97,18 @@ class JsonLines:
         with disk_guard(self.path, len(content)):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                self._append(descriptor, content)
+                before = os.fstat(descriptor).st_size
+                if before != self._size:
+                    raise RunError(
+                        f"{self.path} was changed by another process, so this one stops. Let one finish the run."
+                    )
+                try:
+                    write_all(descriptor, content)
+                    os.fsync(descriptor)
+                except BaseException:
+                    os.ftruncate(descriptor, before)
+                    raise
+                self._size = before + len(content)
             finally:
                 os.close(descriptor)
             if is_new:
@@ -115,22 +126,6 @@ class JsonLines:
         scan = self._scan(strict=False)
         self._cut(scan.good_bytes)
         return len(scan.rows)
-
-    def _append(self, descriptor: int, content: bytes) -> None:
-        before = os.fstat(descriptor).st_size
-        if before != self._size:
-            raise RunError(
-                f"{self.path} was changed by another process, so this one stops. Let one finish the run."
-            )
-        done = False
-        try:
-            write_all(descriptor, content)
-            os.fsync(descriptor)
-            self._size = before + len(content)
-            done = True
-        finally:
-            if not done:
-                os.ftruncate(descriptor, before)
 
     def _cut(self, size: int) -> None:
         self._size = size

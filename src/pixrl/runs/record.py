@@ -10,7 +10,6 @@ import torch
 
 from pixrl.algorithms.exploration import shown_pictures
 from pixrl.algorithms.trainer import MicroBatches
-from pixrl.data.prompts import Prompt
 from pixrl.errors import CheckpointError
 from pixrl.models.base import on_square
 from pixrl.models.pipeline import FlowPipelinePolicy
@@ -71,9 +70,13 @@ def write_start(
         "gallery": _digest(shown),
         "shape": asdict(shape_of(run.config)),
     }
-    files = _write_references(folder, prompts)
-    for place, entry in enumerate(shown):
-        entry |= files[place // settings.per_prompt]
+    for number, prompt in enumerate(prompts):
+        if pictures := shown_pictures(prompt.metadata):  # the first one stands for what the model is shown
+            name = f"{REFERENCES}/{number:04d}.png"
+            (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder.path / name, png_bytes(on_square(pictures[0], REFERENCE_SIDE)))
+            for entry in shown[number * settings.per_prompt : (number + 1) * settings.per_prompt]:
+                entry["reference"] = name
     write_atomic(folder.path / GALLERY, json.dumps(shown, indent=1).encode() + b"\n")
     write_atomic(folder.path / START, json.dumps(record, indent=1).encode() + b"\n")
 
@@ -89,21 +92,6 @@ def shape_of(config: AlignConfig) -> RunShape:
         config.evaluation.per_prompt,
         config.loss.describe_pictures(shows_references=isinstance(config, PersonalizeConfig)),
     )
-
-
-def _write_references(folder: RunFolder, prompts: Sequence[Prompt]) -> list[dict[str, str]]:
-    """Saves what the model is shown with each prompt, the first picture of each; where each one lies."""
-    files: list[dict[str, str]] = []
-    for number, prompt in enumerate(prompts):
-        pictures = shown_pictures(prompt.metadata)
-        if not pictures:
-            files.append({})
-            continue
-        name = f"{REFERENCES}/{number:04d}.png"
-        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder.path / name, png_bytes(on_square(pictures[0], REFERENCE_SIDE)))
-        files.append({"reference": name})
-    return files
 
 
 def read_start(folder: RunFolder) -> dict[str, Any]:

@@ -135,7 +135,18 @@ def _open(name: Tracker, folder: RunFolder) -> tuple[GeneralTracker, int]:
     )  # accelerate's trackers write to its log, which asks for one; one that is there stays
     library: Any = require(name, name, f"log: {name}")
     project = os.environ.get(f"{name.upper()}_PROJECT", PROJECT)
-    identity = _identity(folder)
+    file = (
+        folder.path / IDENTITY
+    )  # holds the id by which trackers know the run, made when the first one is opened
+    if not file.is_file():
+        write_atomic(file, json.dumps({"id": uuid.uuid4().hex[:8]}).encode() + b"\n")
+    try:
+        identity = str(json.loads(file.read_text(encoding="utf-8"))["id"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{file}, which holds the id by which wandb and trackio know the run, is damaged. Delete it: they then "
+            "show the run as a new one."
+        ) from None
     settings = {"resume": "allow", "config": folder.recipe()}
     with contextlib.redirect_stdout(sys.stderr):
         if name is Tracker.TRACKIO:
@@ -152,20 +163,6 @@ def _open(name: Tracker, folder: RunFolder) -> tuple[GeneralTracker, int]:
         except library.Error as error:
             raise RunError(f"log: wandb cannot be used: {_sentence(error)} {OFFLINE}") from None
         return tracker, tracker.run.starting_step
-
-
-def _identity(folder: RunFolder) -> str:
-    """Return the id by which trackers know the run; it is made when the first one is opened."""
-    file = folder.path / IDENTITY
-    if not file.is_file():
-        write_atomic(file, json.dumps({"id": uuid.uuid4().hex[:8]}).encode() + b"\n")
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["id"])
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{file}, which holds the id by which wandb and trackio know the run, is damaged. Delete it: they then "
-            "show the run as a new one."
-        ) from None
 
 
 def _figures(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -308,7 +308,16 @@ def launch(studio: Studio, host: str, port: int, token: str | None) -> str:
             f"The studio's token has at least {LEAST_TOKEN} characters; this one has {len(token)}. Make one: "
             "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
-    port = _free_port(host, port)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"Cannot listen at {host}, port {port}: {error.strerror or error}. Is another server there? Give "
+                "another one: --port 0 takes any that is free."
+            ) from None
+        port = int(one.getsockname()[1])  # the one that is free, for 0
     auth = None if token is None else lambda _, given: hmac.compare_digest(given.encode(), token.encode())
     _, url, _ = studio.page.launch(
         server_name=host,
@@ -324,17 +333,3 @@ def launch(studio: Studio, host: str, port: int, token: str | None) -> str:
         head=style(),
     )
     return str(url)
-
-
-def _free_port(host: str, port: int) -> int:
-    """Return the port, or one that is free for 0. Raises InputError where it cannot be listened at."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            one.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                f"Cannot listen at {host}, port {port}: {error.strerror or error}. Is another server there? Give "
-                "another one: --port 0 takes any that is free."
-            ) from None
-        return int(one.getsockname()[1])
