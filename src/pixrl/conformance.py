@@ -108,7 +108,15 @@ def check_renderer(
         tolerance,
     )
     if renderer.reads_regions:
-        _check_regions(checks, renderer, both, tolerance)
+        tokens = both.tokens_BLD.flatten(0, 1).expand(2, -1, -1)
+        whole = torch.eye(2, device=tokens.device)[:, :, None, None].expand(2, 2, 8, 8)
+        checks.same_pictures(
+            renderer.sample(both, [41, 42]),
+            renderer.sample(Conditioning(tokens, both.pooled_BE, regions_BNHW=whole), [41, 42]),
+            "one_region",
+            "a prompt whose region is the whole picture does not draw its own",
+            tolerance,
+        )
 
 
 def check_policy(
@@ -301,18 +309,6 @@ def _check_pictures(checks: _Checks, renderer: Renderer, both: Conditioning, tol
     for check, other, what in (("seeds", 1, "seed"), ("prompts", 2, "prompt")):
         difference = (images[0] - images[other]).abs().mean().item()
         checks.require(difference > NO_DIFFERENCE, check, f"another {what} gives the same picture")
-
-
-def _check_regions(checks: _Checks, renderer: Renderer, both: Conditioning, tolerance: float) -> None:
-    tokens = both.tokens_BLD.flatten(0, 1).expand(2, -1, -1)
-    whole = torch.eye(2, device=tokens.device)[:, :, None, None].expand(2, 2, 8, 8)
-    checks.same_pictures(
-        renderer.sample(both, [41, 42]),
-        renderer.sample(Conditioning(tokens, both.pooled_BE, regions_BNHW=whole), [41, 42]),
-        "one_region",
-        "a prompt whose region is the whole picture does not draw its own",
-        tolerance,
-    )
 
 
 def _check_velocity(checks: _Checks, policy: FlowPolicy, both: Conditioning) -> None:

@@ -160,19 +160,35 @@ class Conditioning:
         Raises:
             ShapeError: some have regions and others none, or regions of other prompts or sizes.
         """
-        regions_BNHW = _joint_regions(parts)
         pooled = [p.pooled_BE for p in parts if p.pooled_BE is not None]
-        columns = zip(*(p.references for p in parts), strict=True)
         is_masked = any(p.mask_BL is not None for p in parts)
         aways = [p.away for p in parts if p.away is not None]
+        regions = [p.regions_BNHW for p in parts if p.regions_BNHW is not None]
+        if regions and (len(regions) != len(parts) or len({one.shape[1:] for one in regions}) > 1):
+            shapes = [None if p.regions_BNHW is None else list(p.regions_BNHW.shape) for p in parts]
+            raise ShapeError(
+                f"cat: regions of {shapes}; give all parts masks [B, N, H, W] of one shape, or none "
+                "(Conditioning.in_regions_of)."
+            )
+        references = []
+        for column in zip(*(p.references for p in parts), strict=True):
+            # up to the largest there are zeros, below and at the right; the sizes say where, unless all have one shape
+            rows, columns = (max(one.shape[axis] for one in column) for axis in (2, 3))
+            filled = [F.pad(one, (0, columns - one.shape[3], 0, rows - one.shape[2])) for one in column]
+            references.append(torch.cat(filled))
+        of_one_shape = len({tuple(one.shape[1:] for one in p.references) for p in parts}) == 1
+        if of_one_shape and all(p.sizes_BN2 is None for p in parts):
+            sizes_BN2 = None
+        else:
+            sizes_BN2 = torch.cat([p.sizes for p in parts])
         return Conditioning(
             torch.cat([p.tokens_BLD for p in parts]),
             torch.cat(pooled) if pooled else None,
-            tuple(torch.cat(_filled_up(column)) for column in columns),
+            tuple(references),
             torch.cat([p.own_BL for p in parts]) if is_masked else None,
             Conditioning.cat(aways) if len(aways) == len(parts) else None,
-            _joint_sizes(parts),
-            regions_BNHW,
+            sizes_BN2,
+            torch.cat(regions) if regions else None,
         )
 
     def in_regions_of(self, other: "Conditioning") -> "Conditioning":
@@ -214,33 +230,6 @@ class Conditioning:
             pooled_BE=pooled,
             references=tuple(change(r) for r in self.references),
         )
-
-
-def _filled_up(references: Sequence[Tensor]) -> list[Tensor]:
-    """Return latents [B, C, h, w] with zeros below and at the right up to the largest of them."""
-    rows, columns = (max(one.shape[axis] for one in references) for axis in (2, 3))
-    return [F.pad(one, (0, columns - one.shape[3], 0, rows - one.shape[2])) for one in references]
-
-
-def _joint_sizes(parts: Sequence[Conditioning]) -> Tensor | None:
-    """Return the sizes of all references of the parts, or None where all at a place have one shape."""
-    shapes = {tuple(one.shape[1:] for one in part.references) for part in parts}
-    if len(shapes) == 1 and all(part.sizes_BN2 is None for part in parts):
-        return None
-    return torch.cat([part.sizes for part in parts])
-
-
-def _joint_regions(parts: Sequence[Conditioning]) -> Tensor | None:
-    """Return the regions of all rows of the parts, or None where none has any."""
-    found = [part.regions_BNHW for part in parts if part.regions_BNHW is not None]
-    if not found:
-        return None
-    if len(found) != len(parts) or len({one.shape[1:] for one in found}) > 1:
-        raise ShapeError(
-            f"cat: regions of {[None if p.regions_BNHW is None else list(p.regions_BNHW.shape) for p in parts]}; give "
-            "all parts masks [B, N, H, W] of one shape, or none (Conditioning.in_regions_of)."
-        )
-    return torch.cat(found)
 
 
 @dataclass(frozen=True)
