@@ -18,7 +18,7 @@ from pixrl.doctor.estimate import Estimate
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX
 from pixrl.models import adapter_of
-from pixrl.models.estimate import empty_pipeline
+from pixrl.models.memory.estimate import empty_pipeline
 from pixrl.runs.config import AlignConfig
 
 BF16 = Precision(torch.bfloat16, torch.bfloat16)

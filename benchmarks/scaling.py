@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixrl.algorithms.trainer import Aligner, MicroBatches
 from pixrl.algorithms.world import Alone, World
-from pixrl.models.sharding import shard, sharded_bytes
+from pixrl.models.memory.sharding import shard, sharded_bytes
 from pixrl.models.slots import KNOWN_TARGETS, slot_sizes
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.loaded import LoadedRun, load_run

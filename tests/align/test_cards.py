@@ -31,8 +31,15 @@ from pixrl.doctor.cards import (
 )
 from pixrl.errors import CheckpointError, ConfigError, InputError
 from pixrl.hub import Checkpoint, locate
-from pixrl.models.estimate import PartSize, PeakMeter, empty_pipeline, imagined_headers, part_sizes, sizes_of
-from pixrl.models.memory_plan import Base
+from pixrl.models.memory.estimate import (
+    PartSize,
+    PeakMeter,
+    empty_pipeline,
+    imagined_headers,
+    part_sizes,
+    sizes_of,
+)
+from pixrl.models.memory.plan import Base
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.planner import trial

@@ -11,8 +11,8 @@ from transformers import CLIPModel
 
 from pixrl import config, models
 from pixrl.errors import ConfigError
+from pixrl.models.memory.sharding import VARIANTS, compile_blocks
 from pixrl.models.sd3 import SD3Policy
-from pixrl.models.sharding import VARIANTS, compile_blocks
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.loaded import load_run
 from tests import tiny

@@ -22,8 +22,8 @@ from pixrl.doctor.diagnosis import Diagnosis, Need
 from pixrl.errors import CheckpointError, ConfigError
 from pixrl.hub import Remote
 from pixrl.models import loading
-from pixrl.models.estimate import Cost, PartSize, PeakMeter
-from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.memory.estimate import Cost, PartSize, PeakMeter
+from pixrl.models.memory.plan import MemoryPlan
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.runs.planner import trial
 from tests import tiny
@@ -325,7 +325,7 @@ def test_how_many_references_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_single_file_and_half_precision(tmp_path: Path) -> None:
     from pixrl.hub import locate
-    from pixrl.models.estimate import part_sizes
+    from pixrl.models.memory.estimate import part_sizes
     from tests import published
 
     folder = tiny.sd3(tmp_path / "model", card=tiny.SD3_CARD, with_t5=True)

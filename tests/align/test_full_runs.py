@@ -22,11 +22,11 @@ from pixrl.algorithms.world import BUCKET, Team
 from pixrl.device import Precision
 from pixrl.doctor.trained import FLOAT, bytes_on_process
 from pixrl.errors import CheckpointError, ConfigError, InputError
-from pixrl.models.estimate import PeakMeter
-from pixrl.models.memory_plan import Base, MemoryPlan
+from pixrl.models.memory.estimate import PeakMeter
+from pixrl.models.memory.plan import Base, MemoryPlan
+from pixrl.models.memory.sharding import gathered_bytes, transformer_blocks, whole
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.sd3 import SD3Policy
-from pixrl.models.sharding import gathered_bytes, transformer_blocks, whole
 from pixrl.models.slots import Slot
 from pixrl.report.export import Format, export
 from pixrl.runs.config import load_recipe
@@ -443,7 +443,7 @@ def test_the_doctor_says_what_is_trained_and_what_would_save_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from pixrl.doctor import estimate as doctor
-    from pixrl.models.estimate import Cost
+    from pixrl.models.memory.estimate import Cost
 
     monkeypatch.setattr(doctor.Estimate, "costs", lambda *given: (Cost(1000, 1000), Cost(3000, 3000)))
     monkeypatch.setattr(doctor, "operations_of", lambda program: 0)

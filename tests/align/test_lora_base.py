@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import pixrl
 from pixrl import api, cli, models
 from pixrl.errors import CheckpointError, ConfigError
-from pixrl.models.lora_files import read_lora
+from pixrl.models.lora.files import read_lora
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import Slot, added, slot_lora
 from pixrl.report.export import Format, export

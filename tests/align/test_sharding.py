@@ -17,10 +17,10 @@ from pixrl.data.pictures import read_picture
 from pixrl.doctor import estimate as doctor
 from pixrl.doctor.diagnosis import Diagnosis, Need
 from pixrl.errors import ConfigError, InputError
-from pixrl.models.estimate import Cost
+from pixrl.models.memory.estimate import Cost
+from pixrl.models.memory.sharding import require_blocks, sharded_bytes, transformer_blocks
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.sd3 import SD3Policy
-from pixrl.models.sharding import require_blocks, sharded_bytes, transformer_blocks
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.planner import kept_bytes, require_equal_shares

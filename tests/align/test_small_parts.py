@@ -17,8 +17,8 @@ from pixrl.algorithms.world import Alone, Tally, disagreement
 from pixrl.data.prompts import Prompt, PromptSet
 from pixrl.errors import InputError, RunError
 from pixrl.metrics.diversity import group_diversity, mean_pairwise_distance, pixel_features
-from pixrl.models.memory_plan import MemoryPlan
-from pixrl.models.placement import PipelinePart, Placement
+from pixrl.models.memory.placement import PipelinePart, Placement
+from pixrl.models.memory.plan import MemoryPlan
 from pixrl.models.sd3 import SD3Policy
 from pixrl.rewards.set import Failures, RewardSet
 from pixrl.rewards.settings import RewardSetting

@@ -7,7 +7,7 @@ from tests.tolerance import agree
 from torch import Tensor
 
 from pixrl.errors import CheckpointError
-from pixrl.models.lora_export import to_comfyui
+from pixrl.models.lora.export import to_comfyui
 
 WIDTH = 3072  # diffusers' reader of this layout knows FLUX's published width alone
 RANK = 2

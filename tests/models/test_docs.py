@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pixrl.models import NOT_STATED, REGISTRY, RENDERERS, TOY, generator_licence
-from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.models.memory.plan import MemoryPlan, Offload
 from pixrl.report.export import FILES
 
 ADAPTERS = [REGISTRY.find(name) for name in RENDERERS]

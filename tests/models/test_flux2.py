@@ -14,7 +14,7 @@ from pixrl import models
 from pixrl.errors import InputError
 from pixrl.models.flux import pack_latents
 from pixrl.models.flux2 import Flux2KleinPolicy
-from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.memory.plan import MemoryPlan
 
 OWL, LONG = "a red owl", "two blue snails on a table"
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.models.language import LanguagePolicy
-from pixrl.models.lora_export import to_diffusers
-from pixrl.models.lora_files import open_lora
+from pixrl.models.lora.export import to_diffusers
+from pixrl.models.lora.files import open_lora
 
 OWL, LONG = "a red owl", "two blue snails on a table"
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.errors import CheckpointError, RunError
-from pixrl.models.lora_export import adapter_metadata, to_comfyui, to_diffusers
-from pixrl.models.lora_files import open_lora, read_lora
+from pixrl.models.lora.export import adapter_metadata, to_comfyui, to_diffusers
+from pixrl.models.lora.files import open_lora, read_lora
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.slots import merge
 

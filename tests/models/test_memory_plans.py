@@ -16,8 +16,8 @@ from pixrl import models
 from pixrl.algorithms import optim as optimizers
 from pixrl.config import load as load_config
 from pixrl.errors import CheckpointError, ConfigError, InputError, RunError
-from pixrl.models.memory_plan import MemoryPlan, Offload
-from pixrl.models.placement import Placement, stream_weights, unstream_weights
+from pixrl.models.memory.placement import Placement, stream_weights, unstream_weights
+from pixrl.models.memory.plan import MemoryPlan, Offload
 from pixrl.models.sd3 import SD3Policy
 from pixrl.models.sdxl import SDXLPolicy
 from pixrl.runs.config import AlignConfig, MachineSettings

@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from safetensors import safe_open
 from tests import published, tiny
 
-from pixrl.models.published_names import authors_names
+from pixrl.models.lora.published_names import authors_names
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 

@@ -13,10 +13,10 @@ import pixrl
 from pixrl import api, models
 from pixrl.device import Precision
 from pixrl.errors import ConfigError, InputError, RunError
-from pixrl.models.estimate import part_sizes
-from pixrl.models.memory_plan import Base, MemoryPlan
+from pixrl.models.memory.estimate import part_sizes
+from pixrl.models.memory.plan import Base, MemoryPlan
+from pixrl.models.memory.quantization import Int8Linear, dense_weight, linear_layers, quantize
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.models.quantization import Int8Linear, dense_weight, linear_layers, quantize
 from pixrl.models.sdxl import SDXLPolicy
 from pixrl.models.slots import merge
 from pixrl.report.export import export

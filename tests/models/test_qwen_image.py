@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.models.flux import pack_latents, unpack_latents
-from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.memory.plan import MemoryPlan
 from pixrl.models.qwen_image import QwenImagePolicy
 
 OWL, LONG = "a red owl", "two blue snails on a table"

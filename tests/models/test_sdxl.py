@@ -18,8 +18,8 @@ from pixrl.conformance import check_policy
 from pixrl.equations import cps_step
 from pixrl.errors import CheckpointError, ShapeError
 from pixrl.models.base import Conditioning
+from pixrl.models.memory.sharding import transformer_blocks
 from pixrl.models.sdxl import SDXLPolicy
-from pixrl.models.sharding import transformer_blocks
 from pixrl.runs import measure
 
 OWL, SNAIL = "a photo of an owl", "a photo of a snail"

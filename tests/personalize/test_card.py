@@ -13,7 +13,7 @@ import pixrl
 from pixrl import models
 from pixrl.data.pictures import read_picture, to_tensors
 from pixrl.models.flux import FluxPolicy, Preset
-from pixrl.models.lora_files import read_lora
+from pixrl.models.lora.files import read_lora
 from pixrl.report.export import Format, export
 from pixrl.report.model_card import in_unos_code
 from pixrl.runs import checkpoint

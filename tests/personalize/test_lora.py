@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.errors import CheckpointError, RunError
-from pixrl.models import lora_export, lora_files
 from pixrl.models.flux import FluxPolicy
-from pixrl.models.lora_export import Blocks
+from pixrl.models.lora import export as lora_export
+from pixrl.models.lora import files as lora_files
+from pixrl.models.lora.export import Blocks
 from pixrl.models.slots import added, slot_lora
 from tests.tiny_lora import peft_folder
 from tests.tolerance import MODEL, PICTURE, agree

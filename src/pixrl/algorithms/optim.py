@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pixrl.errors import CheckpointError
 from pixrl.libraries import bitsandbytes
-from pixrl.models.sharding import divided, whole
+from pixrl.models.memory.sharding import divided, whole
 
 SMALLEST, BLOCK = 4096, 256
 """The number of values of the smallest tensor that is kept in bytes, and of those that share a scale."""

@@ -39,8 +39,8 @@ from pixrl.algorithms.world import Alone, Tally, World, disagreement, sum_gradie
 from pixrl.config import MOST, Count, Settings
 from pixrl.errors import RunError
 from pixrl.models.base import FlowPolicy
+from pixrl.models.memory.sharding import whole
 from pixrl.models.pipeline import chunks
-from pixrl.models.sharding import whole
 from pixrl.models.slots import Slot, Slots
 from pixrl.types import RewardBatch, Scores, sample_seed
 

@@ -8,7 +8,7 @@ Gradients are summed once an update by accelerate's `reduce`, and no Distributed
 tried on two gloo processes (docs/log.md): its mean over processes is off by a quarter where they hold one picture and
 two; it sums in every backward pass, so that a process whose pictures all failed, or that has fewer micro-batches,
 leaves the other waiting until it times out; and what it would hide is one sum of LoRA's gradients an update. Weights
-that are trained and divided among processes are summed by FSDP2 in the backward pass (`models/sharding.py`).
+that are trained and divided among processes are summed by FSDP2 in the backward pass (`models/memory/sharding.py`).
 """
 
 import math

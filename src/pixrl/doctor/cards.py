@@ -22,10 +22,10 @@ from pixrl.doctor.examine import condition_row
 from pixrl.doctor.rewards import find_rewards
 from pixrl.errors import CheckpointError, ConfigError, InputError, did_you_mean
 from pixrl.hub import Checkpoint, locate_configs
-from pixrl.models.estimate import CONTRADICTIONS, VAE, PartSize, imagined_headers, sizes_of
 from pixrl.models.loading import DENOISERS
-from pixrl.models.memory_plan import Base, Offload
-from pixrl.models.placement import TEXT_PARTS
+from pixrl.models.memory.estimate import CONTRADICTIONS, VAE, PartSize, imagined_headers, sizes_of
+from pixrl.models.memory.placement import TEXT_PARTS
+from pixrl.models.memory.plan import Base, Offload
 from pixrl.runs.config import AlignConfig, kind_of
 from pixrl.runs.loaded import not_trainable, require_trainable
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pixrl import errors
 from pixrl.errors import CheckpointError, PixrlError
-from pixrl.models.estimate import Cost, PartSize
+from pixrl.models.memory.estimate import Cost, PartSize
 
 
 class Need(StrEnum):

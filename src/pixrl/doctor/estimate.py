@@ -24,7 +24,8 @@ from pixrl.errors import CheckpointError, InputError, PixrlError
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import remedy
 from pixrl.models.base import Conditioning, Renderer
-from pixrl.models.estimate import (
+from pixrl.models.loading import DENOISERS, denoiser_of
+from pixrl.models.memory.estimate import (
     CONTRADICTIONS,
     Cost,
     PartSize,
@@ -34,12 +35,11 @@ from pixrl.models.estimate import (
     operations_of,
     parameters_of,
 )
-from pixrl.models.loading import DENOISERS, denoiser_of
-from pixrl.models.memory_plan import Base, MemoryPlan, Offload, Shard
+from pixrl.models.memory.placement import TEXT_PARTS, set_decoding
+from pixrl.models.memory.plan import Base, MemoryPlan, Offload, Shard
+from pixrl.models.memory.quantization import NF4, linear_layers
+from pixrl.models.memory.sharding import sharded_bytes, transformer_blocks
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.models.placement import TEXT_PARTS, set_decoding
-from pixrl.models.quantization import NF4, linear_layers
-from pixrl.models.sharding import sharded_bytes, transformer_blocks
 from pixrl.models.text import PromptCache
 from pixrl.runs.config import AlignConfig, Train, kind_of
 from pixrl.runs.environment import describe

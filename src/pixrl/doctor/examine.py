@@ -49,13 +49,13 @@ from pixrl.fusion.world import judges_of, require_mixing
 from pixrl.hub import Checkpoint, read_card
 from pixrl.models import adapter_of
 from pixrl.models.base import Conditioning, Renderer
-from pixrl.models.estimate import (
+from pixrl.models.memory.estimate import (
     PartSize,
     cost_of,
     imagined,
 )
+from pixrl.models.memory.sharding import require_blocks
 from pixrl.models.pipeline import FlowPipelinePolicy, micro_batch_for
-from pixrl.models.sharding import require_blocks
 from pixrl.models.slots import Lora, fitting_layers
 from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet

@@ -29,12 +29,13 @@ from pixrl.hub_check import (
     refuse_misfits,
     remedy,
 )
-from pixrl.models import adapter_of, lora_files
+from pixrl.models import adapter_of
 from pixrl.models.base import Renderer
-from pixrl.models.estimate import CONTRADICTIONS, VAE, PartSize, empty_text_encoder, part_sizes
 from pixrl.models.language import LanguagePolicy
 from pixrl.models.loading import DENOISERS, PREFIXES, family, misfit_of_file, misfit_of_folder, part_class
-from pixrl.models.memory_plan import Base
+from pixrl.models.lora import files as lora_files
+from pixrl.models.memory.estimate import CONTRADICTIONS, VAE, PartSize, empty_text_encoder, part_sizes
+from pixrl.models.memory.plan import Base
 from pixrl.models.slots import Lora
 from pixrl.models.text import check_words
 

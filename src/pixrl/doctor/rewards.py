@@ -31,7 +31,7 @@ from pixrl.hub import TOY_PREFIX, resolve
 from pixrl.hub_check import TOY_ROOT, read_json
 from pixrl.libraries import require
 from pixrl.models.base import Renderer
-from pixrl.models.estimate import PartSize, parameters_of
+from pixrl.models.memory.estimate import PartSize, parameters_of
 from pixrl.rewards.base import Form, Options, Read, Reward
 from pixrl.rewards.http import key_from
 from pixrl.rewards.references import references_of

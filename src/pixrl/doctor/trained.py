@@ -7,9 +7,9 @@ from pixrl.algorithms.optim import moment_bytes
 from pixrl.algorithms.world import BUCKET
 from pixrl.device import Precision
 from pixrl.doctor.diagnosis import Trained
-from pixrl.models.memory_plan import Base, Offload
+from pixrl.models.memory.plan import Base, Offload
+from pixrl.models.memory.sharding import gathered_bytes
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.models.sharding import gathered_bytes
 from pixrl.models.slots import slot_sizes
 from pixrl.models.trained import FULL
 from pixrl.runs.config import AlignConfig, Train

@@ -17,7 +17,7 @@ from pixrl.errors import ConfigError, RunError, did_you_mean
 from pixrl.fusion.noise import Noise, NoisePlan
 from pixrl.hub import full_path, split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
-from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.memory.plan import MemoryPlan
 from pixrl.plugins import PartOf, checksums, is_path
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.trackers import Trackers

@@ -28,7 +28,7 @@ from pixrl.fusion.config import FuseConfig
 from pixrl.hub import Card, read_card
 from pixrl.hub_check import Layout
 from pixrl.models.base import Mixture, Renderer
-from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.memory.plan import MemoryPlan
 from pixrl.types import sample_seed
 
 EXEMPLAR_SEED = 42

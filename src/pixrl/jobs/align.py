@@ -17,7 +17,7 @@ from pixrl.algorithms.world import Team
 from pixrl.doctor.diagnosis import Findings, require
 from pixrl.doctor.examine import examine_training, try_rewards
 from pixrl.errors import FailedScoresError, InputError, RunError
-from pixrl.models.memory_plan import Shard
+from pixrl.models.memory.plan import Shard
 from pixrl.rewards.set import MAX_FAILED_SHARE, RewardSet
 from pixrl.runs.config import AlignConfig, kind_of, read_config
 from pixrl.runs.data import with_full_paths

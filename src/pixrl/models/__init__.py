@@ -16,7 +16,7 @@ from pixrl.plugins import Registry
 
 if TYPE_CHECKING:
     from pixrl.models.base import Renderer
-    from pixrl.models.memory_plan import MemoryPlan
+    from pixrl.models.memory.plan import MemoryPlan
 
 __all__ = ["REGISTRY", "RENDERERS", "Card", "load", "read_card", "resolve"]
 
@@ -64,8 +64,8 @@ def load(
         negative_prompt: the text that guidance leads away from, of models whose guidance is a second pass; None: what
             the model's pipeline does without one.
         t5: load SD3's third text encoder, where the checkpoint has it.
-        plan: what to do to save memory (`pixrl.models.memory_plan.MemoryPlan`); nothing when None.
-        lora: a file or folder that is merged into the denoiser, as `pixrl.models.lora_files` reads it.
+        plan: what to do to save memory (`pixrl.models.memory.plan.MemoryPlan`); nothing when None.
+        lora: a file or folder that is merged into the denoiser, as `pixrl.models.lora.files` reads it.
 
     Raises:
         CheckpointError: the checkpoint, or the LoRA, is missing, half written or of an unknown kind.

@@ -18,7 +18,7 @@ from pixrl.config import parse_resolution
 from pixrl.device import DType
 from pixrl.errors import InputError, ShapeError
 from pixrl.models.conditioning import Conditioning, Mixture
-from pixrl.models.memory_plan import Base
+from pixrl.models.memory.plan import Base
 
 __all__ = [
     "Conditioning",

@@ -29,7 +29,7 @@ from pixrl.hub_check import (
     read_json,
     refuse_misfits,
 )
-from pixrl.models.published_names import authors_names
+from pixrl.models.lora.published_names import authors_names
 
 Shape = tuple[int, ...]
 DENOISERS = ("transformer", "unet")

@@ -33,10 +33,10 @@ from pixrl.models.latents import (
     memory_format,
 )
 from pixrl.models.loading import denoiser_of, load_pipeline
-from pixrl.models.lora_files import open_lora
-from pixrl.models.memory_plan import Base, MemoryPlan
-from pixrl.models.placement import PipelinePart, Placement, set_decoding, without_gradients
-from pixrl.models.quantization import quantize
+from pixrl.models.lora.files import open_lora
+from pixrl.models.memory.placement import PipelinePart, Placement, set_decoding, without_gradients
+from pixrl.models.memory.plan import Base, MemoryPlan
+from pixrl.models.memory.quantization import quantize
 from pixrl.models.slots import Slot, digest, merge
 from pixrl.models.text import PromptCache, check_words
 from pixrl.models.trained import FULL, TrainedDenoiser
@@ -406,7 +406,7 @@ class FlowPipelinePolicy(TrainedDenoiser, FlowPolicy, ImageEncoder):
             return torch.cat(rows)
 
     def merge_lora(self, place: Path) -> None:
-        """Add a LoRA to the frozen weights: a file or folder as `lora_files.open_lora` reads it.
+        """Add a LoRA to the frozen weights: a file or folder as `lora.files.open_lora` reads it.
 
         Raises:
             RunError: slots are attached already.

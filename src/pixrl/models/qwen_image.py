@@ -18,7 +18,7 @@ from pixrl.hub import Checkpoint
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.flux import pack_latents, unpack_latents
 from pixrl.models.language import LanguagePolicy
-from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.memory.plan import MemoryPlan
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import PerturbableText
 

@@ -33,7 +33,7 @@ from pixrl.errors import CheckpointError
 from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, Mixture, SamplingSettings
 from pixrl.models.latents import memory_format
-from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.memory.plan import MemoryPlan
 from pixrl.models.pipeline import FlowPipelinePolicy, averaged, draw, generators
 from pixrl.models.regions import cross_attention
 from pixrl.models.text import ClipEncoder, PerturbableText

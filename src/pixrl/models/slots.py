@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pixrl.errors import CheckpointError, InputError, RunError, did_you_mean
 from pixrl.libraries import check_torchvision
-from pixrl.models.quantization import dense_weight, set_weight
-from pixrl.models.sharding import cut, local, shard_trained, whole
+from pixrl.models.memory.quantization import dense_weight, set_weight
+from pixrl.models.memory.sharding import cut, local, shard_trained, whole
 
 Lora = Mapping[str, tuple[Tensor, Tensor]]
 """A mapping of the transformer's modules to (down [r, in], up [out, r]), whose product is added to the weight."""

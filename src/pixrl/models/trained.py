@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pixrl.device import Precision
 from pixrl.errors import InputError, RunError
-from pixrl.models.memory_plan import Base, Offload
-from pixrl.models.placement import Placement
-from pixrl.models.sharding import compile_blocks, shard
+from pixrl.models.memory.placement import Placement
+from pixrl.models.memory.plan import Base, Offload
+from pixrl.models.memory.sharding import compile_blocks, shard
 from pixrl.models.slots import FullSlots, LoraSlots, Slot, Slots, parse_slot
 
 FULL = (torch.float32, torch.float64)

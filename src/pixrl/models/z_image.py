@@ -20,7 +20,7 @@ from torch import Tensor
 from pixrl.hub_check import read_json
 from pixrl.models.base import Conditioning, SamplingSettings
 from pixrl.models.language import LanguagePolicy, chat_frame
-from pixrl.models.memory_plan import MemoryPlan
+from pixrl.models.memory.plan import MemoryPlan
 from pixrl.models.text import PerturbableText
 
 PATCH = 2

@@ -29,7 +29,7 @@ from pixrl.hub import locate
 from pixrl.hub_check import INDEX, components, read_json
 from pixrl.jobs import fuse as fuse_job
 from pixrl.models.loading import OPTIONAL_PARTS
-from pixrl.models.lora_export import (
+from pixrl.models.lora.export import (
     COMFY_PREFIX,
     PREFIXES,
     Blocks,
@@ -40,8 +40,8 @@ from pixrl.models.lora_export import (
     to_uno,
     write_lora,
 )
-from pixrl.models.lora_files import read_lora
-from pixrl.models.published_names import from_published
+from pixrl.models.lora.files import read_lora
+from pixrl.models.lora.published_names import from_published
 from pixrl.models.slots import DOWN, UP, Lora, Slot, added, digest, slot_lora
 from pixrl.report import whole_weights
 from pixrl.report.model_card import Facts, in_unos_code, pipeline_name, shown_pairs, write_card

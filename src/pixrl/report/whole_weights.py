@@ -21,8 +21,8 @@ from pixrl.device import Precision, quiet_loading
 from pixrl.errors import CheckpointError, InputError
 from pixrl.hub import CARD_FILE, Checkpoint
 from pixrl.hub_check import INDEX
-from pixrl.models.estimate import headers
 from pixrl.models.loading import DENOISERS, denoiser_of, load_pipeline
+from pixrl.models.memory.estimate import headers
 from pixrl.models.slots import Slot
 from pixrl.runs.config import AlignConfig
 from pixrl.runs.files import replace_folder, temporary

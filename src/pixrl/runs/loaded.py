@@ -20,7 +20,7 @@ from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.metrics.diversity import Features, pixel_features
 from pixrl.models.flux import FluxPolicy, ReferenceShape
-from pixrl.models.memory_plan import Shard
+from pixrl.models.memory.plan import Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.references import TokenReferences
 from pixrl.models.slots import Slot, Slots

@@ -11,7 +11,7 @@ from torch import nn
 
 from pixrl.errors import InputError
 from pixrl.models.latents import is_of_video
-from pixrl.models.memory_plan import MemoryPlan, Offload
+from pixrl.models.memory.plan import MemoryPlan, Offload
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _LORA = "lora_"

@@ -24,7 +24,7 @@ from torch.nn import functional
 from pixrl.device import Precision
 from pixrl.errors import InputError
 from pixrl.libraries import bitsandbytes
-from pixrl.models.memory_plan import Base
+from pixrl.models.memory.plan import Base
 
 NF4 = "base=nf4"
 """What a message says that needs bitsandbytes."""

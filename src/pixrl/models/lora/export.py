@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pixrl.errors import CheckpointError
-from pixrl.models.published_names import place_of
+from pixrl.models.lora.published_names import place_of
 from pixrl.models.slots import DOWN, UP, Lora
 
 PREFIXES = {

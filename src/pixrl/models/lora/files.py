@@ -34,8 +34,8 @@ from pixrl.device import quiet_loading
 from pixrl.errors import CheckpointError
 from pixrl.hub import is_hub_id
 from pixrl.hub_check import read_header
-from pixrl.models.lora_export import ADAPTER_METADATA, PREFIXES
-from pixrl.models.published_names import from_published
+from pixrl.models.lora.export import ADAPTER_METADATA, PREFIXES
+from pixrl.models.lora.published_names import from_published
 from pixrl.models.slots import DOWN, UP, Lora
 from pixrl.untrusted import parse_json, plain
 

@@ -36,8 +36,8 @@ from pixrl.hub_check import (
     remedy,
 )
 from pixrl.models.loading import DENOISERS, PREFIXES, decoder_dtype, part_class
-from pixrl.models.memory_plan import Base
-from pixrl.models.quantization import is_quantized, quantized_bytes
+from pixrl.models.memory.plan import Base
+from pixrl.models.memory.quantization import is_quantized, quantized_bytes
 
 VAE = "vae"
 _T5_KEPT_WIDE = ".wo."

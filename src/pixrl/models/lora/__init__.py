@@ -1,0 +1,1 @@
+"""LoRA files of other trainers: read under every name that is in use, and written for other tools."""
