@@ -61,9 +61,17 @@ def about_rex(tmp_path_factory: pytest.TempPathFactory, prompt_file: Path) -> Pa
 
 @pytest.fixture(scope="module")
 def fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float32, since its pictures are drawn in batches and a child again is drawn alone."""
     place = tmp_path_factory.mktemp("fusion") / "run"
     return pixrl.fuse(
-        ["owl", "snail"], budget=6, batch=3, exemplars=1, sampler="random", resolution="64x48", out=place
+        ["owl", "snail"],
+        budget=6,
+        batch=3,
+        exemplars=1,
+        sampler="random",
+        resolution="64x48",
+        dtype="float32",
+        out=place,
     ).run
 
 
@@ -129,7 +137,10 @@ def test_an_exported_lora_and_a_plain_model(run: Path, sd3_folder: Path, tmp_pat
         )
     }
     merged = models.load(sd3_folder, device="cpu", lora=done.file)
-    expected = merged.sample(merged.encode([OWL] * 2), seeds_of(tmp_path / "file"))
+    row = merged.encode(
+        [OWL]
+    )  # one by one, as they are drawn: in bfloat16 a row's rounding depends on the batch
+    expected = torch.cat([merged.sample(row, [seed]) for seed in seeds_of(tmp_path / "file")])
     assert (drawn["file"] - expected).abs().max() <= LEVEL
     assert torch.equal(drawn["file"], drawn["folder"])
     assert (drawn["file"] - drawn["base"]).abs().max() > 4 * LEVEL
