@@ -276,12 +276,19 @@ def test_other_kinds_of_recipes(tmp_path: Path) -> None:
         api.examine("toy/fuse-study")
 
 
-def shows(count: int | None, side: int | None = None, **machine: Any) -> Diagnosis:
-    """What is found of toy:flux with so many references."""
-    references = {"count": count, "side": side}
-    return api.examine(
-        {"kind": "personalize", "rewards": REWARDS, "references": references, "machine": FULL | machine}
-    )
+Shows = Callable[..., Diagnosis]
+
+
+@pytest.fixture(scope="module")
+def shows(tmp_path_factory: pytest.TempPathFactory) -> Shows:
+    """Return what is found of a tiny FLUX with so many references, of the side of its pictures unless it is given."""
+    model = str(tiny.flux(tmp_path_factory.mktemp("shows") / "flux"))
+    fixed = {"kind": "personalize", "model": model, "rewards": REWARDS, "machine": FULL}
+
+    def found(count: int | None, side: int | None = None) -> Diagnosis:
+        return api.examine(fixed | {"references": {"count": count, "side": side}})
+
+    return found
 
 
 @pytest.fixture
@@ -301,7 +308,7 @@ def weighed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("weighed_once")
-def test_how_many_references_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_references_fit(shows: Shows, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number that the doctor gives is one with which it finds that the run fits; one more does not."""
     needed = {count: shows(count).needed or 0 for count in (1, 2, 3, 4)}
     assert needed[1] < needed[2] < needed[3] < needed[4]
@@ -310,15 +317,15 @@ def test_how_many_references_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor, "free_bytes", lambda device, room=room: room)
         for count in (4, None):
             said = needs(shows(count))[Need.MEMORY]
-            assert f"references.count={fit} ({fit} of 4 fit), references.side=32," in said
+            assert f"references.count={fit} ({fit} of 4 fit), references.side=16," in said
         assert Need.MEMORY not in needs(shows(fit))
         assert Need.MEMORY in needs(shows(fit + 1))
     monkeypatch.setattr(doctor, "free_bytes", lambda device: needed[1] - 1)
-    assert "references.count=1 (not enough alone), references.side=32," in needs(shows(2))[Need.MEMORY]
+    assert "references.count=1 (not enough alone), references.side=16," in needs(shows(2))[Need.MEMORY]
     alone = needs(shows(1))[Need.MEMORY]
     assert "references.count" not in alone
-    assert "Save memory with references.side=32, machine.gradient_checkpointing=true" in alone
-    assert Need.MEMORY not in needs(shows(1, side=32))
+    assert "Save memory with references.side=16, machine.gradient_checkpointing=true" in alone
+    assert Need.MEMORY not in needs(shows(1, side=16))
     monkeypatch.setattr(doctor, "free_bytes", lambda device: 1000)
     assert "references." not in needs(shows(1, side=8))[Need.MEMORY], "nothing smaller than one token"
 

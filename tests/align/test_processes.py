@@ -165,26 +165,26 @@ def test_pictures_are_the_same_bit_for_bit_on_any_number_of_processes(
 
 
 @pytest.mark.slow
-def test_more_processes_than_prompts(tmp_path: Path, sd3_folder: Path, prompt_file: Path) -> None:
+def test_more_processes_than_prompts(
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, launch: Launch
+) -> None:
     settings = recipe(sd3_folder, prompt_file, steps=1)
     settings["prompts"]["per_step"] = 1
     file = write_recipe(tmp_path, settings)
-    words = ["align", str(file), "--out", str(tmp_path / "run")]
-    subprocess.run(command(2, *words), env=environment(), check=True, timeout=900)
+    assert launch(2, "align", str(file), "--out", str(tmp_path / "run")) == [0, 0]
     assert processes_of(tmp_path / "run") == 2
     assert len(RunFolder.open(tmp_path / "run").manifest()) == 3
 
 
 @pytest.mark.slow
 def test_failed_scores_of_one_process_are_a_share_of_all(
-    tmp_path: Path, sd3_folder: Path, prompt_file: Path
+    tmp_path: Path, sd3_folder: Path, prompt_file: Path, launch: Launch
 ) -> None:
     """All of the first process's pictures fail, a third of the step's: no reason to stop."""
     settings = recipe(sd3_folder, prompt_file, **with_reward("fails_on_the_first_process"), steps=1)
     settings["prompts"]["per_step"] = 3  # shared out as 1 and 2
     file = write_recipe(tmp_path, settings)
-    words = ["align", str(file), "--out", str(tmp_path / "run")]
-    subprocess.run(command(2, *words), env=environment(), check=True, timeout=900)
+    assert launch(2, "align", str(file), "--out", str(tmp_path / "run")) == [0, 0]
     (row,) = RunFolder.open(tmp_path / "run").metrics()
     assert processes_of(tmp_path / "run") == 2
     assert row["failed_share"] == pytest.approx(1 / 3)

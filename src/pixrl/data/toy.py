@@ -5,7 +5,7 @@ This layer may not import the toy world, which is built on it: its parts are loo
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from itertools import islice
 from typing import Any
@@ -97,7 +97,8 @@ ToySubject = tuple[str, str, tuple[str, ...], tuple[Any, ...], tuple[Callable[[]
 """A subject: name, class word, prompts, reference pictures (PIL), and functions that draw each prompt's target."""
 
 
-def toy_subjects(name: str, *, held_out: bool) -> list[ToySubject]:
+@cache
+def toy_subjects(name: str, *, held_out: bool) -> tuple[ToySubject, ...]:
     """Return the thirty held-out subjects, or sixty others that resemble none of them; the same at every call.
 
     Each has four pictures of its own in different places, and all prompts that name a background, an accessory that it
@@ -140,7 +141,7 @@ def toy_subjects(name: str, *, held_out: bool) -> list[ToySubject]:
             targets.append(partial(_subject_target, subject, own, accessory, background))
         called = f"{subject.kind}_{number:02d}" if held_out else f"training_{subject.kind}_{number:02d}"
         found.append((called, subject.kind, tuple(prompts), pictures, tuple(targets)))
-    return found
+    return tuple(found)
 
 
 def _subject_target(subject: Any, key: tuple[int, ...], accessory: str | None, background: str | None) -> Any:

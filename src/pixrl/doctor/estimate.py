@@ -141,13 +141,17 @@ class Estimate:
             attach_slots(policy, config, copies=())  # copies compute nothing here
         self._condition, self._decodes = condition, config.loss.through_decoder
         self.drawing, self.training = self.costs(self.references)
+
+        @torch.no_grad()
+        def decode(count: int) -> None:
+            with policy.decoder_present():
+                policy.decode(policy.initial_noise(range(count)))
+
         with imagined(policy.denoiser, policy.vae):
-            one_pass = operations_of(trial(policy, condition, decode=False))
-            with_decoder = operations_of(trial(policy, condition))
-        self.pass_operations = one_pass
-        """Number of floating point operations of one pass over a picture's latents, without its gradient."""
-        self.operations = with_decoder + (policy.settings.steps - 1) * one_pass
-        """Number of floating point operations of drawing one picture."""
+            self.pass_operations = operations_of(trial(policy, condition, decode=False))
+            """Number of floating point operations of one pass over a picture's latents, without its gradient."""
+            self.operations = policy.settings.steps * self.pass_operations + operations_of(decode)
+            """Number of floating point operations of drawing one picture."""
 
     def disk(self, config: AlignConfig) -> int:
         """Return the bytes that the run's folder may take: checkpoints, and pictures that PNG cannot make smaller."""
@@ -324,6 +328,14 @@ def fit(
     return found
 
 
+def report_lack(needed: int, free: int, ways: Sequence[str], findings: Findings) -> None:
+    """Report that more bytes are needed than are free, and the settings that save some."""
+    findings.miss(
+        Need.MEMORY,
+        f"{size(needed)} are needed and {size(free)} are free. Save memory with {', '.join(ways)}.",
+    )
+
+
 def fit_batches(
     config: AlignConfig,
     device: torch.device,
@@ -350,10 +362,7 @@ def fit_batches(
             each = -(-(found.peak - found.resident - one) // (shown - 1))
             fitted = fitting(one, max(1, each), found.free - found.resident)
             ways.insert(0, fewer_references(fitted, shown))
-        findings.miss(
-            Need.MEMORY,
-            f"{size(found.peak)} are needed and {size(found.free)} are free. Save memory with {', '.join(ways)}.",
-        )
+        report_lack(found.peak, found.free, ways, findings)
     elif found.sharded and not config.machine.divides:
         findings.note(
             f"machine.shard: the weights do not fit whole into {size(found.free)}, so every "

@@ -12,7 +12,7 @@ from pixrl.algorithms.exploration import shown_pictures
 from pixrl.config import parse_resolution
 from pixrl.data.prompts import Prompt, Split
 from pixrl.device import Precision, quiet_loading
-from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Need, Work, size
+from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Need, Work
 from pixrl.doctor.estimate import (
     Estimate,
     can_be_estimated,
@@ -23,6 +23,7 @@ from pixrl.doctor.estimate import (
     lower_bound,
     measured,
     on_device,
+    report_lack,
     report_misfits,
     without_encoders,
 )
@@ -332,11 +333,8 @@ def examine_fusion(
     beside = on_device(parts, config.memory) + sum(models.values())
     needed = None if cost is None else beside + cost.bytes(batch)
     if needed is not None and needed > place.free:
-        findings.miss(
-            Need.MEMORY,
-            f"{size(needed)} are needed and {size(place.free)} are free. Save memory with memory.offload=parts or "
-            "sequential, memory.vae_slicing=true, or a smaller checkpoint.",
-        )
+        ways = ("memory.offload=parts or sequential", "memory.vae_slicing=true", "a smaller checkpoint")
+        report_lack(needed, place.free, ways, findings)
     pictures = config.budget + config.exemplars * len(config.concepts)
     disk = pictures * 3 * math.prod(drawn) if drawn[0] else None
     require_disk(disk, findings)
