@@ -35,7 +35,7 @@ def main(runs: str, first: str, second: str) -> None:
             tab.locator(".pairs figure").first.wait_for()
             tab.wait_for_timeout(2500)
             _save(tab, name)
-        tab = chromium.new_page(viewport={"width": 1440, "height": 760})
+        tab = chromium.new_page(viewport={"width": 1440, "height": 820})
         tab.set_default_timeout(120_000)
         _fuse(tab, url)
         _save(tab, "studio_fuse")

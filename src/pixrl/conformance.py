@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pixrl.errors import InputError, PixrlError, RunError, UnknownWordError
-from pixrl.models.base import Conditioning, FlowPolicy, Renderer
+from pixrl.models.base import Conditioning, FlowPolicy, ReferencePolicy, Renderer
 from pixrl.rewards.base import Reward
 from pixrl.types import RewardBatch, Scores
 
@@ -115,6 +115,17 @@ def check_renderer(
             renderer.sample(Conditioning(tokens, both.pooled_BE, regions_BNHW=whole), [41, 42]),
             "one_region",
             "a prompt whose region is the whole picture does not draw its own",
+            tolerance,
+        )
+    if renderer.reads_pictures:
+        assert isinstance(renderer, ReferencePolicy), "what takes pictures is derived from ReferencePolicy"
+        (white,) = renderer.laid_out([torch.ones(3, 64, 64)])
+        shown = [renderer.show(both[[0]], [white[None]], prompts[:1]), both[[1]]]
+        checks.same_pictures(
+            renderer.sample(Conditioning.cat(shown), [51, 52]),
+            torch.cat([renderer.sample(row, [seed]) for row, seed in zip(shown, (51, 52), strict=True)]),
+            "pictures",
+            "a prompt beside one that is shown a picture does not draw what it draws alone",
             tolerance,
         )
 

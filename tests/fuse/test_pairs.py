@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pixrl.data.pairs import check_concepts, parse_pairs, read_pairs
+from pixrl.data.pairs import check_concepts, is_wordless, parse_pairs, read_pairs, split_picture
 from pixrl.errors import InputError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -53,7 +53,7 @@ def test_comments_and_a_byte_order_mark_are_skipped(tmp_path):
         ("   ", "is empty"),
         (
             "owl & photo.png",
-            "'photo.png' is a picture, and a fusion mixes what the model's text encoders",
+            "'photo.png' is a picture, and a list holds words alone. Fuse it by itself: pixrl fuse owl photo.png",
         ),
     ],
 )
@@ -107,14 +107,19 @@ def test_the_published_lists_load(name, count):
     assert len({concept.casefold() for concept in found.concepts}) == len(found.concepts)
 
 
-@pytest.mark.parametrize("picture", ["photo.png", "my owl.JPG", "pictures/owl.webp", "owl.heic"])
-def test_a_picture_is_no_concept_and_what_can_be_done_is_said(picture):
-    with pytest.raises(InputError) as caught:
-        check_concepts(["snail", picture])
-    said = str(caught.value)
-    assert said.startswith(f"The concept {picture!r} is a picture") and "\n" not in said
-    assert "pixrl fuse owl snail" in said and "pixrl personalize --subject FOLDER" in said
-    assert check_concepts(["a png", "a photo of a jpg"]) == (
-        "a png",
-        "a photo of a jpg",
-    )  # words about pictures
+@pytest.mark.parametrize(
+    ("concept", "name", "file"),
+    [
+        ("photo.png", "photo.png", "photo.png"),
+        ("pictures/my owl.JPG", "my owl.JPG", "pictures/my owl.JPG"),
+        ("owl.heic", "owl.heic", "owl.heic"),
+        ("my owl = pictures/a=b.webp", "my owl", "pictures/a=b.webp"),
+        ("a png", "a png", None),
+        ("a photo of a jpg", "a photo of a jpg", None),
+        ("x=y", "x=y", None),
+    ],
+)
+def test_a_concept_is_a_word_or_the_file_of_a_picture(concept, name, file):
+    assert split_picture(concept) == (name, file)
+    assert is_wordless(name) == (name == Path(file or "").name)
+    assert check_concepts(["snail", name]) == ("snail", name)

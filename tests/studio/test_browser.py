@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from pixrl.runs.folder import ManifestRow, RunFolder
 from pixrl.runs.process import attending
 from pixrl.studio.app import Studio, launch
@@ -62,7 +64,9 @@ def test_runs_are_seen_live_side_by_side_enlarged_and_stopped(browser: Any, root
         studio.page.close()
 
 
-def test_a_mixture_follows_the_pad_and_is_kept(browser: Any, root: Path) -> None:
+def test_a_mixture_follows_the_pad_and_is_kept(browser: Any, root: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 48), "orange").save(photo)
     studio = Studio(root, ("owl", "snail", "mushroom"), "toy:flux")  # which draws at any size
     url = launch(studio, "127.0.0.1", 0, None)
     try:
@@ -98,5 +102,8 @@ def test_a_mixture_follows_the_pad_and_is_kept(browser: Any, root: Path) -> None
         with tab.expect_download() as saved:
             tab.get_by_role("link", name="Download the coefficients").click()
         assert saved.value.suggested_filename == "owl-snail-0.safetensors"
+        tab.locator(".add input[type=file], input[type=file]").first.set_input_files(str(photo))
+        tab.locator(".shares", has_text="photo.png 33 %").wait_for()
+        assert str(root) not in tab.content() and str(photo.parent) not in tab.content()
     finally:
         studio.page.close()

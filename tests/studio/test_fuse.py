@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixrl import models
+from pixrl.data.toy import toy_subjects
 from pixrl.errors import InputError
 from pixrl.studio.app import Studio
 from pixrl.studio.fuse import (
@@ -104,8 +105,9 @@ def test_a_corner_draws_the_concept_itself_and_the_middle_neither(mixer: Mixer) 
 def test_what_the_model_cannot_do_is_refused_with_the_reason(mixer: Mixer) -> None:
     with pytest.raises(InputError, match="dragon"):
         mixer.draw([Blend(("owl", "dragon"), (0.5, 0.5), 0)])
-    with pytest.raises(InputError, match=r"'photo\.png' is a picture"):
-        check(["owl", "photo.png"], MODEL)
+    for name in ("photo.png", "/etc/photo.png"):
+        with pytest.raises(InputError, match=rf"'{name}' is a picture, and the page has none: add it"):
+            check(["owl", name], MODEL)
     with pytest.raises(InputError, match="given twice"):
         check(["owl", "Owl"], MODEL)
     with pytest.raises(InputError, match="room for 4 concepts, and 5"):
@@ -128,7 +130,7 @@ def event(**data: Any) -> Any:
 def test_favourites_keep_their_lineage(root: Path) -> None:
     studio = Studio(root, ("owl", "snail"))
     tab: FuseTab = studio.fuse
-    pad, child, picture, note = tab.choose(["owl", "snail"])
+    pad, child, picture, note = tab.choose(["owl", "snail"], {})
     assert 'class="pad n2"' in pad and note == "" and child == Blend(("owl", "snail"), (0.5, 0.5), 0)
     assert "owl 50 %" in picture and 'download="owl-snail-0.png"' in picture
     child, picture, _ = tab.move(child, event(x=0.25, y=0.5))
@@ -193,10 +195,52 @@ def test_a_mixtures_coefficients_are_a_file_for_comfyui(root: Path, mixer: Mixer
     assert values_ND.tolist() == [[0.25] * width, [0.75] * width]
 
 
+def test_a_picture_is_a_concept_where_the_model_is_shown_pictures(root: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "my crab.png"
+    crab = next(one for one in toy_subjects("subjects", held_out=True) if one[0] == "crab_11")
+    crab[3][0].save(photo)  # a blue one
+    tab: FuseTab = Studio(root, ("owl", "snail"), "toy:flux").fuse
+    concepts, pictures, pad, child, picture, note = tab.add_picture(str(photo), ["owl"], {})
+    kept = root / "pictures" / "my crab.png"
+    assert concepts == ["owl", "my crab.png"] and pictures == {"my crab.png": str(kept)} and not note
+    assert kept.read_bytes() == photo.read_bytes() and str(tmp_path) not in pad + picture
+    assert child.weights == (0.5, 0.5) and "data:image/png" in picture
+    (shown,) = tab.mixer.draw([replace(child, weights=(0.0, 1.0))])
+    (hidden,) = tab.mixer.draw([Blend(("owl", "snail"), (1.0, 0.0), 0)])
+    assert blue(shown) > blue(hidden) + 5, "the picture's colour is drawn"
+    assert 'download="owl-my_crab.png-0.safetensors"' in tab.hand_over(child)
+    assert all(one.pictures == child.pictures for one in morph(child))
+    typed = check(child.concepts, "toy:flux", child.pictures).typed
+    assert typed == ("owl", str(kept)), "what a search is started with"
+    again = tab.add_picture(str(photo), concepts, pictures)
+    assert again[0] == concepts and len(list(kept.parent.iterdir())) == 1
+
+
+def blue(picture: Image.Image) -> float:
+    """How much bluer than red the middle of a picture is, in levels."""
+    levels = np.asarray(picture).astype(float)[16:48, 16:48]
+    return float((levels[..., 2] - levels[..., 0]).mean())
+
+
+def test_another_picture_of_the_same_name_and_one_that_cannot_be_read(root: Path, tmp_path: Path) -> None:
+    tab: FuseTab = Studio(root, ("owl", "snail"), "toy:flux").fuse
+    sent, known = [], {}
+    for number, colour in enumerate(("red", "blue")):
+        (tmp_path / str(number)).mkdir()
+        Image.new("RGB", (64, 64), colour).save(tmp_path / str(number) / "one.png")
+        sent, known, *_ = tab.add_picture(str(tmp_path / str(number) / "one.png"), sent, known)
+    assert sent == ["one.png", "one-2.png"] and len(set(known.values())) == 2
+    (tmp_path / "text.png").write_text("no picture")
+    *unchanged, note = tab.add_picture(str(tmp_path / "text.png"), ["owl"], {})
+    assert unchanged == [gr.skip()] * 5 and "text.png" in note
+    told = Studio(root, ("owl", "snail"), MODEL).fuse.add_picture(str(tmp_path / "0/one.png"), ["owl"], {})
+    assert "takes no picture for a concept" in told[-1]
+
+
 def test_an_unknown_concept_is_a_sentence_and_a_search_is_a_run(root: Path) -> None:
     studio = Studio(root, ("owl", "snail"))
     tab: FuseTab = studio.fuse
-    pad, child, picture, note = tab.choose(["owl", "dragon"])
+    pad, child, picture, note = tab.choose(["owl", "dragon"], {})
     assert child is None and "appears here" in picture and "dragon" in note and "Choose two" in pad
     begun: list[Any] = []
     studio.processes.begin = lambda command, run, given=(): begun.append((command, run, list(given)))  # type: ignore[method-assign]

@@ -1,5 +1,6 @@
 """Lists of concepts to fuse: one `a & b` a line, more concepts by more `&`."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def check_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
     """Return the concepts without stray spaces.
 
     Raises:
-        InputError: there are fewer than two, or one is empty, a picture, no text or given twice.
+        InputError: there are fewer than two, or one is empty, no text or given twice.
     """
     names = tuple(" ".join(concept.split()) for concept in concepts)
     if len(names) < 2:
@@ -93,21 +94,26 @@ def check_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
         raise InputError(f"A concept is empty in {list(concepts)!r}. Type, for example: pixrl fuse owl snail")
     seen: set[str] = set()
     for name in names:
-        _refuse_picture(name)
         if _key(require_text(name, f"the concept {name!r}")) in seen:
             raise InputError(f"The concept {name!r} is given twice; a fusion is between different concepts.")
         seen.add(_key(name))
     return names
 
 
-def _refuse_picture(concept: str, place: str = "The concept") -> None:
-    """Raise an InputError where a concept is the name of a picture, which a text encoder would read as words."""
-    if concept.lower().endswith(SUFFIXES + FOREIGN_SUFFIXES):
-        raise InputError(
-            f"{place} {concept!r} is a picture, and a fusion mixes what the model's text encoders make of words, in "
-            "which no model here has a place for pictures: name what it shows (pixrl fuse owl snail), or teach a FLUX "
-            "model a subject by its pictures (pixrl personalize --subject FOLDER)."
-        )
+def split_picture(concept: str) -> tuple[str, str | None]:
+    """Return a concept's name, and the file of the picture that stands for it, where it is one.
+
+    `photo.png` is a picture without words, named as its file; `owl=photo.png` one of what the word says.
+    """
+    if not concept.lower().endswith(SUFFIXES + FOREIGN_SUFFIXES):
+        return concept, None
+    word, equals, file = concept.partition("=")
+    return (word.strip(), file.strip()) if equals else (Path(concept).name, concept)
+
+
+def is_wordless(concept: str) -> bool:
+    """Return whether a concept's name is the file name of a picture without words."""
+    return split_picture(concept)[1] is not None
 
 
 def _key(concept: str) -> str:
@@ -126,7 +132,11 @@ def _parse(source: str, number: int, line: str) -> tuple[str, ...]:
     if not all(names):
         raise InputError(f"{place}: {line.strip()!r} has nothing on one side of {SEPARATOR!r}. {EXAMPLE}")
     for name in names:
-        _refuse_picture(name, f"{place}:")
+        if split_picture(name)[1] is not None:
+            raise InputError(
+                f"{place}: {name!r} is a picture, and a list holds words alone. Fuse it by itself: "
+                f"pixrl fuse owl {shlex.quote(name)}"
+            )
     if len({_key(name) for name in names}) < len(names):
         raise InputError(f"{place}: {line.strip()!r} names the same concept twice. {EXAMPLE}")
     return tuple(names)

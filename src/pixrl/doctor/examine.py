@@ -46,7 +46,7 @@ from pixrl.doctor.rewards import (
 )
 from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.trainer import read_policy
-from pixrl.fusion.world import judges_of, require_mixing
+from pixrl.fusion.world import judges_of, prompt_of, require_mixing
 from pixrl.hub import Checkpoint, read_card
 from pixrl.models import adapter_of
 from pixrl.models.base import Conditioning, Renderer
@@ -57,6 +57,7 @@ from pixrl.models.memory.estimate import (
 )
 from pixrl.models.memory.sharding import require_blocks
 from pixrl.models.pipeline import FlowPipelinePolicy, micro_batch_for
+from pixrl.models.references import TokenReferences
 from pixrl.models.slots import Lora, fitting_layers
 from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet
@@ -315,12 +316,14 @@ def examine_fusion(
             how = (config.model, checkpoint, precision, device, config.memory)
             made = empty_renderer(*how, findings, **config.drawing)
             assert isinstance(made, FlowPipelinePolicy)
-            texts = [made.card.exemplar_prompt.format(concept=one) for one in concepts or config.concepts]
+            texts = [prompt_of(made.card, one) for one in concepts or config.concepts]
             require_texts(made, checkpoint, texts, findings, t5=True)
             require_own_world(made, parts, {"clip": config.clip, "segmenter": config.segmenter}, findings)
             drawn = (made.settings.width, made.settings.height)
             if not (about_to_run and is_small(parts, max(drawn), device)):
                 row, modules = made.blank(), (made.denoiser, made.vae)
+                if config.pictures and isinstance(made, TokenReferences):
+                    row = replace(row, references=(made.blank_reference(),))
                 without_encoders(made, row, precision)
                 with imagined(*modules):
                     cost = cost_of(trial(made, row), modules)
@@ -335,8 +338,7 @@ def examine_fusion(
     if needed is not None and needed > place.free:
         ways = ("memory.offload=parts or sequential", "memory.vae_slicing=true", "a smaller checkpoint")
         report_lack(needed, place.free, ways, findings)
-    pictures = config.budget + config.exemplars * len(config.concepts)
-    disk = pictures * 3 * math.prod(drawn) if drawn[0] else None
+    disk = (config.budget + config.exemplars * len(config.concepts)) * 3 * math.prod(drawn) or None
     require_disk(disk, findings)
     reason = f"rollout: {batch} at a time, what suits the device at {drawn[0]} x {drawn[1]}"
     return Diagnosis(

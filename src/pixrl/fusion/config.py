@@ -1,5 +1,6 @@
 """What a fusion is made from: the recipe `fuse`, whose method is a sampler."""
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,9 @@ from pixrl import config as recipes
 from pixrl import plugins
 from pixrl.algorithms import MIXINGS, SAMPLERS
 from pixrl.algorithms.fusion.base import Sampler
-from pixrl.algorithms.fusion.mixing import ColumnsSettings, MixingSettings, Pooled
+from pixrl.algorithms.fusion.mixing import ColumnsSettings, MixingSettings, Pooled, Velocity
 from pixrl.config import MOST, MOST_GUIDANCE, Count, Resolution, Seed, Settings, refuse_infinite
-from pixrl.data.pairs import check_concepts
+from pixrl.data.pairs import check_concepts, is_wordless, split_picture
 from pixrl.errors import ConfigError, RunError, did_you_mean
 from pixrl.fusion.noise import Noise, NoisePlan
 from pixrl.hub import full_path, split_adapter
@@ -43,7 +44,9 @@ class FuseConfig(Settings):
     """The recipe of one fusion: its concepts, model and sampler, and how its pictures are scored and selected."""
 
     concepts: tuple[str, ...] = ()
-    """Two or more different concepts."""
+    """Two or more different concepts: words, or pictures (photo.png, or owl=photo.png with the word for it)."""
+    pictures: dict[str, str] = Field(default_factory=dict, exclude_if=lambda pictures: not pictures)
+    """The file of the picture that stands for a concept, by the concept's name; filled in from `concepts`."""
     model: str = "toy:sd3"
     """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
     guidance: float | None = Field(None, ge=0, le=MOST_GUIDANCE)
@@ -96,6 +99,19 @@ class FuseConfig(Settings):
     log: Trackers = ()
     """wandb and trackio: where the figures are shown besides the run's folder."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_pictures(cls, given: Any) -> Any:
+        """Name concepts that are pictures, and mix predictions unless a mixing is given: no embedding has pictures."""
+        if not isinstance(given, dict) or not isinstance(given.get("concepts"), list | tuple):
+            return given
+        split = [split_picture(one) if isinstance(one, str) else (one, None) for one in given["concepts"]]
+        found = {name: file for name, file in split if file is not None} | dict(given.get("pictures") or {})
+        if not found:
+            return given
+        changed = {"concepts": [name for name, _ in split], "pictures": found}
+        return {"mixing": {"kind": Velocity.Settings().kind}, **given, **changed}
+
     @field_validator("concepts")
     @classmethod
     def _different(cls, concepts: tuple[str, ...]) -> tuple[str, ...]:
@@ -111,6 +127,11 @@ class FuseConfig(Settings):
     @model_validator(mode="after")
     def _one_batch_at_least(self) -> "FuseConfig":
         refuse_infinite(self)
+        for name in self.pictures:
+            if name not in self.concepts:
+                raise ValueError(
+                    f"pictures names {name!r}, which is none of the concepts {', '.join(self.concepts) or '(none)'}"
+                )
         if self.pooled is not Pooled.WEIGHT and not MIXINGS.find(self.mixing.kind).mixes_embeddings:
             raise ValueError(
                 f"pooled={self.pooled} has no effect with mixing={self.mixing.kind}, which mixes no embeddings; leave "
@@ -135,13 +156,28 @@ class FuseConfig(Settings):
         adapter = split_adapter(self.model)[0] or ""
         return checksums([(SAMPLERS, self.sampler), (MIXINGS, self.mixing.kind), (ADAPTERS, adapter)])
 
+    @property
+    def picture_sums(self) -> dict[str, str]:
+        """SHA-256 of the pictures that stand for concepts, by the concepts' names, for a resume to compare."""
+        return {name: sha256(Path(file).read_bytes()).hexdigest() for name, file in self.pictures.items()}
+
     def with_full_paths(self) -> "FuseConfig":
         """Return the same recipe with absolute paths of the checkpoints that lie on this disk."""
         found = {name: full_path(ref) for name in CHECKPOINTS if (ref := self.__dict__[name]) is not None}
         mixing = self.mixing.model_copy(update={"kind": plugins.full_path(self.mixing.kind)})
         if self.policy_from is not None:
             found["policy_from"] = str(Path(self.policy_from).resolve())
-        return self.model_copy(update={**found, "sampler": plugins.full_path(self.sampler), "mixing": mixing})
+        pictures = {name: str(Path(file).resolve()) for name, file in self.pictures.items()}
+        code = {"sampler": plugins.full_path(self.sampler), "mixing": mixing}
+        return self.model_copy(update={**found, **code, "pictures": pictures})
+
+    @property
+    def typed(self) -> tuple[str, ...]:
+        """The concepts as they are typed: a picture as its file, behind its word where it has one."""
+        found = {
+            name: file if is_wordless(name) else f"{name}={file}" for name, file in self.pictures.items()
+        }
+        return tuple(found.get(name, name) for name in self.concepts)
 
     @property
     def drawing(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ encoder has another scale. `calibrate_presence` finds those of a generator and a
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,12 +23,14 @@ from pixrl.algorithms import MIXINGS, make_mixing
 from pixrl.algorithms.fusion.base import FusionTask
 from pixrl.algorithms.fusion.mixing import Mixing
 from pixrl.algorithms.fusion.policy import UNMIXED
+from pixrl.data.pairs import is_wordless
+from pixrl.data.pictures import as_floats, opened, to_levels
 from pixrl.equations.fusion import BALANCE
 from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.fusion.config import FuseConfig
 from pixrl.hub import Card, read_card
 from pixrl.hub_check import Layout
-from pixrl.models.base import Mixture, Renderer
+from pixrl.models.base import Conditioning, Mixture, ReferencePolicy, Renderer, on_canvas
 from pixrl.models.memory.plan import MemoryPlan
 from pixrl.types import sample_seed
 
@@ -80,26 +83,37 @@ class FusionWorld:
         self.card = card
         self.clip = clip
         self.segmenter = segmenter
-        self._exemplars: dict[tuple[str, int], Exemplars] = {}
+        self._exemplars: dict[tuple[str, int, str | None], Exemplars] = {}
 
     def prompt(self, concept: str) -> str:
         """Return the prompt of one concept, for its exemplars and for the embeddings that are mixed."""
-        return self.card.exemplar_prompt.format(concept=concept)
+        return prompt_of(self.card, concept)
 
-    def exemplars(self, concept: str, count: int) -> Exemplars:
-        """Return the exemplars of a concept, which are the same for every run, seed and sampler."""
-        key = (concept, count)
+    def exemplars(self, concept: str, count: int, picture: str | None = None) -> Exemplars:
+        """Return the exemplars of a concept, which are the same for every run, seed and sampler.
+
+        Those of a picture are the picture itself, as the generator would draw it: on white, nothing cut off.
+        """
+        key = (concept, count, picture)
         if key not in self._exemplars:
-            prompt = self.prompt(concept)
-            seeds = tuple(sample_seed(EXEMPLAR_SEED, 0, 0, i) for i in range(count))
-            images_MCHW = self.renderer.sample(self.renderer.encode([prompt] * count), seeds)
+            prompt, settings = self.prompt(concept), self.renderer.settings
+            if picture is None:
+                seeds = tuple(sample_seed(EXEMPLAR_SEED, 0, 0, i) for i in range(count))
+                images_MCHW = self.renderer.sample(self.renderer.encode([prompt] * count), seeds)
+                which, ways = (
+                    f"any of the {count} exemplars of {concept!r} ({prompt!r})",
+                    "more with --exemplars, ",
+                )
+            else:
+                seeds = ()
+                images_MCHW = on_canvas(read_concept(picture), settings.width, settings.height)[None]
+                which, ways = f"the picture {picture}", ""
             features_ME = self.scorer.exemplar_features(images_MCHW)
             found = ~features_ME.isnan().any(dim=1)
             if not bool(found.any()):
                 raise RunError(
-                    f"No foreground was found in any of the {count} exemplars of {concept!r} ({prompt!r}), so nothing "
-                    "can be compared with them. Try more with --exemplars, another --set segmenter=REF, or another "
-                    "word."
+                    f"No foreground was found in {which}, so nothing can be compared with it. Try {ways}another "
+                    f"--set segmenter=REF, or another {'word' if picture is None else 'picture'}."
                 )
             self._exemplars[key] = Exemplars(concept, prompt, seeds, images_MCHW, features_ME[found])
         return self._exemplars[key]
@@ -148,14 +162,49 @@ def load_world(
 def mixing_of(renderer: Renderer, card: Card, config: FuseConfig) -> Mixing[Any]:
     """Return the mixing of the recipe's concepts by a generator; raises as `FusionWorld.mixing` does."""
     require_mixing(type(renderer), renderer.name, config)
-    prompts = [card.exemplar_prompt.format(concept=concept) for concept in config.concepts]
-    return make_mixing(config.mixing, renderer.encode(prompts), renderer.settings.steps, config.pooled)
+    prompts = [prompt_of(card, concept) for concept in config.concepts]
+    sources = renderer.encode(prompts)
+    if config.pictures:
+        assert isinstance(renderer, ReferencePolicy)  # require_mixing
+        rows = [sources[[place]] for place in range(len(prompts))]
+        for place, concept in enumerate(config.concepts):
+            if concept in config.pictures:
+                (shown,) = renderer.laid_out([read_concept(config.pictures[concept])])
+                rows[place] = renderer.show(rows[place], [shown[None]], [prompts[place]])
+        sources = Conditioning.cat(rows)
+    return make_mixing(config.mixing, sources, renderer.settings.steps, config.pooled)
+
+
+def prompt_of(card: Card, concept: str) -> str:
+    """Return the prompt of one concept; that of a picture without words is empty."""
+    return "" if is_wordless(concept) else card.exemplar_prompt.format(concept=concept)
+
+
+def read_concept(file: str) -> Tensor:
+    """Read the picture that stands for a concept, float32 [3, H, W].
+
+    Raises:
+        InputError: there is no such file, or it cannot be read as a picture.
+    """
+    return as_floats(to_levels(opened(Path(file))))
 
 
 def require_mixing(adapter: type[Renderer], name: str, config: FuseConfig) -> None:
-    """Raise InputError where a model of this adapter, called `name`, cannot draw by the recipe's mixing."""
-    if MIXINGS.find(config.mixing.kind).needs_regions:
+    """Raise InputError where a model of this adapter, called `name`, cannot draw by the recipe's mixing or pictures."""
+    mixing = MIXINGS.find(config.mixing.kind)
+    if mixing.needs_regions:
         adapter.require_regions(name)
+    if not config.pictures:
+        return
+    if not mixing.takes_pictures:
+        able = " or ".join(kind for kind in MIXINGS.names() if MIXINGS.find(kind).takes_pictures)
+        raise InputError(
+            f"mixing={config.mixing.kind} mixes what the model makes of words, where {', '.join(config.pictures)} has "
+            f"no place: take --mixing {able}, or leave the mixing out."
+        )
+    adapter.require_pictures(name)
+    for file in config.pictures.values():
+        read_concept(file)
 
 
 def render(renderer: Renderer, mixing: Mixing[Any], coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -173,7 +222,10 @@ class FusionSession:
         self.world = world
         self.config = config
         self.mixing = world.mixing(config)
-        self.exemplars = tuple(world.exemplars(concept, config.exemplars) for concept in config.concepts)
+        self.exemplars = tuple(
+            world.exemplars(concept, config.exemplars, config.pictures.get(concept))
+            for concept in config.concepts
+        )
 
     def task(self) -> FusionTask:
         """Return what the sampler sees: the concepts' features, one column for each coefficient of the mixing."""

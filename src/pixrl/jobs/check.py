@@ -272,7 +272,7 @@ class _Inspection:
             self._found(self.path / WORLD, "missing or damaged", RESUMED)
         else:
             for concept in world.prompts:
-                for number in range(len(world.exemplar_seeds)):
+                for number in range(1 if concept in world.pictures else len(world.exemplar_seeds)):
                     file = self.path / EXEMPLARS / f"{slug(concept)}-{number:02d}.png"
                     self._picture(file, "the report goes without it")
             self._tensors(self.path / EXEMPLARS / FEATURES)

@@ -26,7 +26,7 @@ from pixrl.fusion.config import open_run as open_fusion
 from pixrl.fusion.world import mixing_of, render
 from pixrl.hub import read_card
 from pixrl.hub_check import Layout
-from pixrl.jobs.fuse import read_world, require_same_code
+from pixrl.jobs.fuse import read_world, require_same_code, require_same_pictures
 from pixrl.models.base import Renderer
 from pixrl.runs import checkpoint
 from pixrl.runs.config import KINDS, PersonalizeConfig, read_config
@@ -256,7 +256,9 @@ def _of_child(path: Path, request: DrawRequest) -> Source:
         plan=config.memory,
         **{**config.drawing, **request.drawing},
     )
-    if renderer.fingerprint() != read_world(folder).fingerprint:
+    world = read_world(folder)
+    require_same_pictures(world, config, path)
+    if renderer.fingerprint() != world.fingerprint:
         raise CheckpointError(f"{config.model} has changed since {path} was drawn. Put the old one back.")
     mixing = mixing_of(renderer, read_card(config.model, Layout.PIPELINE), config)
     about = {"concepts": config.concepts, "child": request.child, "model": config.model, "run": str(path)}

@@ -65,6 +65,8 @@ class WorldRecord(BaseModel):
     """Provenance of the scores; empty in runs of before it was recorded."""
     code: dict[str, str] = Field({}, exclude_if=lambda code: not code)
     """Checksums of the files that hold parts of yours, by their names."""
+    pictures: dict[str, str] = Field({}, exclude_if=lambda pictures: not pictures)
+    """SHA-256 of the pictures that stand for concepts."""
     presence: Presence | None
     prompts: dict[str, str]
     exemplar_seeds: tuple[int, ...]
@@ -225,7 +227,7 @@ def _run(
         assert isinstance(trainer.sampler, PolicySampler)  # require_fits
         trainer.sampler.adopt(learned.tensors)
     record = _record(world, session, config)
-    _write_world(folder, record, session, place)
+    _write_world(folder, record, session, config, place)
     monitor = tracked(monitor, folder, config.log)
     loop = Loop(
         algorithm=trainer,
@@ -305,6 +307,16 @@ def require_same_code(path: Path) -> None:
         )
 
 
+def require_same_pictures(began: WorldRecord, config: FuseConfig, path: Path) -> None:
+    """Raise a CheckpointError where a picture that stands for a concept is another than when the run began."""
+    now = config.picture_sums
+    changed = [config.pictures[name] for name, was in began.pictures.items() if now.get(name) != was]
+    if changed:
+        raise CheckpointError(
+            f"{' and '.join(changed)} changed since the run {path} began. Put the picture back, or start a new run."
+        )
+
+
 def _record(world: FusionWorld, session: FusionSession, config: FuseConfig) -> WorldRecord:
     return WorldRecord(
         model=world.renderer.name,
@@ -313,14 +325,17 @@ def _record(world: FusionWorld, session: FusionSession, config: FuseConfig) -> W
         segmenter=world.segmenter,
         scorer=dict(world.scorer.provenance),
         code=config.code,
+        pictures=config.picture_sums,
         presence=world.card.presence,
         prompts={e.concept: e.prompt for e in session.exemplars},
-        exemplar_seeds=session.exemplars[0].seeds,
+        exemplar_seeds=max((e.seeds for e in session.exemplars), key=len),
         usable_exemplars={e.concept: len(e.features_ME) for e in session.exemplars},
     )
 
 
-def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession, place: ResumePoint) -> None:
+def _write_world(
+    folder: RunFolder, record: WorldRecord, session: FusionSession, config: FuseConfig, place: ResumePoint
+) -> None:
     """What the children are compared with, and by what. A resumed run must find what it began with.
 
     Where world.json is lost, its copy in the checkpoint says that.
@@ -334,6 +349,7 @@ def _write_world(folder: RunFolder, record: WorldRecord, session: FusionSession,
                 f"{record.model} has changed since the run {folder.path} began ({before.fingerprint}, now "
                 f"{record.fingerprint}). Put the old checkpoint back, or start a new run."
             )
+        require_same_pictures(before, config, folder.path)
         changed = [
             f"{name}: {was!r}, now {record.scorer.get(name)!r}"
             for name, was in before.scorer.items()

@@ -88,6 +88,8 @@ class Renderer(ABC):
     """Whether its guidance is a second pass that leads away from a text, which may be given as `negative_prompt`."""
     reads_regions: ClassVar[bool] = False
     """Whether its places attend to a row's prompts by the masks of `Conditioning.regions_BNHW`."""
+    reads_pictures: ClassVar[bool] = False
+    """Whether rows of one batch may be shown different numbers of references, so that a picture can be a concept."""
     licences: ClassVar[Mapping[str, str]] = {}
     """The licences of published weights by hub id, as known when this was written; the model's page decides."""
     name: str
@@ -143,6 +145,20 @@ class Renderer(ABC):
             raise InputError(
                 f"{name} cannot attend by region: its adapter {cls.__name__} takes one prompt a picture. SD3, SDXL and "
                 "FLUX models can; with this one take mixing=spatial, at a pass for each concept."
+            )
+
+    @classmethod
+    def require_pictures(cls, name: str) -> None:
+        """Raise InputError where a model of this class, loaded as `name`, takes no picture for a concept."""
+        if not cls.reads_pictures:
+            how = (
+                "is shown as many pictures with every prompt"
+                if issubclass(cls, ReferencePolicy)
+                else "draws from words alone"
+            )
+            raise InputError(
+                f"{name} takes no picture for a concept: its adapter {cls.__name__} {how}. FLUX models can, FLUX.1 "
+                "Kontext and toy:flux among them: --model toy:flux. Or name what it shows: pixrl fuse owl snail."
             )
 
     def merge_lora(self, place: Path) -> None:

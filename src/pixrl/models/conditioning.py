@@ -22,7 +22,8 @@ class Conditioning:
             it, which attend to padding too.
         away: what guidance leads away from, row by row, where that depends on the references; None: it does not.
         sizes_BN2: rows and columns of the latents of each row's N references, where these have several shapes; zeros
-            fill up what is beyond. None: all references at a place have the shape of their tensor.
+            fill up what is beyond, and a reference of 0 x 0 is none. None: all references at a place have the shape of
+            their tensor.
         regions_BNHW: masks of the N prompts of each row, of any size, which sum to one over N: how much each place of
             the picture attends to each prompt (`pixrl.models.regions`). None: a row is one prompt.
     """
@@ -170,6 +171,8 @@ class Conditioning:
                 f"cat: regions of {shapes}; give all parts masks [B, N, H, W] of one shape, or none "
                 "(Conditioning.in_regions_of)."
             )
+        longest = max((p.references for p in parts), key=len, default=())
+        parts = [p._beside(longest) for p in parts]
         references = []
         for column in zip(*(p.references for p in parts), strict=True):
             # up to the largest there are zeros, below and at the right; the sizes say where, unless all have one shape
@@ -205,14 +208,15 @@ class Conditioning:
         )
 
     def by_shape(self) -> "Iterator[tuple[Tensor, Conditioning]]":
-        """Yield the rows whose references have the same shapes, and what they are, its references without filling."""
+        """Yield the rows that are shown as many references of the same shapes, and what they are, without filling."""
         if self.sizes_BN2 is None:
             yield torch.arange(len(self)), self
             return
         for sizes_N2 in self.sizes_BN2.unique(dim=0):
             rows = (self.sizes_BN2 == sizes_N2).flatten(1).all(dim=1).nonzero().flatten()
             part = self[rows]
-            cut = tuple(x[:, :, :h, :w] for x, (h, w) in zip(part.references, sizes_N2.tolist(), strict=True))
+            sizes = zip(part.references, sizes_N2.tolist(), strict=True)
+            cut = tuple(x[:, :, :h, :w] for x, (h, w) in sizes if h and w)
             yield rows, replace(part, references=cut, sizes_BN2=None)
 
     def _require_no_regions(self, what: str) -> None:
@@ -220,6 +224,14 @@ class Conditioning:
             raise ShapeError(
                 f"{what}: rows with regions hold several prompts; mix them before they get regions."
             )
+
+    def _beside(self, references: tuple[Tensor, ...]) -> "Conditioning":
+        """Return the rows with as many references as others have, of which those beyond their own are 0 x 0."""
+        absent = tuple(x.new_zeros(len(self), x.shape[1], 0, 0) for x in references[len(self.references) :])
+        if not absent:
+            return self
+        sizes_BN2 = F.pad(self.sizes, (0, 0, 0, len(absent)))
+        return replace(self, references=self.references + absent, sizes_BN2=sizes_BN2)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Return the rows with every tensor but the masks changed."""

@@ -147,6 +147,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
     pipeline_class = "FluxPipeline"
     lora_layout = "flux"
     reads_regions = True
+    reads_pictures = True
     licences: ClassVar[Mapping[str, str]] = {
         "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] Non-Commercial License",
         "black-forest-labs/FLUX.1-Kontext-dev": "FLUX.1 [dev] Non-Commercial License",

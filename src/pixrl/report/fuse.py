@@ -292,7 +292,7 @@ def _row(runs: FinishedRuns, run: FinishedRun) -> dict[str, Any]:
 
 def command_line(run: FinishedRun) -> str:
     """Return the `pixrl fuse` command of a run, with the settings that differ from the defaults."""
-    return shlex.join(["pixrl", "fuse", *run.config.concepts, *_arguments(run.config)])
+    return shlex.join(["pixrl", "fuse", *run.config.typed, *_arguments(run.config)])
 
 
 def many_command(runs: FinishedRuns) -> str:
@@ -305,7 +305,8 @@ def many_command(runs: FinishedRuns) -> str:
     if runs.folder.kind == COMPARE:
         arguments = [a for a in _arguments(base) if not a.startswith("--sampler")]
         compared = ["--compare", ",".join(config.samplers)]
-        return shlex.join(["pixrl", "fuse", *config.concepts[0], *compared, *arguments, *extra])
+        concepts = next(config.children())[1].typed
+        return shlex.join(["pixrl", "fuse", *concepts, *compared, *arguments, *extra])
     return shlex.join(["pixrl", "fuse", "--pairs", "FILE", *_arguments(base), *extra])
 
 
@@ -314,9 +315,11 @@ def python_lines(run: FinishedRun) -> str:
     config = run.config
     given = dict(_changed(config, FuseConfig(sampler=config.sampler)))
     given.pop("sampler", None)
-    parts = [repr(list(config.concepts)), f"budget={config.budget}", f"seed={config.seed}"]
+    parts = [repr(list(config.typed)), f"budget={config.budget}", f"seed={config.seed}"]
     parts += [f"sampler={str(config.sampler)!r}", f"model={config.model!r}"]
-    parts += [f"{k}={v!r}" for k, v in given.items() if k not in ("budget", "seed", "model", "concepts")]
+    parts += [
+        f"{k}={v!r}" for k, v in given.items() if k not in ("budget", "seed", "model", "concepts", "pictures")
+    ]
     return f"import pixrl\nresult = pixrl.fuse({', '.join(parts)})"
 
 
@@ -344,7 +347,7 @@ def run_facts(run: FinishedRun) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 def _arguments(config: FuseConfig) -> list[str]:
     changed = _changed(config, FuseConfig())
     flags = [f"--{name}={changed[name]}" for name in _FLAGS if name in changed]
-    sets = [(k, v) for k, v in changed.items() if k not in (*_FLAGS, "options", "concepts")]
+    sets = [(k, v) for k, v in changed.items() if k not in (*_FLAGS, "options", "concepts", "pictures")]
     defaults: Settings = resolve_options(config.sampler, {})
     usual = defaults.model_dump(mode="json")
     sets += [(f"options.{k}", v) for k, v in config.options.items() if v != usual.get(k)]
@@ -353,7 +356,9 @@ def _arguments(config: FuseConfig) -> list[str]:
 
 def _changed(config: FuseConfig, usual: FuseConfig) -> dict[str, Any]:
     before = usual.model_dump(mode="json")
-    return {name: value for name, value in config.model_dump(mode="json").items() if value != before[name]}
+    return {
+        name: value for name, value in config.model_dump(mode="json").items() if value != before.get(name)
+    }
 
 
 def _yaml(value: Any) -> str:

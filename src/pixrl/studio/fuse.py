@@ -7,16 +7,20 @@ loaded with the first picture.
 import base64
 import io
 import itertools
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL import Image
 
 from pixrl import config as recipes
+from pixrl.data.pairs import is_wordless
+from pixrl.data.pictures import read_picture
 from pixrl.errors import InputError, PixrlError
 from pixrl.report.page import render
 from pixrl.studio.folders import HERE, sentence
@@ -56,11 +60,18 @@ class Blend:
     seed: int
     parent: int | None = None
     """The number of the favourite whose coefficients it has."""
+    pictures: tuple[tuple[str, str], ...] = ()
+    """The concepts that are pictures, and their files."""
+
+    @property
+    def title(self) -> str:
+        """Its concepts as a part of a file's name."""
+        return "-".join(re.sub(r"[^\w.+-]+", "_", concept) for concept in self.concepts)
 
     @property
     def name(self) -> str:
         """A name for files."""
-        return "-".join("_".join(concept.split()) for concept in self.concepts) + f"-{self.seed}"
+        return f"{self.title}-{self.seed}"
 
 
 def weights_at(count: int, x: float, y: float) -> tuple[float, ...]:
@@ -86,11 +97,12 @@ def point_of(weights: Sequence[float]) -> tuple[float, float]:
     return x, y
 
 
-def check(concepts: Sequence[str], model: str) -> "FuseConfig":
-    """Return the recipe of a mixture.
+def check(concepts: Sequence[str], model: str, pictures: Sequence[tuple[str, str]] = ()) -> "FuseConfig":
+    """Return the recipe of a mixture; `pictures`: the concepts that are pictures, and their files.
 
     Raises:
-        InputError: there are fewer than two concepts or more than four, or one is empty or given twice.
+        InputError: there are fewer than two concepts or more than four, or one is empty, given twice, or the name of a
+            picture that was not added.
     """
     from pixrl.fusion.config import FuseConfig
 
@@ -98,7 +110,14 @@ def check(concepts: Sequence[str], model: str) -> "FuseConfig":
         raise InputError(
             f"The pad has room for {MOST} concepts, and {len(concepts)} were chosen: take some out."
         )
-    return recipes.load(FuseConfig, None, values={"concepts": tuple(concepts), "model": model}, kind="fuse")
+    files = dict(pictures)
+    for concept in concepts:
+        if is_wordless(concept) and concept not in files:
+            raise InputError(
+                f"{concept!r} is a picture, and the page has none: add it with the button below."
+            )
+    given = {"concepts": tuple(concepts), "model": model, "pictures": files}
+    return recipes.load(FuseConfig, None, values=given, kind="fuse")
 
 
 class Mixer:
@@ -122,7 +141,7 @@ class Mixer:
 
         from pixrl.fusion.world import mixing_of, render
 
-        config = check(children[0].concepts, self.model)
+        config = check(children[0].concepts, self.model, children[0].pictures)
         with self._lock, torch.inference_mode():
             renderer, card = _load(self.model, self.device, size)
             mixing = mixing_of(renderer, card, config)
@@ -139,14 +158,14 @@ class Mixer:
         Raises:
             InputError: a concept is unknown to the model.
         """
-        from pixrl.fusion.world import mixing_of
+        from pixrl.fusion.world import mixing_of, prompt_of
         from pixrl.report.export import coefficients_bytes
 
-        config = check(child.concepts, self.model)
+        config = check(child.concepts, self.model, child.pictures)
         with self._lock:
             renderer, card = _load(self.model, self.device, None)
             values_1ND = _coefficients(child, mixing_of(renderer, card, config))
-        prompts = [card.exemplar_prompt.format(concept=concept) for concept in child.concepts]
+        prompts = [prompt_of(card, concept) for concept in child.concepts]
         return coefficients_bytes(values_1ND[0], config, prompts, child.seed)
 
     def size(self) -> tuple[int, int]:
@@ -182,7 +201,7 @@ def morph(child: Blend) -> list[Blend]:
         weights = [0.0] * count
         weights[stops[int(leg)]] += 1 - share
         weights[stops[int(leg) + 1]] += share
-        found.append(Blend(child.concepts, tuple(weights), child.seed))
+        found.append(replace(child, weights=tuple(weights), parent=None))
     return found
 
 
@@ -231,6 +250,9 @@ class FuseTab:
                     allow_custom_value=True,
                     label="Concepts, two to four: choose, or type your own",
                 )
+                self.add = gr.UploadButton(
+                    "Add a picture as a concept", file_types=["image"], size="sm", elem_classes="add"
+                )
                 self.pad = gr.HTML(_pad(None), js_on_load=asset("pad.js"), apply_default_css=False)
                 with gr.Row(elem_classes="buttons"):
                     self.noise = gr.Button("Other noise", size="sm", min_width=90)
@@ -251,11 +273,13 @@ class FuseTab:
                 self.kept, self.similar = gr.HTML("", **lists), gr.HTML("", **lists)
                 self.learned = studio.html()
         self.child, self.searched, self.mark = gr.State(None), gr.State(None), gr.State(0)
-        self.similar_children, self.favourites = gr.State([]), gr.State([])
+        self.similar_children, self.favourites, self.pictures = gr.State([]), gr.State([]), gr.State({})
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         drawn = [self.child, self.picture, self.note]
         last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
-        self.concepts.input(self.choose, [self.concepts], [self.pad, *drawn], **last)
+        chosen = [self.concepts, self.pictures]
+        self.concepts.input(self.choose, chosen, [self.pad, *drawn], **last)
+        self.add.upload(self.add_picture, [self.add, *chosen], [*chosen, self.pad, *drawn], **quiet)
         self.pad.input(self.move, [self.child], drawn, **last)
         self.noise.click(self.redraw, [self.child], drawn, **quiet)
         kept = [self.favourites, self.kept, self.child]
@@ -287,14 +311,31 @@ class FuseTab:
         page = self.studio.page_of(searched)
         return page.head(data) + page.group(data)
 
-    def choose(self, concepts: Sequence[str]) -> list[Any]:
+    def choose(self, concepts: Sequence[str], pictures: Mapping[str, str]) -> list[Any]:
         """Begin with equal weights of the chosen concepts: return the pad, the child, its picture and a note."""
         if len(concepts) < 2:
             return [_pad(None), None, _mixture(None, ""), ""]
         names = tuple(" ".join(one.split()) for one in concepts)
         weights = (1 / len(names),) * len(names)
-        shown = self._show(Blend(names, weights, 0))
+        files = tuple((name, pictures[name]) for name in names if name in pictures)
+        shown = self._show(Blend(names, weights, 0, pictures=files))
         return [_pad(shown[0]), *shown]
+
+    def add_picture(self, file: str, concepts: Sequence[str], pictures: Mapping[str, str]) -> list[Any]:
+        """Choose a picture too: return the concepts, the pictures and what `choose` returns.
+
+        It is kept in `pictures` beside the runs, where a search finds it again.
+        """
+        place = Path(file)
+        try:
+            read_picture(place)
+        except InputError as error:
+            return [*[gr.skip()] * 5, self._refused(error)]
+        if self.studio.runs.names() != [HERE]:
+            place = keep_picture(place, self.studio.runs.root / "pictures")
+        pictures = {**pictures, place.name: str(place)}
+        concepts = [*concepts, *([] if place.name in concepts else [place.name])]
+        return [concepts, pictures, *self.choose(concepts, pictures)]
 
     def move(self, child: Blend | None, event: gr.EventData) -> list[Any]:
         """Return the child of the point on the pad, its picture and a note."""
@@ -376,9 +417,9 @@ class FuseTab:
         if self.studio.runs.names() == [HERE]:
             text = "Start the studio on a folder of runs, not on a run: a search is a run beside the others."
             return [gr.skip(), _note(text)]
-        base = "-".join("_".join(concept.split()) for concept in child.concepts)
-        name = next(one for n in itertools.count(1) if not (root / (one := f"{base}-{n}")).exists())
-        given = [*child.concepts, "--budget", str(BUDGET), "--model", self.mixer.model, "--out"]
+        name = next(one for n in itertools.count(1) if not (root / (one := f"{child.title}-{n}")).exists())
+        typed = check(child.concepts, self.mixer.model, child.pictures).typed
+        given = [*typed, "--budget", str(BUDGET), "--model", self.mixer.model, "--out"]
         try:
             self.studio.processes.begin("fuse", root / name, given)
         except PixrlError as error:
@@ -387,6 +428,20 @@ class FuseTab:
 
     def _refused(self, error: PixrlError) -> str:
         return _note(sentence(error, self.studio.runs.root))
+
+
+def keep_picture(file: Path, folder: Path) -> Path:
+    """Copy a picture into a folder, under another name where another one has its own; return the copy."""
+    content = file.read_bytes()
+    folder.mkdir(exist_ok=True)
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    for number in numbers:
+        place = folder / f"{file.stem}{number}{file.suffix}"
+        if not place.exists():
+            place.write_bytes(content)
+        if place.read_bytes() == content:
+            break
+    return place
 
 
 def _note(text: str) -> str:

@@ -71,6 +71,9 @@ class Mixing(ABC, Generic[MixingSettingsT]):
     """Whether the text embedding is mixed, and with it the pooled features (`pooled` in a recipe)."""
     needs_regions: ClassVar[bool] = False
     """Whether the generator must attend by region (`Renderer.reads_regions`)."""
+    takes_pictures: ClassVar[bool] = False
+    """Whether a concept may be a picture that the generator is shown (`Renderer.reads_pictures`): true of what averages
+    predictions, since a picture has no place in a text embedding."""
     features_ND: Tensor
 
     def __init__(
@@ -198,6 +201,7 @@ class Steps(Mixing[StepsSettings]):
     """One concept early and another late, or in turn: early steps settle the layout, late ones the surface."""
 
     Settings = StepsSettings
+    takes_pictures = True
 
     def __init__(self, settings: StepsSettings, sources: Conditioning, *, steps: int, pooled: Pooled) -> None:
         super().__init__(settings, sources, steps=steps, pooled=pooled)
@@ -227,6 +231,7 @@ class Velocity(Mixing[VelocitySettings]):
     """The average of what the network predicts for every concept, a v_A + (1 - a) v_B, the same at every step."""
 
     Settings = VelocitySettings
+    takes_pictures = True
 
     def __init__(
         self, settings: VelocitySettings, sources: Conditioning, *, steps: int, pooled: Pooled
@@ -313,6 +318,7 @@ class Spatial(Masked[SpatialSettings]):
     """The predictions of the concepts, each in its part of the latents."""
 
     Settings = SpatialSettings
+    takes_pictures = True
 
     def __init__(
         self, settings: SpatialSettings, sources: Conditioning, *, steps: int, pooled: Pooled
