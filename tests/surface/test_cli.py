@@ -314,3 +314,13 @@ def test_one_of_several_processes_ends_at_once_with_its_code(
     with pytest.raises(SystemExit):  # the real _exit does not come back
         cli.main()
     assert ends == [ended]
+
+
+def test_no_command_prints_the_advice_of_a_library_that_users_did_not_ask_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda: None)
+    advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.setattr(advice, "level", logging.NOTSET)
+    cli.main()
+    assert not advice.isEnabledFor(logging.WARNING) and advice.isEnabledFor(logging.ERROR)

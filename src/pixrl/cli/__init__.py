@@ -4,6 +4,7 @@ The commands are in demo.py, train.py, vote.py, tools.py and human_study.py; eac
 """
 
 import errno
+import logging
 import os
 import sys
 import warnings
@@ -74,6 +75,8 @@ def main() -> None:
     """Run the console script `pixrl`."""
     # torch on a CPU, once a process: a bfloat16 model's norms with float32 weights take its plain kernel
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    # on a CPU with AVX512-BF16 it advises every command to install a kernel that the hub would have to deliver
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except SystemExit as done:
