@@ -22,9 +22,10 @@ hides errors, and a steep decoder in front of it magnifies them.
 A flipped sign, a dropped factor of two or a neighbour's row changes the result by about its own size. So a bound over a
 tenth of that (in norm: a quarter) is refused: compare in a higher precision, earlier, or in norm.
 
-Not for these functions: what is exact by construction (a copy, integers, the same call on the same input in one
-process) is compared with torch.equal; what is random, with bounds from its standard error; what must differ, with a
-bound far above `rounding(...)`.
+Not for these functions: what is exact by construction (a copy, integers, the same call on the same tensors in one
+process) is compared with torch.equal. Equal weights that lie elsewhere, as those of another slot, are not the same
+tensors: MKL's kernels for AVX2 add in another order where memory is aligned otherwise. What is random is held to bounds
+from its standard error; what must differ, to one far above `rounding(...)`.
 """
 
 import math

@@ -38,7 +38,16 @@ from tests.align.test_doctor import NEAR
 from tests.align.test_full import ALL, OWL, load, slots_of
 from tests.align.test_processes import EPS
 from tests.align.test_sharding import FULL, NONE, is_divided, write_recipe
-from tests.tolerance import GRADIENT, STORES, agree, agree_after_adam, agree_in_norm
+from tests.tolerance import (
+    GRADIENT,
+    MODEL,
+    STORES,
+    agree,
+    agree_after_adam,
+    agree_in_norm,
+    epsilon,
+    rounding,
+)
 
 
 def full(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -57,11 +66,19 @@ def weights(run: Path, slot: str) -> dict[str, Tensor]:
     return slots_of({name.removeprefix("slots/"): x for name, x in final(run).items()}, slot)
 
 
+SAME = rounding(torch.float32, MODEL, scale=10)
+"""How far velocities of equal weights that lie elsewhere may be apart: theirs are up to ten."""
+
+
 def test_the_first_update_is_on_policy_and_begins_at_the_base(run: Path) -> None:
     first, second = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     checks = {name: x for name, x in first.items() if name.startswith("on_policy_deviation/")}
-    assert len(checks) == 4 and set(checks.values()) == {0.0}
-    assert first["kl"] == 0 < second["kl"] and first["old_distance"] == 0 < second["old_distance"]
+    assert len(checks) == 4
+    for name, deviation in checks.items():
+        in_half = "/bfloat16/" in name
+        assert deviation <= (2 * epsilon(torch.bfloat16) * STORES**0.5 if in_half else SAME)
+    for name in ("kl", "old_distance"):
+        assert first[name] <= SAME**2 < second[name]
     assert first["gradient_disagreement"] == 0
 
 
@@ -106,7 +123,7 @@ def test_sharded_whole_and_alone_end_alike_though_the_number_of_processes_change
     assert not is_divided(whole)
     alike(mixed, whole, sd3_folder)
     metrics = [json.loads(line) for line in (mixed / "metrics.jsonl").read_text().splitlines()]
-    assert metrics[0]["gradient_disagreement"] == 0 == metrics[0]["kl"]
+    assert metrics[0]["gradient_disagreement"] == 0 and metrics[0]["kl"] <= SAME**2
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_only_the_written_slot_changes(sd3: SD3Policy) -> None:
     for slot in ("old", "ema", "reference"):
         assert torch.equal(velocity(sd3, slot), before)
     lora.blend("old", "current", 0.0)
-    assert torch.equal(velocity(sd3, "old"), velocity(sd3, "current"))
+    assert agree(velocity(sd3, "old"), velocity(sd3, "current"), MODEL)
     assert torch.equal(velocity(sd3, "ema"), before)
 
 
