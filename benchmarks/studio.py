@@ -1,23 +1,29 @@
-"""How long the studio's page of a large run takes: to open, and to bring up to date after another step.
+"""How long the studio's page of a large run takes, to open and to bring up to date, and what watching costs a training.
 
     .venv/bin/python -m benchmarks.studio [ROWS]
+    .venv/bin/python -m benchmarks.studio watch
 
 A synthetic alignment of ROWS manifest rows (10,000) is opened by the functions of the page, in seconds of the
-processor, and by chromium where there is one, in seconds by the clock beside those of an empty page of Gradio.
+processor, and by chromium where there is one, in seconds by the clock beside those of an empty page of Gradio. With
+`watch`, toy trainings take turns with and without a studio that shows them in chromium, which it needs.
 """
 
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from tests.align.synthetic import run_folder, settings
 
-from pixrl.runs.folder import RunFolder
+from pixrl.runs.folder import MANIFEST, RunFolder
 from pixrl.studio.app import Studio, launch
 from pixrl.studio.folders import RunData, Runs
 from pixrl.studio.pages import AT_ONCE, RunPage, orders_of, run_list
@@ -97,5 +103,51 @@ def main(rows: int = 10_000) -> None:
             )
 
 
+def steps_of(run: Path, steps: int, *, begun: Callable[[], object] = lambda: None) -> list[float]:
+    """Train for some steps in a process of its own; return the seconds of each but the first two.
+
+    `begun` is called once the run has a folder, in the first step, which also loads.
+    """
+    settings = ["prompts.per_step=4", "evaluation.every=null", "evaluation.prompts=4"]
+    words = ["align", "toy/diffusion-nft", "--steps", str(steps), "--out", str(run)]
+    words += [part for setting in settings for part in ("--set", setting)]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-m", "pixrl", *words], env=environment, **quiet) as training:
+        while not (run / MANIFEST).exists() and training.poll() is None:
+            time.sleep(0.1)
+        begun()
+    rows = RunFolder.open(run).metrics()[2:]
+    return [sum(x for name, x in row.items() if name.startswith("seconds/")) for row in rows]
+
+
+def watch(turns: int = 3, steps: int = 14) -> None:
+    """Print the median seconds of a training step without the studio and with it, and their ratio."""
+    from playwright.sync_api import sync_playwright
+
+    found: dict[bool, list[float]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory() as place, sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        root = Path(place)
+        for turn in range(turns):
+            found[False] += steps_of(root / f"alone-{turn}", steps)
+            studio, tab = Studio(root), browser.new_page()
+            url = launch(studio, "127.0.0.1", 0, None)
+            name = f"watched-{turn}"
+            found[True] += steps_of(root / name, steps, begun=partial(tab.goto, f"{url}?run={name}"))
+            tab.locator("h1", has_text=name).wait_for()
+            tab.close()
+            studio.page.close(verbose=False)
+        browser.close()
+    alone, watched = (statistics.median(found[way]) for way in (False, True))
+    print(
+        f"a step alone {alone:.3f} s, watched {watched:.3f} s: {watched / alone - 1:+.1%} "
+        f"({len(found[True])} steps each)"
+    )
+
+
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if sys.argv[1:] == ["watch"]:
+        watch()
+    else:
+        main(*map(int, sys.argv[1:]))

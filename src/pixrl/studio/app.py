@@ -7,7 +7,9 @@ changed are sent.
 import hmac
 import os
 import socket
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,12 @@ class Studio:
         if self.processes.busy_with(data.path) == "resume" and data.state in (State.STOPPED, State.FINISHED):
             return data.but(State.STARTING)
         return data
+
+    def read_all(self) -> None:
+        """Read all runs once, so that the first visitor need not wait for it: logs may be long."""
+        for name in self.runs.names():
+            with suppress(InputError):  # it has gone meanwhile
+                self.look(name)
 
     def page_of(self, name: str) -> RunPage:
         """Return the parts of a run's page as they were last made."""
@@ -332,4 +340,5 @@ def launch(studio: Studio, host: str, port: int, token: str | None) -> str:
         theme=theme(),
         head=style(),
     )
+    threading.Thread(target=studio.read_all, daemon=True).start()
     return str(url)
