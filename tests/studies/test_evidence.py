@@ -1,8 +1,8 @@
 """The committed evidence: each study's tables and summary are made again from its records, equal to the byte,
 and every figure that follows from records is there."""
 
-import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ from studies import fusion_runs
 from studies.command import KINDS
 
 ROOT = Path(__file__).parents[2] / "docs/evidence"
-FOLDERS = sorted(path.parent for path in ROOT.glob("*/records.jsonl*"))
+FOLDERS = sorted(path.parent for path in ROOT.glob("*/records.jsonl.xz"))
 
 
 def read(folder: Path) -> bytes:
-    """The records of a study, those of the long ones packed."""
-    (path,) = folder.glob("records.jsonl*")
-    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    """The records of a study, which are packed."""
+    return lzma.decompress((folder / "records.jsonl.xz").read_bytes())
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
