@@ -108,7 +108,7 @@ def steps_of(run: Path, steps: int, *, begun: Callable[[], object] = lambda: Non
 
     `begun` is called once the run has a folder, in the first step, which also loads.
     """
-    settings = ["prompts.per_step=4", "evaluation.every=null", "evaluation.prompts=4"]
+    settings = ["prompts.per_step=1", "evaluation.every=null", "evaluation.prompts=4"]
     words = ["align", "toy/diffusion-nft", "--steps", str(steps), "--out", str(run)]
     words += [part for setting in settings for part in ("--set", setting)]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -121,7 +121,7 @@ def steps_of(run: Path, steps: int, *, begun: Callable[[], object] = lambda: Non
     return [sum(x for name, x in row.items() if name.startswith("seconds/")) for row in rows]
 
 
-def watch(turns: int = 3, steps: int = 14) -> None:
+def watch(turns: int = 2, steps: int = 20) -> None:
     """Print the median seconds of a training step without the studio and with it, and their ratio."""
     from playwright.sync_api import sync_playwright
 
