@@ -6,7 +6,6 @@ resumed run needs nothing but its step.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -134,7 +133,7 @@ class PromptSampler:
         self.prompts = prompts
         self.per_step = per_step
         self.seed = seed
-        self._order = lru_cache(maxsize=4)(self._shuffled)
+        self._orders: dict[int, list[int]] = {}
 
     def groups(self, step: int) -> list[Group]:
         """Return all groups of a training step. A prompt occurs once an epoch, so epoch and index name a group."""
@@ -143,14 +142,12 @@ class PromptSampler:
 
     def _group(self, place: int, position: int) -> Group:
         epoch, turn = divmod(position, len(self.prompts))
-        index = self._order(epoch)[turn]
+        if epoch not in self._orders:  # the newest alone is kept: steps go on
+            drawer = torch.Generator().manual_seed(sample_seed(self.seed, epoch, _ORDER_KEY, 0))
+            self._orders = {epoch: torch.randperm(len(self.prompts), generator=drawer).tolist()}
+        index = self._orders[epoch][turn]
         prompt = self.prompts[index]
         return Group(place, epoch, index, prompt.text, prompt.metadata)
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        drawer = torch.Generator().manual_seed(sample_seed(self.seed, epoch, _ORDER_KEY, 0))
-        order: list[int] = torch.randperm(len(self.prompts), generator=drawer).tolist()
-        return order
 
 
 def share(count: int, rank: int, size: int) -> slice:
