@@ -263,9 +263,11 @@ def test_another_picture_is_refused(finished: Path, flux: FluxPolicy, tmp_path: 
         lambda: draw.draw(run, draw.DrawRequest(child=0, count=1), tmp_path / "drawn"),
     ):
         with pytest.raises(
-            CheckpointError, match=r"own\.png changed since the run .* began. Put the picture back"
+            CheckpointError, match=r"own\.png changed or gone since the run .* began. Put it back"
         ):
             act()
     own.unlink()
+    with pytest.raises(CheckpointError, match=r"own\.png changed or gone"):
+        draw.draw(run, draw.DrawRequest(child=0, count=1), tmp_path / "drawn")
     with pytest.raises(PixrlError, match=r"own\.png"):
         fuse_job.go_on(run, world=world_of(flux))

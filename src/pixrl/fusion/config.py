@@ -158,8 +158,12 @@ class FuseConfig(Settings):
 
     @property
     def picture_sums(self) -> dict[str, str]:
-        """SHA-256 of the pictures that stand for concepts, by the concepts' names, for a resume to compare."""
-        return {name: sha256(Path(file).read_bytes()).hexdigest() for name, file in self.pictures.items()}
+        """SHA-256 of the pictures that stand for concepts, by the concepts' names, for a resume to compare.
+
+        One that is gone has none.
+        """
+        found = {name: Path(file) for name, file in self.pictures.items() if Path(file).is_file()}
+        return {name: sha256(file.read_bytes()).hexdigest() for name, file in found.items()}
 
     def with_full_paths(self) -> "FuseConfig":
         """Return the same recipe with absolute paths of the checkpoints that lie on this disk."""

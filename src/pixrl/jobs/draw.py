@@ -249,6 +249,8 @@ def _of_child(path: Path, request: DrawRequest) -> Source:
         raise CheckpointError(f"{file} is missing or damaged. Type: pixrl check {path}") from error
     own = request.child - min(one.index for one in rows if one.step == row.step)
     coefficients_1ND = of_step_BND[own : own + 1]
+    world = read_world(folder)
+    require_same_pictures(world, config, path)
     renderer = models.load(
         config.model,
         device=request.device or config.device,
@@ -256,8 +258,6 @@ def _of_child(path: Path, request: DrawRequest) -> Source:
         plan=config.memory,
         **{**config.drawing, **request.drawing},
     )
-    world = read_world(folder)
-    require_same_pictures(world, config, path)
     if renderer.fingerprint() != world.fingerprint:
         raise CheckpointError(f"{config.model} has changed since {path} was drawn. Put the old one back.")
     mixing = mixing_of(renderer, read_card(config.model, Layout.PIPELINE), config)

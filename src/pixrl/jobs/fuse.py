@@ -313,7 +313,7 @@ def require_same_pictures(began: WorldRecord, config: FuseConfig, path: Path) ->
     changed = [config.pictures[name] for name, was in began.pictures.items() if now.get(name) != was]
     if changed:
         raise CheckpointError(
-            f"{' and '.join(changed)} changed since the run {path} began. Put the picture back, or start a new run."
+            f"{' and '.join(changed)} changed or gone since the run {path} began. Put it back, or start a new run."
         )
 
 
