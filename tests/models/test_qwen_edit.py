@@ -130,6 +130,27 @@ def test_pictures_equal_the_published_pipeline(policy: QwenImageEditPolicy) -> N
     assert agree(policy.sample(both(policy, 1)[:1], [1]), theirs, PICTURE)
 
 
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
+def test_references_of_two_sizes_in_one_batch_are_each_shown_as_they_are(
+    policy: QwenImageEditPolicy, guidance: float
+) -> None:
+    """The larger fills up the smaller with zeros in the batch, which the transformer must not take for its tokens."""
+    policy.settings = replace(policy.settings, guidance=guidance)
+    large, small = pictures(1), pictures(1, seed=5)[:, :, : SIDE // 2, : SIDE // 2]
+    given = [(OWL, [large]), (CATS, [small])]
+    rows = [policy.show(policy.encode([prompt]), shown, [prompt]) for prompt, shown in given]
+    together = Conditioning.cat(rows)
+    assert together.sizes_BN2 is not None
+    x_t, t_B = policy.initial_noise([1, 2]), torch.tensor([0.75, 0.5])
+    with torch.no_grad():
+        found = policy.velocity(x_t, t_B, together)
+        for row, own in enumerate(rows):
+            alone = policy.velocity(x_t[[row]], t_B[[row]], own)
+            assert agree(found[[row]], alone, MODEL)
+            swapped = replace(own, references=rows[1 - row].references)
+            assert not agree(found[[row]], policy.velocity(x_t[[row]], t_B[[row]], swapped), MODEL)
+
+
 def test_rows_are_the_pipelines(policy: QwenImageEditPolicy) -> None:
     shown = both(policy, 2)
     assert shown.mask_BL is not None and shown.away is not None and shown.away.mask_BL is not None

@@ -69,6 +69,16 @@ class Snapshot:
     tensors: Mapping[str, Tensor]
     state: Mapping[str, Any]
 
+    @staticmethod
+    def of(sampler: Sampler[Any], step: int, reward: float) -> "Snapshot":
+        """Copy a sampler as it is, without its optimizer, which drawing does not need."""
+        tensors = {
+            name: tensor.detach().clone()
+            for name, tensor in sampler.tensors().items()
+            if ".optimizer/" not in name
+        }
+        return Snapshot(step, reward, tensors, copy.deepcopy(sampler.state()))
+
 
 def make_sampler(config: FuseConfig, session: FusionSession) -> Sampler[Any]:
     """Make the sampler that the recipe names."""
@@ -118,22 +128,13 @@ class FusionTrainer:
             self.sampler.observe(scores.feedback)
             return figures | ({} if self.best is None else {"pool/from_step": float(self.best.step)})
         with clock.phase("sampler"):
-            if self.config.pool_images:
-                self._remember(rollouts.step, figures["reward/fusion/mean"])
+            mean = figures["reward/fusion/mean"]
+            best = -math.inf if self.best is None else self.best.reward
+            if self.config.pool_images and mean > best:  # no mean of failed scores, which is nan
+                self.best = Snapshot.of(self.sampler, rollouts.step, mean)
             learned = self.sampler.tell(rollouts.proposal, scores.feedback)
             self.noise.tell(rollouts.seeds, scores.feedback.rewards_B.tolist())
         return figures | learned
-
-    def _remember(self, step: int, reward: float) -> None:
-        """Keep the sampler as it is if no earlier batch had a higher mean reward."""
-        if math.isnan(reward) or (self.best is not None and reward <= self.best.reward):
-            return
-        tensors = {
-            name: tensor.detach().clone()
-            for name, tensor in self.sampler.tensors().items()
-            if ".optimizer/" not in name  # drawing needs no moments
-        }
-        self.best = Snapshot(step, reward, tensors, copy.deepcopy(self.sampler.state()))
 
     def tensors(self) -> dict[str, Tensor]:
         kept = {} if self.best is None else self.best.tensors

@@ -265,14 +265,12 @@ class FluxPolicy(TokenReferences, PerturbableText):
         tokens = super()._shift_tokens()
         return tokens if self.shift is Shift.FLUX else tokens // UNO_SHRINK
 
-    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        if conditioning.sizes_BN2 is None:
-            return self._predict(x_t, t_B, conditioning)
-        parts = [(rows, self._predict(x_t[rows], t_B[rows], part)) for rows, part in conditioning.by_shape()]
-        order = torch.cat([rows for rows, _ in parts]).argsort()
-        return torch.cat([found for _, found in parts])[order.to(x_t.device)]
+    @property
+    def guidance_scale(self) -> float:
+        """None of `_guided`'s: the network is given the scale, and there is no second pass."""
+        return 1.0
 
-    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         size = _token_size(x_t)
         packed = [pack_latents(latents) for latents in (x_t, *conditioning.references)]
         own, others = position_ids(

@@ -81,7 +81,7 @@ class Flux2KleinPolicy(LanguagePolicy, PerturbableText):
         at_10 = 8.73809524e-05 * tokens + 1.89833333
         return at_200 + (at_10 - at_200) / 190 * (200 - steps)
 
-    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         rows, columns = x_t.shape[2] // PATCH, x_t.shape[3] // PATCH
         found: Tensor = self.denoiser(
             hidden_states=pack_latents(x_t),

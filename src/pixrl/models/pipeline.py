@@ -226,12 +226,12 @@ class FlowPipelinePolicy(TrainedDenoiser, FlowPolicy, ImageEncoder):
         """Return zeros in the shape of one row of `encode`, for measurements without the text encoders."""
 
     @abstractmethod
-    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the network's velocity under these prompts, without guidance, within the model's autocast."""
 
     def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of tensors that are on the device and fit each other, within the model's autocast."""
-        return self._guided(self._predict, x_t, t_B, conditioning)
+        return self._guided(self.predict, x_t, t_B, conditioning)
 
     @property
     def guidance_scale(self) -> float:

@@ -80,7 +80,7 @@ class QwenPolicy(LanguagePolicy):
         kept = guided * (length / guided.norm(dim=-1, keepdim=True))
         return unpack_latents(kept, self._shape(conditional.shape)[1:])
 
-    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         tokens, mask = conditioning.tokens_BLD, conditioning.mask_BL
         if mask is not None:  # as long as the longest prompt; no mask where all are
             longest = int(mask.any(dim=0).nonzero().max()) + 1

@@ -45,6 +45,16 @@ class TokenReferences(FlowPipelinePolicy, ReferencePolicy):
                 )
         return replace(conditioning, references=tuple(self.encode_images(images) for images in references))
 
+    def _velocity(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the velocity, in one pass for each number and shape of references among the rows."""
+        if conditioning.sizes_BN2 is None:
+            return super()._velocity(x_t, t_B, conditioning)
+        order, found = [], []
+        for rows, part in conditioning.by_shape():
+            order.append(rows)
+            found.append(super()._velocity(x_t[rows], t_B[rows], part))
+        return torch.cat(found)[torch.cat(order).argsort().to(x_t.device)]
+
 
 def in_own_shape(image_CHW: Tensor, longest: int, unit: int) -> Tensor:
     """Scale a picture [3, H, W] to a longer side, and cut the middle whose sides are multiples of `unit` pixels.

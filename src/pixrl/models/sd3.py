@@ -106,7 +106,7 @@ class SD3Policy(FlowPipelinePolicy, PerturbableText):
             tokens, pooled = tokens + width, pooled + projection
         return tuple(found)
 
-    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         patch = self._latent_geometry()[1]
         size = x_t.shape[2] // patch, x_t.shape[3] // patch
         with joint_attention(self, joint_bias(conditioning, size, image_first=True)):

@@ -151,7 +151,7 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
         found = above - 1 + (ratios_B - low) / (high - low)
         return torch.where((found - found.round()).abs() < NEAR, found.round(), found)
 
-    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         t = t_B.double()
         timesteps_B = self._timesteps_at(t / (1 - t)).float()
         norm = ((1 - t).square() + t.square()).sqrt()

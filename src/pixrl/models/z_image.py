@@ -64,7 +64,7 @@ class ZImagePolicy(LanguagePolicy, PerturbableText):
     def guidance_scale(self) -> float:
         return 1 + self.settings.guidance
 
-    def _predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         captions = list(conditioning.tokens_BLD.unbind())
         if conditioning.mask_BL is not None:
             captions = [row[own] for row, own in zip(captions, conditioning.mask_BL, strict=True)]

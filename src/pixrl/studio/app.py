@@ -26,7 +26,7 @@ from pixrl.studio.pages import AT_ONCE, RunPage, large, orders_of, run_list
 from pixrl.studio.processes import Processes
 from pixrl.studio.style import asset, style, theme
 
-EVERY = 4.0
+EVERY = 6.0
 """Seconds between two looks at the folders: at 2 a training beside it lost 4 % (`benchmarks.studio watch`)."""
 LEAST_TOKEN = 16
 """Characters of a token, at least."""
