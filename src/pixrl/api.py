@@ -11,7 +11,8 @@ from pixrl.data.pairs import check_concepts, parse_pairs, read_pairs
 from pixrl.device import quiet_loading
 from pixrl.doctor.cards import CardPlans, parse_card, plans_for
 from pixrl.doctor.diagnosis import Diagnosis
-from pixrl.doctor.examine import examine_fusion, examine_training, try_out
+from pixrl.doctor.examine import examine_training, try_out
+from pixrl.doctor.fusion import examine_fusion, plan_fusion
 from pixrl.errors import ConfigError, InputError
 from pixrl.fusion.config import COMPARE, PAIRS, FuseConfig, resolve_options
 from pixrl.fusion.config import KIND as FUSE
@@ -456,15 +457,17 @@ def plan_card(
         gpu: a name in the table of cards, such as 4090, or a size in GiB.
 
     Raises:
-        ConfigError: the recipe is wrong, or a fusion's.
-        InputError: there is no such card, or the model cannot be trained.
+        ConfigError: the recipe is wrong, or a fusion for several processes.
+        InputError: there is no such card, or the model cannot be trained, or its memory not be told from configs.
         CheckpointError: the model's configs cannot be had.
     """
     card = parse_card(gpu)
     with quiet_loading():
         settings = _settings(recipe, overrides, subject, steps, seed)
         if isinstance(settings, FuseConfig):
-            raise ConfigError("--gpu plans training, which a fusion has none of: leave it out.")
+            if processes > 1:
+                raise ConfigError("One process draws a fusion: leave --processes out.")
+            return plan_fusion(settings, card)
         return plans_for(settings, card, processes)
 
 

@@ -29,7 +29,7 @@ from pixrl.doctor.cards import (
     plans_for,
     weigh,
 )
-from pixrl.errors import CheckpointError, ConfigError, InputError
+from pixrl.errors import CheckpointError, InputError
 from pixrl.hub import Checkpoint, locate
 from pixrl.models.memory.estimate import (
     PartSize,
@@ -256,5 +256,3 @@ def test_the_command_line(
     assert found["chosen"] == found["plans"][0]
     with pytest.raises(CheckpointError, match="does not exist"):
         api.plan_card({**recipe(tmp_path / "nowhere", prompts)}, "24")
-    with pytest.raises(ConfigError, match="a fusion has none of"):
-        api.plan_card("toy/fuse", "24")

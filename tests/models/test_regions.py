@@ -19,7 +19,7 @@ from pixrl.algorithms import make_mixing
 from pixrl.algorithms.fusion.mixing import Pooled, RegionsSettings, Shape
 from pixrl.conformance import check_renderer
 from pixrl.device import Precision
-from pixrl.doctor.examine import examine_fusion
+from pixrl.doctor.fusion import examine_fusion
 from pixrl.errors import InputError, RunError, ShapeError
 from pixrl.fusion.config import FuseConfig
 from pixrl.models.base import Conditioning

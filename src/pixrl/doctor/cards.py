@@ -7,9 +7,11 @@ of the card's published peak; and the bytes that a plan moves to the card and ba
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import reduce
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +31,7 @@ from pixrl.models.memory.plan import Base, Offload
 from pixrl.runs.config import AlignConfig, kind_of
 from pixrl.runs.loaded import not_trainable, require_trainable
 
+SettingsT = TypeVar("SettingsT", bound=recipes.Settings)
 GPU = torch.device("cuda")
 ATTAINED, LINK_ATTAINED = 0.4, 0.7
 """Shares of the peak rate that networks, and of the link's rate that copies, are taken to attain: assumptions."""
@@ -124,9 +127,10 @@ class Plan:
     sharded: bool
     """Whether processes divide the denoiser's weights among them."""
     rollout_batch: int
-    train_batch: int
+    train_batch: int | None
+    """None: nothing is trained on, as in a fusion."""
     seconds: float
-    """Of a training step, without scoring."""
+    """Of a training step, or of a batch of a fusion's pictures, without scoring."""
     hours: float
     """Of the run with its evaluations, without scoring."""
 
@@ -142,10 +146,12 @@ class CardPlans:
     dtype: str
     """Of the weights, as the recipe has it."""
     parts: Mapping[str, PartSize]
-    trained: Trained
+    trained: Trained | None
     plans: tuple[Plan, ...]
     """The recipe as it is, then the others in the order in which they are preferred."""
     notes: tuple[str, ...]
+    concepts: tuple[str, ...] = ()
+    """Of a fusion, as they are typed."""
 
     @property
     def chosen(self) -> Plan | None:
@@ -177,14 +183,14 @@ class CardPlans:
         )
         for name, part in self.parts.items():
             yield f"{'weights':<12}{name:<18}{part.parameters / 1e6:>10.2f} M parameters{size(part.bytes):>12}"
-        t = self.trained
-        taken = t.slots + t.gradients + t.optimizer
-        yield f"{'training':<12}{t.what:<18}{t.parameters / 1e6:>10.2f} M parameters{size(taken):>12}"
+        if (t := self.trained) is not None:
+            taken = t.slots + t.gradients + t.optimizer
+            yield f"{'training':<12}{t.what:<18}{t.parameters / 1e6:>10.2f} M parameters{size(taken):>12}"
         yield ""
         yield f"{'':<6}{'peak':>10}  {'rollout':>7}  {'train':>5}  {'s a step':>8}  {'hours':>7}  plan"
         for plan in self.plans:
             how = " ".join(plan.changes) or "as the recipe says"
-            batches = f"{plan.rollout_batch:>7}  {plan.train_batch:>5}"
+            batches = f"{plan.rollout_batch:>7}  {'-' if plan.train_batch is None else plan.train_batch:>5}"
             yield (
                 f"{'fits' if plan.fits else '-':<6}{size(plan.peak):>10}  {batches}  "
                 f"{plan.seconds:>8.3g}  {plan.hours:>7.3g}  {how}{', sharded' if plan.sharded else ''}"
@@ -208,6 +214,8 @@ class CardPlans:
 
     def _command(self, recipe: str, plan: Plan) -> str:
         command = f"pixrl {self.kind} {recipe}"
+        if self.concepts:
+            command = f"pixrl {self.kind} {shlex.join(self.concepts)} --recipe {recipe}"
         if self.processes > 1:
             command = f"torchrun --nproc-per-node {self.processes} -m {command}"
         return " ".join([command, *(f"--set {change}" for change in plan.changes)])
@@ -238,7 +246,9 @@ def plans_for(config: AlignConfig, card: Gpu, processes: int = 1) -> CardPlans:
         )
     plans: list[Plan] = []
     weighed: dict[tuple[Precision, bool], Weighed] = {}
-    for changed, changes in _variants(config):
+    half = {"dtype": DType.BFLOAT16.value} if config.machine.dtype == DType.FLOAT32 else {}
+    ways = [{f"machine.{name}": value for name, value in {**_PLAIN, **way, **half}.items()} for way in WAYS]
+    for changed, changes in variants(config, ways):
         precision = choose_precision(GPU, changed.machine.dtype)
         key = (precision, changed.machine.gradient_checkpointing)
         if key not in weighed:
@@ -258,23 +268,25 @@ def plans_for(config: AlignConfig, card: Gpu, processes: int = 1) -> CardPlans:
     )
 
 
-def _variants(config: AlignConfig) -> Iterator[tuple[AlignConfig, tuple[str, ...]]]:
-    """Yield the recipe as it is, and with each other plan that its settings allow, with what `--set` changes."""
+def variants(
+    config: SettingsT, ways: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[SettingsT, tuple[str, ...]]]:
+    """Yield the recipe as it is, and with the settings of each way that it allows, with what `--set` changes."""
     yield config, ()
-    machine = config.machine
-    half = {"dtype": DType.BFLOAT16.value} if machine.dtype == DType.FLOAT32 else {}
-    for way in WAYS:
-        wanted = {**_PLAIN, **way, **half}
-        given = machine.model_dump()
-        changes = {name: value for name, value in wanted.items() if given[name] != value}
+    given = config.model_dump()
+    for way in ways:
+        changes = {
+            name: value
+            for name, value in way.items()
+            if reduce(lambda part, key: part[key], name.split("."), given) != value
+        }
         if not changes:
             continue
-        texts = tuple(f"machine.{name}={str(value).lower()}" for name, value in changes.items())
-        values = {f"machine.{name}": value for name, value in changes.items()}
         try:
-            yield recipes.load(type(config), config.model_dump(mode="json"), values=values), texts
+            changed = recipes.load(type(config), config.model_dump(mode="json"), values=changes)
         except ConfigError:
             continue  # such as offload beside dropped text encoders: no plan of this recipe
+        yield changed, tuple(f"{name}={str(value).lower()}" for name, value in changes.items())
 
 
 @dataclass(frozen=True)

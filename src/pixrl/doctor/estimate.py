@@ -409,9 +409,9 @@ def _most(device: torch.device, cost: Cost, room: int, cpu_batch: int, given: in
         return given, "the recipe says so"
     if device.type == "cpu":
         return cpu_batch, "what suits a CPU's cache at this resolution"
-    usable = int(room * SAFE_SHARE) - (cost.first - cost.each)
-    most = max(1, usable // cost.each)
-    return most, f"about {size(cost.each)} a picture, {size(max(room, 0))} for pictures"
+    return cost.most(
+        int(room * SAFE_SHARE)
+    ), f"about {size(cost.each)} a picture, {size(max(room, 0))} for pictures"
 
 
 def _higher(drawing: Cost, training: Cost, batches: Sequence[int]) -> int:

@@ -1,6 +1,5 @@
 """`pixrl doctor`: what a recipe needs and whether it can run here, before anything loads."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +11,16 @@ from pixrl.algorithms.exploration import shown_pictures
 from pixrl.config import parse_resolution
 from pixrl.data.prompts import Prompt, Split
 from pixrl.device import Precision, quiet_loading
-from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Need, Work
+from pixrl.doctor.diagnosis import Diagnosis, Findings, Need, Work
 from pixrl.doctor.estimate import (
     Estimate,
-    can_be_estimated,
     empty_renderer,
     find_place,
     fit_batches,
     is_small,
     lower_bound,
     measured,
-    on_device,
-    report_lack,
     report_misfits,
-    without_encoders,
 )
 from pixrl.doctor.generator import find_lora, find_parts, find_pipeline, require_texts
 from pixrl.doctor.needs import (
@@ -44,26 +39,20 @@ from pixrl.doctor.rewards import (
     require_own_world,
     reward_notes,
 )
-from pixrl.fusion.config import FuseConfig
-from pixrl.fusion.trainer import read_policy
-from pixrl.fusion.world import judges_of, prompt_of, require_mixing
-from pixrl.hub import Checkpoint, read_card
+from pixrl.hub import Checkpoint
 from pixrl.models import adapter_of
-from pixrl.models.base import Conditioning, Renderer
+from pixrl.models.base import Conditioning
 from pixrl.models.memory.estimate import (
     PartSize,
-    cost_of,
-    imagined,
 )
 from pixrl.models.memory.sharding import require_blocks
-from pixrl.models.pipeline import FlowPipelinePolicy, micro_batch_for
-from pixrl.models.references import TokenReferences
+from pixrl.models.pipeline import FlowPipelinePolicy
 from pixrl.models.slots import Lora, fitting_layers
 from pixrl.rewards import kind_of as kind_of_reward
 from pixrl.rewards.set import RewardSet
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, kind_of
 from pixrl.runs.loaded import load_rewards, not_trainable, read_prompts, require_trainable, show_references
-from pixrl.runs.planner import require_equal_shares, trial
+from pixrl.runs.planner import require_equal_shares
 
 USUAL_SIZE = (512, 512)
 """Width and height of the synthetic pictures where those of the generator's are not known."""
@@ -273,86 +262,3 @@ def try_rewards(
     """Let the rewards score a synthetic batch for prompts of training and of the evaluation (`rehearse`)."""
     prompts = [prompt for split in Split for prompt in read_prompts(config, split)]
     rehearse(rewards, prompts, size or USUAL_SIZE, findings)
-
-
-@quiet_loading()
-def examine_fusion(
-    config: FuseConfig,
-    *,
-    processes: int = 1,
-    concepts: Sequence[str] | None = None,
-    out: Path | None = None,
-    force: bool = False,
-    about_to_run: bool = False,
-) -> Diagnosis:
-    """Estimate what a fusion needs, and find what stands against it; for `pixrl doctor` and for the run alike.
-
-    Args:
-        config: the recipe.
-        processes: number of processes that would share the work.
-        concepts: all concepts of a folder of fusions; None: the recipe's.
-        out: the run's folder; None: a new one.
-        force: whether a run that lies there would be replaced.
-        about_to_run: download what is missing of the generator; a small model's memory is in no doubt.
-    """
-    findings = Findings()
-    require_out(out, force, findings)
-    find_trackers(config.log, findings)
-    if config.policy_from is not None:
-        with findings.catch(Need.SETTING):
-            read_policy(Path(config.policy_from)).require_fits(config)
-    checkpoint = find_pipeline(config.model, findings, fetch=about_to_run)
-    adapter = None if checkpoint is None else adapter_of(checkpoint)
-    if adapter is not None:
-        with findings.catch(Need.SETTING):
-            require_mixing(adapter, config.model, config)
-    device, place, precision = find_place(
-        config.device, config.dtype, processes, findings, on_gpu=(adapter or Renderer).gpu_dtype
-    )
-    parts = {} if checkpoint is None else find_parts(checkpoint, precision, findings, base=config.memory.base)
-    cost, drawn, batch = None, (0, 0), 1
-    if checkpoint is not None and adapter is not None and can_be_estimated(adapter, config.model, findings):
-        with report_misfits(checkpoint, findings):
-            how = (config.model, checkpoint, precision, device, config.memory)
-            made = empty_renderer(*how, findings, **config.drawing)
-            assert isinstance(made, FlowPipelinePolicy)
-            texts = [prompt_of(made.card, one) for one in concepts or config.concepts]
-            require_texts(made, checkpoint, texts, findings, t5=True)
-            require_own_world(made, parts, {"clip": config.clip, "segmenter": config.segmenter}, findings)
-            drawn = (made.settings.width, made.settings.height)
-            if not (about_to_run and is_small(parts, max(drawn), device)):
-                row, modules = made.blank(), (made.denoiser, made.vae)
-                if config.pictures and isinstance(made, TokenReferences):
-                    row = replace(row, references=(made.blank_reference(),))
-                without_encoders(made, row, precision)
-                with imagined(*modules):
-                    cost = cost_of(trial(made, row), modules)
-            batch = min(micro_batch_for(device, *drawn), config.batch)
-    named: tuple[str | None, ...] = (config.clip, config.segmenter)
-    if checkpoint is not None:  # without one nobody knows which encoder it is calibrated for
-        named = judges_of(read_card(checkpoint.folder), config.clip, config.segmenter)
-    sizes = {ref: model_bytes(ref, findings) for ref in named if ref is not None}
-    models = {ref: taken for ref, taken in sizes.items() if taken is not None}
-    beside = on_device(parts, config.memory) + sum(models.values())
-    needed = None if cost is None else beside + cost.bytes(batch)
-    if needed is not None and needed > place.free:
-        ways = ("memory.offload=parts or sequential", "memory.vae_slicing=true", "a smaller checkpoint")
-        report_lack(needed, place.free, ways, findings)
-    disk = (config.budget + config.exemplars * len(config.concepts)) * 3 * math.prod(drawn) or None
-    require_disk(disk, findings)
-    reason = f"rollout: {batch} at a time, what suits the device at {drawn[0]} x {drawn[1]}"
-    return Diagnosis(
-        kind="fuse",
-        model=config.model,
-        place=place,
-        parts=parts,
-        rewards=models,
-        size=drawn if drawn[0] else None,
-        drawing=cost,
-        batches=None if cost is None else Batches(batch, None, (reason,)),
-        needed=needed,
-        disk=disk,
-        work=Work(None, config.batch, None, None, config.budget),
-        problems=findings.problems,
-        notes=findings.notes,
-    )

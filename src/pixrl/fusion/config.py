@@ -40,6 +40,14 @@ SamplerName = Annotated[str, BeforeValidator(_require_sampler)]
 """A sampler: a name of `pixrl.algorithms.SAMPLERS`, `path/to/file.py:Name` or `module:Name`."""
 
 
+class FusionMemory(MemoryPlan):
+    """How memory is saved while pictures are drawn."""
+
+    rollout_batch: Count | None = Field(None, exclude_if=lambda size: size is None)
+    """Pictures that go through the model at a time, a child counted once for each concept whose prediction is averaged;
+    none: what suits the device."""
+
+
 class FuseConfig(Settings):
     """The recipe of one fusion: its concepts, model and sampler, and how its pictures are scored and selected."""
 
@@ -94,7 +102,7 @@ class FuseConfig(Settings):
     """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
     """Of the generator: auto, float32, bfloat16 or float16 (GPU)."""
-    memory: MemoryPlan = MemoryPlan()
+    memory: FusionMemory = FusionMemory()
     """What to do to save memory."""
     log: Trackers = ()
     """wandb and trackio: where the figures are shown besides the run's folder."""

@@ -27,11 +27,11 @@ from pixrl.data.pairs import is_wordless
 from pixrl.data.pictures import as_floats, opened, to_levels
 from pixrl.equations.fusion import BALANCE
 from pixrl.errors import InputError, RunError, ShapeError
-from pixrl.fusion.config import FuseConfig
+from pixrl.fusion.config import FuseConfig, FusionMemory
 from pixrl.hub import Card, read_card
 from pixrl.hub_check import Layout
 from pixrl.models.base import Conditioning, Mixture, ReferencePolicy, Renderer, on_canvas
-from pixrl.models.memory.plan import MemoryPlan
+from pixrl.models.pipeline import chunks
 from pixrl.types import sample_seed
 
 EXEMPLAR_SEED = 42
@@ -76,9 +76,24 @@ class FusionWorld:
     """A frozen generator and a scorer, with the exemplars that they have made."""
 
     def __init__(
-        self, renderer: Renderer, scorer: Scorer, card: Card, *, clip: str = "", segmenter: str = ""
+        self,
+        renderer: Renderer,
+        scorer: Scorer,
+        card: Card,
+        *,
+        clip: str = "",
+        segmenter: str = "",
+        at_once: int | None = None,
     ) -> None:
+        """Keep them.
+
+        Args:
+            renderer, scorer, card: the generator, what scores its pictures, and its card.
+            clip, segmenter: the references of the scorer's models.
+            at_once: pictures that go through the generator at a time; None: as many as it takes by itself.
+        """
         self.renderer = renderer
+        self.at_once = at_once
         self.scorer = scorer
         self.card = card
         self.clip = clip
@@ -99,7 +114,7 @@ class FusionWorld:
             prompt, settings = self.prompt(concept), self.renderer.settings
             if picture is None:
                 seeds = tuple(sample_seed(EXEMPLAR_SEED, 0, 0, i) for i in range(count))
-                images_MCHW = self.renderer.sample(self.renderer.encode([prompt] * count), seeds)
+                images_MCHW = self.draw(self.renderer.encode([prompt] * count), seeds)
                 which, ways = (
                     f"any of the {count} exemplars of {concept!r} ({prompt!r})",
                     "more with --exemplars, ",
@@ -117,6 +132,15 @@ class FusionWorld:
                 )
             self._exemplars[key] = Exemplars(concept, prompt, seeds, images_MCHW, features_ME[found])
         return self._exemplars[key]
+
+    def draw(self, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
+        """Draw the pictures [B, 3, H, W] of a source's rows, so many at a time as may go through the generator."""
+        if self.at_once is None:
+            return draw(self.renderer, source, seeds)
+        size = max(1, self.at_once // (len(source.parts) if isinstance(source, Mixture) else 1))
+        return torch.cat(
+            [draw(self.renderer, source[rows], seeds[rows]) for rows in chunks(len(seeds), size)]
+        )
 
     def mixing(self, config: FuseConfig) -> Mixing[Any]:
         """Return the mixing of the recipe's concepts.
@@ -140,7 +164,7 @@ def load_world(
     segmenter: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    memory: MemoryPlan | None = None,
+    memory: FusionMemory | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
     resolution: int | str | None = None,
@@ -156,7 +180,8 @@ def load_world(
     scorer = FusionScorer(ClipSimilarity(clip, device=device), Foreground(segmenter, device=device))
     drawing: dict[str, Any] = {"guidance": guidance, "negative_prompt": negative_prompt}
     renderer = load(model, device=device, dtype=dtype, plan=memory, resolution=resolution, **drawing)
-    return FusionWorld(renderer, scorer, card, clip=clip, segmenter=segmenter)
+    at_once = None if memory is None else memory.rollout_batch
+    return FusionWorld(renderer, scorer, card, clip=clip, segmenter=segmenter, at_once=at_once)
 
 
 def mixing_of(renderer: Renderer, card: Card, config: FuseConfig) -> Mixing[Any]:
@@ -209,7 +234,11 @@ def require_mixing(adapter: type[Renderer], name: str, config: FuseConfig) -> No
 
 def render(renderer: Renderer, mixing: Mixing[Any], coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
     """Draw the pictures [B, 3, H, W] of mixed concepts."""
-    source = mixing.mix(coefficients_BND)
+    return draw(renderer, mixing.mix(coefficients_BND), seeds)
+
+
+def draw(renderer: Renderer, source: Conditioning | Mixture, seeds: Sequence[int]) -> Tensor:
+    """Draw the pictures [B, 3, H, W] of a source's rows."""
     if isinstance(source, Mixture):
         return renderer.sample_mixture(source, seeds)
     return renderer.sample(source, seeds)
@@ -235,7 +264,7 @@ class FusionSession:
 
     def render(self, coefficients_BND: Tensor, seeds: Sequence[int]) -> Tensor:
         """Render the pictures of a proposal, [B, 3, H, W]."""
-        return render(self.world.renderer, self.mixing, coefficients_BND, seeds)
+        return self.world.draw(self.mixing.mix(coefficients_BND), seeds)
 
     def passes(self, coefficients_BND: Tensor) -> int:
         """Count the passes of pictures through the generator's network that a proposal costs."""

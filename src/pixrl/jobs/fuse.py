@@ -16,7 +16,7 @@ from pixrl import config as recipes
 from pixrl.algorithms.fusion.policy import PolicySampler
 from pixrl.data.pairs import check_concepts
 from pixrl.doctor.diagnosis import require
-from pixrl.doctor.examine import examine_fusion
+from pixrl.doctor.fusion import examine_fusion
 from pixrl.errors import CheckpointError, RunError
 from pixrl.fusion.config import KIND, FuseConfig, open_run
 from pixrl.fusion.select import Selection, choose, choose_thresholds, similarities_of

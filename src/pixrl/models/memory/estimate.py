@@ -243,6 +243,10 @@ class Cost:
         """Return the bytes that several pictures take at a time."""
         return self.first + (pictures - 1) * self.each
 
+    def most(self, room: int) -> int:
+        """Return the most pictures that so many bytes hold at a time, and one where they hold none."""
+        return max(1, (room - self.first + self.each) // self.each)
+
 
 @contextmanager
 def imagined(*modules: nn.Module) -> Iterator[None]:
