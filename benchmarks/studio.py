@@ -5,7 +5,7 @@
 
 A synthetic alignment of ROWS manifest rows (10,000) is opened by the functions of the page, in seconds of the
 processor, and by chromium where there is one, in seconds by the clock beside those of an empty page of Gradio. With
-`watch`, toy trainings take turns with and without a studio that shows them in chromium, which it needs.
+`watch`, a toy training is watched in chromium, which it needs, for every other few of its steps.
 """
 
 import os
@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,46 +102,52 @@ def main(rows: int = 10_000) -> None:
             )
 
 
-def steps_of(run: Path, steps: int, *, begun: Callable[[], object] = lambda: None) -> list[float]:
-    """Train for some steps in a process of its own; return the seconds of each but the first two.
-
-    `begun` is called once the run has a folder, in the first step, which also loads.
-    """
+def training(run: Path, steps: int) -> "subprocess.Popen[bytes]":
+    """Begin a toy training in a process of its own, with one thread."""
     settings = ["prompts.per_step=1", "evaluation.every=null", "evaluation.prompts=4"]
     words = ["align", "toy/diffusion-nft", "--steps", str(steps), "--out", str(run)]
     words += [part for setting in settings for part in ("--set", setting)]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-m", "pixrl", *words], env=environment, **quiet) as training:
-        while not (run / MANIFEST).exists() and training.poll() is None:
-            time.sleep(0.1)
-        begun()
-    rows = RunFolder.open(run).metrics()[2:]
-    return [sum(x for name, x in row.items() if name.startswith("seconds/")) for row in rows]
+    return subprocess.Popen(
+        [sys.executable, "-m", "pixrl", *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet
+    )
 
 
-def watch(turns: int = 2, steps: int = 20) -> None:
-    """Print the median seconds of a training step without the studio and with it, and their ratio."""
+def watch(turns: int = 20, steps: int = 8) -> None:
+    """Print what watching costs the steps of one training, of which every other turn is watched.
+
+    A turn is a few steps, whose first two do not count: in them the page opens, or the last one closes. Each watched
+    turn is compared with the mean of its two neighbours, so that a machine that grows faster or slower meanwhile does
+    not count either.
+    """
     from playwright.sync_api import sync_playwright
 
-    found: dict[bool, list[float]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as place, sync_playwright() as running:
         browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         root = Path(place)
-        for turn in range(turns):
-            found[False] += steps_of(root / f"alone-{turn}", steps)
-            studio, tab = Studio(root), browser.new_page()
+        run, tab = root / "run", browser.new_page()
+        with training(run, (turns + 1) * steps):
+            while not (run / MANIFEST).exists():
+                time.sleep(0.1)
+            studio = Studio(root)
             url = launch(studio, "127.0.0.1", 0, None)
-            name = f"watched-{turn}"
-            found[True] += steps_of(root / name, steps, begun=partial(tab.goto, f"{url}?run={name}"))
-            tab.locator("h1", has_text=name).wait_for()
-            tab.close()
-            studio.page.close(verbose=False)
+            folder = RunFolder.open(run)
+            for turn in range(turns + 1):
+                tab.goto(f"{url}?run=run" if turn % 2 else "about:blank")
+                while len(folder.metrics()) < (turn + 1) * steps:
+                    tab.wait_for_timeout(200)
+        studio.page.close(verbose=False)
         browser.close()
-    alone, watched = (statistics.median(found[way]) for way in (False, True))
+        rows = RunFolder.open(run).metrics()
+    seconds = [sum(x for name, x in row.items() if name.startswith("seconds/")) for row in rows]
+    means = [statistics.median(seconds[at + 2 : at + steps]) for at in range(0, len(seconds), steps)]
+    costs = [
+        2 * means[turn] / (means[turn - 1] + means[turn + 1]) - 1 for turn in range(1, len(means) - 1, 2)
+    ]
+    spread = statistics.stdev(costs) / len(costs) ** 0.5
     print(
-        f"a step alone {alone:.3f} s, watched {watched:.3f} s: {watched / alone - 1:+.1%} "
-        f"({len(found[True])} steps each)"
+        f"a step alone {statistics.median(means[::2]):.3f} s; watched {statistics.mean(costs):+.1%} with a standard "
+        f"error of {spread:.1%} ({len(costs)} watched turns of {steps - 2} steps)"
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing leaves this machine
 import gradio as gr
+from starlette.middleware import Middleware
 
 from pixrl.errors import InputError, PixrlError
 from pixrl.report.page import render
@@ -24,12 +25,14 @@ from pixrl.studio.folders import RunData, Runs, State, sentence
 from pixrl.studio.fuse import FuseTab
 from pixrl.studio.pages import AT_ONCE, RunPage, large, orders_of, run_list
 from pixrl.studio.processes import Processes
-from pixrl.studio.style import asset, style, theme
+from pixrl.studio.style import EarlyScript, asset, style, theme
 
 EVERY = 6.0
 """Seconds between two looks at the folders: at 2 a training beside it lost 4 % (`benchmarks.studio watch`)."""
 LEAST_TOKEN = 16
 """Characters of a token, at least."""
+POLL = 0.05
+"""Seconds between two looks of Gradio at its queue, as it has them on Windows; its millisecond takes 7 % of a core."""
 NONE = "–"
 """No run beside the first one."""
 
@@ -326,6 +329,7 @@ def launch(studio: Studio, host: str, port: int, token: str | None) -> str:
                 "another one: --port 0 takes any that is free."
             ) from None
         port = int(one.getsockname()[1])  # the one that is free, for 0
+    studio.page._queue.sleep_when_free = POLL
     auth = None if token is None else lambda _, given: hmac.compare_digest(given.encode(), token.encode())
     _, url, _ = studio.page.launch(
         server_name=host,
@@ -339,6 +343,7 @@ def launch(studio: Studio, host: str, port: int, token: str | None) -> str:
         footer_links=[],
         theme=theme(),
         head=style(),
+        app_kwargs={"middleware": [Middleware(EarlyScript)]},
     )
     threading.Thread(target=studio.read_all, daemon=True).start()
     return str(url)

@@ -3,6 +3,8 @@
 from importlib.resources import files
 
 import gradio as gr
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FONT = (
     "ui-sans-serif",
@@ -56,3 +58,33 @@ def theme() -> gr.themes.Base:
         input_border_color="var(--line)",
         input_border_color_dark="var(--line)",
     )
+
+
+class EarlyScript:
+    """Runs `frames.js` before Gradio's own scripts, which keep the browser's functions as they find them.
+
+    What Gradio calls the head of a page is added after them.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._script = f"<head><script>{asset('frames.js')}</script>".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, for the page itself with the script in it."""
+        begun: list[Message] = []
+
+        async def changed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                begun.append(message)
+                return
+            if begun:
+                start = begun.pop()
+                message["body"] = message.get("body", b"").replace(b"<head>", self._script, 1)
+                if "content-length" in (headers := MutableHeaders(raw=start["headers"])):
+                    headers["content-length"] = str(len(message["body"]))
+                await send(start)
+            await send(message)
+
+        is_page = scope["type"] == "http" and scope["path"] == "/"
+        await self._app(scope, receive, changed if is_page else send)
