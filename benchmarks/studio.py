@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import psutil
 from tests.align.synthetic import run_folder, settings
 
 from pixrl.runs.folder import MANIFEST, RunFolder
@@ -113,6 +114,13 @@ def training(run: Path, steps: int) -> "subprocess.Popen[bytes]":
     )
 
 
+def spent() -> float:
+    """Return the processor's seconds so far of this process and of chromium."""
+    own = psutil.Process()
+    watching = [own, *(one for one in own.children(recursive=True) if "chrom" in one.name())]
+    return sum(sum(one.cpu_times()[:2]) for one in watching)
+
+
 def watch(turns: int = 20, steps: int = 8) -> None:
     """Print what watching costs the steps of one training, of which every other turn is watched.
 
@@ -132,10 +140,15 @@ def watch(turns: int = 20, steps: int = 8) -> None:
             studio = Studio(root)
             url = launch(studio, "127.0.0.1", 0, None)
             folder = RunFolder.open(run)
+            shares = []
             for turn in range(turns + 1):
                 tab.goto(f"{url}?run=run" if turn % 2 else "about:blank")
+                while len(folder.metrics()) < turn * steps + 2:
+                    tab.wait_for_timeout(200)
+                begun, taken = time.perf_counter(), spent()
                 while len(folder.metrics()) < (turn + 1) * steps:
                     tab.wait_for_timeout(200)
+                shares.append((spent() - taken) / (time.perf_counter() - begun))
         studio.page.close(verbose=False)
         browser.close()
         rows = RunFolder.open(run).metrics()
@@ -144,6 +157,8 @@ def watch(turns: int = 20, steps: int = 8) -> None:
     costs = [
         2 * means[turn] / (means[turn - 1] + means[turn + 1]) - 1 for turn in range(1, len(means) - 1, 2)
     ]
+    share = statistics.median(shares[1::2]) - statistics.median(shares[::2])
+    print(f"the studio and chromium take {share:.1%} of a core while they watch")
     spread = statistics.stdev(costs) / len(costs) ** 0.5
     print(
         f"a step alone {statistics.median(means[::2]):.3f} s; watched {statistics.mean(costs):+.1%} with a standard "

@@ -64,6 +64,33 @@ def test_runs_are_seen_live_side_by_side_enlarged_and_stopped(browser: Any, root
         studio.page.close()
 
 
+def test_frames_are_few_while_nobody_touches_the_page(browser: Any, root: Path) -> None:
+    """And all of them again once somebody does; either way each is drawn, unless it is taken back."""
+    studio = Studio(root)
+    url = launch(studio, "127.0.0.1", 0, None)
+    try:
+        tab = browser.new_page()
+        tab.set_default_timeout(60_000)
+        page = tab.goto(f"{url}?run=done").text()
+        assert 0 < page.find("Gradio's page asks for sixty frames") < page.find('<script type="module"')
+        tab.locator("h1", has_text="done").wait_for()
+        is_slow = "requestAnimationFrame(() => {}) < 0"
+        tab.wait_for_function(is_slow)
+        assert tab.evaluate("new Promise((done) => requestAnimationFrame(() => done(true)))")
+        assert (
+            tab.evaluate(
+                "new Promise((done) => { let n = 0; cancelAnimationFrame(requestAnimationFrame(() => n++));"
+                "requestAnimationFrame(() => requestAnimationFrame(() => done(n))); })"
+            )
+            == 0
+        )
+        tab.mouse.move(100, 100)
+        assert not tab.evaluate(is_slow)
+        assert tab.evaluate("new Promise((done) => requestAnimationFrame(() => done(true)))")
+    finally:
+        studio.page.close()
+
+
 def test_a_mixture_follows_the_pad_and_is_kept(browser: Any, root: Path, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     Image.new("RGB", (64, 48), "orange").save(photo)
