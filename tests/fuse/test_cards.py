@@ -225,6 +225,8 @@ def test_the_doctor_says_how_many_fit(sd3_folder: Path, monkeypatch: pytest.Monk
     fits = examine_fusion(config.model_copy(update={"memory": FusionMemory(rollout_batch=5)}))
     assert not any("are needed" in problem.message for problem in fits.problems)
     assert fits.batches is not None and fits.batches.reasons == ("rollout: 5 at a time, the recipe says so",)
+    many = examine_fusion(config.model_copy(update={"memory": FusionMemory(rollout_batch=10**6)}))
+    assert many.batches == examine_fusion(config).batches, "the generator takes no more at a time than suits"
     monkeypatch.setattr("pixrl.doctor.estimate.free_bytes", lambda device: rest)
     (lack,) = [
         problem.message for problem in examine_fusion(config).problems if "are needed" in problem.message

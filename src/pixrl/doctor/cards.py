@@ -10,7 +10,7 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -19,13 +19,13 @@ from pixrl import config as recipes
 from pixrl import models
 from pixrl.device import DType, Precision, choose_precision
 from pixrl.doctor.diagnosis import Findings, Hardware, Trained, size
-from pixrl.doctor.estimate import Estimate, Fitted, contradiction, empty_renderer, fit
+from pixrl.doctor.estimate import Estimate, Fitted, empty_renderer, fit, refuse_misfits
 from pixrl.doctor.examine import condition_row
 from pixrl.doctor.rewards import find_rewards
-from pixrl.errors import CheckpointError, ConfigError, InputError, did_you_mean
+from pixrl.errors import ConfigError, InputError, did_you_mean
 from pixrl.hub import Checkpoint, locate_configs
 from pixrl.models.loading import DENOISERS
-from pixrl.models.memory.estimate import CONTRADICTIONS, VAE, PartSize, imagined_headers, sizes_of
+from pixrl.models.memory.estimate import VAE, PartSize, imagined_headers, sizes_of
 from pixrl.models.memory.placement import TEXT_PARTS
 from pixrl.models.memory.plan import Base, Offload
 from pixrl.runs.config import AlignConfig, kind_of
@@ -273,13 +273,8 @@ def variants(
 ) -> Iterator[tuple[SettingsT, tuple[str, ...]]]:
     """Yield the recipe as it is, and with the settings of each way that it allows, with what `--set` changes."""
     yield config, ()
-    given = config.model_dump()
     for way in ways:
-        changes = {
-            name: value
-            for name, value in way.items()
-            if reduce(lambda part, key: part[key], name.split("."), given) != value
-        }
+        changes = {name: value for name, value in way.items() if attrgetter(name)(config) != value}
         if not changes:
             continue
         try:
@@ -341,7 +336,7 @@ def weigh(config: AlignConfig, checkpoint: Checkpoint, precision: Precision) -> 
     """Make the model without content and find out what its passes take."""
     findings = Findings()
     plan = config.machine.model_copy(update={"base": Base.DTYPE})
-    try:
+    with refuse_misfits(checkpoint):
         made = empty_renderer(
             config.model, checkpoint, precision, GPU, plan, findings, weights=False,
             steps=config.sampling.steps, **config.drawing,
@@ -350,10 +345,6 @@ def weigh(config: AlignConfig, checkpoint: Checkpoint, precision: Precision) -> 
         headers = imagined_headers(checkpoint, policy.pipeline, t5=config.t5)
         estimate = Estimate(policy, condition_row(policy, config, ()), config, precision)
         operations = estimate.training_operations()
-    except CONTRADICTIONS as error:
-        if isinstance(error, InputError):
-            raise
-        raise CheckpointError(contradiction(checkpoint.folder, error)) from error
     if findings.problems:
         raise InputError(findings.problems[0].message)
     return Weighed(checkpoint, precision, headers, estimate, operations)

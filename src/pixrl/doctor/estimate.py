@@ -252,6 +252,17 @@ def report_misfits(
         findings.miss(Need.WEIGHTS, contradiction(checkpoint.folder, error))
 
 
+@contextmanager
+def refuse_misfits(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise a CheckpointError where the model that the block makes from configs alone cannot compute."""
+    try:
+        yield
+    except InputError:
+        raise
+    except CONTRADICTIONS as error:
+        raise CheckpointError(contradiction(checkpoint.folder, error)) from error
+
+
 def is_small(parts: Mapping[str, PartSize], longest: int, device: torch.device) -> bool:
     """Return whether a model is so small that it fits into memory without a check, with the batches planned for it."""
     return parameters_of(parts) < SMALL_MODEL and longest <= SMALL_SIDE and free_bytes(device) > PLENTY
@@ -409,9 +420,8 @@ def _most(device: torch.device, cost: Cost, room: int, cpu_batch: int, given: in
         return given, "the recipe says so"
     if device.type == "cpu":
         return cpu_batch, "what suits a CPU's cache at this resolution"
-    return cost.most(
-        int(room * SAFE_SHARE)
-    ), f"about {size(cost.each)} a picture, {size(max(room, 0))} for pictures"
+    most = cost.most(int(room * SAFE_SHARE))
+    return most, f"about {size(cost.each)} a picture, {size(max(room, 0))} for pictures"
 
 
 def _higher(drawing: Cost, training: Cost, batches: Sequence[int]) -> int:

@@ -15,11 +15,11 @@ from pixrl.doctor.cards import ATTAINED, GPU, LINK_ATTAINED, CardPlans, Gpu, Pla
 from pixrl.doctor.diagnosis import Batches, Diagnosis, Findings, Need, Work
 from pixrl.doctor.estimate import (
     can_be_estimated,
-    contradiction,
     empty_renderer,
     find_place,
     is_small,
     on_device,
+    refuse_misfits,
     report_lack,
     report_misfits,
     without_encoders,
@@ -27,7 +27,7 @@ from pixrl.doctor.estimate import (
 from pixrl.doctor.generator import find_parts, find_pipeline, require_texts
 from pixrl.doctor.needs import find_trackers, model_bytes, require_disk, require_out
 from pixrl.doctor.rewards import require_own_world
-from pixrl.errors import CheckpointError, InputError
+from pixrl.errors import InputError
 from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.trainer import read_policy
 from pixrl.fusion.world import judges_of, prompt_of, require_mixing
@@ -35,7 +35,6 @@ from pixrl.hub import Checkpoint, locate_configs, read_card
 from pixrl.models.base import Conditioning, Mixture, Renderer
 from pixrl.models.loading import DENOISERS
 from pixrl.models.memory.estimate import (
-    CONTRADICTIONS,
     VAE,
     Cost,
     PartSize,
@@ -81,14 +80,32 @@ class FusionEstimate:
         """Return the floating point operations of a picture that takes so many passes."""
         return passes * self.pass_operations + self.decode_operations
 
-    def at_once(self, config: FuseConfig, device: torch.device) -> int:
-        """Return the rows that are drawn at a time: the recipe's number, or what suits the device."""
+    def at_once(self, config: FuseConfig, device: torch.device) -> tuple[int, str]:
+        """Return the rows that are drawn at a time, and why: what suits the device, or fewer as the recipe says."""
         size = (self.policy.settings.width, self.policy.settings.height)
-        return self.whole(config.memory.rollout_batch or micro_batch_for(device, *size), config)
+        suited, asked = micro_batch_for(device, *size), config.memory.rollout_batch
+        if asked is not None and asked <= suited:
+            return self.whole(asked, config), "the recipe says so"
+        return self.whole(suited, config), f"what suits the device at {size[0]} x {size[1]}"
 
     def whole(self, rows: int, config: FuseConfig) -> int:
         """Return so many rows as those of whole children, at least of one and at most of a batch."""
         return min(max(1, rows // self.rows), config.batch) * self.rows
+
+    def most(self, room: int, config: FuseConfig) -> int:
+        """Return the most rows of whole children that so many bytes hold, and those of one where they hold none."""
+        return self.whole(self.drawing.most(int(SAFE_SHARE * room)), config)
+
+    def ways(self, room: int, config: FuseConfig) -> list[str]:
+        """Return the settings that save memory, first of them fewer pictures at a time where those fit."""
+        fewer = self.most(room, config)
+        found = [f"{BATCH}={fewer}"] if self.drawing.bytes(fewer) <= room else []
+        return [
+            *found,
+            "memory.offload=parts or sequential",
+            "memory.vae_slicing=true",
+            "a smaller checkpoint",
+        ]
 
 
 def estimate_fusion(policy: FlowPipelinePolicy, config: FuseConfig, precision: Precision) -> FusionEstimate:
@@ -183,22 +200,15 @@ def examine_fusion(
     sizes = {ref: model_bytes(ref, findings) for ref in named if ref is not None}
     judges = {ref: taken for ref, taken in sizes.items() if taken is not None}
     beside = on_device(parts, config.memory) + sum(judges.values())
-    rows = 0 if estimate is None else estimate.at_once(config, device)
-    needed = None if estimate is None else beside + estimate.drawing.bytes(rows)
-    if estimate is not None and needed is not None and needed > place.free:
-        ways = ["memory.offload=parts or sequential", "memory.vae_slicing=true", "a smaller checkpoint"]
-        fewer = estimate.whole(estimate.drawing.most(int(SAFE_SHARE * (place.free - beside))), config)
-        if beside + estimate.drawing.bytes(fewer) <= place.free:
-            ways.insert(0, f"{BATCH}={fewer}")
-        report_lack(needed, place.free, ways, findings)
+    needed, batches = None, None
+    if estimate is not None:
+        rows, why = estimate.at_once(config, device)
+        batches = Batches(rows, None, (f"rollout: {rows} at a time, {why}",))
+        needed = beside + estimate.drawing.bytes(rows)
+        if needed > place.free:
+            report_lack(needed, place.free, estimate.ways(place.free - beside, config), findings)
     disk = (config.budget + config.exemplars * len(config.concepts)) * 3 * math.prod(drawn) or None
     require_disk(disk, findings)
-    why = (
-        "the recipe says so"
-        if config.memory.rollout_batch
-        else f"what suits the device at {drawn[0]} x {drawn[1]}"
-    )
-    reason = f"rollout: {rows} at a time, {why}"
     return Diagnosis(
         kind="fuse",
         model=config.model,
@@ -207,7 +217,7 @@ def examine_fusion(
         rewards=judges,
         size=drawn if drawn[0] else None,
         drawing=None if estimate is None else estimate.drawing,
-        batches=None if estimate is None else Batches(rows, None, (reason,)),
+        batches=batches,
         needed=needed,
         disk=disk,
         work=Work(None, config.batch, None, None, config.budget),
@@ -238,11 +248,9 @@ def plan_fusion(config: FuseConfig, card: Gpu) -> CardPlans:
         )
     plans: list[Plan] = []
     weighed: dict[Precision, tuple[FusionEstimate, Mapping[str, Any]]] = {}
-    ways = [{**_PLAIN, **way} for way in WAYS]
     half = {"dtype": DType.BFLOAT16.value} if config.dtype == DType.FLOAT32 else {}
-    for changed, changes in variants(
-        config, [{f"memory.{k}": v for k, v in way.items()} | half for way in ways]
-    ):
+    ways = [{f"memory.{name}": value for name, value in {**_PLAIN, **way}.items()} | half for way in WAYS]
+    for changed, changes in variants(config, ways):
         precision = choose_precision(GPU, adapter.gpu_dtype if changed.dtype == "auto" else changed.dtype)
         if precision not in weighed:
             weighed[precision] = _weigh(changed, checkpoint, precision)
@@ -271,17 +279,13 @@ def _weigh(
     """Return what a child takes in this precision, and the tensors of every part of the model."""
     findings = Findings()
     plain = config.memory.model_copy(update={"base": Base.DTYPE})
-    try:
+    with refuse_misfits(checkpoint):
         made = empty_renderer(
             config.model, checkpoint, precision, GPU, plain, findings, weights=False, **config.drawing
         )
         assert isinstance(made, FlowPipelinePolicy)  # can_be_estimated
         headers = imagined_headers(checkpoint, made.pipeline, t5=True)
         estimate = estimate_fusion(made, config, precision)
-    except CONTRADICTIONS as error:
-        if isinstance(error, InputError):
-            raise
-        raise CheckpointError(contradiction(checkpoint.folder, error)) from error
     if findings.problems:
         raise InputError(findings.problems[0].message)
     return estimate, headers
@@ -297,10 +301,9 @@ def _plan(
     beside: int,
 ) -> Plan:
     """Return how a variant of the recipe fits the card, with fewer pictures at a time if need be, and its time."""
-    rows = estimate.at_once(config, GPU)
+    rows, _ = estimate.at_once(config, GPU)
     if beside + estimate.drawing.bytes(rows) > card.free:
-        most = estimate.drawing.most(int(SAFE_SHARE * (card.free - beside)))
-        rows = min(rows, estimate.whole(most, config))
+        rows = min(rows, estimate.most(card.free - beside, config))
         changes = (*changes, f"{BATCH}={rows}")
     peak = beside + estimate.drawing.bytes(rows)
     computing = precision.autocast or precision.weights
@@ -309,7 +312,7 @@ def _plan(
     batches = -(-config.batch * estimate.rows // rows)
     carried = moved(config, parts, estimate.policy.settings.steps) / link
     seconds = config.batch * estimate.operations(estimate.passes) / rate + batches * carried
-    exemplars = config.exemplars * len(config.concepts or ("", ""))
+    exemplars = config.exemplars * (len(config.concepts or ("", "")) - len(config.pictures))
     alone = estimate.operations(estimate.policy.settings.steps) / rate
     hours = (config.budget / config.batch * seconds + exemplars * alone) / 3600
     return Plan(changes, peak, peak <= card.free, False, rows, None, seconds, hours)

@@ -44,8 +44,8 @@ class FusionMemory(MemoryPlan):
     """How memory is saved while pictures are drawn."""
 
     rollout_batch: Count | None = Field(None, exclude_if=lambda size: size is None)
-    """Pictures that go through the model at a time, a child counted once for each concept whose prediction is averaged;
-    none: what suits the device."""
+    """The most pictures that go through the model at a time, a child counted once for each concept whose prediction is
+    averaged; none: what suits the device."""
 
 
 class FuseConfig(Settings):

@@ -28,7 +28,7 @@ from pixrl.studio.processes import Processes
 from pixrl.studio.style import EarlyScript, asset, style, theme
 
 EVERY = 6.0
-"""Seconds between two looks at the folders: at 2 a training beside it lost 4 % (`benchmarks.studio watch`)."""
+"""Seconds between two looks at the folders; `benchmarks.studio watch` measures what they cost a training beside."""
 LEAST_TOKEN = 16
 """Characters of a token, at least."""
 POLL = 0.05
