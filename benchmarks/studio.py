@@ -104,8 +104,13 @@ def main(rows: int = 10_000) -> None:
 
 
 def training(run: Path, steps: int) -> "subprocess.Popen[bytes]":
-    """Begin a toy training in a process of its own, with one thread."""
+    """Begin a toy training in a process of its own, with one thread, whose steps all do the same work.
+
+    Its reward is one that no two pictures share, since a group of equal rewards has nothing to learn from and its
+    update is left out.
+    """
     settings = ["prompts.per_step=1", "evaluation.every=null", "evaluation.prompts=4"]
+    settings += ["rewards=[{name: preference, options: {model: 'toy:preference'}}]"]
     words = ["align", "toy/diffusion-nft", "--steps", str(steps), "--out", str(run)]
     words += [part for setting in settings for part in ("--set", setting)]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -152,6 +157,8 @@ def watch(turns: int = 20, steps: int = 8) -> None:
         studio.page.close(verbose=False)
         browser.close()
         rows = RunFolder.open(run).metrics()
+    if any(row["zero_std_share"] for row in rows):
+        raise RuntimeError("Some steps left their update out, so that steps cannot be compared.")
     seconds = [sum(x for name, x in row.items() if name.startswith("seconds/")) for row in rows]
     means = [statistics.median(seconds[at + 2 : at + steps]) for at in range(0, len(seconds), steps)]
     costs = [

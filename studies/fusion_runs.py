@@ -123,7 +123,8 @@ def run_task(study: StudyConfig, task: Task, world: FusionWorld, heldout: HeldOu
     thresholds = choose_thresholds(config, world.card.presence)
     selection = choose(similarities_BN, config, thresholds, 1)
     limits = (thresholds.presence, thresholds.balance)
-    found = figures(similarities_BN, study.alpha, *limits, selection.indices).to_json()
+    truths = [truth for step in steps for truth in step.scores.truths]
+    found = figures(similarities_BN, study.alpha, *limits, selection.indices, truths).to_json()
     if heldout is not None:
         found |= _heldout_figures(study, session, steps, selection.indices or _best(steps), heldout)
     batch_rewards = [round(float(step.scores.feedback.rewards_B.nanmean()), 5) for step in steps]
@@ -132,6 +133,7 @@ def run_task(study: StudyConfig, task: Task, world: FusionWorld, heldout: HeldOu
         "pair": pair,
         "variant": variant,
         "seed": seed,
+        "truth": None if session.truth is None else session.truth.name,
         "figures": found,
         "batch_rewards": [None if reward != reward else reward for reward in batch_rewards],
         "seconds": round(time.perf_counter() - begun, 2),
@@ -174,6 +176,7 @@ def write_results(study: StudyConfig, records: list[Record], out: Path) -> str:
         "variants": len(study.variants),
         "runs": len(records),
         "heldout": study.heldout,
+        "truth": _truth_of(records),
     }
     grid = Grid(layout_of("fusions"), records, list(study.variants), study.differences, words)
     summary = {
@@ -183,6 +186,12 @@ def write_results(study: StudyConfig, records: list[Record], out: Path) -> str:
         "calibration": _calibration(study) if records else {},
     }
     return write(grid.markdown(), summary, out)
+
+
+def _truth_of(records: Sequence[Record]) -> str | None:
+    """Return what told the true fusions, where each of the records has it."""
+    told = {str(record.get("truth") or "") for record in records}
+    return " and ".join(sorted(told)) or None if "" not in told else None
 
 
 def _calibration(study: StudyConfig) -> dict[str, Any]:

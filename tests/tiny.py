@@ -1,6 +1,7 @@
 """Tiny checkpoints with random weights: the real diffusers / transformers classes in the published folder layout."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -90,8 +91,8 @@ def clip(folder: Path, *, side: int = 28, seed: int = 0, **preprocessing: object
     return folder
 
 
-def segmenter(folder: Path, *, seed: int = 0) -> Path:
-    """A SegformerForSemanticSegmentation folder over `KINDS`."""
+def segmenter(folder: Path, *, seed: int = 0, labels: Sequence[str] = KINDS) -> Path:
+    """A SegformerForSemanticSegmentation folder over `labels`."""
     torch.manual_seed(seed)
     config = SegformerConfig(
         num_encoder_blocks=2,
@@ -103,8 +104,8 @@ def segmenter(folder: Path, *, seed: int = 0) -> Path:
         num_attention_heads=[1, 2],
         mlp_ratios=[2, 2],
         decoder_hidden_size=32,
-        id2label=dict(enumerate(KINDS)),
-        label2id={kind: n for n, kind in enumerate(KINDS)},
+        id2label=dict(enumerate(labels)),
+        label2id={label: n for n, label in enumerate(labels)},
     )
     model = SegformerForSemanticSegmentation(config)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import SegformerForSemanticSegmentation
 
+from pixrl.metrics.true_fusion import Fusion, FusionTruth, judge
 from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder
 from pixrl.rewards.segmentation import Segmenter
-from toy_build.clip import normalize
 from toy_build.pictures import EVEN_SHARES, to_tensor
 from toy_build.preference import spoil
-from toy_build.world.fusion import judge
 from toy_build.world.language import canonical, caption, is_held_out
 from toy_build.world.random_scenes import (
     Subject,
@@ -139,16 +138,17 @@ def check_clip(root: Path, thin: int) -> Iterable[Gate]:
     yield Gate("clip", "caption retrieval among 64, top-1", float(torch.cat(hits).float().mean()), 0.93)
 
 
-def part_maps(root: Path, images: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """What `parts` sees in pictures [B, 3, 128, 128]: classes [B, 128, 128]."""
-    model = SegformerForSemanticSegmentation.from_pretrained(root / "parts", dtype=torch.float32).eval()
-    out = []
-    with torch.inference_mode():
-        for part in images.split(64):
-            logits = model(pixel_values=normalize(part)).logits
-            full = F.interpolate(logits, (SIDE, SIDE), mode="bilinear", align_corners=False)
-            out.append(full.argmax(1).numpy())
-    return np.concatenate(out)
+@cache
+def truth(root: Path) -> FusionTruth:
+    """What tells true fusions: `parts`."""
+    return FusionTruth(root / "parts", device="cpu")
+
+
+def judged(root: Path, images: Tensor, parents: Iterable[Sequence[str]]) -> list[Fusion]:
+    """What each picture [B, 3, 128, 128] is that should mix its parents."""
+    told = truth(root)
+    maps = told.segmenter.classes(images).numpy()
+    return [judge(found, kinds, told.parts) for found, kinds in zip(maps, parents, strict=True)]
 
 
 def check_parts(root: Path, thin: int) -> Iterable[Gate]:
@@ -156,10 +156,8 @@ def check_parts(root: Path, thin: int) -> Iterable[Gate]:
     rng, count = np.random.default_rng(SEED), 2000 // thin
 
     def passed(asked: Sequence[tuple[Scene, tuple[str, ...]]]) -> float:
-        maps = part_maps(root, drawn(scene for scene, _ in asked))
-        return float(
-            np.mean([judge(found, parents).is_true for found, (_, parents) in zip(maps, asked, strict=True)])
-        )
+        found = judged(root, drawn(scene for scene, _ in asked), [parents for _, parents in asked])
+        return float(np.mean([fusion.is_true for fusion in found]))
 
     def strangers(known: tuple[str, ...], number: int) -> tuple[str, ...]:
         return tuple(

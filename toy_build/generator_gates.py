@@ -18,8 +18,7 @@ from pixrl.models.base import Conditioning, Renderer
 from pixrl.rewards.encoders import DinoEncoder
 from pixrl.rewards.geneval import GenEvalReward
 from pixrl.types import RewardBatch, sample_seed
-from toy_build.gates import SEED, Gate, drawn, high_frequencies, part_maps, scenes
-from toy_build.world.fusion import judge
+from toy_build.gates import SEED, Gate, drawn, high_frequencies, judged, scenes, truth
 from toy_build.world.language import held_out_prompts, parse
 from toy_build.world.pairs import HELD_OUT_PAIRS, TRAINING_PAIRS
 from toy_build.world.scene import FIRST_PART, GENEVAL, Task
@@ -40,7 +39,7 @@ def pictures(policy: Renderer, prompts: Sequence[str], key: int) -> Tensor:
 def shows(root: Path, images: Tensor, kinds: Sequence[str]) -> float:
     """The share of pictures in which all four parts of the kind are seen and those of another are not."""
     right = []
-    for classes, kind in zip(part_maps(root, images), kinds, strict=True):
+    for classes, kind in zip(truth(root).segmenter.classes(images).numpy(), kinds, strict=True):
         areas = np.bincount(classes[classes >= FIRST_PART] - FIRST_PART, minlength=len(KINDS) * len(SLOTS))
         areas = areas.reshape(len(KINDS), len(SLOTS)) / max((classes > 0).sum(), 1)
         own = areas[KINDS.index(kind)]
@@ -139,7 +138,7 @@ def article(kind: str) -> str:
 
 def fusions(root: Path, images: Tensor, pairs: Sequence[tuple[str, ...]]) -> list[bool]:
     """Which pictures are true fusions of their pair."""
-    return [judge(found, pair).is_true for found, pair in zip(part_maps(root, images), pairs, strict=True)]
+    return [fusion.is_true for fusion in judged(root, images, pairs)]
 
 
 def true_share(root: Path, images: Tensor, pairs: Sequence[tuple[str, ...]]) -> float:

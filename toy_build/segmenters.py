@@ -5,6 +5,7 @@ true drawings it learns from what fusion must not be confused with: hybrids of e
 pasted where they do not belong.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
+from pixrl.hub import CARD_FILE
+from pixrl.metrics.true_fusion import MIXED, WORN
+from pixrl.rewards.segmentation import BACKGROUND_LABEL
 from toy_build.clip import IMAGE_MEAN, IMAGE_STD, SCENES, normalize, soften
 from toy_build.pictures import Bytes, pictures, to_tensor
 from toy_build.training import Build, Draw, Lesson, Plan, save_half
@@ -30,7 +34,7 @@ from toy_build.world.scene import (
     part_class,
     part_classes,
 )
-from toy_build.world.vocabulary import COLOURS, KINDS, SLOTS
+from toy_build.world.vocabulary import COLOURS, KINDS, NAMES, SLOTS
 
 PLAN = Plan(steps=4_000, batch=32, lr=1.5e-3, warmup=100, ema=0.997, level=0.5)
 PARTS_PLAN = Plan(steps=8_000, batch=24, lr=1.5e-3, warmup=200, ema=0.998, level=0.6)
@@ -52,7 +56,7 @@ def new_segmenter(names: list[str], width: int) -> SegformerForSemanticSegmentat
 
 def part_names() -> list[str]:
     """The classes of `parts`: background, worn, pasted or two things at once, then "KIND SLOT"."""
-    names = ["background", "worn", "mixed"] + [""] * (PART_CLASSES - FIRST_PART)
+    names = [BACKGROUND_LABEL, WORN, MIXED] + [""] * (PART_CLASSES - FIRST_PART)
     for kind in KINDS:
         for slot, word in enumerate(SLOTS):
             names[part_class(kind, slot)] = f"{kind} {word}"
@@ -111,6 +115,8 @@ def build_parts(build: Build) -> None:
 
     build.fit("parts", model, PARTS_PLAN, drawn_lesson, pixel_loss(build, model))
     _save(build, model, "parts", PARTS_PLAN)
+    synonyms = {name: kind for kind, names in NAMES.items() for name in names if name != kind}
+    (build.out / "parts" / CARD_FILE).write_text(json.dumps({"synonyms": synonyms}, indent=1) + "\n")
 
 
 def lesson(rng: np.random.Generator) -> tuple[Bytes, Bytes]:

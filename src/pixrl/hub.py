@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pixrl import hub_check
 from pixrl.errors import CheckpointError, InputError, did_you_mean
@@ -79,6 +79,8 @@ class Card(BaseModel):
     presence: Presence | None = None
     clip: str | None = None
     segmenter: str | None = None
+    parts: str | None = None
+    synonyms: dict[str, str] = Field(default_factory=dict)
     colors: tuple[str, ...] | None = None
     color_templates: tuple[str, ...] | None = None
     color_background: tuple[float, float, float] | None = None

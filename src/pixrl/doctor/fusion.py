@@ -1,5 +1,6 @@
 """`pixrl doctor` for a fusion: what it needs, whether it can run here, and with which plans it would fit a card."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +26,14 @@ from pixrl.doctor.estimate import (
     without_encoders,
 )
 from pixrl.doctor.generator import find_parts, find_pipeline, require_texts
-from pixrl.doctor.needs import find_trackers, model_bytes, require_disk, require_out
+from pixrl.doctor.needs import find_trackers, local_folder, model_bytes, require_disk, require_out
 from pixrl.doctor.rewards import require_own_world
-from pixrl.errors import InputError
+from pixrl.errors import InputError, PixrlError
 from pixrl.fusion.config import FuseConfig
 from pixrl.fusion.trainer import read_policy
-from pixrl.fusion.world import judges_of, prompt_of, require_mixing
+from pixrl.fusion.world import asks_for_truth, judges_of, prompt_of, require_mixing, require_reward
 from pixrl.hub import Checkpoint, locate_configs, read_card
+from pixrl.metrics.true_fusion import require_truth
 from pixrl.models.base import Conditioning, Mixture, Renderer
 from pixrl.models.loading import DENOISERS
 from pixrl.models.memory.estimate import (
@@ -190,13 +192,18 @@ def examine_fusion(
             assert isinstance(made, FlowPipelinePolicy)
             texts = [prompt_of(made.card, one) for one in concepts or config.concepts]
             require_texts(made, checkpoint, texts, findings, t5=True)
-            require_own_world(made, parts, {"clip": config.clip, "segmenter": config.segmenter}, findings)
+            judging = {"clip": config.clip, "segmenter": config.segmenter, "truth": config.truth}
+            require_own_world(made, parts, judging, findings)
             drawn = (made.settings.width, made.settings.height)
             if not (about_to_run and is_small(parts, max(drawn), device)):
                 estimate = estimate_fusion(made, config, precision)
-    named: tuple[str | None, ...] = (config.clip, config.segmenter)
+    named: tuple[str | None, ...] = (config.clip, config.segmenter, config.truth)
     if checkpoint is not None:  # without one nobody knows which encoder it is calibrated for
-        named = judges_of(read_card(checkpoint.folder), config.clip, config.segmenter)
+        card = read_card(checkpoint.folder)
+        with findings.catch(Need.SETTING):
+            require_reward(config, (config.truth or card.parts) is not None)
+        named = (*judges_of(card, config.clip, config.segmenter), config.truth or card.parts)
+    find_truth(config, named[-1], concepts or config.concepts, findings)
     sizes = {ref: model_bytes(ref, findings) for ref in named if ref is not None}
     judges = {ref: taken for ref, taken in sizes.items() if taken is not None}
     beside = on_device(parts, config.memory) + sum(judges.values())
@@ -226,6 +233,22 @@ def examine_fusion(
     )
 
 
+def find_truth(config: FuseConfig, ref: str | None, concepts: Sequence[str], findings: Findings) -> None:
+    """Find what stands against telling true fusions of the concepts, where it can be told by files that are here."""
+    place = None
+    with contextlib.suppress(PixrlError):  # what is not there is found with the other models
+        place = None if ref is None else local_folder(ref)
+    if place is None:
+        return
+    try:
+        require_truth(place, str(ref), concepts)
+    except PixrlError as error:
+        if asks_for_truth(config):
+            findings.miss(Need.SETTING, error)
+        else:
+            findings.note(f"Nothing tells which children are true fusions. {error}")
+
+
 def plan_fusion(config: FuseConfig, card: Gpu) -> CardPlans:
     """Find the plans with which a fusion fits a card that need not be here, and their time, from configs alone.
 
@@ -239,7 +262,9 @@ def plan_fusion(config: FuseConfig, card: Gpu) -> CardPlans:
     if not can_be_estimated(adapter, config.model, missing):
         raise InputError(missing.notes[0])
     require_mixing(adapter, config.model, config)
-    judged = judges_of(read_card(checkpoint.folder), config.clip, config.segmenter)
+    made_for = read_card(checkpoint.folder)
+    truth = config.truth or made_for.parts
+    judged = (*judges_of(made_for, config.clip, config.segmenter), *([] if truth is None else [truth]))
     judges = {ref: taken for ref in judged if (taken := model_bytes(ref, missing)) is not None}
     notes = ["Scoring takes time of its own, which is not counted."]
     if len(judges) < len(judged):

@@ -1,5 +1,6 @@
 """What a fusion is made from: the recipe `fuse`, whose method is a sampler."""
 
+from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ from pixrl.runs.folder import RunFolder
 from pixrl.runs.trackers import Trackers
 
 KIND, COMPARE, PAIRS = "fuse", "fuse-compare", "fuse-pairs"
-CHECKPOINTS = ("model", "clip", "segmenter")
+CHECKPOINTS = ("model", "clip", "segmenter", "truth")
 """Settings that may name a folder."""
 
 
@@ -38,6 +39,15 @@ def _require_sampler(name: object) -> str:
 
 SamplerName = Annotated[str, BeforeValidator(_require_sampler)]
 """A sampler: a name of `pixrl.algorithms.SAMPLERS`, `path/to/file.py:Name` or `module:Name`."""
+
+
+class Reward(StrEnum):
+    """What a sampler learns from."""
+
+    SIMILARITY = "similarity"
+    """RMLer's reward (Eq. 5): the similarities to all concepts, less their imbalance."""
+    TRUE_FUSION = "true_fusion"
+    """The balance of a true fusion, and 0 of everything else."""
 
 
 class FusionMemory(MemoryPlan):
@@ -98,6 +108,11 @@ class FuseConfig(Settings):
     """The encoder of the similarities; none: the checkpoint's own choice, or CLIP ViT-H/14."""
     segmenter: str | None = None
     """The foreground segmentation; none: the checkpoint's own choice."""
+    truth: str | None = Field(None, exclude_if=lambda truth: truth is None)
+    """A segmentation of parts that tells which children are true fusions, for figures beside the reward; none: the
+    checkpoint's own choice."""
+    reward: Reward = Field(Reward.SIMILARITY, exclude_if=lambda reward: reward is Reward.SIMILARITY)
+    """What the sampler learns from: similarity, or true_fusion, which the selection never looks at."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
@@ -200,7 +215,7 @@ class FuseConfig(Settings):
     def world(self) -> tuple[Any, ...]:
         """The arguments of `fusion.world.load_world`, in its order."""
         drawn = (self.guidance, self.negative_prompt, self.resolution)
-        return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory, *drawn
+        return self.model, self.clip, self.segmenter, self.device, self.dtype, self.memory, *drawn, self.truth
 
     @property
     def pool_images(self) -> int:

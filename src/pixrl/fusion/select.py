@@ -15,8 +15,9 @@ from pixrl.equations import is_candidate, select, shortfall
 from pixrl.equations.fusion import BALANCE, PRESENCE
 from pixrl.fusion.config import FuseConfig, resolve_options, sampler_of
 from pixrl.hub import Presence
+from pixrl.metrics.true_fusion import Fusion, Verdict
 from pixrl.runs.folder import ManifestRow
-from pixrl.runs.reading import SIMILARITY
+from pixrl.runs.reading import SIMILARITY, TRUE_FUSION, VERDICT
 
 
 @dataclass(frozen=True)
@@ -170,3 +171,16 @@ def similarities_of(rows: Sequence[ManifestRow], concepts: Sequence[str]) -> Ten
     values = [[row.scores.get(f"{SIMILARITY}{concept}") for concept in concepts] for row in rows]
     numbers = [[math.nan if value is None else value for value in row] for row in values]
     return torch.tensor(numbers, dtype=torch.float32).reshape(len(rows), len(concepts))
+
+
+def truths_of(rows: Sequence[ManifestRow], concepts: Sequence[str]) -> tuple[Fusion, ...]:
+    """Return what a manifest says of its pictures; () where nothing told which of them are true fusions."""
+    return tuple(
+        Fusion(
+            Verdict(row.extra[VERDICT]),
+            tuple(row.scores.get(f"{TRUE_FUSION}/{concept}") or 0.0 for concept in concepts),
+            row.scores.get(TRUE_FUSION) or 0.0,
+        )
+        for row in rows
+        if VERDICT in row.extra
+    )

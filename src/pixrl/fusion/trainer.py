@@ -12,17 +12,19 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pixrl.algorithms.fusion.base import Feedback, Proposal, Sampler
 from pixrl.algorithms.fusion.policy import PolicyKind, PolicySampler
 from pixrl.errors import CheckpointError, FailedScoresError, InputError
-from pixrl.fusion.config import PAIRS, FuseConfig, open_run, resolve_options, sampler_of
+from pixrl.fusion.config import PAIRS, FuseConfig, Reward, open_run, resolve_options, sampler_of
 from pixrl.fusion.world import FusionSession
+from pixrl.metrics.true_fusion import Fusion, Verdict
 from pixrl.rewards.set import Failures
 from pixrl.runs import checkpoint
 from pixrl.runs.folder import RunFolder
@@ -50,6 +52,8 @@ class FusionScores:
 
     feedback: Feedback
     reasons: tuple[str | None, ...]
+    truths: tuple[Fusion, ...] = ()
+    """What each picture is; () where nothing tells it."""
 
     @property
     def failed(self) -> int:
@@ -114,10 +118,17 @@ class FusionTrainer:
         return FusionRollouts(step, self.config.first_index(step), proposal, seeds, images_BCHW)
 
     def score(self, rollouts: FusionRollouts, clock: Clock) -> FusionScores:
-        """Score pictures by their similarity to each concept, and by RMLer's reward (Eq. 5)."""
+        """Score pictures by their similarity to each concept, and by RMLer's reward (Eq. 5) or the truth."""
         with clock.phase("score"):
             similarities_BN, reasons = self.session.score(rollouts.images_BCHW)
-        return FusionScores(Feedback.of(similarities_BN, self.config.alpha, rollouts.seeds), reasons)
+            truths = self.session.judge(rollouts.images_BCHW)
+        feedback = Feedback.of(similarities_BN, self.config.alpha, rollouts.seeds)
+        if self.config.reward is Reward.TRUE_FUSION:
+            balance_B = torch.tensor([truth.balance for truth in truths])
+            feedback = replace(
+                feedback, rewards_B=balance_B.masked_fill(feedback.rewards_B.isnan(), torch.nan)
+            )
+        return FusionScores(feedback, reasons, truths)
 
     def update(self, rollouts: FusionRollouts, scores: FusionScores, clock: Clock) -> dict[str, float]:
         """Let the sampler and the choice of noises learn from the rewards; in the pool nothing learns."""
@@ -173,7 +184,15 @@ def step_figures(scores: FusionScores) -> dict[str, float]:
         "similarity/mean": float(similarities_BN.mean()) if has else math.nan,
         "balance/mean": float(spread.mean()) if has else math.nan,
         "failed_share": scores.failed / len(scores.reasons),
-    }
+    } | verdict_shares(scores.truths)
+
+
+def verdict_shares(truths: Sequence[Fusion]) -> dict[str, float]:
+    """Return the share of the pictures that each verdict has; {} where nothing tells the truth."""
+    if not truths:
+        return {}
+    counts = Counter(truth.verdict for truth in truths)
+    return {f"true_fusion/{verdict.value}": counts[verdict] / len(truths) for verdict in Verdict}
 
 
 class FailureWatch:

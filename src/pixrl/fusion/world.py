@@ -26,10 +26,11 @@ from pixrl.algorithms.fusion.policy import UNMIXED
 from pixrl.data.pairs import is_wordless
 from pixrl.data.pictures import as_floats, opened, to_levels
 from pixrl.equations.fusion import BALANCE
-from pixrl.errors import InputError, RunError, ShapeError
-from pixrl.fusion.config import FuseConfig, FusionMemory
+from pixrl.errors import ConfigError, InputError, RunError, ShapeError
+from pixrl.fusion.config import FuseConfig, FusionMemory, Reward
 from pixrl.hub import Card, read_card
 from pixrl.hub_check import Layout
+from pixrl.metrics.true_fusion import Fusion, FusionTruth
 from pixrl.models.base import Conditioning, Mixture, ReferencePolicy, Renderer, on_canvas
 from pixrl.models.pipeline import chunks
 from pixrl.types import sample_seed
@@ -84,6 +85,7 @@ class FusionWorld:
         clip: str = "",
         segmenter: str = "",
         at_once: int | None = None,
+        truth: FusionTruth | None = None,
     ) -> None:
         """Keep them.
 
@@ -91,6 +93,7 @@ class FusionWorld:
             renderer, scorer, card: the generator, what scores its pictures, and its card.
             clip, segmenter: the references of the scorer's models.
             at_once: pictures that go through the generator at a time; None: as many as it takes by itself.
+            truth: what tells true fusions; None: nothing does.
         """
         self.renderer = renderer
         self.at_once = at_once
@@ -98,6 +101,7 @@ class FusionWorld:
         self.card = card
         self.clip = clip
         self.segmenter = segmenter
+        self.truth = truth
         self._exemplars: dict[tuple[str, int, str | None], Exemplars] = {}
 
     def prompt(self, concept: str) -> str:
@@ -151,10 +155,42 @@ class FusionWorld:
         """
         return mixing_of(self.renderer, self.card, config)
 
+    def truth_for(self, config: FuseConfig) -> FusionTruth | None:
+        """Return what tells true fusions of the recipe's concepts; None where nothing does.
+
+        Raises:
+            ConfigError: the recipe learns from true fusions, which nothing tells.
+            InputError: the recipe asks for the truth, and one of its concepts is none of the kinds.
+        """
+        require_reward(config, self.truth is not None)
+        if self.truth is None:
+            return None
+        try:
+            self.truth.parents(config.concepts)
+        except InputError:
+            if asks_for_truth(config):
+                raise
+            return None
+        return self.truth
+
 
 def judges_of(card: Card, clip: str | None, segmenter: str | None) -> tuple[str, str]:
     """Return the CLIP and the segmenter that score a checkpoint's pictures: those given, else its card's."""
     return clip or card.clip or PUBLISHED_CLIP, segmenter or card.segmenter or PUBLISHED_SEGMENTER
+
+
+def asks_for_truth(config: FuseConfig) -> bool:
+    """Return whether the recipe itself wants to know which children are true fusions."""
+    return config.truth is not None or config.reward is Reward.TRUE_FUSION
+
+
+def require_reward(config: FuseConfig, is_told: bool) -> None:
+    """Raise ConfigError where a recipe learns from true fusions and nothing tells them."""
+    if config.reward is Reward.TRUE_FUSION and not is_told:
+        raise ConfigError(
+            f"reward={config.reward.value} needs a segmentation of parts, and {config.model} names none: add "
+            "--set truth=FOLDER, or leave the reward out."
+        )
 
 
 @lru_cache(maxsize=2)
@@ -168,6 +204,7 @@ def load_world(
     guidance: float | None = None,
     negative_prompt: str | None = None,
     resolution: int | str | None = None,
+    truth: str | None = None,
 ) -> FusionWorld:
     """Load the world of a checkpoint; a second call in one process returns the same one."""
     from pixrl.models import load
@@ -181,7 +218,9 @@ def load_world(
     drawing: dict[str, Any] = {"guidance": guidance, "negative_prompt": negative_prompt}
     renderer = load(model, device=device, dtype=dtype, plan=memory, resolution=resolution, **drawing)
     at_once = None if memory is None else memory.rollout_batch
-    return FusionWorld(renderer, scorer, card, clip=clip, segmenter=segmenter, at_once=at_once)
+    parts = truth or card.parts
+    judge = None if parts is None else FusionTruth(parts, device=device)
+    return FusionWorld(renderer, scorer, card, clip=clip, segmenter=segmenter, at_once=at_once, truth=judge)
 
 
 def mixing_of(renderer: Renderer, card: Card, config: FuseConfig) -> Mixing[Any]:
@@ -251,6 +290,7 @@ class FusionSession:
         self.world = world
         self.config = config
         self.mixing = world.mixing(config)
+        self.truth = world.truth_for(config)
         self.exemplars = tuple(
             world.exemplars(concept, config.exemplars, config.pictures.get(concept))
             for concept in config.concepts
@@ -285,6 +325,10 @@ class FusionSession:
         )
         failed_B = torch.tensor([reason is not None for reason in reasons])
         return similarities_BN.masked_fill(failed_B[:, None], torch.nan), reasons
+
+    def judge(self, images_BCHW: Tensor) -> tuple[Fusion, ...]:
+        """Return the truth about each picture; () where nothing tells it."""
+        return () if self.truth is None else self.truth.judge(images_BCHW, self.config.concepts)
 
 
 PROBE_SEED = 43

@@ -24,6 +24,7 @@ from pixrl.fusion.trainer import FailureWatch, FusionTrainer, read_policy
 from pixrl.fusion.world import FusionSession, FusionWorld, load_world
 from pixrl.hub import Presence
 from pixrl.plugins import changed_files
+from pixrl.rewards.weights import part
 from pixrl.runs import checkpoint
 from pixrl.runs.display import Extent, Monitor, Silent
 from pixrl.runs.files import write_atomic
@@ -61,6 +62,8 @@ class WorldRecord(BaseModel):
     fingerprint: str
     clip: str
     segmenter: str
+    truth: str | None = Field(None, exclude_if=lambda truth: truth is None)
+    """What told which pictures are true fusions."""
     scorer: dict[str, str] = {}
     """Provenance of the scores; empty in runs of before it was recorded."""
     code: dict[str, str] = Field({}, exclude_if=lambda code: not code)
@@ -103,6 +106,7 @@ def start(
     config = config.with_full_paths()
     world = world or world_of(config)
     world.mixing(config)  # unknown words and a mixing that does not fit, before any folder
+    world.truth_for(config)
     if config.policy_from is not None:
         read_policy(Path(config.policy_from)).require_same_generator(world.renderer.fingerprint())
     folder = RunFolder.create(out, kind=KIND, recipe=config, force=force)
@@ -323,7 +327,11 @@ def _record(world: FusionWorld, session: FusionSession, config: FuseConfig) -> W
         fingerprint=world.renderer.fingerprint(),
         clip=world.clip,
         segmenter=world.segmenter,
-        scorer=dict(world.scorer.provenance),
+        truth=None if session.truth is None else session.truth.name,
+        scorer={
+            **world.scorer.provenance,
+            **({} if session.truth is None else part("truth", session.truth.provenance)),
+        },
         code=config.code,
         pictures=config.picture_sums,
         presence=world.card.presence,

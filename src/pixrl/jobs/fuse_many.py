@@ -132,6 +132,8 @@ def start_many(
         fuse_job.get_ready(first, list(names), out, force=force)
         world = fuse_job.world_of(first)
     world.mixing(first)  # a mixing that does not fit, and unknown words, before any folder
+    for _, child in config.children():
+        world.truth_for(child)
     world.renderer.encode([world.prompt(concept) for concept in names])
     folder = RunFolder.create(out, kind=kind, recipe=config, force=force)
     with replacing(folder.path):

@@ -1,13 +1,15 @@
-"""The figures of a fusion run, from similarities alone: of all its pictures, and of the ones selected."""
+"""The figures of a fusion run: of all its pictures, and of the ones selected; by similarities, and by the truth."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from pixrl.equations import fusion_reward, is_candidate
+from pixrl.metrics.true_fusion import Fusion
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,15 @@ class FusionFigures:
     selected_balance: float
     failed: float
     """The share of pictures that could not be scored."""
+    true_fusions: float = math.nan
+    """The share of all pictures that are true fusions; like all below, nan where nothing tells."""
+    selected_true: float = math.nan
+    """1 where the picture that is selected first is a true fusion, 0 where it is not; where none qualifies, that of the
+    best reward."""
+    false_passes: float = math.nan
+    """The share of the candidates that are no true fusions."""
+    agreement: float = math.nan
+    """The rank correlation (Spearman) of the scored pictures' rewards with their balance, 0 where they are none."""
 
     def to_json(self) -> dict[str, float | None]:
         """Return the figures by name, with None for nan."""
@@ -40,7 +51,12 @@ class FusionFigures:
 
 
 def figures(
-    similarities_BN: Tensor, alpha: float, presence: float, balance: float, chosen: Sequence[int] = ()
+    similarities_BN: Tensor,
+    alpha: float,
+    presence: float,
+    balance: float,
+    chosen: Sequence[int] = (),
+    truths: Sequence[Fusion] = (),
 ) -> FusionFigures:
     """Return the figures of a run.
 
@@ -49,6 +65,7 @@ def figures(
         alpha: of the reward (Eq. 5).
         presence, balance: the thresholds of a candidate.
         chosen: the selected pictures, best first.
+        truths: what each picture is; none: nothing tells.
     """
     images = len(similarities_BN)
     rewards_B = fusion_reward(similarities_BN, alpha)
@@ -60,6 +77,7 @@ def figures(
     ranked_B = rewards_B.nan_to_num(-math.inf)
     best = int(ranked_B.argmax()) if bool(ranked_B.isfinite().any()) else None
     first = chosen[0] if chosen else best
+    told = {} if not truths else _by_truth(truths, rewards_B, candidate_B, first)
     return FusionFigures(
         reward=_mean(rewards_B[scored_B]),
         similarity=_mean(similarities_BN[scored_B].mean(dim=1)),
@@ -72,7 +90,25 @@ def figures(
         selected_similarity=_at(similarities_BN.mean(dim=1), first),
         selected_balance=_at(spread_B, first),
         failed=float((~scored_B).float().mean()),
+        **told,
     )
+
+
+def _by_truth(
+    truths: Sequence[Fusion], rewards_B: Tensor, candidate_B: Tensor, first: int | None
+) -> dict[str, float]:
+    """Return the figures that need the truth, by their names."""
+    true_B = torch.tensor([float(truth.is_true) for truth in truths])
+    balance_B = torch.tensor([truth.balance for truth in truths])
+    scored_B = ~rewards_B.isnan()
+    known, learned_from = balance_B[scored_B].numpy(), rewards_B[scored_B].numpy()
+    differ = all(len(set(values.tolist())) > 1 for values in (known, learned_from))
+    return {
+        "true_fusions": float(true_B.mean()),
+        "selected_true": _at(true_B, first),
+        "false_passes": _mean(1 - true_B[candidate_B]),
+        "agreement": float(spearmanr(learned_from, known).statistic) if differ else math.nan,
+    }
 
 
 def _mean(values: Tensor) -> float:

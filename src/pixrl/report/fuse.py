@@ -16,11 +16,12 @@ from markupsafe import Markup
 
 from pixrl.config import Settings
 from pixrl.fusion.config import COMPARE, FuseConfig, resolve_options
-from pixrl.fusion.select import similarities_of
+from pixrl.fusion.select import similarities_of, truths_of
 from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs.fuse import FinishedRun
 from pixrl.jobs.fuse_many import FinishedRuns
 from pixrl.metrics.fusion import FusionFigures, figures
+from pixrl.metrics.true_fusion import Verdict
 from pixrl.report import charts
 from pixrl.report.align import drawing
 from pixrl.report.figures import ParentShare, number, parent_shares
@@ -28,6 +29,7 @@ from pixrl.report.page import FULL, THUMBNAIL, Embedded, inline, render
 from pixrl.runs.files import write_atomic
 from pixrl.runs.folder import ManifestRow
 from pixrl.runs.log import COEFFICIENTS
+from pixrl.runs.reading import VERDICT
 
 SHOWN = 8
 """Pictures of a fusion on the index page."""
@@ -50,6 +52,8 @@ class Child:
     failed: str | None
     spread: float
     coefficients: str
+    verdict: str
+    """What the picture is, in words; empty where nothing told."""
 
     @property
     def total(self) -> float:
@@ -139,6 +143,8 @@ def fuse_view(run: FinishedRun) -> dict[str, Any]:
         "balance_source": limits.balance_source,
         "outcome": selection.summary(run.folder.path),
         "figures": run_figures(run),
+        "verdicts": verdict_words(run),
+        "learns_from": str(config.reward),
         "reward_chart": Markup(charts.reward_chart(rewards, config.batch, config.learning_images)),
         **_scatter(run, children),
         "facts": facts,
@@ -153,7 +159,18 @@ def run_figures(run: FinishedRun) -> FusionFigures:
     """Return the figures of a finished run at its own thresholds."""
     similarities_BN = similarities_of(run.rows, run.config.concepts)
     limits = run.selection.thresholds
-    return figures(similarities_BN, run.config.alpha, limits.presence, limits.balance, run.selection.indices)
+    truths = truths_of(run.rows, run.config.concepts)
+    thresholds = (limits.presence, limits.balance)
+    return figures(similarities_BN, run.config.alpha, *thresholds, run.selection.indices, truths)
+
+
+def verdict_words(run: FinishedRun) -> str:
+    """Return how many of the pictures are what, and by what; an empty text where nothing told."""
+    counts = Counter(truth.verdict for truth in truths_of(run.rows, run.config.concepts))
+    if not counts:
+        return ""
+    told = ", ".join(f"{verdict.words} {counts[verdict]}" for verdict in Verdict if counts[verdict])
+    return f"{told}; by {fuse_job.read_world(run.folder).truth}"
 
 
 def child_of(run: FinishedRun, row: ManifestRow, side: int, page: Path | None = None) -> Child:
@@ -179,6 +196,7 @@ def child_of(run: FinishedRun, row: ManifestRow, side: int, page: Path | None = 
         failed=row.failed,
         spread=row.extra.get("coefficients", {}).get("spread", math.nan),
         coefficients=f"{COEFFICIENTS}/step-{row.step:06d}.safetensors, row {place}",
+        verdict=Verdict(row.extra[VERDICT]).words if VERDICT in row.extra else "",
     )
 
 
@@ -255,6 +273,7 @@ def many_view(runs: FinishedRuns) -> dict[str, Any]:
         if compared and rows
         else None,
         "rows": rows,
+        "told": any(row["told"] for row in rows),
         "failures": list(runs.failures.items()),
         "notes": runs.config.notes,
         "command": many_command(runs),
@@ -282,6 +301,7 @@ def _row(runs: FinishedRuns, run: FinishedRun) -> dict[str, Any]:
         "image": children[0].image if children else None,
         "qualified": bool(selection.indices),
         "figures": run_figures(run),
+        "told": bool(truths_of(run.rows, run.config.concepts)),
         "means": means,
         "spark": Markup(charts.sparkline([mean for _, mean in means])),
         "link": f"{run.folder.path.relative_to(runs.folder.path).as_posix()}/report.html",

@@ -130,6 +130,10 @@ class Segmenter:
         parts = self._parts(images_BCHW)
         return torch.cat([1 - self.probabilities(part)[:, self.background_index] for part in parts])
 
+    def classes(self, images_BCHW: Tensor) -> Tensor:
+        """Return the most probable class of each pixel, [B, H, W], as an index of `labels`."""
+        return torch.cat([self.probabilities(part).argmax(dim=1) for part in self._parts(images_BCHW)])
+
     def class_masks(self, images_BCHW: Tensor, kinds: Sequence[object]) -> Tensor:
         """Return P(kind) with one kind per picture, [B, H, W]; 0 where the model knows no such class."""
         rows, asked = [], iter(kinds)

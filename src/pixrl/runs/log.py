@@ -25,7 +25,15 @@ from pixrl.fusion.trainer import FusionRollouts, FusionScores
 from pixrl.runs import checkpoint
 from pixrl.runs.files import fsync_folder, remove, write_all_atomic, write_atomic
 from pixrl.runs.folder import EVALUATIONS, JsonLines, ManifestRow, RunFolder, png_bytes
-from pixrl.runs.reading import SCORES, SIMILARITY, evaluated_places, samples_of, step_of_place
+from pixrl.runs.reading import (
+    SCORES,
+    SIMILARITY,
+    TRUE_FUSION,
+    VERDICT,
+    evaluated_places,
+    samples_of,
+    step_of_place,
+)
 from pixrl.types import Scores
 
 TENSORBOARD = "tensorboard"
@@ -266,6 +274,15 @@ def manifest_rows(
         figures["reward"] = float(scores.feedback.rewards_B[i])
         scored = not math.isnan(figures["reward"])
         figures["balance"] = max(similarities) - min(similarities) if scored else math.nan
+        extra: dict[str, Any] = {
+            "coefficients": summarize(rollouts.proposal.coefficients_BND[i], config.concepts)
+        }
+        if scores.truths:
+            truth = scores.truths[i]
+            figures[TRUE_FUSION] = truth.balance
+            shares = zip(config.concepts, truth.shares, strict=True)
+            figures |= {f"{TRUE_FUSION}/{concept}": share for concept, share in shares}
+            extra[VERDICT] = truth.verdict.value
         rows.append(
             ManifestRow(
                 index=rollouts.first_index + i,
@@ -275,7 +292,7 @@ def manifest_rows(
                 scores=figures,
                 failed=scores.reasons[i],
                 file=file,
-                extra={"coefficients": summarize(rollouts.proposal.coefficients_BND[i], config.concepts)},
+                extra=extra,
             )
         )
     return rows

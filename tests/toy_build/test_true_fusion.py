@@ -1,22 +1,23 @@
-"""The truth about fusion, on the label maps of true drawings (the segmentation that it will read has its own gates)."""
+"""The truth about fusion on the true maps of drawings; `parts`, the network that is to see such maps, has its gates."""
 
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from pixrl.errors import InputError
-from toy_build.world.fusion import Fusion, Verdict, judge
+from pixrl.metrics.true_fusion import Fusion, Parts, Verdict, judge
+from toy_build.segmenters import part_names
 from toy_build.world.random_scenes import held_out_hybrid, hybrid_scene, random_scene
-from toy_build.world.scene import MIXED_CLASS, SIDE, Scene, Task, draw, part_class, part_classes
+from toy_build.world.scene import Scene, Task, draw, part_classes
 from toy_build.world.vocabulary import KINDS
 
 Random = np.random.Generator
 DRAWN = 120
+PARTS = Parts.of(part_names(), "parts")
 
 
 def judged(scene: Scene, parents: tuple[str, ...]) -> Fusion:
-    return judge(part_classes(scene)[draw(scene).labels], parents)
+    return judge(part_classes(scene)[draw(scene).labels], parents, PARTS)
 
 
 def strangers(rng: Random, known: tuple[str, ...], count: int) -> tuple[str, ...]:
@@ -61,37 +62,3 @@ def test_three_parents_need_three_slots() -> None:
     assert judged(scene, ("owl", "snail", "cup")).is_true
     assert judged(scene, ("owl", "snail")).verdict is Verdict.THIRD_KIND
     assert judged(hybrid_scene(rng, ("owl", "snail")), ("owl", "snail", "cup")).verdict is Verdict.IMBALANCE
-
-
-def blank() -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    return np.zeros((SIDE, SIDE), dtype=np.int64)
-
-
-def test_shares_are_of_the_visible_area_of_slots() -> None:
-    classes = blank()
-    classes[20:50, 40:80] = part_class("owl", 0)
-    classes[50:110, 40:80] = part_class("snail", 1)
-    found = judge(classes, ("owl", "snail"))
-    assert found.shares == pytest.approx((1 / 3, 2 / 3))
-    assert found.balance == pytest.approx(0.5)
-    assert judge(classes, ("snail", "owl")).shares == pytest.approx((2 / 3, 1 / 3))
-
-
-def test_a_slot_of_two_kinds_is_an_overlay_and_specks_are_nothing() -> None:
-    classes = blank()
-    classes[20:60, 40:80] = part_class("owl", 0)
-    classes[60:100, 40:80] = part_class("owl", 1)
-    classes[20:22, 40:80] = part_class("snail", 0)
-    assert judge(classes, ("owl", "snail")).verdict is Verdict.IMBALANCE
-    classes[20:45, 40:80] = part_class("snail", 0)
-    assert judge(classes, ("owl", "snail")).verdict is Verdict.OVERLAY
-    classes[20:60, 40:80] = MIXED_CLASS
-    assert judge(classes, ("owl", "snail")).verdict is Verdict.OVERLAY
-    assert judge(blank(), ("owl", "snail")).verdict is Verdict.NOTHING
-    assert judge(np.where(classes == MIXED_CLASS, 0, 0), ("owl", "snail")).balance == 0
-
-
-@pytest.mark.parametrize("parents", [(), ("owl",), ("owl", "owl"), ("owl", "dragon")])
-def test_parents_that_make_no_fusion_are_refused(parents: tuple[str, ...]) -> None:
-    with pytest.raises(InputError, match="two or more different parents of owl, snail"):
-        judge(blank(), parents)
