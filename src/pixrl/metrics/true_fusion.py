@@ -29,7 +29,7 @@ SMALLEST_FIGURE = 0.02
 """The least share of the picture that a figure covers; below that it shows nothing."""
 SECOND_OBJECT = 0.08
 """The share of all that is drawn above which a piece apart from the largest one is an object of its own."""
-SMALLEST_PART = 0.02
+SMALLEST_PART = 0.01
 """The least share of the figure that a part covers; less is an error of the segmentation."""
 MOST_MIXED = 0.15
 """The share of the figure above which what is pasted, or two kinds at once, makes it an overlay."""
