@@ -4,6 +4,8 @@ It starts from `sd3`, whose blocks have the same shapes: SD3's first blocks beco
 later ones the image stream becomes single blocks (its MLP beside its attention instead of after it).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,12 +22,12 @@ from pixrl.equations import interpolate
 from pixrl.models.flux import pack_latents, position_ids
 from toy_build.clip import WIDTH, tokens
 from toy_build.generators import Aligned, Latents, dropped, load_vae, logit_normal, part_shares, save_pipeline
-from toy_build.pictures import VIEWS, Pictures, pictures
+from toy_build.pictures import VIEWS, Pictures, pictures, to_tensor
 from toy_build.sd3 import HEAD_WIDTH, HEADS
 from toy_build.texts import SECOND_WIDTH, load_t5, text_folder
 from toy_build.tokenizers import T5_LENGTH, t5_tokenizer
-from toy_build.training import Build, Draw, Lesson, Plan
-from toy_build.vae import FACTOR, LATENT_CHANNELS, encode_all
+from toy_build.training import Build, Draw, Lesson, Plan, kept_rows
+from toy_build.vae import FACTOR, LATENT_CHANNELS, encode
 from toy_build.world.language import caption
 from toy_build.world.scene import SIDE
 
@@ -95,19 +97,15 @@ def _single_block(given: dict[str, Tensor], block: int, name: str) -> dict[str, 
 
 def cutout_latents(build: Build, data: Pictures) -> Tensor:
     """Latents of the subjects cut out on white, as references mostly show them; kept on disk."""
-    path = build.work / "encoded" / f"cutouts-{data.seed}-{len(data)}.npy"
-    if not path.exists():
-        white = Pictures(data.what, data.seed, _whitened(data), data.labels)
-        np.save(path.with_suffix(".tmp.npy"), encode_all(build, load_vae(build), white).numpy())
-        path.with_suffix(".tmp.npy").replace(path)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    path, vae = build.work / "encoded" / f"cutouts-{data.seed}-{len(data)}.npy", load_vae(build)
+    return kept_rows(path, len(data), lambda rows: encode(build, vae, to_tensor(whitened(data, rows))))
 
 
-def _whitened(data: Pictures) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-    out = np.array(data.images)
-    for picture, labels in zip(out, data.labels, strict=True):
-        picture[labels == 0] = 255
-    return out
+def whitened(data: Pictures, rows: Sequence[int]) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    """Pictures of the rows whose background is white."""
+    found = np.array(data.images[list(rows)])
+    found[data.labels[list(rows)] == 0] = 255
+    return found
 
 
 def build_flux(build: Build) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -20,8 +19,8 @@ from transformers import CLIPVisionModelWithProjection
 from pixrl.hub import CARD_FILE
 from toy_build.clip import PATCH, WIDTH, normalize
 from toy_build.pictures import Pictures
-from toy_build.training import Build, Draw, save_half
-from toy_build.vae import encode_all
+from toy_build.training import Build, Draw, kept_rows, save_half
+from toy_build.vae import encode
 from toy_build.world.language import WORDS
 from toy_build.world.scene import PART_CLASSES, SIDE
 
@@ -45,16 +44,19 @@ class Latents:
     @classmethod
     def of(cls, build: Build, data: Pictures) -> "Latents":
         """Encoded once and kept on disk beside the pictures."""
-        folder = build.work / "encoded"
-        name = f"{data.what}-{data.seed}-{len(data)}"
-        latents, patches = folder / f"{name}-latents.npy", folder / f"{name}-patches.npy"
-        if not patches.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            np.save(latents, encode_all(build, load_vae(build), data).numpy())
-            beside = patches.with_suffix(".tmp.npy")
-            np.save(beside, clip_patches(build, data).numpy())
-            beside.replace(patches)
-        return cls(data, *(torch.from_numpy(np.load(path, mmap_mode="c")) for path in (latents, patches)))
+        name, count = f"{data.what}-{data.seed}-{len(data)}", len(data)
+        vae, clip = load_vae(build), load_clip(build)
+        latents = kept_rows(
+            build.work / "encoded" / f"{name}-latents.npy",
+            count,
+            lambda rows: encode(build, vae, data.tensor(rows)),
+        )
+        patches = kept_rows(
+            build.work / "encoded" / f"{name}-patches.npy",
+            count,
+            lambda rows: clip_patches(build, clip, data.tensor(rows)),
+        )
+        return cls(data, latents, patches)
 
 
 def load_vae(build: Build) -> AutoencoderKL:
@@ -63,16 +65,24 @@ def load_vae(build: Build) -> AutoencoderKL:
     return vae.requires_grad_(False)
 
 
-def clip_patches(build: Build, data: Pictures) -> Tensor:
-    """What `clip`'s last layer but one sees of every patch of every picture [N, 64, WIDTH]."""
-    model = CLIPVisionModelWithProjection.from_pretrained(build.out / "clip", dtype=torch.float32).eval()
-    model, out = model.to(build.device), []
-    with torch.inference_mode(), build.autocast():
-        for start in range(0, len(data), 256):
-            images = data.tensor(range(start, min(start + 256, len(data)))).to(build.device)
-            states = model(pixel_values=normalize(images), output_hidden_states=True).hidden_states
-            out.append(states[-2][:, 1:].half().cpu())
-    return torch.cat(out)
+def load_clip(build: Build) -> CLIPVisionModelWithProjection:
+    """The vision tower of `clip`."""
+    return (
+        CLIPVisionModelWithProjection.from_pretrained(build.out / "clip", dtype=torch.float32)
+        .eval()
+        .to(build.device)
+    )
+
+
+@torch.inference_mode()
+def clip_patches(build: Build, clip: CLIPVisionModelWithProjection, images: Tensor) -> Tensor:
+    """What `clip`'s last layer but one sees of every patch of pictures [B, 3, 128, 128], [B, 64, WIDTH]."""
+    with build.autocast():
+        states = clip(
+            pixel_values=normalize(images.to(build.device)), output_hidden_states=True
+        ).hidden_states
+    found: Tensor = states[-2][:, 1:].float().cpu()
+    return found
 
 
 def part_shares(classes: Tensor) -> Tensor:

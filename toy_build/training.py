@@ -130,6 +130,27 @@ class Build:
         (self.out / folder / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def kept_rows(path: Path, count: int, make: Callable[[range], Tensor], size: int = 256) -> Tensor:
+    """Rows that take long to make, half precision [count, ...], kept in the file `path` and mapped from it.
+
+    `make` gives the rows of a range. What a killed build has made is not made again.
+    """
+    part, done = path.with_suffix(".part.npy"), path.with_suffix(".done")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = int(done.read_text()) if done.exists() and part.exists() else 0
+        for start in range(made, count, size):
+            rows = make(range(start, min(start + size, count))).half().numpy()
+            shape = (count, *rows.shape[1:])
+            kept = np.lib.format.open_memmap(part, "r+" if start else "w+", np.float16, shape)
+            kept[start : start + len(rows)] = rows
+            kept.flush()
+            done.write_text(str(start + len(rows)))
+        part.replace(path)
+        done.unlink()
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
 def has_fast_bf16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -198,11 +198,9 @@ def _sharpen(
     vae.encoder.requires_grad_(True)
 
 
-def encode_all(build: Build, vae: AutoencoderKL, data: Pictures) -> Tensor:
-    """The scaled latent means of every picture, half precision [N, 16, 16, 16]."""
-    out = []
-    with torch.inference_mode(), build.autocast():
-        for start in range(0, len(data), 128):
-            images = data.tensor(range(start, min(start + 128, len(data)))).to(build.device)
-            out.append(vae.encode(images * 2 - 1).latent_dist.mean.float().cpu())
-    return ((torch.cat(out) - float(vae.config.shift_factor)) * float(vae.config.scaling_factor)).half()
+@torch.inference_mode()
+def encode(build: Build, vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """The scaled latent means of pictures [B, 3, 128, 128], [B, 16, 16, 16]."""
+    with build.autocast():
+        means: Tensor = vae.encode(images.to(build.device) * 2 - 1).latent_dist.mean.float().cpu()
+    return (means - float(vae.config.shift_factor)) * float(vae.config.scaling_factor)

@@ -20,7 +20,7 @@ from toy_build.identity import info_nce, new_subjects
 from toy_build.pictures import EVEN_SHARES, FUSION_SHARES, SINGLE_SHARES, pictures
 from toy_build.segmenters import double_exposure, lesson, part_names
 from toy_build.texts import QUESTIONS, facts
-from toy_build.training import Build, Draw, Lesson, Plan, keep
+from toy_build.training import Build, Draw, Lesson, Plan, keep, kept_rows
 from toy_build.turbo import Denoiser, new_scheduler, new_unet
 from toy_build.world.language import canonical, is_held_out
 from toy_build.world.random_scenes import random_scene, resembles_held_out
@@ -51,6 +51,26 @@ def fit(build: Build, plan: Plan, *, stop_at: int | None = None) -> list[Tensor]
 
     build.fit("small", network, plan, prepare, loss)
     return [p.detach().clone() for p in network.parameters()]
+
+
+def test_rows_that_a_killed_build_has_made_are_not_made_again(tmp_path: Path) -> None:
+    path, made = tmp_path / "encoded" / "rows.npy", []
+
+    def rows(places: range, most: int) -> Tensor:
+        if places.start >= most:
+            raise KeyboardInterrupt
+        made.append(places)
+        return torch.tensor([[place, -place] for place in places], dtype=torch.float32)
+
+    with pytest.raises(KeyboardInterrupt):
+        kept_rows(path, 10, lambda places: rows(places, 8), size=4)
+    assert not path.exists()
+    found = kept_rows(path, 10, lambda places: rows(places, 99), size=4)
+    assert made == [range(4), range(4, 8), range(8, 10)]
+    assert found.dtype == torch.float16
+    assert found.tolist() == [[place, -place] for place in range(10)]
+    assert torch.equal(kept_rows(path, 10, lambda places: rows(places, 0)), found)
+    assert [file.name for file in path.parent.iterdir()] == ["rows.npy"]
 
 
 def test_a_killed_build_ends_with_the_same_weights(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
