@@ -1,7 +1,7 @@
 """How long the studio's page of a large run takes, to open and to bring up to date, and what watching costs a training.
 
     .venv/bin/python -m benchmarks.studio [ROWS]
-    .venv/bin/python -m benchmarks.studio watch
+    .venv/bin/python -m benchmarks.studio watch [TURNS]
 
 A synthetic alignment of ROWS manifest rows (10,000) is opened by the functions of the page, in seconds of the
 processor, and by chromium where there is one, in seconds by the clock beside those of an empty page of Gradio. With
@@ -174,7 +174,7 @@ def watch(turns: int = 20, steps: int = 8) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["watch"]:
-        watch()
+    if sys.argv[1:2] == ["watch"]:
+        watch(*map(int, sys.argv[2:]))
     else:
         main(*map(int, sys.argv[1:]))
