@@ -8,7 +8,7 @@ import torch
 from pixrl import api
 from pixrl.doctor.fusion import examine_fusion
 from pixrl.errors import CheckpointError, ConfigError, InputError
-from pixrl.fusion.config import FuseConfig, Reward
+from pixrl.fusion.config import FuseConfig, FusionReward
 from pixrl.fusion.select import truths_of
 from pixrl.fusion.trainer import FusionTrainer
 from pixrl.fusion.world import FusionSession, FusionWorld
@@ -16,7 +16,7 @@ from pixrl.hub import Card
 from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs.fuse import go_on, start
 from pixrl.jobs.fuse_many import PAIRS, ManyConfig, start_many
-from pixrl.metrics.true_fusion import Fusion, Verdict
+from pixrl.metrics.true_fusion import Fusion, FusionVerdict
 from pixrl.report.fuse import run_figures, write_fuse_report, write_many_report
 from pixrl.runs.folder import RunFolder
 from pixrl.runs.loop import take_step
@@ -44,9 +44,9 @@ class FakeTruth:
     def judge(self, images_BCHW, concepts):
         self.judged += len(images_BCHW)
         return tuple(
-            Fusion(Verdict.FUSION, (0.75, 0.25), bright)
+            Fusion(FusionVerdict.FUSION, (0.75, 0.25), bright)
             if bright > 0.45
-            else Fusion(Verdict.THIRD_KIND, (0.25, 0.0), 0.0)
+            else Fusion(FusionVerdict.THIRD_KIND, (0.25, 0.0), 0.0)
             for bright in images_BCHW.flatten(1)[:, 119].tolist()
         )
 
@@ -86,7 +86,7 @@ def test_every_row_of_the_manifest_says_what_the_picture_is(told):
     trainer = FusionTrainer(session, config())
     steps = [take_step(trainer, number) for number in range(config().steps)]
     expected = tuple(truth for step in steps for truth in step.scores.truths)
-    assert {truth.verdict for truth in expected} == {Verdict.FUSION, Verdict.THIRD_KIND}
+    assert {truth.verdict for truth in expected} == {FusionVerdict.FUSION, FusionVerdict.THIRD_KIND}
     assert truths_of(told.rows, PAIR) == expected
     row = next(row for row in told.rows if row.extra["verdict"] == "fusion")
     assert row.scores["true_fusion/owl"] == 0.75 and row.scores["true_fusion/snail"] == 0.25
@@ -149,7 +149,7 @@ def test_a_recipe_may_learn_from_the_truth(tmp_path):
 
 def test_without_a_segmentation_of_parts_it_cannot_be_learned_from(tmp_path):
     with pytest.raises(ConfigError, match="needs a segmentation of parts, and toy:sd3 names none"):
-        start(config(reward=Reward.TRUE_FUSION), tmp_path / "run", world=fake_world())
+        start(config(reward=FusionReward.TRUE_FUSION), tmp_path / "run", world=fake_world())
     assert not (tmp_path / "run").exists()
 
 

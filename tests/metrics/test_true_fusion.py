@@ -10,11 +10,11 @@ from tests import tiny
 
 from pixrl.errors import CheckpointError, InputError
 from pixrl.metrics.fusion import figures
-from pixrl.metrics.true_fusion import Fusion, FusionTruth, Parts, Verdict, judge, require_truth
+from pixrl.metrics.true_fusion import Fusion, FusionTruth, FusionVerdict, PartClasses, judge, require_truth
 
 LABELS = ("snail shell", "worn", "owl head", "background", "owl body", "snail body", "mixed", "cup body")
 """In no order, and not every kind in every slot."""
-PARTS = Parts.of(LABELS, "parts")
+PARTS = PartClasses.of(LABELS, "parts")
 PAIR = ("owl", "snail")
 SIDE = 20
 
@@ -34,7 +34,7 @@ def painted(*boxes):
 def test_shares_are_of_the_visible_area_of_parts():
     classes = painted(("owl head", (2, 6), (5, 15)), ("snail body", (6, 14), (5, 15)))
     found = judge(classes, PAIR, PARTS)
-    assert found.verdict is Verdict.FUSION and found.is_true
+    assert found.verdict is FusionVerdict.FUSION and found.is_true
     assert found.shares == pytest.approx((1 / 3, 2 / 3))
     assert found.balance == pytest.approx(0.5)
     assert judge(classes, PAIR[::-1], PARTS).shares == pytest.approx((2 / 3, 1 / 3))
@@ -51,19 +51,22 @@ def test_what_is_worn_belongs_to_the_figure_and_to_no_kind():
 @pytest.mark.parametrize(
     ("classes", "verdict"),
     [
-        (blank(), Verdict.NOTHING),
-        (painted(("owl head", (2, 4), (2, 5))), Verdict.NOTHING),  # 6 of 400 pixels
-        (painted(("worn", (2, 16), (2, 16))), Verdict.NOTHING),  # ink, and nothing of anyone
-        (painted(("owl head", (2, 8), (2, 8)), ("snail body", (12, 18), (12, 18))), Verdict.SIDE_BY_SIDE),
-        (painted(("owl head", (2, 8), (2, 18)), ("owl body", (8, 18), (2, 18))), Verdict.IMBALANCE),
-        (painted(("cup body", (2, 18), (2, 18))), Verdict.THIRD_KIND),
+        (blank(), FusionVerdict.NOTHING),
+        (painted(("owl head", (2, 4), (2, 5))), FusionVerdict.NOTHING),  # 6 of 400 pixels
+        (painted(("worn", (2, 16), (2, 16))), FusionVerdict.NOTHING),  # ink, and nothing of anyone
+        (
+            painted(("owl head", (2, 8), (2, 8)), ("snail body", (12, 18), (12, 18))),
+            FusionVerdict.SIDE_BY_SIDE,
+        ),
+        (painted(("owl head", (2, 8), (2, 18)), ("owl body", (8, 18), (2, 18))), FusionVerdict.IMBALANCE),
+        (painted(("cup body", (2, 18), (2, 18))), FusionVerdict.THIRD_KIND),
         (
             painted(
                 ("owl head", (2, 6), (2, 18)),
                 ("snail body", (6, 12), (2, 18)),
                 ("cup body", (12, 13), (2, 18)),
             ),
-            Verdict.FUSION,
+            FusionVerdict.FUSION,
         ),  # a sixth of the slot's area is a speck of the segmentation: the slot is the snail's
         (
             painted(
@@ -71,45 +74,48 @@ def test_what_is_worn_belongs_to_the_figure_and_to_no_kind():
                 ("snail body", (6, 12), (2, 18)),
                 ("cup body", (12, 18), (2, 18)),
             ),
-            Verdict.OVERLAY,
+            FusionVerdict.OVERLAY,
         ),  # one slot of two kinds
         (
             painted(
                 ("owl head", (2, 6), (2, 18)), ("snail body", (6, 14), (2, 18)), ("mixed", (14, 18), (2, 18))
             ),
-            Verdict.OVERLAY,
+            FusionVerdict.OVERLAY,
         ),
         (
             painted(
                 ("owl head", (2, 6), (2, 18)), ("snail body", (6, 16), (2, 18)), ("mixed", (16, 18), (2, 18))
             ),
-            Verdict.FUSION,
+            FusionVerdict.FUSION,
         ),  # an eighth of the figure is pasted
     ],
 )
 def test_each_failure_has_its_name(classes, verdict):
     found = judge(classes, PAIR, PARTS)
     assert found.verdict is verdict
-    assert (found.balance > 0) is (verdict is Verdict.FUSION) is found.is_true
+    assert (found.balance > 0) is (verdict is FusionVerdict.FUSION) is found.is_true
 
 
 def test_a_piece_apart_is_an_object_from_a_twelfth_of_what_is_drawn_and_touching_corners_join():
     whole = (("owl head", (2, 8), (2, 14)), ("snail body", (8, 14), (2, 14)))
     assert judge(painted(*whole, ("owl head", (17, 19), (2, 7))), PAIR, PARTS).is_true  # 10 of 154
-    assert judge(painted(*whole, ("owl head", (16, 20), (2, 6))), PAIR, PARTS).verdict is Verdict.SIDE_BY_SIDE
+    assert (
+        judge(painted(*whole, ("owl head", (16, 20), (2, 6))), PAIR, PARTS).verdict
+        is FusionVerdict.SIDE_BY_SIDE
+    )
     touching = painted(*whole, ("owl body", (14, 18), (14, 18)))
-    assert judge(touching, PAIR, PARTS).verdict is not Verdict.SIDE_BY_SIDE
+    assert judge(touching, PAIR, PARTS).verdict is not FusionVerdict.SIDE_BY_SIDE
 
 
 def test_three_parents_need_a_part_each():
     two = painted(("owl head", (2, 8), (2, 18)), ("snail body", (8, 18), (2, 18)))
-    assert judge(two, ("owl", "snail", "cup"), PARTS).verdict is Verdict.IMBALANCE
+    assert judge(two, ("owl", "snail", "cup"), PARTS).verdict is FusionVerdict.IMBALANCE
     three = painted(
         ("owl head", (2, 6), (2, 18)), ("snail shell", (6, 12), (2, 18)), ("cup body", (12, 18), (2, 18))
     )
     assert judge(three, ("owl", "snail", "cup"), PARTS).balance == pytest.approx(4 / 6)
     third = judge(three, PAIR, PARTS)
-    assert third.verdict is Verdict.THIRD_KIND
+    assert third.verdict is FusionVerdict.THIRD_KIND
     assert third.shares == pytest.approx((4 / 16, 6 / 16)), "shares are of everyone's parts"
 
 
@@ -130,7 +136,7 @@ def test_parents_that_make_no_fusion_are_refused(parents):
 )
 def test_other_segmentations_are_refused(labels, why):
     with pytest.raises(CheckpointError, match=f"does not tell the parts of kinds: .*{why}"):
-        Parts.of(labels, "other")
+        PartClasses.of(labels, "other")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +169,7 @@ def test_a_segmentation_of_kinds_is_refused_by_its_files(tmp_path):
 
 
 def fusion(balance):
-    verdict = Verdict.FUSION if balance else Verdict.OVERLAY
+    verdict = FusionVerdict.FUSION if balance else FusionVerdict.OVERLAY
     return Fusion(verdict, (0.5, 0.5), balance)
 
 

@@ -41,7 +41,7 @@ SamplerName = Annotated[str, BeforeValidator(_require_sampler)]
 """A sampler: a name of `pixrl.algorithms.SAMPLERS`, `path/to/file.py:Name` or `module:Name`."""
 
 
-class Reward(StrEnum):
+class FusionReward(StrEnum):
     """What a sampler learns from."""
 
     SIMILARITY = "similarity"
@@ -111,7 +111,9 @@ class FuseConfig(Settings):
     truth: str | None = Field(None, exclude_if=lambda truth: truth is None)
     """A segmentation of parts that tells which children are true fusions, for figures beside the reward; none: the
     checkpoint's own choice."""
-    reward: Reward = Field(Reward.SIMILARITY, exclude_if=lambda reward: reward is Reward.SIMILARITY)
+    reward: FusionReward = Field(
+        FusionReward.SIMILARITY, exclude_if=lambda reward: reward is FusionReward.SIMILARITY
+    )
     """What the sampler learns from: similarity, or true_fusion, which the selection never looks at."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

@@ -15,7 +15,7 @@ from pixrl.equations import is_candidate, select, shortfall
 from pixrl.equations.fusion import BALANCE, PRESENCE
 from pixrl.fusion.config import FuseConfig, resolve_options, sampler_of
 from pixrl.hub import Presence
-from pixrl.metrics.true_fusion import Fusion, Verdict
+from pixrl.metrics.true_fusion import Fusion, FusionVerdict
 from pixrl.runs.folder import ManifestRow
 from pixrl.runs.reading import SIMILARITY, TRUE_FUSION, VERDICT
 
@@ -177,7 +177,7 @@ def truths_of(rows: Sequence[ManifestRow], concepts: Sequence[str]) -> tuple[Fus
     """Return what a manifest says of its pictures; () where nothing told which of them are true fusions."""
     return tuple(
         Fusion(
-            Verdict(row.extra[VERDICT]),
+            FusionVerdict(row.extra[VERDICT]),
             tuple(row.scores.get(f"{TRUE_FUSION}/{concept}") or 0.0 for concept in concepts),
             row.scores.get(TRUE_FUSION) or 0.0,
         )

@@ -22,9 +22,9 @@ from torch import Tensor
 from pixrl.algorithms.fusion.base import Feedback, Proposal, Sampler
 from pixrl.algorithms.fusion.policy import PolicyKind, PolicySampler
 from pixrl.errors import CheckpointError, FailedScoresError, InputError
-from pixrl.fusion.config import PAIRS, FuseConfig, Reward, open_run, resolve_options, sampler_of
+from pixrl.fusion.config import PAIRS, FuseConfig, FusionReward, open_run, resolve_options, sampler_of
 from pixrl.fusion.world import FusionSession
-from pixrl.metrics.true_fusion import Fusion, Verdict
+from pixrl.metrics.true_fusion import Fusion, FusionVerdict
 from pixrl.rewards.set import Failures
 from pixrl.runs import checkpoint
 from pixrl.runs.folder import RunFolder
@@ -123,7 +123,7 @@ class FusionTrainer:
             similarities_BN, reasons = self.session.score(rollouts.images_BCHW)
             truths = self.session.judge(rollouts.images_BCHW)
         feedback = Feedback.of(similarities_BN, self.config.alpha, rollouts.seeds)
-        if self.config.reward is Reward.TRUE_FUSION:
+        if self.config.reward is FusionReward.TRUE_FUSION:
             balance_B = torch.tensor([truth.balance for truth in truths])
             feedback = replace(
                 feedback, rewards_B=balance_B.masked_fill(feedback.rewards_B.isnan(), torch.nan)
@@ -192,7 +192,7 @@ def verdict_shares(truths: Sequence[Fusion]) -> dict[str, float]:
     if not truths:
         return {}
     counts = Counter(truth.verdict for truth in truths)
-    return {f"true_fusion/{verdict.value}": counts[verdict] / len(truths) for verdict in Verdict}
+    return {f"true_fusion/{verdict.value}": counts[verdict] / len(truths) for verdict in FusionVerdict}
 
 
 class FailureWatch:

@@ -27,7 +27,7 @@ from pixrl.data.pairs import is_wordless
 from pixrl.data.pictures import as_floats, opened, to_levels
 from pixrl.equations.fusion import BALANCE
 from pixrl.errors import ConfigError, InputError, RunError, ShapeError
-from pixrl.fusion.config import FuseConfig, FusionMemory, Reward
+from pixrl.fusion.config import FuseConfig, FusionMemory, FusionReward
 from pixrl.hub import Card, read_card
 from pixrl.hub_check import Layout
 from pixrl.metrics.true_fusion import Fusion, FusionTruth
@@ -181,12 +181,12 @@ def judges_of(card: Card, clip: str | None, segmenter: str | None) -> tuple[str,
 
 def asks_for_truth(config: FuseConfig) -> bool:
     """Return whether the recipe itself wants to know which children are true fusions."""
-    return config.truth is not None or config.reward is Reward.TRUE_FUSION
+    return config.truth is not None or config.reward is FusionReward.TRUE_FUSION
 
 
 def require_reward(config: FuseConfig, is_told: bool) -> None:
     """Raise ConfigError where a recipe learns from true fusions and nothing tells them."""
-    if config.reward is Reward.TRUE_FUSION and not is_told:
+    if config.reward is FusionReward.TRUE_FUSION and not is_told:
         raise ConfigError(
             f"reward={config.reward.value} needs a segmentation of parts, and {config.model} names none: add "
             "--set truth=FOLDER, or leave the reward out."

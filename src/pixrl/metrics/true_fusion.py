@@ -39,7 +39,7 @@ _TOUCHING = np.ones((3, 3))
 """Neighbours of a pixel for connected pieces: those that share a corner too."""
 
 
-class Verdict(StrEnum):
+class FusionVerdict(StrEnum):
     """What a picture is that was asked for as a mix of its parents."""
 
     FUSION = "fusion"
@@ -56,12 +56,12 @@ class Verdict(StrEnum):
 
 
 _WORDS = {
-    Verdict.FUSION: "true fusion",
-    Verdict.SIDE_BY_SIDE: "side by side",
-    Verdict.OVERLAY: "overlay",
-    Verdict.IMBALANCE: "a parent is missing",
-    Verdict.THIRD_KIND: "a third kind",
-    Verdict.NOTHING: "nothing recognized",
+    FusionVerdict.FUSION: "true fusion",
+    FusionVerdict.SIDE_BY_SIDE: "side by side",
+    FusionVerdict.OVERLAY: "overlay",
+    FusionVerdict.IMBALANCE: "a parent is missing",
+    FusionVerdict.THIRD_KIND: "a third kind",
+    FusionVerdict.NOTHING: "nothing recognized",
 }
 
 
@@ -69,7 +69,7 @@ _WORDS = {
 class Fusion:
     """The verdict on one picture and what it rests on."""
 
-    verdict: Verdict
+    verdict: FusionVerdict
     shares: tuple[float, ...]
     """The share of each parent in the parts that are anyone's, weighted by visible area."""
     balance: float
@@ -77,11 +77,11 @@ class Fusion:
 
     @property
     def is_true(self) -> bool:
-        return self.verdict is Verdict.FUSION
+        return self.verdict is FusionVerdict.FUSION
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartClasses:
     """The classes of a segmentation of parts, "KIND SLOT" such as "owl head", and those that are no part."""
 
     kinds: tuple[str, ...]
@@ -94,7 +94,7 @@ class Parts:
     """The number of classes."""
 
     @staticmethod
-    def of(labels: Sequence[str], name: str) -> "Parts":
+    def of(labels: Sequence[str], name: str) -> "PartClasses":
         """Read the names of the classes, in their order; `name` is the checkpoint's in errors.
 
         Raises:
@@ -115,7 +115,7 @@ class Parts:
         for label, (kind, slot) in split.items():
             index_KS[kinds.index(kind), slots.index(slot)] = labels.index(label)
         mixed = labels.index(MIXED) if MIXED in labels else None
-        return Parts(kinds, slots, index_KS, labels.index(BACKGROUND_LABEL), mixed, len(labels))
+        return PartClasses(kinds, slots, index_KS, labels.index(BACKGROUND_LABEL), mixed, len(labels))
 
     def require(self, parents: Sequence[str]) -> None:
         """Raise InputError for fewer than two different parents, or one that is none of the kinds."""
@@ -128,7 +128,7 @@ class Parts:
             )
 
 
-def judge(classes_HW: NDArray[np.integer], parents: Sequence[str], parts: Parts) -> Fusion:
+def judge(classes_HW: NDArray[np.integer], parents: Sequence[str], parts: PartClasses) -> Fusion:
     """Return what a map of classes [H, W] says of a picture that should mix the parents.
 
     Raises:
@@ -137,19 +137,19 @@ def judge(classes_HW: NDArray[np.integer], parents: Sequence[str], parts: Parts)
     parts.require(parents)
     drawn_HW = classes_HW != parts.background
     if drawn_HW.mean() < SMALLEST_FIGURE:
-        return _failed(Verdict.NOTHING, parents)
+        return _failed(FusionVerdict.NOTHING, parents)
     pieces_HW, _ = ndimage.label(drawn_HW, _TOUCHING)
     sizes = np.bincount(pieces_HW.ravel())[1:]
     if (sizes > SECOND_OBJECT * drawn_HW.sum()).sum() > 1:
-        return _failed(Verdict.SIDE_BY_SIDE, parents)
+        return _failed(FusionVerdict.SIDE_BY_SIDE, parents)
     figure = classes_HW[pieces_HW == sizes.argmax() + 1]
     areas = np.bincount(figure, minlength=parts.count) / figure.size
     if parts.mixed is not None and areas[parts.mixed] > MOST_MIXED:
-        return _failed(Verdict.OVERLAY, parents)
+        return _failed(FusionVerdict.OVERLAY, parents)
     return _of_slots(np.where(parts.index_KS >= 0, areas[parts.index_KS], 0.0), parents, parts)
 
 
-def _of_slots(areas_KS: NDArray[np.floating], parents: Sequence[str], parts: Parts) -> Fusion:
+def _of_slots(areas_KS: NDArray[np.floating], parents: Sequence[str], parts: PartClasses) -> Fusion:
     """Judge by the share of the figure that each kind has in each slot."""
     owned_K = np.zeros(len(parts.kinds))
     doubled = False
@@ -160,19 +160,19 @@ def _of_slots(areas_KS: NDArray[np.floating], parents: Sequence[str], parts: Par
         doubled |= bool(second >= max(DOUBLED * (first + second), SMALLEST_PART))
         owned_K[areas_K.argmax()] += first
     if not owned_K.any():
-        return _failed(Verdict.NOTHING, parents)
+        return _failed(FusionVerdict.NOTHING, parents)
     of_parents = owned_K[[parts.kinds.index(kind) for kind in parents]]
     shares = tuple(float(share) for share in of_parents / owned_K.sum())
     if doubled:
-        return Fusion(Verdict.OVERLAY, shares, 0.0)
+        return Fusion(FusionVerdict.OVERLAY, shares, 0.0)
     if of_parents.sum() < owned_K.sum() - 1e-9:
-        return Fusion(Verdict.THIRD_KIND, shares, 0.0)
+        return Fusion(FusionVerdict.THIRD_KIND, shares, 0.0)
     if min(shares) == 0:
-        return Fusion(Verdict.IMBALANCE, shares, 0.0)
-    return Fusion(Verdict.FUSION, shares, min(shares) / max(shares))
+        return Fusion(FusionVerdict.IMBALANCE, shares, 0.0)
+    return Fusion(FusionVerdict.FUSION, shares, min(shares) / max(shares))
 
 
-def _failed(verdict: Verdict, parents: Sequence[str]) -> Fusion:
+def _failed(verdict: FusionVerdict, parents: Sequence[str]) -> Fusion:
     return Fusion(verdict, (0.0,) * len(parents), 0.0)
 
 
@@ -180,7 +180,7 @@ class FusionTruth:
     """A segmentation of parts that judges pictures of mixed concepts.
 
     Args:
-        ref: a semantic segmentation checkpoint whose classes are parts (see `Parts`). Its card may name other words for
+        ref: a semantic segmentation checkpoint whose classes are parts (see `PartClasses`). Its card may name other words for
             the kinds: `synonyms`, such as mug for cup.
         device: auto, cpu, cuda or cuda:N.
 
@@ -191,7 +191,7 @@ class FusionTruth:
     def __init__(self, ref: str | Path, *, device: str = "auto") -> None:
         self.segmenter = Segmenter(ref, device=device)
         self.name = self.segmenter.name
-        self.parts = Parts.of(self.segmenter.labels, self.name)
+        self.parts = PartClasses.of(self.segmenter.labels, self.name)
         self.provenance: Mapping[str, str] = self.segmenter.provenance
         self._synonyms = self.segmenter.card.synonyms
 
@@ -220,11 +220,11 @@ def require_truth(folder: Path, name: str, concepts: Sequence[str]) -> None:
     """
     named = read_json(folder / "config.json").get("id2label")
     labels = named if isinstance(named, dict) else {}
-    parts = Parts.of([str(labels[key]) for key in sorted(labels, key=int)], name)
+    parts = PartClasses.of([str(labels[key]) for key in sorted(labels, key=int)], name)
     _kinds(concepts, parts, read_card(folder, Layout.REWARD).synonyms)
 
 
-def _kinds(concepts: Sequence[str], parts: Parts, synonyms: Mapping[str, str]) -> tuple[str, ...]:
+def _kinds(concepts: Sequence[str], parts: PartClasses, synonyms: Mapping[str, str]) -> tuple[str, ...]:
     found = tuple(synonyms.get(word, word) for word in concepts)
     parts.require(found)
     return found

@@ -21,7 +21,7 @@ from pixrl.jobs import fuse as fuse_job
 from pixrl.jobs.fuse import FinishedRun
 from pixrl.jobs.fuse_many import FinishedRuns
 from pixrl.metrics.fusion import FusionFigures, figures
-from pixrl.metrics.true_fusion import Verdict
+from pixrl.metrics.true_fusion import FusionVerdict
 from pixrl.report import charts
 from pixrl.report.align import drawing
 from pixrl.report.figures import ParentShare, number, parent_shares
@@ -169,7 +169,7 @@ def verdict_words(run: FinishedRun) -> str:
     counts = Counter(truth.verdict for truth in truths_of(run.rows, run.config.concepts))
     if not counts:
         return ""
-    told = ", ".join(f"{verdict.words} {counts[verdict]}" for verdict in Verdict if counts[verdict])
+    told = ", ".join(f"{verdict.words} {counts[verdict]}" for verdict in FusionVerdict if counts[verdict])
     return f"{told}; by {fuse_job.read_world(run.folder).truth}"
 
 
@@ -196,7 +196,7 @@ def child_of(run: FinishedRun, row: ManifestRow, side: int, page: Path | None = 
         failed=row.failed,
         spread=row.extra.get("coefficients", {}).get("spread", math.nan),
         coefficients=f"{COEFFICIENTS}/step-{row.step:06d}.safetensors, row {place}",
-        verdict=Verdict(row.extra[VERDICT]).words if VERDICT in row.extra else "",
+        verdict=FusionVerdict(row.extra[VERDICT]).words if VERDICT in row.extra else "",
     )
 
 
