@@ -180,8 +180,8 @@ class FusionTruth:
     """A segmentation of parts that judges pictures of mixed concepts.
 
     Args:
-        ref: a semantic segmentation checkpoint whose classes are parts (see `PartClasses`). Its card may name other words for
-            the kinds: `synonyms`, such as mug for cup.
+        ref: a semantic segmentation checkpoint whose classes are parts (see `PartClasses`). Its card may name other
+            words for the kinds: `synonyms`, such as mug for cup.
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
