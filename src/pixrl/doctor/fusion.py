@@ -199,11 +199,8 @@ def examine_fusion(
                 estimate = estimate_fusion(made, config, precision)
     named: tuple[str | None, ...] = (config.clip, config.segmenter, config.truth)
     if checkpoint is not None:  # without one nobody knows which encoder it is calibrated for
-        card = read_card(checkpoint.folder)
-        with findings.catch(Need.SETTING):
-            require_reward(config, (config.truth or card.parts) is not None)
-        named = (*judges_of(card, config.clip, config.segmenter), config.truth or card.parts)
-    find_truth(config, named[-1], concepts or config.concepts, findings)
+        named = judges_of(read_card(checkpoint.folder), config.clip, config.segmenter, config.truth)
+        find_truth(config, named[-1], concepts or config.concepts, findings)
     sizes = {ref: model_bytes(ref, findings) for ref in named if ref is not None}
     judges = {ref: taken for ref, taken in sizes.items() if taken is not None}
     beside = on_device(parts, config.memory) + sum(judges.values())
@@ -235,6 +232,8 @@ def examine_fusion(
 
 def find_truth(config: FuseConfig, ref: str | None, concepts: Sequence[str], findings: Findings) -> None:
     """Find what stands against telling true fusions of the concepts, where it can be told by files that are here."""
+    with findings.catch(Need.SETTING):
+        require_reward(config, ref is not None)
     place = None
     with contextlib.suppress(PixrlError):  # what is not there is found with the other models
         place = None if ref is None else local_folder(ref)
@@ -262,9 +261,8 @@ def plan_fusion(config: FuseConfig, card: Gpu) -> CardPlans:
     if not can_be_estimated(adapter, config.model, missing):
         raise InputError(missing.notes[0])
     require_mixing(adapter, config.model, config)
-    made_for = read_card(checkpoint.folder)
-    truth = config.truth or made_for.parts
-    judged = (*judges_of(made_for, config.clip, config.segmenter), *([] if truth is None else [truth]))
+    named = judges_of(read_card(checkpoint.folder), config.clip, config.segmenter, config.truth)
+    judged = [ref for ref in named if ref is not None]
     judges = {ref: taken for ref in judged if (taken := model_bytes(ref, missing)) is not None}
     notes = ["Scoring takes time of its own, which is not counted."]
     if len(judges) < len(judged):

@@ -174,9 +174,18 @@ class FusionWorld:
         return self.truth
 
 
-def judges_of(card: Card, clip: str | None, segmenter: str | None) -> tuple[str, str]:
-    """Return the CLIP and the segmenter that score a checkpoint's pictures: those given, else its card's."""
-    return clip or card.clip or PUBLISHED_CLIP, segmenter or card.segmenter or PUBLISHED_SEGMENTER
+def judges_of(
+    card: Card, clip: str | None, segmenter: str | None, truth: str | None
+) -> tuple[str, str, str | None]:
+    """Return the CLIP and the segmenter that score a checkpoint's pictures, and what tells true fusions, if anything.
+
+    They are those given, else its card's.
+    """
+    return (
+        clip or card.clip or PUBLISHED_CLIP,
+        segmenter or card.segmenter or PUBLISHED_SEGMENTER,
+        truth or card.parts,
+    )
 
 
 def asks_for_truth(config: FuseConfig) -> bool:
@@ -213,13 +222,12 @@ def load_world(
     from pixrl.rewards.segmentation import Foreground
 
     card = read_card(model, Layout.PIPELINE)
-    clip, segmenter = judges_of(card, clip, segmenter)
+    clip, segmenter, truth = judges_of(card, clip, segmenter, truth)
     scorer = FusionScorer(ClipSimilarity(clip, device=device), Foreground(segmenter, device=device))
     drawing: dict[str, Any] = {"guidance": guidance, "negative_prompt": negative_prompt}
     renderer = load(model, device=device, dtype=dtype, plan=memory, resolution=resolution, **drawing)
     at_once = None if memory is None else memory.rollout_batch
-    parts = truth or card.parts
-    judge = None if parts is None else FusionTruth(parts, device=device)
+    judge = None if truth is None else FusionTruth(truth, device=device)
     return FusionWorld(renderer, scorer, card, clip=clip, segmenter=segmenter, at_once=at_once, truth=judge)
 
 

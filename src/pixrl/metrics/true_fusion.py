@@ -146,11 +146,7 @@ def judge(classes_HW: NDArray[np.integer], parents: Sequence[str], parts: PartCl
     areas = np.bincount(figure, minlength=parts.count) / figure.size
     if parts.mixed is not None and areas[parts.mixed] > MOST_MIXED:
         return _failed(FusionVerdict.OVERLAY, parents)
-    return _of_slots(np.where(parts.index_KS >= 0, areas[parts.index_KS], 0.0), parents, parts)
-
-
-def _of_slots(areas_KS: NDArray[np.floating], parents: Sequence[str], parts: PartClasses) -> Fusion:
-    """Judge by the share of the figure that each kind has in each slot."""
+    areas_KS = np.where(parts.index_KS >= 0, areas[parts.index_KS], 0.0)
     owned_K = np.zeros(len(parts.kinds))
     doubled = False
     for areas_K in areas_KS.T:
