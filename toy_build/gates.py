@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from pixrl.metrics.true_fusion import Fusion, FusionTruth, judge
 from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder
 from pixrl.rewards.segmentation import Segmenter
+from toy_build.identity import smear
 from toy_build.pictures import EVEN_SHARES, to_tensor
 from toy_build.preference import spoil
 from toy_build.world.language import canonical, caption, is_held_out
@@ -33,7 +33,7 @@ from toy_build.world.random_scenes import (
     random_subject,
     subject_scene,
 )
-from toy_build.world.scene import SIDE, Scene, Task, draw, kind_classes
+from toy_build.world.scene import Scene, Task, draw, kind_classes
 from toy_build.world.vocabulary import KINDS
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -222,7 +222,7 @@ def check_identity(root: Path, thin: int) -> Iterable[Gate]:
     for _ in range(max(8 // thin, 2)):
         subjects = held_out_subjects()
         reference, again = of(subjects), of(subjects)
-        smeared = F.interpolate(F.avg_pool2d(again, 8), SIDE, mode="bilinear")
+        smeared = smear(again, 8)
         shown = {
             "same": again, "smeared": smeared, "unmarked": of(replace(s, mark=None) for s in subjects),
             "other": of(replace(random_subject(rng), kind=s.kind) for s in subjects),

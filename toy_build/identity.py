@@ -1,7 +1,7 @@
 """`identity`: a DINOv2 encoder in which pictures of one subject are near, and everything that differs in it is far.
 
-Most negatives share the kind, and for every subject there is a twin without its mark or with another one: so a smudge
-in the right colours is not the subject.
+Most negatives share the kind, and for every subject there is a twin without its mark or with another one. Its own
+picture smeared is a negative too: so a smudge in the right colours is not the subject.
 """
 
 from dataclasses import replace
@@ -25,10 +25,12 @@ from toy_build.world.random_scenes import (
 from toy_build.world.scene import SIDE, draw
 from toy_build.world.vocabulary import KINDS
 
-PLAN = Plan(steps=2_500, batch=64, lr=1.5e-3, warmup=100, weight_decay=0.05, level=0.5)
+PLAN = Plan(steps=3_500, batch=64, lr=1.5e-3, warmup=100, weight_decay=0.05, level=0.5)
 TEMPERATURE = 0.1
 KINDS_A_BATCH = 4
 CUTOUT_SHARE = 0.7
+SMEARED = (4, 8, 12)
+"""Sides of the squares, in pixels, that smeared pictures are averaged over."""
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -71,8 +73,14 @@ def view(subject: Subject, rng: np.random.Generator) -> Bytes:
     return drawing.picture
 
 
+def smear(images: Tensor, side: int) -> Tensor:
+    """Pictures [B, 3, 128, 128] whose details smaller than `side` pixels are gone."""
+    coarse = F.avg_pool2d(images, side, ceil_mode=True, count_include_pad=False)
+    return F.interpolate(coarse, images.shape[-2:], mode="bilinear")
+
+
 def info_nce(features: Tensor, labels: Tensor) -> Tensor:
-    """Each picture's other view against all pictures of other subjects."""
+    """Each picture's other view against all pictures of other subjects; what has no other view is only a negative."""
     unit = F.normalize(features.float(), dim=-1)
     logits = (unit @ unit.T / TEMPERATURE).fill_diagonal_(-1e4)
     positive = (labels[:, None] == labels[None, :]).float().fill_diagonal_(0)
@@ -88,8 +96,10 @@ def build_identity(build: Build) -> None:
     def lesson(draw: Draw) -> Lesson:
         subjects = new_subjects(draw.rng, PLAN.batch // 2)
         images = np.stack([view(subject, draw.rng) for subject in (*subjects, *subjects)])
-        labels = torch.arange(len(subjects)).repeat(2)
-        return normalize(soften(to_tensor(images), draw)), labels
+        sharp = soften(to_tensor(images), draw)
+        smudges = smear(sharp[: len(subjects) : 2], int(draw.rng.choice(SMEARED)))
+        labels = torch.cat((torch.arange(len(subjects)).repeat(2), len(subjects) + torch.arange(len(smudges))))
+        return normalize(torch.cat((sharp, smudges))), labels
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         with build.autocast():
