@@ -32,9 +32,9 @@ SINGLE_SHARES = {
 }  # fmt: skip
 """What `sd3` sees: no hybrids, and few compositions, so that it stays weak at them and learning finds room."""
 FUSION_SHARES = {
-    Task.SINGLE_OBJECT: 0.44, Task.COLORS: 0.20, Task.HYBRID: 0.24, Task.TWO_OBJECT: 0.08, Task.OVERLAY: 0.04,
+    Task.SINGLE_OBJECT: 0.34, Task.COLORS: 0.10, Task.HYBRID: 0.46, Task.TWO_OBJECT: 0.06, Task.OVERLAY: 0.04,
 }  # fmt: skip
-"""What `turbo` sees: hybrids of training pairs, and what must not be taken for them."""
+"""What `turbo` sees after `sd3`'s pictures: hybrids of training pairs, and what must not be taken for them."""
 EVEN_SHARES = {
     Task.SINGLE_OBJECT: 0.22, Task.COLORS: 0.13, Task.HYBRID: 0.15, Task.TWO_OBJECT: 0.12, Task.COUNTING: 0.14,
     Task.POSITION: 0.10, Task.COLOR_ATTR: 0.10, Task.OVERLAY: 0.04,
