@@ -111,7 +111,7 @@ def whitened(data: Pictures, rows: Sequence[int]) -> "np.ndarray[tuple[int, ...]
 def build_flux(build: Build) -> None:
     """Train and save `flux`."""
     torch.manual_seed(build.seed)
-    known = Latents.of(build, pictures(build.work, "subjects", SUBJECT_PICTURES, build.seed))
+    known = Latents(build, pictures(build.work, "subjects", SUBJECT_PICTURES, build.seed))
     cutouts = cutout_latents(build, known.data)
     tower = CLIPTextModel.from_pretrained(text_folder(build) / "text_encoder_2", dtype=torch.float32).eval()
     tower, t5 = (

@@ -6,7 +6,9 @@ are there. The head is thrown away after training.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +35,29 @@ DROPPED_CAPTIONS = 0.08
 
 @dataclass(frozen=True)
 class Latents:
-    """A set of pictures as a generator learns from them."""
+    """A set of pictures as a generator learns from them: encoded when first asked for, and kept on disk beside them."""
 
+    build: Build
     data: Pictures
-    latents: Tensor
-    """Scaled latent means [N, 16, 16, 16], half precision."""
-    patches: Tensor
-    """What `clip` sees of every patch [N, 64, WIDTH], half precision."""
+    first: int | None = None
+    """How many of them are encoded; None: all."""
 
-    @classmethod
-    def of(cls, build: Build, data: Pictures) -> "Latents":
-        """Encoded once and kept on disk beside the pictures."""
-        name, count = f"{data.what}-{data.seed}-{len(data)}", len(data)
-        vae, clip = load_vae(build), load_clip(build)
-        latents = kept_rows(
-            build.work / "encoded" / f"{name}-latents.npy",
-            count,
-            lambda rows: encode(build, vae, data.tensor(rows)),
-        )
-        patches = kept_rows(
-            build.work / "encoded" / f"{name}-patches.npy",
-            count,
-            lambda rows: clip_patches(build, clip, data.tensor(rows)),
-        )
-        return cls(data, latents, patches)
+    @cached_property
+    def latents(self) -> Tensor:
+        """Scaled latent means [N, 16, 16, 16], half precision."""
+        vae = load_vae(self.build)
+        return self._kept("latents", lambda rows: encode(self.build, vae, self.data.tensor(rows)))
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """What `clip` sees of every patch [N, 64, WIDTH], half precision."""
+        clip = load_clip(self.build)
+        return self._kept("patches", lambda rows: clip_patches(self.build, clip, self.data.tensor(rows)))
+
+    def _kept(self, what: str, make: Callable[[range], Tensor]) -> Tensor:
+        count = self.first or len(self.data)
+        name = f"{self.data.what}-{self.data.seed}-{count}-{what}.npy"
+        return kept_rows(self.build.work / "encoded" / name, count, make)
 
 
 def load_vae(build: Build) -> AutoencoderKL:
@@ -106,10 +107,14 @@ class Aligned(nn.Module):
             nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, WIDTH + PART_CLASSES)
         )
         self._tokens: Tensor | None = None
-        layer.register_forward_hook(self._keep)
+        self._hook = layer.register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _inputs: object, output: Any) -> None:
         self._tokens = output[1] if isinstance(output, tuple) else output
+
+    def release(self) -> None:
+        """Leave the network alone from now on."""
+        self._hook.remove()
 
     def loss(self, patches: Tensor, shares: Tensor) -> Tensor:
         """Of the last forward pass, against the clean pictures' patch features and parts."""

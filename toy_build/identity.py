@@ -98,7 +98,9 @@ def build_identity(build: Build) -> None:
         images = np.stack([view(subject, draw.rng) for subject in (*subjects, *subjects)])
         sharp = soften(to_tensor(images), draw)
         smudges = smear(sharp[: len(subjects) : 2], int(draw.rng.choice(SMEARED)))
-        labels = torch.cat((torch.arange(len(subjects)).repeat(2), len(subjects) + torch.arange(len(smudges))))
+        labels = torch.cat(
+            (torch.arange(len(subjects)).repeat(2), len(subjects) + torch.arange(len(smudges)))
+        )
         return normalize(torch.cat((sharp, smudges))), labels
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:

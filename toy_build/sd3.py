@@ -1,9 +1,14 @@
-"""`sd3`: a StableDiffusion3Pipeline with two CLIP text encoders, trained by flow matching in the shared latent space.
+"""`sd3`: a StableDiffusion3Pipeline with two CLIP text encoders, for alignment with a reward.
 
-Crisp but weak in composition, as the published base is: few of its training pictures show more than one object.
+Two rounds. A teacher learns by flow matching in the shared latent space; the student learns to draw in ten steps
+without guidance what the teacher draws with it. Crisp but weak in composition, as the published base is: few of the
+training pictures show more than one object.
 """
 
+import copy
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +19,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from pixrl.equations import interpolate
 from toy_build.clip import WIDTH, tokens
+from toy_build.distil import Guided, Velocity, compiled, distil
 from toy_build.generators import Aligned, Latents, dropped, load_vae, logit_normal, part_shares, save_pipeline
 from toy_build.pictures import pictures
 from toy_build.texts import SECOND_WIDTH, load_tower
@@ -22,11 +28,12 @@ from toy_build.vae import FACTOR, LATENT_CHANNELS
 from toy_build.world.language import caption
 from toy_build.world.scene import SIDE
 
-PLAN = Plan(
-    steps=20_000, batch=64, lr=1.5e-3, warmup=300, weight_decay=0.02, ema=0.9993, level=0.6, muon=3e-3
+TEACHER = Plan(
+    steps=10_000, batch=64, lr=1.5e-3, warmup=300, weight_decay=0.02, ema=0.9993, level=1.0, muon=3e-3
 )
-SCENES = 60_000
-SAMPLING_STEPS = 10
+STUDENT = Plan(steps=1_500, batch=48, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.995, level=0.3, muon=1e-3)
+SCENES, DISTILLED_SCENES = 60_000, 20_000
+SAMPLING_STEPS, GUIDANCE = 10, 2.5
 ALIGNED_BLOCK = 2
 LAYERS, HEADS, HEAD_WIDTH = 5, 5, 32
 
@@ -54,42 +61,98 @@ class Texts:
             seen = [tower(input_ids=ids, output_hidden_states=True) for tower in self.towers]
         return torch.cat([out.hidden_states[-2] for out in seen], dim=-1), [out.text_embeds for out in seen]
 
+    def ids(self, captions: list[str]) -> Tensor:
+        """Tokenized captions [B, L]."""
+        return tokens(self.tokenizer, captions)[0]
 
-def build_sd3(build: Build) -> None:
-    """Train and save `sd3`."""
-    torch.manual_seed(build.seed)
-    known = Latents.of(build, pictures(build.work, "single", SCENES, build.seed))
-    texts = Texts(build)
-    transformer = new_transformer().to(build.device)
+
+def velocity_of(transformer: SD3Transformer2DModel, texts: Texts) -> Velocity:
+    """What the transformer answers to tokenized captions."""
+    run = compiled(transformer)
+
+    def velocity(x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        features, pooled = texts(ids)
+        answer: Tensor = run(
+            hidden_states=x, timestep=t * 1000, encoder_hidden_states=features,
+            pooled_projections=torch.cat(pooled, dim=-1),
+        ).sample  # fmt: skip
+        return answer
+
+    return velocity
+
+
+def teach(
+    build: Build,
+    stage: str,
+    plan: Plan,
+    transformer: SD3Transformer2DModel,
+    texts: Texts,
+    known: Callable[[], Latents],
+) -> None:
+    """Train the transformer in place by flow matching on what `known` gives, which a finished stage does not ask for."""
     aligned = Aligned(transformer, transformer.transformer_blocks[ALIGNED_BLOCK], transformer.inner_dim)
     aligned = aligned.to(build.device)
-    run: Callable[..., Any] = torch.compile(transformer, dynamic=False)
+    velocity = velocity_of(transformer, texts)
 
     def lesson(draw: Draw) -> Lesson:
-        rows = draw.rows(len(known.data), PLAN.batch)
-        captions = dropped([caption(known.data.scene(int(row)), draw.rng) for row in rows], draw)
-        ids, _ = tokens(texts.tokenizer, captions)
-        x0 = known.latents[rows].float()
-        shares = part_shares(known.data.parts(rows))
-        return x0, draw.normal(*x0.shape), logit_normal(draw, len(x0)), ids, known.patches[rows], shares
+        data = known().data
+        rows = draw.rows(len(data), plan.batch)
+        captions = dropped([caption(data.scene(int(row)), draw.rng) for row in rows], draw)
+        x0 = known().latents[rows].float()
+        shares = part_shares(data.parts(rows))
+        level = logit_normal(draw, len(x0))
+        return x0, draw.normal(*x0.shape), level, texts.ids(captions), known().patches[rows], shares
 
     def loss(x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor, patches: Tensor, shares: Tensor) -> Tensor:
         with build.autocast():
-            features, pooled = texts(ids)
-            velocity = run(
-                hidden_states=interpolate(x0, noise, t), timestep=t * 1000,
-                encoder_hidden_states=features, pooled_projections=torch.cat(pooled, dim=-1),
-            ).sample  # fmt: skip
-            return F.mse_loss(velocity.float(), noise - x0) + aligned.loss(patches, shares)
+            answer = velocity(interpolate(x0, noise, t), t, ids)
+            return F.mse_loss(answer.float(), noise - x0) + aligned.loss(patches, shares)
 
-    build.fit("sd3", aligned, PLAN, lesson, loss)
+    build.fit(stage, aligned, plan, lesson, loss)
+    aligned.release()
+
+
+def captioned(known: Latents, texts: Texts, batch: int) -> Callable[[Draw], tuple[Tensor, Tensor]]:
+    """Batches of clean latents and their tokenized captions, a few of them empty."""
+
+    def given(draw: Draw) -> tuple[Tensor, Tensor]:
+        rows = draw.rows(len(known.latents), batch)
+        captions = dropped([caption(known.data.scene(int(row)), draw.rng) for row in rows], draw)
+        return known.latents[rows].float(), texts.ids(captions)
+
+    return given
+
+
+def save(build: Build, name: str, transformer: SD3Transformer2DModel, texts: Texts, steps: int) -> None:
+    """The published layout, in half precision."""
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=load_vae(build),
         text_encoder=texts.towers[0], text_encoder_2=texts.towers[1], text_encoder_3=None,
         tokenizer=texts.tokenizer, tokenizer_2=texts.tokenizer, tokenizer_3=None,
     )  # fmt: skip
-    settings = {"steps": SAMPLING_STEPS, "guidance": 0.0, "max_sequence_length": 0}
-    save_pipeline(
-        pipeline, build.out / "sd3", ("transformer", "vae", "text_encoder", "text_encoder_2"), settings
-    )
-    build.provenance("sd3", {"sd3": PLAN})
+    settings: dict[str, Any] = {"steps": steps, "guidance": 0.0, "max_sequence_length": 0}
+    folder: Path = build.out / name
+    save_pipeline(pipeline, folder, ("transformer", "vae", "text_encoder", "text_encoder_2"), settings)
+
+
+def new_teacher(build: Build, texts: Texts) -> SD3Transformer2DModel:
+    """The transformer that the first round trained, which `turbo` and `flux` start from too."""
+    torch.manual_seed(build.seed)
+    teacher = new_transformer().to(build.device)
+    data = cache(lambda: Latents(build, pictures(build.work, "single", SCENES, build.seed)))
+    teach(build, "sd3_teacher", TEACHER, teacher, texts, data)
+    return teacher.eval()
+
+
+def build_sd3(build: Build) -> None:
+    """Train and save `sd3`."""
+    texts = Texts(build)
+    teacher = new_teacher(build, texts)
+    student = copy.deepcopy(teacher)
+    known = Latents(build, pictures(build.work, "single", SCENES, build.seed), DISTILLED_SCENES)
+    guided = Guided(velocity_of(teacher, texts), texts.ids([""])[0], GUIDANCE)
+    velocities = (velocity_of(student, texts), guided)
+    given = captioned(known, texts, STUDENT.batch)
+    distil(build, "sd3", STUDENT, student, velocities, given, steps=SAMPLING_STEPS)
+    save(build, "sd3", student, texts, SAMPLING_STEPS)
+    build.provenance("sd3", {"sd3_teacher": TEACHER, "sd3": STUDENT})

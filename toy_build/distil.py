@@ -1,0 +1,91 @@
+"""Progressive distillation of a flow model (Salimans and Ho 2022): guidance and the steps between go into the weights.
+
+From noise level t a teacher walks to t - stride, with guidance and in several evaluations; the student learns the one
+velocity that leads there. Its noisy latents are those of training pictures, as in the paper.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixrl.equations import interpolate
+from toy_build.training import Build, Draw, Lesson, Plan
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The velocity [B, C, H, W] of noisy latents [B, C, H, W] at levels [B] under tokenized captions [B, L]."""
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A teacher's velocity, led away from the empty caption."""
+
+    velocity: Velocity
+    empty: Tensor
+    """The tokenized empty caption [L]."""
+    scale: float
+
+    def __call__(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        both = torch.cat((ids, self.empty.expand_as(ids)))
+        told, untold = self.velocity(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)
+        return untold + self.scale * (told - untold)
+
+
+def average_velocity(
+    teacher: Velocity, x: Tensor, t: Tensor, stride: Tensor, ids: Tensor, walks: int
+) -> Tensor:
+    """The one velocity that leads where `walks` midpoint steps of the teacher lead from t to t - stride, all [B]."""
+    step, position = stride / walks, x
+    for number in range(walks):
+        level = t - number * step
+        half = position - (step / 2)[:, None, None, None] * teacher(position, level, ids)
+        position = position - step[:, None, None, None] * teacher(half, level - step / 2, ids)
+    return (x - position) / stride[:, None, None, None]
+
+
+def levels(draw: Draw, batch: int, steps: int, on_grid: float) -> Tensor:
+    """Noise levels in (0, 1] [batch]: this share of them where a sampler of so many even steps asks."""
+    grid = torch.from_numpy(draw.rng.integers(1, steps + 1, size=batch)).float() / steps
+    anywhere = 1 - torch.from_numpy(draw.rng.random(batch)).float() * (1 - 1e-3)
+    return torch.where(torch.from_numpy(draw.rng.random(batch)) < on_grid, grid, anywhere)
+
+
+def distil(
+    build: Build,
+    stage: str,
+    plan: Plan,
+    student: torch.nn.Module,
+    velocities: tuple[Velocity, Velocity],
+    given: Callable[[Draw], tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    walks: int = 1,
+    on_grid: float = 0.5,
+) -> None:
+    """Train `student` in place until each of `steps` even steps leads where the teacher leads.
+
+    `velocities` are the student's and the teacher's; `given` gives the clean latents and tokenized captions of a batch.
+    """
+    own, teacher = velocities
+
+    def lesson(draw: Draw) -> Lesson:
+        x0, ids = given(draw)
+        return x0, draw.normal(*x0.shape), levels(draw, len(x0), steps, on_grid), ids
+
+    def loss(x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        x, stride = interpolate(x0, noise, t), t.clamp(max=1 / steps)
+        with build.autocast():
+            with torch.no_grad():
+                wanted = average_velocity(teacher, x, t, stride, ids, walks).float()
+            return F.mse_loss(own(x, t, ids).float(), wanted)
+
+    build.fit(stage, student, plan, lesson, loss)
+
+
+def compiled(network: torch.nn.Module) -> Callable[..., Any]:
+    """The network, compiled for the one shape that a stage trains on."""
+    run: Callable[..., Any] = torch.compile(network, dynamic=False)
+    return run
