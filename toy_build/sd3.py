@@ -89,7 +89,7 @@ def teach(
     texts: Texts,
     known: Callable[[], Latents],
 ) -> None:
-    """Train the transformer in place by flow matching on what `known` gives, which a finished stage does not ask for."""
+    """Train the transformer in place by flow matching on `known`, which a finished stage does not ask for."""
     aligned = Aligned(transformer, transformer.transformer_blocks[ALIGNED_BLOCK], transformer.inner_dim)
     aligned = aligned.to(build.device)
     velocity = velocity_of(transformer, texts)

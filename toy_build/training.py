@@ -169,7 +169,7 @@ def keep(work: Path, out: Path, kept: Path = KEPT) -> list[Path]:
         meta, tensors = _meta(path), load_file(path)
         if (out / path.parent.name).exists():
             continue
-        small = {name: t.half() for name, t in tensors.items() if name.startswith("average.")}
+        small = {name: _half(t) for name, t in tensors.items() if name.startswith(("average.", "buffer."))}
         kept.mkdir(exist_ok=True)
         target = kept / f"{path.parent.name}.safetensors"
         save_file(small, target, metadata=meta)
@@ -260,6 +260,7 @@ class _Trainer:
     def _save(self) -> None:
         named: dict[str, Tensor] = {f"parameter.{i}": p.data for i, p in enumerate(self.parameters)}
         named |= {f"average.{i}": p for i, p in enumerate(self.average)}
+        named |= {f"buffer.{name}": value for name, value in self.module.named_buffers()}
         for i, p in enumerate(self.parameters):
             for optimizer, _ in self.optimizers:
                 state = optimizer.state.get(p, {})
@@ -285,12 +286,19 @@ class _Trainer:
             for optimizer, _ in self.optimizers:
                 if moments and any(parameter is p for g in optimizer.param_groups for p in g["params"]):
                     optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(saved.get(f"buffer.{name}", buffer))  # a batch norm's averages are no parameters
         print(f"{self.stage} goes on at step {self.step}, from {path}", flush=True)
 
 
 def _turned_by_muon(name: str) -> bool:
     """The matrices of attention and MLPs inside blocks; embeddings, modulations and heads are AdamW's."""
     return "blocks." in name and any(part in name for part in (".attn", ".ff.", ".ff_context.", ".proj_"))
+
+
+def _half(tensor: Tensor) -> Tensor:
+    """Half precision of what is a fraction; counters as they are."""
+    return tensor.half() if tensor.is_floating_point() else tensor
 
 
 def _meta(path: Path) -> dict[str, str]:
@@ -307,6 +315,6 @@ def save_half(module: ModelMixin | PreTrainedModel, folder: Path) -> None:
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     for path in folder.glob("*.safetensors"):
         stored = load_file(path)
-        half = {name: t.half() if t.is_floating_point() else t for name, t in stored.items()}
+        half = {name: _half(t) for name, t in stored.items()}
         save_file(half, path, metadata={"format": "pt"})
         path.chmod(0o644)

@@ -1,5 +1,6 @@
 """The build survives kills and a change of machine, and its stages fit together."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from toy_build import pictures as pictures_module
 from toy_build import segmenters, training
 from toy_build.__main__ import STAGES, main
+from toy_build.distil import Guided, distil, levels, midpoint, two_steps
 from toy_build.gates import Gate, high_frequencies
 from toy_build.generator_gates import frechet
 from toy_build.generators import part_shares
@@ -21,7 +23,6 @@ from toy_build.pictures import EVEN_SHARES, FUSION_SHARES, SINGLE_SHARES, pictur
 from toy_build.segmenters import double_exposure, lesson, part_names
 from toy_build.texts import QUESTIONS, facts
 from toy_build.training import Build, Draw, Lesson, Plan, keep, kept_rows
-from toy_build.turbo import Denoiser, new_scheduler, new_unet
 from toy_build.world.language import canonical, is_held_out
 from toy_build.world.random_scenes import random_scene, resembles_held_out
 from toy_build.world.scene import FIRST_PART, MIXED_CLASS, PART_CLASSES, Task, part_class
@@ -39,7 +40,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
 def fit(build: Build, plan: Plan, *, stop_at: int | None = None) -> list[Tensor]:
     """Train a small network on noise; with `stop_at` the machine goes away before that step."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+    network = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1))
 
     def prepare(draw: Draw) -> Lesson:
         if draw.step == stop_at:
@@ -50,7 +51,7 @@ def fit(build: Build, plan: Plan, *, stop_at: int | None = None) -> list[Tensor]
         return (network(x) - y).square().mean()
 
     build.fit("small", network, plan, prepare, loss)
-    return [p.detach().clone() for p in network.parameters()]
+    return [t.detach().clone() for t in (*network.parameters(), *network.buffers())]
 
 
 def test_rows_that_a_killed_build_has_made_are_not_made_again(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_what_is_kept_is_small_and_enough_to_go_on(build: Build, monkeypatch: py
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         assert file.metadata()["step"] == "5"
-    assert {name.split(".")[0] for name in names} == {"average"}
+    assert {name.split(".")[0] for name in names} == {"average", "buffer"}
     elsewhere = replace(build, work=build.work / "elsewhere")
     fit(elsewhere, PLAN)
     assert elsewhere.finished("small", PLAN)
@@ -118,11 +119,15 @@ def test_a_stage_that_ended_elsewhere_is_not_trained_again(build: Build) -> None
 def test_averaged_weights_are_what_a_stage_leaves(build: Build) -> None:
     still = replace(PLAN, ema=1.0, steps=3)
     torch.manual_seed(0)
-    start = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+    start = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1))
     moved = fit(build, still)
     early = fit(replace(build, work=build.work / "none"), replace(still, ema=0.0))
-    change = sum(float((a.detach() - b).abs().sum()) for a, b in zip(start.parameters(), moved, strict=True))
-    whole = sum(float((a.detach() - b).abs().sum()) for a, b in zip(start.parameters(), early, strict=True))
+    change = sum(
+        float((a.detach() - b).abs().sum()) for a, b in zip(start.parameters(), moved[:6], strict=True)
+    )
+    whole = sum(
+        float((a.detach() - b).abs().sum()) for a, b in zip(start.parameters(), early[:6], strict=True)
+    )
     assert 0 < change < whole, "early steps are averaged with a shorter memory, and still lag behind"
 
 
@@ -205,30 +210,74 @@ def test_captions_are_asked_only_what_they_answer() -> None:
             assert answer is None or 0 <= answer < QUESTIONS[name]
 
 
-def test_the_student_sees_what_the_pipeline_shows_its_unet() -> None:
-    """Clean latents and Euler steps computed here are those of diffusers' scheduler."""
-    torch.manual_seed(0)
-    unet = new_unet().double().eval()
-    scheduler = new_scheduler()
-    scheduler.set_timesteps(4)
-    denoiser = Denoiser(unet, 4, torch.device("cpu"))
-    x = torch.randn(2, 16, 16, 16, dtype=torch.float64) * denoiser.start
-    features, pooled = torch.randn(2, 5, 256, dtype=torch.float64), torch.randn(2, 128, dtype=torch.float64)
-    mine = x
-    sizes = torch.tensor([128, 128, 0, 0, 128, 128], dtype=torch.float64).expand(2, -1)
-    with torch.no_grad():
-        for number, time in enumerate(scheduler.timesteps):
-            given = {"text_embeds": pooled, "time_ids": sizes}
-            answer = unet(
-                scheduler.scale_model_input(x, time),
-                time,
-                encoder_hidden_states=features,
-                added_cond_kwargs=given,
-            )
-            x = scheduler.step(answer.sample, time, x).prev_sample
-            clean = denoiser.clean(mine, torch.full((2,), number), features, pooled)
-            mine = denoiser.step(mine, clean, number)
-    assert tolerance.agree(mine, x, tolerance.PICTURE, dtype=torch.float32), "the scheduler's own precision"
+def test_a_walk_leads_where_its_teacher_leads() -> None:
+    """Along v = x the exact end is known; two steps are Euler's; the midpoint's error falls with the stride's cube."""
+    x, ids = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.zeros(2, 5)
+
+    def along(x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return x
+
+    def error(stride: float) -> float:
+        strides = torch.full((2,), stride, dtype=torch.float64)
+        end = x - stride * midpoint(along, x, torch.ones(2), strides, ids)
+        return float((end - x * math.exp(-stride)).abs().max())
+
+    quarter = torch.full((2,), 0.25, dtype=torch.float64)
+    euler = x * (1 - 0.125) ** 2
+    assert torch.allclose(x - 0.25 * two_steps(along, x, torch.ones(2), quarter, ids), euler)
+    assert 6 < error(0.2) / error(0.1) < 10
+
+
+def test_a_walk_asks_its_teacher_at_the_levels_that_it_passes() -> None:
+    asked: list[Tensor] = []
+
+    def teacher(x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        asked.append(t)
+        return x
+
+    t, stride = torch.tensor([1.0, 0.3]), torch.tensor([0.2, 0.1])
+    for walk in (midpoint, two_steps):
+        asked.clear()
+        walk(teacher, torch.ones(2, 1, 1, 1), t, stride, torch.zeros(2, 5))
+        assert torch.equal(asked[0], t)
+        assert torch.allclose(asked[1], torch.tensor([0.9, 0.25]))
+
+
+def test_guidance_leads_away_from_the_empty_caption() -> None:
+    """Rows whose tokens are the empty caption's answer 1, others 3: guidance of 2 gives 1 + 2 * (3 - 1)."""
+    empty = torch.tensor([7, 7])
+
+    def velocity(x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return torch.where((ids == empty).all(1)[:, None, None, None], 1.0, 3.0).expand_as(x)
+
+    answer = Guided(velocity, empty, 2.0)(
+        torch.zeros(2, 1, 2, 2), torch.ones(2), torch.tensor([[1, 2], [7, 7]])
+    )
+    assert torch.equal(answer, torch.tensor([5.0, 1.0])[:, None, None, None].expand_as(answer))
+
+
+def test_levels_are_on_the_samplers_grid_as_often_as_asked(build: Build) -> None:
+    found = levels(build.draw(3), 4000, 4, 0.5)
+    on_grid = (found * 4 == (found * 4).round()).float().mean()
+    assert found.min() > 0 and found.max() == 1.0
+    assert abs(float(on_grid) - 0.5) < 5 * 0.5 / math.sqrt(4000), "five standard errors"
+
+
+def test_a_student_learns_the_average_velocity(build: Build) -> None:
+    """Of a teacher v = x, whose two steps over a quarter are one step along (1 - 1/16) x."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(0.5))
+
+    student = Scaled()
+    distil(
+        build, "student", Plan(steps=150, batch=8, lr=2e-2, warmup=5, ema=0.9, weight_decay=0.0), student,
+        (lambda x, t, ids: student.factor * x, lambda x, t, ids: x),
+        lambda draw: (draw.normal(8, 1, 2, 2), torch.zeros(8, 2)), steps=4, walk=two_steps, on_grid=1.0,
+    )  # fmt: skip
+    assert float(student.factor.detach()) == pytest.approx(1 - 1 / 16, abs=0.01)
 
 
 @pytest.mark.slow
