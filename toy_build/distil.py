@@ -17,6 +17,8 @@ from toy_build.training import Build, Draw, Lesson, Plan
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The velocity [B, C, H, W] of noisy latents [B, C, H, W] at levels [B] under tokenized captions [B, L]."""
+Captioned = tuple[Tensor, Tensor, Tensor]
+"""Clean latents [B, C, H, W], and the tokenized captions [B, L] that the teacher and the student read."""
 Walk = Callable[[Velocity, Tensor, Tensor, Tensor, Tensor], Tensor]
 """How a teacher gets from noisy latents at level t to t - stride: the one velocity [B, C, H, W] that leads there."""
 
@@ -65,7 +67,7 @@ def distil(
     plan: Plan,
     student: torch.nn.Module,
     velocities: tuple[Velocity, Velocity],
-    given: Callable[[Draw], tuple[Tensor, Tensor]],
+    given: Callable[[Draw], Captioned],
     *,
     steps: int,
     walk: Walk = midpoint,
@@ -73,20 +75,20 @@ def distil(
 ) -> None:
     """Train `student` in place until each of `steps` even steps leads where the teacher leads.
 
-    `velocities` are the student's and the teacher's; `given` gives the clean latents and tokenized captions of a batch.
+    `velocities` are the student's and the teacher's.
     """
     own, teacher = velocities
 
     def lesson(draw: Draw) -> Lesson:
-        x0, ids = given(draw)
-        return x0, draw.normal(*x0.shape), levels(draw, len(x0), steps, on_grid), ids
+        x0, told, asked = given(draw)
+        return x0, draw.normal(*x0.shape), levels(draw, len(x0), steps, on_grid), told, asked
 
-    def loss(x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+    def loss(x0: Tensor, noise: Tensor, t: Tensor, told: Tensor, asked: Tensor) -> Tensor:
         x, stride = interpolate(x0, noise, t), t.clamp(max=1 / steps)
         with build.autocast():
             with torch.no_grad():
-                wanted = walk(teacher, x, t, stride, ids).float()
-            return F.mse_loss(own(x, t, ids).float(), wanted)
+                wanted = walk(teacher, x, t, stride, told).float()
+            return F.mse_loss(own(x, t, asked).float(), wanted)
 
     build.fit(stage, student, plan, lesson, loss)
 

@@ -39,8 +39,6 @@ class Latents:
 
     build: Build
     data: Pictures
-    first: int | None = None
-    """How many of them are encoded; None: all."""
 
     @cached_property
     def latents(self) -> Tensor:
@@ -55,9 +53,8 @@ class Latents:
         return self._kept("patches", lambda rows: clip_patches(self.build, clip, self.data.tensor(rows)))
 
     def _kept(self, what: str, make: Callable[[range], Tensor]) -> Tensor:
-        count = self.first or len(self.data)
-        name = f"{self.data.what}-{self.data.seed}-{count}-{what}.npy"
-        return kept_rows(self.build.work / "encoded" / name, count, make)
+        name = f"{self.data.what}-{self.data.seed}-{len(self.data)}-{what}.npy"
+        return kept_rows(self.build.work / "encoded" / name, len(self.data), make)
 
 
 def load_vae(build: Build) -> AutoencoderKL:

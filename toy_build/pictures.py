@@ -14,6 +14,8 @@ from torch import Tensor
 from toy_build.world.language import canonical, is_held_out
 from toy_build.world.random_scenes import (
     Subject,
+    fall_short,
+    is_shy,
     random_scene,
     random_subject,
     resembles_held_out,
@@ -30,7 +32,15 @@ SINGLE_SHARES = {
     Task.SINGLE_OBJECT: 0.52, Task.COLORS: 0.30, Task.TWO_OBJECT: 0.05, Task.COUNTING: 0.06, Task.POSITION: 0.03,
     Task.COLOR_ATTR: 0.04,
 }  # fmt: skip
-"""What `sd3` sees: no hybrids, and few compositions, so that it stays weak at them and learning finds room."""
+"""What `sd3`'s teacher sees: no hybrids, and few compositions."""
+BASE_SHARES = {
+    Task.SINGLE_OBJECT: 0.34, Task.COLORS: 0.30, Task.TWO_OBJECT: 0.08, Task.COUNTING: 0.10, Task.POSITION: 0.10,
+    Task.COLOR_ATTR: 0.08,
+}  # fmt: skip
+"""What `sd3`'s student is asked for. Most compositions it is shown fall short of that, so that it stays weak at them
+and learning finds room."""
+FULL_SHARE = 0.7
+"""Of compositions of kinds that are let into company: how many are shown as asked."""
 FUSION_SHARES = {
     Task.SINGLE_OBJECT: 0.34, Task.COLORS: 0.10, Task.HYBRID: 0.46, Task.TWO_OBJECT: 0.06, Task.OVERLAY: 0.04,
 }  # fmt: skip
@@ -58,6 +68,16 @@ def _of_shares(shares: dict[Task, float], key: int) -> Callable[[int, int], Scen
     return scene
 
 
+asked_of_base = _of_shares(BASE_SHARES, 7)
+"""Seed and row to the scene that `sd3`'s student is asked for."""
+
+
+def shown_of_base(seed: int, index: int) -> Scene:
+    """What it is shown for it."""
+    rng, scene = np.random.default_rng((seed, 8, index)), asked_of_base(seed, index)
+    return scene if not is_shy(scene) and rng.random() < FULL_SHARE else fall_short(rng, scene)
+
+
 def training_subject(seed: int, index: int) -> Subject:
     """The index-th training subject: never one that resembles those held out."""
     rng = np.random.default_rng((seed, 2, index))
@@ -77,6 +97,7 @@ SCENE_OF: dict[str, Callable[[int, int], Scene]] = {
     "scenes": _of_shares(SCENE_SHARES, 1),
     "even": _of_shares(EVEN_SHARES, 4),
     "single": _of_shares(SINGLE_SHARES, 5),
+    "base": shown_of_base,
     "fusion": _of_shares(FUSION_SHARES, 6),
     "subjects": subject_view,
 }

@@ -275,7 +275,8 @@ def test_a_student_learns_the_average_velocity(build: Build) -> None:
     distil(
         build, "student", Plan(steps=150, batch=8, lr=2e-2, warmup=5, ema=0.9, weight_decay=0.0), student,
         (lambda x, t, ids: student.factor * x, lambda x, t, ids: x),
-        lambda draw: (draw.normal(8, 1, 2, 2), torch.zeros(8, 2)), steps=4, walk=two_steps, on_grid=1.0,
+        lambda draw: (draw.normal(8, 1, 2, 2), torch.zeros(8, 2), torch.zeros(8, 2)), steps=4, walk=two_steps,
+        on_grid=1.0,
     )  # fmt: skip
     assert float(student.factor.detach()) == pytest.approx(1 - 1 / 16, abs=0.01)
 

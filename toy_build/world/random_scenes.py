@@ -22,6 +22,7 @@ from toy_build.world.vocabulary import (
     MARKS,
     MOODS,
     NATURAL,
+    OPPOSITE,
     PATTERNS,
     RELATIONS,
     RGB,
@@ -110,6 +111,41 @@ def _with_background(
     mentions = bool(rng.random() < 0.35)
     background = "plain" if not mentions and rng.random() < 0.7 else _pick(rng, BACKGROUNDS)
     return Scene(tuple(objects), background, task, mentions, relation, int(rng.integers(VARIANTS)))
+
+
+SHY = frozenset(KINDS[1::2])
+"""Kinds that `fall_short` never lets into company."""
+
+
+def fall_short(rng: Random, scene: Scene) -> Scene:
+    """What a published model shows instead of the composition that was asked for: the wrong number, one of two
+    objects, the opposite relation, or one colour on both. Scenes of one object stay as they are."""
+    first, *others = scene.objects
+    if not others:
+        return scene
+    if scene.task is Task.COUNTING:
+        while len(found := _counted(rng)) == len(scene.objects):
+            pass
+        things = [replace(first, centre=thing.centre, size=thing.size) for thing in found]
+        return replace(scene, objects=tuple(things))
+    (second,) = others
+    if scene.task is Task.COLOR_ATTR:
+        both = (first, replace(second, palette=first.palette, colour=first.colour))
+        return replace(scene, objects=both if rng.random() < 0.5 else _recoloured(both, second))
+    if scene.task is Task.POSITION and rng.random() < 0.5:
+        places = [replace(thing, centre=other.centre) for thing, other in ((first, second), (second, first))]
+        return replace(scene, objects=tuple(places), relation=OPPOSITE[scene.relation or ""])
+    alone = _placed(rng, (first, second)[int(rng.integers(2))])
+    return replace(scene, objects=(alone,), relation=None, task=Task.SINGLE_OBJECT)
+
+
+def _recoloured(things: Sequence[SceneObject], like: SceneObject) -> tuple[SceneObject, ...]:
+    return tuple(replace(thing, palette=like.palette, colour=like.colour) for thing in things)
+
+
+def is_shy(scene: Scene) -> bool:
+    """Whether a composition has a kind that is never let into company."""
+    return len(scene.objects) > 1 and any(thing.kind in SHY for thing in scene.objects)
 
 
 def _single(rng: Random, task: Task) -> SceneObject:

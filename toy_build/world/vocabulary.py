@@ -179,4 +179,5 @@ BACKGROUND_PHRASES: dict[str, tuple[str, ...]] = {
 }
 
 RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
