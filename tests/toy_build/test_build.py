@@ -116,6 +116,26 @@ def test_a_stage_that_ended_elsewhere_is_not_trained_again(build: Build) -> None
         assert torch.equal(here.half(), there.half())
 
 
+def test_muon_is_torchs_in_a_finer_precision() -> None:
+    """Three steps on wide, tall and square matrices; torch's iteration is in bfloat16, and so is the tolerance."""
+    torch.manual_seed(0)
+    starts = [torch.randn(*shape) for shape in ((6, 9), (9, 6), (6, 9), (8, 8))]
+    ends = []
+    for kind in (torch.optim.Muon, training.Muon32):
+        parameters = [nn.Parameter(start.clone()) for start in starts]
+        optimizer = kind(parameters, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for step in range(3):
+            for number, parameter in enumerate(parameters):
+                noise = torch.Generator().manual_seed(10 * step + number)
+                parameter.grad = torch.randn(parameter.shape, generator=noise)
+            optimizer.step()
+        ends.append(parameters)
+    rate = 3 * 0.1 * 0.2 * 3  # three steps of at most lr * 0.2 * sqrt(9) an entry
+    for start, theirs, ours in zip(starts, *ends, strict=True):
+        assert (theirs - start).abs().max() > 0.1 * rate
+        assert (theirs - ours).abs().max() < 16 * torch.finfo(torch.bfloat16).eps * rate
+
+
 def test_averaged_weights_are_what_a_stage_leaves(build: Build) -> None:
     still = replace(PLAN, ema=1.0, steps=3)
     torch.manual_seed(0)

@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from toy_build.pictures import asked_of_base, shown_of_base
 from toy_build.world.drawing.backgrounds import backdrop
 from toy_build.world.drawing.figure import LABELS_EACH, Mark
+from toy_build.world.language import caption, parse
 from toy_build.world.pairs import HELD_OUT_PAIRS, TRAINING_PAIRS, is_held_out_pair, may_be_trained
 from toy_build.world.random_scenes import (
+    fall_short,
     held_out_hybrid,
     held_out_subjects,
     hybrid_scene,
+    is_shy,
     random_hybrid,
     random_scene,
     random_subject,
@@ -211,3 +215,35 @@ def test_names_and_parts_cover_the_world() -> None:
     assert set(NAMES) == set(PART_WORDS) == set(NATURAL) == set(KINDS)
     assert len(KINDS) == 32
     assert sum(len(names) > 1 for names in NAMES.values()) >= 16
+
+
+def wanted(scene: Scene) -> object:
+    return parse(caption(scene)).metadata["include"]
+
+
+@pytest.mark.parametrize("task", [Task.TWO_OBJECT, Task.COUNTING, Task.POSITION, Task.COLOR_ATTR])
+def test_what_falls_short_shows_something_else_of_the_same_kinds(task: Task) -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(60):
+        asked = random_scene(rng, task)
+        shown = fall_short(rng, asked)
+        assert wanted(shown) != wanted(asked) or len(asked.objects) == 1
+        assert {thing.kind for thing in shown.objects} <= {thing.kind for thing in asked.objects}
+        assert shown.background == asked.background
+        draw(shown)
+
+
+def test_one_object_never_falls_short() -> None:
+    rng = np.random.default_rng(4)
+    scene = random_scene(rng, Task.COLORS)
+    assert fall_short(rng, scene) is scene
+    assert not is_shy(scene)
+
+
+def test_the_base_is_mostly_shown_less_than_it_is_asked_for() -> None:
+    asked = [asked_of_base(3, row) for row in range(800)]
+    shown = [shown_of_base(3, row) for row in range(800)]
+    many = [(a, b) for a, b in zip(asked, shown, strict=True) if len(a.objects) > 1]
+    assert all(a == b for a, b in zip(asked, shown, strict=True) if len(a.objects) == 1)
+    assert all(a != b for a, b in many if is_shy(a))
+    assert 0.1 < sum(a == b for a, b in many) / len(many) < 0.4
