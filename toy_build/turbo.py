@@ -14,9 +14,9 @@ from toy_build.pictures import pictures
 from toy_build.sd3 import Texts, captioned, new_teacher, save, teach, velocity_of
 from toy_build.training import Build, Plan
 
-TEACHER = Plan(steps=3_000, batch=64, lr=1e-3, warmup=100, weight_decay=0.02, ema=0.998, level=0.4, muon=2e-3)
-EIGHT = Plan(steps=900, batch=48, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
-FOUR = Plan(steps=1_200, batch=64, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
+TEACHER = Plan(steps=2_000, batch=64, lr=1e-3, warmup=100, weight_decay=0.02, ema=0.998, level=0.4, muon=2e-3)
+EIGHT = Plan(steps=600, batch=48, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
+FOUR = Plan(steps=700, batch=64, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
 SCENES = 24_000
 STEPS, GUIDANCE = 4, 2.5
 
