@@ -19,8 +19,6 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The velocity [B, C, H, W] of noisy latents [B, C, H, W] at levels [B] under tokenized captions [B, L]."""
 Captioned = tuple[Tensor, Tensor, Tensor]
 """Clean latents [B, C, H, W], and the tokenized captions [B, L] that the teacher and the student read."""
-Walk = Callable[[Velocity, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""How a teacher gets from noisy latents at level t to t - stride: the one velocity [B, C, H, W] that leads there."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,6 @@ def midpoint(teacher: Velocity, x: Tensor, t: Tensor, stride: Tensor, ids: Tenso
     return teacher(half, t - stride / 2, ids)
 
 
-def two_steps(teacher: Velocity, x: Tensor, t: Tensor, stride: Tensor, ids: Tensor) -> Tensor:
-    """The one velocity that leads where two steps of a teacher lead that was itself taught to take such steps."""
-    first = teacher(x, t, ids)
-    return (first + teacher(x - _wide(stride / 2) * first, t - stride / 2, ids)) / 2
-
-
 def _wide(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
@@ -70,7 +62,6 @@ def distil(
     given: Callable[[Draw], Captioned],
     *,
     steps: int,
-    walk: Walk = midpoint,
     on_grid: float = 0.5,
 ) -> None:
     """Train `student` in place until each of `steps` even steps leads where the teacher leads.
@@ -87,7 +78,7 @@ def distil(
         x, stride = interpolate(x0, noise, t), t.clamp(max=1 / steps)
         with build.autocast():
             with torch.no_grad():
-                wanted = walk(teacher, x, t, stride, told).float()
+                wanted = midpoint(teacher, x, t, stride, told).float()
             return F.mse_loss(own(x, t, asked).float(), wanted)
 
     build.fit(stage, student, plan, lesson, loss)
