@@ -1,8 +1,8 @@
 """`turbo`: a StableDiffusion3Pipeline that draws in four steps without guidance, for fusion.
 
-`sd3`'s teacher learns hybrids of training pairs from pictures nearly half of which show them; then each of the student's
-four steps learns to lead where a midpoint step of the guided teacher leads. Its class is the one of SD3.5 Large Turbo; a
-small UNet of SDXL's class would have taken three times the training (docs/log.md).
+The teacher of `sd3` learns hybrids of training pairs from pictures nearly half of which show them; then each of the
+student's four steps learns to lead where a midpoint step of the guided teacher leads. Its class is that of SD3.5 Large
+Turbo; a small UNet of SDXL's class would have taken three times the training (docs/log.md).
 """
 
 import copy
@@ -14,7 +14,7 @@ from toy_build.pictures import pictures
 from toy_build.sd3 import Texts, captioned, new_teacher, save, teach, velocity_of
 from toy_build.training import Build, Plan
 
-TEACHER = Plan(steps=2_000, batch=64, lr=1e-3, warmup=100, weight_decay=0.02, ema=0.998, level=0.4, muon=2e-3)
+TEACHER = Plan(steps=1_500, batch=64, lr=1e-3, warmup=100, weight_decay=0.02, ema=0.998, level=0.4, muon=2e-3)
 STUDENT = Plan(steps=900, batch=64, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
 SCENES = 24_000
 STEPS, GUIDANCE = 4, 3.0
