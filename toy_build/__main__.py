@@ -16,12 +16,12 @@ STAGES = {
     "vae": "toy_build.vae:build_vae",
     "clip": "toy_build.clip:build_clip",
     "segmenter": "toy_build.segmenters:build_segmenter",
-    "parts": "toy_build.segmenters:build_parts",
     "identity": "toy_build.identity:build_identity",
     "preference": "toy_build.preference:build_preference",
     "texts": "toy_build.texts:build_texts",
     "sd3": "toy_build.sd3:build_sd3",
     "turbo": "toy_build.turbo:build_turbo",
+    "parts": "toy_build.segmenters:build_parts",
     "flux": "toy_build.flux:build_flux",
 }
 

@@ -2,7 +2,8 @@
 
 `segmenter` is a judge that rewards may use. `parts` is the truth about fusion and no reward is trained on it; besides
 true drawings it learns from what fusion must not be confused with: hybrids of every pair, double exposures, and parts
-pasted where they do not belong.
+pasted where they do not belong. In a second round it learns from drawings that a generator has drawn anew, so that it
+reads what generators make.
 """
 
 import json
@@ -20,6 +21,7 @@ from pixrl.metrics.true_fusion import MIXED, WORN
 from pixrl.rewards.segmentation import BACKGROUND_LABEL
 from toy_build.clip import IMAGE_MEAN, IMAGE_STD, SCENES, normalize, soften
 from toy_build.pictures import Bytes, pictures, to_tensor
+from toy_build.redrawn import redrawn
 from toy_build.training import Build, Draw, Lesson, Plan, save_half
 from toy_build.world.random_scenes import random_hybrid, random_scene
 from toy_build.world.scene import (
@@ -38,10 +40,13 @@ from toy_build.world.vocabulary import COLOURS, KINDS, NAMES, SLOTS
 
 PLAN = Plan(steps=4_000, batch=32, lr=1.5e-3, warmup=100, ema=0.997, level=0.5)
 PARTS_PLAN = Plan(steps=8_000, batch=24, lr=1.5e-3, warmup=200, ema=0.998, level=0.6)
+REDRAWN_PLAN = Plan(steps=1_500, batch=24, lr=7e-4, warmup=50, ema=0.995, level=0.3)
+REDRAWN, REDRAWN_SHARE = 6_000, 0.6
+"""Pictures of the second round of `parts` that a generator has drawn, and their share of its lessons."""
 EXPOSURE_SHARE = 0.1
 """Of what `parts` learns from: two figures over each other, half transparent."""
-FREE_HYBRIDS = 0.65
-"""Of what `parts` learns from: hybrids of any kinds in any colours, so that it knows parts and no pairs."""
+FREE_HYBRIDS = 0.72
+"""Of the rest: hybrids of any kinds in any colours, so that it knows parts and no pairs."""
 
 
 def new_segmenter(names: list[str], width: int) -> SegformerForSemanticSegmentation:
@@ -81,12 +86,12 @@ def _lesson(images: Tensor, classes: Tensor, draw: Draw) -> Lesson:
     return normalize(soften(images, draw)), classes[:, 1::2, 1::2].contiguous()
 
 
-def _save(build: Build, model: SegformerForSemanticSegmentation, name: str, plan: Plan) -> None:
+def _save(build: Build, model: SegformerForSemanticSegmentation, name: str, plans: dict[str, Plan]) -> None:
     save_half(model.eval(), build.out / name)
     size = {"height": SIDE, "width": SIDE}
     processor = SegformerImageProcessor(size=size, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD))
     processor.save_pretrained(build.out / name)
-    build.provenance(name, {name: plan})
+    build.provenance(name, plans)
 
 
 def build_segmenter(build: Build) -> None:
@@ -100,7 +105,7 @@ def build_segmenter(build: Build) -> None:
         return _lesson(data.tensor(rows), data.kinds(rows), draw)
 
     build.fit("segmenter", model, PLAN, rows_lesson, pixel_loss(build, model))
-    _save(build, model, "segmenter", PLAN)
+    _save(build, model, "segmenter", {"segmenter": PLAN})
 
 
 def build_parts(build: Build) -> None:
@@ -114,23 +119,39 @@ def build_parts(build: Build) -> None:
         return _lesson(images, torch.from_numpy(np.stack([classes for _, classes in drawn])).long(), draw)
 
     build.fit("parts", model, PARTS_PLAN, drawn_lesson, pixel_loss(build, model))
-    _save(build, model, "parts", PARTS_PLAN)
+    bank, known = redrawn(build, REDRAWN, random_drawing)
+
+    def redrawn_lesson(draw: Draw) -> Lesson:
+        chosen = [draw.rng.random() < REDRAWN_SHARE for _ in range(REDRAWN_PLAN.batch)]
+        rows = [int(row) for row in draw.rows(len(bank), REDRAWN_PLAN.batch)]
+        pairs = [
+            (bank[row], known[row]) if again else lesson(draw.rng)
+            for row, again in zip(rows, chosen, strict=True)
+        ]
+        images = to_tensor(np.stack([image for image, _ in pairs]))
+        return _lesson(images, torch.from_numpy(np.stack([classes for _, classes in pairs])).long(), draw)
+
+    build.fit("parts_redrawn", model, REDRAWN_PLAN, redrawn_lesson, pixel_loss(build, model))
+    _save(build, model, "parts", {"parts": PARTS_PLAN, "parts_redrawn": REDRAWN_PLAN})
     synonyms = {name: kind for kind, names in NAMES.items() for name in names if name != kind}
     (build.out / "parts" / CARD_FILE).write_text(json.dumps({"synonyms": synonyms}, indent=1) + "\n")
 
 
 def lesson(rng: np.random.Generator) -> tuple[Bytes, Bytes]:
     """A picture [128, 128, 3] and the class of each of its pixels [128, 128]."""
-    chance = rng.random()
-    if chance < EXPOSURE_SHARE:
+    if rng.random() < EXPOSURE_SHARE:
         return double_exposure(rng)
-    if chance < EXPOSURE_SHARE + FREE_HYBRIDS:
-        scene = free_hybrid(rng)
-    else:
-        tasks = (Task.SINGLE_OBJECT, Task.COLORS, Task.TWO_OBJECT, Task.COUNTING, Task.OVERLAY, Task.SUBJECT)
-        scene = random_scene(rng, tasks[int(rng.integers(len(tasks)))])
+    scene = random_drawing(rng)
     drawing = draw(scene)
     return drawing.picture, part_classes(scene)[drawing.labels]
+
+
+def random_drawing(rng: np.random.Generator) -> Scene:
+    """A hybrid of any kinds, or a scene of any task."""
+    if rng.random() < FREE_HYBRIDS:
+        return free_hybrid(rng)
+    tasks = (Task.SINGLE_OBJECT, Task.COLORS, Task.TWO_OBJECT, Task.COUNTING, Task.OVERLAY, Task.SUBJECT)
+    return random_scene(rng, tasks[int(rng.integers(len(tasks)))])
 
 
 def free_hybrid(rng: np.random.Generator) -> Scene:

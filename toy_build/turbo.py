@@ -8,7 +8,9 @@ Turbo; a small UNet of SDXL's class would have taken three times the training (d
 import copy
 from functools import cache
 
-from toy_build.distil import Guided, distil
+from diffusers import SD3Transformer2DModel
+
+from toy_build.distil import Guided, Velocity, distil
 from toy_build.generators import Latents
 from toy_build.pictures import pictures
 from toy_build.sd3 import Texts, captioned, new_teacher, save, teach, velocity_of
@@ -20,15 +22,26 @@ SCENES = 24_000
 STEPS, GUIDANCE = 4, 3.0
 
 
-def build_turbo(build: Build) -> None:
-    """Train and save `turbo`."""
-    texts = Texts(build)
+def load_teacher(build: Build, texts: Texts) -> Velocity:
+    """The velocity of the teacher, which is trained where it is not yet."""
+    return velocity_of(_taught(build, texts), texts)
+
+
+def _taught(build: Build, texts: Texts) -> SD3Transformer2DModel:
     transformer = new_teacher(build, texts)
     known = cache(lambda: Latents(build, pictures(build.work, "fusion", SCENES, build.seed)))
     teach(build, "turbo_teacher", TEACHER, transformer, texts, known)
-    guided = Guided(velocity_of(transformer.eval(), texts), texts.ids([""])[0], GUIDANCE)
+    return transformer.eval()
+
+
+def build_turbo(build: Build) -> None:
+    """Train and save `turbo`."""
+    texts = Texts(build)
+    transformer = _taught(build, texts)
+    known = Latents(build, pictures(build.work, "fusion", SCENES, build.seed))
+    guided = Guided(velocity_of(transformer, texts), texts.ids([""])[0], GUIDANCE)
     student = copy.deepcopy(transformer)
-    given = captioned(known(), texts, STUDENT.batch)
+    given = captioned(known, texts, STUDENT.batch)
     velocities = (velocity_of(student, texts), guided)
     distil(build, "turbo", STUDENT, student, velocities, given, steps=STEPS, on_grid=1.0)
     save(build, "turbo", student, texts, STEPS)

@@ -155,6 +155,7 @@ def test_stages_are_named_in_the_order_of_their_needs(capsys: pytest.CaptureFixt
     needs = {
         "sd3": "vae clip texts",
         "turbo": "vae clip texts",
+        "parts": "vae clip texts",
         "flux": "sd3",
         "texts": "clip",
         "preference": "clip",
@@ -300,7 +301,12 @@ def test_a_student_learns_the_average_velocity(build: Build) -> None:
 def test_a_stage_writes_a_checkpoint_that_its_class_loads(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segmenters, "PARTS_PLAN", replace(segmenters.PARTS_PLAN, steps=2, batch=2))
+    for plan in ("PARTS_PLAN", "REDRAWN_PLAN"):
+        monkeypatch.setattr(segmenters, plan, replace(getattr(segmenters, plan), steps=2, batch=2))
+    bank = [lesson(np.random.default_rng(row)) for row in range(4)]
+    monkeypatch.setattr(
+        segmenters, "redrawn", lambda *given: tuple(np.stack(part) for part in zip(*bank, strict=True))
+    )
     segmenters.build_parts(build)
     model = segmenters.SegformerForSemanticSegmentation.from_pretrained(build.out / "parts")
     assert model.config.id2label[part_class("snail", 3)] == "snail extra"
