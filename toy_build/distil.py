@@ -15,31 +15,32 @@ from torch import Tensor
 from pixrl.equations import interpolate
 from toy_build.training import Build, Draw, Lesson, Plan
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""The velocity [B, C, H, W] of noisy latents [B, C, H, W] at levels [B] under tokenized captions [B, L]."""
-Captioned = tuple[Tensor, Tensor, Tensor]
-"""Clean latents [B, C, H, W], and the tokenized captions [B, L] that the teacher and the student read."""
+Velocity = Callable[..., Tensor]
+"""The velocity [B, C, H, W] of noisy latents [B, C, H, W] at levels [B] under conditions, each a tensor [B, ...]."""
+Conditions = tuple[Tensor, ...]
+Captioned = tuple[Tensor, Conditions, Conditions]
+"""Clean latents [B, C, H, W], and what the teacher and the student are told: as many tensors each."""
 
 
 @dataclass(frozen=True)
 class Guided:
-    """A teacher's velocity, led away from the empty caption."""
+    """A teacher's velocity, led away from what it answers without the caption."""
 
     velocity: Velocity
-    empty: Tensor
-    """The tokenized empty caption [L]."""
+    without: Callable[[Conditions], Conditions]
+    """The same conditions without their caption."""
     scale: float
 
-    def __call__(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        both = torch.cat((ids, self.empty.expand_as(ids)))
-        told, untold = self.velocity(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)
+    def __call__(self, x: Tensor, t: Tensor, *given: Tensor) -> Tensor:
+        both = (torch.cat(pair) for pair in zip(given, self.without(given), strict=True))
+        told, untold = self.velocity(torch.cat((x, x)), torch.cat((t, t)), *both).chunk(2)
         return untold + self.scale * (told - untold)
 
 
-def midpoint(teacher: Velocity, x: Tensor, t: Tensor, stride: Tensor, ids: Tensor) -> Tensor:
+def midpoint(teacher: Velocity, x: Tensor, t: Tensor, stride: Tensor, *given: Tensor) -> Tensor:
     """The one velocity that leads where a teacher of instant velocities leads from t to t - stride, all [B]."""
-    half = x - _wide(stride / 2) * teacher(x, t, ids)
-    return teacher(half, t - stride / 2, ids)
+    half = x - _wide(stride / 2) * teacher(x, t, *given)
+    return teacher(half, t - stride / 2, *given)
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -72,14 +73,15 @@ def distil(
 
     def lesson(draw: Draw) -> Lesson:
         x0, told, asked = given(draw)
-        return x0, draw.normal(*x0.shape), levels(draw, len(x0), steps, on_grid), told, asked
+        return x0, draw.normal(*x0.shape), levels(draw, len(x0), steps, on_grid), *told, *asked
 
-    def loss(x0: Tensor, noise: Tensor, t: Tensor, told: Tensor, asked: Tensor) -> Tensor:
+    def loss(x0: Tensor, noise: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        told, asked = conditions[: len(conditions) // 2], conditions[len(conditions) // 2 :]
         x, stride = interpolate(x0, noise, t), t.clamp(max=1 / steps)
         with build.autocast():
             with torch.no_grad():
-                wanted = midpoint(teacher, x, t, stride, told).float()
-            return F.mse_loss(own(x, t, asked).float(), wanted)
+                wanted = midpoint(teacher, x, t, stride, *told).float()
+            return F.mse_loss(own(x, t, *asked).float(), wanted)
 
     build.fit(stage, student, plan, lesson, loss)
 

@@ -19,7 +19,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from pixrl.equations import interpolate
 from toy_build.clip import WIDTH, tokens
-from toy_build.distil import Captioned, Guided, Velocity, compiled, distil
+from toy_build.distil import Captioned, Conditions, Guided, Velocity, compiled, distil
 from toy_build.generators import Aligned, Latents, dropped, load_vae, logit_normal, part_shares, save_pipeline
 from toy_build.pictures import asked_of_base, pictures
 from toy_build.texts import SECOND_WIDTH, load_tower
@@ -64,6 +64,11 @@ class Texts:
     def ids(self, captions: list[str]) -> Tensor:
         """Tokenized captions [B, L]."""
         return tokens(self.tokenizer, captions)[0]
+
+    def without(self, given: Conditions) -> Conditions:
+        """The empty caption in place of tokenized ones."""
+        (ids,) = given
+        return (self.ids([""]).to(ids.device).expand_as(ids),)
 
 
 def velocity_of(transformer: SD3Transformer2DModel, texts: Texts) -> Velocity:
@@ -130,7 +135,7 @@ def captioned(
             text if not text or scene == shown else caption(scene, draw.rng)
             for text, scene, shown in zip(told, wanted, read, strict=True)
         ]
-        return known.latents[rows].float(), texts.ids(told), texts.ids(other)
+        return known.latents[rows].float(), (texts.ids(told),), (texts.ids(other),)
 
     return given
 
@@ -162,7 +167,7 @@ def build_sd3(build: Build) -> None:
     teacher = new_teacher(build, texts)
     student = copy.deepcopy(teacher)
     known = Latents(build, pictures(build.work, "base", BASE_SCENES, build.seed))
-    guided = Guided(velocity_of(teacher, texts), texts.ids([""])[0], GUIDANCE)
+    guided = Guided(velocity_of(teacher, texts), texts.without, GUIDANCE)
     velocities = (velocity_of(student, texts), guided)
     given = captioned(known, texts, STUDENT.batch, asked_of_base)
     distil(build, "sd3", STUDENT, student, velocities, given, steps=SAMPLING_STEPS)

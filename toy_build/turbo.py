@@ -39,7 +39,7 @@ def build_turbo(build: Build) -> None:
     texts = Texts(build)
     transformer = _taught(build, texts)
     known = Latents(build, pictures(build.work, "fusion", SCENES, build.seed))
-    guided = Guided(velocity_of(transformer, texts), texts.ids([""])[0], GUIDANCE)
+    guided = Guided(velocity_of(transformer, texts), texts.without, GUIDANCE)
     student = copy.deepcopy(transformer)
     given = captioned(known, texts, STUDENT.batch)
     velocities = (velocity_of(student, texts), guided)

@@ -1,7 +1,9 @@
 """The build survives kills and a change of machine, and its stages fit together."""
 
+import json
 import math
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,12 @@ from safetensors import safe_open
 from tests import tolerance
 from torch import Tensor, nn
 
+from pixrl import models
 from toy_build import pictures as pictures_module
 from toy_build import segmenters, training
 from toy_build.__main__ import STAGES, main
 from toy_build.distil import Guided, distil, levels, midpoint
-from toy_build.gates import Gate, high_frequencies
+from toy_build.gates import CHECKPOINTS, Gate, high_frequencies
 from toy_build.generator_gates import frechet
 from toy_build.generators import part_shares
 from toy_build.identity import info_nce, new_subjects
@@ -25,7 +28,7 @@ from toy_build.texts import QUESTIONS, facts
 from toy_build.training import Build, Draw, Lesson, Plan, keep, kept_rows
 from toy_build.world.language import canonical, is_held_out
 from toy_build.world.random_scenes import random_scene, resembles_held_out
-from toy_build.world.scene import FIRST_PART, MIXED_CLASS, PART_CLASSES, Task, part_class
+from toy_build.world.scene import FIRST_PART, MIXED_CLASS, PART_CLASSES, SIDE, Task, part_class
 from toy_build.world.vocabulary import KINDS
 
 PLAN = Plan(steps=8, batch=4, lr=1e-2, warmup=2, ema=0.5, level=0.5)
@@ -263,12 +266,12 @@ def test_guidance_leads_away_from_the_empty_caption() -> None:
     """Rows whose tokens are the empty caption's answer 1, others 3: guidance of 2 gives 1 + 2 * (3 - 1)."""
     empty = torch.tensor([7, 7])
 
-    def velocity(x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+    def velocity(x: Tensor, t: Tensor, ids: Tensor, kept: Tensor) -> Tensor:
+        assert kept.shape == (4, 3)
         return torch.where((ids == empty).all(1)[:, None, None, None], 1.0, 3.0).expand_as(x)
 
-    answer = Guided(velocity, empty, 2.0)(
-        torch.zeros(2, 1, 2, 2), torch.ones(2), torch.tensor([[1, 2], [7, 7]])
-    )
+    guided = Guided(velocity, lambda given: (empty.expand_as(given[0]), given[1]), 2.0)
+    answer = guided(torch.zeros(2, 1, 2, 2), torch.ones(2), torch.tensor([[1, 2], [7, 7]]), torch.ones(2, 3))
     assert torch.equal(answer, torch.tensor([5.0, 1.0])[:, None, None, None].expand_as(answer))
 
 
@@ -291,7 +294,7 @@ def test_a_student_learns_the_average_velocity(build: Build) -> None:
     distil(
         build, "student", Plan(steps=150, batch=8, lr=2e-2, warmup=5, ema=0.9, weight_decay=0.0), student,
         (lambda x, t, ids: student.factor * x, lambda x, t, ids: x),
-        lambda draw: (draw.normal(8, 1, 2, 2), torch.zeros(8, 2), torch.zeros(8, 2)), steps=4,
+        lambda draw: (draw.normal(8, 1, 2, 2), (torch.zeros(8, 2),), (torch.zeros(8, 2),)), steps=4,
         on_grid=1.0,
     )  # fmt: skip
     assert float(student.factor.detach()) == pytest.approx(1 - 1 / 8, abs=0.01)
@@ -311,6 +314,31 @@ def test_a_stage_writes_a_checkpoint_that_its_class_loads(
     model = segmenters.SegformerForSemanticSegmentation.from_pretrained(build.out / "parts")
     assert model.config.id2label[part_class("snail", 3)] == "snail extra"
     assert (build.out / "parts" / "provenance.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "turbo", "flux"])
+def test_a_generator_goes_through_its_rounds(
+    name: str, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps a round on a dozen pictures; what comes out loads as its pipeline and draws."""
+    build.out.mkdir(parents=True)
+    for part in ("vae", "clip", "texts"):
+        (build.out / part).symlink_to(CHECKPOINTS / part)
+    few = {"sd3": "single", "turbo": "fusion", "flux": "subjects"}
+    stage = import_module(f"toy_build.{name}")
+    for module in (import_module("toy_build.sd3"), stage):
+        for plan in ("TEACHER", "STUDENT"):
+            monkeypatch.setattr(module, plan, replace(getattr(module, plan), steps=2, batch=2))
+    monkeypatch.setattr(stage, "pictures", lambda work, what, count, seed: pictures(work, what, 12, seed, 1))
+    monkeypatch.setattr("toy_build.sd3.pictures", stage.pictures)
+    monkeypatch.setattr("torch.compile", lambda module, **given: module)
+    getattr(stage, f"build_{name}")(build)
+    policy = models.load(build.out / name)
+    assert policy.sample(policy.encode(["a photo of an owl"]), [3]).shape == (1, 3, SIDE, SIDE)
+    assert (build.work / "pictures" / f"{few[name]}-7-12").is_dir()
+    record = json.loads((build.out / name / "provenance.json").read_text())
+    assert set(record["plans"]) == {name, f"{name}_teacher"}
 
 
 def test_figures_of_the_gates_mean_what_they_say() -> None:
