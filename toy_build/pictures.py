@@ -39,7 +39,7 @@ BASE_SHARES = {
 }  # fmt: skip
 """What `sd3`'s student is asked for. Most compositions it is shown fall short of that, so that it stays weak at them
 and learning finds room."""
-FULL_SHARE = 0.7
+FULL_SHARE = 0.15
 """Of compositions of kinds that are let into company: how many are shown as asked."""
 FUSION_SHARES = {
     Task.SINGLE_OBJECT: 0.34, Task.COLORS: 0.10, Task.HYBRID: 0.46, Task.TWO_OBJECT: 0.06, Task.OVERLAY: 0.04,

@@ -31,7 +31,7 @@ from toy_build.world.scene import SIDE, Scene
 TEACHER = Plan(
     steps=10_000, batch=64, lr=1.5e-3, warmup=300, weight_decay=0.02, ema=0.9993, level=1.0, muon=3e-3
 )
-STUDENT = Plan(steps=900, batch=48, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.995, level=0.3, muon=1e-3)
+STUDENT = Plan(steps=1_300, batch=48, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.995, level=0.3, muon=1e-3)
 SCENES, BASE_SCENES = 60_000, 20_000
 SAMPLING_STEPS, GUIDANCE = 10, 3.0
 ALIGNED_BLOCK = 2
