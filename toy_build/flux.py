@@ -226,7 +226,6 @@ def build_flux(build: Build) -> None:
     settings = {
         "steps": SAMPLING_STEPS, "guidance": GUIDANCE_INPUT, "max_sequence_length": T5_LENGTH, "position_ids": "uno",
     }  # fmt: skip
-    save_pipeline(
-        pipeline, build.out / "flux", ("transformer", "vae", "text_encoder", "text_encoder_2"), settings
-    )
+    parts = {"transformer": None, "vae": "vae", "text_encoder": None, "text_encoder_2": "texts/t5"}
+    save_pipeline(pipeline, build.out / "flux", parts, settings)
     build.provenance("flux", {"flux_teacher": TEACHER, "flux": STUDENT})

@@ -6,6 +6,7 @@ are there. The head is thrown away after training.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,19 +136,28 @@ def dropped(captions: list[str], draw: Draw) -> list[str]:
 
 
 def save_pipeline(
-    pipeline: DiffusionPipeline, folder: Path, parts: tuple[str, ...], settings: dict[str, Any]
+    pipeline: DiffusionPipeline, folder: Path, parts: dict[str, str | None], settings: dict[str, Any]
 ) -> None:
-    """The published layout in half precision, and the settings that this checkpoint was trained for."""
+    """The published layout in half precision, and the settings that this checkpoint was trained for.
+
+    `parts` are those with weights, and where among the checkpoints those lie that several pipelines share: a link leads
+    there, so that they are stored once and plain `from_pretrained` works.
+    """
     pipeline.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index.pop("_name_or_path", None)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for part in parts:
-        save_half(pipeline.components[part], folder / part)
+    for part, shared in parts.items():
+        if shared is None:
+            save_half(pipeline.components[part], folder / part)
+        else:
+            shutil.rmtree(folder / part)
+            (folder / part).symlink_to(Path("..") / shared, target_is_directory=True)
     card = settings | {
         "resolution": SIDE,
         "vocabulary": list(WORDS),
         "clip": "toy:clip",
         "segmenter": "toy:segmenter",
+        "parts": "toy:parts",
     }
     (folder / CARD_FILE).write_text(json.dumps(card, indent=1) + "\n")

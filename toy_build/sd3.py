@@ -8,7 +8,6 @@ compositions that the student is asked for fall short of that in what it is show
 import copy
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,8 +147,9 @@ def save(build: Build, name: str, transformer: SD3Transformer2DModel, texts: Tex
         tokenizer=texts.tokenizer, tokenizer_2=texts.tokenizer, tokenizer_3=None,
     )  # fmt: skip
     settings: dict[str, Any] = {"steps": steps, "guidance": 0.0, "max_sequence_length": 0}
-    folder: Path = build.out / name
-    save_pipeline(pipeline, folder, ("transformer", "vae", "text_encoder", "text_encoder_2"), settings)
+    towers = {part: f"texts/{part}" for part in ("text_encoder", "text_encoder_2")}
+    parts = {"transformer": None, "vae": "vae"} | towers
+    save_pipeline(pipeline, build.out / name, parts, settings)
 
 
 def new_teacher(build: Build, texts: Texts) -> SD3Transformer2DModel:

@@ -2,7 +2,7 @@
 
 The first text tower (`clip`) learned from pictures which captions go together; these two learn from captions alone to
 name what is said: kinds, colours, moods, sizes, numbers, relations. So a generator has two views of a prompt, as SD3's
-and SDXL's have. The checkpoints lie beside the others for the pipelines that ship them.
+and SDXL's have. The checkpoints lie beside the others, `clip`'s text tower with them, and the pipelines link to them.
 """
 
 from pathlib import Path
@@ -158,6 +158,8 @@ def build_texts(build: Build) -> None:
         return total
 
     build.fit("texts", reader, PLAN, lesson, loss)
+    first = CLIPTextModelWithProjection.from_pretrained(build.out / "clip", dtype=torch.float32)
+    save_half(first, text_folder(build) / "text_encoder")
     save_half(reader.tower.eval(), text_folder(build) / "text_encoder_2")
     save_half(reader.t5.eval(), text_folder(build) / "t5")
     build.provenance("texts", {"texts": PLAN})
