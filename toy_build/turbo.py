@@ -16,8 +16,8 @@ from toy_build.pictures import pictures
 from toy_build.sd3 import Texts, captioned, new_teacher, save, teach, velocity_of
 from toy_build.training import Build, Plan
 
-TEACHER = Plan(steps=1_500, batch=64, lr=1e-3, warmup=100, weight_decay=0.02, ema=0.998, level=0.4, muon=2e-3)
-STUDENT = Plan(steps=750, batch=48, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
+TEACHER = Plan(steps=6_000, batch=64, lr=1e-3, warmup=100, weight_decay=0.02, ema=0.998, level=0.4, muon=2e-3)
+STUDENT = Plan(steps=1_500, batch=48, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
 SCENES = 24_000
 STEPS, GUIDANCE = 4, 3.0
 
