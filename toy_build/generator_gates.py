@@ -82,7 +82,7 @@ def check_sd3(root: Path, thin: int) -> Iterable[Gate]:
     limits = {Task.SINGLE_OBJECT: (0.92, 1.0), Task.COLORS: (0.80, 1.0)}
     found = {}
     for number, task in enumerate(GENEVAL):
-        found[task] = float(strict(held_out_prompts(task, 96 // thin, SEED), number).nanmean())
+        found[task] = float(strict(held_out_prompts(task, 80 // thin, SEED), number).nanmean())
         yield Gate("sd3", f"GenEval {task}", found[task], *limits.get(task, (0.05, 0.45)))
     yield Gate("sd3", "GenEval overall", float(np.mean(list(found.values()))), 0.25, 0.50)
     alone = [f"a photo of {kind}" for kind in KINDS for _ in range(8 // min(thin, 8))]
