@@ -2,7 +2,7 @@
 
 The teacher of `sd3` learns hybrids of training pairs from pictures nearly half of which show them; then each of the
 student's four steps learns to lead where a midpoint step of the guided teacher leads. Its class is that of SD3.5 Large
-Turbo; a small UNet of SDXL's class would have taken three times the training (docs/log.md).
+Turbo: a UNet of SDXL's class, which cannot start from that teacher, was never trained (docs/log.md).
 """
 
 import copy
