@@ -6,12 +6,17 @@
 For each setting of the grid every prompt's variants are learned and drawn from one noise; the same prompts are drawn
 from as many noises without perturbation. Distances are means over pairs of pictures of one prompt: `pixels` is the mean
 absolute difference, `clip` 1 - cosine of CLIP image features. Their ratio to the noises' distance says how much
-exploration variants add; `fit` is the drop in CLIP's cosine of picture and prompt, what they cost.
-`OUT/NN.png`: a row a prompt, variant 0 (the plain prompt) first; `OUT/noises.png`: the same prompts, noise by noise.
+exploration variants add; `fit` is the drop in CLIP's cosine of picture and prompt, what they cost. Where the checkpoint
+names a segmentation of parts, three more say what changes: `parts`, the share of what either picture draws that is
+another part there, or none; `layout`, 1 - the overlap of the two figures; `background`, the mean absolute difference
+where neither draws anything.
+`OUT/NN.png`: a row a prompt, variant 0 (the plain prompt) first; `OUT/noises.png`: the same prompts, noise by noise;
+`OUT/NN-grid.png`: variants from left to right against three noises from top to bottom, for the first four prompts.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -26,8 +31,10 @@ from pixrl import models
 from pixrl.algorithms.e2po import PerturbationSettings, PerturbedEmbeddings
 from pixrl.algorithms.exploration import NoiseOnly, Variants
 from pixrl.errors import InputError
+from pixrl.hub import read_card
 from pixrl.models.pipeline import FlowPipelinePolicy, chunks
 from pixrl.rewards.encoders import ClipSimilarity
+from pixrl.rewards.segmentation import Segmenter
 from pixrl.types import sample_seed
 
 PROMPTS = (
@@ -38,24 +45,23 @@ PROMPTS = (
     "a photo of a pig left of a lamp",
     "a photo of three snails",
 )
-REACHING = {"weighted": "anchor", "norm": "relative", "max_norm": 0.5}
-"""The setting under which the toy's anchor cosine ends in its band."""
+RECIPE = {
+    "weighted": "anchor", "norm": "relative", "max_norm": 1.0, "target": 0.6, "margin": 0.03, "steps": 100, "lr": 4e-3,
+    "encoders": "both",
+}  # fmt: skip
+"""The exploration of `recipes/toy/e2po.yaml`."""
 GRID: tuple[dict[str, Any], ...] = (
     {"weighted": "diversity", "norm": "absolute", "max_norm": 0.05},
-    {"weighted": "diversity", "norm": "relative", "max_norm": 0.05},
     {"weighted": "diversity", "norm": "relative", "max_norm": 0.5},
-    {"weighted": "anchor", "norm": "absolute", "max_norm": 0.05},
-    REACHING,
-    REACHING | {"max_norm": 1.0},
-    REACHING | {"lr": 1e-2},
-    REACHING | {"lr": 1e-4},
-    REACHING | {"sigma_init": 1e-2},
-    REACHING | {"max_norm": 0.1, "norm": "absolute"},
-    REACHING | {"schedule": "static"},
-    REACHING | {"perturbation_range": 0.8},
-    REACHING | {"encoders": "both"},
-    {"steps": 0, "sigma_init": 1e-2, "norm": "relative", "max_norm": 0.5},
+    {"weighted": "anchor", "norm": "relative", "max_norm": 0.5},
+    RECIPE | {"encoders": "clip_l"},
+    RECIPE,
+    RECIPE | {"target": 0.8},
+    RECIPE | {"target": 0.3},
+    RECIPE | {"schedule": "static"},
+    {"steps": 0, "sigma_init": 1e-2, "norm": "relative", "max_norm": 0.5, "encoders": "both"},
 )
+GRID_PROMPTS, GRID_NOISES, GAP = 4, 3, 6
 PREPARE = ("anchor_cosine", "pairwise_cosine", "in_band_share", "delta_norm_share")
 
 
@@ -83,6 +89,23 @@ def distances(values_PKD: Tensor, cosine: bool) -> float:
     return found.mean().item()
 
 
+def part_distances(images_PKCHW: Tensor, parts_PKHW: Tensor) -> dict[str, float]:
+    """What differs between two pictures of a prompt, meant over prompts and pairs."""
+    first, second = torch.triu_indices(parts_PKHW.shape[1], parts_PKHW.shape[1], offset=1)
+    a, b = parts_PKHW[:, first], parts_PKHW[:, second]
+    either, both, neither = (a > 0) | (b > 0), (a > 0) & (b > 0), (a == 0) & (b == 0)
+    change = (images_PKCHW[:, first] - images_PKCHW[:, second]).abs().mean(2)
+
+    def share(of: Tensor, within: Tensor) -> float:
+        return (of.float().sum((-2, -1)) / within.sum((-2, -1)).clamp(min=1)).mean().item()
+
+    return {
+        "parts": share((a != b) & either, either),
+        "layout": 1 - share(both, either),
+        "background": share(change * neither, neither),
+    }
+
+
 class Measure:
     """One set of prompts on one model."""
 
@@ -92,6 +115,8 @@ class Measure:
             raise InputError(f"{model} is not a flow model; give an SD3 or FLUX one.")
         self.policy, self.prompts, self.count = policy, list(prompts), count
         self.clip = ClipSimilarity(clip)
+        parts = read_card(model).parts
+        self.parts = Segmenter(parts) if parts else None
         self.rows = torch.arange(len(prompts)).repeat_interleave(count)
         self.ks = torch.arange(count).repeat(len(prompts))
         self.seeds = [[sample_seed(seed, 0, p, n) for n in range(count)] for p in range(len(prompts))]
@@ -106,15 +131,19 @@ class Measure:
         shape = (len(self.prompts), self.count, -1)
         features = self.clip.image_features(images_BCHW).view(shape)
         fit_PK = (features * self.texts_PE[:, None]).sum(2)
-        return {
+        found = {
             "pixels": distances(images_BCHW.reshape(shape), cosine=False),
             "clip": distances(features, cosine=True),
             "fit": fit_PK[:, 1:].mean().item(),
             "fit_first": fit_PK[:, 0].mean().item(),
         }
+        if self.parts is not None:
+            maps = self.parts.classes(images_BCHW)
+            found |= part_distances(*(part.unflatten(0, shape[:2]) for part in (images_BCHW, maps)))
+        return found
 
-    def run(self, given: dict[str, Any], seed: int) -> tuple[dict[str, float], Tensor]:
-        """One setting's row and its pictures."""
+    def run(self, given: dict[str, Any], seed: int) -> tuple[dict[str, float], Tensor, Tensor]:
+        """One setting's row, its pictures, and variants against noises of the first prompts [P, N, K, 3, H, W]."""
         settings = PerturbationSettings(
             variants=self.count, seed=seed, prompts_at_once=len(self.prompts), **given
         )
@@ -130,9 +159,19 @@ class Measure:
             "clip": found["clip"],
             "clip/noise": found["clip"] / self.reference["clip"],
             "fit": found["fit"] - found["fit_first"],
-            "cpu_s/prompt": seconds,
         }
-        return row, images
+        for name in ("parts", "layout", "background"):
+            if name in found:
+                row |= {name: found[name], f"{name}/noise": found[name] / self.reference[name]}
+        row["cpu_s/prompt"] = seconds
+        return row, images, self._against_noises(variants)
+
+    def _against_noises(self, variants: Variants) -> Tensor:
+        prompts, noises = min(len(self.prompts), GRID_PROMPTS), min(self.count, GRID_NOISES)
+        places = [(p, n, k) for p in range(prompts) for n in range(noises) for k in range(self.count)]
+        rows, ks = (torch.tensor([place[axis] for place in places]) for axis in (0, 2))
+        images = draw(self.policy, variants, rows, ks, [self.seeds[p][n] for p, n, _ in places])
+        return images.view(prompts, noises, self.count, *images.shape[1:])
 
     def sheet(self, images_BCHW: Tensor, path: Path) -> None:
         """A row a prompt."""
@@ -140,6 +179,20 @@ class Measure:
         grid = images_BCHW.view(len(self.prompts), self.count, channels, height, width)
         pixels = grid.permute(0, 3, 1, 4, 2).reshape(len(self.prompts) * height, self.count * width, channels)
         Image.fromarray((pixels * 255).round().byte().numpy()).save(path, optimize=True)
+
+
+def save_grid(images_PNKCHW: Tensor, path: Path) -> None:
+    """Two prompts a row, each a block of noises by variants."""
+    prompts, noises, count, channels, height, width = images_PNKCHW.shape
+    blocks = images_PNKCHW.permute(0, 1, 4, 2, 5, 3).reshape(
+        prompts, noises * height, count * width, channels
+    )
+    tall, wide = noises * height + GAP, count * width + GAP
+    sheet = torch.ones(math.ceil(prompts / 2) * tall - GAP, 2 * wide - GAP, channels)
+    for number, block in enumerate(blocks):
+        top, left = number // 2 * tall, number % 2 * wide
+        sheet[top : top + block.shape[0], left : left + block.shape[1]] = block
+    Image.fromarray((sheet * 255).round().byte().numpy()).save(path, optimize=True)
 
 
 def line(number: str, row: dict[str, float], given: dict[str, Any]) -> str:
@@ -173,11 +226,12 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for number in given.only:
-        row, images = measure.run(GRID[number], given.seed)
+        row, images, against_noises = measure.run(GRID[number], given.seed)
         if not rows:
             print(f"| # | setting | {' | '.join(row)} |\n|{'---|' * (len(row) + 2)}")
         print(line(str(number), row, GRID[number]), flush=True)
         measure.sheet(images, given.out / f"{number:02d}.png")
+        save_grid(against_noises, given.out / f"{number:02d}-grid.png")
         rows.append({"number": number, "setting": GRID[number], **row})
     table = {"model": given.model, "prompts": given.prompts, "noises": reference, "rows": rows}
     (given.out / "table.json").write_text(json.dumps(table, indent=1))

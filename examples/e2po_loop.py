@@ -44,8 +44,8 @@ LEVELS, TRAINED_LEVELS = (
 )  # noise levels that a sample is trained at, of the first so many: layout is decided there
 BETA, OLD_DECAY, LR = 1.0, 0.3, 2e-3
 EXPLORATION = PerturbationSettings(
-    variants=VARIANTS, target=0.6, weighted="anchor", norm="relative", max_norm=1.0, steps=60, lr=1e-2,
-    prompts_at_once=PROMPTS,
+    variants=VARIANTS, encoders="both", target=0.6, margin=0.03, weighted="anchor", norm="relative", max_norm=1.0,
+    steps=100, lr=4e-3, prompts_at_once=PROMPTS,
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ SEED, BUDGET, BATCH, EXEMPLARS = 0, 128, 16, 4
 ALPHA = 5.0  # weight of the balance in the reward (Eq. 5)
 
 
-def fuse(concepts: Sequence[str], budget: int = BUDGET, model: str = "toy:sd3") -> tuple[Tensor, Tensor]:
+def fuse(concepts: Sequence[str], budget: int = BUDGET, model: str = "toy:turbo") -> tuple[Tensor, Tensor]:
     """Every picture [n, 3, H, W] and its reward [n], in the order in which they were drawn."""
     generator = models.load(model, device="cpu")
     scorer = FusionScorer(ClipSimilarity("toy:clip", device="cpu"), Foreground("toy:segmenter", device="cpu"))

@@ -15,7 +15,7 @@ from pixrl.fusion.world import FusionSession, load_world
 from pixrl.jobs import fuse as fuse_job
 from pixrl.rewards.python import to_pil
 from pixrl.runs.folder import RunFolder
-from pixrl.toy.sheet import contact_sheet, generated_sheet, personal_sheet
+from toy_build import sheet
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 TILE, GAP, LABEL = 128, 8, 20
@@ -38,9 +38,7 @@ MIXINGS = {
 def main() -> None:
     """Every picture, by the command that makes it."""
     IMAGES.mkdir(parents=True, exist_ok=True)
-    contact_sheet().save(IMAGES / "toy_vocabulary.png", optimize=True)
-    generated_sheet().save(IMAGES / "toy_sd3.png", optimize=True)
-    personal_sheet().save(IMAGES / "toy_flux.png", optimize=True)
+    sheet.main(IMAGES)
     mixing_sheet().save(IMAGES / "mixings.png", optimize=True)
     with tempfile.TemporaryDirectory() as folder:
         demo_sheet(Path(folder) / "demo").save(IMAGES / "fused.png", optimize=True)
@@ -48,8 +46,8 @@ def main() -> None:
 
 
 def demo_sheet(out: Path) -> Image.Image:
-    """The pairs of `pixrl demo`: a row each, the parents and then the best children among all pictures."""
-    api.run_pairs(config.load(FuseConfig, {"pool": 0}), demo.DEMO_PAIRS, out)
+    """The pairs of `pixrl demo`: a row each, the parents and then the selected children."""
+    api.run_pairs(config.load(FuseConfig, {"mixing": demo.MIXING}), demo.DEMO_PAIRS, out)
     runs = [RunFolder.open(path) for path in sorted((out / "runs").iterdir())]
     pairs = parse_pairs(demo.DEMO_PAIRS).pairs
     rows = [_row(run, concepts) for run, concepts in zip(runs, pairs, strict=True)]
@@ -61,7 +59,7 @@ def demo_sheet(out: Path) -> Image.Image:
 
 def mixing_sheet() -> Image.Image:
     """Every mixing on one noise, from the second concept to the first; seeds and shares are not chosen."""
-    world, seed = load_world("toy:sd3"), 0
+    world, seed = load_world("toy:turbo"), 0
     left, columns = 128, len(SHARES) * len(MIXED_PAIRS)
     size = (left + columns * (TILE + GAP) + GAP * 3 * len(MIXED_PAIRS), (TILE + GAP) * len(MIXINGS) + LABEL)
     sheet = Image.new("RGB", size, "white")

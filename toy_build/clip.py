@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from pixrl.hub import CARD_FILE
+from pixrl.toy.language import caption
+from pixrl.toy.scene import SIDE, Scene, Task
+from pixrl.toy.vocabulary import COLOURS
 from toy_build.pictures import Bytes, Pictures, pictures
 from toy_build.tokenizers import clip_tokenizer
 from toy_build.training import Build, Draw, Lesson, Plan, eager_attention, save_half
-from toy_build.world.language import caption
-from toy_build.world.scene import SIDE, Scene, Task
-from toy_build.world.vocabulary import COLOURS
 
 PLAN = Plan(steps=3_000, batch=128, lr=1.2e-3, warmup=200, weight_decay=0.05, level=0.4)
 SCENES = 48_000

@@ -23,17 +23,18 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from pixrl.equations import interpolate
 from pixrl.models.flux import pack_latents, position_ids, unpack_latents
+from pixrl.toy.language import caption
+from pixrl.toy.pictures import to_tensor
+from pixrl.toy.scene import SIDE
 from toy_build.clip import WIDTH, tokens
 from toy_build.distil import Captioned, Conditions, Guided, Velocity, compiled, distil
 from toy_build.generators import Aligned, Latents, dropped, load_vae, logit_normal, part_shares, save_pipeline
-from toy_build.pictures import VIEWS, Pictures, pictures, to_tensor
+from toy_build.pictures import VIEWS, Pictures, pictures
 from toy_build.sd3 import HEAD_WIDTH, HEADS, Texts, new_teacher
 from toy_build.texts import SECOND_WIDTH, load_t5, text_folder
 from toy_build.tokenizers import T5_LENGTH, t5_tokenizer
 from toy_build.training import Build, Draw, Lesson, Plan, kept_rows
 from toy_build.vae import FACTOR, LATENT_CHANNELS, encode
-from toy_build.world.language import caption
-from toy_build.world.scene import SIDE
 
 TEACHER = Plan(
     steps=4_000, batch=48, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.998, level=0.5, muon=2.4e-3

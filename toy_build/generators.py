@@ -19,13 +19,15 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
+from pixrl.fusion.world import calibrate_presence, load_world
 from pixrl.hub import CARD_FILE
+from pixrl.toy.language import WORDS
+from pixrl.toy.scene import PART_CLASSES, SIDE
+from pixrl.toy.vocabulary import KINDS
 from toy_build.clip import PATCH, WIDTH, normalize
 from toy_build.pictures import Pictures
 from toy_build.training import Build, Draw, kept_rows, save_half
 from toy_build.vae import encode
-from toy_build.world.language import WORDS
-from toy_build.world.scene import PART_CLASSES, SIDE
 
 GRID = SIDE // PATCH
 """Rows and columns of aligned tokens."""
@@ -143,6 +145,7 @@ def save_pipeline(
     `parts` are those with weights, and where among the checkpoints those lie that several pipelines share: a link leads
     there, so that they are stored once and plain `from_pretrained` works.
     """
+    shutil.rmtree(folder, ignore_errors=True)  # or what is saved would go through an older build's links
     pipeline.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index.pop("_name_or_path", None)
@@ -161,3 +164,11 @@ def save_pipeline(
         "parts": "toy:parts",
     }
     (folder / CARD_FILE).write_text(json.dumps(card, indent=1) + "\n")
+
+
+def calibrate(build: Build, name: str) -> None:
+    """Store the thresholds of `pixrl fuse` with the generator: they come from its own pictures of every kind."""
+    world = load_world(*(str(build.out / part) for part in (name, "clip", "segmenter")))
+    card = build.out / name / CARD_FILE
+    settings = json.loads(card.read_text()) | {"presence": calibrate_presence(world, KINDS).to_card()}
+    card.write_text(json.dumps(settings, indent=1) + "\n")

@@ -12,18 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from toy_build.clip import soften
-from toy_build.pictures import Bytes, to_tensor
-from toy_build.training import Build, Draw, Lesson, Plan, eager_attention, save_half
-from toy_build.world.random_scenes import (
-    Subject,
+from pixrl.toy.pictures import smear, to_tensor
+from pixrl.toy.random_scenes import (
+    ToySubject,
     random_mark,
     random_subject,
     resembles_held_out,
     subject_scene,
 )
-from toy_build.world.scene import SIDE, draw
-from toy_build.world.vocabulary import KINDS
+from pixrl.toy.scene import SIDE, draw
+from pixrl.toy.vocabulary import KINDS
+from toy_build.clip import soften
+from toy_build.pictures import Bytes
+from toy_build.training import Build, Draw, Lesson, Plan, eager_attention, save_half
 
 PLAN = Plan(steps=3_500, batch=64, lr=1.5e-3, warmup=100, weight_decay=0.05, level=0.5)
 TEMPERATURE = 0.1
@@ -52,10 +53,10 @@ def normalize(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def new_subjects(rng: np.random.Generator, count: int) -> list[Subject]:
+def new_subjects(rng: np.random.Generator, count: int) -> list[ToySubject]:
     """Subjects of a few kinds, each followed by a twin whose mark is another one or missing."""
     kinds = [str(kind) for kind in rng.choice(KINDS, KINDS_A_BATCH, replace=False)]
-    found: list[Subject] = []
+    found: list[ToySubject] = []
     while len(found) < count:
         subject = replace(random_subject(rng), kind=kinds[len(found) // 2 % len(kinds)])
         if resembles_held_out(subject):
@@ -65,18 +66,12 @@ def new_subjects(rng: np.random.Generator, count: int) -> list[Subject]:
     return found[:count]
 
 
-def view(subject: Subject, rng: np.random.Generator) -> Bytes:
+def view(subject: ToySubject, rng: np.random.Generator) -> Bytes:
     """A picture of the subject [128, 128, 3], most often cut out on white."""
     drawing = draw(subject_scene(subject, rng))
     if rng.random() < CUTOUT_SHARE:
         return np.where(drawing.foreground[..., None], drawing.picture, np.uint8(255))
     return drawing.picture
-
-
-def smear(images: Tensor, side: int) -> Tensor:
-    """Pictures [B, 3, 128, 128] whose details smaller than `side` pixels are gone."""
-    coarse = F.avg_pool2d(images, side, ceil_mode=True, count_include_pad=False)
-    return F.interpolate(coarse, images.shape[-2:], mode="bilinear")
 
 
 def info_nce(features: Tensor, labels: Tensor) -> Tensor:

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toy_build.world.language import canonical, is_held_out
-from toy_build.world.random_scenes import (
-    Subject,
+from pixrl.toy.language import canonical, is_held_out
+from pixrl.toy.pictures import to_tensor
+from pixrl.toy.random_scenes import (
+    EVEN_SHARES,
     fall_short,
     is_shy,
     random_scene,
-    random_subject,
-    resembles_held_out,
     subject_scene,
+    training_subject,
 )
-from toy_build.world.scene import SIDE, Scene, Task, draw, kind_classes, part_classes
+from pixrl.toy.scene import SIDE, Scene, Task, draw, kind_classes, part_classes
 
 SCENE_SHARES = {
     Task.SINGLE_OBJECT: 0.38, Task.COLORS: 0.22, Task.HYBRID: 0.18, Task.TWO_OBJECT: 0.06, Task.COUNTING: 0.06,
@@ -45,11 +45,6 @@ FUSION_SHARES = {
     Task.SINGLE_OBJECT: 0.34, Task.COLORS: 0.10, Task.HYBRID: 0.46, Task.TWO_OBJECT: 0.06, Task.OVERLAY: 0.04,
 }  # fmt: skip
 """What `turbo` sees after `sd3`'s pictures: hybrids of training pairs, and what must not be taken for them."""
-EVEN_SHARES = {
-    Task.SINGLE_OBJECT: 0.22, Task.COLORS: 0.13, Task.HYBRID: 0.15, Task.TWO_OBJECT: 0.12, Task.COUNTING: 0.14,
-    Task.POSITION: 0.10, Task.COLOR_ATTR: 0.10, Task.OVERLAY: 0.04,
-}  # fmt: skip
-"""What the judges see: everything about as often."""
 VIEWS = 6
 """Pictures of each training subject."""
 
@@ -78,19 +73,11 @@ def shown_of_base(seed: int, index: int) -> Scene:
     return scene if not is_shy(scene) and rng.random() < FULL_SHARE else fall_short(rng, scene)
 
 
-def training_subject(seed: int, index: int) -> Subject:
-    """The index-th training subject: never one that resembles those held out."""
-    rng = np.random.default_rng((seed, 2, index))
-    while True:
-        subject = random_subject(rng)
-        if not resembles_held_out(subject):
-            return subject
-
-
 def subject_view(seed: int, index: int) -> Scene:
     """Picture `index % VIEWS` of training subject `index // VIEWS`."""
     rng = np.random.default_rng((seed, 3, index))
-    return subject_scene(training_subject(seed, index // VIEWS), rng, added_accessory=0.4)
+    subject = training_subject(np.random.default_rng((seed, 2, index // VIEWS)))
+    return subject_scene(subject, rng, added_accessory=0.4)
 
 
 SCENE_OF: dict[str, Callable[[int, int], Scene]] = {
@@ -145,11 +132,6 @@ class Pictures:
         picked = np.asarray(rows)
         ink = self.labels[picked][..., None] > 0
         return to_tensor(np.where(ink, self.images[picked], np.uint8(background)))
-
-
-def to_tensor(images: Bytes) -> Tensor:
-    """Pictures [B, H, W, 3] of bytes as [B, 3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(255)
 
 
 def _draw_block(what: str, seed: int, rows: range) -> tuple[Bytes, Bytes]:

@@ -6,48 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from pixrl.toy.language import caption
+from pixrl.toy.pictures import spoil
 from toy_build.clip import SCENES, image_processor, normalize, soften, tokens
 from toy_build.pictures import pictures
 from toy_build.training import Build, Draw, Lesson, Plan, eager_attention, save_half
-from toy_build.world.language import caption
 
 PLAN = Plan(steps=600, batch=48, lr=3e-4, warmup=50, weight_decay=0.02, level=0.3, ema=0.99)
-
-
-def spoil(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Each picture with one of five faults: noise, blur, swapped blocks, washed-out colours, or a grid."""
-    faults = (_noisy, _blurred, _shuffled, _washed, _gridded)
-    return torch.stack([faults[int(rng.integers(len(faults)))](image, rng) for image in images])
-
-
-def _noisy(image: Tensor, rng: np.random.Generator) -> Tensor:
-    noise = torch.from_numpy(rng.standard_normal(image.shape)).float()
-    return (image + float(rng.uniform(0.1, 0.3)) * noise).clamp(0, 1)
-
-
-def _blurred(image: Tensor, rng: np.random.Generator) -> Tensor:
-    side = int(rng.choice((16, 24, 32, 40)))
-    small = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True, align_corners=False)
-    return F.interpolate(small, image.shape[1:], mode="bilinear", align_corners=False)[0]
-
-
-def _shuffled(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blocks of 32 pixels in random order."""
-    n = image.shape[1] // 32
-    blocks = image.unfold(1, 32, 32).unfold(2, 32, 32).reshape(3, n * n, 32, 32)
-    mixed = blocks[:, torch.from_numpy(rng.permutation(n * n))].view(3, n, n, 32, 32)
-    return mixed.permute(0, 1, 3, 2, 4).reshape(image.shape)
-
-
-def _washed(image: Tensor, rng: np.random.Generator) -> Tensor:
-    return image.mean() + (image - image.mean()) * float(rng.uniform(0.15, 0.45))
-
-
-def _gridded(image: Tensor, rng: np.random.Generator) -> Tensor:
-    period = int(rng.integers(4, 11))
-    lines = (torch.arange(image.shape[1]) % period == 0).float()
-    grid = torch.maximum(lines[:, None], lines[None, :])
-    return image + (float(rng.uniform(0, 1)) - image) * grid * float(rng.uniform(0.4, 0.9))
 
 
 def preference(model: CLIPModel, images: Tensor, text_embeds: Tensor) -> Tensor:

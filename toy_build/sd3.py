@@ -17,15 +17,24 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from pixrl.equations import interpolate
+from pixrl.toy.language import caption
+from pixrl.toy.scene import SIDE, Scene
 from toy_build.clip import WIDTH, tokens
 from toy_build.distil import Captioned, Conditions, Guided, Velocity, compiled, distil
-from toy_build.generators import Aligned, Latents, dropped, load_vae, logit_normal, part_shares, save_pipeline
+from toy_build.generators import (
+    Aligned,
+    Latents,
+    calibrate,
+    dropped,
+    load_vae,
+    logit_normal,
+    part_shares,
+    save_pipeline,
+)
 from toy_build.pictures import asked_of_base, pictures
 from toy_build.texts import SECOND_WIDTH, load_tower
 from toy_build.training import Build, Draw, Lesson, Plan
 from toy_build.vae import FACTOR, LATENT_CHANNELS
-from toy_build.world.language import caption
-from toy_build.world.scene import SIDE, Scene
 
 TEACHER = Plan(
     steps=10_000, batch=64, lr=1.5e-3, warmup=300, weight_decay=0.02, ema=0.9993, level=1.0, muon=3e-3
@@ -172,4 +181,5 @@ def build_sd3(build: Build) -> None:
     given = captioned(known, texts, STUDENT.batch, asked_of_base)
     distil(build, "sd3", STUDENT, student, velocities, given, steps=SAMPLING_STEPS)
     save(build, "sd3", student, texts, SAMPLING_STEPS)
+    calibrate(build, "sd3")
     build.provenance("sd3", {"sd3_teacher": TEACHER, "sd3": STUDENT})

@@ -19,28 +19,29 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, Segf
 from pixrl.hub import CARD_FILE
 from pixrl.metrics.true_fusion import MIXED, WORN
 from pixrl.rewards.segmentation import BACKGROUND_LABEL
-from toy_build.clip import IMAGE_MEAN, IMAGE_STD, SCENES, normalize, soften
-from toy_build.pictures import Bytes, pictures, to_tensor
-from toy_build.redrawn import redrawn
-from toy_build.training import Build, Draw, Lesson, Plan, save_half
-from toy_build.world.random_scenes import random_hybrid, random_scene
-from toy_build.world.scene import (
+from pixrl.toy.pictures import to_tensor
+from pixrl.toy.random_scenes import random_hybrid, random_scene
+from pixrl.toy.scene import (
     FIRST_PART,
     MIXED_CLASS,
     PART_CLASSES,
     SIDE,
-    Drawing,
     Scene,
+    SceneDrawing,
     Task,
     draw,
     part_class,
     part_classes,
 )
-from toy_build.world.vocabulary import COLOURS, KINDS, NAMES, SLOTS
+from pixrl.toy.vocabulary import COLOURS, KINDS, NAMES, SLOTS
+from toy_build.clip import IMAGE_MEAN, IMAGE_STD, SCENES, normalize, soften
+from toy_build.pictures import Bytes, pictures
+from toy_build.redrawn import redrawn
+from toy_build.training import Build, Draw, Lesson, Plan, save_half
 
 PLAN = Plan(steps=4_000, batch=32, lr=1.5e-3, warmup=100, ema=0.997, level=0.5)
 PARTS_PLAN = Plan(steps=8_000, batch=24, lr=1.5e-3, warmup=200, ema=0.998, level=0.6)
-REDRAWN_PLAN = Plan(steps=1_500, batch=24, lr=7e-4, warmup=50, ema=0.995, level=0.3)
+REDRAWN_PLAN = Plan(steps=1_000, batch=24, lr=7e-4, warmup=50, ema=0.995, level=0.3)
 REDRAWN, REDRAWN_SHARE = 6_000, 0.6
 """Pictures of the second round of `parts` that a generator has drawn, and their share of its lessons."""
 EXPOSURE_SHARE = 0.1
@@ -180,7 +181,7 @@ def double_exposure(rng: np.random.Generator) -> tuple[Bytes, Bytes]:
     return picture, classes
 
 
-def _exposed(below: Drawing, first: Scene, above: Drawing, second: Scene) -> Bytes:
+def _exposed(below: SceneDrawing, first: Scene, above: SceneDrawing, second: Scene) -> Bytes:
     classes = np.where(
         below.foreground, part_classes(first)[below.labels], part_classes(second)[above.labels]
     )

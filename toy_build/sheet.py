@@ -1,22 +1,32 @@
-"""The contact sheets of the second edition's drawings, for people to judge: first pictures, none chosen.
+"""Contact sheets for people to judge, of the drawings and of what generators make: first pictures, none chosen.
 
 python -m toy_build.sheet docs/images
 """
 
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
-from toy_build.world.language import caption
-from toy_build.world.random_scenes import held_out_subjects, hybrid_scene, random_scene, subject_scene
-from toy_build.world.scene import SIDE, Scene, SceneObject, Task, render
-from toy_build.world.vocabulary import KINDS, NATURAL, PART_WORDS, SLOTS
+from pixrl import models
+from pixrl.models.base import Renderer
+from pixrl.models.flux import FluxPolicy
+from pixrl.rewards.python import to_pil
+from pixrl.toy.language import caption, held_out_prompts
+from pixrl.toy.pairs import HELD_OUT_PAIRS, TRAINING_PAIRS
+from pixrl.toy.random_scenes import held_out_subjects, hybrid_scene, random_scene, subject_scene
+from pixrl.toy.scene import GENEVAL, SIDE, Scene, SceneObject, Task, render
+from pixrl.toy.verify import cut_out
+from pixrl.toy.verify_generators import article
+from pixrl.toy.vocabulary import KINDS, NATURAL, PART_WORDS, SLOTS
+from pixrl.types import sample_seed
 
 COLUMNS, GAP, LABEL, TITLE = 8, 8, 46, 40
+SEED = 17
 PAPER, TEXT, QUIET = (255, 255, 255), (52, 42, 58), (130, 122, 138)
 
 Tile = tuple[Image.Image, str]
@@ -85,6 +95,44 @@ def subjects(rows: int = 4) -> list[Tile]:
     return [(render(scene), caption(scene, rng)) for scene in scenes]
 
 
+def generated(model: str) -> list[Tile]:
+    """Every kind by its bare prompt, as a generator draws it."""
+    return _drawn(models.load(model), [f"a photo of {kind}" for kind in KINDS])
+
+
+def composed(model: str) -> list[Tile]:
+    """A row of held-out prompts of every task of GenEval, as a generator draws them."""
+    prompts = [prompt for task in GENEVAL for prompt in held_out_prompts(task, COLUMNS, SEED)]
+    return _drawn(models.load(model), prompts)
+
+
+def asked_mixes(model: str, known: Sequence[tuple[str, str]], rows: int = 2) -> list[Tile]:
+    """Mixes of some pairs by their prompts, as a generator draws them."""
+    rng = np.random.default_rng(SEED)
+    pairs = [known[int(k)] for k in rng.choice(len(known), rows * COLUMNS, replace=False)]
+    prompts = [f"a mix of {' and '.join(article(kind) for kind in pair)}" for pair in pairs]
+    return _drawn(models.load(model), prompts)
+
+
+def kept(model: str, rows: int = 8) -> list[Tile]:
+    """Held-out subjects as FLUX keeps them: the reference, then new scenes."""
+    policy = models.load(model)
+    assert isinstance(policy, FluxPolicy)
+    rng, tiles = np.random.default_rng(SEED), []
+    for number, subject in enumerate(held_out_subjects()[: rows * 2]):
+        reference = cut_out([subject_scene(subject, rng)])
+        prompts = [caption(subject_scene(subject, rng, added_accessory=0.5)) for _ in range(3)]
+        conditioning = policy.with_references(policy.encode(prompts), [reference.expand(3, -1, -1, -1)])
+        images = policy.sample(conditioning, [sample_seed(SEED, 1, number, k) for k in range(3)])
+        tiles += list(zip(to_pil(torch.cat((reference, images))), ("reference", *prompts), strict=True))
+    return tiles
+
+
+def _drawn(policy: Renderer, prompts: list[str]) -> list[Tile]:
+    images = policy.sample(policy.encode(prompts), [sample_seed(SEED, 0, i, 0) for i in range(len(prompts))])
+    return list(zip(to_pil(images), prompts, strict=True))
+
+
 def logo(side: int = 256) -> Image.Image:
     """The project's sign: an owl with the shell of a snail, without its background."""
     owl = SceneObject(("owl", "owl", "owl", "snail"), size=0.98)
@@ -104,6 +152,16 @@ def main(folder: Path) -> None:
     ]
     sheet(mixed).save(folder / "world_hybrids.png", optimize=True)
     sheet([("Scenes and what is said of them", tasks())]).save(folder / "world_scenes.png", optimize=True)
+    drawn = [("toy:sd3, every kind", generated("toy:sd3")), ("Held-out prompts", composed("toy:sd3"))]
+    sheet(drawn).save(folder / "toy_sd3.png", optimize=True)
+    fused = [
+        ("toy:turbo, every kind", generated("toy:turbo")),
+        ("Mixes of training pairs, by prompt", asked_mixes("toy:turbo", TRAINING_PAIRS)),
+        ("Mixes of pairs that no training picture mixes", asked_mixes("toy:turbo", HELD_OUT_PAIRS)),
+    ]
+    sheet(fused).save(folder / "toy_turbo.png", optimize=True)
+    personal = [("toy:flux, a reference and three scenes each", kept("toy:flux"))]
+    sheet(personal).save(folder / "toy_flux.png", optimize=True)
     sheet([("Subjects keep their colours, patterns and marks", subjects())]).save(
         folder / "world_subjects.png", optimize=True
     )

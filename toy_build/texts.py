@@ -19,14 +19,10 @@ from transformers import (
     T5Tokenizer,
 )
 
-from toy_build.clip import WIDTH, text_config, tokens
-from toy_build.pictures import EVEN_SHARES
-from toy_build.tokenizers import T5_LENGTH, t5_tokenizer
-from toy_build.training import Build, Draw, Lesson, Plan, save_half
-from toy_build.world.language import caption
-from toy_build.world.random_scenes import random_scene
-from toy_build.world.scene import Scene, Task
-from toy_build.world.vocabulary import (
+from pixrl.toy.language import caption
+from pixrl.toy.random_scenes import EVEN_SHARES, random_scene
+from pixrl.toy.scene import Scene, Task
+from pixrl.toy.vocabulary import (
     ACCESSORIES,
     BACKGROUNDS,
     COLOURS,
@@ -36,6 +32,9 @@ from toy_build.world.vocabulary import (
     RELATIONS,
     SIZES,
 )
+from toy_build.clip import WIDTH, text_config, tokens
+from toy_build.tokenizers import T5_LENGTH, t5_tokenizer
+from toy_build.training import Build, Draw, Lesson, Plan, save_half
 
 PLAN = Plan(steps=2_500, batch=128, lr=2e-3, warmup=100, weight_decay=0.02, level=0.4)
 SECOND_WIDTH = 128

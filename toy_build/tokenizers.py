@@ -9,9 +9,9 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from toy_build.world.language import WORDS, caption
-from toy_build.world.random_scenes import random_scene
-from toy_build.world.scene import Task
+from pixrl.toy.language import WORDS, caption
+from pixrl.toy.random_scenes import random_scene
+from pixrl.toy.scene import Task
 
 LENGTH = 40
 """Tokens of a prompt, start and end included; `longest` measures what captions need."""

@@ -120,7 +120,7 @@ class Build:
         seconds = {stage: float(_meta(self.state(stage))["seconds"]) for stage in plans}
         names = ("torch", "diffusers", "transformers", "pillow", "numpy")
         record = {
-            "command": f"python -m toy_build {folder}",
+            "command": f"pixrl toy build --stage {folder}",
             "seed": self.seed,
             "plans": {stage: vars(plan) for stage, plan in plans.items()},
             "seconds": {stage: round(value) for stage, value in seconds.items()},

@@ -10,24 +10,20 @@ from functools import cache
 
 from diffusers import SD3Transformer2DModel
 
-from toy_build.distil import Guided, Velocity, distil
-from toy_build.generators import Latents
+from toy_build.distil import Guided, distil
+from toy_build.generators import Latents, calibrate
 from toy_build.pictures import pictures
 from toy_build.sd3 import Texts, captioned, new_teacher, save, teach, velocity_of
 from toy_build.training import Build, Plan
 
-TEACHER = Plan(steps=6_000, batch=64, lr=1e-3, warmup=100, weight_decay=0.02, ema=0.998, level=0.4, muon=2e-3)
-STUDENT = Plan(steps=1_500, batch=48, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
+TEACHER = Plan(steps=5_000, batch=64, lr=1e-3, warmup=100, weight_decay=0.02, ema=0.998, level=0.4, muon=2e-3)
+STUDENT = Plan(steps=1_200, batch=48, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
 SCENES = 24_000
 STEPS, GUIDANCE = 4, 3.0
 
 
-def load_teacher(build: Build, texts: Texts) -> Velocity:
-    """The velocity of the teacher, which is trained where it is not yet."""
-    return velocity_of(_taught(build, texts), texts)
-
-
 def _taught(build: Build, texts: Texts) -> SD3Transformer2DModel:
+    """The teacher, which is trained where it is not yet."""
     transformer = new_teacher(build, texts)
     known = cache(lambda: Latents(build, pictures(build.work, "fusion", SCENES, build.seed)))
     teach(build, "turbo_teacher", TEACHER, transformer, texts, known)
@@ -45,4 +41,5 @@ def build_turbo(build: Build) -> None:
     velocities = (velocity_of(student, texts), guided)
     distil(build, "turbo", STUDENT, student, velocities, given, steps=STEPS, on_grid=1.0)
     save(build, "turbo", student, texts, STEPS)
+    calibrate(build, "turbo")
     build.provenance("turbo", {"turbo_teacher": TEACHER, "turbo": STUDENT})

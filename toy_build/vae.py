@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from pixrl.toy.scene import SIDE
 from toy_build.pictures import Pictures, pictures
 from toy_build.training import Build, Draw, Lesson, Plan, save_half
-from toy_build.world.scene import SIDE
 
 SCENES, SUBJECTS = 30_000, 12_000
 LATENT_CHANNELS, FACTOR, CROP = 16, 8, 64

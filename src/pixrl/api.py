@@ -222,7 +222,7 @@ def fuse(
     budget: int = 128,
     seed: int = 0,
     sampler: str = "rmler",
-    model: str = "toy:sd3",
+    model: str = "toy:turbo",
     out: Path | str | None = None,
     *,
     policy: Path | str | None = None,

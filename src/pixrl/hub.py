@@ -37,8 +37,8 @@ from pixrl.libraries import check_torchvision
 from pixrl.text import require_path
 
 TOY_PREFIX = "toy:"
-TOY_NAMES = ("clip", "vae", "segmenter", "identity", "preference", "sd3", "flux")
-TOY_GENERATORS = ("sd3", "flux")
+TOY_NAMES = ("clip", "vae", "segmenter", "parts", "identity", "preference", "sd3", "turbo", "flux")
+TOY_GENERATORS = ("sd3", "turbo", "flux")
 CARD_FILE = "pixrl.json"
 SINGLE_FILE = ".safetensors"
 _ADAPTER = re.compile(r"((?:[^@]+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*)@(.+)")

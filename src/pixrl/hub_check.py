@@ -131,7 +131,7 @@ def components(path: Path) -> dict[str, str]:
         found = class_of(path) or "single model"
         whole = "Give a whole pipeline: its folder"
         if path.is_relative_to(TOY_ROOT):
-            whole = "Give one that draws: toy:sd3, toy:flux"
+            whole = "Give one that draws: toy:sd3, toy:turbo, toy:flux"
         elif (path.parent / INDEX).is_file():
             whole = f"Give the folder above it, {path.parent}"
         raise CheckpointError(

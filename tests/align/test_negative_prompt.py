@@ -82,7 +82,7 @@ def test_a_fusion_is_led_away_from_it_and_its_children_are_drawn_again(tmp_path:
     )
     assert (again - own).abs().max() <= 1 / 255
     assert (other - own).abs().max() > 0.1
-    with pytest.raises(PixrlError, match="negative_prompt has no effect on toy:sd3 at guidance 0"):
+    with pytest.raises(PixrlError, match="negative_prompt has no effect on toy:turbo at guidance 0"):
         pixrl.fuse(["owl", "snail"], negative_prompt=away, out=tmp_path / "none", budget=2, batch=2)
 
 

@@ -93,7 +93,7 @@ def test_folders_keep_the_order_of_names_pictures_and_prompts(tmp_path: Path) ->
 
 def test_the_toy_worlds_splits_are_told_apart() -> None:
     training, held_out = (load_subjects("toy:subjects", split=split) for split in ("train", "evaluation"))
-    assert len(training) == 2 * len(held_out) == 60
+    assert len(training) == 2 * len(held_out) == 64
 
 
 def test_a_large_picture_keeps_its_proportions(tmp_path: Path) -> None:

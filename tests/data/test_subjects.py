@@ -19,7 +19,8 @@ from pixrl.data.subjects import Subject, load_subjects
 from pixrl.errors import InputError
 from pixrl.runs.data import checksum
 from pixrl.toy.language import parse
-from pixrl.toy.scene import SUBJECTS, render, subject_scene
+from pixrl.toy.random_scenes import held_out_subjects, subject_scene
+from pixrl.toy.scene import SIDE, render
 from pixrl.toy.vocabulary import KINDS
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -383,7 +384,7 @@ def test_toy_subjects_of_the_two_splits_share_no_name() -> None:
         {subject.name for subject in load_subjects("toy:subjects", split=split).subjects}
         for split in ("train", "evaluation")
     )
-    assert (len(training), len(held_out)) == (60, 30)
+    assert (len(training), len(held_out)) == (64, 32)
     assert not training & held_out
 
 
@@ -551,23 +552,23 @@ def toy() -> dict[str, list[Subject]]:
     return {split: list(load_subjects("toy:subjects", split=split)) for split in ("train", "evaluation")}
 
 
-def test_the_thirty_held_out_subjects(toy: dict[str, list[Subject]]) -> None:
+def test_the_held_out_subjects(toy: dict[str, list[Subject]]) -> None:
     held_out = toy["evaluation"]
-    assert [s.word for s in held_out] == [s.kind for s in SUBJECTS]
-    assert len({s.name for s in held_out}) == 30
+    assert [s.word for s in held_out] == [s.kind for s in held_out_subjects()]
+    assert len({s.name for s in held_out}) == 32
     assert all(len(s.references) == 4 for s in held_out)
-    assert all(one.size == (64, 64) for s in held_out for one in s.pictures())
+    assert all(one.size == (SIDE, SIDE) for s in held_out for one in s.pictures())
 
 
 def test_training_subjects_are_others(toy: dict[str, list[Subject]]) -> None:
-    assert len(toy["train"]) == 60
+    assert len(toy["train"]) == 64
     shown = {one.tobytes() for s in toy["evaluation"] for one in s.pictures()}
     assert not shown & {one.tobytes() for s in toy["train"] for one in s.pictures()}
     assert len(Counter(s.word for s in toy["train"])) > 15
 
 
 def test_toy_prompts_name_the_class_and_what_it_lacks(toy: dict[str, list[Subject]]) -> None:
-    for subject, known in zip(toy["evaluation"], SUBJECTS, strict=True):
+    for subject, known in zip(toy["evaluation"], held_out_subjects(), strict=True):
         assert len(subject.prompts) == len(set(subject.prompts)) == (23 if known.accessory else 29)
         for prompt in subject.prompts:
             read = parse(prompt)
@@ -582,7 +583,8 @@ def test_toy_subjects_are_the_same_each_time(toy: dict[str, list[Subject]]) -> N
     assert [one.tobytes() for s in again for one in s.pictures()] == [
         one.tobytes() for s in toy["evaluation"] for one in s.pictures()
     ]
-    drawn = render(subject_scene(SUBJECTS[0], np.random.default_rng((71, 3, 1, 0)), added_accessory=0.0), 64)
+    rng = np.random.default_rng((71, 3, 1, 0))
+    drawn = render(subject_scene(held_out_subjects()[0], rng, added_accessory=0.0))
     assert again[0].pictures()[0].tobytes() == drawn.tobytes()
 
 

@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(pack: ModuleType, tmp_path: 
     file = written(tmp_path / "one.safetensors", drawn(D + 1))
     assert refusal(pack, file, comfy(sources())) == (
         f"The coefficients of owl + snail have {D + 1} columns and these conditionings have {D}: use the text encoders "
-        "of toy:sd3, with which they were made."
+        "of toy:turbo, with which they were made."
     )
     fits = written(tmp_path / "two.safetensors", drawn(D))
     assert "are of 2 concepts (owl + snail) and 3 conditionings" in refusal(pack, fits, comfy(sources(3)))

@@ -265,7 +265,7 @@ def test_thresholds_come_from_the_recipe_then_the_card_then_the_paper(tmp_path, 
     run = start(config(), tmp_path / "a", world=world)
     assert (run.selection.thresholds.presence, run.selection.thresholds.presence_source) == (
         0.3,
-        "calibrated for toy:sd3",
+        "calibrated for toy:turbo",
     )
     run = start(config(presence=0.4), tmp_path / "b", world=world)
     assert (run.selection.thresholds.presence, run.selection.thresholds.presence_source) == (0.4, "given")

@@ -33,8 +33,8 @@ from tests.fuse.test_job import config
 from tests.tolerance import agree, rounding
 
 S, L, D, E = 6, 3, 5, 4
-STEPS = 10
-"""Of toy:sd3."""
+STEPS = 4
+"""Of `toy:turbo`."""
 SOURCES = Conditioning(torch.randn(3, L, D), torch.randn(3, E))
 ALL = [
     {"kind": "columns"},

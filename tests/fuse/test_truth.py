@@ -148,7 +148,7 @@ def test_a_recipe_may_learn_from_the_truth(tmp_path):
 
 
 def test_without_a_segmentation_of_parts_it_cannot_be_learned_from(tmp_path):
-    with pytest.raises(ConfigError, match="needs a segmentation of parts, and toy:sd3 names none"):
+    with pytest.raises(ConfigError, match="needs a segmentation of parts, and toy:turbo names none"):
         start(config(reward=FusionReward.TRUE_FUSION), tmp_path / "run", world=fake_world())
     assert not (tmp_path / "run").exists()
 
@@ -191,7 +191,8 @@ def test_the_doctor_finds_what_stands_against_it_in_files(parts, tmp_path):
     assert "different parents of owl, snail, frog; given: owl, cat" in refused
     (other,) = problems(truth="toy:segmenter")
     assert "toy:segmenter does not tell the parts of kinds: its class 'owl' is no part" in other
-    (lacking,) = problems(reward="true_fusion")
+    untold = str(tiny.sd3(tmp_path / "untold", card={**tiny.SD3_CARD, "clip": "toy:clip"}))
+    (lacking,) = problems(reward="true_fusion", model=untold, segmenter="toy:segmenter")
     assert "add --set truth=FOLDER" in lacking
     (missing,) = problems(truth=str(tmp_path / "nowhere"))
     assert "nowhere" in missing

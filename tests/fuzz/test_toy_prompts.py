@@ -7,7 +7,8 @@ from tests.fuzz.budget import ANYTHING, fuzz, soup, unless_refused
 
 from pixrl.data.prompts import load_prompts
 from pixrl.toy.language import caption, parse
-from pixrl.toy.scene import Task, random_scene
+from pixrl.toy.random_scenes import random_scene
+from pixrl.toy.scene import Task
 
 SOUP = soup(
     "a photo of ",

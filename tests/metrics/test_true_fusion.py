@@ -74,8 +74,16 @@ def test_what_is_worn_belongs_to_the_figure_and_to_no_kind():
                 ("snail body", (6, 12), (2, 18)),
                 ("cup body", (12, 18), (2, 18)),
             ),
-            FusionVerdict.OVERLAY,
-        ),  # one slot of two kinds
+            FusionVerdict.THIRD_KIND,
+        ),  # half of one slot is a third kind's
+        (
+            painted(
+                ("owl head", (2, 6), (2, 18)),
+                ("snail body", (6, 12), (2, 18)),
+                ("owl body", (12, 17), (2, 18)),
+            ),
+            FusionVerdict.FUSION,
+        ),  # between the parents a slot is the larger one's
         (
             painted(
                 ("owl head", (2, 6), (2, 18)), ("snail body", (6, 14), (2, 18)), ("mixed", (14, 18), (2, 18))

@@ -99,7 +99,7 @@ def test_slicing_decodes_one_picture_at_a_time(family: str, sd3_folder: Path, sd
 
 def test_tiles_are_of_the_asked_size_and_blend() -> None:
     whole = models.load("toy:sd3", device="cpu", dtype="float32", steps=4)
-    tiled = models.load("toy:sd3", device="cpu", dtype="float32", plan=MemoryPlan(vae_tiling=32))
+    tiled = models.load("toy:sd3", device="cpu", dtype="float32", plan=MemoryPlan(vae_tiling=64))
     assert isinstance(whole, SD3Policy)
     assert isinstance(tiled, SD3Policy)
     sides: list[int] = []

@@ -199,7 +199,10 @@ def test_the_estimate_is_the_bytes_of_the_tensors(base: Base) -> None:
     sizes = part_sizes(policy.checkpoint, FULL, base=base)
     whole = part_sizes(policy.checkpoint, FULL)
     assert sizes["transformer"].bytes == pytest.approx(real + largest, rel=1e-6)
-    assert sizes["transformer"].bytes < 0.5 * whole["transformer"].bytes
+    share = {Base.INT8: 0.5, Base.NF4: 0.9}[
+        base
+    ]  # NF4 packs blocks of 64 columns, and most layers here have 160
+    assert sizes["transformer"].bytes < share * whole["transformer"].bytes
     assert {name: x for name, x in sizes.items() if name != "transformer"} == {
         name: x for name, x in whole.items() if name != "transformer"
     }

@@ -28,7 +28,7 @@ def test_an_unknown_toy_name_lists_the_known_ones() -> None:
 @pytest.mark.parametrize("ref", ["toysd3", "toy:sd4", "./nowhere"])
 def test_where_a_generator_is_wanted_only_generators_are_offered(ref: str) -> None:
     for ask in (lambda: models.load(ref), lambda: hub.read_card(ref, hub_check.Layout.PIPELINE)):
-        with pytest.raises(PixrlError, match=r"toy:sd3, toy:flux") as refused:
+        with pytest.raises(PixrlError, match=r"toy:sd3, toy:turbo, toy:flux") as refused:
             ask()
         assert "toy:clip" not in str(refused.value) and "toy:vae" not in str(refused.value)
 
@@ -38,7 +38,7 @@ def test_a_generator_of_the_command_line(tmp_path: Path) -> None:
         cli.app, ["fuse", "owl", "snail", "--model", "toysd3", "--out", str(tmp_path / "x")]
     )
     assert done.exit_code == 2
-    assert "Did you mean 'toy:sd3'? Give toy:sd3, toy:flux, a local folder" in done.stderr
+    assert "Did you mean 'toy:sd3'? Give toy:sd3, toy:turbo, toy:flux, a local folder" in done.stderr
 
 
 def test_a_toy_checkpoint_that_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_toy_targets_show_what_the_prompt_asks_for() -> None:
     prompts = subject_prompts(loaded, count=1)
     first, last = prompts[0], prompts[len(subject.prompts) - 1]
     pictures = [first.metadata["target"], last.metadata["target"]]
-    assert all(isinstance(one, Tensor) and one.shape == (3, 64, 64) for one in pictures)
+    assert all(isinstance(one, Tensor) and one.shape == (3, 128, 128) for one in pictures)
     assert torch.equal(prompts[0].metadata["target"], pictures[0])  # type: ignore[arg-type]
     assert not torch.equal(*pictures)  # type: ignore[arg-type]
     assert parse(first.text).background is not None

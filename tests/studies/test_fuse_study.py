@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from tests.fuse.world import FakeScorer, fake_world
 from tests.studies.command import main
 
 from pixrl import config as recipes
+from pixrl.equations import is_candidate
 from pixrl.errors import ConfigError, InputError
-from pixrl.fusion.world import BALANCE_SHARE, calibrate_presence
+from pixrl.fusion.world import BALANCE_SHARE, PROBE_SEED, calibrate_presence
 from pixrl.metrics.intervals import bootstrap, by_unit, paired
+from pixrl.types import sample_seed
 from studies import fusion_runs as study_module
 from studies.command import KINDS
 from studies.fusion_runs import HeldOut, StudyConfig
@@ -146,20 +149,47 @@ def test_seeds_are_averaged_within_a_pair_and_differences_are_paired():
     assert by_unit(records, "a", "y") == {}
 
 
+CONCEPTS = ["owl", "snail", "frog", "car"]
+
+
 def test_calibration_lies_between_other_kinds_and_the_own_kind(fake):
-    found = calibrate_presence(fake, ["owl", "snail", "frog", "car"], exemplars=2, probes=6)
-    assert found.different_median < found.threshold < found.same_median
-    assert found.threshold == pytest.approx(found.different_high)
+    found = calibrate_presence(fake, CONCEPTS, exemplars=2, probes=6)
+    assert found.different_median <= found.threshold < found.same_median
     assert found.balance == pytest.approx(BALANCE_SHARE * (found.same_median - found.different_median))
     assert found.recognized > 0.9
-    assert found == calibrate_presence(fake, ["owl", "snail", "frog", "car"], exemplars=2, probes=6)
-    looser = calibrate_presence(fake, ["owl", "snail", "frog", "car"], exemplars=2, probes=6, quantile=0.5)
-    assert looser.threshold < found.threshold
-    assert set(found.to_card()) >= {"threshold", "balance", "quantile"}
+    assert found == calibrate_presence(fake, CONCEPTS, exemplars=2, probes=6)
+    assert set(found.to_card()) >= {"threshold", "balance", "unmixed_passes", "unrelated_passes"}
 
 
-def test_calibration_needs_two_concepts_and_a_true_quantile(fake):
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.3])
+def test_single_concepts_pass_as_a_mix_no_more_often_than_asked(fake, share):
+    """The two-stage selection itself decides, picture by picture and pair by pair."""
+    found = calibrate_presence(fake, CONCEPTS, exemplars=2, probes=6, false_passes=share)
+    seeds = [sample_seed(PROBE_SEED, 0, 0, i) for i in range(6)]
+    passed = {True: [], False: []}
+    for shown in CONCEPTS:
+        images = fake.renderer.sample(fake.renderer.encode([fake.prompt(shown)] * 6), seeds)
+        for pair in combinations(CONCEPTS, 2):
+            features = [fake.exemplars(concept, 2).features_ME for concept in pair]
+            similarities = fake.scorer.similarities(images, features).similarities_BN
+            passed[shown in pair] += is_candidate(similarities, found.threshold, found.balance).tolist()
+    for own, measured in ((True, found.unmixed_passes), (False, found.unrelated_passes)):
+        assert np.mean(passed[own]) == pytest.approx(measured) and measured <= share
+
+
+def test_calibration_takes_the_lowest_threshold_that_does(fake):
+    strict = calibrate_presence(fake, CONCEPTS, exemplars=2, probes=6, false_passes=0.0)
+    loose = calibrate_presence(fake, CONCEPTS, exemplars=2, probes=6, false_passes=0.3)
+    assert loose.threshold == loose.different_median
+    between = calibrate_presence(fake, CONCEPTS, exemplars=2, probes=6, false_passes=0.05)
+    assert loose.threshold < between.threshold < strict.threshold
+    assert between.unrelated_passes == pytest.approx(3 / 72)  # 5 % of its 72 pictures and pairs are 3.6
+
+
+def test_calibration_needs_two_concepts_and_a_true_share(fake):
     with pytest.raises(InputError, match="two or more"):
         calibrate_presence(fake, ["owl"])
-    with pytest.raises(InputError, match="between 0 and 1"):
-        calibrate_presence(fake, ["owl", "snail"], quantile=1.0)
+    with pytest.raises(InputError, match="at least 0 and below 1"):
+        calibrate_presence(fake, ["owl", "snail"], false_passes=1.0)
+    alone = calibrate_presence(fake, ["owl", "snail"], exemplars=2, probes=6)
+    assert math.isnan(alone.unrelated_passes) and math.isfinite(alone.threshold)

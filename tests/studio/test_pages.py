@@ -228,7 +228,7 @@ def test_a_fusion_shows_its_newest_children_with_their_shares(tmp_path: Path) ->
     data = Runs(tmp_path).look("f")
     page = whole(data)
     assert (data.done, data.total, data.unit, data.state) == (4, 16, "pictures", State.STOPPED)
-    assert what(data) == "owl + snail, by rmler on toy:sd3" and "4 of 16 pictures" in page
+    assert what(data) == "owl + snail, by rmler on toy:turbo" and "4 of 16 pictures" in page
     assert page.count('<figure class="large"') == 2 and "batch 1" in page
     assert page.count('class="b0" style="width:25.0%"') == page.count('class="b1" style="width:75.0%"') == 2
     assert "0.700" in page and "R 0.800" in page

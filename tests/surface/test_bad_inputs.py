@@ -4,6 +4,7 @@ A line holds the exit code (2: the usage is wrong, 1: it failed), a command line
 of the message, `|` between them. All of them meet the files that `in_this_folder` writes.
 """
 
+import json
 import shlex
 from collections.abc import Iterator
 from itertools import pairwise
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 import pixrl
 from pixrl import api, cli
 from pixrl.errors import PixrlError
+from pixrl.hub import CARD_FILE
+from pixrl.toy import CHECKPOINTS
 
 TABLE = Path(__file__).with_name("bad_inputs.tsv")
 CALL = ">>> "
@@ -84,12 +87,23 @@ def in_this_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         place.parent.mkdir(exist_ok=True)
         place.write_bytes(content if isinstance(content, bytes) else content.encode())
     Image.new("RGB", (64, 64), "red").save(folder / "cup" / "0.png")
+    write_untold(folder / "untold")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.dont_write_bytecode", True)
         for name in ("NO_SUCH_KEY", "NO_SUCH_TOKEN", "PIXRL_REWARD_TOKEN"):
             patch.delenv(name, raising=False)
         yield folder
+
+
+def write_untold(folder: Path) -> None:
+    """`toy:sd3` without what tells true fusions."""
+    folder.mkdir()
+    for path in (CHECKPOINTS / "sd3").iterdir():
+        (folder / path.name).symlink_to(path.resolve())
+    card = json.loads((folder / CARD_FILE).read_text())
+    (folder / CARD_FILE).unlink()
+    (folder / CARD_FILE).write_text(json.dumps({key: card[key] for key in card if key != "parts"}))
 
 
 def state_of(folder: Path) -> dict[str, bytes]:

@@ -250,7 +250,7 @@ def test_verify_fails_when_a_gate_does(pixrl: Pixrl, monkeypatch: pytest.MonkeyP
 
 
 def test_toy_build_hands_its_options_over(pixrl: Pixrl, monkeypatch: pytest.MonkeyPatch) -> None:
-    from toy_build import first_edition
+    import toy_build
 
     seen = []
 
@@ -258,23 +258,21 @@ def test_toy_build_hands_its_options_over(pixrl: Pixrl, monkeypatch: pytest.Monk
         seen.append((stages, given))
         return Path("here")
 
-    monkeypatch.setattr(first_edition, "build", fake_build)
-    done = pixrl(
-        "toy", "build", "--stage", "clip", "--stage", "vae", "--resume", "--out", "x", "--device", "cuda"
-    )
+    monkeypatch.setattr(toy_build, "build", fake_build)
+    done = pixrl("toy", "build", "--stage", "clip", "--stage", "vae", "--out", "x", "--device", "cuda")
     assert (done.exit_code, done.stdout) == (0, "Checkpoints: here\n")
-    assert seen == [(["clip", "vae"], {"resume": True, "out": Path("x"), "device": "cuda"})]
+    assert seen == [(["clip", "vae"], {"out": Path("x"), "device": "cuda"})]
 
 
 def test_toy_build_can_be_interrupted(pixrl: Pixrl, monkeypatch: pytest.MonkeyPatch) -> None:
-    from toy_build import first_edition
+    import toy_build
 
     def stop(*given: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(first_edition, "build", stop)
+    monkeypatch.setattr(toy_build, "build", stop)
     done = pixrl("toy", "build")
-    assert (done.exit_code, "--resume" in done.stderr) == (130, True)
+    assert (done.exit_code, "goes on where it stopped" in done.stderr) == (130, True)
 
 
 def test_toy_build_without_the_repository_says_what_to_type(

@@ -37,7 +37,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SHARED = (0, 5, len(LAYERS) - 1)
 """Layers whose parts import each other: the foundation; the parts of a run and what it fuses with; the top."""
-TOY_MAY_IMPORT = LAYERS[0] | LAYERS[1] | LAYERS[2]
+TOY_MAY_IMPORT = LAYERS[0] | LAYERS[1] | LAYERS[2] | LAYERS[3]
 MAY_IMPORT_TOY = {"toy", "cli"}
 TORCH_FREE = [
     "errors",

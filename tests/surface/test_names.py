@@ -89,7 +89,7 @@ def test_the_call_of_the_readme() -> None:
         128,
         0,
         "rmler",
-        "toy:sd3",
+        "toy:turbo",
     )
 
 

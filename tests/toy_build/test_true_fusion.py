@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pixrl.metrics.true_fusion import Fusion, FusionVerdict, PartClasses, judge
+from pixrl.toy.random_scenes import held_out_hybrid, hybrid_scene, random_scene
+from pixrl.toy.scene import Scene, Task, draw, part_classes
+from pixrl.toy.vocabulary import KINDS
 from toy_build.segmenters import part_names
-from toy_build.world.random_scenes import held_out_hybrid, hybrid_scene, random_scene
-from toy_build.world.scene import Scene, Task, draw, part_classes
-from toy_build.world.vocabulary import KINDS
 
 Random = np.random.Generator
 DRAWN = 120

@@ -7,8 +7,10 @@ import typer
 
 from pixrl.cli.options import option, resumable
 
-DEMO_PAIRS = ("owl & snail", "turtle & mushroom", "penguin & pineapple")
+DEMO_PAIRS = ("owl & snail", "cat & cup", "penguin & pineapple")
 """Pairs of concepts that are fused."""
+MIXING = "regions"
+"""What makes a true fusion of most pairs on the toy world (docs/fuse.md)."""
 ALIGN_RECIPE = "toy/demo-align"
 PERSONALIZE_RECIPE = "toy/demo-personalize"
 SUBJECT = 0
@@ -34,7 +36,7 @@ def demo(
 
     typer.echo(f"Fusing {', '.join(DEMO_PAIRS)}: 128 pictures each.")
     with resumable(out / "fuse"):
-        fused = api.run_pairs(load(FuseConfig, None, values={"model": "toy:sd3"}), DEMO_PAIRS, out / "fuse")
+        fused = api.run_pairs(load(FuseConfig, {"mixing": MIXING}), DEMO_PAIRS, out / "fuse")
     reports = [fused / "report.html"]
 
     config = api.load(ALIGN_RECIPE, kind="align")
@@ -53,7 +55,7 @@ def demo(
     typer.echo("\nOpen in a browser:")
     for report in reports:
         typer.echo(f"  {report.absolute()}")
-    typer.echo("Then try:  pixrl fuse owl snail mushroom   and   pixrl align toy/e2po")
+    typer.echo("Then try:  pixrl fuse lion rocket --mixing regions   and   pixrl align toy/e2po")
     typer.echo(f"           pixrl personalize --subject {out / 'subject'}")
 
 

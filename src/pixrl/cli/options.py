@@ -33,7 +33,7 @@ Concepts = Annotated[
 ]
 Pairs = Annotated[Path | None, option("A file instead, one 'a & b' a line: fuse them all.", WHAT)]
 Model = Annotated[
-    str | None, option("toy:NAME, a folder in diffusers' layout, or a hub id.", WHAT, "toy:sd3")
+    str | None, option("toy:NAME, a folder in diffusers' layout, or a hub id.", WHAT, "toy:turbo")
 ]
 Recipe = Annotated[str | None, option("A YAML file, or a name under recipes/; options add to it.", WHAT)]
 AlignRecipe = Annotated[

@@ -297,8 +297,8 @@ def studio(
         option(f"Address to listen at; another than this machine needs {STUDIO_TOKEN}.", WHERE, "127.0.0.1"),
     ] = "127.0.0.1",
     model: Annotated[
-        str, option("What draws fusions: toy:NAME, a folder, or a hub id.", WHAT, "toy:sd3")
-    ] = "toy:sd3",
+        str, option("What draws fusions: toy:NAME, a folder, or a hub id.", WHAT, "toy:turbo")
+    ] = "toy:turbo",
     port: Annotated[int, option("0 takes any that is free.", WHERE, "8767", min=0, max=65535)] = 8767,
 ) -> None:
     """Show runs while they train, on a local page, and fuse concepts there by hand."""
@@ -319,23 +319,23 @@ toy = typer.Typer(help="The embedded toy world: build and verify its checkpoints
 
 
 @toy.command("build")
-def toy_build(
+def build_toy_world(
     stage: Annotated[
         list[str] | None, option("Only this stage; repeat for more.", default="all of them")
     ] = None,
-    resume: Annotated[bool, option("Go on with a build that was killed.", flag="--resume")] = False,
     out: Annotated[Path | None, option("Where the checkpoints go.", default="into the package")] = None,
     device: Annotated[str, option("cpu, cuda or mps.", default="cpu")] = "cpu",
 ) -> None:
-    """Train the toy world's checkpoints from nothing: hours on two cores, minutes on a GPU."""
+    """Train the toy world's checkpoints from nothing: a day on two cores, minutes on a GPU.
+
+    A build that was killed goes on where it stopped.
+    """
     check_torchvision()
-    first_edition = from_checkout(
-        "toy_build.first_edition", "Builds of the toy checkpoints", "pixrl toy build"
-    )
+    toy_build = from_checkout("toy_build", "Builds of the toy checkpoints", "pixrl toy build")
     try:
-        folder = first_edition.build(stage or [], resume=resume, out=out, device=device)
+        folder = toy_build.build(stage or [], out=out, device=device)
     except KeyboardInterrupt:
-        typer.echo("\nInterrupted. To go on, add --resume to the same command.", err=True)
+        typer.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(f"Checkpoints: {folder}")
 

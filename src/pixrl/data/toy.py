@@ -17,13 +17,13 @@ PARTS = {
     "ACCESSORY_PHRASES": "pixrl.toy.vocabulary:ACCESSORY_PHRASES",
     "BACKGROUNDS": "pixrl.toy.vocabulary:BACKGROUNDS",
     "BACKGROUND_PHRASES": "pixrl.toy.vocabulary:BACKGROUND_PHRASES",
-    "SUBJECTS": "pixrl.toy.scene:SUBJECTS",
     "Task": "pixrl.toy.scene:Task",
-    "random_subject": "pixrl.toy.scene:random_subject",
     "render": "pixrl.toy.scene:render",
-    "resembles_held_out": "pixrl.toy.scene:resembles_held_out",
-    "subject_scene": "pixrl.toy.scene:subject_scene",
-    "random_scene": "pixrl.toy.scene:random_scene",
+    "held_out_subjects": "pixrl.toy.random_scenes:held_out_subjects",
+    "random_scene": "pixrl.toy.random_scenes:random_scene",
+    "random_subject": "pixrl.toy.random_scenes:random_subject",
+    "resembles_held_out": "pixrl.toy.random_scenes:resembles_held_out",
+    "subject_scene": "pixrl.toy.random_scenes:subject_scene",
     "canonical": "pixrl.toy.language:canonical",
     "caption": "pixrl.toy.language:caption",
     "is_held_out": "pixrl.toy.language:is_held_out",
@@ -36,10 +36,9 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 TRAINING_PROMPTS, EVALUATION_PROMPTS = 64, 32
 """The number of prompts of one task in each split."""
 SUBJECTS = "subjects"
-TRAINING_SUBJECTS = 60
+TRAINING_SUBJECTS = 64
 VIEWS = 4
 """The number of reference pictures of a subject."""
-SIDE = 64
 SEED = 71
 _EXAMPLE = "Type toy:geneval, or some of its tasks: toy:geneval/counting,colors"
 
@@ -99,7 +98,7 @@ ToySubject = tuple[str, str, tuple[str, ...], tuple[Any, ...], tuple[Callable[[]
 
 @cache
 def toy_subjects(name: str, *, held_out: bool) -> tuple[ToySubject, ...]:
-    """Return the thirty held-out subjects, or sixty others that resemble none of them; the same at every call.
+    """Return the thirty-two held-out subjects, or sixty-four others that resemble none of them; the same at every call.
 
     Each has four pictures of its own in different places, and all prompts that name a background, an accessory that it
     does not already have, or both.
@@ -114,7 +113,7 @@ def toy_subjects(name: str, *, held_out: bool) -> tuple[ToySubject, ...]:
             f"The toy world has no subjects {name!r}.{did_you_mean(name, [SUBJECTS])} Type toy:{SUBJECTS}"
         )
     if held_out:
-        chosen = part("SUBJECTS")
+        chosen = part("held_out_subjects")()
     else:
         rng = np.random.default_rng((SEED, 2))
         drawn = iter(lambda: part("random_subject")(rng), None)
@@ -123,7 +122,7 @@ def toy_subjects(name: str, *, held_out: bool) -> tuple[ToySubject, ...]:
     for number, subject in enumerate(chosen):
         rng = np.random.default_rng((SEED, 3, int(held_out), number))
         scenes = [part("subject_scene")(subject, rng, added_accessory=0.0) for _ in range(VIEWS)]
-        pictures = tuple(part("render")(scene, SIDE) for scene in scenes)
+        pictures = tuple(part("render")(scene) for scene in scenes)
         article = "an" if subject.kind[0] in "aeiou" else "a"
         backgrounds = [key for key in part("BACKGROUNDS") if key != "plain"]
         worn = [key for key in part("ACCESSORIES") if key != subject.accessory]
@@ -156,4 +155,4 @@ def _subject_target(subject: Any, key: tuple[int, ...], accessory: str | None, b
         background="plain" if background is None else background,
         mentions_background=background is not None,
     )
-    return part("render")(wanted, SIDE)
+    return part("render")(wanted)

@@ -65,7 +65,7 @@ class FuseConfig(Settings):
     """Two or more different concepts: words, or pictures (photo.png, or owl=photo.png with the word for it)."""
     pictures: dict[str, str] = Field(default_factory=dict, exclude_if=lambda pictures: not pictures)
     """The file of the picture that stands for a concept, by the concept's name; filled in from `concepts`."""
-    model: str = "toy:sd3"
+    model: str = "toy:turbo"
     """toy:NAME, a folder in diffusers' layout, a hub id (owner/name@revision), or FILE.safetensors@CONFIG."""
     guidance: float | None = Field(None, ge=0, le=MOST_GUIDANCE)
     """Classifier-free guidance; none: the checkpoint's own."""

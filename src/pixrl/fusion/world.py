@@ -3,13 +3,14 @@
 RMLer's thresholds, 0.63 for presence and 0.05 for balance, are published for CLIP ViT-H/14 on photographs; another
 encoder has another scale. `calibrate_presence` finds those of a generator and an encoder from single concepts:
 
-* presence: a picture shows a concept when it is more similar to the concept's exemplars than 95 % of the pictures of
-  other concepts are (`quantile` of the different-kind similarities).
+* presence: the lowest threshold at which at most `false_passes` of the pictures of one concept alone are taken for a
+  mix: of it and another one (unmixed), and of two others (unrelated).
 * balance: 0.05 is 21.8 % of the imbalance that the paper measures on unmixed prompts (0.2380 and 0.2205, Table 2),
   where one parent is simply missing. The same share is taken of the same imbalance here: the median similarity to
   the own concept minus the median similarity to another one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -351,7 +352,10 @@ class Calibration:
 
     threshold: float
     balance: float
-    quantile: float
+    unmixed_passes: float
+    """Share of the pictures of one concept that pass as a mix of it and another one, over all such pairs."""
+    unrelated_passes: float
+    """Share of them that pass as a mix of two others; nan where there are no two others."""
     same_median: float
     same_low: float
     """5 % of the pictures are less similar to their own concept than this."""
@@ -375,18 +379,18 @@ def calibrate_presence(
     *,
     exemplars: int = 4,
     probes: int = 8,
-    quantile: float = 0.95,
+    false_passes: float = 0.01,
 ) -> Calibration:
     """Measure thresholds from `probes` pictures of each concept against `exemplars` pictures of every concept.
 
     Raises:
-        InputError: fewer than two concepts, or a quantile outside (0, 1).
+        InputError: fewer than two concepts, or a share of false passes outside [0, 1).
         RunError: nothing could be scored.
     """
     if len(set(concepts)) < 2:
         raise InputError(f"calibrate_presence needs two or more different concepts, got {list(concepts)!r}.")
-    if not 0 < quantile < 1:
-        raise InputError(f"quantile must be between 0 and 1, got {quantile}.")
+    if not 0 <= false_passes < 1:
+        raise InputError(f"false_passes must be at least 0 and below 1, got {false_passes}.")
     features = [world.exemplars(concept, exemplars).features_ME for concept in concepts]
     seeds = [sample_seed(PROBE_SEED, 0, 0, i) for i in range(probes)]
     rows = []
@@ -401,12 +405,17 @@ def calibrate_presence(
         raise RunError(
             f"No foreground was found in any picture of {', '.join(concepts)}: nothing to calibrate from."
         )
-    threshold = float(different.quantile(quantile))
-    apart = float(same.median() - different.median())
+    balance = max(BALANCE_SHARE * float(same.median() - different.median()), 0.0)
+    unmixed, unrelated = _weaker_of_pairs(similarities_NPN, balance)
+    limits = [_exceeded_by(false_passes, weaker) for weaker in (unmixed, unrelated) if len(weaker)]
+    threshold = max(
+        *limits, float(different.median())
+    )  # below the median of other concepts nothing is present
     return Calibration(
         threshold=threshold,
-        balance=max(BALANCE_SHARE * apart, 0.0),
-        quantile=quantile,
+        balance=balance,
+        unmixed_passes=float((unmixed > threshold).float().mean()),
+        unrelated_passes=float((unrelated > threshold).float().mean()),
         same_median=float(same.median()),
         same_low=float(same.quantile(0.05)),
         different_median=float(different.median()),
@@ -416,6 +425,25 @@ def calibrate_presence(
         exemplars=exemplars,
         probes=probes,
     )
+
+
+def _weaker_of_pairs(similarities_NPN: Tensor, balance: float) -> tuple[Tensor, Tensor]:
+    """The smaller similarity of every picture to every pair of concepts, minus infinity where they are unbalanced.
+
+    Of P pictures of each of N concepts: first to pairs with the picture's own concept, then to pairs of others.
+    """
+    count = len(similarities_NPN)
+    first, second = torch.triu_indices(count, count, offset=1)
+    a, b = similarities_NPN[..., first], similarities_NPN[..., second]
+    weaker = torch.minimum(a, b).masked_fill((a - b).abs() >= balance, -torch.inf)
+    shown = torch.arange(count)[:, None, None].expand_as(weaker)
+    is_own = (shown == first) | (shown == second)
+    return tuple(values[~values.isnan()] for values in (weaker[is_own], weaker[~is_own]))  # type: ignore[return-value]
+
+
+def _exceeded_by(share: float, values: Tensor) -> float:
+    """The lowest of the values that at most this share of them exceed."""
+    return float(values.sort().values[math.ceil((1 - share) * len(values)) - 1])
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The truth about fusion: what a segmentation of parts says of a picture that should mix its parents.
 
-A true fusion is one connected object in which every part is one kind's, every parent has at least one part, and no
-third kind has any. Whatever else a picture is has a name: the failures of RMLer's Figure 2 (two objects side by side,
-one pasted over the other, one parent alone), a third kind, or nothing that can be recognized.
+A true fusion is one connected object in which every parent has at least one part, and no third kind has any; a part
+is the kind's that has most of it. Whatever else a picture is has a name: the failures of RMLer's Figure 2 (two objects
+side by side, one pasted over the other, one parent alone), a third kind, or nothing that can be recognized.
 
 This is a metric. The reward of a fusion stays the published one, of similarities, unless a recipe asks for this one.
 """
@@ -32,9 +32,9 @@ SECOND_OBJECT = 0.08
 SMALLEST_PART = 0.01
 """The least share of the figure that a part covers; less is an error of the segmentation."""
 MOST_MIXED = 0.15
-"""The share of the figure above which what is pasted, or two kinds at once, makes it an overlay."""
-DOUBLED = 0.3
-"""The share of a slot that a second kind needs for the slot to be of two kinds at once."""
+"""The share of the figure above which what is pasted, or two things at once, makes it an overlay."""
+FOREIGN = 0.3
+"""The share of a slot from which a third kind's area in it counts; between parents the slot is the larger one's."""
 _TOUCHING = np.ones((3, 3))
 """Neighbours of a pixel for connected pieces: those that share a corner too."""
 
@@ -147,21 +147,21 @@ def judge(classes_HW: NDArray[np.integer], parents: Sequence[str], parts: PartCl
     if parts.mixed is not None and areas[parts.mixed] > MOST_MIXED:
         return _failed(FusionVerdict.OVERLAY, parents)
     areas_KS = np.where(parts.index_KS >= 0, areas[parts.index_KS], 0.0)
+    places = [parts.kinds.index(kind) for kind in parents]
     owned_K = np.zeros(len(parts.kinds))
-    doubled = False
+    foreign = False
     for areas_K in areas_KS.T:
-        *_, second, first = 0.0, *np.sort(areas_K)
-        if first < SMALLEST_PART:
+        if areas_K.max() < SMALLEST_PART:
             continue
-        doubled |= bool(second >= max(DOUBLED * (first + second), SMALLEST_PART))
-        owned_K[areas_K.argmax()] += first
+        owned_K[areas_K.argmax()] += areas_K.max()
+        foreign |= bool(
+            np.delete(areas_K, places).max(initial=0.0) >= max(FOREIGN * areas_K.sum(), SMALLEST_PART)
+        )
     if not owned_K.any():
         return _failed(FusionVerdict.NOTHING, parents)
-    of_parents = owned_K[[parts.kinds.index(kind) for kind in parents]]
+    of_parents = owned_K[places]
     shares = tuple(float(share) for share in of_parents / owned_K.sum())
-    if doubled:
-        return Fusion(FusionVerdict.OVERLAY, shares, 0.0)
-    if of_parents.sum() < owned_K.sum() - 1e-9:
+    if foreign or of_parents.sum() < owned_K.sum() - 1e-9:
         return Fusion(FusionVerdict.THIRD_KIND, shares, 0.0)
     if min(shares) == 0:
         return Fusion(FusionVerdict.IMBALANCE, shares, 0.0)

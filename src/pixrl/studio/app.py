@@ -40,7 +40,7 @@ NONE = "–"
 class Studio:
     """The page of one folder of runs."""
 
-    def __init__(self, root: Path, concepts: Sequence[str] = (), model: str = "toy:sd3") -> None:
+    def __init__(self, root: Path, concepts: Sequence[str] = (), model: str = "toy:turbo") -> None:
         """Make the page.
 
         Args:

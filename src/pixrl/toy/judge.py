@@ -16,8 +16,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pixrl.models.latents import decode_latents
-from pixrl.toy.pictures import draw, to_tensor, training_subject
-from pixrl.toy.scene import Scene, subject_scene
+from pixrl.toy.pictures import drawn
+from pixrl.toy.random_scenes import subject_scene, training_subject
+from pixrl.toy.scene import Scene
 from pixrl.toy.vocabulary import ACCESSORIES, BACKGROUNDS
 
 CHUNK = 32
@@ -48,7 +49,7 @@ QUICK = JudgeLessons(drawings=3000, decoded=400, steps=400, batch=32)
 
 
 class SceneJudge:
-    """A scene judge reads the background and the accessories off pictures [B, 3, 64, 64] in [0, 1]."""
+    """A scene judge reads the background and the accessories off pictures [B, 3, 128, 128] in [0, 1]."""
 
     def __init__(self, network: "_Network") -> None:
         self.network = network
@@ -61,8 +62,8 @@ class SceneJudge:
         for index in range(lessons.drawings):
             # Most subjects wear something, since accessories are what is hard to read.
             rng = np.random.default_rng((seed, 7, index))
-            scenes.append(subject_scene(training_subject(seed, index), rng, added_accessory=ADDED_SHARE))
-        images = to_tensor(np.stack([draw(scene)[0] for scene in scenes]))
+            scenes.append(subject_scene(training_subject(rng), rng, added_accessory=ADDED_SHARE))
+        images = drawn(scenes)
         images[: lessons.decoded] = reconstruct(vae, images[: lessons.decoded], ROUGHNESS, noise)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)

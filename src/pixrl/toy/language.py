@@ -1,121 +1,231 @@
-"""This module knows what a person would type for a scene, and what such a prompt asks for.
+"""What a person would type for a scene, and what such a prompt asks for.
 
-`caption` and `parse` are inverse to each other on everything a caption fixes. `canonical` is that content as
-one string; a tenth of all such strings is held out from training.
+`caption` and `parse` are inverse to each other on everything a caption fixes, in every phrasing: both go by the forms
+of `phrases`. `canonical` is that content as one string; a tenth of all such strings is held out from training.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pixrl.errors import InputError, UnknownWordError, did_you_mean
-from pixrl.toy.scene import Scene, SceneObject, Task, random_scene
+from pixrl.errors import InputError, UnknownWordError
+from pixrl.toy.phrases import (
+    CLAUSES,
+    COUNT_FORMS,
+    EXCHANGE_FORMS,
+    HYBRID_FORMS,
+    NEAREST,
+    ONE_FORMS,
+    OVERLAY_FORMS,
+    PAIR_FORMS,
+    PREFIXES,
+    RELATION_FORMS,
+)
+from pixrl.toy.random_scenes import random_scene
+from pixrl.toy.scene import Scene, SceneObject, Task
 from pixrl.toy.vocabulary import (
     ACCESSORY_PHRASES,
+    ANIMALS,
     BACKGROUND_PHRASES,
     COLOURS,
     KINDS,
+    MOOD_WORDS,
+    NAMES,
     NUMBERS,
+    PART_WORDS,
     PATTERN_WORDS,
     PLURALS,
-    RELATIONS,
+    SIZE_WORDS,
+    SLOTS,
 )
 
-PREFIXES = ("a photo of", "a picture of", "a drawing of", "")
 BARE_PREFIX = "a photo of"
-BARE_SHARE = 0.2
-"""How often a random caption of one object leaves out the article: 'a photo of owl'."""
-
-_PHRASES = [
-    phrase
-    for table in (BACKGROUND_PHRASES, ACCESSORY_PHRASES)
-    for entry in table.values()
-    for phrase in entry
-]
-_SINGULARS = {plural: kind for kind, plural in PLURALS.items()}
-_KIND_OF = {kind: kind for kind in KINDS} | _SINGULARS
-_PATTERN_OF = {word: pattern for pattern, word in PATTERN_WORDS.items()}
-_NUMBER_WORDS = {count: word for word, count in NUMBERS.items()}
+BARE_SHARE = 0.15
+"""How often a random caption of one object leaves out the article: "a photo of owl"."""
+SECOND_NAME_SHARE = 0.25
+CLAUSE_SHARE = 0.2
+BACKGROUND_FIRST_SHARE = 0.2
 _COLOURED = (Task.COLORS, Task.COLOR_ATTR)
+
+_ADJECTIVES: dict[str, tuple[str, str]] = {
+    **{word: ("size", size) for size, words in SIZE_WORDS.items() for word in words},
+    **{word: ("mood", mood) for mood, words in MOOD_WORDS.items() for word in words},
+    **{word: ("colour", word) for word in COLOURS},
+    **{word: ("pattern", pattern) for pattern, words in PATTERN_WORDS.items() for word in words},
+}
+"""Every adjective, as what it says of an object."""
+_KIND_OF = {name: kind for kind, names in NAMES.items() for name in names}
+_SINGULAR = {PLURALS[name]: kind for name, kind in _KIND_OF.items()}
+_NUMBER_WORDS = {count: word for word, count in NUMBERS.items()}
+_PARTS = {(kind, word): slot for kind, words in PART_WORDS.items() for slot, word in enumerate(words)}
+
+
+def _words_of(texts: Iterable[str]) -> set[str]:
+    return {word for text in texts for word in text.replace("{}", " ").split()}
+
 
 WORDS: tuple[str, ...] = tuple(
     sorted(
-        {word for phrase in (*PREFIXES, *_PHRASES, *RELATIONS) for word in phrase.split()}
-        | {"a", "an", "and", *KINDS, *PLURALS.values(), *COLOURS, *PATTERN_WORDS.values(), *NUMBERS}
+        _words_of(PREFIXES)
+        | _words_of((*PAIR_FORMS, *COUNT_FORMS, *ONE_FORMS, *HYBRID_FORMS, *EXCHANGE_FORMS, *OVERLAY_FORMS))
+        | _words_of(form for forms in RELATION_FORMS.values() for form in forms)
+        | _words_of(
+            p
+            for table in (BACKGROUND_PHRASES, ACCESSORY_PHRASES)
+            for phrases in table.values()
+            for p in phrases
+        )
+        | _words_of(word for words in PART_WORDS.values() for word in words)
+        | _words_of((*_ADJECTIVES, *_KIND_OF, *_SINGULAR, *NUMBERS, *CLAUSES.values(), "a", "an"))
     )
 )
 """Every word a caption can contain."""
 
 
 class UnknownWord(UnknownWordError):
-    """This error says that a prompt uses a word the toy world does not know."""
+    """A prompt uses a word the toy world does not know."""
 
-    def __init__(self, word: str, allowed: Sequence[str]) -> None:
+    def __init__(self, word: str, allowed: Sequence[str] = KINDS) -> None:
         self.word = word
         self.allowed = tuple(allowed)
+        near = NEAREST.get(word)
+        hint = f" Near in meaning: {', '.join(near)}." if near else ""
         super().__init__(
-            f"The toy world does not know the word {word!r}.{did_you_mean(word, allowed)} "
-            f"It knows: {', '.join(allowed)}."
+            f"The toy world does not know the word {word!r}.{hint} It draws: {', '.join(allowed)}."
         )
 
 
 class UnreadablePrompt(InputError):
-    """This error says that the words of a prompt are known, but not what they say together."""
+    """A prompt's words are known but not what they say together."""
 
     def __init__(self, prompt: str, reason: str) -> None:
         super().__init__(
             f"Cannot read the prompt {prompt!r}: {reason}. "
-            "Prompts look like 'a photo of a red owl on the beach', 'a photo of three cats', "
-            "'a photo of a cup left of a tree' or 'an owl wearing a hat in the snow'."
+            "Prompts look like 'a photo of a red owl on the beach', 'three cats', 'a cup left of a tree', "
+            "'a happy owl wearing a hat in the snow' or 'a mix of an owl and a snail'."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedPrompt:
-    """A parsed prompt is a GenEval entry, and what GenEval has no word for (None where it is not mentioned)."""
+    """What a prompt asks for: a GenEval entry, and what GenEval has no word for (None: not mentioned).
+
+    `parents` are the kinds of a hybrid; `exchanged` names the slot that the second one gives, if the prompt says so.
+    """
 
     metadata: dict[str, Any]
-    background: str | None
-    accessories: tuple[str, ...]
-    pattern: str | None
+    background: str | None = None
+    accessories: tuple[str, ...] = ()
+    pattern: str | None = None
+    mood: str | None = None
+    size: str | None = None
+    parents: tuple[str, ...] = ()
+    exchanged: str | None = None
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """Return what a person would type for the scene; without `rng` always the first form, 'a photo of ...'."""
-    prefix = PREFIXES[0] if rng is None else _choose(rng, PREFIXES)
+    """What a person would type; without rng always the first form, "a photo of ..."."""
     first = scene.objects[0]
-    if scene.task is Task.COUNTING:
-        count = len(scene.objects)
-        body = f"{_NUMBER_WORDS[count]} {first.kind if count == 1 else PLURALS[first.kind]}"
-    elif len(scene.objects) == 2:
-        pair = [_with_article(_noun(scene, thing)) for thing in scene.objects]
-        if scene.relation is None and rng is not None and rng.random() < 0.5:
-            pair.reverse()
-        body = f" {scene.relation or 'and'} ".join(pair)
+    prefix = _choose(rng, PREFIXES)
+    if len(scene.objects) == 1 and scene.task in (Task.SINGLE_OBJECT, Task.COLORS, Task.SUBJECT):
+        body = _single(scene, first, rng)
+        if _chance(rng, BARE_SHARE):
+            prefix, body = BARE_PREFIX, re.sub("^an? ", "", body)
     else:
-        body = _noun(scene, first)
-        if rng is not None and rng.random() < BARE_SHARE:
-            prefix = BARE_PREFIX
-        else:
-            body = _with_article(body)
-    parts = [prefix, body]
-    if first.accessory is not None:
-        parts.append(_choose(rng, ACCESSORY_PHRASES[first.accessory]))
-    if scene.mentions_background:
-        parts.append(_choose(rng, BACKGROUND_PHRASES[scene.background]))
-    return " ".join(part for part in parts if part)
+        body = _composed(scene, rng)
+    if first.accessory is not None and len(scene.objects) == 1:
+        body = f"{body} {_choose(rng, ACCESSORY_PHRASES[first.accessory])}"
+    if not scene.mentions_background:
+        return f"{prefix} {body}".strip()
+    place = _choose(rng, BACKGROUND_PHRASES[scene.background])
+    if _chance(rng, BACKGROUND_FIRST_SHARE):
+        prefix = "there is" if prefix == "there is" else ""
+        return f"{place}, {prefix} {body}".replace("  ", " ")
+    return f"{prefix} {body} {place}".strip()
 
 
-def _noun(scene: Scene, thing: SceneObject) -> str:
-    words = [thing.kind]
-    if scene.task is not Task.SUBJECT and thing.pattern != "plain":
-        words.insert(0, PATTERN_WORDS[thing.pattern])
-    if scene.task in _COLOURED and thing.colour is not None:
-        words.insert(0, thing.colour)
-    return " ".join(words)
+def _composed(scene: Scene, rng: np.random.Generator | None) -> str:
+    first = scene.objects[0]
+    if scene.task is Task.HYBRID:
+        return _hybrid(first, rng)
+    if scene.task is Task.OVERLAY:
+        form = _choose(rng, OVERLAY_FORMS)
+        above = _noun(scene, scene.pasted[0], rng)
+        return form.format(
+            _with_article(_noun(scene, first, rng)), above if "a small {}" in form else _with_article(above)
+        )
+    if scene.task is Task.COUNTING:
+        count, name = len(scene.objects), _name(first.kind, rng)
+        if count == 1:
+            return _choose(rng, ONE_FORMS).format(name)
+        return _choose(rng, COUNT_FORMS).format(_NUMBER_WORDS[count], PLURALS[name])
+    nouns = [_with_article(_noun(scene, thing, rng)) for thing in scene.objects]
+    if scene.relation is not None:
+        return _choose(rng, RELATION_FORMS[scene.relation]).format(*nouns)
+    return _choose(rng, PAIR_FORMS).format(*(nouns if _chance(rng, 0.5) or rng is None else nouns[::-1]))
+
+
+def _hybrid(thing: SceneObject, rng: np.random.Generator | None) -> str:
+    """Of an object with one foreign slot half of the captions say which; else they say what is mixed."""
+    counts = [thing.slots.count(kind) for kind in thing.parents]
+    if sorted(counts) == [1, 3] and _chance(rng, 0.5):
+        (odd,) = (slot for slot, kind in enumerate(thing.slots) if kind != thing.kind)
+        main, other = (_with_article(_name(kind, rng)) for kind in (thing.kind, thing.slots[odd]))
+        return _choose(rng, EXCHANGE_FORMS).format(main, PART_WORDS[thing.slots[odd]][odd], other)
+    names = [_name(kind, rng) for kind in thing.parents]
+    if rng is not None:
+        names = [names[k] for k in rng.permutation(len(names))]
+    form = _choose(rng, HYBRID_FORMS)
+    if form.startswith("half"):
+        if len(names) == 2:
+            return form.format(*names)
+        form = HYBRID_FORMS[0]
+    nouns = [_with_article(name) for name in names]
+    return form.format(" and ".join(nouns[:-1]), nouns[-1])
+
+
+def _single(scene: Scene, thing: SceneObject, rng: np.random.Generator | None) -> str:
+    said = _said(scene, thing)
+    if said and _chance(rng, CLAUSE_SHARE):
+        moved = _choose(rng, tuple(said))
+        clause = CLAUSES[moved].format(_adjective(moved, said.pop(moved), rng))
+        return f"{_with_article(_phrase(said, thing.kind, rng))} {clause}"
+    return _with_article(_phrase(said, thing.kind, rng))
+
+
+def _said(scene: Scene, thing: SceneObject) -> dict[str, str]:
+    """What a caption says of an object besides its kind, in the order of the words."""
+    said = {
+        "size": thing.size_word,
+        "mood": thing.mood,
+        "colour": thing.colour if scene.task in _COLOURED else None,
+        "pattern": None if scene.task is Task.SUBJECT or thing.pattern == "plain" else thing.pattern,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _noun(scene: Scene, thing: SceneObject, rng: np.random.Generator | None) -> str:
+    return _phrase(_said(scene, thing), thing.kind, rng)
+
+
+def _phrase(said: Mapping[str, str], kind: str, rng: np.random.Generator | None) -> str:
+    return " ".join([*(_adjective(name, value, rng) for name, value in said.items()), _name(kind, rng)])
+
+
+def _adjective(name: str, value: str, rng: np.random.Generator | None) -> str:
+    words = {"size": SIZE_WORDS, "mood": MOOD_WORDS, "pattern": PATTERN_WORDS}.get(name, {}).get(
+        value, (value,)
+    )
+    return _choose(rng, words)
+
+
+def _name(kind: str, rng: np.random.Generator | None) -> str:
+    names = NAMES[kind]
+    return names[1] if len(names) > 1 and _chance(rng, SECOND_NAME_SHARE) else names[0]
 
 
 def _with_article(noun: str) -> str:
@@ -126,89 +236,225 @@ def _choose(rng: np.random.Generator | None, options: Sequence[str]) -> str:
     return options[0] if rng is None else options[int(rng.integers(len(options)))]
 
 
+def _chance(rng: np.random.Generator | None, share: float) -> bool:
+    return rng is not None and bool(rng.random() < share)
+
+
 def parse(prompt: str) -> ParsedPrompt:
-    """Return what the prompt asks for, with `metadata` shaped as a line of GenEval's metadata file.
+    """What the prompt asks for, with `metadata` shaped as a line of GenEval's metadata file.
 
     Raises:
-        UnknownWord: the prompt has a word that no caption contains.
-        UnreadablePrompt: the prompt names no object, or words are left that nothing explains.
+        UnknownWord: a word that no caption contains.
+        UnreadablePrompt: known words that say nothing together.
     """
     words = prompt.lower().replace(",", " ").rstrip(" .!").split()
     for word in words:
         if word not in WORDS:
-            raise UnknownWord(word, WORDS)
-    text = " ".join(words)
+            raise UnknownWord(word)
+    if not words:
+        raise UnreadablePrompt(prompt, "it is empty")
+    text, background = _cut_background(" ".join(words))
     for prefix in PREFIXES:
         if prefix and text.startswith(f"{prefix} "):
             text = text.removeprefix(prefix).strip()
             break
-    text, background = _cut_phrase(text, BACKGROUND_PHRASES)
-    text, accessory = _cut_phrase(text, ACCESSORY_PHRASES)
-    pattern = None
-    between = next((word for word in (*RELATIONS, "and") if f" {word} " in text), None)
-    if between is not None:
-        (first, _), (second, _) = (_read_noun(part, prompt) for part in text.split(f" {between} ", 1))
-        if between in RELATIONS:
-            metadata = {"tag": "position", "include": [second, first | {"position": [between, 0]}]}
-        else:
-            tag = "color_attr" if "color" in first or "color" in second else "two_object"
-            metadata = {"tag": tag, "include": [first, second]}
-    else:
-        entry, pattern = _read_noun(text, prompt)
-        metadata = {"tag": "colors" if "color" in entry else "single_object", "include": [entry]}
-        if text.split()[0] in NUMBERS:
-            excluded = {"class": entry["class"], "count": entry["count"] + 1}
-            metadata = {"tag": "counting", "include": [entry], "exclude": [excluded]}
-    if accessory is not None and len(metadata["include"]) > 1:
-        raise UnreadablePrompt(prompt, "only a picture of one object can name an accessory")
-    metadata["prompt"] = prompt
-    return ParsedPrompt(metadata, background, (accessory,) if accessory else (), pattern)
+    return _Reader(prompt, text, background).read()
 
 
-def _cut_phrase(text: str, table: dict[str, tuple[str, ...]]) -> tuple[str, str | None]:
-    for name, phrases in table.items():
+def _cut_background(text: str) -> tuple[str, str | None]:
+    for name, phrases in BACKGROUND_PHRASES.items():
         for phrase in phrases:
             if text.endswith(f" {phrase}"):
                 return text.removesuffix(phrase).strip(), name
+            if text.startswith(f"{phrase} "):
+                return text.removeprefix(phrase).strip(), name
     return text, None
 
 
-def _read_noun(text: str, prompt: str) -> tuple[dict[str, Any], str | None]:
-    words = text.split()
-    if not words:
-        raise UnreadablePrompt(prompt, "it names no object")
-    kind = _KIND_OF.get(words.pop())
-    if kind is None:
-        raise UnreadablePrompt(prompt, f"{text!r} does not end in an object")
-    entry: dict[str, Any] = {"class": kind, "count": 1}
-    pattern = _PATTERN_OF[words.pop()] if words and words[-1] in _PATTERN_OF else None
-    if words and words[-1] in COLOURS:
-        entry["color"] = words.pop()
-    if words and words[-1] in NUMBERS:
-        entry["count"] = NUMBERS[words.pop()]
-    elif words and words[-1] in ("a", "an"):
-        words.pop()
-    if words:
-        raise UnreadablePrompt(prompt, f"{' '.join(words)!r} is not understood before {kind!r}")
-    return entry, pattern
+def _patterns(forms: Iterable[str]) -> list[re.Pattern[str]]:
+    """The forms as patterns, those with most words of their own first."""
+    ordered = sorted(forms, key=lambda form: -len(form.replace("{}", "")))
+    return [re.compile(re.escape(form).replace(r"\{\}", "(.+)")) for form in ordered]
+
+
+_OVERLAYS = _patterns(OVERLAY_FORMS)
+_HYBRIDS = _patterns(HYBRID_FORMS)
+_PART = f"({'|'.join(sorted({word for _, word in _PARTS}, key=len, reverse=True))})"
+_EXCHANGES = [
+    re.compile(form.replace("{}", "(.+?)", 1).replace("{}", _PART, 1).replace("{}", "(.+)"))
+    for form in EXCHANGE_FORMS
+]
+_RELATIONS = [
+    (pattern, relation) for relation, forms in RELATION_FORMS.items() for pattern in _patterns(forms)
+]
+_RELATIONS.sort(key=lambda entry: -len(entry[0].pattern))
+_PAIRS = _patterns(PAIR_FORMS)
+_ONES = _patterns(ONE_FORMS)
+_COUNTS = [
+    re.compile(form.replace("{}", f"({'|'.join(NUMBERS)})", 1).replace("{}", "(.+)"))
+    for form in sorted(COUNT_FORMS, key=len, reverse=True)
+]
+
+
+@dataclass(slots=True)
+class _Noun:
+    kind: str
+    count: int = 1
+    said: dict[str, str] = field(default_factory=dict)
+
+    def entry(self) -> dict[str, Any]:
+        colour = {"color": self.said["colour"]} if "colour" in self.said else {}
+        return {"class": self.kind, "count": self.count, **colour}
+
+
+@dataclass(slots=True)
+class _Reader:
+    prompt: str
+    text: str
+    background: str | None
+
+    def read(self) -> ParsedPrompt:
+        for read in (self._overlay, self._exchange, self._hybrid, self._relation):
+            found = read()
+            if found is not None:
+                return found
+        for name, phrases in ACCESSORY_PHRASES.items():
+            for phrase in phrases:
+                if self.text.endswith(f" {phrase}"):
+                    self.text = self.text.removesuffix(phrase).strip()
+                    return self._alone(name)
+        match = _first(_PAIRS, self.text)
+        if match:
+            first, second = (self._noun(part) for part in match.groups())
+            coloured = "colour" in first.said or "colour" in second.said
+            tag = Task.COLOR_ATTR if coloured else Task.TWO_OBJECT
+            return self._result(tag, [first.entry(), second.entry()])
+        return self._counted() or self._alone(None)
+
+    def _result(self, tag: Task, include: list[dict[str, Any]], **rest: Any) -> ParsedPrompt:
+        metadata = {"tag": tag.value, "include": include, **rest.pop("more", {}), "prompt": self.prompt}
+        return ParsedPrompt(metadata, self.background, **rest)
+
+    def _overlay(self) -> ParsedPrompt | None:
+        match = _first(_OVERLAYS, self.text)
+        if not match:
+            return None
+        entries = [self._noun(part).entry() for part in match.groups()]
+        return self._result(Task.OVERLAY, entries)
+
+    def _exchange(self) -> ParsedPrompt | None:
+        match = _first(_EXCHANGES, self.text)
+        if not match:
+            return None
+        main, part, other = match.groups()
+        kinds = (self._noun(main).kind, self._noun(other).kind)
+        slot = _PARTS.get((kinds[1], part))
+        if slot is None:
+            raise UnreadablePrompt(
+                self.prompt, f"a {kinds[1]} has no {part}; its parts are {', '.join(PART_WORDS[kinds[1]])}"
+            )
+        return self._mixed(kinds, SLOTS[slot])
+
+    def _hybrid(self) -> ParsedPrompt | None:
+        match = _first(_HYBRIDS, self.text)
+        if not match:
+            return None
+        parts = [part for group in match.groups() for part in group.split(" and ")]
+        return self._mixed(tuple(self._noun(part).kind for part in parts), None)
+
+    def _mixed(self, kinds: tuple[str, ...], slot: str | None) -> ParsedPrompt:
+        if len(set(kinds)) < len(kinds):
+            raise UnreadablePrompt(self.prompt, f"it mixes {kinds[0]} with itself; name different kinds")
+        return self._result(
+            Task.HYBRID, [_Noun(kind).entry() for kind in kinds], parents=kinds, exchanged=slot
+        )
+
+    def _relation(self) -> ParsedPrompt | None:
+        for pattern, relation in _RELATIONS:
+            match = pattern.fullmatch(self.text)
+            if match:
+                first, second = (self._noun(part).entry() for part in match.groups())
+                return self._result(Task.POSITION, [second, first | {"position": [relation, 0]}])
+        return None
+
+    def _counted(self) -> ParsedPrompt | None:
+        match, one = _first(_COUNTS, self.text), _first(_ONES, self.text)
+        if one and not (match and match.group(2) in _SINGULAR):
+            noun = self._noun(one.group(1))
+        elif match:
+            noun = self._noun(match.group(2), plural=True)
+            noun.count = NUMBERS[match.group(1)]
+        else:
+            return None
+        excluded = {"class": noun.kind, "count": noun.count + 1}
+        return self._result(
+            Task.COUNTING, [noun.entry()], more={"exclude": [excluded]}, pattern=noun.said.get("pattern")
+        )
+
+    def _alone(self, accessory: str | None) -> ParsedPrompt:
+        noun = self._noun(self.text)
+        tag = Task.COLORS if "colour" in noun.said else Task.SINGLE_OBJECT
+        worn = (accessory,) if accessory else ()
+        said = {name: noun.said.get(name) for name in ("pattern", "mood", "size")}
+        if said["mood"] and noun.kind not in ANIMALS:
+            raise UnreadablePrompt(
+                self.prompt, f"a {noun.kind} has no face to look {said['mood']}; animals have"
+            )
+        return self._result(tag, [noun.entry()], accessories=worn, **said)
+
+    def _noun(self, text: str, *, plural: bool = False) -> _Noun:
+        """An article, adjectives in any order, a name, and perhaps an adjective behind "that is" or "that looks"."""
+        rest, _, clause = text.partition(" that ")
+        said: dict[str, str] = {}
+        if clause:
+            clause = clause.removeprefix("is ").removeprefix("looks ")
+            if clause not in _ADJECTIVES:
+                raise UnreadablePrompt(self.prompt, f"{clause!r} is nothing that an object can be")
+            name, value = _ADJECTIVES[clause]
+            said[name] = value
+        rest = re.sub("^(an?|one) ", "", rest)
+        names = _SINGULAR | _KIND_OF if plural else _KIND_OF
+        while rest not in names:
+            adjective = next((word for word in _ADJECTIVES if rest.startswith(f"{word} ")), None)
+            if adjective is None:
+                near = NEAREST.get(rest, ())
+                hint = f" (near in meaning: {', '.join(near)})" if near else ""
+                reason = f"{rest!r} names no kind{hint}" if rest else "it names no object"
+                raise UnreadablePrompt(self.prompt, reason)
+            name, value = _ADJECTIVES[adjective]
+            if name in said:
+                raise UnreadablePrompt(self.prompt, f"it gives one object two of {name}")
+            said[name] = value
+            rest = rest.removeprefix(adjective).strip()
+        return _Noun(names[rest], 1, said)
+
+
+def _first(patterns: Iterable[re.Pattern[str]], text: str) -> re.Match[str] | None:
+    return next((match for pattern in patterns if (match := pattern.fullmatch(text))), None)
 
 
 def canonical(scene: Scene) -> str:
-    """Return what the scene's caption fixes as one string, which is equal for scenes that one prompt describes."""
-    names = [_noun(scene, thing) for thing in scene.objects]
-    if scene.task is Task.COUNTING:
-        names = [f"{len(names)} {names[0]}"]
-    elif scene.relation is None:
-        names.sort()
-    task = Task.SINGLE_OBJECT if scene.task is Task.SUBJECT else scene.task
-    content = f" {scene.relation} ".join(names) if scene.relation else " and ".join(names)
+    """What the scene's caption fixes, as one string: equal for two scenes that the same prompt describes."""
+    if scene.task is Task.HYBRID:
+        content = " x ".join(sorted(scene.objects[0].parents))
+    elif scene.task is Task.OVERLAY:
+        content = f"{scene.pasted[0].kind} on {scene.objects[0].kind}"
+    else:
+        names = [" ".join([*_said(scene, thing).values(), thing.kind]) for thing in scene.objects]
+        if scene.task is Task.COUNTING:
+            names = [f"{len(names)} {names[0]}"]
+        elif scene.relation is None:
+            names.sort()
+        content = f" {scene.relation} ".join(names) if scene.relation else " and ".join(names)
     accessory = scene.objects[0].accessory or "-"
+    task = Task.SINGLE_OBJECT if scene.task is Task.SUBJECT else scene.task
     return f"{task}: {content} | {accessory} | {scene.background if scene.mentions_background else '-'}"
 
 
 def is_held_out(key: str) -> bool:
-    """Return whether a canonical string belongs to the tenth kept from training; one of a bare kind never does."""
-    if key in _BARE_KEYS:
+    """Whether a canonical key belongs to the tenth kept from training; a bare kind never does, and hybrids are held
+    out by pairs (`pairs.is_held_out_pair`)."""
+    if key in _BARE_KEYS or key.startswith(f"{Task.HYBRID}:"):
         return False
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 10 == 0
 
@@ -217,22 +463,20 @@ _BARE_KEYS = frozenset(f"{Task.SINGLE_OBJECT}: {kind} | - | -" for kind in KINDS
 
 
 def held_out_prompts(task: Task, n: int, seed: int) -> list[str]:
-    """Return `n` different captions of a task that training never saw; the seed fixes which.
+    """n different captions of a task that training never saw.
 
     Raises:
-        ValueError: the task has too few of them.
+        ValueError: the task has fewer.
     """
     rng = np.random.default_rng(seed)
     prompts: dict[str, str] = {}
     for _ in range(1000 * n):
         if len(prompts) == n:
-            break
+            return list(prompts.values())
         scene = random_scene(rng, task)
         key = canonical(scene)
         if is_held_out(key):
             prompts.setdefault(key, caption(scene))
-    if len(prompts) < n:
-        raise ValueError(
-            f"Only {len(prompts)} held-out prompts of the task {task.value!r} were found; asked for {n}."
-        )
-    return list(prompts.values())
+    raise ValueError(
+        f"Only {len(prompts)} held-out prompts of the task {task.value!r} were found; asked for {n}."
+    )

@@ -1,8 +1,13 @@
-"""`pixrl toy verify` measures every shipped checkpoint on held-out scenes and compares it with its gates."""
+"""`pixrl toy verify` measures every shipped checkpoint on held-out scenes and compares it with its gates.
+
+The networks that look at pictures are here; `verify_generators` has those that draw them.
+"""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,43 +15,244 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from pixrl import models
 from pixrl.errors import InputError, did_you_mean
-from pixrl.models.base import Renderer
-from pixrl.models.flux import FluxPolicy
-from pixrl.rewards.base import Reward
+from pixrl.metrics.true_fusion import Fusion, FusionTruth, judge
 from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder
-from pixrl.rewards.geneval import GenEvalReward
-from pixrl.rewards.segmentation import Foreground, Segmenter
+from pixrl.rewards.segmentation import Segmenter
 from pixrl.toy import CHECKPOINTS
-from pixrl.toy.judge import FULL, QUICK, SceneJudge, reconstruct
-from pixrl.toy.language import caption, held_out_prompts, parse
-from pixrl.toy.pictures import TASK_SHARES, draw, held_out_scene, spoil, to_tensor
-from pixrl.toy.scene import SUBJECTS, Scene, Task, ToySubject, random_subject, subject_scene
-from pixrl.toy.vocabulary import ACCESSORIES, BACKGROUNDS
-from pixrl.types import RewardBatch, sample_seed
+from pixrl.toy.judge import reconstruct
+from pixrl.toy.language import canonical, caption, is_held_out
+from pixrl.toy.pictures import drawn, smear, spoil, to_tensor
+from pixrl.toy.random_scenes import (
+    EVEN_SHARES,
+    ToySubject,
+    held_out_hybrid,
+    held_out_subjects,
+    random_scene,
+    random_subject,
+    subject_scene,
+)
+from pixrl.toy.scene import Scene, Task, draw, kind_classes
+from pixrl.toy.vocabulary import KINDS
 
 SEED = 91
-FEWEST_HELD_OUT = 64
-"""Counting has no more held-out prompts than these; further pictures draw them again with other seeds."""
 GALLERY = 64
 """Captions that a picture is told apart from in the retrieval gate."""
+UNBOUNDED = float("inf")
+Random = np.random.Generator
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate is one figure of a checkpoint with the range that it must lie in."""
+    """One figure of a checkpoint, and the range that it must lie in."""
 
     checkpoint: str
     figure: str
     value: float
-    at_least: float
-    at_most: float = float("inf")
+    at_least: float = -UNBOUNDED
+    at_most: float = UNBOUNDED
 
     @property
     def passed(self) -> bool:
         """Return whether the figure lies in its range."""
         return self.at_least <= self.value <= self.at_most
+
+
+def held_out_scene(rng: Random, task: Task | None = None) -> Scene:
+    """Return a scene whose prompt training never saw; a hybrid is of a held-out pair."""
+    # chosen once: most scenes are not held out, and hybrids of held-out pairs always are
+    wanted = task or Task(rng.choice(list(EVEN_SHARES), p=list(EVEN_SHARES.values())))
+    if wanted is Task.HYBRID:
+        return held_out_hybrid(rng)
+    while True:
+        scene = random_scene(rng, wanted)
+        if is_held_out(canonical(scene)):
+            return scene
+
+
+def scenes(count: int, task: Task | None = None) -> list[Scene]:
+    """Return the same held-out scenes at every call."""
+    rng = np.random.default_rng(SEED)
+    return [held_out_scene(rng, task) for _ in range(count)]
+
+
+def high_frequencies(images: Tensor) -> float:
+    """Return the mean power of pictures [B, 3, H, W] above a quarter of the Nyquist frequency."""
+    spectrum = torch.fft.fft2(images.mean(1), norm="ortho").abs().square()
+    rows, columns = (torch.fft.fftfreq(size).abs() for size in spectrum.shape[-2:])
+    above = (rows[:, None] ** 2 + columns[None, :] ** 2).sqrt() > 0.25 * 0.5
+    return float(spectrum[:, above].sum(-1).mean())
+
+
+def load_vae(root: Path) -> AutoencoderKL:
+    """Return the autoencoder that the generators share."""
+    return AutoencoderKL.from_pretrained(root / "vae", dtype=torch.float32).eval()
+
+
+def check_vae(root: Path, thin: int) -> Iterable[Gate]:
+    """Yield how near and how sharp pictures are that were encoded and decoded."""
+    images = drawn(scenes(256 // thin))
+    decoded = reconstruct(load_vae(root), images)
+    error = (decoded - images).square().flatten(1).mean(1)
+    yield Gate("vae", "PSNR in dB, mean over pictures", float((-10 * error.log10()).mean()), 27.0)
+    yield Gate(
+        "vae",
+        "high frequencies, share of the drawings'",
+        high_frequencies(decoded) / high_frequencies(images),
+        0.9,
+        1.1,
+    )
+
+
+def said(scene: Scene) -> str:
+    """Return the scene's caption, the same for a mix of two kinds in either order."""
+    text = caption(scene)
+    if scene.task is not Task.HYBRID:
+        return text
+    parents = "|".join(map(re.escape, scene.objects[0].parents))
+    return " ".join(sorted(re.findall(parents, text))) + re.sub(parents, "", text)
+
+
+def check_clip(root: Path, thin: int) -> Iterable[Gate]:
+    """Yield the share of captions of held-out scenes that CLIP finds among 64."""
+    clip, rng = ClipSimilarity(root / "clip"), np.random.default_rng(SEED)
+    hits: list[Tensor] = []
+    for _ in range(24 // thin):
+        gallery: dict[str, Scene] = {}
+        while len(gallery) < GALLERY:
+            scene = held_out_scene(rng)
+            gallery.setdefault(said(scene), scene)
+        shown = list(gallery.values())
+        captions = [caption(scene) for scene in shown]
+        similarity = clip.image_features(drawn(shown)) @ clip.text_features(captions).T
+        hits.append(similarity.argmax(1) == torch.arange(GALLERY))
+    yield Gate("clip", "caption retrieval among 64, top-1", float(torch.cat(hits).float().mean()), 0.93)
+
+
+@cache
+def truth(root: Path) -> FusionTruth:
+    """Return what tells true fusions: `parts`."""
+    return FusionTruth(root / "parts", device="cpu")
+
+
+def judged(root: Path, images: Tensor, parents: Iterable[Sequence[str]]) -> list[Fusion]:
+    """Return what each picture [B, 3, 128, 128] is that should mix its parents."""
+    told = truth(root)
+    maps = told.segmenter.classes(images).numpy()
+    return [judge(found, kinds, told.parts) for found, kinds in zip(maps, parents, strict=True)]
+
+
+def check_parts(root: Path, thin: int) -> Iterable[Gate]:
+    """Yield which true drawings pass as a fusion: hybrids of held-out pairs should, nothing else."""
+    rng, count = np.random.default_rng(SEED), 2000 // thin
+
+    def passed(asked: Sequence[tuple[Scene, tuple[str, ...]]]) -> float:
+        found = judged(root, drawn(scene for scene, _ in asked), [parents for _, parents in asked])
+        return float(np.mean([fusion.is_true for fusion in found]))
+
+    def strangers(known: tuple[str, ...], number: int) -> tuple[str, ...]:
+        return tuple(
+            str(kind) for kind in rng.choice([k for k in KINDS if k not in known], number, replace=False)
+        )
+
+    hybrids = [held_out_hybrid(rng) for _ in range(count)]
+    yield Gate("parts", "hybrids recognized", passed([(s, s.objects[0].parents) for s in hybrids]), 0.98)
+    alone = [random_scene(rng, Task.SINGLE_OBJECT) for _ in range(count)]
+    kinds = [(scene.objects[0].kind,) for scene in alone]
+    unmixed = [(s, kind + strangers(kind, 1)) for s, kind in zip(alone, kinds, strict=True)]
+    yield Gate("parts", "unmixed pictures that pass", passed(unmixed), at_most=0.002)
+    third = [(s, strangers(kind, 2)) for s, kind in zip(alone, kinds, strict=True)]
+    yield Gate("parts", "third kinds that pass", passed(third), at_most=0.002)
+    pairs = [random_scene(rng, Task.TWO_OBJECT) for _ in range(count)]
+    beside = [(s, (s.objects[0].kind, s.objects[1].kind)) for s in pairs]
+    yield Gate("parts", "side by side that pass", passed(beside), at_most=0.002)
+
+
+def check_segmenter(root: Path, thin: int) -> Iterable[Gate]:
+    """Yield how well the pixels of each kind are found, and objects counted."""
+    segmenter, shown = Segmenter(root / "segmenter"), scenes(512 // thin)
+    drawings = [draw(scene) for scene in shown]
+    labels = np.stack([kind_classes(scene)[d.labels] for scene, d in zip(shown, drawings, strict=True)])
+    images = to_tensor(np.stack([d.picture for d in drawings]))
+    found = segmenter.probabilities(images).argmax(1).numpy()
+    classes = range(len(KINDS) + 1)
+    overlaps = [
+        ((found == k) & (labels == k)).sum() / max(((found == k) | (labels == k)).sum(), 1) for k in classes
+    ]
+    yield Gate("segmenter", "mean IoU over 33 classes", float(np.mean(overlaps)), 0.88)
+    counted = scenes(400 // thin, Task.COUNTING)
+    right = [
+        len(seen.get(scene.objects[0].kind, ())) == len(scene.objects)
+        for seen, scene in zip(segmenter.objects(drawn(counted)), counted, strict=True)
+    ]
+    yield Gate("segmenter", "counting accuracy on true scenes", float(np.mean(right)), 0.97)
+
+
+def cut_out(shown: Iterable[Scene]) -> Tensor:
+    """Return pictures of the scenes' objects on white [B, 3, 128, 128]."""
+    drawings = [draw(scene) for scene in shown]
+    return to_tensor(
+        np.stack([np.where(d.foreground[..., None], d.picture, np.uint8(255)) for d in drawings])
+    )
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """Return the probability that a positive scores above a negative; ties count half."""
+    gap = positive[:, None] - negative[None, :]
+    return float((gap > 0).float().mean() + 0.5 * (gap == 0).float().mean())
+
+
+def check_identity(root: Path, thin: int) -> Iterable[Gate]:
+    """Yield how held-out subjects compare with others of their kinds, and with themselves without marks or smeared."""
+    encoder, rng = DinoEncoder(root / "identity"), np.random.default_rng(SEED)
+    cosines: dict[str, list[Tensor]] = {"same": [], "other": [], "unmarked": [], "smeared": []}
+
+    def of(subjects: Iterable[ToySubject]) -> Tensor:
+        return cut_out(subject_scene(subject, rng, added_accessory=0.0, mood=0.0) for subject in subjects)
+
+    for _ in range(max(8 // thin, 2)):
+        subjects = held_out_subjects()
+        reference, again = of(subjects), of(subjects)
+        smeared = smear(again, 8)
+        shown = {
+            "same": again, "smeared": smeared, "unmarked": of(replace(s, mark=None) for s in subjects),
+            "other": of(replace(random_subject(rng), kind=s.kind) for s in subjects),
+        }  # fmt: skip
+        features = encoder.image_features(reference)
+        for name, images in shown.items():
+            cosines[name].append((features * encoder.image_features(images)).sum(-1))
+    found = {name: torch.cat(values) for name, values in cosines.items()}
+    yield Gate(
+        "identity", "same/different subject AUC within a kind", auc(found["same"], found["other"]), 0.98
+    )
+    for name in ("unmarked", "smeared"):
+        figure = f"share whose own picture is nearer than the {name} one by 0.05"
+        yield Gate("identity", figure, float((found["same"] - found[name] > 0.05).float().mean()), 0.9)
+
+
+def check_preference(root: Path, thin: int) -> Iterable[Gate]:
+    """Yield how often the right caption and the clean picture are preferred."""
+    clip, shown = ClipSimilarity(root / "preference"), scenes(512 // thin)
+    images, texts = drawn(shown), clip.text_features([caption(scene) for scene in shown])
+    good = (clip.image_features(images) * texts).sum(-1)
+    swapped = (clip.image_features(images.roll(1, 0)) * texts).sum(-1)
+    spoiled = (clip.image_features(spoil(images, np.random.default_rng(SEED))) * texts).sum(-1)
+    yield Gate(
+        "preference", "pair accuracy", float(torch.cat((good > swapped, good > spoiled)).float().mean()), 0.97
+    )
+
+
+CHECKS: dict[str, Callable[[Path, int], Iterable[Gate]]] = {
+    "vae": check_vae, "clip": check_clip, "segmenter": check_segmenter, "parts": check_parts,
+    "identity": check_identity, "preference": check_preference,
+}  # fmt: skip
+
+
+def checks() -> dict[str, Callable[[Path, int], Iterable[Gate]]]:
+    """Return every checkpoint's check; the generators' build on the others."""
+    from pixrl.toy.verify_generators import GENERATOR_CHECKS
+
+    return CHECKS | GENERATOR_CHECKS
 
 
 def verify(names: Sequence[str] = (), *, root: Path = CHECKPOINTS, quick: bool = False) -> list[Gate]:
@@ -58,13 +264,14 @@ def verify(names: Sequence[str] = (), *, root: Path = CHECKPOINTS, quick: bool =
     Raises:
         InputError: a checkpoint that does not exist.
     """
+    known = checks()
     for name in names:
-        if name not in CHECKS:
+        if name not in known:
             raise InputError(
-                f"There is no toy checkpoint {name!r}.{did_you_mean(name, CHECKS)} There are {', '.join(CHECKS)}."
+                f"There is no toy checkpoint {name!r}.{did_you_mean(name, known)} There are {', '.join(known)}."
             )
     found: list[Gate] = []
-    for name, check in CHECKS.items():
+    for name, check in known.items():
         if not names or name in names:
             gates = list(check(root, 4 if quick else 1))
             found += gates
@@ -74,216 +281,11 @@ def verify(names: Sequence[str] = (), *, root: Path = CHECKPOINTS, quick: bool =
 
 
 def _record(path: Path, gates: Iterable[Gate]) -> None:
-    record = json.loads(path.read_text())
-    record["gates"] = [asdict(gate) | {"passed": gate.passed} for gate in gates]
-    for gate in record["gates"]:
-        gate["value"] = round(gate["value"], 4)
-        if gate["at_most"] == float("inf"):
-            del gate["at_most"]
+    """Write the gates beside how the checkpoint was made, without the bounds that a gate does not have."""
+    rows = [
+        {key: value for key, value in asdict(gate).items() if value not in (UNBOUNDED, -UNBOUNDED)}
+        | {"value": round(gate.value, 4), "passed": gate.passed}
+        for gate in gates
+    ]
+    record = json.loads(path.read_text()) | {"gates": rows}
     path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _scenes(count: int, task: Task | None = None) -> list[Scene]:
-    rng = np.random.default_rng(SEED)
-    return [held_out_scene(rng, task) for _ in range(count)]
-
-
-def _pictures(scenes: Sequence[Scene]) -> tuple[Tensor, "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]"]:
-    drawn = [draw(scene) for scene in scenes]
-    return to_tensor(np.stack([image for image, _ in drawn])), np.stack([labels for _, labels in drawn])
-
-
-def check_clip(root: Path, thin: int) -> Iterable[Gate]:
-    """Yield the share of captions of held-out scenes that CLIP finds among 64."""
-    clip = ClipSimilarity(root / "clip")
-    hits: list[Tensor] = []
-    rng = np.random.default_rng(SEED)
-    for _ in range(24 // thin):
-        gallery: dict[str, Scene] = {}
-        while len(gallery) < GALLERY:
-            scene = held_out_scene(rng)
-            gallery.setdefault(caption(scene), scene)
-        images, _ = _pictures(list(gallery.values()))
-        similarity = clip.image_features(images) @ clip.text_features(list(gallery)).T
-        hits.append(similarity.argmax(1) == torch.arange(GALLERY))
-    yield Gate("clip", "caption retrieval among 64, top-1", float(torch.cat(hits).float().mean()), 0.90)
-
-
-def check_vae(root: Path, thin: int) -> Iterable[Gate]:
-    """Yield the peak signal-to-noise ratio of pictures that the autoencoder has encoded and decoded."""
-    images, _ = _pictures(_scenes(256 // thin))
-    error = (reconstruct(_vae(root), images) - images).square().flatten(1).mean(1)
-    yield Gate("vae", "PSNR in dB, mean over pictures", float((-10 * error.log10()).mean()), 27.0)
-
-
-def _vae(root: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32).eval()
-
-
-def check_segmenter(root: Path, thin: int) -> Iterable[Gate]:
-    """Yield how well the segmenter finds the pixels of each kind and counts objects on held-out scenes."""
-    segmenter = Segmenter(root / "segmenter")
-    images, labels = _pictures(_scenes(512 // thin))
-    found = segmenter.probabilities(images).argmax(1).numpy()
-    classes = range(int(labels.max()) + 1)
-    ious = [
-        ((found == k) & (labels == k)).sum() / max(((found == k) | (labels == k)).sum(), 1) for k in classes
-    ]
-    yield Gate("segmenter", "mean IoU over 25 classes", float(np.mean(ious)), 0.85)
-    scenes = _scenes(400 // thin, Task.COUNTING)
-    detections = segmenter.objects(_pictures(scenes)[0])
-    right = [
-        len(seen.get(scene.objects[0].kind, ())) == len(scene.objects)
-        for seen, scene in zip(detections, scenes, strict=True)
-    ]
-    yield Gate("segmenter", "counting accuracy on true scenes", float(np.mean(right)), 0.95)
-
-
-def _cut_out(scenes: Sequence[Scene]) -> Tensor:
-    images, labels = _pictures(scenes)
-    return torch.where(torch.from_numpy(labels > 0)[:, None], images, torch.ones(()))
-
-
-def check_identity(root: Path, thin: int) -> Iterable[Gate]:
-    """Yield how well the encoder tells the thirty held-out subjects from others of their kinds, cut out on white."""
-    encoder = DinoEncoder(root / "identity")
-    rng = np.random.default_rng(SEED)
-    same, different = [], []
-    for _ in range(max(8 // thin, 2)):
-        first, second = (_cut_out([subject_scene(s, rng) for s in SUBJECTS]) for _ in range(2))
-        others = _cut_out([subject_scene(_relative(s.kind, rng), rng) for s in SUBJECTS])
-        here, again, other = (encoder.image_features(images) for images in (first, second, others))
-        same.append((here * again).sum(-1))
-        different.append((here * other).sum(-1))
-    yield Gate(
-        "identity",
-        "same/different subject AUC within a kind",
-        auc(torch.cat(same), torch.cat(different)),
-        0.95,
-    )
-
-
-def auc(positive: Tensor, negative: Tensor) -> float:
-    """Return the probability that a value of `positive` [N] lies above one of `negative` [M]; ties count half.
-
-    It is the area under the receiver operating characteristic.
-    """
-    gap = positive[:, None] - negative[None, :]
-    return float((gap > 0).float().mean() + 0.5 * (gap == 0).float().mean())
-
-
-def _relative(kind: str, rng: np.random.Generator) -> ToySubject:
-    """Another subject of the kind."""
-    return replace(random_subject(rng), kind=kind)
-
-
-def check_preference(root: Path, thin: int) -> Iterable[Gate]:
-    """Yield how often the preference model puts right above wrong captions, and clean above spoiled pictures."""
-    clip = ClipSimilarity(root / "preference")
-    scenes = _scenes(512 // thin)
-    images, _ = _pictures(scenes)
-    texts = clip.text_features([caption(scene) for scene in scenes])
-    good = (clip.image_features(images) * texts).sum(-1)
-    swapped = (clip.image_features(images.roll(1, 0)) * texts).sum(-1)
-    spoiled = (clip.image_features(spoil(images, np.random.default_rng(SEED))) * texts).sum(-1)
-    wins = torch.cat((good > swapped, good > spoiled)).float().mean()
-    yield Gate("preference", "pair accuracy", float(wins), 0.95)
-
-
-def task_scores(policy: Renderer, reward: Reward, thin: int, each: int = 96) -> dict[Task, float]:
-    """Return the mean strict GenEval score of `each // thin` pictures of each task's held-out prompts."""
-    out = {}
-    for number, task in enumerate(TASK_SHARES):
-        known = held_out_prompts(task, min(each // thin, FEWEST_HELD_OUT), SEED)
-        prompts = [known[i % len(known)] for i in range(each // thin)]
-        seeds = [sample_seed(SEED, 0, number, i) for i in range(len(prompts))]
-        images = policy.sample(policy.encode(prompts), seeds)
-        batch = RewardBatch(images, prompts, [parse(prompt).metadata for prompt in prompts])
-        out[task] = float(reward.score(batch).values_B.nanmean())
-    return out
-
-
-def check_sd3(root: Path, thin: int) -> Iterable[Gate]:
-    """Yield the toy GenEval scores of pictures that SD3 draws in ten Euler steps without guidance."""
-    reward = GenEvalReward(root / "segmenter", clip=root / "clip")
-    scores = task_scores(models.load(root / "sd3"), reward, thin)
-    limits = {Task.SINGLE_OBJECT: 0.90, Task.COLORS: 0.85}
-    for task, score in scores.items():
-        yield Gate("sd3", f"GenEval {task}", score, limits.get(task, 0.0))
-    yield Gate("sd3", "GenEval overall", float(np.mean(list(scores.values()))), 0.45, 0.80)
-
-
-def check_flux(root: Path, thin: int) -> Iterable[Gate]:
-    """Yield how far pictures of held-out subjects follow their prompts and show the same individual."""
-    policy = models.load(root / "flux")
-    assert isinstance(policy, FluxPolicy)
-    rng = np.random.default_rng(SEED)
-    subjects = [subject for subject in SUBJECTS for _ in range(8 // thin)]
-    references = _cut_out([subject_scene(subject, rng) for subject in subjects])
-    relatives = _cut_out([subject_scene(_relative(subject.kind, rng), rng) for subject in subjects])
-    wanted = [asking(subject, rng) for subject in subjects]
-    prompts = [caption(scene) for scene in wanted]
-    seeds = [sample_seed(SEED, 1, 0, i) for i in range(len(prompts))]
-    images = policy.sample(policy.with_references(policy.encode(prompts), [references]), seeds)
-    vae = _vae(root)
-    judge = SceneJudge.fit(vae, SEED, QUICK if thin > 1 else FULL)
-    yield Gate("flux", "background and accessory right", _share(judge.follows(images, wanted)), 0.70)
-    # the judge itself on held-out subjects: drawn as asked and decoded so, and with one thing exchanged
-    rng = np.random.default_rng(SEED)
-    right = [asking(subject, rng) for subject in SUBJECTS for _ in range(8)]
-    drawn, _ = _pictures(right)
-    accepted = [judge.follows(pictures, right) for pictures in (drawn, reconstruct(vae, drawn))]
-    rejected = [
-        ~judge.follows(_pictures([exchange(scene, rng) for scene in right])[0], right)
-        for exchange in (other_background, other_accessory)
-    ]
-    for figure, shares in (("accepts true", accepted), ("rejects wrong", rejected)):
-        yield Gate("flux", f"judge {figure} drawings", min(map(_share, shares)), 0.95)
-    masks = Foreground(root / "segmenter").masks(images)
-    encoder = DinoEncoder(root / "identity")
-    features = encoder.image_features(Foreground.composite(images, masks))
-    own = (features * encoder.image_features(references)).sum(-1)
-    other = (features * encoder.image_features(relatives)).sum(-1)
-    yield Gate(
-        "flux",
-        "identity: own reference minus another of the kind, mean cosine",
-        float((own - other).mean()),
-        0.15,
-    )
-    yield Gate("flux", "identity: share nearer to its own reference", _share(own > other), 0.80)
-
-
-def _share(holds: Tensor) -> float:
-    """Of true values; in double precision, so that 168 of 240 are 0.7 and not less."""
-    return float(holds.double().mean())
-
-
-def asking(subject: ToySubject, rng: np.random.Generator) -> Scene:
-    """Return a scene whose prompt names the background and an accessory that the subject does not own."""
-    while True:
-        scene = subject_scene(subject, rng, added_accessory=1.0)
-        if scene.mentions_background and scene.background != "plain":
-            return scene
-
-
-def other_background(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return the scene before a background that its prompt does not name."""
-    return replace(scene, background=str(rng.choice([n for n in BACKGROUNDS if n != scene.background])))
-
-
-def other_accessory(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return the scene with an accessory that its prompt does not name, or without one."""
-    thing = scene.objects[0]
-    names = [name for name in (*ACCESSORIES, None) if name not in (thing.accessory, thing.own)]
-    return replace(scene, objects=(replace(thing, accessory=names[int(rng.integers(len(names)))]),))
-
-
-CHECKS: dict[str, Callable[[Path, int], Iterable[Gate]]] = {
-    "clip": check_clip,
-    "vae": check_vae,
-    "segmenter": check_segmenter,
-    "identity": check_identity,
-    "preference": check_preference,
-    "sd3": check_sd3,
-    "flux": check_flux,
-}

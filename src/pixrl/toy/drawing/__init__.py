@@ -1,1 +1,1 @@
-"""This package draws with PIL: a pen in an object's own frame, the kinds, their accessories, and the backgrounds."""
+"""How the toy world is drawn: `pen` draws shapes, one file a slot draws its 32 parts, `figure` puts them together."""

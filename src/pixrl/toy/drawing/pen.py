@@ -1,12 +1,11 @@
-"""The pen of this module draws outlined flat shapes in an object's own frame (x right, y down, both from -1 to 1).
+"""A pen that draws outlined flat shapes in an object's own frame (x right, y down, both from -1 to 1).
 
-Pictures are RGBA while they are drawn: the alpha channel is 255 where an object has put ink and 0 on the
-background, so that reducing the picture also gives every object's coverage.
+Everything is drawn twice: in colour, and as a map of labels that says to which part of which object a pixel belongs.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from PIL import Image, ImageChops, ImageDraw
@@ -16,50 +15,55 @@ from pixrl.toy.vocabulary import RGB, Palette
 Point = tuple[float, float]
 Outline = Callable[[ImageDraw.ImageDraw, float, float, int], None]
 
-INK: RGB = (44, 36, 48)
+INK: RGB = (52, 42, 58)
 WHITE: RGB = (255, 255, 255)
-SHADE_STRENGTH = 48
-CIRCLE = tuple((math.cos(k * math.pi / 16), math.sin(k * math.pi / 16)) for k in range(32))
+SIDES = (-1, 1)
+SHADE_STRENGTH = 36
+CIRCLE = tuple((math.cos(k * math.pi / 20), math.sin(k * math.pi / 20)) for k in range(40))
 
 
 def mix(a: RGB, b: RGB, share: float) -> RGB:
-    """Return the RGB colour that lies `share` of the way from `a` to `b`."""
-    return (
-        round(a[0] + (b[0] - a[0]) * share),
-        round(a[1] + (b[1] - a[1]) * share),
-        round(a[2] + (b[2] - a[2]) * share),
-    )
+    """The colour `share` of the way from a to b."""
+    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 def brightness(colour: RGB) -> float:
-    """Return the perceived lightness of an RGB colour, from 0 to 255."""
+    """Perceived lightness, 0 to 255."""
     return 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
 
 
-@dataclass(frozen=True, slots=True)
-class Coat:
-    """A coat is what an object is painted with: two colours and a pattern."""
-
-    palette: Palette
-    pattern: str = "plain"
-
-    @property
-    def pattern_colour(self) -> RGB:
-        """Return the secondary colour where it shows on the primary one, else a darker or lighter primary."""
-        primary, secondary = self.palette.primary, self.palette.secondary
-        if math.dist(primary, secondary) > 120:
-            return secondary
-        return mix(primary, INK, 0.45) if brightness(primary) > 130 else mix(primary, WHITE, 0.6)
+def box(left: float, top: float, right: float, bottom: float) -> list[Point]:
+    """The corners of a rectangle."""
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
 def mirrored(*right: Point) -> list[Point]:
-    """Return the closed symmetric outline whose right half is given from top to bottom."""
+    """The symmetric outline whose right half is given from top to bottom."""
     return [*right, *((-x, y) for x, y in reversed(right) if x != 0)]
 
 
-@lru_cache(maxsize=512)
-def smooth(points: tuple[Point, ...], steps: int = 5) -> tuple[Point, ...]:
-    """Return a closed Catmull-Rom curve through the points, with `steps` points from each of them to the next."""
+def arc(x: float, y: float, rx: float, ry: float, start: float, end: float, steps: int = 12) -> list[Point]:
+    """Points of an ellipse from one angle to another (degrees, clockwise from the right)."""
+    angles = [math.radians(start + (end - start) * k / steps) for k in range(steps + 1)]
+    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+
+
+def spiral(x: float, y: float, radius: float, turns: float, start: float, steps: int = 28) -> list[Point]:
+    """A spiral from its middle to `radius`; `start` is the outer end's angle in degrees."""
+    end = math.radians(start)
+    return [
+        (
+            x + radius * (k / steps) * math.cos(end - turns * 2 * math.pi * (1 - k / steps)),
+            y + radius * (k / steps) * math.sin(end - turns * 2 * math.pi * (1 - k / steps)),
+        )
+        for k in range(steps + 1)
+    ]
+
+
+@lru_cache(maxsize=2048)
+def smooth(points: tuple[Point, ...], steps: int = 6) -> tuple[Point, ...]:
+    """A closed Catmull-Rom curve through the points."""
     curve: list[Point] = []
     n = len(points)
     for i in range(n):
@@ -74,75 +78,105 @@ def smooth(points: tuple[Point, ...], steps: int = 5) -> tuple[Point, ...]:
     return tuple(curve)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def pattern_stencil(pattern: str, half: int) -> Image.Image:
-    """Return an L picture of the frame, `half` pixels from middle to edge, that is 255 where the pattern has ink."""
+    """Where the pattern's ink goes, over the whole frame of half side `half` pixels."""
     side = 2 * half + 4
     stencil = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(stencil)
     if pattern == "stripes":
-        period = 0.40 * half
-        for k in range(-1, 12):
+        period, width = 0.36 * half, 0.16 * half
+        for k in range(-1, 14):
             x = k * period
-            draw.polygon(
-                [(x, 0), (x + period * 0.45, 0), (x + period * 0.45 - side / 3, side), (x - side / 3, side)],
-                255,
-            )
+            draw.polygon([(x, 0), (x + width, 0), (x + width - side / 3, side), (x - side / 3, side)], 255)
     elif pattern == "dots":
-        period, radius = 0.38 * half, 0.105 * half
-        for row in range(7):
-            for column in range(7):
+        period, radius = 0.36 * half, 0.1 * half
+        for row in range(8):
+            for column in range(8):
                 x, y = (column + 0.5 * (row % 2)) * period, (row + 0.3) * period * 0.87
                 draw.ellipse((x - radius, y - radius, x + radius, y + radius), 255)
     return stencil
 
 
-class Pen:
-    """A pen draws one object: shapes in its frame with dark rims; body shapes also get the pattern and a shade."""
+@dataclass(frozen=True, slots=True)
+class Coat:
+    """What an object is painted with."""
 
-    def __init__(self, image: Image.Image, coat: Coat, centre: Point, half: float, rim: float) -> None:
-        self.image = image
+    palette: Palette
+    pattern: str = "plain"
+
+    @property
+    def pattern_colour(self) -> RGB:
+        """The secondary colour where it shows on the primary, else a darker or lighter primary."""
+        primary, secondary = self.palette.primary, self.palette.secondary
+        if math.dist(primary, secondary) > 120:
+            return secondary
+        return mix(primary, INK, 0.45) if brightness(primary) > 130 else mix(primary, WHITE, 0.6)
+
+
+@dataclass(frozen=True)
+class LabelledCanvas:
+    """A picture being drawn, in colour and as labels (0 is background)."""
+
+    image: Image.Image
+    labels: Image.Image
+    ink: ImageDraw.ImageDraw = field(init=False)
+    tags: ImageDraw.ImageDraw = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ink", ImageDraw.Draw(self.image))
+        object.__setattr__(self, "tags", ImageDraw.Draw(self.labels))
+
+
+class Pen:
+    """Draws one object: shapes in its frame, each with a dark rim; coated shapes also get pattern and shade.
+
+    `label` is what the label map receives; `mood` is what faces show.
+    """
+
+    def __init__(
+        self,
+        canvas: LabelledCanvas,
+        coat: Coat,
+        centre: Point,
+        half: float,
+        rim: float,
+        mood: str | None = None,
+    ) -> None:
+        self.canvas, self.centre, self.half, self.rim, self.mood = canvas, centre, half, rim, mood
+        self.label = 0
+        self.wear(coat)
+
+    def wear(self, coat: Coat) -> None:
+        """Go on with another coat: the parts of a hybrid may keep their own."""
         self.coat = coat
-        self.centre = centre
-        self.half = half
-        self.rim = rim
-        self.draw = ImageDraw.Draw(image)
-        self.primary = coat.palette.primary
-        self.secondary = coat.palette.secondary
-        self.deep = mix(self.primary, INK, 0.28)
+        self.primary, self.secondary = coat.palette.primary, coat.palette.secondary
+        self.deep = mix(self.primary, INK, 0.26)
+        self.light = mix(self.primary, WHITE, 0.5)
 
     def place(self, points: Sequence[Point]) -> list[Point]:
-        """Return points of the frame in pixels of the picture."""
+        """The frame's points in pixels."""
         (cx, cy), h = self.centre, self.half
         return [(cx + h * x, cy + h * y) for x, y in points]
 
     def oval(
-        self,
-        x: float,
-        y: float,
-        rx: float,
-        ry: float,
-        fill: RGB,
-        *,
-        tilt: float = 0,
-        rim: bool = True,
-        coat: bool = False,
-    ) -> None:
-        """Draw an ellipse of radii `rx` and `ry` around (x, y), turned clockwise by `tilt` degrees."""
+        self, x: float, y: float, rx: float, ry: float, fill: RGB, *,
+        tilt: float = 0, rim: bool = True, coat: bool = False,
+    ) -> None:  # fmt: skip
+        """An ellipse, turned clockwise by `tilt` degrees."""
         if tilt:
             c, s = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
-            self.shape(
-                [(x + c * rx * u - s * ry * v, y + s * rx * u + c * ry * v) for u, v in CIRCLE],
-                fill,
-                rim=rim,
-                coat=coat,
-            )
+            turned = [(x + c * rx * u - s * ry * v, y + s * rx * u + c * ry * v) for u, v in CIRCLE]
+            self.shape(turned, fill, rim=rim, coat=coat)
             return
-        (cx, cy), h, r = self.centre, self.half, self.rim
+        (cx, cy), h = self.centre, self.half
         left, top, right, bottom = cx + h * (x - rx), cy + h * (y - ry), cx + h * (x + rx), cy + h * (y + ry)
+        r = self.rim if rim else 0.0
+        outer = (left - r, top - r, right + r, bottom + r)
         if rim:
-            self.draw.ellipse((left - r, top - r, right + r, bottom + r), (*INK, 255))
-        self.draw.ellipse((left, top, right, bottom), (*fill, 255))
+            self.canvas.ink.ellipse(outer, INK)
+        self.canvas.ink.ellipse((left, top, right, bottom), fill)
+        self.canvas.tags.ellipse(outer, self.label)
         if coat:
             self._coat(
                 (left, top, right, bottom),
@@ -152,17 +186,18 @@ class Pen:
             )
 
     def blob(self, points: Sequence[Point], fill: RGB, *, rim: bool = True, coat: bool = False) -> None:
-        """Draw the area inside a smooth closed curve through the points."""
+        """A smooth closed curve through the points."""
         self.shape(smooth(tuple(points)), fill, rim=rim, coat=coat)
 
     def shape(self, points: Sequence[Point], fill: RGB, *, rim: bool = True, coat: bool = False) -> None:
-        """Draw the polygon whose corners are the points."""
+        """A polygon."""
         corners = self.place(points)
         if rim:
-            self.draw.line(
-                [*corners, corners[0], corners[1]], (*INK, 255), round(2 * self.rim), joint="curve"
-            )
-        self.draw.polygon(corners, (*fill, 255))
+            closed = [*corners, corners[0], corners[1]]
+            self.canvas.ink.line(closed, INK, round(2 * self.rim), joint="curve")
+            self.canvas.tags.line(closed, self.label, round(2 * self.rim))
+        self.canvas.ink.polygon(corners, fill)
+        self.canvas.tags.polygon(corners, self.label)
         if coat:
             xs, ys = [p[0] for p in corners], [p[1] for p in corners]
             self._coat(
@@ -171,30 +206,23 @@ class Pen:
             )
 
     def limb(self, points: Sequence[Point], width: float, fill: RGB) -> None:
-        """Draw a thick line with rounded ends and a rim: a tail, a leg or a handle."""
+        """A rounded thick line with a rim: a tail, a leg, a handle."""
         corners = self.place(points)
         for extra, colour in ((self.rim, INK), (0.0, fill)):
             radius = width * self.half / 2 + extra
-            self.draw.line(corners, (*colour, 255), max(1, round(2 * radius)), joint="curve")
+            self._stroke(corners, colour, max(1, round(2 * radius)))
             for x, y in (corners[0], corners[-1]):
-                self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), (*colour, 255))
+                ends = (x - radius, y - radius, x + radius, y + radius)
+                self.canvas.ink.ellipse(ends, colour)
+                self.canvas.tags.ellipse(ends, self.label)
 
-    def line(self, points: Sequence[Point], width: float = 0.05, colour: RGB = INK) -> None:
-        """Draw a thin line without a rim: a mouth, a whisker or a seam."""
-        self.draw.line(self.place(points), (*colour, 255), max(3, round(width * self.half)), joint="curve")
+    def line(self, points: Sequence[Point], width: float = 0.045, colour: RGB = INK) -> None:
+        """A plain thin line: a mouth, a whisker, a seam."""
+        self._stroke(self.place(points), colour, max(3, round(width * self.half)))
 
-    def eye(self, x: float, y: float, radius: float, *, look: Point = (0.0, 0.1)) -> None:
-        """Draw a white eye whose dark pupil is shifted by `look`, in radii of the eye."""
-        self.oval(x, y, radius, radius, WHITE)
-        self.oval(x + look[0] * radius, y + look[1] * radius, radius * 0.58, radius * 0.58, INK, rim=False)
-        self.oval(
-            x + (look[0] - 0.2) * radius,
-            y + (look[1] - 0.25) * radius,
-            radius * 0.2,
-            radius * 0.2,
-            WHITE,
-            rim=False,
-        )
+    def _stroke(self, corners: list[Point], colour: RGB, width: int) -> None:
+        self.canvas.ink.line(corners, colour, width, joint="curve")
+        self.canvas.tags.line(corners, self.label, width)
 
     def _coat(self, bounds: tuple[float, float, float, float], outline: Outline) -> None:
         left, top = math.floor(bounds[0]), math.floor(bounds[1])
@@ -205,12 +233,10 @@ class Pen:
             half = round(self.half)
             x, y = left - round(self.centre[0]) + half + 2, top - round(self.centre[1]) + half + 2
             stencil = pattern_stencil(self.coat.pattern, half).crop((x, y, x + size[0], y + size[1]))
-            self.image.paste(
-                (*self.coat.pattern_colour, 255), (left, top), ImageChops.darker(inside, stencil)
-            )
+            self.canvas.image.paste(self.coat.pattern_colour, (left, top), ImageChops.darker(inside, stencil))
         shade = Image.new("L", size, 0)
         pencil = ImageDraw.Draw(shade)
         shift = 0.09 * self.half
         outline(pencil, -left, -top, SHADE_STRENGTH)
         outline(pencil, -left - shift, -top - shift, 0)
-        self.image.paste((*INK, 255), (left, top), shade)
+        self.canvas.image.paste(INK, (left, top), shade)
