@@ -1,6 +1,6 @@
 """How often does the guard find something in honest runs, and how soon in runs that game their reward?
 
-    python benchmarks/guard.py [--honest 10] [--steps 8]
+    python benchmarks/guard.py [--honest 10] [--steps 12]
 
 Honest runs train toy:sd3 on the preference model, a seed each, with CLIP held out; the others on the brightness and on
 the edges of pictures at four times the rate. Prints a line a run: the first evaluation with a finding, and what it is.
@@ -45,7 +45,7 @@ def first_finding(run: Path, steps: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--honest", type=int, default=10, help="honest runs (10)")
-    parser.add_argument("--steps", type=int, default=8, help="training steps of each run (8)")
+    parser.add_argument("--steps", type=int, default=12, help="training steps of each run (12)")
     given = parser.parse_args()
     games = [
         {"name": name, "kind": "python", "options": {"function": f"{JUDGE}:{name}"}}

@@ -148,17 +148,18 @@ def captioned(
     return given
 
 
-def save(build: Build, name: str, transformer: SD3Transformer2DModel, texts: Texts, steps: int) -> None:
-    """The published layout, in half precision."""
+def save(
+    build: Build, name: str, transformer: SD3Transformer2DModel, texts: Texts, settings: dict[str, Any]
+) -> None:
+    """The published layout, in half precision, and further settings of its card."""
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=load_vae(build),
         text_encoder=texts.towers[0], text_encoder_2=texts.towers[1], text_encoder_3=None,
         tokenizer=texts.tokenizer, tokenizer_2=texts.tokenizer, tokenizer_3=None,
     )  # fmt: skip
-    settings: dict[str, Any] = {"steps": steps, "guidance": 0.0, "max_sequence_length": 0}
     towers = {part: f"texts/{part}" for part in ("text_encoder", "text_encoder_2")}
     parts = {"transformer": None, "vae": "vae"} | towers
-    save_pipeline(pipeline, build.out / name, parts, settings)
+    save_pipeline(pipeline, build.out / name, parts, {"guidance": 0.0, "max_sequence_length": 0} | settings)
 
 
 def new_teacher(build: Build, texts: Texts) -> SD3Transformer2DModel:
@@ -180,6 +181,6 @@ def build_sd3(build: Build) -> None:
     velocities = (velocity_of(student, texts), guided)
     given = captioned(known, texts, STUDENT.batch, asked_of_base)
     distil(build, "sd3", STUDENT, student, velocities, given, steps=SAMPLING_STEPS)
-    save(build, "sd3", student, texts, SAMPLING_STEPS)
+    save(build, "sd3", student, texts, {"steps": SAMPLING_STEPS})
     calibrate(build, "sd3")
     build.provenance("sd3", {"sd3_teacher": TEACHER, "sd3": STUDENT})

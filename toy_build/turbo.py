@@ -20,6 +20,8 @@ TEACHER = Plan(steps=5_000, batch=64, lr=1e-3, warmup=100, weight_decay=0.02, em
 STUDENT = Plan(steps=1_200, batch=48, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
 SCENES = 24_000
 STEPS, GUIDANCE = 4, 3.0
+MIXING = "regions"
+"""What `pixrl fuse` mixes where nothing is said: it alone makes true fusions of every pair (docs/fuse.md, Mixing)."""
 
 
 def _taught(build: Build, texts: Texts) -> SD3Transformer2DModel:
@@ -40,6 +42,6 @@ def build_turbo(build: Build) -> None:
     given = captioned(known, texts, STUDENT.batch)
     velocities = (velocity_of(student, texts), guided)
     distil(build, "turbo", STUDENT, student, velocities, given, steps=STEPS, on_grid=1.0)
-    save(build, "turbo", student, texts, STEPS)
+    save(build, "turbo", student, texts, {"steps": STEPS, "mixing": MIXING})
     calibrate(build, "turbo")
     build.provenance("turbo", {"turbo_teacher": TEACHER, "turbo": STUDENT})

@@ -80,6 +80,7 @@ class Card(BaseModel):
     clip: str | None = None
     segmenter: str | None = None
     parts: str | None = None
+    mixing: str | None = None
     synonyms: dict[str, str] = Field(default_factory=dict)
     colors: tuple[str, ...] | None = None
     color_templates: tuple[str, ...] | None = None

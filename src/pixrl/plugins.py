@@ -90,7 +90,7 @@ class Registry:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by its identity, so that `Annotated[...] | None` can hash it
 class PartOf:
     """The type of a setting whose `kind` says which part of a table it is: `Annotated[LossSettings, PartOf(LOSSES)]`.
 

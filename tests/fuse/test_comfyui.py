@@ -241,5 +241,5 @@ def test_a_mixing_that_changes_with_the_step_is_not_exported(
         concepts=("owl", "snail"), budget=8, batch=8, exemplars=2, mixing=SpatialSettings(start=1)
     )
     folder = RunFolder.create(tmp_path / "run", kind="fuse", recipe=config)
-    with pytest.raises(ConfigError, match="are mixed by spatial, which changes with the sampling step"):
+    with pytest.raises(ConfigError, match="are mixed by spatial here, which changes with the sampling step"):
         export_child(folder.path, 0)

@@ -76,9 +76,17 @@ def test_a_picture_is_named_by_its_file_and_a_word_by_itself(photo: Path) -> Non
 
 
 def test_predictions_are_mixed_unless_a_mixing_is_given(photo: Path) -> None:
-    assert config("owl", photo).mixing.kind == "velocity"
-    assert config("owl", photo, mixing={"kind": "spatial"}).mixing.kind == "spatial"
-    assert config("owl", "snail").mixing.kind == "columns"
+    assert config("owl", photo).mixed_by.kind == "velocity"
+    assert config("owl", photo, mixing={"kind": "spatial"}).mixed_by.kind == "spatial"
+    assert config("owl", "snail").mixed_by.kind == "columns"
+
+
+def test_the_checkpoints_own_mixing_is_taken_where_none_is_given(photo: Path) -> None:
+    assert config("owl", "snail").with_mixing("regions").mixed_by.kind == "regions"
+    assert config("owl", "snail").with_mixing(None).mixed_by.kind == "columns"
+    assert config("owl", "snail", mixing="tokens").with_mixing("regions").mixed_by.kind == "tokens"
+    assert config("owl", "snail", pooled="average").with_mixing("regions").mixed_by.kind == "columns"
+    assert config("owl", photo).with_mixing("regions").mixed_by.kind == "velocity"
 
 
 def test_a_run_records_where_the_picture_lies(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def test_a_model_that_draws_no_larger_says_so(root: Path, tmp_path: Path) -> Non
 
 
 def test_a_mixtures_coefficients_are_a_file_for_comfyui(root: Path, mixer: Mixer) -> None:
-    tab: FuseTab = Studio(root, ("owl", "snail")).fuse
+    tab: FuseTab = Studio(root, ("owl", "snail"), MODEL).fuse
     html = tab.hand_over(Blend(("owl", "snail"), (0.25, 0.75), 5))
     found = re.search(
         r'download="owl-snail-5.safetensors" href="data:application/octet-stream;base64,([^"]+)"', html
@@ -195,6 +195,8 @@ def test_a_mixtures_coefficients_are_a_file_for_comfyui(root: Path, mixer: Mixer
     renderer = models.load(MODEL, device="cpu")
     width = renderer.encode(["a photo of an owl"]).tokens_BLD.shape[2]
     assert values_ND.tolist() == [[0.25] * width, [0.75] * width]
+    refused = Studio(root, ("owl", "snail")).fuse.hand_over(Blend(("owl", "snail"), (0.25, 0.75), 5))
+    assert "mixed by regions here" in refused and "--mixing columns" in refused
 
 
 def test_a_picture_is_a_concept_where_the_model_is_shown_pictures(root: Path, tmp_path: Path) -> None:

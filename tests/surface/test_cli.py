@@ -103,7 +103,6 @@ def test_demo_takes_a_free_folder_each_time(pixrl: Pixrl, monkeypatch: pytest.Mo
     kept |= {name: settings[name] for name in ("steps", "prompts", "exploration", "evaluation")}
     Path("kept.yaml").write_text(yaml.safe_dump(kept))
     monkeypatch.setattr(demo, "DEMO_PAIRS", ("owl & snail",))
-    monkeypatch.setattr(demo, "MIXING", "columns")  # the world of these tests attends to no regions
     monkeypatch.setattr(demo, "ALIGN_RECIPE", "small.yaml")
     monkeypatch.setattr(demo, "PERSONALIZE_RECIPE", "kept.yaml")
     Path("pixrl-demo").mkdir()

@@ -10,6 +10,7 @@ import torch
 from pixrl.errors import InputError
 from pixrl.toy import CHECKPOINTS
 from pixrl.toy.verify import UNBOUNDED, Gate, auc, checks, verify
+from pixrl.toy.verify_generators import FRECHET
 
 BUDGET_MB = 50
 SHIPPED = sorted(path.name for path in CHECKPOINTS.iterdir() if (path / "provenance.json").exists())
@@ -40,6 +41,9 @@ def test_checkpoint_is_as_good_as_its_provenance_says(name: str) -> None:
     known, gates = recorded(name), verify([name], quick=True)
     assert [gate.figure for gate in gates] == list(known)
     for gate in gates:  # a quarter of the samples: two standard errors of a share of 64
+        if gate.figure == FRECHET:  # a covariance of so few pictures says nothing of that of all
+            assert gate.passed == known[FRECHET]["passed"]
+            continue
         assert gate.value == pytest.approx(known[gate.figure]["value"], rel=0.15, abs=0.125), gate
 
 

@@ -9,8 +9,6 @@ from pixrl.cli.options import option, resumable
 
 DEMO_PAIRS = ("owl & snail", "cat & cup", "penguin & pineapple")
 """Pairs of concepts that are fused."""
-MIXING = "regions"
-"""What makes a true fusion of most pairs on the toy world (docs/fuse.md)."""
 ALIGN_RECIPE = "toy/demo-align"
 PERSONALIZE_RECIPE = "toy/demo-personalize"
 SUBJECT = 0
@@ -26,7 +24,6 @@ def demo(
 ) -> None:
     """Fuse three pairs, align a model and keep a subject on the toy world: minutes, no download, three reports."""
     from pixrl import api
-    from pixrl.config import load
     from pixrl.fusion.config import FuseConfig
     from pixrl.runs.config import load_personalize
     from pixrl.runs.place import free_place
@@ -36,7 +33,7 @@ def demo(
 
     typer.echo(f"Fusing {', '.join(DEMO_PAIRS)}: 128 pictures each.")
     with resumable(out / "fuse"):
-        fused = api.run_pairs(load(FuseConfig, {"mixing": MIXING}), DEMO_PAIRS, out / "fuse")
+        fused = api.run_pairs(FuseConfig(), DEMO_PAIRS, out / "fuse")
     reports = [fused / "report.html"]
 
     config = api.load(ALIGN_RECIPE, kind="align")
@@ -55,7 +52,7 @@ def demo(
     typer.echo("\nOpen in a browser:")
     for report in reports:
         typer.echo(f"  {report.absolute()}")
-    typer.echo("Then try:  pixrl fuse lion rocket --mixing regions   and   pixrl align toy/e2po")
+    typer.echo("Then try:  pixrl fuse lion rocket   and   pixrl align toy/e2po")
     typer.echo(f"           pixrl personalize --subject {out / 'subject'}")
 
 

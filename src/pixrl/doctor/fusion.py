@@ -122,7 +122,7 @@ def estimate_fusion(policy: FlowPipelinePolicy, config: FuseConfig, precision: P
     if config.pictures and isinstance(policy, TokenReferences):
         shown = replace(row, references=(policy.blank_reference(),))
     sources = Conditioning.cat([shown if one in config.pictures else row for one in concepts])
-    mixing = make_mixing(config.mixing, sources, policy.settings.steps, config.pooled)
+    mixing = make_mixing(config.mixed_by, sources, policy.settings.steps, config.pooled)
     shape = (1, len(concepts), mixing.features_ND.shape[1])
     source = mixing.mix(torch.full(shape, 1 / len(concepts)))
     if isinstance(source, Mixture):
@@ -171,11 +171,13 @@ def examine_fusion(
     findings = Findings()
     require_out(out, force, findings)
     find_trackers(config.log, findings)
+    checkpoint = find_pipeline(config.model, findings, fetch=about_to_run)
+    adapter = None if checkpoint is None else models.adapter_of(checkpoint)
+    if checkpoint is not None:
+        config = config.with_mixing(read_card(checkpoint.folder).mixing)
     if config.policy_from is not None:
         with findings.catch(Need.SETTING):
             read_policy(Path(config.policy_from)).require_fits(config)
-    checkpoint = find_pipeline(config.model, findings, fetch=about_to_run)
-    adapter = None if checkpoint is None else models.adapter_of(checkpoint)
     if adapter is not None:
         with findings.catch(Need.SETTING):
             require_mixing(adapter, config.model, config)
@@ -260,8 +262,10 @@ def plan_fusion(config: FuseConfig, card: Gpu) -> CardPlans:
     missing = Findings()
     if not can_be_estimated(adapter, config.model, missing):
         raise InputError(missing.notes[0])
+    card_file = read_card(checkpoint.folder)
+    config = config.with_mixing(card_file.mixing)
     require_mixing(adapter, config.model, config)
-    named = judges_of(read_card(checkpoint.folder), config.clip, config.segmenter, config.truth)
+    named = judges_of(card_file, config.clip, config.segmenter, config.truth)
     judged = [ref for ref in named if ref is not None]
     judges = {ref: taken for ref in judged if (taken := model_bytes(ref, missing)) is not None}
     notes = ["Scoring takes time of its own, which is not counted."]

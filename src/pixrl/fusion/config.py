@@ -97,8 +97,9 @@ class FuseConfig(Settings):
     """A child is balanced below this difference of similarities; none: the checkpoint's calibration."""
     policy_from: str | None = None
     """A finished fusion whose learned policy this one begins with (`policy: conditional`), or a folder of them."""
-    mixing: Annotated[MixingSettings, PartOf(MIXINGS)] = ColumnsSettings()
-    """What of the concepts is mixed: columns, tokens, steps, velocity, spatial or regions, with its settings."""
+    mixing: Annotated[MixingSettings, PartOf(MIXINGS)] | None = None
+    """What of the concepts is mixed: columns, tokens, steps, velocity, spatial or regions, with its settings; none: the
+    checkpoint's own, or else columns, as the paper mixes."""
     pooled: Pooled = Pooled.WEIGHT
     """How the pooled text features are mixed, with the mixings columns and tokens."""
     noise: Noise = Noise.NARROW
@@ -157,10 +158,10 @@ class FuseConfig(Settings):
                 raise ValueError(
                     f"pictures names {name!r}, which is none of the concepts {', '.join(self.concepts) or '(none)'}"
                 )
-        if self.pooled is not Pooled.WEIGHT and not MIXINGS.find(self.mixing.kind).mixes_embeddings:
+        if self.pooled is not Pooled.WEIGHT and not MIXINGS.find(self.mixed_by.kind).mixes_embeddings:
             raise ValueError(
-                f"pooled={self.pooled} has no effect with mixing={self.mixing.kind}, which mixes no embeddings; leave "
-                "it out"
+                f"pooled={self.pooled} has no effect with mixing={self.mixed_by.kind}, which mixes no embeddings; "
+                "leave it out"
             )
         if self.budget < self.batch:
             raise ValueError(
@@ -176,10 +177,24 @@ class FuseConfig(Settings):
         return self
 
     @property
+    def mixed_by(self) -> MixingSettings:
+        """What of the concepts is mixed: what the recipe says, else columns (RMLer, Eq. 2)."""
+        return self.mixing or ColumnsSettings()
+
+    def with_mixing(self, usual: str | None) -> "FuseConfig":
+        """Return the same recipe with its mixing decided, which is that of its checkpoint where it names none.
+
+        `usual`: the checkpoint's own; None: it has none. Where `pooled` is given, embeddings are meant.
+        """
+        if self.mixing is not None or usual is None or self.pooled is not Pooled.WEIGHT:
+            return self.model_copy(update={"mixing": self.mixed_by})
+        return self.model_copy(update={"mixing": PartOf(MIXINGS).settings(MixingSettings, usual)})
+
+    @property
     def code(self) -> dict[str, str]:
         """Checksums of the user's files that hold the sampler and the mixing, for a resume to compare."""
         adapter = split_adapter(self.model)[0] or ""
-        return checksums([(SAMPLERS, self.sampler), (MIXINGS, self.mixing.kind), (ADAPTERS, adapter)])
+        return checksums([(SAMPLERS, self.sampler), (MIXINGS, self.mixed_by.kind), (ADAPTERS, adapter)])
 
     @property
     def picture_sums(self) -> dict[str, str]:
@@ -193,7 +208,9 @@ class FuseConfig(Settings):
     def with_full_paths(self) -> "FuseConfig":
         """Return the same recipe with absolute paths of the checkpoints that lie on this disk."""
         found = {name: full_path(ref) for name in CHECKPOINTS if (ref := self.__dict__[name]) is not None}
-        mixing = self.mixing.model_copy(update={"kind": plugins.full_path(self.mixing.kind)})
+        mixing = self.mixing
+        if mixing is not None:
+            mixing = mixing.model_copy(update={"kind": plugins.full_path(mixing.kind)})
         if self.policy_from is not None:
             found["policy_from"] = str(Path(self.policy_from).resolve())
         pictures = {name: str(Path(file).resolve()) for name, file in self.pictures.items()}

@@ -261,7 +261,7 @@ def settings_of(learned: LearnedPolicy) -> dict[str, object]:
         "model": config.model,
         "sampler": config.sampler,
         "options": config.options,
-        "mixing": config.mixing.model_dump(mode="json"),
+        "mixing": config.mixed_by.model_dump(mode="json"),
     }
 
 
@@ -307,4 +307,4 @@ def read_policy(run: Path) -> LearnedPolicy:
 
 def _what_it_is(config: FuseConfig) -> dict[str, object]:
     network = {f"options.{name}": config.options.get(name) for name in NETWORK}
-    return {"sampler": config.sampler, **network, "mixing": config.mixing.model_dump(mode="json")}
+    return {"sampler": config.sampler, **network, "mixing": config.mixed_by.model_dump(mode="json")}

@@ -234,6 +234,7 @@ def load_world(
 
 def mixing_of(renderer: Renderer, card: Card, config: FuseConfig) -> Mixing[Any]:
     """Return the mixing of the recipe's concepts by a generator; raises as `FusionWorld.mixing` does."""
+    config = config.with_mixing(card.mixing)
     require_mixing(type(renderer), renderer.name, config)
     prompts = [prompt_of(card, concept) for concept in config.concepts]
     sources = renderer.encode(prompts)
@@ -245,7 +246,7 @@ def mixing_of(renderer: Renderer, card: Card, config: FuseConfig) -> Mixing[Any]
                 (shown,) = renderer.laid_out([read_concept(config.pictures[concept])])
                 rows[place] = renderer.show(rows[place], [shown[None]], [prompts[place]])
         sources = Conditioning.cat(rows)
-    return make_mixing(config.mixing, sources, renderer.settings.steps, config.pooled)
+    return make_mixing(config.mixed_by, sources, renderer.settings.steps, config.pooled)
 
 
 def prompt_of(card: Card, concept: str) -> str:
@@ -264,7 +265,7 @@ def read_concept(file: str) -> Tensor:
 
 def require_mixing(adapter: type[Renderer], name: str, config: FuseConfig) -> None:
     """Raise InputError where a model of this adapter, called `name`, cannot draw by the recipe's mixing or pictures."""
-    mixing = MIXINGS.find(config.mixing.kind)
+    mixing = MIXINGS.find(config.mixed_by.kind)
     if mixing.needs_regions:
         adapter.require_regions(name)
     if not config.pictures:
@@ -272,8 +273,8 @@ def require_mixing(adapter: type[Renderer], name: str, config: FuseConfig) -> No
     if not mixing.takes_pictures:
         able = " or ".join(kind for kind in MIXINGS.names() if MIXINGS.find(kind).takes_pictures)
         raise InputError(
-            f"mixing={config.mixing.kind} mixes what the model makes of words, where {', '.join(config.pictures)} has "
-            f"no place: take --mixing {able}, or leave the mixing out."
+            f"mixing={config.mixed_by.kind} mixes what the model makes of words, where {', '.join(config.pictures)} "
+            f"has no place: take --mixing {able}, or leave the mixing out."
         )
     adapter.require_pictures(name)
     for file in config.pictures.values():

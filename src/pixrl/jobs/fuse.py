@@ -105,6 +105,7 @@ def start(
     require_free(out, force)
     config = config.with_full_paths()
     world = world or world_of(config)
+    config = config.with_mixing(world.card.mixing)
     world.mixing(config)  # unknown words and a mixing that does not fit, before any folder
     world.truth_for(config)
     if config.policy_from is not None:

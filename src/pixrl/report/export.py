@@ -11,6 +11,7 @@ Of a fusion, the mixing coefficients of one child are what is exported: `integra
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -86,11 +87,7 @@ def export_child(run: Path, child: int | None = None, out: Path | None = None) -
         ConfigError: its mixing cannot be applied to conditionings.
     """
     folder, config = open_run(run)
-    if config.mixing.kind not in TAKEN:
-        raise ConfigError(
-            f"The children of {run} are mixed by {config.mixing.kind}, which changes with the sampling step or with "
-            f"the place, so no conditioning can say it: ComfyUI's node takes {', '.join(TAKEN)}."
-        )
+    require_taken(config)
     rows = folder.manifest()
     if child is None:
         child = next(iter(fuse_job.read_selection(folder).indices), None)
@@ -110,6 +107,16 @@ def export_child(run: Path, child: int | None = None, out: Path | None = None) -
     return ExportedChild(file, child, texts)
 
 
+def require_taken(config: FuseConfig) -> None:
+    """Raise ConfigError where a recipe's mixing cannot be applied to conditionings."""
+    if config.mixed_by.kind not in TAKEN:
+        raise ConfigError(
+            f"Children are mixed by {config.mixed_by.kind} here, which changes with the sampling step or with the "
+            f"place, so no conditioning can say it: ComfyUI's node takes {', '.join(TAKEN)}. Type: pixrl fuse "
+            f"{' '.join(map(shlex.quote, config.typed))} --mixing columns"
+        )
+
+
 def coefficients_bytes(values_ND: Tensor, config: FuseConfig, prompts: Sequence[str], seed: int) -> bytes:
     """Return the file of one child's coefficients [N, D], with what they belong to in its header.
 
@@ -125,7 +132,7 @@ def coefficients_bytes(values_ND: Tensor, config: FuseConfig, prompts: Sequence[
         "concepts": json.dumps(config.concepts),
         "prompts": json.dumps(list(prompts)),
         "model": config.model,
-        "mixing": json.dumps(config.mixing.model_dump(mode="json")),
+        "mixing": json.dumps(config.mixed_by.model_dump(mode="json")),
         "pooled": config.pooled.value,
         "seed": str(seed),
     }

@@ -348,7 +348,7 @@ def run_facts(run: FinishedRun) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     world = fuse_job.read_world(run.folder)
     path = run.folder.path / "environment.json"
     environment: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    mixing = run.config.mixing
+    mixing = run.config.mixed_by
     rest = mixing.model_dump(mode="json", exclude_none=True, exclude={"kind"})
     facts = [
         ("generator", f"{world.model} ({world.fingerprint}){drawing(run.config)}"),

@@ -157,13 +157,16 @@ class Mixer:
 
         Raises:
             InputError: a concept is unknown to the model.
+            ConfigError: no conditioning can say what the model mixes.
         """
         from pixrl.fusion.world import mixing_of, prompt_of
-        from pixrl.report.export import coefficients_bytes
+        from pixrl.report.export import coefficients_bytes, require_taken
 
         config = check(child.concepts, self.model, child.pictures)
         with self._lock:
             renderer, card = _load(self.model, self.device, None)
+            config = config.with_mixing(card.mixing)
+            require_taken(config)
             values_1ND = _coefficients(child, mixing_of(renderer, card, config))
         prompts = [prompt_of(card, concept) for concept in child.concepts]
         return coefficients_bytes(values_1ND[0], config, prompts, child.seed)
@@ -396,10 +399,13 @@ class FuseTab:
         return [render("studio/morph.html.j2", {"image": image, "name": child.name}), ""]
 
     def hand_over(self, child: Blend | None) -> Any:
-        """Return a note with the child's coefficients as a file for ComfyUI."""
+        """Return a note with the child's coefficients as a file for ComfyUI, or of why there is none."""
         if child is None:
             return gr.skip()
-        content = base64.b64encode(self.mixer.coefficients(child)).decode()
+        try:
+            content = base64.b64encode(self.mixer.coefficients(child)).decode()
+        except PixrlError as error:
+            return self._refused(error)
         file = {"name": f"{child.name}.safetensors", "uri": f"data:application/octet-stream;base64,{content}"}
         return render("studio/coefficients.html.j2", file)
 

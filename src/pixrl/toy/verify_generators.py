@@ -37,6 +37,7 @@ from pixrl.types import RewardBatch, sample_seed
 HARD = (Task.TWO_OBJECT, Task.COUNTING, Task.POSITION, Task.COLOR_ATTR)
 GROUP = 24
 """Noises of one prompt in the gate that asks how often all of them fail."""
+FRECHET = "Fréchet distance, times that of two halves of the drawings"
 SWEEP = 11
 """Places of a sweep from one parent to the other."""
 
@@ -68,7 +69,7 @@ def sharpness(name: str, root: Path, images: Tensor, thin: int) -> Iterable[Gate
         *features[torch.randperm(len(features), generator=torch.Generator().manual_seed(SEED))].chunk(2)
     )
     distance = frechet(encoder.image_features(images).double(), features) / floor
-    yield Gate(name, "Fréchet distance, times that of two halves of the drawings", distance, at_most=3.0)
+    yield Gate(name, FRECHET, distance, at_most=3.0)
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
