@@ -2,9 +2,10 @@
 
     python examples/fuse_loop.py owl snail
 
-draws on the toy world's frozen generator; what learns is a policy over mixing coefficients, whose update is in
-`algorithms/fusion/rmler.py`. `pixrl fuse` adds shared noises, calibrated selection, resume and a report; a test holds
-this file's pictures and rewards against its own.
+draws on the toy world's frozen generator; what learns is a policy over mixing coefficients, a coefficient for each
+column of the text embeddings as in the paper, whose update is in `algorithms/fusion/rmler.py`. `pixrl fuse --mixing
+columns` adds shared noises, calibrated selection, resume and a report; a test holds this file's pictures and rewards
+against its own.
 
 Axes: N concepts, B pictures of a batch, D embedding columns, M exemplars of a concept.
 """

@@ -104,7 +104,8 @@ def test_the_first_update_is_that_of_the_command(
 
 def test_a_fusion_draws_and_scores_what_the_command_does(tmp_path: Path) -> None:
     images_BCHW, rewards_B = fuse_loop.fuse(["owl", "snail"], budget=32)
-    done = pixrl.fuse(["owl", "snail"], budget=32, pool=0, noise="image", device="cpu", out=tmp_path / "run")
+    same = {"mixing": "columns", "pool": 0, "noise": "image", "device": "cpu"}
+    done = pixrl.fuse(["owl", "snail"], budget=32, out=tmp_path / "run", **same)
     theirs_B = torch.tensor([scores["reward"] for scores in done.scores])
     assert images_BCHW.shape == (32, 3, 128, 128)
     # the balance multiplies the similarities' rounding by alpha; the second batch follows from the first one's update

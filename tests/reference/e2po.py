@@ -132,7 +132,9 @@ def perturbations(settings: Perturbing, prompt: str) -> dict[str, Tensor]:
             first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
             optimizer[name] = first, second
             moved = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-            deltas[name] = deltas[name] * (1 - settings.lr * 0.01) - settings.lr * moved
+            left = settings.steps - step + 1  # the last fifth of the steps is ever smaller
+            lr = settings.lr * min(1, 5 * left / settings.steps)
+            deltas[name] = deltas[name] * (1 - lr * 0.01) - lr * moved
             deltas[name] = settings.bounded(name, prompt, deltas[name])
     return deltas
 

@@ -28,6 +28,8 @@ Deviations, all of them decisions where the paper's text is silent:
    before. With `prompts_at_once: 1` that holds to the last bit; more at once is faster and changes the rounding.
 4. Learning is in float32; an encoder in half precision rounds the perturbed embeddings on the way in.
 5. AdamW's decoupled weight decay is torch's default, 0.01.
+6. The rate falls to zero over the last fifth of the steps: at a constant one, variants hover around the border of their
+   band, to which diversity drives them, and some end outside.
 """
 
 import hashlib
@@ -43,6 +45,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from torch.optim.lr_scheduler import LambdaLR
 
 from pixrl.algorithms.exploration import Exploration, ExplorationSettings, GroupSize, Perturbed, Variants
 from pixrl.config import MOST, Count, Seed, Settings
@@ -51,6 +54,8 @@ from pixrl.errors import CheckpointError, InputError, RunError
 from pixrl.models.base import FlowPolicy
 from pixrl.models.text import LANGUAGE, PerturbableText, PromptText, TextEncoder, TextFeatures
 
+SETTLING = 0.2
+"""The share of the learning steps over which the rate falls to zero."""
 CACHE_BYTES = 2**28
 """The bytes of perturbations that are kept. One that was dropped is learned again, to the same values."""
 
@@ -259,12 +264,14 @@ def learn(
                 [part.pooled_KPE(torch.zeros_like(part.delta_KPLD[:1]))[0] for part in parts], dim=1
             )
         optimizer = torch.optim.AdamW([part.delta_KPLD for part in parts], lr=s.lr)
+        settling = LambdaLR(optimizer, lambda step: min(1.0, (1 - step / max(s.steps, 1)) / SETTLING))
         for _ in range(s.steps):
             h_KPD = torch.cat([part.pooled_KPE(part.delta_KPLD) for part in parts], dim=2)
             loss_P = torch.vmap(objective, in_dims=(1, 0))(h_KPD, h0_PD)
             optimizer.zero_grad()
             loss_P.sum().backward()
             optimizer.step()
+            settling.step()
             for part in parts:
                 part.project(s.max_norm, s.norm)
         found = [{part.encoder.name: part.result(place) for part in parts} for place in range(len(prompts))]
