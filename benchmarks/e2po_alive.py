@@ -178,7 +178,7 @@ class Measure:
         _, channels, height, width = images_BCHW.shape
         grid = images_BCHW.view(len(self.prompts), self.count, channels, height, width)
         pixels = grid.permute(0, 3, 1, 4, 2).reshape(len(self.prompts) * height, self.count * width, channels)
-        Image.fromarray((pixels * 255).round().byte().numpy()).save(path, optimize=True)
+        Image.fromarray((pixels * 255).round().byte().numpy()).quantize(256).save(path, optimize=True)
 
 
 def save_grid(images_PNKCHW: Tensor, path: Path) -> None:
@@ -192,7 +192,7 @@ def save_grid(images_PNKCHW: Tensor, path: Path) -> None:
     for number, block in enumerate(blocks):
         top, left = number // 2 * tall, number % 2 * wide
         sheet[top : top + block.shape[0], left : left + block.shape[1]] = block
-    Image.fromarray((sheet * 255).round().byte().numpy()).save(path, optimize=True)
+    Image.fromarray((sheet * 255).round().byte().numpy()).quantize(256).save(path, optimize=True)
 
 
 def line(number: str, row: dict[str, float], given: dict[str, Any]) -> str:

@@ -39,15 +39,15 @@ def main() -> None:
     """Every picture, by the command that makes it."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     sheet.main(IMAGES)
-    mixing_sheet().save(IMAGES / "mixings.png", optimize=True)
+    sheet.save(mixing_sheet(), IMAGES / "mixings.png")
     with tempfile.TemporaryDirectory() as folder:
-        demo_sheet(Path(folder) / "demo").save(IMAGES / "fused.png", optimize=True)
+        sheet.save(demo_sheet(Path(folder) / "demo"), IMAGES / "fused.png")
     print(f"pictures in {IMAGES}")
 
 
 def demo_sheet(out: Path) -> Image.Image:
     """The pairs of `pixrl demo`: a row each, the parents and then the selected children."""
-    api.run_pairs(config.load(FuseConfig, {"mixing": demo.MIXING}), demo.DEMO_PAIRS, out)
+    api.run_pairs(FuseConfig(), demo.DEMO_PAIRS, out)
     runs = [RunFolder.open(path) for path in sorted((out / "runs").iterdir())]
     pairs = parse_pairs(demo.DEMO_PAIRS).pairs
     rows = [_row(run, concepts) for run, concepts in zip(runs, pairs, strict=True)]

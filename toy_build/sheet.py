@@ -142,28 +142,34 @@ def logo(side: int = 256) -> Image.Image:
     return Image.fromarray(rgba, "RGBA").resize((side, side), Image.Resampling.LANCZOS)
 
 
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG of 256 colours, a third as large as one of all: drawings have few."""
+    picture.convert("RGB").quantize(256).save(path, optimize=True)
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     logo().save(folder / "logo.png", optimize=True)
-    sheet([("32 kinds, four parts each", kinds())], label=20).save(folder / "world_kinds.png", optimize=True)
+    save(sheet([("32 kinds, four parts each", kinds())], label=20), folder / "world_kinds.png")
     mixed = [
         ("One part exchanged", exchanged()),
         ("Hybrids of training pairs, as captions ask for them", hybrids()),
     ]
-    sheet(mixed).save(folder / "world_hybrids.png", optimize=True)
-    sheet([("Scenes and what is said of them", tasks())]).save(folder / "world_scenes.png", optimize=True)
+    save(sheet(mixed), folder / "world_hybrids.png")
+    save(sheet([("Scenes and what is said of them", tasks())]), folder / "world_scenes.png")
     drawn = [("toy:sd3, every kind", generated("toy:sd3")), ("Held-out prompts", composed("toy:sd3"))]
-    sheet(drawn).save(folder / "toy_sd3.png", optimize=True)
+    save(sheet(drawn), folder / "toy_sd3.png")
     fused = [
         ("toy:turbo, every kind", generated("toy:turbo")),
         ("Mixes of training pairs, by prompt", asked_mixes("toy:turbo", TRAINING_PAIRS)),
         ("Mixes of pairs that no training picture mixes", asked_mixes("toy:turbo", HELD_OUT_PAIRS)),
     ]
-    sheet(fused).save(folder / "toy_turbo.png", optimize=True)
+    save(sheet(fused), folder / "toy_turbo.png")
     personal = [("toy:flux, a reference and three scenes each", kept("toy:flux"))]
-    sheet(personal).save(folder / "toy_flux.png", optimize=True)
-    sheet([("Subjects keep their colours, patterns and marks", subjects())]).save(
-        folder / "world_subjects.png", optimize=True
+    save(sheet(personal), folder / "toy_flux.png")
+    save(
+        sheet([("Subjects keep their colours, patterns and marks", subjects())]),
+        folder / "world_subjects.png",
     )
 
 
