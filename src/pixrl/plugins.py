@@ -132,8 +132,19 @@ class PartOf:
         try:
             return model.model_validate(given)
         except ValidationError as error:
-            named = () if is_path(kind) or kind == self.usual else (kind,)
-            raise _with_allowed(model, error, named) from None
+            # the same mistakes at their places in the recipe, each unknown setting with what is allowed there
+            below = () if is_path(kind) or kind == self.usual else (kind,)
+            lines = []
+            for detail in error.errors(include_url=False):
+                mistake: str | PydanticCustomError = detail["type"]
+                if mistake == "extra_forbidden":
+                    allowed = ", ".join(fields_at(model, detail["loc"][:-1]))
+                    mistake = PydanticCustomError("unknown_setting", "unknown", {"allowed": allowed})
+                elif mistake == "unknown_setting":
+                    mistake = PydanticCustomError("unknown_setting", "unknown", detail["ctx"])
+                place, context = (*below, *detail["loc"]), detail.get("ctx", {})
+                lines.append(InitErrorDetails(type=mistake, loc=place, input=detail["input"], ctx=context))
+            raise ValidationError.from_exception_data(error.title, lines) from None
 
     def model(self, base: type[ModelT], kind: str) -> type[ModelT]:
         """Return the settings model of a part; raise ConfigError where what `kind` names has none."""
@@ -146,24 +157,6 @@ class PartOf:
                 f"{base.__module__}.{base.__name__}."
             )
         return model
-
-
-def _with_allowed(model: type[BaseModel], error: ValidationError, below: tuple[str, ...]) -> ValidationError:
-    """Return the same mistakes at places below another, and for each unknown setting what is allowed in its place."""
-    lines = []
-    for detail in error.errors(include_url=False):
-        kind: str | PydanticCustomError = detail["type"]
-        if kind == "extra_forbidden":
-            allowed = ", ".join(fields_at(model, detail["loc"][:-1]))
-            kind = PydanticCustomError("unknown_setting", "unknown", {"allowed": allowed})
-        elif kind == "unknown_setting":
-            kind = PydanticCustomError("unknown_setting", "unknown", detail["ctx"])
-        lines.append(
-            InitErrorDetails(
-                type=kind, loc=(*below, *detail["loc"]), input=detail["input"], ctx=detail.get("ctx", {})
-            )
-        )
-    return ValidationError.from_exception_data(error.title, lines)
 
 
 class Caught(AbstractContextManager["Caught"]):

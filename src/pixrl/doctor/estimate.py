@@ -315,6 +315,7 @@ def fit(
     ways: tuple[bool, ...] = (False,)
     if place.processes > 1 and can_wait and machine.shard is not Shard.NONE and transformer_blocks(denoiser):
         ways = (True,) if machine.divides else (False, True)  # the one that takes less memory last
+    drawn = -(-config.prompts.per_step // place.processes) * config.group_size
     for sharded in ways:
         resident = on_device(parts, machine, text_dropped=machine.drop_text_encoders) + sum(rewards.values())
         each = sharers(place.processes, place.local) if sharded else 1
@@ -331,7 +332,18 @@ def fit(
             else cost
             for cost in (estimate.drawing, estimate.training)
         )
-        batches = _batches(config, device, place, estimate.cpu_batch, (drawing, training), free - resident)
+        chosen, reasons = [], []
+        for name, count, cost, given in (
+            ("rollout", drawn, drawing, machine.rollout_batch),
+            ("training", -(-drawn // config.optimizer.updates), training, machine.train_batch),
+        ):
+            most, why = _most(device, cost, free - resident, estimate.cpu_batch, given)
+            chosen.append(evened(count, most))
+            reasons.append(
+                f"{name}: {-(-count // chosen[-1])} x {chosen[-1]} for {count} pictures; at most {most} ({why})"
+            )
+        micro = MicroBatches(*chosen)
+        batches = Batches(micro.rollout, micro.train, tuple(reasons))
         peak = resident + _higher(drawing, training, (batches.rollout, batches.train or 1))
         found = Fitted(batches, resident, peak, free, sharded)
         if found.fits:
@@ -385,33 +397,6 @@ def fit_batches(
     if device.type != "cpu" and host > free_bytes(torch.device("cpu")):
         findings.miss(Need.MEMORY, f"Weights pass through main memory, which needs {size(host)} free.")
     return found.batches, found.peak, found.sharded
-
-
-def _batches(
-    config: AlignConfig,
-    device: torch.device,
-    place: Hardware,
-    cpu_batch: int,
-    costs: tuple[Cost, Cost],
-    room: int,
-) -> Batches:
-    """Return the micro-batches for so many bytes of room, by the planner's rules, and why."""
-    machine = config.machine
-    groups = -(-config.prompts.per_step // place.processes)
-    drawn = groups * config.group_size
-    counts = (drawn, -(-drawn // config.optimizer.updates))
-    chosen, reasons = [], []
-    for name, count, cost, given in (
-        ("rollout", counts[0], costs[0], machine.rollout_batch),
-        ("training", counts[1], costs[1], machine.train_batch),
-    ):
-        most, why = _most(device, cost, room, cpu_batch, given)
-        chosen.append(evened(count, most))
-        reasons.append(
-            f"{name}: {-(-count // chosen[-1])} x {chosen[-1]} for {count} pictures; at most {most} ({why})"
-        )
-    micro = MicroBatches(*chosen)
-    return Batches(micro.rollout, micro.train, tuple(reasons))
 
 
 def _most(device: torch.device, cost: Cost, room: int, cpu_batch: int, given: int | None) -> tuple[int, str]:

@@ -407,11 +407,19 @@ def calibrate_presence(
             f"No foreground was found in any picture of {', '.join(concepts)}: nothing to calibrate from."
         )
     balance = max(BALANCE_SHARE * float(same.median() - different.median()), 0.0)
-    unmixed, unrelated = _weaker_of_pairs(similarities_NPN, balance)
-    limits = [_exceeded_by(false_passes, weaker) for weaker in (unmixed, unrelated) if len(weaker)]
-    threshold = max(
-        *limits, float(different.median())
-    )  # below the median of other concepts nothing is present
+    # the smaller similarity of every picture to every pair of concepts, minus infinity where they are unbalanced: first
+    # to pairs with the picture's own concept, then to pairs of others
+    first, second = torch.triu_indices(len(concepts), len(concepts), offset=1)
+    a, b = similarities_NPN[..., first], similarities_NPN[..., second]
+    weaker = torch.minimum(a, b).masked_fill((a - b).abs() >= balance, -torch.inf)
+    shown = torch.arange(len(concepts))[:, None, None].expand_as(weaker)
+    is_own = (shown == first) | (shown == second)
+    unmixed, unrelated = (values[~values.isnan()] for values in (weaker[is_own], weaker[~is_own]))
+    threshold = float(different.median())  # below the median of other concepts nothing is present
+    for values in (unmixed, unrelated):
+        if len(values):  # the lowest that at most `false_passes` of them exceed
+            lowest = values.sort().values[math.ceil((1 - false_passes) * len(values)) - 1]
+            threshold = max(threshold, float(lowest))
     return Calibration(
         threshold=threshold,
         balance=balance,
@@ -426,25 +434,6 @@ def calibrate_presence(
         exemplars=exemplars,
         probes=probes,
     )
-
-
-def _weaker_of_pairs(similarities_NPN: Tensor, balance: float) -> tuple[Tensor, Tensor]:
-    """The smaller similarity of every picture to every pair of concepts, minus infinity where they are unbalanced.
-
-    Of P pictures of each of N concepts: first to pairs with the picture's own concept, then to pairs of others.
-    """
-    count = len(similarities_NPN)
-    first, second = torch.triu_indices(count, count, offset=1)
-    a, b = similarities_NPN[..., first], similarities_NPN[..., second]
-    weaker = torch.minimum(a, b).masked_fill((a - b).abs() >= balance, -torch.inf)
-    shown = torch.arange(count)[:, None, None].expand_as(weaker)
-    is_own = (shown == first) | (shown == second)
-    return tuple(values[~values.isnan()] for values in (weaker[is_own], weaker[~is_own]))  # type: ignore[return-value]
-
-
-def _exceeded_by(share: float, values: Tensor) -> float:
-    """The lowest of the values that at most this share of them exceed."""
-    return float(values.sort().values[math.ceil((1 - share) * len(values)) - 1])
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -109,7 +109,30 @@ def read_system(path: Path) -> list[SystemPicture]:
     children = sorted(place for place in (path / CHILDREN).glob("*") if is_run(place))
     if children:
         return [source for place in children for source in _of_run(RunFolder.open(place))]
-    return _of_run(RunFolder.open(path)) if is_run(path) else _of_folder(path)
+    if is_run(path):
+        return _of_run(RunFolder.open(path))
+    files = list_pictures(path)
+    if not files:
+        raise InputError(f"{path} holds no pictures. Give a run, or a folder of PNG, JPEG or WebP files.")
+    scores: dict[str, dict[str, float]] = {}
+    if (file := path / SCORES).is_file():
+        like = 'It looks like {"0.png": {"clip_text": 0.31}}.'
+        found = parse_json(read_text(file), str(file), like=like)
+        rows: list[Any] = list(found.values()) if isinstance(found, dict) else [None]
+        if not all(
+            isinstance(row, dict) and all(type(x) in (int, float) for x in row.values()) for row in rows
+        ):
+            raise InputError(f"{file} is no table of scores. {like}")
+        scores = {name: {reward: float(x) for reward, x in row.items()} for name, row in found.items()}
+    pictures = []
+    for file in files:
+        beside = caption_of(file)
+        said = read_text(beside) if beside else shown_name(file.stem).replace("_", " ")
+        prompt = " ".join(said.split())
+        if not prompt:
+            raise InputError(f"{beside or file} says no prompt. Write the picture's prompt into it.")
+        pictures.append(SystemPicture(file, prompt, scores.get(file.name, {})))
+    return pictures
 
 
 def _of_run(run: RunFolder) -> list[SystemPicture]:
@@ -167,31 +190,6 @@ def _of_fusion(run: RunFolder) -> list[SystemPicture]:
         )
         for n in chosen
     ]
-
-
-def _of_folder(path: Path) -> list[SystemPicture]:
-    files = list_pictures(path)
-    if not files:
-        raise InputError(f"{path} holds no pictures. Give a run, or a folder of PNG, JPEG or WebP files.")
-    scores: dict[str, dict[str, float]] = {}
-    if (file := path / SCORES).is_file():
-        like = 'It looks like {"0.png": {"clip_text": 0.31}}.'
-        found = parse_json(read_text(file), str(file), like=like)
-        rows: list[Any] = list(found.values()) if isinstance(found, dict) else [None]
-        if not all(
-            isinstance(row, dict) and all(type(x) in (int, float) for x in row.values()) for row in rows
-        ):
-            raise InputError(f"{file} is no table of scores. {like}")
-        scores = {name: {reward: float(x) for reward, x in row.items()} for name, row in found.items()}
-    pictures = []
-    for file in files:
-        beside = caption_of(file)
-        said = read_text(beside) if beside else shown_name(file.stem).replace("_", " ")
-        prompt = " ".join(said.split())
-        if not prompt:
-            raise InputError(f"{beside or file} says no prompt. Write the picture's prompt into it.")
-        pictures.append(SystemPicture(file, prompt, scores.get(file.name, {})))
-    return pictures
 
 
 Place = tuple[str, int]

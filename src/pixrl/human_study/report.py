@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pixrl.human_study.results import Ballot, CriterionResult, People, Results
+from pixrl.human_study.results import Ballot, People, Results
 from pixrl.human_study.study import TIE, Folder
 from pixrl.metrics.intervals import Interval
 from pixrl.report.page import FULL, inline, render
@@ -64,6 +64,32 @@ def page(folder: Folder, results: Results) -> str:
     ]
     reach = max([1.0, *map(abs, strengths)])
     shown = [len(one) for one in study.sets]
+    systems = list(study.systems)
+    criteria = [
+        {
+            "name": one.criterion,
+            "question": one.question,
+            "votes": one.votes,
+            "ties": one.ties,
+            "alpha": one.alpha,
+            "first": one.first_place,
+            "rows": [
+                {
+                    "system": s.system,
+                    "colour": systems.index(s.system) % 9,
+                    "rate": s.win_rate,
+                    "rate_bar": _bar(s.win_rate, 0.0, 1.0),
+                    "strength": s.strength,
+                    "strength_bar": _bar(s.strength, -reach, reach),
+                }
+                for s in one.standings
+            ],
+            "correlations": sorted(  # those without a figure come last
+                one.correlations, key=lambda row: 2.0 if math.isnan(row.spearman.mean) else -row.spearman.mean
+            ),
+        }
+        for one in results.criteria
+    ]
     view: dict[str, Any] = {
         "title": study.settings.title,
         "design": "pairs" if shown[0] == 2 else f"the best of {shown[0]}",
@@ -71,36 +97,11 @@ def page(folder: Folder, results: Results) -> str:
         "pictures": len(study.pictures),
         "people": people_sentence(results.people),
         "chance": 1 / shown[0],
-        "criteria": [_criterion_view(one, reach, list(study.systems)) for one in results.criteria],
+        "criteria": criteria,
         "examples": _examples(folder, results),
         "date": None,
     }
     return render("human_study.html.j2", view)
-
-
-def _criterion_view(one: CriterionResult, reach: float, systems: list[str]) -> dict[str, Any]:
-    return {
-        "name": one.criterion,
-        "question": one.question,
-        "votes": one.votes,
-        "ties": one.ties,
-        "alpha": one.alpha,
-        "first": one.first_place,
-        "rows": [
-            {
-                "system": s.system,
-                "colour": systems.index(s.system) % 9,
-                "rate": s.win_rate,
-                "rate_bar": _bar(s.win_rate, 0.0, 1.0),
-                "strength": s.strength,
-                "strength_bar": _bar(s.strength, -reach, reach),
-            }
-            for s in one.standings
-        ],
-        "correlations": sorted(  # those without a figure come last
-            one.correlations, key=lambda row: 2.0 if math.isnan(row.spearman.mean) else -row.spearman.mean
-        ),
-    }
 
 
 def _bar(interval: Interval, low: float, high: float) -> dict[str, float]:

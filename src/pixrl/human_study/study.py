@@ -269,8 +269,15 @@ def plan(study: Study, number: int) -> list[Comparison]:
     tasks = []
     for visit in range(number * length, (number + 1) * length):
         lap, place = divmod(visit, len(circle))
-        item = circle[place][0]
-        shown = _order(study, circle, place, lap)
+        item, chosen = circle[place]
+        # blocks of n visits of a set of n systems show a random circle of them, turned by one each time: every system
+        # stands once at every place; a later lap turns on by one
+        before = sum(unit[1] == chosen for unit in circle[:place])
+        systems = list(study.sets[chosen])
+        block, turn = divmod(before, len(systems))
+        random.Random(f"{study.settings.seed} order {chosen} {block}").shuffle(systems)
+        turn = (turn + lap) % len(systems)
+        shown = (*systems[turn:], *systems[:turn])
         tasks.append(Comparison(item=item, pictures=tuple(names[item, system] for system in shown)))
     draw.shuffle(tasks)
     # the attention checks: one whole picture among spoilt ones of the same prompt
@@ -286,21 +293,6 @@ def plan(study: Study, number: int) -> list[Comparison]:
         check = Comparison(item=item, pictures=tuple(among), check=good)
         tasks.insert(draw.randrange(len(tasks) + 1), check)
     return tasks
-
-
-def _order(study: Study, circle: Sequence[tuple[int, int]], place: int, lap: int) -> tuple[str, ...]:
-    """Return the systems of a unit from left to right in a lap of the circle.
-
-    Blocks of n visits of a set of n systems show a random circle of them, turned by one each time: every system stands
-    once at every place. A later lap turns on by one.
-    """
-    chosen = circle[place][1]
-    before = sum(unit[1] == chosen for unit in circle[:place])
-    systems = list(study.sets[chosen])
-    block, turn = divmod(before, len(systems))
-    random.Random(f"{study.settings.seed} order {chosen} {block}").shuffle(systems)
-    turn = (turn + lap) % len(systems)
-    return (*systems[turn:], *systems[:turn])
 
 
 def spoil(picture: Image.Image, seed: str) -> Image.Image:

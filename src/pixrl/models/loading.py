@@ -6,7 +6,7 @@ missing with random numbers and only log it. What does not fit is found from the
 
 import importlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -308,21 +308,16 @@ def misfit_of_folder(part: Path, model: torch.nn.Module) -> Misfit:
     """
     found = {name: one.shape for file in model_files(part) for name, one in read_header(file).items()}
     expected = _shapes(model)
-    return compare({_as_loaded(name, found, expected): shape for name, shape in found.items()}, expected)
-
-
-def _as_loaded(name: str, found: Collection[str], expected: Collection[str]) -> str:
-    """Return the name that transformers gives a text encoder's weight, where it has moved levels since the file.
-
-    CLIPTextModel has lost one, Qwen3Model takes the files of Qwen3ForCausalLM, and in Qwen2.5-VL the language model and
-    the vision tower are both within the model.
-    """
-    if any(one.startswith(_WITHIN) for one in expected):
-        outside = re.sub(r"^model\.(?!language_model\.|visual\.)", _WITHIN, name)
-        return re.sub(r"^visual\.", "model.visual.", outside)
-    if not any(one in expected for one in found):
-        return re.sub(r"^(text_)?model\.", "", name)
-    return name
+    # transformers gives a text encoder's weights other names where it has moved levels since the file: CLIPTextModel
+    # has lost one, Qwen3Model takes the files of Qwen3ForCausalLM, and in Qwen2.5-VL the language model and the vision
+    # tower are both within the model
+    if any(name.startswith(_WITHIN) for name in expected):
+        outside = re.compile(r"^model\.(?!language_model\.|visual\.)")
+        within = {outside.sub(_WITHIN, name): shape for name, shape in found.items()}
+        found = {re.sub(r"^visual\.", "model.visual.", name): shape for name, shape in within.items()}
+    elif not any(name in expected for name in found):
+        found = {re.sub(r"^(text_)?model\.", "", name): shape for name, shape in found.items()}
+    return compare(found, expected)
 
 
 def misfit_of_file(file: Path, models: Mapping[str, torch.nn.Module]) -> Misfit:

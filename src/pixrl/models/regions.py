@@ -153,7 +153,14 @@ def cross_attention(policy: TrainedDenoiser, conditioning: Conditioning, size: S
         image_BPC = args[0] if args else kwargs["hidden_states"]
         places = image_BPC.shape[1]
         if places not in found:
-            found[places] = text_bias(conditioning, _level(size, places)).mT.to(image_BPC.dtype)
+            rows, columns = size  # of the latents, halved and rounded up until there are so many image tokens
+            while rows * columns > places:
+                rows, columns = (rows + 1) // 2, (columns + 1) // 2
+            if rows * columns != places:
+                raise ShapeError(
+                    f"regions: {places} image tokens are no halving of latents of {size[0]} x {size[1]}."
+                )
+            found[places] = text_bias(conditioning, (rows, columns)).mT.to(image_BPC.dtype)
         return args, kwargs | {"attention_mask": found[places]}
 
     layers = [one for one in policy.denoiser.modules() if isinstance(one, Attention)]
@@ -164,18 +171,6 @@ def cross_attention(policy: TrainedDenoiser, conditioning: Conditioning, size: S
         for hook in hooks:
             hook.remove()
     _require_calls(calls)
-
-
-def _level(size: Size, places: int) -> Size:
-    """Return the rows and columns of so many image tokens: those of the latents, halved and rounded up some times."""
-    rows, columns = size
-    while rows * columns > places:
-        rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    if rows * columns != places:
-        raise ShapeError(
-            f"regions: {places} image tokens are no halving of latents of {size[0]} x {size[1]}."
-        )
-    return rows, columns
 
 
 def _require_plain(policy: TrainedDenoiser) -> None:

@@ -152,22 +152,18 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
         return torch.where((found - found.round()).abs() < NEAR, found.round(), found)
 
     def predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        kind = str(self.pipeline.scheduler.config.prediction_type)
+        if kind not in (NOISE, V):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}/scheduler says prediction_type {kind!r}; SDXL is read as {NOISE} or {V}."
+            )
         t = t_B.double()
         timesteps_B = self._timesteps_at(t / (1 - t)).float()
         norm = ((1 - t).square() + t.square()).sqrt()
         alpha, s, norm, t = (one.float().view(-1, 1, 1, 1) for one in ((1 - t) / norm, t / norm, norm, t))
         x = x_t / norm
         found = self._unet(x, timesteps_B, conditioning)
-        return (s - alpha) * x + (s + alpha) * found if self._predicts_v else (found - x_t) / (1 - t)
-
-    @cached_property
-    def _predicts_v(self) -> bool:
-        kind = str(self.pipeline.scheduler.config.prediction_type)
-        if kind not in (NOISE, V):
-            raise CheckpointError(
-                f"{self.checkpoint.folder}/scheduler says prediction_type {kind!r}; SDXL is read as {NOISE} or {V}."
-            )
-        return kind == V
+        return (s - alpha) * x + (s + alpha) * found if kind == V else (found - x_t) / (1 - t)
 
     def _unet(self, x: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return what the UNet predicts for its own input, alpha x0 + s noise, in float32."""

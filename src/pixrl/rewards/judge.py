@@ -135,7 +135,18 @@ class JudgeReward(Reward):
         time_limit: float = 60.0,
         patience: float = 900.0,
     ) -> None:
-        _check_template(prompt)
+        require_text(prompt, "judge: the prompt")
+        asked = re.findall(r"\{(\w+)\}", prompt)
+        for field in asked:
+            if field not in FIELDS:
+                raise ConfigError(
+                    f"judge: the prompt has the field {{{field}}}.{did_you_mean(field, FIELDS)} "
+                    "There are {prompt}, {low} and {high}; in other braces put no single word."
+                )
+        if "prompt" not in asked:
+            raise ConfigError(
+                "judge: the prompt never says {prompt}, so the judge would not know what was asked for."
+            )
         if parallel < 1 or tries < 1 or not 0 < time_limit <= LONGEST_WAIT or not patience >= 0:
             raise ConfigError(
                 "judge: parallel and tries are at least 1, time_limit is above 0 and at most a day of "
@@ -256,21 +267,6 @@ def _said(body: bytes) -> tuple[str | None, str | None]:
     if choice.finish_reason == "length":
         return None, f"the judge was cut off; raise max_tokens in the option request: {_short(text)}"
     return text, None
-
-
-def _check_template(template: str) -> None:
-    require_text(template, "judge: the prompt")
-    named = re.findall(r"\{(\w+)\}", template)
-    for field in named:
-        if field not in FIELDS:
-            raise ConfigError(
-                f"judge: the prompt has the field {{{field}}}.{did_you_mean(field, FIELDS)} "
-                "There are {prompt}, {low} and {high}; in other braces put no single word."
-            )
-    if "prompt" not in named:
-        raise ConfigError(
-            "judge: the prompt never says {prompt}, so the judge would not know what was asked for."
-        )
 
 
 def _secret_in(fields: Mapping[str, object]) -> str | None:

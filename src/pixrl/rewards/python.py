@@ -168,7 +168,21 @@ def find_function(path: object) -> str:
         tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
         raise ConfigError(f"{file} could not be read as Python: {error}.") from None
-    names = _names_in(tree)
+    # top-level names, with the definitions of functions; None among them: it may define more than is seen
+    names: dict[str | None, ast.FunctionDef | ast.AsyncFunctionDef | None] = {}
+    for statement in _top(tree.body):
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            own = None if statement.name == "__getattr__" else statement.name
+            names[own] = None if statement.decorator_list else statement
+        elif isinstance(statement, ast.ClassDef):
+            names[statement.name] = None
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            imported = [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
+            names |= {None if one == "*" else one: None for one in imported}
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            inner = [one for target in targets for one in ast.walk(target)]
+            names |= {one.id: None for one in inner if isinstance(one, ast.Name)}
     if name not in names:
         if None in names:
             return f"{name} of {file}"
@@ -186,28 +200,6 @@ def find_function(path: object) -> str:
                 f"f({ast.unparse(given)})."
             )
     return f"{name} of {file}"
-
-
-_Known = dict[str | None, ast.FunctionDef | ast.AsyncFunctionDef | None]
-
-
-def _names_in(tree: ast.Module) -> _Known:
-    """Return a module's top-level names, with the definitions of functions; None: it may define more than is seen."""
-    found: _Known = {}
-    for node in _top(tree.body):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            found[None if node.name == "__getattr__" else node.name] = None if node.decorator_list else node
-        elif isinstance(node, ast.ClassDef):
-            found[node.name] = None
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names = [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
-            found |= {None if name == "*" else name: None for name in names}
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {
-                inner.id: None for one in targets for inner in ast.walk(one) if isinstance(inner, ast.Name)
-            }
-    return found
 
 
 def _top(body: Sequence[ast.stmt]) -> list[ast.stmt]:

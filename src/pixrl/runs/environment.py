@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,13 @@ def describe(seed: object, recipe_sha256: str) -> bytes:
         named = dict([part.strip() for part in line.partition(":")[::2]] for line in reversed(lines))
         cpu = named.get("model name", cpu)
     gpus = range(torch.cuda.device_count()) if torch is not None and torch.cuda.is_available() else ()
+    root = Path(__file__).resolve().parents[3]
+    commit: str | None = None  # of pixrl's own source tree, `-dirty` when it was changed; a wheel has none
+    if (root / ".git").exists():
+        described = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(described, capture_output=True, text=True, timeout=10, check=False)
+            commit = done.stdout.strip() or None
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *words],
@@ -54,7 +62,7 @@ def describe(seed: object, recipe_sha256: str) -> bytes:
             "torch": None if torch is None else torch.get_num_threads(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         },
-        "git_commit": _git_commit(Path(__file__).resolve().parents[3]),
+        "git_commit": commit,
         "recipe_sha256": recipe_sha256,
     }
     return (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
@@ -66,20 +74,3 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _git_commit(root: Path) -> str | None:
-    """The commit of pixrl's own source tree, `-dirty` when it was changed; None when installed from a wheel."""
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

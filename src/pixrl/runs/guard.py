@@ -223,24 +223,22 @@ class Guard:
         else:
             where = "Its newest checkpoint is kept."
             if action is Action.ROLLBACK:
-                good = self._roll_back(step)
+                good = self.first
+                if (
+                    self.world.rank == 0
+                ):  # all after the last evaluation in which nothing was found is dropped
+                    places = [at for at in map(step_of_place, evaluated_places(self.folder)) if at < step]
+                    clean = [at for at in places if not any(x.found for x in read_findings(self.folder, at))]
+                    kept = checkpoint.latest(self.folder.path, at_most=max(clean, default=self.first))
+                    good = 0 if kept is None else checkpoint.step_of(kept)
+                    images = 0 if kept is None else int((checkpoint.read_state(kept) or {})["images"])
+                    cut_back(self.folder, good, images)
+                good = self.world.gather(good)[0]
                 where = f"Its weights are those of step {good}, the last in which nothing was found."
             raise GuardError(
                 f"{what} The run ends here, as monitor.action={action} says. {where} To go on all the same: pixrl "
                 f"resume {self.folder.path} --set monitor.action=warn"
             )
-
-    def _roll_back(self, step: int) -> int:
-        """Drop all after the checkpoint of the last evaluation in which nothing was found, and return its step."""
-        good = self.first
-        if self.world.rank == 0:
-            places = [at for at in map(step_of_place, evaluated_places(self.folder)) if at < step]
-            clean = [at for at in places if not any(one.found for one in read_findings(self.folder, at))]
-            kept = checkpoint.latest(self.folder.path, at_most=max(clean, default=self.first))
-            good = 0 if kept is None else checkpoint.step_of(kept)
-            images = 0 if kept is None else int((checkpoint.read_state(kept) or {})["images"])
-            cut_back(self.folder, good, images)
-        return self.world.gather(good)[0]
 
 
 def _gain(first: Looked, now: Looked, name: str) -> Tensor:

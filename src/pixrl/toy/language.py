@@ -135,8 +135,25 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
         body = _single(scene, first, rng)
         if _chance(rng, BARE_SHARE):
             prefix, body = BARE_PREFIX, re.sub("^an? ", "", body)
+    elif scene.task is Task.HYBRID:
+        body = _hybrid(first, rng)
+    elif scene.task is Task.OVERLAY:
+        form = _choose(rng, OVERLAY_FORMS)
+        above = _noun(scene, scene.pasted[0], rng)
+        below = _with_article(_noun(scene, first, rng))
+        body = form.format(below, above if "a small {}" in form else _with_article(above))
+    elif scene.task is Task.COUNTING:
+        count, name = len(scene.objects), _name(first.kind, rng)
+        if count == 1:
+            body = _choose(rng, ONE_FORMS).format(name)
+        else:
+            body = _choose(rng, COUNT_FORMS).format(_NUMBER_WORDS[count], PLURALS[name])
     else:
-        body = _composed(scene, rng)
+        nouns = [_with_article(_noun(scene, thing, rng)) for thing in scene.objects]
+        form = _choose(rng, PAIR_FORMS if scene.relation is None else RELATION_FORMS[scene.relation])
+        if scene.relation is None and rng is not None and not _chance(rng, 0.5):
+            nouns.reverse()
+        body = form.format(*nouns)
     if first.accessory is not None and len(scene.objects) == 1:
         body = f"{body} {_choose(rng, ACCESSORY_PHRASES[first.accessory])}"
     if not scene.mentions_background:
@@ -146,27 +163,6 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
         prefix = "there is" if prefix == "there is" else ""
         return f"{place}, {prefix} {body}".replace("  ", " ")
     return f"{prefix} {body} {place}".strip()
-
-
-def _composed(scene: Scene, rng: np.random.Generator | None) -> str:
-    first = scene.objects[0]
-    if scene.task is Task.HYBRID:
-        return _hybrid(first, rng)
-    if scene.task is Task.OVERLAY:
-        form = _choose(rng, OVERLAY_FORMS)
-        above = _noun(scene, scene.pasted[0], rng)
-        return form.format(
-            _with_article(_noun(scene, first, rng)), above if "a small {}" in form else _with_article(above)
-        )
-    if scene.task is Task.COUNTING:
-        count, name = len(scene.objects), _name(first.kind, rng)
-        if count == 1:
-            return _choose(rng, ONE_FORMS).format(name)
-        return _choose(rng, COUNT_FORMS).format(_NUMBER_WORDS[count], PLURALS[name])
-    nouns = [_with_article(_noun(scene, thing, rng)) for thing in scene.objects]
-    if scene.relation is not None:
-        return _choose(rng, RELATION_FORMS[scene.relation]).format(*nouns)
-    return _choose(rng, PAIR_FORMS).format(*(nouns if _chance(rng, 0.5) or rng is None else nouns[::-1]))
 
 
 def _hybrid(thing: SceneObject, rng: np.random.Generator | None) -> str:
@@ -314,10 +310,28 @@ class _Reader:
     background: str | None
 
     def read(self) -> ParsedPrompt:
-        for read in (self._overlay, self._exchange, self._hybrid, self._relation):
-            found = read()
-            if found is not None:
-                return found
+        match = _first(_OVERLAYS, self.text)
+        if match:
+            return self._result(Task.OVERLAY, [self._noun(part).entry() for part in match.groups()])
+        match = _first(_EXCHANGES, self.text)
+        if match:
+            main, part, other = match.groups()
+            kinds = (self._noun(main).kind, self._noun(other).kind)
+            slot = _PARTS.get((kinds[1], part))
+            if slot is None:
+                raise UnreadablePrompt(
+                    self.prompt,
+                    f"a {kinds[1]} has no {part}; its parts are {', '.join(PART_WORDS[kinds[1]])}",
+                )
+            return self._mixed(kinds, SLOTS[slot])
+        mixed = self._hybrid()
+        if mixed is not None:
+            return mixed
+        for pattern, relation in _RELATIONS:
+            match = pattern.fullmatch(self.text)
+            if match:
+                first, second = (self._noun(part).entry() for part in match.groups())
+                return self._result(Task.POSITION, [second, first | {"position": [relation, 0]}])
         for name, phrases in ACCESSORY_PHRASES.items():
             for phrase in phrases:
                 if self.text.endswith(f" {phrase}"):
@@ -325,35 +339,15 @@ class _Reader:
                     return self._alone(name)
         match = _first(_PAIRS, self.text)
         if match:
-            first, second = (self._noun(part) for part in match.groups())
-            coloured = "colour" in first.said or "colour" in second.said
+            nouns = [self._noun(part) for part in match.groups()]
+            coloured = any("colour" in noun.said for noun in nouns)
             tag = Task.COLOR_ATTR if coloured else Task.TWO_OBJECT
-            return self._result(tag, [first.entry(), second.entry()])
+            return self._result(tag, [noun.entry() for noun in nouns])
         return self._counted() or self._alone(None)
 
     def _result(self, tag: Task, include: list[dict[str, Any]], **rest: Any) -> ParsedPrompt:
         metadata = {"tag": tag.value, "include": include, **rest.pop("more", {}), "prompt": self.prompt}
         return ParsedPrompt(metadata, self.background, **rest)
-
-    def _overlay(self) -> ParsedPrompt | None:
-        match = _first(_OVERLAYS, self.text)
-        if not match:
-            return None
-        entries = [self._noun(part).entry() for part in match.groups()]
-        return self._result(Task.OVERLAY, entries)
-
-    def _exchange(self) -> ParsedPrompt | None:
-        match = _first(_EXCHANGES, self.text)
-        if not match:
-            return None
-        main, part, other = match.groups()
-        kinds = (self._noun(main).kind, self._noun(other).kind)
-        slot = _PARTS.get((kinds[1], part))
-        if slot is None:
-            raise UnreadablePrompt(
-                self.prompt, f"a {kinds[1]} has no {part}; its parts are {', '.join(PART_WORDS[kinds[1]])}"
-            )
-        return self._mixed(kinds, SLOTS[slot])
 
     def _hybrid(self) -> ParsedPrompt | None:
         match = _first(_HYBRIDS, self.text)
@@ -368,14 +362,6 @@ class _Reader:
         return self._result(
             Task.HYBRID, [_Noun(kind).entry() for kind in kinds], parents=kinds, exchanged=slot
         )
-
-    def _relation(self) -> ParsedPrompt | None:
-        for pattern, relation in _RELATIONS:
-            match = pattern.fullmatch(self.text)
-            if match:
-                first, second = (self._noun(part).entry() for part in match.groups())
-                return self._result(Task.POSITION, [second, first | {"position": [relation, 0]}])
-        return None
 
     def _counted(self) -> ParsedPrompt | None:
         match, one = _first(_COUNTS, self.text), _first(_ONES, self.text)

@@ -11,7 +11,7 @@ import numpy as np
 from pixrl.toy.drawing.backgrounds import VARIANTS
 from pixrl.toy.drawing.figure import Mark
 from pixrl.toy.pairs import HELD_OUT_PAIRS, TRAINING_PAIRS, may_be_trained
-from pixrl.toy.scene import Point, Scene, SceneObject, Task
+from pixrl.toy.scene import Scene, SceneObject, Task
 from pixrl.toy.vocabulary import (
     ACCESSORIES,
     ANIMALS,
@@ -176,22 +176,16 @@ def _counted(rng: Random) -> list[SceneObject]:
     cells = [(x, y) for y in (0, 1) for x in (0, 1)]
     if count == 3:
         cells.pop(int(rng.integers(4)))
-    placed = [replace(thing, size=size, centre=_in_cell(rng, cell, size)) for cell in cells]
-    return _centre_lone_row(rng, placed) if count == 3 else placed
-
-
-def _centre_lone_row(rng: Random, placed: list[SceneObject]) -> list[SceneObject]:
-    """Move the object that has its row to itself to the middle of that row."""
-    lower = [thing.centre[1] > 0.5 for thing in placed]
-    alone = lower.index(sum(lower) == 1)
-    middle = (float(rng.uniform(0.46, 0.54)), placed[alone].centre[1])
-    return [replace(thing, centre=middle) if k == alone else thing for k, thing in enumerate(placed)]
-
-
-def _in_cell(rng: Random, cell: tuple[int, int], size: float) -> Point:
-    slack = CELL - size
-    x, y = (MARGIN + k * (CELL + MIN_GAP) + size / 2 + float(rng.random()) * slack for k in cell)
-    return x, y
+    placed = []
+    for cell in cells:
+        x, y = (MARGIN + k * (CELL + MIN_GAP) + size / 2 + float(rng.random()) * (CELL - size) for k in cell)
+        placed.append(replace(thing, size=size, centre=(x, y)))
+    if count == 3:  # the object that has its row to itself moves to the middle of that row
+        lower = [thing.centre[1] > 0.5 for thing in placed]
+        alone = lower.index(sum(lower) == 1)
+        middle = (float(rng.uniform(0.46, 0.54)), placed[alone].centre[1])
+        placed[alone] = replace(placed[alone], centre=middle)
+    return placed
 
 
 def _pair(rng: Random, task: Task) -> tuple[list[SceneObject], str | None]:
@@ -263,7 +257,10 @@ class ToySubject:
 
 def random_subject(rng: Random) -> ToySubject:
     """An individual of a random kind; nine of ten have a mark."""
-    kind, palette = _pick(rng, KINDS), _random_palette(rng)
+    kind, primary, secondary = _pick(rng, KINDS), _random_colour(rng), _random_colour(rng)
+    while math.dist(primary, secondary) < 120:
+        secondary = _random_colour(rng)
+    palette = Palette(primary, secondary)
     pattern = _pick(rng, PATTERNS) if rng.random() < 0.6 else "plain"
     mark = random_mark(rng, palette) if rng.random() < 0.9 else None
     return ToySubject(kind, palette, pattern, mark, _pick(rng, ACCESSORIES) if rng.random() < 0.2 else None)
@@ -282,14 +279,6 @@ def random_mark(rng: Random, palette: Palette) -> Mark:
     tried = [COLOURS[_pick(rng, tuple(COLOURS))].primary for _ in range(3)]
     colour = max(tried, key=lambda c: min(math.dist(c, palette.primary), math.dist(c, palette.secondary)))
     return Mark(_pick(rng, MARKS), colour, _pick(rng, LETTERS))
-
-
-def _random_palette(rng: Random) -> Palette:
-    primary = _random_colour(rng)
-    secondary = _random_colour(rng)
-    while math.dist(primary, secondary) < 120:
-        secondary = _random_colour(rng)
-    return Palette(primary, secondary)
 
 
 def _random_colour(rng: Random) -> RGB:

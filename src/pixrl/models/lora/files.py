@@ -131,7 +131,20 @@ def open_lora(place: Path, kind: str) -> LoraFile:
     sources += _of_header(header, file, has_alphas=has_alphas)
     if has_alphas and not sources:
         _refuse(file, "have no alpha, but others do", (x.name for x in modules if x.alpha is None))
-    strengths = [_strength(module, sources, file) for module in modules]
+    strengths = []
+    for module in modules:  # each has the one strength that all places agree on; 1 where none states any
+        stated: dict[str, float] = {}
+        if module.alpha is not None:
+            stated[f"{module.name}{_ALPHA}"] = module.alpha / len(module.down)
+        stated |= {source.place: source.strength(module, file) for source in sources}
+        for (one, first), (other, second) in pairwise(stated.items()):
+            if not math.isclose(first, second, rel_tol=_SAME):
+                raise _wrong(
+                    file,
+                    f"the strength of {module.name} is {first:g} by {one} and {second:g} by {other}. Find out "
+                    "which it was trained with, and take the other out of the file.",
+                )
+        strengths.append(next(iter(stated.values()), 1.0))
     scaled = [
         replace(module, up=module.up * strength) for module, strength in zip(modules, strengths, strict=True)
     ]
@@ -297,20 +310,6 @@ class _Source:
 
         own = self.settings.get(pattern) or {}
         return own.get(get_pattern_key(list(own), _bare(module.name)), usual)
-
-
-def _strength(module: _Module, sources: Iterable[_Source], file: Path) -> float:
-    """Return the one strength that all places agree on; 1 where none states any."""
-    own = {} if module.alpha is None else {f"{module.name}{_ALPHA}": module.alpha / len(module.down)}
-    found = own | {source.place: source.strength(module, file) for source in sources}
-    for (one, first), (other, second) in pairwise(found.items()):
-        if not math.isclose(first, second, rel_tol=_SAME):
-            raise _wrong(
-                file,
-                f"the strength of {module.name} is {first:g} by {one} and {second:g} by {other}. Find out "
-                "which it was trained with, and take the other out of the file.",
-            )
-    return next(iter(found.values()), 1.0)
 
 
 def _of_header(header: Mapping[str, str], file: Path, *, has_alphas: bool) -> Iterator[_Source]:

@@ -70,8 +70,26 @@ def quantize(denoiser: nn.Module, name: str, base: Base, device: torch.device, p
     if base is Base.NF4:
         bitsandbytes(NF4)
         setattr(denoiser, "is_loaded_in_4bit", True)  # noqa: B010  (peft asks for it)
+    computes_in = precision.autocast or precision.weights
     for key, layer in linear_layers(denoiser, name, base).items():
-        made = Int8Linear(layer, device) if base is Base.INT8 else _nf4_layer(layer, device, precision)
+        made: nn.Linear
+        if base is Base.INT8:
+            made = Int8Linear(layer, device)
+        else:
+            made = bitsandbytes(NF4).nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                compute_dtype=computes_in,
+                compress_statistics=False,
+                quant_type="nf4",
+                device="meta",
+            )
+            # On CPUs with AVX512-BF16 it would repack its weights for drawing, and then pass no gradients on.
+            setattr(made, "support_avx512bf16_for_cpu", False)  # noqa: B010
+            if layer.bias is not None:  # forward would cast it in place, within inference mode
+                made.bias = nn.Parameter(layer.bias.to(device, computes_in), requires_grad=False)
+            made.weight = _nf4_weight(made, layer.weight.data, device)
         parent, _, own = key.rpartition(".")
         setattr(denoiser.get_submodule(parent), own, made.train(layer.training))
 
@@ -123,25 +141,6 @@ class _Product(torch.autograd.Function):
 def _unpacked(weight_OI: Tensor, scale_O1: Tensor, dtype: torch.dtype) -> Tensor:
     dense_OI = torch.empty(weight_OI.shape, dtype=dtype, device=weight_OI.device)
     return torch.mul(weight_OI, scale_O1, out=dense_OI)  # rounded once, without a copy in float32
-
-
-def _nf4_layer(layer: nn.Linear, device: torch.device, precision: Precision) -> nn.Linear:
-    computes_in = precision.autocast or precision.weights
-    made: nn.Linear = bitsandbytes(NF4).nn.Linear4bit(
-        layer.in_features,
-        layer.out_features,
-        bias=layer.bias is not None,
-        compute_dtype=computes_in,
-        compress_statistics=False,
-        quant_type="nf4",
-        device="meta",
-    )
-    # On CPUs with AVX512-BF16 it would repack its weights for drawing, and then pass no gradients on.
-    setattr(made, "support_avx512bf16_for_cpu", False)  # noqa: B010
-    if layer.bias is not None:  # forward would cast it in place, within inference mode
-        made.bias = nn.Parameter(layer.bias.to(device, computes_in), requires_grad=False)
-    made.weight = _nf4_weight(made, layer.weight.data, device)
-    return made
 
 
 def _nf4_weight(layer: nn.Linear, weight_OI: Tensor, device: torch.device) -> nn.Parameter:

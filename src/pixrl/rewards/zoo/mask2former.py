@@ -13,8 +13,7 @@ transformers' `post_process_instance_segmentation` paints masks over each other,
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,8 +201,18 @@ class Mask2FormerDetector:
     @torch.inference_mode()
     def _instances(self, images_BCHW: Tensor, frame: Frame) -> list[list[Instance]]:
         pixels = frame.pixels(to_grey_levels(images_BCHW.float().to(self.device)))
-        with _full_float32():
-            output = self.model(pixel_values=pixels)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # as cudnn's flag: no product is rounded to TF32
+        try:
+            with torch.backends.cudnn.flags(
+                enabled=torch.backends.cudnn.enabled,
+                benchmark=torch.backends.cudnn.benchmark,
+                deterministic=torch.backends.cudnn.deterministic,
+                allow_tf32=False,
+            ):
+                output = self.model(pixel_values=pixels)
+        finally:
+            torch.set_float32_matmul_precision(before)
         pairs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
         return [instances_of(*pair, frame, CLASSES, self.least) for pair in pairs]
 
@@ -263,20 +272,3 @@ def _require_coco(path: Path, count: int, labels: Mapping[int, str]) -> None:
 
 def _scaled(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images_BCHW, size=size, mode="bilinear", align_corners=False)
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Compute in full float32: no product is rounded to TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled,
-            benchmark=torch.backends.cudnn.benchmark,
-            deterministic=torch.backends.cudnn.deterministic,
-            allow_tf32=False,
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -51,7 +51,13 @@ def draw_figure(
     canvas: LabelledCanvas, figure: ToyFigure, centre: Point, side: float, first_label: int
 ) -> None:
     """Draw the figure inside the square of that centre and side (pixels); its labels begin at `first_label`."""
-    left, top, right, bottom = _extent(figure)
+    # the extent of the figure with what it wears, in its own frame
+    left, top, right, bottom = -FRAME, -FRAME, FRAME, FRAME
+    if "hat" in figure.worn:
+        y, w = TOPS[figure.slots[0]]
+        top = min(top, y + 0.04 - 1.3 * w)
+    if "balloon" in figure.worn:
+        top, right = min(top, -1.4), 1.58
     scale = side / max(right - left, bottom - top)
     rim = max(1.5, 0.0135 * side)
     scale *= (side - 2 * rim - 2) / side
@@ -127,17 +133,6 @@ WEAR: dict[str, Callable[[Pen, str, float], None]] = {
     "balloon": balloon,
 }
 """In drawing order: later ones cover earlier ones."""
-
-
-def _extent(figure: ToyFigure) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the figure with what it wears, in its own frame."""
-    top, right = -FRAME, FRAME
-    if "hat" in figure.worn:
-        y, w = TOPS[figure.slots[0]]
-        top = min(top, y + 0.04 - 1.3 * w)
-    if "balloon" in figure.worn:
-        top, right = min(top, -1.4), 1.58
-    return -FRAME, top, right, FRAME
 
 
 STROKES: dict[str, tuple[tuple[Point, ...], ...]] = {
