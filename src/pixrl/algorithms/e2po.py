@@ -28,8 +28,7 @@ Deviations, all of them decisions where the paper's text is silent:
    before. With `prompts_at_once: 1` that holds to the last bit; more at once is faster and changes the rounding.
 4. Learning is in float32; an encoder in half precision rounds the perturbed embeddings on the way in.
 5. AdamW's decoupled weight decay is torch's default, 0.01.
-6. The rate falls to zero over the last fifth of the steps: at a constant one, variants hover around the border of their
-   band, to which diversity drives them, and some end outside.
+6. The rate falls to zero over the last fifth of the steps; at a constant one variants hover about their band's border.
 """
 
 import hashlib
@@ -54,8 +53,7 @@ from pixrl.errors import CheckpointError, InputError, RunError
 from pixrl.models.base import FlowPolicy
 from pixrl.models.text import LANGUAGE, PerturbableText, PromptText, TextEncoder, TextFeatures
 
-SETTLING = 0.2
-"""The share of the learning steps over which the rate falls to zero."""
+SETTLING = 0.2  # of the learning steps, over which the rate falls to zero
 CACHE_BYTES = 2**28
 """The bytes of perturbations that are kept. One that was dropped is learned again, to the same values."""
 
@@ -425,8 +423,7 @@ class PerturbedEmbeddings(Exploration):
 
     def _outside(self, one: "_PromptVariants") -> Tensor:
         """Return which variants' similarity to the anchor is out of the band, bool [K]."""
-        slack = 1e-3
-        return (one.anchor_cosine_K - self.settings.target).abs() > self.settings.margin + slack
+        return (one.anchor_cosine_K - self.settings.target).abs() > self.settings.margin + 1e-3
 
     def _warn(self, new: Mapping[str, "_PromptVariants"]) -> None:
         """Warn once a batch of how many newly learned prompts missed the band."""

@@ -172,18 +172,17 @@ def examine_fusion(
     require_out(out, force, findings)
     find_trackers(config.log, findings)
     checkpoint = find_pipeline(config.model, findings, fetch=about_to_run)
-    adapter = None if checkpoint is None else models.adapter_of(checkpoint)
+    adapter = None
     if checkpoint is not None:
+        adapter = models.adapter_of(checkpoint)
         config = config.with_mixing(read_card(checkpoint.folder).mixing)
+        with findings.catch(Need.SETTING):
+            require_mixing(adapter, config.model, config)
     if config.policy_from is not None:
         with findings.catch(Need.SETTING):
             read_policy(Path(config.policy_from)).require_fits(config)
-    if adapter is not None:
-        with findings.catch(Need.SETTING):
-            require_mixing(adapter, config.model, config)
-    device, place, precision = find_place(
-        config.device, config.dtype, processes, findings, on_gpu=(adapter or Renderer).gpu_dtype
-    )
+    on_gpu = (adapter or Renderer).gpu_dtype
+    device, place, precision = find_place(config.device, config.dtype, processes, findings, on_gpu=on_gpu)
     parts = {} if checkpoint is None else find_parts(checkpoint, precision, findings, base=config.memory.base)
     estimate: FusionEstimate | None = None
     drawn = (0, 0)
@@ -203,8 +202,7 @@ def examine_fusion(
     if checkpoint is not None:  # without one nobody knows which encoder it is calibrated for
         named = judges_of(read_card(checkpoint.folder), config.clip, config.segmenter, config.truth)
         find_truth(config, named[-1], concepts or config.concepts, findings)
-    sizes = {ref: model_bytes(ref, findings) for ref in named if ref is not None}
-    judges = {ref: taken for ref, taken in sizes.items() if taken is not None}
+    judges = {ref: taken for ref in named if ref and (taken := model_bytes(ref, findings)) is not None}
     beside = on_device(parts, config.memory) + sum(judges.values())
     needed, batches = None, None
     if estimate is not None:
