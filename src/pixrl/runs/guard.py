@@ -224,9 +224,8 @@ class Guard:
             where = "Its newest checkpoint is kept."
             if action is Action.ROLLBACK:
                 good = self.first
-                if (
-                    self.world.rank == 0
-                ):  # all after the last evaluation in which nothing was found is dropped
+                if self.world.rank == 0:
+                    # all after the last evaluation in which nothing was found is dropped
                     places = [at for at in map(step_of_place, evaluated_places(self.folder)) if at < step]
                     clean = [at for at in places if not any(x.found for x in read_findings(self.folder, at))]
                     kept = checkpoint.latest(self.folder.path, at_most=max(clean, default=self.first))
