@@ -1,4 +1,7 @@
-"""The judge of flux's gate: right on held-out subjects that it never saw, drawn truly or wrongly."""
+"""The judge of flux's gate, which is right on held-out subjects that it never saw, drawn truly or wrongly; and `flux`.
+
+In one file, so that one process fits the judge once.
+"""
 
 from dataclasses import replace
 
@@ -6,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from tests.toy.gates import require_as_recorded
 from torch import Tensor
 
 from pixrl.toy import CHECKPOINTS, pictures
@@ -13,8 +17,7 @@ from pixrl.toy.judge import QUICK, SceneJudge, reconstruct
 from pixrl.toy.pictures import drawn
 from pixrl.toy.random_scenes import ToySubject, held_out_subjects, resembles_held_out
 from pixrl.toy.scene import Scene, SceneDrawing, draw
-from pixrl.toy.verify import SEED
-from pixrl.toy.verify_generators import asking, other_accessory, other_background
+from pixrl.toy.verify_generators import asking, fitted_judge, other_accessory, other_background
 
 TINY = replace(QUICK, drawings=60, decoded=10, steps=6, batch=16)
 
@@ -25,8 +28,8 @@ def vae() -> AutoencoderKL:
 
 
 @pytest.fixture(scope="module")
-def judge(vae: AutoencoderKL) -> SceneJudge:
-    return SceneJudge.fit(vae, SEED, QUICK)
+def judge() -> SceneJudge:
+    return fitted_judge(CHECKPOINTS, QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,12 @@ def wanted() -> list[Scene]:
 
 def share(verdicts: Tensor) -> float:
     return float(verdicts.float().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.learning
+def test_flux_is_as_good_as_its_provenance_says() -> None:
+    require_as_recorded("flux")
 
 
 @pytest.mark.slow

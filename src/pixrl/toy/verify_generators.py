@@ -18,7 +18,7 @@ from pixrl.models.flux import FluxPolicy
 from pixrl.rewards.encoders import DinoEncoder
 from pixrl.rewards.geneval import GenEvalReward
 from pixrl.rewards.segmentation import Foreground
-from pixrl.toy.judge import FULL, QUICK, SceneJudge, reconstruct
+from pixrl.toy.judge import FULL, QUICK, JudgeLessons, SceneJudge, reconstruct
 from pixrl.toy.language import caption, held_out_prompts, parse
 from pixrl.toy.pairs import HELD_OUT_PAIRS, TRAINING_PAIRS
 from pixrl.toy.pictures import drawn
@@ -190,7 +190,7 @@ def check_flux(root: Path, thin: int) -> Iterable[Gate]:
     images = policy.sample(policy.with_references(policy.encode(prompts), [references]), seeds)
     yield Gate("flux", "object recognized", shows(root, images, [subject.kind for subject in subjects]), 0.90)
     vae = load_vae(root)
-    judge = SceneJudge.fit(vae, SEED, QUICK if thin > 1 else FULL)
+    judge = fitted_judge(root, QUICK if thin > 1 else FULL)
     yield Gate("flux", "background and accessory right", _share(judge.follows(images, wanted)), 0.85)
     yield from _judged_judge(judge, vae)
     masks = Foreground(root / "segmenter").masks(images)
@@ -213,6 +213,12 @@ def check_flux(root: Path, thin: int) -> Iterable[Gate]:
     )
     kept = nearness(subjects) > nearness(replace(subject, mark=None) for subject in subjects)
     yield Gate("flux", "marks kept: nearer to the subject than to it without its mark", _share(kept), 0.6)
+
+
+@cache
+def fitted_judge(root: Path, lessons: JudgeLessons) -> SceneJudge:
+    """Return the judge of `flux`'s backgrounds and accessories, which is fitted on the spot, once in a process."""
+    return SceneJudge.fit(load_vae(root), SEED, lessons)
 
 
 def _judged_judge(judge: SceneJudge, vae: AutoencoderKL) -> Iterable[Gate]:
