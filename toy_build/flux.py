@@ -37,7 +37,7 @@ from toy_build.training import Build, Draw, Lesson, Plan, kept_rows
 from toy_build.vae import FACTOR, LATENT_CHANNELS, encode
 
 TEACHER = Plan(
-    steps=4_000, batch=48, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.998, level=0.5, muon=2.4e-3
+    steps=10_000, batch=48, lr=1.2e-3, warmup=200, weight_decay=0.02, ema=0.998, level=0.5, muon=2.4e-3
 )
 STUDENT = Plan(steps=800, batch=32, lr=5e-4, warmup=50, weight_decay=0.0, ema=0.99, level=0.3, muon=1e-3)
 SUBJECT_PICTURES = 24_000
