@@ -82,7 +82,7 @@ class DPOSettings(GivenSettings):
         return 1
 
     def describe(self, *, shows_references: bool) -> str:
-        return f"dpo: pairs on disk, beta {self.beta:g}, {self.timesteps} noise levels a pair"
+        return f"dpo: pairs on disk, beta {self.beta:g}, noise levels a pair: {self.timesteps}"
 
     def describe_pictures(self, *, shows_references: bool) -> str:
         return "The pictures of training prompts are the pairs' own: they do not improve with training."

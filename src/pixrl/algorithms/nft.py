@@ -118,7 +118,7 @@ class NFTSettings(LossSettings):
     def describe(self, *, shows_references: bool) -> str:
         old = self.old_policy.value + ("" if self.old_decay is None else f" {self.old_decay:g}")
         among = self.levels
-        levels = f"{self.timesteps} noise levels a sample" + (
+        levels = f"noise levels a sample: {self.timesteps}" + (
             "" if among is None else f" of steps {among[0]} to {among[1] - 1}"
         )
         return f"nft, beta {self.beta:g}, KL {self.kl:g}, {levels}, old policy {old}"

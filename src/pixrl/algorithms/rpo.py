@@ -106,7 +106,7 @@ class RPOSettings(LossSettings):
     def describe(self, *, shows_references: bool) -> str:
         return (
             f"rpo: best against worst of a group of {self._candidates(shows_references)}, by the harmonic mean, beta "
-            f"{self.beta:g}, similarity loss {self.similarity:g}, {self.timesteps} noise levels a pair"
+            f"{self.beta:g}, similarity loss {self.similarity:g}, noise levels a pair: {self.timesteps}"
         )
 
     def describe_advantage(self, advantage: EstimatorSettings) -> str:

@@ -63,7 +63,7 @@ class SFTSettings(GivenSettings):
         return Spending(source, 0, images * self.timesteps)
 
     def describe(self, *, shows_references: bool) -> str:
-        return f"supervised flow matching on target pictures, {self.timesteps} noise levels a sample"
+        return f"supervised flow matching on target pictures, noise levels a sample: {self.timesteps}"
 
     def describe_pictures(self, *, shows_references: bool) -> str:
         return "The pictures of training prompts are the targets, which nobody drew."
