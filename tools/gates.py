@@ -4,14 +4,14 @@
 import json
 from typing import Any
 
-from pixrl.hub import TOY_NAMES
 from pixrl.toy import CHECKPOINTS
+from pixrl.toy.verify import checks
 
 
 def main() -> None:
     print("| checkpoint | figure | measured | gate | |")
     print("|---|---|---|---|---|")
-    for name in TOY_NAMES:
+    for name in checks():
         path = CHECKPOINTS / name / "provenance.json"
         if not path.exists():
             print(f"| `{name}` | | | | not built |")

@@ -22,6 +22,7 @@ STAGES = {
     "sd3": "toy_build.sd3:build_sd3",
     "turbo": "toy_build.turbo:build_turbo",
     "parts": "toy_build.segmenters:build_parts",
+    "judge": "toy_build.judge:build_judge",
     "flux": "toy_build.flux:build_flux",
 }
 """The stages and the functions that train them, in the order in which they need each other."""

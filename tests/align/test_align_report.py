@@ -16,11 +16,12 @@ from pixrl.report.figures import (
     Change,
     Panel,
     changes_of,
-    gallery_pairs,
+    movement,
     newest_group,
     panels,
     phases,
     reward_panels,
+    scored_pairs,
     smooth,
     warnings,
     window_of,
@@ -154,10 +155,29 @@ def test_the_axis_of_a_share_does_not_go_below_0_and_the_plan_is_one_row(tmp_pat
 
 
 def test_the_gallery_pairs_the_first_and_the_newest_pictures(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "run", settings(steps=4), done=1, evaluated=(0, 2, 4))
-    pairs = gallery_pairs(folder)
+    config = settings(steps=4)
+    folder = run_folder(tmp_path / "run", config, done=1, evaluated=(0, 2, 4))
+    pairs = scored_pairs(folder, shape_of(config))
     assert [(pair.prompt, pair.seed) for pair in pairs] == [(p, 100 + n) for n, p in enumerate(PROMPTS)]
     assert all(pair.before != pair.after for pair in pairs)
+
+
+def test_the_page_shows_first_where_the_trained_reward_changed_most(tmp_path: Path) -> None:
+    config = settings(steps=4)
+    folder = run_folder(tmp_path / "run", config, done=4, evaluated=(0, 4))
+    assert "changed most" not in write_align_report(folder.path).read_text(), "no scores were kept"
+    before, after = [0.25] * len(PROMPTS), [0.25] * len(PROMPTS)
+    before[0], after[1], after[2], after[3] = 1.0, 0.5, 1.0, 0.25  # one falls, two rise
+    for step, values in ((0, before), (4, after)):
+        (samples_of(folder, step) / SCORES).write_text(json.dumps({"geneval": values}))
+    moved = movement(scored_pairs(folder, shape_of(config)), "geneval")
+    assert moved is not None and (moved.rose, moved.fell, moved.same) == (2, 1, len(PROMPTS) - 3)
+    assert [pair.number for pair in moved.most] == [2, 1, 0]
+    page = write_align_report(folder.path).read_text()
+    assert f"it rose for 2, fell for 1 and stayed the same for {len(PROMPTS) - 3}." in page
+    assert page.count('class="pair"') == len(PROMPTS) + 3
+    assert page.index("changed most") < page.index("none chosen")
+    assert '0.250 → <b class="up">1.000</b>' in page and '1.000 → <b class="down">0.250</b>' in page
 
 
 def test_the_group_shown_is_the_newest_that_is_whole(tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from pixrl import models
 from pixrl.errors import InputError
 from pixrl.toy import CHECKPOINTS
+from pixrl.toy.judge import SceneJudge
 from pixrl.toy.language import canonical, is_held_out
-from pixrl.toy.random_scenes import random_scene, resembles_held_out, training_subject
+from pixrl.toy.random_scenes import ToySubject, random_scene, resembles_held_out, training_subject
 from pixrl.toy.scene import FIRST_PART, MIXED_CLASS, PART_CLASSES, SIDE, Task, part_class
 from pixrl.toy.verify import Gate, high_frequencies
 from pixrl.toy.verify_generators import frechet
-from pixrl.toy.vocabulary import KINDS
-from toy_build import STAGES, segmenters, training
+from pixrl.toy.vocabulary import ACCESSORIES, KINDS
+from toy_build import STAGES, judge, segmenters, training
 from toy_build import build as build_stages
 from toy_build import pictures as pictures_module
 from toy_build.distil import Guided, distil, levels, midpoint
@@ -162,6 +163,7 @@ def test_stages_are_named_in_the_order_of_their_needs() -> None:
         "turbo": "vae clip texts",
         "parts": "vae clip texts",
         "flux": "vae clip texts",
+        "judge": "vae",
         "texts": "clip",
         "preference": "clip",
     }
@@ -316,6 +318,20 @@ def test_a_stage_writes_a_checkpoint_that_its_class_loads(
     model = segmenters.SegformerForSemanticSegmentation.from_pretrained(build.out / "parts")
     assert model.config.id2label[part_class("snail", 3)] == "snail extra"
     assert (build.out / "parts" / "provenance.json").exists()
+
+
+def test_the_judge_learns_from_others_than_the_held_out_subjects(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    things = [scene.objects[0] for scene in judge.subject_scenes(build.seed, 200)]
+    assert not any(resembles_held_out(ToySubject(one.kind, one.palette)) for one in things if one.palette)
+    for name, few in (("DRAWINGS", 12), ("DECODED", 4), ("PLAN", replace(judge.PLAN, steps=2, batch=4))):
+        monkeypatch.setattr(judge, name, few)
+    build.out.mkdir(parents=True)
+    (build.out / "vae").symlink_to(CHECKPOINTS / "vae")
+    judge.build_judge(build)
+    backgrounds, worn = SceneJudge.load(build.out / "judge").reads(torch.rand(3, 3, SIDE, SIDE))
+    assert backgrounds.shape == (3,) and worn.shape == (3, len(ACCESSORIES))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ run in words, which the model card says too.
 """
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,14 +20,17 @@ from pixrl.hub import TOY_PREFIX
 from pixrl.models.flux import ReferenceShape
 from pixrl.report.figures import (
     SHOWN,
+    ScoredPair,
     changes_of,
     failures,
-    gallery_pairs,
+    first_trained,
     guard_findings,
+    movement,
     newest_group,
     panels,
     phases,
     reward_panels,
+    scored_pairs,
     warnings,
 )
 from pixrl.report.page import THUMBNAIL, inline, render
@@ -209,7 +213,8 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
     metrics, evaluated, manifest = folder.metrics(), comparable_evaluations(folder), folder.manifest()
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     start = start_if_any(folder)
-    pairs = gallery_pairs(folder)
+    pairs = scored_pairs(folder, shape)
+    moved = movement(pairs, first_trained(shape)) if shape.roles else None
     finished = len(metrics) >= config.steps and any(row["step"] == config.steps for row in evaluated)
     changes = changes_of(folder, shape)
     doubts = warnings(changes)
@@ -231,7 +236,9 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "intervals": any(change.interval for change in changes),
         "evaluated": [evaluated[0]["step"], evaluated[-1]["step"]] if evaluated else [],
         "warnings": doubts,
-        "pairs": pairs[:SHOWN],
+        "moved": moved,
+        "most": [_shown_pair(folder, pair) for pair in moved.most] if moved else [],
+        "pairs": [_shown_pair(folder, pair) for pair in pairs[:SHOWN]],
         "more": max(len(pairs) - SHOWN, 0),
         "unseen": is_unseen(config, start),
         "shown": "subjects" if folder.kind == PERSONALIZE else "prompts",
@@ -250,6 +257,20 @@ def align_view(folder: RunFolder) -> dict[str, Any]:
         "recipe": folder.recipe_text(),
         "commands": commands(folder.path, finished, folder.kind),
         "date": environment["date"],
+    }
+
+
+def _shown_pair(folder: RunFolder, pair: ScoredPair) -> dict[str, Any]:
+    """What the page shows of a pair: its prompt, its pictures as they are embedded, and how its scores changed."""
+    return {
+        "prompt": pair.prompt,
+        "seed": pair.seed,
+        "pictures": [inline(file, THUMBNAIL, folder.path) for file in pair.pictures],
+        "scores": [
+            (name, before, after, pair.gain(name))
+            for name, (before, after) in pair.scores.items()
+            if not math.isnan(pair.gain(name))
+        ],
     }
 
 

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from pixrl.metrics.intervals import Interval, bootstrap, gains_by_prompt
 from pixrl.report.charts import Curve, lines_chart
-from pixrl.report.page import THUMBNAIL, Embedded, inline
 from pixrl.runs.folder import ManifestRow, RunFolder
 from pixrl.runs.reading import (
     HELD_OUT,
@@ -33,6 +32,8 @@ from pixrl.runs.reading import (
 
 SHOWN = 32
 """Number of pairs in the gallery."""
+MOST_RISEN, MOST_FALLEN = 6, 2
+"""Number of pairs shown because a reward rose or fell most."""
 
 
 WINDOW = 9
@@ -54,17 +55,6 @@ KEPT = 0.8
 Rows = Sequence[Mapping[str, Any]]
 P = TypeVar("P")
 """What shows a picture: a data URI in reports, which need nothing but themselves."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One prompt and noise drawn before and after training, beside the reference that both were shown."""
-
-    prompt: str
-    seed: int
-    before: Embedded
-    after: Embedded
-    reference: Embedded | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +220,11 @@ class ScoredPair:
     scores: Mapping[str, tuple[float, float]]
     """Reward -> score before and after, nan where there is none."""
 
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """The reference if there is one, the picture before and the picture after."""
+        return (*([] if self.reference is None else [self.reference]), self.before, self.after)
+
     def gain(self, reward: str) -> float:
         """Return the score after minus the score before; nan where one is not known."""
         before, after = self.scores.get(reward, (math.nan, math.nan))
@@ -261,20 +256,32 @@ def by_change(pairs: Sequence[ScoredPair], reward: str, *, falls: bool = False) 
     return [*sorted(known, key=lambda pair: pair.gain(reward), reverse=not falls), *rest]
 
 
-def gallery_pairs(folder: RunFolder) -> list[Pair]:
-    """Return the evaluation's pictures of the base and of the newest evaluated weights, from the same noise."""
-    return [
-        Pair(
-            entry["prompt"],
-            entry["seed"],
-            inline(before, THUMBNAIL, folder.path),
-            inline(after, THUMBNAIL, folder.path),
-            inline(folder.path / entry["reference"], THUMBNAIL, folder.path)
-            if "reference" in entry
-            else None,
-        )
-        for entry, before, after in before_and_after(folder)
-    ]
+@dataclass(frozen=True)
+class Movement:
+    """How many of the pictures that were kept rose and fell by a reward, and those that did most."""
+
+    reward: str
+    rose: int
+    fell: int
+    same: int
+    most: tuple[ScoredPair, ...]
+    """Those that rose most, then those that fell most."""
+
+
+def movement(pairs: Sequence[ScoredPair], reward: str) -> Movement | None:
+    """Return what a reward did to the pictures that were kept; None where it is known of none, or changed none."""
+    gains = [pair.gain(reward) for pair in pairs if not math.isnan(pair.gain(reward))]
+    rose, fell = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    if not rose + fell:
+        return None
+    most = by_change(pairs, reward)[: min(rose, MOST_RISEN)]
+    most += by_change(pairs, reward, falls=True)[: min(fell, MOST_FALLEN)]
+    return Movement(reward, rose, fell, len(gains) - rose - fell, tuple(most))
+
+
+def first_trained(shape: RunShape) -> str:
+    """Return the first reward that is trained."""
+    return next(name for name, role in shape.roles.items() if role != HELD_OUT)
 
 
 def newest_group(
@@ -289,7 +296,7 @@ def newest_group(
     newest = [row for row in kept if row.step == kept[-1].step][:size]
     if len(newest) < size:
         return None
-    reward = next(name for name, role in shape.roles.items() if role != HELD_OUT)
+    reward = first_trained(shape)
     scores = [row.scores.get(reward) for row in newest]
     cells = [
         Cell(show(run / str(row.file)), "–" if score is None else f"{score:.3f}")

@@ -248,8 +248,7 @@ def _child(data: RunData, row: ManifestRow, concepts: Sequence[str]) -> dict[str
 
 
 def _pair(data: RunData, pair: figures.ScoredPair) -> dict[str, Any]:
-    files = [file for file in (pair.reference, pair.before, pair.after) if file is not None]
-    pictures = [_picture(data, file) for file in files]
+    pictures = [_picture(data, file) for file in pair.pictures]
     scores = []
     for name, (before, after) in pair.scores.items():
         gain = pair.gain(name)

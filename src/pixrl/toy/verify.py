@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pixrl.errors import InputError, did_you_mean
 from pixrl.metrics.true_fusion import Fusion, FusionTruth, judge
+from pixrl.models.latents import decode_latents
 from pixrl.rewards.encoders import ClipSimilarity, DinoEncoder
 from pixrl.rewards.segmentation import Segmenter
 from pixrl.toy import CHECKPOINTS
-from pixrl.toy.judge import reconstruct
 from pixrl.toy.language import canonical, caption, is_held_out
 from pixrl.toy.pictures import drawn, smear, spoil, to_tensor
 from pixrl.toy.random_scenes import (
@@ -38,6 +38,8 @@ from pixrl.toy.vocabulary import KINDS
 SEED = 91
 GALLERY = 64
 """Captions that a picture is told apart from in the retrieval gate."""
+CHUNK = 32
+"""Pictures that go through the autoencoder at once."""
 UNBOUNDED = float("inf")
 Random = np.random.Generator
 
@@ -87,6 +89,25 @@ def high_frequencies(images: Tensor) -> float:
 def load_vae(root: Path) -> AutoencoderKL:
     """Return the autoencoder that the generators share."""
     return AutoencoderKL.from_pretrained(root / "vae", dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def reconstruct(
+    vae: AutoencoderKL, images: Tensor, roughness: float = 0.0, noise: torch.Generator | None = None
+) -> Tensor:
+    """Return pictures [B, 3, H, W] in [0, 1] after they were encoded and decoded by the autoencoder.
+
+    The latents get noise of up to `roughness` of their standard deviation in between, drawn from `noise`.
+    """
+    out = []
+    for part in images.split(CHUNK):
+        latents = vae.encode(part * 2 - 1).latent_dist.mean
+        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        if roughness:
+            strength = roughness * torch.rand(len(part), 1, 1, 1, generator=noise)
+            latents = latents + strength * torch.randn(latents.shape, generator=noise)
+        out.append(decode_latents(vae, latents))
+    return torch.cat(out)
 
 
 def check_vae(root: Path, thin: int) -> Iterable[Gate]:
