@@ -4,6 +4,8 @@ It learns from drawings of training subjects, some of them decoded from roughene
 that it also reads pictures that are less crisp than drawings.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from pixrl.toy.random_scenes import subject_scene, training_subject
 from pixrl.toy.scene import Scene
 from pixrl.toy.verify import load_vae, reconstruct
 from pixrl.toy.vocabulary import ACCESSORIES
-from toy_build.training import Build, Draw, Lesson, Plan
+from toy_build.training import Build, Draw, Lesson, Plan, half
 
 PLAN = Plan(steps=1_200, batch=48, lr=4e-3, warmup=120, weight_decay=0.02, ema=0.98, level=0.2)
 DRAWINGS, DECODED = 6_000, 1_200
@@ -53,19 +55,21 @@ def worsened(crisp: Tensor, noise: torch.Generator) -> Tensor:
 def build_judge(build: Build) -> None:
     """Train and save `judge`."""
     torch.manual_seed(build.seed)
-    judge, scenes = SceneJudge().to(build.device), subject_scenes(build.seed, DRAWINGS)
-    images = drawn(scenes)
-    decoded = reconstruct(
-        load_vae(build.out), images[:DECODED], ROUGHNESS, torch.Generator().manual_seed(build.seed)
-    )
-    images[:DECODED] = decoded
-    before = backgrounds(scenes)
-    # what counts as worn is what the picture shows, whether or not a caption mentions it
-    worn = torch.tensor([[name in scene.objects[0].worn for name in ACCESSORIES] for scene in scenes]).float()
+    judge = SceneJudge().to(build.device)
+
+    @cache
+    def drawings() -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures, their backgrounds, and what is worn in them, whether or not a caption mentions it."""
+        scenes = subject_scenes(build.seed, DRAWINGS)
+        images, noise = drawn(scenes), torch.Generator().manual_seed(build.seed)
+        images[:DECODED] = reconstruct(load_vae(build.out), images[:DECODED], ROUGHNESS, noise)
+        worn = torch.tensor([[name in scene.objects[0].worn for name in ACCESSORIES] for scene in scenes])
+        return images, backgrounds(scenes), worn.float()
 
     def lesson(draw: Draw) -> Lesson:
         rows = draw.rows(DRAWINGS, PLAN.batch)
-        return worsened(images[rows], draw.noise), before[rows], worn[rows]
+        images, before, worn = (part[rows] for part in drawings())
+        return worsened(images, draw.noise), before, worn
 
     def loss(shown: Tensor, before: Tensor, worn: Tensor) -> Tensor:
         background, accessories = judge(shown)
@@ -74,6 +78,7 @@ def build_judge(build: Build) -> None:
     build.fit("judge", judge, PLAN, lesson, loss)
     folder = build.out / "judge"
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.contiguous() for name, tensor in judge.state_dict().items()}
+    weights = {name: half(tensor).contiguous() for name, tensor in judge.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)
     build.provenance("judge", {"judge": PLAN})

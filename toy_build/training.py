@@ -169,7 +169,7 @@ def keep(work: Path, out: Path, kept: Path = KEPT) -> list[Path]:
         meta, tensors = _meta(path), load_file(path)
         if (out / path.parent.name).exists():
             continue
-        small = {name: _half(t) for name, t in tensors.items() if name.startswith(("average.", "buffer."))}
+        small = {name: half(t) for name, t in tensors.items() if name.startswith(("average.", "buffer."))}
         kept.mkdir(exist_ok=True)
         target = kept / f"{path.parent.name}.safetensors"
         save_file(small, target, metadata=meta)
@@ -333,7 +333,7 @@ def _turned_by_muon(name: str) -> bool:
     return "blocks." in name and any(part in name for part in (".attn", ".ff.", ".ff_context.", ".proj_"))
 
 
-def _half(tensor: Tensor) -> Tensor:
+def half(tensor: Tensor) -> Tensor:
     """Half precision of what is a fraction; counters as they are."""
     return tensor.half() if tensor.is_floating_point() else tensor
 
@@ -352,6 +352,6 @@ def save_half(module: ModelMixin | PreTrainedModel, folder: Path) -> None:
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     for path in folder.glob("*.safetensors"):
         stored = load_file(path)
-        half = {name: _half(t) for name, t in stored.items()}
+        half = {name: half(t) for name, t in stored.items()}
         save_file(half, path, metadata={"format": "pt"})
         path.chmod(0o644)
