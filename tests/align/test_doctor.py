@@ -110,7 +110,7 @@ def test_activations_are_near_what_the_allocator_gives_out(dtype: str, checkpoin
     assert found.training is not None
     assert found.drawing is not None
     weights = sum(part.bytes for part in found.parts.values())
-    for count in (1, 4):
+    for count in (1, 2):
         for cost, train in ((found.drawing, False), (found.training, True)):
             attempt = trial(policy, condition, train=train, decode=not train)
 
@@ -312,7 +312,7 @@ def test_how_many_references_fit(shows: Shows, monkeypatch: pytest.MonkeyPatch) 
     """The number that the doctor gives is one with which it finds that the run fits; one more does not."""
     needed = {count: shows(count).needed or 0 for count in (1, 2, 3, 4)}
     assert needed[1] < needed[2] < needed[3] < needed[4]
-    for fit in (1, 2, 3):
+    for fit in (1, 3):
         room = (needed[fit] + needed[fit + 1]) // 2
         monkeypatch.setattr(doctor, "free_bytes", lambda device, room=room: room)
         for count in (4, None):

@@ -102,17 +102,20 @@ class Training:
             self.raise_kl(state["kl_raised"])
 
     def _check_on_policy(self, rollouts: Rollouts) -> dict[str, float]:
-        """Of a run's first update; NFT's old policy rightly differs from the trained one later on."""
+        """Of a run's first update, as it is computed; NFT's old policy rightly differs from the trained one later on.
+
+        Other dtypes and batches are `pixrl selfcheck`'s to measure.
+        """
         aligner = self.aligner
         later = rollouts.step > 0 and not aligner.method.loss.is_always_on_policy
         if later or not len(rollouts):
             return {}
-        sizes = [aligner.micro_batches.train, 1]
-        found = deviations(aligner, rollouts, possible_dtypes(aligner.policy), sizes)
-        warning = require_on_policy(found[0], aligner.method.loss.on_policy_measure)
+        own = possible_dtypes(aligner.policy)[:1]
+        (found,) = deviations(aligner, rollouts, own, [aligner.micro_batches.train])
+        warning = require_on_policy(found, aligner.method.loss.on_policy_measure)
         if warning is not None:
             self.say(warning)
-        return {f"on_policy_deviation/{one.dtype}/batch_{one.batch}": one.value for one in found}
+        return {f"on_policy_deviation/{found.dtype}/batch_{found.batch}": found.value}
 
 
 @dataclass(frozen=True)
