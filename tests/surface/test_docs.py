@@ -4,6 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import BaseModel
+
+from pixrl.algorithms.e2po import PerturbedExploration
+from pixrl.fusion.config import FuseConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [page for folder in (".", "docs", "docs/studies") for page in sorted((ROOT / folder).glob("*.md"))]
@@ -34,6 +39,32 @@ def test_a_stop_of_the_tour_is_a_file() -> None:
     places = [file if file.startswith(("src/", "examples/")) else f"src/pixrl/{file}" for _, file in stops]
     assert [place for place in places if not (ROOT / place).is_file()] == []
     assert len(set(places)) == 10
+
+
+@pytest.mark.parametrize(
+    ("page", "settings"), [("fuse.md", FuseConfig), ("exploration.md", PerturbedExploration)]
+)
+def test_tables_of_settings_give_their_defaults(page: str, settings: type[BaseModel]) -> None:
+    """A value in the second column is the setting's; where nothing is the default, words say what that means."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    table = text[text.index("| setting | default |") :].split("\n\n")[0].splitlines()[2:]
+    checked = 0
+    for row in table:
+        names, said = (cell.strip() for cell in row.split("|")[1:3])
+        settings_of_row, values = re.findall(r"`(\w+)`", names), said.split(", ")
+        if len(values) != len(settings_of_row):
+            values = [said] * len(settings_of_row)
+        for name, value in zip(settings_of_row, values, strict=True):
+            default = settings.model_fields[name].get_default(call_default_factory=True)
+            written = yaml.safe_load(value.strip("`"))
+            if default in (None, (), {}):
+                assert written is None or (isinstance(written, str) and not value.startswith("`")), row
+            elif isinstance(default, BaseModel):  # of several settings
+                assert name == "memory", row
+            else:
+                assert float(written) == default if isinstance(default, float) else written == default, row
+                checked += 1
+    assert checked > 10
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY], ids=_name)
