@@ -1,13 +1,17 @@
 """The pages lead where they say: links and paths exist, the tour has ten stops, nothing cites what a reader lacks."""
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
+import typer
 import yaml
 from pydantic import BaseModel
 
 from pixrl.algorithms.e2po import PerturbedExploration
+from pixrl.cli import app
 from pixrl.fusion.config import FuseConfig
 
 ROOT = Path(__file__).parents[2]
@@ -86,3 +90,31 @@ def test_the_reference_names_what_exists() -> None:
             ):
                 missing.append(name)
     assert missing == []
+
+
+def typed_commands(text: str) -> list[list[str]]:
+    """The words behind `pixrl` of each command that a page gives, in a block of code or within a sentence."""
+    fence = re.compile(r"^```\w*\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+    lines = [
+        line.strip() for block in fence.findall(text) for line in block.replace("\\\n", " ").splitlines()
+    ]
+    lines += [" ".join(span.split()) for span in re.findall(r"`(pixrl [^`]+)`", fence.sub("", text))]
+    bare = [line.removeprefix("$ ").removeprefix(".venv/bin/") for line in lines]
+    return [shlex.split(line, comments=True)[1:] for line in bare if line.startswith("pixrl ")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY], ids=_name)
+def test_commands_can_be_typed_as_they_stand(page: Path) -> None:
+    """Every command and option exists, and so does every recipe; what stands for a run or a file is not looked at."""
+    root = typer.main.get_command(app)
+    for words in typed_commands(page.read_text(encoding="utf-8")):
+        if "--help" in words:
+            continue
+        context, command = root.make_context("pixrl", list(words)), root
+        while isinstance(command, click.Group):
+            name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+            assert command is not None, words
+            context = command.make_context(name, rest, parent=context)
+        recipes = [word for word in words if re.fullmatch(r"[\w.-]+/[\w.-]+", word)]
+        places = [ROOT / "recipes" / f"{word}.yaml" for word in recipes]
+        assert [place for place in places if place.parent.is_dir() and not place.is_file()] == [], words
