@@ -352,6 +352,6 @@ def save_half(module: ModelMixin | PreTrainedModel, folder: Path) -> None:
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     for path in folder.glob("*.safetensors"):
         stored = load_file(path)
-        half = {name: half(t) for name, t in stored.items()}
-        save_file(half, path, metadata={"format": "pt"})
+        halved = {name: half(t) for name, t in stored.items()}
+        save_file(halved, path, metadata={"format": "pt"})
         path.chmod(0o644)

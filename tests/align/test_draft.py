@@ -266,10 +266,8 @@ def test_a_run_goes_on_where_it_was_broken_off(
     settings = draft(sd3_folder, prompt_file, clip_folder)
     whole = pixrl.align(settings, out=tmp_path / "whole")
     row = whole.metrics[-1]
-    assert {"kl", "loss", "grad_norm", "reward/clip_text/mean", "on_policy_deviation/float32/batch_1"} <= {
-        *row,
-        *whole.metrics[0],
-    }
+    assert {"kl", "loss", "grad_norm", "reward/clip_text/mean"} <= {*row}
+    assert any(name.startswith("on_policy_deviation/float32/batch_") for name in whole.metrics[0])
     assert "own gradient through the last 2 sampling step(s)" in whole.report.read_text()
     short = pixrl.align(settings, steps=1, out=tmp_path / "cut").run
     align_job.go_on(short, overrides=["steps=2"])

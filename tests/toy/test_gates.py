@@ -38,14 +38,17 @@ def recorded(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_checkpoint_is_as_good_as_its_provenance_says(name: str) -> None:
-    """A quarter of the samples agrees with what is recorded, by two standard errors of a share of 64."""
+    """A quarter of the samples agrees with what is recorded, by two standard errors of a share of 64 or of 12."""
     known, gates = recorded(name), verify([name], quick=True)
     assert [gate.figure for gate in gates] == list(known)
     for gate in gates:
         if gate.figure == FRECHET:  # a covariance of so few pictures says nothing of that of all
             assert gate.passed == known[FRECHET]["passed"]
             continue
-        assert gate.value == pytest.approx(known[gate.figure]["value"], rel=0.15, abs=0.125), gate
+        few = "hard groups" in gate.figure  # each of 24 pictures
+        assert gate.value == pytest.approx(
+            known[gate.figure]["value"], rel=0.15, abs=0.29 if few else 0.125
+        ), gate
 
 
 def test_what_falls_short_of_its_gate_is_known() -> None:
