@@ -43,8 +43,8 @@ def subject_scenes(seed: int, count: int) -> list[Scene]:
 
 def worsened(crisp: Tensor, noise: torch.Generator) -> Tensor:
     """Most of the pictures up to as blurred as at half the resolution, half of them slightly noisy."""
-    half = F.interpolate(crisp, scale_factor=0.5, mode="bilinear", antialias=True)
-    blurred = F.interpolate(half, size=crisp.shape[-2:], mode="bilinear")
+    small = F.interpolate(crisp, scale_factor=0.5, mode="bilinear", antialias=True)
+    blurred = F.interpolate(small, size=crisp.shape[-2:], mode="bilinear")
     blur, strength, noisy = torch.rand(3, len(crisp), 1, 1, 1, generator=noise)
     blur = (blur - (1 - BLURRED_SHARE)).clamp(min=0) / BLURRED_SHARE
     grain = torch.randn(crisp.shape, generator=noise) * NOISE * strength * (noisy < 0.5)

@@ -174,7 +174,8 @@ def test_the_page_shows_first_where_the_trained_reward_changed_most(tmp_path: Pa
     assert moved is not None and (moved.rose, moved.fell, moved.same) == (2, 1, len(PROMPTS) - 3)
     assert [pair.number for pair in moved.most] == [2, 1, 0]
     page = write_align_report(folder.path).read_text()
-    assert f"it rose for 2, fell for 1 and stayed the same for {len(PROMPTS) - 3}." in page
+    assert f"Of the evaluation's {len(PROMPTS)} pictures it rose for 2, fell for 1 and" in page
+    assert f"stayed the same for {len(PROMPTS) - 3}." in page
     assert page.count('class="pair"') == len(PROMPTS) + 3
     assert page.index("changed most") < page.index("none chosen")
     assert '0.250 → <b class="up">1.000</b>' in page and '1.000 → <b class="down">0.250</b>' in page

@@ -45,7 +45,9 @@ def test_checkpoint_is_as_good_as_its_provenance_says(name: str) -> None:
         if gate.figure == FRECHET:  # a covariance of so few pictures says nothing of that of all
             assert gate.passed == known[FRECHET]["passed"]
             continue
-        few = "hard groups" in gate.figure  # each of 24 pictures
+        few = (
+            "hard groups" in gate.figure
+        )  # twelve; a share's standard error is at most half of 1 / sqrt(count)
         assert gate.value == pytest.approx(
             known[gate.figure]["value"], rel=0.15, abs=0.29 if few else 0.125
         ), gate
