@@ -82,8 +82,10 @@ def made(act: Callable[[], object]) -> int:
 
 
 def allocated(act: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator has given out at a time, beyond those before: workspaces of kernels too."""
-    act()
+    """The most bytes that torch's allocator has given out at a time, beyond those before: workspaces of kernels too.
+
+    `act` was done before, so that what is made once is not counted.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         act()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]

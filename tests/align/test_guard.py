@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
+from pixrl.models.memory.estimate import PeakMeter
 from pixrl.runs.guard import Looked, MonitorSettings, compare
 from pixrl.runs.reading import Signal
 
@@ -126,3 +130,18 @@ def test_chance_alone_is_rarely_found() -> None:
     first, loose = looked(), {"shift": 1e-9, "fall": 1e-9}
     share = sum(bool(found(signals(first, moved(first, seed), **loose))) for seed in range(400)) / 400
     assert share <= 0.01 + 3 * math.sqrt(0.01 * 0.99 / 400)
+
+
+def test_an_evaluation_takes_no_more_memory_than_one_of_its_pictures(tmp_path: Path) -> None:
+    """An evaluation at paper scale is larger than the memory: 512 pictures of 1024 x 1024 are 13 GB in float64."""
+    folder: Any = SimpleNamespace(samples_dir=tmp_path)
+    side, count = 64, 12
+    place = tmp_path / "step-000004"
+    place.mkdir()
+    for number in range(count):
+        Image.effect_noise((side, side), 40 + number).convert("RGB").save(place / f"{number:04d}.png")
+    with PeakMeter() as meter:
+        seen = Looked.of(folder, 4, per_prompt=2)
+    assert seen.features_PSE.shape[:2] == (count // 2, 2) and seen.statistics["colours"].std() > 0
+    picture = 3 * side**2 * 8
+    assert picture < meter.peak < 12 * picture + seen.features_PSE.nbytes * 2

@@ -272,18 +272,20 @@ def reward(clip_folder: Path, segmenter_folder: Path) -> GenEvalReward:
     return made
 
 
-def one_hot(labels: np.ndarray) -> Tensor:
-    return torch.nn.functional.one_hot(torch.from_numpy(labels), len(tiny.KINDS)).permute(2, 0, 1).float()
+def logits_of(labels: np.ndarray) -> Tensor:
+    """Class logits of a picture whose every pixel is surely of its label."""
+    sure = torch.nn.functional.one_hot(torch.from_numpy(labels), len(tiny.KINDS)).permute(2, 0, 1)
+    return torch.where(sure > 0, 0.0, -20.0)
 
 
 def see(reward: GenEvalReward, monkeypatch: pytest.MonkeyPatch, maps: list[np.ndarray]) -> None:
     """Makes the reward's segmenter see given class maps, the i-th one where a picture's corner pixel is i / 255."""
-    stacked = torch.stack([one_hot(labels) for labels in maps])
+    stacked = torch.stack([logits_of(labels) for labels in maps])
 
-    def probabilities(images: Tensor) -> Tensor:
+    def logits(images: Tensor) -> Tensor:
         return stacked[(images[:, 0, 0, 0] * 255).round().long()]
 
-    monkeypatch.setattr(reward.detector, "probabilities", probabilities)
+    monkeypatch.setattr(reward.detector, "logits", logits)
 
 
 def scene(*blocks: tuple[int, int, int]) -> np.ndarray:
@@ -391,7 +393,7 @@ def test_the_crop_is_the_object_on_geneval_grey(reward: GenEvalReward) -> None:
     labels = scene((1, 4, 2))
     labels[4, 2] = 0
     assert isinstance(reward.detector, Segmenter)
-    instance = reward.detector._instances(one_hot(labels))[0]
+    instance = reward.detector._instances(logits_of(labels))[0]
     crop = reward.colors.crop(image, instance)
     assert crop.shape == (3, 8, 8)
     assert agree(crop[:, 0, 0], torch.full((3,), 0.6), 8)
@@ -414,7 +416,7 @@ def test_the_card_names_colours_and_templates(tmp_path: Path, segmenter_folder: 
     assert reward.colors.colors == ("red", "blue")
     assert reward.colors.classifier("owl").shape[0] == 2
     assert isinstance(reward.detector, Segmenter)
-    instance = reward.detector._instances(one_hot(scene((1, 4, 2))))[0]
+    instance = reward.detector._instances(logits_of(scene((1, 4, 2))))[0]
     assert reward.colors.crop(torch.rand(3, 32, 32), instance).shape == (3, 32, 32)
     assert reward.provenance["color_crop"] == "in place"
 

@@ -21,7 +21,8 @@ def painted(
     others = (1 - sure) / (len(tiny.KINDS) - 1)
     map_CHW = torch.full((len(tiny.KINDS), *label_HW.shape), others)
     map_CHW.scatter_(0, torch.from_numpy(label_HW)[None], sure)
-    monkeypatch.setattr(segmenter, "probabilities", lambda images: map_CHW.expand(len(images), -1, -1, -1))
+    logits_CHW = map_CHW.log()
+    monkeypatch.setattr(segmenter, "logits", lambda images: logits_CHW.expand(len(images), -1, -1, -1))
 
 
 def test_masks_are_one_minus_the_background(segmenter: Segmenter, images: Tensor) -> None:
@@ -94,7 +95,7 @@ def test_the_score_is_of_the_kinds_and_not_lowered_by_the_background(
 ) -> None:
     map_CHW = torch.full((len(tiny.KINDS), 10, 10), 0.02)
     map_CHW[0], map_CHW[1] = 0.46, 0.5
-    monkeypatch.setattr(segmenter, "probabilities", lambda images: map_CHW[None])
+    monkeypatch.setattr(segmenter, "logits", lambda images: map_CHW[None].log())
     ((unsure_of_background,),) = segmenter.instances(torch.zeros(1, 3, 10, 10))
     map_CHW[0], map_CHW[1], map_CHW[2] = 0.02, 0.5, 0.46
     ((unsure_of_kind,),) = segmenter.instances(torch.zeros(1, 3, 10, 10))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -71,8 +72,10 @@ _SAME = (
     "rewards",
 )
 """Keys of a recipe on which the time of a step depends."""
-SIDE, TRIES = 1024, 6
-"""Side of the matrix product that measures this machine's speed, and how often it is tried; the best counts."""
+SIDES, TRIES = (256, 1024), 6
+"""Sides of the matrix products that measure this machine's speed, and how often each is tried; the best counts."""
+LONG = 0.01
+"""Seconds of a small product after which a large one would take too long."""
 _PHASE = "seconds/"
 
 
@@ -449,17 +452,24 @@ def lower_bound(operations: int, device: torch.device, precision: Precision) -> 
     dtype = precision.autocast or precision.weights
     if device.type == "cpu" and dtype is torch.float16:
         dtype = torch.float32
-    x = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
-    if device.type != "cpu":
-        rate = 2 * SIDE**3 / min(_product_seconds(x, time.perf_counter) for _ in range(TRIES))
-    else:
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)
-            rate = threads * 2 * SIDE**3 / min(_product_seconds(x, time.thread_time) for _ in range(TRIES))
-        finally:
-            torch.set_num_threads(threads)
+    rate = _operations_a_second(device, dtype, torch.get_num_threads())
     return operations / rate, f"drawing alone, at {rate / 1e9:.0f} GFLOP/s"
+
+
+@cache
+def _operations_a_second(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    on_cpu = device.type == "cpu"
+    clock = time.thread_time if on_cpu else time.perf_counter
+    torch.set_num_threads(1 if on_cpu else threads)
+    try:
+        for side in SIDES:
+            x = torch.ones(side, side, device=device, dtype=dtype)
+            seconds = min(_product_seconds(x, clock) for _ in range(TRIES))
+            if seconds > LONG:  # a processor that imitates bfloat16 would take seconds for the larger one
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return (threads if on_cpu else 1) * 2 * side**3 / seconds
 
 
 def _product_seconds(x: torch.Tensor, clock: Callable[[], float]) -> float:

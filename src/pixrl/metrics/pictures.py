@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pixrl.errors import ShapeError
@@ -36,7 +35,11 @@ def picture_statistics(images_BCHW: Tensor) -> dict[str, Tensor]:
     rows, columns = luma_BHW.diff(dim=1).abs(), luma_BHW.diff(dim=2).abs()
     levels_BCHW = (images * LEVELS).long().clamp(max=LEVELS - 1)
     colour_BHW = (levels_BCHW[:, 0] * LEVELS + levels_BCHW[:, 1]) * LEVELS + levels_BCHW[:, 2]
-    share_BC = F.one_hot(colour_BHW.flatten(1), LEVELS**3).double().mean(dim=1)
+    colour_BP = colour_BHW.flatten(1)
+    share_BC = images.new_zeros(len(images), LEVELS**3)
+    share_BC.scatter_add_(
+        1, colour_BP, images.new_full((1, 1), 1 / colour_BP.shape[1]).expand(colour_BP.shape)
+    )
     power_BHW = torch.fft.fft2(luma_BHW - luma_BHW.mean(dim=(1, 2), keepdim=True)).abs().square()
     down, right = (torch.fft.fftfreq(size, dtype=torch.float64) for size in luma_BHW.shape[-2:])
     fine_HW = (down[:, None].square() + right.square()).sqrt() > QUARTER

@@ -35,9 +35,10 @@ def latent_size(settings: SamplingSettings, vae_factor: int, patch: int = 1) -> 
     return settings.height // vae_factor, settings.width // vae_factor
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Return how convolutions are stored: channels last is faster on GPUs; on CPUs it was slower (docs/log.md)."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """Return how convolutions are stored: channels last is faster, but for bfloat16 on CPUs (docs/log.md)."""
+    faster = device.type == "cuda" or dtype is torch.float32
+    return torch.channels_last if faster else torch.contiguous_format
 
 
 def is_of_video(vae: Any) -> bool:
@@ -57,7 +58,7 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
         latents = latents * std + mean
     else:
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-    latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device))
+    latents = latents.to(vae.dtype).contiguous(memory_format=memory_format(latents.device, vae.dtype))
     kind = latents.device.type  # the VAE's own may be another until its hooks have moved it
     narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
     with torch.autocast(kind, dtype=torch.bfloat16) if narrow else nullcontext():

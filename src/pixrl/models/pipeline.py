@@ -177,7 +177,7 @@ class FlowPipelinePolicy(TrainedDenoiser, FlowPolicy, ImageEncoder):
         self.pipeline = pipeline or load_pipeline(self.pipeline_class, checkpoint, self.precision, t5=t5)
         self.vae: nn.Module = self.pipeline.vae
         if not is_of_video(self.vae):
-            self.vae.to(memory_format=memory_format(self.device))
+            self.vae.to(memory_format=memory_format(self.device, self.vae.dtype))
         plan = plan or MemoryPlan()
         self.base = plan.base
         if plan.base is not Base.DTYPE:

@@ -70,7 +70,7 @@ class SDXLPolicy(FlowPipelinePolicy, PerturbableText):
         return TURBO if scheduler.get("timestep_spacing") == "trailing" else self.defaults
 
     def _place(self, plan: MemoryPlan, *, placed: bool) -> None:
-        self.pipeline.unet.to(memory_format=memory_format(self.device))
+        self.pipeline.unet.to(memory_format=memory_format(self.device, self.pipeline.unet.dtype))
         super()._place(plan, placed=placed)
 
     def _latent_geometry(self) -> tuple[int, int]:

@@ -96,9 +96,12 @@ class Looked:
 
     @staticmethod
     def of(folder: RunFolder, step: int, per_prompt: int) -> "Looked":
-        """Read an evaluation from the run's folder."""
-        files = sorted(samples_of(folder, step).glob("[0-9]*.png"))
-        images = torch.stack([_read(file) for file in files])
+        """Read an evaluation from the run's folder, a picture at a time: all of them may be larger than the memory."""
+        of_pictures, features = list[Mapping[str, Tensor]](), list[Tensor]()
+        for file in sorted(samples_of(folder, step).glob("[0-9]*.png")):
+            image_BCHW = _read(file)[None]
+            of_pictures.append(picture_statistics(image_BCHW))
+            features.append(pixel_features(image_BCHW).double())
         shape = (-1, per_prompt)
         scores = {
             name: torch.tensor([math.nan if x is None else x for x in values], dtype=torch.float64).view(
@@ -106,8 +109,10 @@ class Looked:
             )
             for name, values in sample_scores(folder, step).items()
         }
-        statistics = {name: one.view(shape) for name, one in picture_statistics(images).items()}
-        features_BE = pixel_features(images).double()
+        statistics = {
+            name: torch.cat([one[name] for one in of_pictures]).view(shape) for name in of_pictures[0]
+        }
+        features_BE = torch.cat(features)
         return Looked(statistics, scores, features_BE.view(-1, per_prompt, features_BE.shape[1]))
 
 
@@ -191,6 +196,8 @@ class Guard:
         self.per_prompt, self.first = per_prompt, first
         self.say, self.raise_kl = say, raise_kl
         self.found: list[Signal] = []
+        self._looked: dict[int, Looked] = {}
+        """The evaluation that others are held against, by its step."""
 
     def look(self, step: int) -> None:
         """Look at the pictures of the evaluation before training step `step`, and write down what is found.
@@ -200,8 +207,11 @@ class Guard:
         signals: tuple[Signal, ...] = ()
         steps = map(step_of_place, evaluated_places(self.folder)) if self.world.rank == 0 else ()
         if earlier := [at for at in steps if self.first <= at < step]:
-            sides = [Looked.of(self.folder, at, self.per_prompt) for at in (min(earlier), step)]
-            signals = compare(sides[0], sides[1], self.settings, self.trained, self.held_out)
+            if min(earlier) not in self._looked:
+                self._looked = {min(earlier): Looked.of(self.folder, min(earlier), self.per_prompt)}
+            now = Looked.of(self.folder, step, self.per_prompt)
+            first = self._looked[min(earlier)]
+            signals = compare(first, now, self.settings, self.trained, self.held_out)
             content = json.dumps([_finite(asdict(one)) for one in signals], indent=1)
             write_atomic(samples_of(self.folder, step) / FINDINGS, content.encode() + b"\n")
         self.found = [one for one in self.world.gather(signals)[0] if one.found]

@@ -195,7 +195,7 @@ def check_segmenter(root: Path, thin: int) -> Iterable[Gate]:
     drawings = [draw(scene) for scene in shown]
     labels = np.stack([kind_classes(scene)[d.labels] for scene, d in zip(shown, drawings, strict=True)])
     images = to_tensor(np.stack([d.picture for d in drawings]))
-    found = segmenter.probabilities(images).argmax(1).numpy()
+    found = segmenter.classes(images).numpy()
     classes = range(len(KINDS) + 1)
     overlaps = [
         ((found == k) & (labels == k)).sum() / max(((found == k) | (labels == k)).sum(), 1) for k in classes
