@@ -112,6 +112,11 @@ HERE = Workers()
 """This very process."""
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def connect(address: str) -> ModuleType:
     """Connect this process to a Ray cluster, unless it is already, and return the module `ray`.
 

@@ -209,7 +209,7 @@ def test_the_words_say_what_to_type() -> None:
     assert list(as_is.lines("mine.yaml"))[-1] == "It fits. Type: pixrl align mine.yaml"
     changed = report(plan(30, 24, 5), plan(20, 24, 7, base), processes=2)
     *_, last = changed.lines("mine.yaml")
-    assert last == f"It fits so. Type: torchrun --nproc-per-node 2 -m pixrl align mine.yaml --set {base}"
+    assert last == f"It fits so. Type: pixrl align mine.yaml --processes 2 --set {base}"
     faster = report(plan(9, 24, 5, "machine.offload=parts"), plan(20, 24, 3))
     assert list(faster.lines("m"))[-1] == "Faster, 3 s a step: pixrl align m"
     none = report(plan(30, 24, 5), plan(40.2, 24, 5, base), plan(30.2, 24, 5, base), gib=24)

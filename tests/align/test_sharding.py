@@ -233,7 +233,7 @@ def test_the_bytes_of_a_part_by_hand() -> None:
 @pytest.mark.parametrize(
     ("processes", "per_step", "shown", "held_out", "message"),
     [
-        (1, 4, 4, 9, r"here is one\. Start several \(torchrun .*--set machine.shard=none"),
+        (1, 4, 4, 9, r"here is one\. Start several \(add --processes 2.*--set machine.shard=none"),
         (2, 5, 4, 9, r"prompts.per_step: 5 prompts .* to 2 processes.*--set prompts.per_step=4$"),
         (4, 3, 4, 9, r"prompts.per_step: 3 .*--set prompts.per_step=4$"),
         (2, 4, 7, 9, r"evaluation.prompts: 7 prompts .*--set evaluation.prompts=6$"),

@@ -10,7 +10,7 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
-from pixrl import api, cli, libraries
+from pixrl import api, cli, libraries, workers
 from pixrl.cli import demo
 from pixrl.config import find_recipe
 from pixrl.errors import RunError
@@ -105,6 +105,9 @@ def test_demo_takes_a_free_folder_each_time(pixrl: Pixrl, monkeypatch: pytest.Mo
     monkeypatch.setattr(demo, "DEMO_PAIRS", ("owl & snail",))
     monkeypatch.setattr(demo, "ALIGN_RECIPE", "small.yaml")
     monkeypatch.setattr(demo, "PERSONALIZE_RECIPE", "kept.yaml")
+    monkeypatch.setattr(
+        workers, "cores", lambda: 1
+    )  # the fusions in this process, which has a world of its own
     Path("pixrl-demo").mkdir()
     done = pixrl("demo")
     assert done.exit_code == 0, done.output

@@ -1,8 +1,8 @@
 """The processes that share a training step: joining them, and sums and statistics over all of them.
 
-Several are started by `torchrun` or `accelerate launch`, on one host or more (docs/scaling.md), and talk by gloo on
-CPUs and NCCL on GPUs; one process needs no launcher. On a machine without a GPU, `accelerate launch` starts several
-only with `--multi_gpu`.
+Several are started by `--processes N` (cli/launch.py), or by `torchrun` or `accelerate launch` on one host or more
+(docs/scaling.md), and talk by gloo on CPUs and NCCL on GPUs; one process needs no launcher. On a machine without a GPU,
+`accelerate launch` starts several only with `--multi_gpu`.
 
 Gradients are summed once an update by accelerate's `reduce`, and no DistributedDataParallel wraps the model. It was
 tried on two gloo processes (docs/log.md): its mean over processes is off by a quarter where they hold one picture and
@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from pixrl.device import choose_device
+from pixrl.errors import InputError
 
 AnyT = TypeVar("AnyT")
 
@@ -188,9 +189,15 @@ class Team:
             device: used as given by a single process; of several GPUs each process takes its own.
 
         Raises:
-            InputError: the device does not exist.
+            InputError: the device does not exist, or there are fewer GPUs than processes.
         """
         asked = choose_device(device)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if asked.type == "cuda" and local > (cards := torch.cuda.device_count()):
+            raise InputError(
+                f"{local} processes share a step, each on a GPU of its own, and this machine has {cards}. "
+                "Start fewer, or compute on the CPU (--device cpu)."
+            )
         self._state = PartialState(cpu=asked.type == "cpu")
         alone = self._state.num_processes == 1
         self.device = str(asked) if alone or asked.type == "cpu" else str(self._state.device)

@@ -15,11 +15,16 @@ from typer.core import TyperGroup
 
 from pixrl import __version__
 from pixrl.cli import demo, human_study, tools, train, vote
+from pixrl.cli.launch import WORDS
 from pixrl.errors import PixrlError
 
 
 class _Commands(TyperGroup):
     """The group of all commands, which turns errors meant for the user into a message and an exit code."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        ctx.meta[WORDS] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:

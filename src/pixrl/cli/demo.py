@@ -1,10 +1,12 @@
 """`pixrl demo`: one small run of each kind on the toy world."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pixrl.cli.launch import run
 from pixrl.cli.options import option, resumable
 
 DEMO_PAIRS = ("owl & snail", "cat & cup", "penguin & pineapple")
@@ -13,6 +15,8 @@ ALIGN_RECIPE = "toy/demo-align"
 PERSONALIZE_RECIPE = "toy/demo-personalize"
 SUBJECT = 0
 """Number of the held-out toy subject that is personalized."""
+MOST_PROCESSES = 4
+"""The most processes that share its work on a CPU, about 1 GB of memory each."""
 commands = typer.Typer()
 
 
@@ -24,34 +28,34 @@ def demo(
 ) -> None:
     """Fuse three pairs, align a model and keep a subject on the toy world: minutes, no download, three reports."""
     from pixrl import api
+    from pixrl.device import choose_device
     from pixrl.fusion.config import FuseConfig
-    from pixrl.runs.config import load_personalize
     from pixrl.runs.place import free_place
+    from pixrl.workers import Workers, cores
 
     if out is None:
         out = free_place(Path(), "pixrl-demo")
+    processes = min(cores(), MOST_PROCESSES) if choose_device("auto").type == "cpu" else 1
 
     typer.echo(f"Fusing {', '.join(DEMO_PAIRS)}: 128 pictures each.")
     with resumable(out / "fuse"):
-        fused = api.run_pairs(FuseConfig(), DEMO_PAIRS, out / "fuse")
-    reports = [fused / "report.html"]
+        api.run_pairs(FuseConfig(), DEMO_PAIRS, out / "fuse", workers=Workers(processes))
 
-    config = api.load(ALIGN_RECIPE, kind="align")
-    typer.echo(
-        f"\nAligning {config.model} with GenEval's rules: {config.steps} steps, same prompts before and after."
-    )
-    with resumable(out / "align"):
-        reports.append(api.run_align(config, out / "align").report)
+    def train(what: str, words: Sequence[str], folder: Path) -> None:
+        typer.echo(f"\n{what}: pixrl {' '.join(words)}")
+        code = run([*words, "--out", str(folder)], processes)
+        if code:
+            raise typer.Exit(code)
 
-    word = write_subject(out / "subject")
-    config, _ = load_personalize(PERSONALIZE_RECIPE, subject=out / "subject")
-    typer.echo(f"\nKeeping one {word} ({out / 'subject'}) in new places: {config.steps} steps.")
-    with resumable(out / "personalize"):
-        reports.append(api.run_align(config, out / "personalize").report)
+    train("Aligning a model with GenEval's rules", ["align", ALIGN_RECIPE], out / "align")
+    subject = out / "subject"
+    word = write_subject(subject)
+    words = ["personalize", PERSONALIZE_RECIPE, "--subject", str(subject)]
+    train(f"Keeping one {word} in new places", words, out / "personalize")
 
     typer.echo("\nOpen in a browser:")
-    for report in reports:
-        typer.echo(f"  {report.absolute()}")
+    for name in ("fuse", "align", "personalize"):
+        typer.echo(f"  {(out / name / 'report.html').absolute()}")
     typer.echo("Then try:  pixrl fuse lion rocket   and   pixrl align toy/e2po")
     typer.echo(f"           pixrl personalize --subject {out / 'subject'}")
 

@@ -90,6 +90,16 @@ Carry = Annotated[
 ]
 Processes = Annotated[
     int,
+    option(
+        "Processes that share each step: one a GPU, or one a core of a CPU, which is faster than threads.",
+        HOW,
+        "1",
+        flag="--processes",
+        min=1,
+    ),
+]
+AtATime = Annotated[
+    int,
     option("Runs at a time on this machine, a process and a thread each.", HOW, "1", flag="--workers", min=1),
 ]
 Ray = Annotated[

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pixrl.cli.launch import share_out
 from pixrl.cli.options import (
     AlignRecipe,
     Alpha,
+    AtATime,
     Balance,
     Budget,
     Carry,
@@ -66,7 +68,7 @@ def fuse(
     compare: Compare = None,
     policy: Policy = None,
     carry: Carry = False,
-    workers: Processes = 1,
+    workers: AtATime = 1,
     ray: Ray = None,
     cpus: Cpus = 1.0,
     gpus: Gpus = None,
@@ -158,14 +160,17 @@ def _training(load: Callable[..., tuple["AlignConfig", Any]]) -> Callable[..., N
     """
 
     def command(
+        context: typer.Context,
         steps: Steps = None,
         seed: Seed = None,
         set_: Set = None,
         out: Out = None,
         force: Force = False,
         device: Device = None,
+        processes: Processes = 1,
         **own: Any,
     ) -> None:
+        share_out(context, processes)
         from pixrl import api
 
         settings = None if device is None else {"machine.device": device}
@@ -176,12 +181,13 @@ def _training(load: Callable[..., tuple["AlignConfig", Any]]) -> Callable[..., N
             done = api.run_align(config, out, force=force)
         say_where(done.run)
 
-    parts = [
+    found = [
         part
         for function in (load, command)
         for part in inspect.signature(function).parameters.values()
         if part.kind is not part.VAR_KEYWORD
     ]
+    parts = sorted(found, key=lambda part: part.default is not part.empty)  # as Python wants them
     # what typer reads a command's name, help and options from
     command.__name__, command.__doc__ = load.__name__, load.__doc__
     command.__annotations__ = {part.name: part.annotation for part in parts}
@@ -228,17 +234,27 @@ def selfcheck(
 
 @commands.command()
 def resume(
+    context: typer.Context,
     run: Run,
     repair: Repair = False,
     set_: Set = None,
     accept_changes: Annotated[
         bool, option("Go on though recipe.yaml was edited since.", flag="--accept-changes")
     ] = False,
+    processes: Processes = 1,
 ) -> None:
     """Go on with a run that was interrupted; it ends as one that never was."""
     from pixrl import api
+    from pixrl.runs.config import KINDS
     from pixrl.runs.folder import RunFolder
 
+    if processes > 1:
+        kind = RunFolder.open(run, repair=repair, allow_changed=True).kind
+        if kind not in KINDS:
+            raise InputError(
+                f"{run} is a run of kind {kind!r}, which one process makes: leave out --processes."
+            )
+        share_out(context, processes)
     with resumable(run):
         if repair:
             RunFolder.open(run, repair=True, allow_changed=True)

@@ -217,7 +217,7 @@ class CardPlans:
         if self.concepts:
             command = f"pixrl {self.kind} {shlex.join(self.concepts)} --recipe {recipe}"
         if self.processes > 1:
-            command = f"torchrun --nproc-per-node {self.processes} -m {command}"
+            command += f" --processes {self.processes}"
         return " ".join([command, *(f"--set {change}" for change in plan.changes)])
 
 

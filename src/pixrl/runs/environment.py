@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pixrl.untrusted import secrets_in
+from pixrl.workers import cores
 
 PACKAGES = (
     "pixrl",
@@ -52,7 +53,7 @@ def describe(seed: object, recipe_sha256: str) -> bytes:
         "machine": {
             "system": platform.platform(),
             "cpu": cpu,
-            "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+            "cores": cores(),
             "ram_bytes": None
             if sys.platform == "win32"
             else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

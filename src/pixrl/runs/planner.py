@@ -166,8 +166,8 @@ def require_equal_shares(config: AlignConfig, processes: int, held_out: int) -> 
     """
     if processes == 1:
         raise InputError(
-            "machine.shard=full divides the model among processes, and here is one. Start several (torchrun "
-            "--nproc-per-node 2 -m pixrl ...), or take --set machine.shard=none."
+            "machine.shard=full divides the model among processes, and here is one. Start several (add "
+            "--processes 2), or take --set machine.shard=none."
         )
     if isinstance(config, PersonalizeConfig) and config.references.shape is ReferenceShape.OWN:
         raise InputError(

@@ -140,7 +140,7 @@ class VotesReward(ComparingReward):
 
     def problem(self, others: Collection[str], processes: int) -> str | None:
         if processes > 1:
-            return f"waits for people in one process, and there are {processes}. Start it without torchrun."
+            return f"waits for people in one process, and there are {processes}. Start it as one process."
         taste = None if self.simulated is None else self.simulated.taste
         if taste is not None and taste not in others:
             return (
