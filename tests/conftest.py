@@ -31,6 +31,14 @@ def seeded() -> None:
     _seed()
 
 
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Any]:
+    """What runs pixrl's commands in processes that know each other (tests/align/launching.py)."""
+    from tests.align.launching import launching
+
+    yield from launching()
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """The system's chromium, driven by playwright; without one of them the test is skipped."""

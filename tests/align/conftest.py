@@ -1,6 +1,5 @@
 """A tiny random SD3 with LoRA slots."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from pixrl import models
 from pixrl.models.sd3 import SD3Policy
 from tests import tiny
-from tests.align.launching import Launch, launching
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +27,3 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("a red owl\ntwo blue snails\na cat\na green house\na fish\n")
     return file
-
-
-@pytest.fixture(scope="session")
-def launch() -> Iterator[Launch]:
-    yield from launching()

@@ -25,29 +25,35 @@ from torch import Tensor
 from pixrl import cli
 from pixrl.runs.folder import METRICS, RunFolder
 from pixrl.runs.reading import START, sample_scores, samples_of
-from tests.align.launching import Launch
+from tests.align.launching import Launch, free_port
 from tests.align.parts import E2PO, GRPO, final, recipe, same, with_reward
 from tests.tolerance import GRADIENT, PICTURE, agree_after_adam, rounding
 
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(processes: int, port: str) -> list[str]:
-    if processes == 1:
-        return ["-m"]
-    several = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-port", port]
-    return ["-m", "torch.distributed.run", *several, "-m"]
+def torchrun(port: str) -> list[str]:
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "1",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        port,
+        "-m",
+    ]
 
 
-def accelerate(processes: int, port: str) -> list[str]:
+def accelerate(port: str) -> list[str]:
     """--multi_gpu asks for several processes: gloo ones where no GPU is."""
-    several = ["--multi_gpu"] if processes > 1 else []
     machine = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    several += ["--num_processes", str(processes), "--main_process_port", port]
+    several = ["--multi_gpu", "--num_processes", "2", "--main_process_port", port]
     return ["-m", "accelerate.commands.launch", *several, *machine, "-m"]
 
 
-Launcher = Callable[[int, str], list[str]]
+Launcher = Callable[[str], list[str]]
 
 
 def environment() -> dict[str, str]:
@@ -63,10 +69,6 @@ def write_recipe(folder: Path, settings: dict[str, Any]) -> Path:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump({"kind": "align", **settings}))
     return file
-
-
-def command(processes: int, *words: str, launcher: Launcher = torchrun) -> list[str]:
-    return [sys.executable, *launcher(processes, str(random.randint(20000, 40000))), "pixrl", *words]
 
 
 EPS = 1e-2
@@ -109,18 +111,21 @@ def processes_of(run: Path) -> int:
     ids=["nft-torchrun", "e2po-grpo-accelerate"],
 )
 def test_two_processes_end_as_one(
-    tmp_path: Path, sd3_folder: Path, prompt_file: Path, method: dict[str, Any], launcher: Launcher
+    tmp_path: Path,
+    sd3_folder: Path,
+    prompt_file: Path,
+    launch: Launch,
+    method: dict[str, Any],
+    launcher: Launcher,
 ) -> None:
     settings = recipe(sd3_folder, prompt_file, **method)
     settings["prompts"]["per_step"] = 3  # shared out as 1 and 2
     settings["optimizer"] = {"lr": 1e-3, "updates": 2, "eps": EPS}
     file = write_recipe(tmp_path, settings)
-    for processes in (1, 2):
-        words = command(
-            processes, "align", str(file), "--out", str(tmp_path / str(processes)), launcher=launcher
-        )
-        subprocess.run(words, env=environment(), check=True, timeout=900)
     one, two = tmp_path / "1", tmp_path / "2"
+    assert launch(1, "align", str(file), "--out", str(one)) == [0]
+    words = [sys.executable, *launcher(str(free_port())), "pixrl", "align", str(file), "--out", str(two)]
+    subprocess.run(words, env=environment(), check=True, timeout=900)
     assert [processes_of(run) for run in (one, two)] == [1, 2]
     assert_trained_alike(one, two)
     level = 1 / 255 + rounding(torch.float32, PICTURE)  # rounding, and what 8 bits make of it
