@@ -95,27 +95,29 @@ def _wait(begun: Sequence["subprocess.Popen[bytes]"]) -> int:
                 process.kill()
                 process.wait()
             return 0 if 0 in failed else failed[0]
-        with contextlib.suppress(
-            KeyboardInterrupt
-        ):  # the processes had it too, and end after the step in hand
-            time.sleep(_LOOK)
+        time.sleep(_LOOK)
     failed = [rank for rank, process in enumerate(begun) if process.returncode]
     return failed[0] if failed else 0
 
 
 @contextlib.contextmanager
 def _passing_on(begun: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """End the processes where this one is ended; Ctrl-C reaches them without it."""
+    """Wait for the processes at Ctrl-C, which reaches them without this one, and end them where this one is ended."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in begun:
             process.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    def wait(number: int, frame: FrameType | None) -> None:
+        pass  # they end after the step in hand
+
+    acts = ((signal.SIGTERM, pass_on), (signal.SIGINT, wait))
+    before = {number: signal.signal(number, act) for number, act in acts}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
         for process in begun:
             if process.poll() is None:
                 process.kill()
