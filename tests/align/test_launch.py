@@ -1,5 +1,6 @@
 """`--processes N`: who speaks, whose exit code it is, and that nobody is left; and a run of two that it starts."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -87,16 +88,22 @@ def test_a_signal_reaches_all_and_the_exit_code_is_theirs(acting: Path, number: 
             f"trap 'exit {code}' INT TERM; touch here-{rank}; while :; do sleep 0.1; done\n"
         )
     program = (
-        "import sys; from pixrl.cli import launch\n"
+        "import signal, sys; from pixrl.cli import launch\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are told to ignore it\n"
         f"sys.executable = {launch.sys.executable!r}; sys.exit(launch.run(['align'], 2))"
     )
     python = Path(sys.prefix) / "bin" / "python"
-    with subprocess.Popen([python, "-c", program], env=environment(), start_new_session=True) as parent:
+    parent = subprocess.Popen([python, "-c", program], env=environment(), start_new_session=True)
+    try:
         while len(list(acting.glob("here-*"))) < 2:
             assert parent.poll() is None
             time.sleep(0.05)
         (os.killpg if number == signal.SIGINT else os.kill)(parent.pid, number)
-        assert parent.wait(30) == code
+        assert parent.wait(60) == code
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
     assert are_gone(acting)
 
 
