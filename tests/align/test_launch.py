@@ -22,6 +22,8 @@ from tests.align.parts import recipe
 from tests.align.test_processes import ROOT, environment, processes_of, write_recipe
 
 Capture = pytest.CaptureFixture[str]
+WAIT = "for _ in $(seq 300); do sleep 0.1; done; touch waited"
+"""What a process does that waits for the others without end: half a minute here."""
 
 
 @pytest.fixture
@@ -65,9 +67,9 @@ def test_each_process_knows_its_place(acting: Path) -> None:
         (("echo fine >&2", "echo also fine >&2"), 0, "fine\n"),
         (("echo wrong >&2; exit 2", "echo wrong >&2; exit 2"), 2, "wrong\n"),
         (("sleep 0.3; echo wrong >&2; exit 2", "echo wrong >&2; exit 2"), 2, "wrong\n"),
-        (("exec sleep 60", "echo mine alone >&2; exit 3"), 3, "mine alone\n"),
-        (("echo first >&2; exit 1", "exec sleep 60"), 1, "first\n"),
-        (("kill -9 $$", "exec sleep 60"), 137, ""),
+        ((WAIT, "echo mine alone >&2; exit 3"), 3, "mine alone\n"),
+        (("echo first >&2; exit 1", WAIT), 1, "first\n"),
+        (("kill -9 $$", WAIT), 137, ""),
         (("echo stopped >&2; exit 130", "exit 130"), 130, "stopped\n"),
     ],
 )
@@ -77,7 +79,7 @@ def test_one_speaks_and_nobody_is_left(
     monkeypatch.setattr(launch, "GRACE", 1.0)
     assert run(acting, *acts) == code
     assert capfd.readouterr().err == said
-    assert are_gone(acting)
+    assert are_gone(acting) and not (acting / "waited").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -86,7 +86,9 @@ def _places(processes: int) -> Iterator[dict[str, str]]:
 def _wait(begun: Sequence["subprocess.Popen[bytes]"]) -> int:
     """Wait until all have ended and return which one speaks for them: the first one, unless only another failed."""
     until = None
-    while any(process.poll() is None for process in begun):
+    while None in [
+        process.poll() for process in begun
+    ]:  # a list: all are asked, also behind one that still runs
         failed = [rank for rank, process in enumerate(begun) if process.returncode]
         if failed and until is None:
             until = time.monotonic() + GRACE
