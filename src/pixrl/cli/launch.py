@@ -5,6 +5,7 @@ once, Ctrl-C ends all of them after the step in hand, and the exit code is the r
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -14,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import IO
 
 import typer
 
@@ -65,7 +65,8 @@ def run(words: Sequence[str], processes: int) -> int:
         stack.enter_context(_passing_on(begun))
         failed = _wait(begun)
         if failed > 0:
-            sys.stderr.buffer.write(_read(unheard[failed - 1]))
+            unheard[failed - 1].seek(0)
+            sys.stderr.buffer.write(unheard[failed - 1].read())
             sys.stderr.flush()
         code = begun[failed].returncode
         return code if code >= 0 else 128 - code
@@ -76,42 +77,37 @@ def _places(processes: int) -> Iterator[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    threads = os.environ.get("OMP_NUM_THREADS", str(cores()))  # which the processes divide among them
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores())),  # they divide these among them
+    }
     for rank in map(str, range(processes)):
-        sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
-        yield shared | sizes | {"RANK": rank, "LOCAL_RANK": rank}
+        yield shared | {"RANK": rank, "LOCAL_RANK": rank}
 
 
 def _wait(begun: Sequence["subprocess.Popen[bytes]"]) -> int:
-    """Wait until all have ended and return which one speaks for them: the first one, unless only another failed."""
-    until = None
-    while None in [
-        process.poll() for process in begun
-    ]:  # a list: all are asked, also behind one that still runs
-        failed = [rank for rank, process in enumerate(begun) if process.returncode]
-        if failed and until is None:
-            until = time.monotonic() + GRACE
-        if until is not None and time.monotonic() > until:
-            for process in begun:
-                process.kill()
-                process.wait()
-            return 0 if 0 in failed else failed[0]
+    """Wait until all have ended, or for `GRACE` after one has failed; return the first that has failed, or else 0."""
+    until = math.inf
+    while None in [one.poll() for one in begun] and time.monotonic() < until:  # a list: each is asked
+        if any(one.returncode for one in begun):
+            until = min(until, time.monotonic() + GRACE)
         time.sleep(_LOOK)
-    failed = [rank for rank, process in enumerate(begun) if process.returncode]
-    return failed[0] if failed else 0
+    return next((rank for rank, one in enumerate(begun) if one.returncode), 0)
 
 
 @contextlib.contextmanager
 def _passing_on(begun: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """Wait for the processes at Ctrl-C, which reaches them without this one, and end them where this one is ended."""
+    """Leave Ctrl-C to the processes, which have it too; pass SIGTERM on; at the end kill those that still run."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in begun:
             process.send_signal(number)
 
     def wait(number: int, frame: FrameType | None) -> None:
-        pass  # they end after the step in hand
+        pass  # for them, which end after the step in hand
 
     acts = ((signal.SIGTERM, pass_on), (signal.SIGINT, wait))
     before = {number: signal.signal(number, act) for number, act in acts}
@@ -124,8 +120,3 @@ def _passing_on(begun: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-
-
-def _read(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read()

@@ -196,8 +196,8 @@ class Guard:
         self.per_prompt, self.first = per_prompt, first
         self.say, self.raise_kl = say, raise_kl
         self.found: list[Signal] = []
-        self._looked: dict[int, Looked] = {}
-        """The evaluation that others are held against, by its step."""
+        self._base: tuple[int, Looked] | None = None
+        """The evaluation that others are held against, behind its step."""
 
     def look(self, step: int) -> None:
         """Look at the pictures of the evaluation before training step `step`, and write down what is found.
@@ -207,11 +207,10 @@ class Guard:
         signals: tuple[Signal, ...] = ()
         steps = map(step_of_place, evaluated_places(self.folder)) if self.world.rank == 0 else ()
         if earlier := [at for at in steps if self.first <= at < step]:
-            if min(earlier) not in self._looked:
-                self._looked = {min(earlier): Looked.of(self.folder, min(earlier), self.per_prompt)}
+            if self._base is None or self._base[0] != min(earlier):
+                self._base = min(earlier), Looked.of(self.folder, min(earlier), self.per_prompt)
             now = Looked.of(self.folder, step, self.per_prompt)
-            first = self._looked[min(earlier)]
-            signals = compare(first, now, self.settings, self.trained, self.held_out)
+            signals = compare(self._base[1], now, self.settings, self.trained, self.held_out)
             content = json.dumps([_finite(asdict(one)) for one in signals], indent=1)
             write_atomic(samples_of(self.folder, step) / FINDINGS, content.encode() + b"\n")
         self.found = [one for one in self.world.gather(signals)[0] if one.found]
