@@ -1,5 +1,6 @@
 """`pixrl demo`: one small run of each kind on the toy world."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -42,8 +43,9 @@ def demo(
         api.run_pairs(FuseConfig(), DEMO_PAIRS, out / "fuse", workers=Workers(processes))
 
     def train(what: str, words: Sequence[str], folder: Path) -> None:
-        typer.echo(f"\n{what}: pixrl {' '.join(words)}")
-        code = run([*words, "--out", str(folder)], processes)
+        whole = [*words, "--out", str(folder), "--processes", str(processes)]
+        typer.echo(f"\n{what}: pixrl {shlex.join(whole)}")
+        code = run(whole, processes)
         if code:
             raise typer.Exit(code)
 
