@@ -20,6 +20,7 @@ from toy_build import sheet
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 TILE, GAP, LABEL = 128, 8, 20
 CHILDREN = 4
+PROMPTS = 8
 SHARES = (0.25, 0.4, 0.5, 0.6, 0.75)
 MIXED_PAIRS = (("owl", "snail"), ("penguin", "cactus"))
 MIXINGS = {
@@ -42,6 +43,7 @@ def main() -> None:
     sheet.save(mixing_sheet(), IMAGES / "mixings.png")
     with tempfile.TemporaryDirectory() as folder:
         sheet.save(demo_sheet(Path(folder) / "demo"), IMAGES / "fused.png")
+        sheet.save(aligned_sheet(Path(folder) / "aligned"), IMAGES / "aligned.png")
     print(f"pictures in {IMAGES}")
 
 
@@ -55,6 +57,19 @@ def demo_sheet(out: Path) -> Image.Image:
     for k, row in enumerate(rows):
         sheet.paste(row, (0, k * row.height))
     return sheet
+
+
+def aligned_sheet(out: Path) -> Image.Image:
+    """The alignment of `pixrl demo`: the first held-out prompts, none chosen, before training and after it."""
+    run = api.align(demo.ALIGN_RECIPE, out=out).run
+    steps = sorted((run / "samples").glob("step-*"))
+    tiles = [sorted(step.glob("[0-9]*.png"))[:PROMPTS] for step in (steps[0], steps[-1])]
+    image = Image.new("RGB", (PROMPTS * (TILE + GAP), len(tiles) * (TILE + GAP)), "white")
+    for row, files in enumerate(tiles):
+        for place, file in enumerate(files):
+            picture = Image.open(file).convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+            image.paste(picture, (place * (TILE + GAP), row * (TILE + GAP)))
+    return image
 
 
 def mixing_sheet() -> Image.Image:

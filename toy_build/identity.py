@@ -26,7 +26,7 @@ from toy_build.clip import soften
 from toy_build.pictures import Bytes
 from toy_build.training import Build, Draw, Lesson, Plan, eager_attention, save_half
 
-PLAN = Plan(steps=7_000, batch=64, lr=1.5e-3, warmup=100, weight_decay=0.05, level=0.5)
+PLAN = Plan(steps=9_500, batch=64, lr=1.5e-3, warmup=100, weight_decay=0.05, level=0.5)
 TEMPERATURE = 0.1
 KINDS_A_BATCH = 4
 CUTOUT_SHARE = 0.7

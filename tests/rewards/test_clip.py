@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from pixrl import rewards
 from pixrl.errors import CheckpointError, ConfigError, InputError, ShapeError
+from pixrl.rewards.base import DifferentiableReward
 from pixrl.rewards.clip import ClipImageReward, FusionScorer
 from pixrl.rewards.encoders import ClipSimilarity
 from pixrl.rewards.segmentation import Foreground, Segmenter
@@ -135,6 +136,28 @@ def test_the_text_reward_is_the_cosine(clip_folder: Path, clip: ClipSimilarity, 
     scores = reward.score(RewardBatch(images[:2], TEXTS))
     expected = (clip.image_features(images[:2]) * clip.text_features(TEXTS)).sum(dim=1)
     assert agree(scores.values_B, expected, MODEL)
+
+
+def test_a_template_makes_the_text_of_the_prompt(clip_folder: Path, images: Tensor) -> None:
+    plain = rewards.load("clip_text", model=clip_folder, device="cpu")
+    styled = rewards.load(
+        "clip_text", model=clip_folder, device="cpu", template="{prompt}, {prompt} at night"
+    )
+    written = RewardBatch(images[:2], [f"{text}, {text} at night" for text in TEXTS])
+    found = styled.score(RewardBatch(images[:2], TEXTS)).values_B
+    assert torch.equal(found, plain.score(written).values_B)
+    assert not torch.equal(found, plain.score(RewardBatch(images[:2], TEXTS)).values_B)
+    assert isinstance(styled, DifferentiableReward)
+    assert isinstance(plain, DifferentiableReward)
+    learned = styled.differentiable_scores(images[:2], TEXTS)
+    assert torch.equal(learned, plain.differentiable_scores(images[:2], list(written.prompts)))
+    assert styled.provenance["template"] == "{prompt}, {prompt} at night"
+    assert "template" not in plain.provenance
+
+
+def test_a_template_without_the_prompt_is_refused_before_anything_loads() -> None:
+    with pytest.raises(ConfigError, match=r'needs \{prompt\}.* got \'at night\'.*"\{prompt\} in the snow"'):
+        rewards.load("clip_text", model="no-such-folder", template="at night")
 
 
 def test_the_image_reward_needs_a_reference(clip_folder: Path, images: Tensor) -> None:

@@ -18,7 +18,6 @@ MEASURED = ["vae", "clip", "segmenter", "parts", "identity", "preference", "sd3"
 SHORT = {
     ("parts", "hybrids recognized"),
     ("segmenter", "mean IoU over 33 classes"),
-    ("identity", "share whose own picture is nearer than the unmarked one by 0.05"),
     ("sd3", "GenEval counting"),
     ("sd3", "GenEval colors"),
     ("sd3", "hard groups of 24 that all fail"),

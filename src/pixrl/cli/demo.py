@@ -49,7 +49,7 @@ def demo(
         if code:
             raise typer.Exit(code)
 
-    train("Aligning a model with GenEval's rules", ["align", ALIGN_RECIPE], out / "align")
+    train("Teaching a model to draw at night", ["align", ALIGN_RECIPE], out / "align")
     subject = out / "subject"
     word = write_subject(subject)
     words = ["personalize", PERSONALIZE_RECIPE, "--subject", str(subject)]

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pixrl.errors import InputError, ShapeError
+from pixrl.errors import ConfigError, InputError, ShapeError
 from pixrl.rewards.base import DifferentiableReward, Options, Read
 from pixrl.rewards.encoders import ClipSimilarity, PictureEncoder
 from pixrl.rewards.references import ReferenceReward, References, choice
@@ -22,6 +22,8 @@ from pixrl.types import RewardBatch, Scores
 DREAMBENCH_CLIP = "openai/clip-vit-base-patch32"
 """The encoder of DreamBench's published figures and of Customized-GRPO's."""
 A_CLIP = Read(kinds=("clip",))
+PROMPT = "{prompt}"
+"""What stands for a sample's prompt in a template."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class PromptCosineReward(DifferentiableReward):
         clip: the encoder.
         factor: what the cosine is multiplied by.
         clamp: whether a cosine below 0 counts as 0.
+        template: the text that the picture is compared with, in which {prompt} stands for the prompt.
         provenance: further entries beside the encoder's.
     """
 
@@ -107,11 +110,13 @@ class PromptCosineReward(DifferentiableReward):
         *,
         factor: float = 1.0,
         clamp: bool = False,
+        template: str = PROMPT,
         provenance: Mapping[str, str] | None = None,
     ) -> None:
         self.clip = clip
         self.factor = factor
         self.clamp = clamp
+        self.template = template
         self.provenance: Mapping[str, str] = {**clip.provenance, **(provenance or {})}
 
     def score(self, batch: RewardBatch) -> Scores:
@@ -126,19 +131,23 @@ class PromptCosineReward(DifferentiableReward):
 
     def _scores(self, images_BE: Tensor, prompts: Sequence[str]) -> Tensor:
         # cloned: autograd cannot keep a tensor of inference mode
-        texts_BE = self.clip.text_features(prompts).clone().to(images_BE.device)
+        texts = [self.template.replace(PROMPT, prompt) for prompt in prompts]
+        texts_BE = self.clip.text_features(texts).clone().to(images_BE.device)
         cosines_B = (images_BE * texts_BE).sum(dim=1)
         return self.factor * (cosines_B.clamp_min(0) if self.clamp else cosines_B)
 
 
 class ClipTextReward(PromptCosineReward):
-    """The cosine between the picture and its prompt.
+    """The cosine between the picture and its prompt, or a text made of it.
 
     Args:
         model: `toy:clip`, a folder or a hub id of a CLIPModel.
         clamp: whether a cosine below 0 counts as 0, as Customized-GRPO's evaluation has it.
+        template: the text that the picture is compared with: "{prompt} in the snow" teaches a model that draws anything
+            to draw it there.
 
     Raises:
+        ConfigError: the template does not hold {prompt}.
         CheckpointError: the checkpoint is missing, half written or not a CLIPModel.
     """
 
@@ -146,10 +155,22 @@ class ClipTextReward(PromptCosineReward):
     examples: ClassVar[Mapping[str, object]] = {"model": "toy:clip"}
 
     def __init__(
-        self, model: str | Path, clamp: bool = False, device: str = "auto", dtype: str = "float32"
+        self,
+        model: str | Path,
+        clamp: bool = False,
+        template: str = PROMPT,
+        device: str = "auto",
+        dtype: str = "float32",
     ) -> None:
+        if PROMPT not in template:
+            raise ConfigError(
+                f"The template of {self.name!r} needs {PROMPT}, which stands for a sample's prompt, got {template!r}. "
+                f'Type, for example: template: "{PROMPT} in the snow"'
+            )
         clip = ClipSimilarity(model, device=device, dtype=dtype)
-        super().__init__(clip, clamp=clamp, provenance={"below_0": "counts as 0" if clamp else "kept"})
+        below = {"below_0": "counts as 0" if clamp else "kept"}
+        asked = {} if template == PROMPT else {"template": template}
+        super().__init__(clip, clamp=clamp, template=template, provenance=below | asked)
 
     @classmethod
     def reads(cls, options: Options) -> Mapping[str, Read]:
