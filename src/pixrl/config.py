@@ -9,6 +9,8 @@ import re
 import shlex
 import typing
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -299,6 +301,12 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+@lru_cache(maxsize=16)
+def _loaded(text: str) -> Any:
+    """Parse a text, and the last few only once: a run's recipe is read several times, each a thirtieth of a second."""
+    return yaml.load(text, _StrictLoader)
+
+
 def parse_yaml(text: str, origin: str) -> Any:
     """Parse one YAML document; `origin` names it in the error.
 
@@ -308,7 +316,7 @@ def parse_yaml(text: str, origin: str) -> Any:
     if len(text) > MOST_YAML:
         raise ConfigError(f"{origin} has {len(text)} characters of YAML; at most {MOST_YAML} are read.")
     try:
-        return yaml.load(text, _StrictLoader)
+        return deepcopy(_loaded(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"

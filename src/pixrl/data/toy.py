@@ -72,15 +72,17 @@ def toy_prompts(name: str, *, held_out: bool) -> list[tuple[str, dict[str, objec
             )
         if tag in tags[:position]:
             raise InputError(f"The task {tag!r} is given twice in toy:{GENEVAL}/{rest}. Give it once.")
-    return [prompt for tag in tags for prompt in _prompts_of(tag, held_out)]
+    parse = part("parse")
+    return [(text, parse(text).metadata) for tag in tags for text in _texts_of(tag, held_out)]
 
 
-def _prompts_of(tag: str, held_out: bool) -> list[tuple[str, dict[str, object]]]:
+@cache
+def _texts_of(tag: str, held_out: bool) -> tuple[str, ...]:
     """Return as many different prompts of one task as its split has."""
     import numpy as np
 
     random_scene, canonical, caption = part("random_scene"), part("canonical"), part("caption")
-    is_held_out, parse, task = part("is_held_out"), part("parse"), part("Task")(tag)
+    is_held_out, task = part("is_held_out"), part("Task")(tag)
     rng = np.random.default_rng((SEED, int(held_out), TAGS.index(tag)))
     wanted = EVALUATION_PROMPTS if held_out else TRAINING_PROMPTS
     found: dict[str, str] = {}
@@ -89,7 +91,7 @@ def _prompts_of(tag: str, held_out: bool) -> list[tuple[str, dict[str, object]]]
         key = canonical(scene)
         if is_held_out(key) == held_out:
             found.setdefault(key, caption(scene))
-    return [(prompt, parse(prompt).metadata) for prompt in found.values()]
+    return tuple(found.values())
 
 
 ToySubject = tuple[str, str, tuple[str, ...], tuple[Any, ...], tuple[Callable[[], Any], ...]]

@@ -28,6 +28,8 @@ from pixrl.models.base import Conditioning, Renderer
 from pixrl.models.loading import DENOISERS, denoiser_of
 from pixrl.models.memory.estimate import (
     CONTRADICTIONS,
+    SMALL_MODEL,
+    SMALL_SIDE,
     Cost,
     PartSize,
     cost_of,
@@ -57,8 +59,8 @@ from pixrl.runs.planner import (
     trial,
 )
 
-SMALL_MODEL, SMALL_SIDE, PLENTY = 2**25, 256, 2**31
-"""Parameters, side in pixels and free bytes: such a model takes a small share of that memory, whatever it draws."""
+PLENTY = 2**31
+"""Free bytes of which a small model takes a small share, whatever it draws."""
 _SAME = (
     "model",
     "guidance",
@@ -150,7 +152,7 @@ class Estimate:
             with policy.decoder_present():
                 policy.decode(policy.initial_noise(range(count)))
 
-        with imagined(policy.denoiser, policy.vae):
+        with imagined(policy.denoiser, policy.vae, longest=policy.settings.longest):
             self.pass_operations = operations_of(trial(policy, condition, decode=False))
             """Number of floating point operations of one pass over a picture's latents, without its gradient."""
             self.operations = policy.settings.steps * self.pass_operations + operations_of(decode)
@@ -167,14 +169,14 @@ class Estimate:
 
     def training_operations(self) -> int:
         """Return the floating point operations of one picture at one noise level, with its gradient."""
-        with imagined(self.policy.denoiser, self.policy.vae):
+        with imagined(self.policy.denoiser, self.policy.vae, longest=max(self.size)):
             return operations_of(trial(self.policy, self._condition, train=True, decode=self._decodes))
 
     def costs(self, references: int) -> tuple[Cost, Cost]:
         """Return the memory that drawing and training take when the model is shown so many of the references."""
         policy, modules = self.policy, (self.policy.denoiser, self.policy.vae)
         condition = replace(self._condition, references=self._condition.references[:references])
-        with imagined(*modules):
+        with imagined(*modules, longest=max(self.size)):
             drawing = cost_of(trial(policy, condition), modules)
             return drawing, cost_of(trial(policy, condition, train=True, decode=self._decodes), modules)
 

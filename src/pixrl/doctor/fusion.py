@@ -137,7 +137,7 @@ def estimate_fusion(policy: FlowPipelinePolicy, config: FuseConfig, precision: P
             policy.decode(policy.initial_noise(range(count)))
 
     modules = (policy.denoiser, policy.vae)
-    with imagined(*modules):
+    with imagined(*modules, longest=policy.settings.longest):
         return FusionEstimate(
             policy,
             rows,

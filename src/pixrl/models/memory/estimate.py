@@ -1,13 +1,13 @@
 """How large the parts of a checkpoint are and how much memory it computes in, estimated before any weight is loaded.
 
 Sizes come from the headers of safetensors files. Activations come from running the real adapter on tensors that have
-shapes and no content (torch's fake tensors) and counting what is alive at a time.
+shapes and no content (torch's fake tensors), or zeros for small models, and counting what is alive at a time.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from pixrl.models.loading import DENOISERS, PREFIXES, decoder_dtype, part_class
 from pixrl.models.memory.plan import Base
 from pixrl.models.memory.quantization import is_quantized, quantized_bytes
 
+SMALL_MODEL, SMALL_SIDE = 2**25, 256
+"""Parameters, and side in pixels, of a model that computes a picture in a moment with little memory."""
 VAE = "vae"
 _T5_KEPT_WIDE = ".wo."
 """The weights that transformers keeps in float32 where T5 is loaded in float16."""
@@ -249,16 +251,25 @@ class Cost:
 
 
 @contextmanager
-def imagined(*modules: nn.Module) -> Iterator[None]:
-    """Compute with shapes alone while it is open, also in the modules, whose content lies on no device yet."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (inner for outer in modules for inner in outer.modules()):
+def imagined(*modules: nn.Module, longest: int) -> Iterator[None]:
+    """Give the modules tensors of their shapes, whose content lies on no device yet, and compute with those meanwhile.
+
+    They are zeros where the modules and `longest`, a picture's longer side in pixels, are small, and else torch's fake
+    tensors: those take a tenth of a millisecond an operation, in which a small model has long computed.
+    """
+    inner = [one for outer in modules for one in outer.modules()]
+    weights = [x for one in inner for x in one.parameters(recurse=False)]
+    small = sum(x.numel() for x in weights) < SMALL_MODEL and longest <= SMALL_SIDE
+    # bfloat16 is imitated by most processors, and slowly
+    computed = small and all(x.dtype is torch.float32 for x in weights)
+    with nullcontext() if computed else FakeTensorMode(allow_non_fake_inputs=True):
+        for module in inner:
             for name, parameter in module.named_parameters(recurse=False):
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                module.register_parameter(name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+                content = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
+                module.register_parameter(name, nn.Parameter(content, requires_grad=parameter.requires_grad))
             for name, buffer in module.named_buffers(recurse=False):
-                empty = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-                module.register_buffer(name, empty, name not in module._non_persistent_buffers_set)
+                content = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+                module.register_buffer(name, content, name not in module._non_persistent_buffers_set)
         yield
 
 
