@@ -279,7 +279,7 @@ def test_a_judge_of_the_toy_world_is_none_of_a_published_model(
     assert api.examine(made | {"model": "toy:sd3"}).can_run
 
 
-@pytest.mark.parametrize("name", ["flux-uno", "flux-kontext", "qwen-edit"])
+@pytest.mark.parametrize("name", ["flux-uno", "flux-kontext", "qwen-edit", "flux2-klein"])
 def test_a_subject_with_a_published_model_is_judged_by_published_networks(name: str) -> None:
     made = load_recipe(f"subject/{name}")
     assert "toy:" not in made.model_dump_json()

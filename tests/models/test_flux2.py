@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pixrl import models
 from pixrl.errors import InputError
+from pixrl.models.base import Conditioning
 from pixrl.models.flux import pack_latents
 from pixrl.models.flux2 import Flux2KleinPolicy
 from pixrl.models.memory.plan import MemoryPlan
@@ -58,6 +59,74 @@ def published(policy: Flux2KleinPolicy, guidance: float, output: str = "pt", sid
 def test_pictures_equal_the_published_pipeline(policy: Flux2KleinPolicy, guidance: float) -> None:
     policy.settings = replace(policy.settings, guidance=guidance)
     assert agree(policy.sample(policy.encode([OWL, LONG]), [1, 2]), published(policy, guidance), PICTURE)
+
+
+def pictures(count: int, seed: int, height: int = 96, width: int = 64) -> Tensor:
+    """Pictures in 8 bits, no side below 64, as the pipeline takes them; it does not change this shape."""
+    drawn = torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    return (drawn * 255).round() / 255
+
+
+def with_references(policy: Flux2KleinPolicy, prompt: str, own: list[Tensor], guidance: float) -> Tensor:
+    """The latents that the pipeline draws from seed 1 with these pictures [3, H, W] of one prompt."""
+    processor = policy.pipeline.image_processor
+    latents: Tensor = policy.pipeline(
+        image=processor.numpy_to_pil(processor.pt_to_numpy(torch.stack(own))),
+        prompt=prompt,
+        latents=patches(policy, policy.initial_noise([1])),
+        num_inference_steps=policy.settings.steps,
+        guidance_scale=guidance,
+        max_sequence_length=policy.text_length,
+        height=32,
+        width=32,
+        output_type="latent",
+    ).images
+    spread = torch.sqrt(policy.vae.bn.running_var.view(1, -1, 1, 1) + policy.vae.config.batch_norm_eps)
+    normal = (
+        policy.pipeline._patchify_latents(latents) - policy.vae.bn.running_mean.view(1, -1, 1, 1)
+    ) / spread
+    found: Tensor = policy.pipeline._unpatchify_latents(normal)
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+def test_latents_with_references_equal_the_published_pipeline(
+    policy: Flux2KleinPolicy, guidance: float, count: int
+) -> None:
+    """Of two prompts with their own references in one batch; the pipeline draws one at a time."""
+    policy.settings = replace(policy.settings, guidance=guidance)
+    references = [pictures(2, seed) for seed in range(count)]
+    shown = policy.show(policy.encode([OWL, LONG]), references, [OWL, LONG])
+    with torch.no_grad():
+        ours = policy._integrate(shown, [1, 1])
+    for row, prompt in enumerate((OWL, LONG)):
+        theirs = with_references(policy, prompt, [images[row] for images in references], guidance)
+        assert agree(ours[[row]], theirs, PICTURE)
+        alone = with_references(policy, prompt, [images[1 - row] for images in references], guidance)
+        assert not agree(ours[[row]], alone, PICTURE)
+
+
+def test_references_of_two_shapes_in_one_batch_are_each_shown_as_they_are(policy: Flux2KleinPolicy) -> None:
+    rows = [
+        policy.show(policy.encode([prompt]), [images], [prompt])
+        for prompt, images in ((OWL, pictures(1, 0)), (LONG, pictures(1, 1, 16, 32)))
+    ]
+    x_t, t_B = policy.initial_noise([1, 2]), torch.tensor([0.75, 0.5])
+    with torch.no_grad():
+        found = policy.velocity(x_t, t_B, Conditioning.cat(rows))
+        for row, own in enumerate(rows):
+            assert agree(found[[row]], policy.velocity(x_t[[row]], t_B[[row]], own), MODEL)
+
+
+def test_references_keep_their_shape_where_that_is_asked_for(policy: Flux2KleinPolicy) -> None:
+    from pixrl.models.references import ReferenceShape
+
+    policy.place(side=32, shape=ReferenceShape.OWN)
+    assert [tuple(one.shape) for one in policy.laid_out([torch.rand(3, 40, 64), torch.rand(3, 64, 64)])] == [
+        (3, 16, 32),
+        (3, 32, 32),
+    ]
 
 
 def test_rows_are_the_pipelines_padding_and_all(policy: Flux2KleinPolicy) -> None:

@@ -14,8 +14,8 @@ from pixrl import api
 from pixrl.algorithms.exploration import SHOWN, Group, NoiseOnly, prepare, shown_pictures
 from pixrl.errors import ConfigError, InputError, ShapeError
 from pixrl.models.base import Conditioning
-from pixrl.models.flux import FluxPolicy, ReferenceShape
-from pixrl.models.references import in_own_shape
+from pixrl.models.flux import FluxPolicy
+from pixrl.models.references import ReferenceShape, in_own_shape
 from pixrl.runs.config import load_recipe
 from pixrl.runs.loaded import load_run
 from pixrl.runs.planner import require_equal_shares

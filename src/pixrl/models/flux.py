@@ -19,7 +19,7 @@ from pixrl.errors import CheckpointError, InputError, ShapeError, did_you_mean
 from pixrl.hub import Checkpoint
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, SamplingSettings
-from pixrl.models.references import TokenReferences, in_own_shape
+from pixrl.models.references import ReferenceShape, TokenReferences
 from pixrl.models.regions import joint_bias
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import ClipEncoder, PerturbableText
@@ -47,15 +47,6 @@ class Shift(StrEnum):
     """The shift of FluxPipeline by the picture's tokens: mu = 0.630 at 512 x 512."""
     UNO = "uno"
     """The shift of UNO's published inference: mu = 0.459 at 512 x 512."""
-
-
-class ReferenceShape(StrEnum):
-    """The shape in which references are shown."""
-
-    SQUARE = "square"
-    """Each on a white square, nothing cut off: one batch holds references of any shapes."""
-    OWN = "own"
-    """Each as it is, up to its last whole token, as UNO shows them: rows of one shape go through the model together."""
 
 
 Size = tuple[int, int]
@@ -176,8 +167,6 @@ class FluxPolicy(TokenReferences, PerturbableText):
             )
         self.preset = Preset(named)
         self.shift = Shift.FLUX
-        self.shape = ReferenceShape.SQUARE
-        self.reference_side = min(self.settings.width, self.settings.height)
 
     def _defaults(self, folder: Path) -> SamplingSettings:
         return self.defaults if _is_guided(folder) else SCHNELL
@@ -193,30 +182,23 @@ class FluxPolicy(TokenReferences, PerturbableText):
     def place(
         self,
         *,
-        preset: Preset | None = None,
-        shift: Shift | None = None,
         side: int | None = None,
         shape: ReferenceShape | None = None,
+        preset: Preset | None = None,
+        shift: Shift | None = None,
     ) -> None:
         """Set how references are placed and sized and the schedule is shifted, in place of what the checkpoint says.
 
         Raises:
             InputError: the side is no multiple of two latents, or the shift would have no effect.
         """
-        super().place(side=side)
+        super().place(side=side, shape=shape)
         if shift is not None and not self.pipeline.scheduler.config.use_dynamic_shifting:
             raise InputError(
                 f"shift {shift.value} has no effect: the schedule of {self.name} does not depend on the resolution."
             )
         self.preset = self.preset if preset is None else preset
         self.shift = self.shift if shift is None else shift
-        self.shape = self.shape if shape is None else shape
-
-    def laid_out(self, pictures: Sequence[Tensor]) -> list[Tensor]:
-        """Return pictures [3, H, W] as the model is shown them: on white squares, or in their own shapes."""
-        if self.shape is ReferenceShape.OWN:
-            return [in_own_shape(picture, self.reference_side, self.reference_unit) for picture in pictures]
-        return super().laid_out(pictures)
 
     def _latent_geometry(self) -> tuple[int, int]:
         return int(self.pipeline.transformer.config.in_channels) // 4, 2
@@ -271,10 +253,10 @@ class FluxPolicy(TokenReferences, PerturbableText):
         return 1.0
 
     def predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        size = _token_size(x_t)
+        size = token_size(x_t)
         packed = [pack_latents(latents) for latents in (x_t, *conditioning.references)]
         own, others = position_ids(
-            size, [_token_size(latents) for latents in conditioning.references], self.preset
+            size, [token_size(latents) for latents in conditioning.references], self.preset
         )
         guidance = None  # a distilled model takes the scale in float32; one without the embedding takes none
         if self.pipeline.transformer.config.guidance_embeds:
@@ -294,7 +276,7 @@ class FluxPolicy(TokenReferences, PerturbableText):
         return unpack_latents(tokens[:, : size[0] * size[1]].float(), size)
 
 
-def _token_size(latents: Tensor) -> Size:
+def token_size(latents: Tensor) -> Size:
     """Return the rows and columns of the tokens that latents [B, C, h, w] are packed into."""
     return latents.shape[2] // 2, latents.shape[3] // 2
 

@@ -2,7 +2,8 @@
 
 Latents run from noise (t = 1) to data (t = 0); the transformer is fed t and predicts noise - data. Latents here are
 [B, C, h, w] as in FLUX.1, and packed two by two into tokens by the same rule; what the VAE's batch norm makes of such
-patches is undone in `decode`. A position has four axes: picture, row, column, and place in the text.
+patches is undone in `decode`. A position has four axes: picture, row, column, and place in the text. Reference pictures
+follow the picture's own tokens: the first is picture 10, the second picture 20.
 
 A prompt is read by Qwen3 as one turn of a chat, without thoughts. Its features are three hidden states side by side,
 and padding is read as text is, without a mask.
@@ -12,6 +13,9 @@ distilled to four steps say so in model_index.json, and the pipeline ignores a s
 
 The schedule is shifted by the number of a picture's tokens and of steps, by constants in the pipeline's code rather
 than in the scheduler's config.
+
+Deviation from the pipeline: references are on squares of `references.side`, or with `references.shape: own` that long;
+the pipeline shows them in their own shape and size, up to as many pixels as 1024 x 1024.
 """
 
 from collections.abc import Mapping
@@ -24,22 +28,26 @@ from torch import Tensor
 from pixrl.errors import InputError
 from pixrl.hub_check import INDEX, read_json
 from pixrl.models.base import Conditioning, SamplingSettings
-from pixrl.models.flux import pack_latents, unpack_latents
+from pixrl.models.flux import pack_latents, token_size, unpack_latents
 from pixrl.models.language import LanguagePolicy, chat_frame
+from pixrl.models.references import TokenReferences
 from pixrl.models.slots import KNOWN_TARGETS
 from pixrl.models.text import PerturbableText
 
 PATCH = 2
 """Rows and columns of latents in a token."""
+APART = 10
+"""The distance from one picture to the next on the first axis of positions."""
 DISTILLED = SamplingSettings(steps=4, guidance=0.0, resolution=1024)
 
 
-class Flux2KleinPolicy(LanguagePolicy, PerturbableText):
-    """FLUX.2 [klein], 4B or 9B, base or distilled, as a trainable policy."""
+class Flux2KleinPolicy(LanguagePolicy, TokenReferences, PerturbableText):
+    """FLUX.2 [klein], 4B or 9B, base or distilled, as a trainable policy with any number of reference pictures."""
 
     pipelines = ("Flux2KleinPipeline",)
     pipeline_class = "Flux2KleinPipeline"
     lora_layout = "flux2-klein"
+    reads_pictures = True
     licences: ClassVar[Mapping[str, str]] = {
         "black-forest-labs/FLUX.2-klein-4B": "Apache-2.0",
         "black-forest-labs/FLUX.2-klein-base-4B": "Apache-2.0",
@@ -82,21 +90,28 @@ class Flux2KleinPolicy(LanguagePolicy, PerturbableText):
         return at_200 + (at_10 - at_200) / 190 * (200 - steps)
 
     def predict(self, x_t: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        rows, columns = x_t.shape[2] // PATCH, x_t.shape[3] // PATCH
+        pictures = (x_t, *conditioning.references)
+        rows, columns = token_size(x_t)
+        places = [
+            _positions(1, *token_size(latents), 1, picture=APART * number)
+            for number, latents in enumerate(pictures)
+        ]
         found: Tensor = self.denoiser(
-            hidden_states=pack_latents(x_t),
+            hidden_states=torch.cat([pack_latents(latents) for latents in pictures], dim=1),
             timestep=t_B,
             encoder_hidden_states=conditioning.tokens_BLD,
             txt_ids=_positions(1, 1, 1, conditioning.tokens_BLD.shape[1]).to(self.device),
-            img_ids=_positions(1, rows, columns, 1).to(self.device),
+            img_ids=torch.cat(places).to(self.device),
             return_dict=False,
         )[0]
-        return unpack_latents(found.float(), (rows, columns))
+        return unpack_latents(found[:, : rows * columns].float(), (rows, columns))
 
 
-def _positions(*sizes: int) -> Tensor:
+def _positions(*sizes: int, picture: int = 0) -> Tensor:
     """Return the position [n, 4] of every place in a grid of these sizes: picture, row, column, place in the text."""
-    return torch.cartesian_prod(*(torch.arange(size) for size in sizes))
+    places = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
+    places[:, 0] += picture
+    return places
 
 
 def _is_distilled(folder: Path) -> bool:

@@ -59,7 +59,6 @@ class QwenImageEditPolicy(QwenPolicy, TokenReferences):
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
         """Load the checkpoint; the options are those of `FlowPipelinePolicy`."""
         super().__init__(checkpoint, **options)
-        self.reference_side = min(self.settings.width, self.settings.height)
         self._shown = PromptCache(self._read)
 
     @cached_property

@@ -2,26 +2,44 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import StrEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pixrl.errors import InputError, ShapeError
+from pixrl.hub import Checkpoint
 from pixrl.models.base import Conditioning, ReferencePolicy
 from pixrl.models.pipeline import FlowPipelinePolicy
 
 
+class ReferenceShape(StrEnum):
+    """The shape in which references are shown."""
+
+    SQUARE = "square"
+    """Each on a white square, nothing cut off: one batch holds references of any shapes."""
+    OWN = "own"
+    """Each as it is, up to its last whole token, as UNO shows them: rows of one shape go through the model together."""
+
+
 class TokenReferences(FlowPipelinePolicy, ReferencePolicy):
     """A pipeline that is shown any number of reference pictures as clean latents, two by two as its own."""
+
+    def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
+        """Load the checkpoint; the options are those of `FlowPipelinePolicy`."""
+        super().__init__(checkpoint, **options)
+        self.shape = ReferenceShape.SQUARE
+        self.reference_side = min(self.settings.width, self.settings.height)
 
     @property
     def reference_unit(self) -> int:
         """The pixels that a reference's sides must be multiples of."""
         return 2 * int(self.pipeline.vae_scale_factor)
 
-    def place(self, *, side: int | None = None) -> None:
-        """Set the side of the square that references are laid out on; None: as it is.
+    def place(self, *, side: int | None = None, shape: ReferenceShape | None = None) -> None:
+        """Set the shape in which references are shown, and the side of the square or the longer one; None: as it is.
 
         Raises:
             InputError: the side is no multiple of two latents.
@@ -30,6 +48,13 @@ class TokenReferences(FlowPipelinePolicy, ReferencePolicy):
         if side is not None and (side < unit or side % unit):
             raise InputError(f"The side of a reference must be a multiple of {unit} pixels, got {side}.")
         self.reference_side = self.reference_side if side is None else side
+        self.shape = self.shape if shape is None else shape
+
+    def laid_out(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Return pictures [3, H, W] as the model is shown them: on white squares, or in their own shapes."""
+        if self.shape is ReferenceShape.OWN:
+            return [in_own_shape(picture, self.reference_side, self.reference_unit) for picture in pictures]
+        return super().laid_out(pictures)
 
     def blank_reference(self) -> Tensor:
         """Return zeros in the shape of one reference's latents, [1, C, h, w]."""

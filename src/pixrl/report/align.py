@@ -17,7 +17,7 @@ from pixrl.data.subjects import CLASS_FILE
 from pixrl.errors import InputError
 from pixrl.fusion.config import FuseConfig
 from pixrl.hub import TOY_PREFIX
-from pixrl.models.flux import ReferenceShape
+from pixrl.models.references import ReferenceShape
 from pixrl.report.figures import (
     SHOWN,
     ScoredPair,

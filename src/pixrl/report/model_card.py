@@ -364,7 +364,7 @@ def in_unos_code(file: str, rank: int) -> str:
     )
 
 
-_WITH_PICTURES = ("FluxKontextPipeline", "QwenImageEditPlusPipeline")
+_WITH_PICTURES = ("Flux2KleinPipeline", "FluxKontextPipeline", "QwenImageEditPlusPipeline")
 """The pipelines of diffusers that take reference pictures themselves."""
 
 
@@ -469,8 +469,9 @@ def _shown(config: PersonalizeConfig, facts: Facts) -> Iterator[str]:
     yield "from pixrl import models"
     yield "from pixrl.data.pictures import read_pictures, to_tensors"
     yield _DRAWING[0]
-    if named := [name for name in ("Preset", "ReferenceShape", "Shift") if f"={name}." in given]:
-        yield f"from pixrl.models.flux import {', '.join(named)}"
+    for module, names in (("flux", ("Preset", "Shift")), ("references", ("ReferenceShape",))):
+        if named := [name for name in names if f"={name}." in given]:
+            yield f"from pixrl.models.{module} import {', '.join(named)}"
     yield _DRAWING[1]
     yield from ("from safetensors.torch import load_file",) if facts.layout == WEIGHTS else ()
     yield ""

@@ -31,8 +31,9 @@ from pixrl.device import DType
 from pixrl.errors import ConfigError, RunError
 from pixrl.hub import split_adapter
 from pixrl.models import REGISTRY as ADAPTERS
-from pixrl.models.flux import Preset, ReferenceShape, Shift
+from pixrl.models.flux import Preset, Shift
 from pixrl.models.memory.plan import Base, MemoryPlan, Offload, Shard
+from pixrl.models.references import ReferenceShape
 from pixrl.models.slots import Slot
 from pixrl.plugins import PartOf, checksums
 from pixrl.rewards import REGISTRY as REWARDS

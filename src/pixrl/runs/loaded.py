@@ -19,10 +19,10 @@ from pixrl.data.subject_prompts import subject_prompts
 from pixrl.data.subjects import check_targets, load_subjects
 from pixrl.errors import ConfigError, InputError
 from pixrl.metrics.diversity import Features, pixel_features
-from pixrl.models.flux import FluxPolicy, ReferenceShape
+from pixrl.models.flux import FluxPolicy
 from pixrl.models.memory.plan import Shard
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.models.references import TokenReferences
+from pixrl.models.references import ReferenceShape, TokenReferences
 from pixrl.models.slots import Slot, Slots
 from pixrl.models.text import check_words
 from pixrl.rewards.encoders import load_encoder
@@ -60,7 +60,7 @@ class LoadedRun:
     def largest_group(self) -> Group:
         """Return a group of the first step; where references keep their shape, with the largest ones of the run."""
         group = self.first_groups()[0]
-        if not isinstance(self.policy, FluxPolicy) or self.policy.shape is ReferenceShape.SQUARE:
+        if not isinstance(self.policy, TokenReferences) or self.policy.shape is ReferenceShape.SQUARE:
             return group
         shown = [one.metadata for one in (*self.prompts.prompts, *self.evaluated())]
         areas = [sum(one[0].numel() for one in self.policy.laid_out(shown_pictures(of))) for of in shown]
@@ -254,17 +254,17 @@ def show_references(policy: FlowPipelinePolicy, config: PersonalizeConfig) -> To
     if not isinstance(policy, TokenReferences):
         raise ConfigError(
             f"{policy.name} is a {type(policy).__name__}, which takes no reference pictures. Give a model that does: "
-            "--set model=toy:flux, or a checkpoint of FLUX or of Qwen-Image-Edit."
+            "--set model=toy:flux, or a checkpoint of FLUX, FLUX.2 or Qwen-Image-Edit."
         )
     if isinstance(policy, FluxPolicy):
-        policy.place(preset=settings.preset, shift=settings.shift, side=settings.side, shape=settings.shape)
+        policy.place(side=settings.side, shape=settings.shape, preset=settings.preset, shift=settings.shift)
     else:
-        for name in ("preset", "shift", "shape"):
+        for name in ("preset", "shift"):
             if getattr(settings, name) is not None:
                 raise ConfigError(
                     f"references.{name} has no effect on {policy.name}: it is FLUX's. Leave it out."
                 )
-        policy.place(side=settings.side)
+        policy.place(side=settings.side, shape=settings.shape)
     is_square = settings.shape is not ReferenceShape.OWN
     sides = {policy.reference_side, policy.settings.width, policy.settings.height}
     config.loss.check_references(are_as_pictures=is_square and len(sides) == 1)

@@ -18,11 +18,10 @@ from pixrl.algorithms.trainer import MicroBatches
 from pixrl.device import free_bytes
 from pixrl.errors import InputError
 from pixrl.models.base import Conditioning
-from pixrl.models.flux import ReferenceShape
 from pixrl.models.memory.plan import Offload
 from pixrl.models.memory.sharding import transformer_blocks
 from pixrl.models.pipeline import FlowPipelinePolicy
-from pixrl.models.references import TokenReferences
+from pixrl.models.references import ReferenceShape, TokenReferences
 from pixrl.runs.config import AlignConfig, PersonalizeConfig, Train
 
 
