@@ -23,8 +23,6 @@ SHORT = {
     ("sd3", "hard groups of 24 that all fail"),
     ("turbo", "held-out pairs by columns on a sweep, true fusions"),
     ("turbo", "high frequencies, share of the drawings'"),
-    ("flux", "object recognized"),
-    ("flux", "background and accessory right"),
 }
 """The figures that are outside of their gates: docs/toy.md says how far."""
 
