@@ -34,7 +34,7 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_power_failure() -> Iterator[None]:
-    """Nothing waits for the disk (a tenth of the suite's time): a kill loses no page, and no test pulls the plug."""
+    """Nothing waits for the disk: a kill loses no page, and no test pulls the plug."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield

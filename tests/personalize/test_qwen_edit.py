@@ -113,7 +113,7 @@ def test_what_is_fluxs_alone_is_refused(folder: Path, subjects: Path, setting: s
     settings = recipe(folder, subjects, **METHOD | {"references": references}, kind="personalize")
     found = api.examine(settings)
     assert any(
-        f"references.{setting} has no effect on" in problem.message and "it is FLUX's" in problem.message
+        f"references.{setting} has no effect on" in problem.message and "it is FLUX.1's" in problem.message
         for problem in found.problems
     )
 

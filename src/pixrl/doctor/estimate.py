@@ -152,7 +152,7 @@ class Estimate:
             with policy.decoder_present():
                 policy.decode(policy.initial_noise(range(count)))
 
-        with imagined(policy.denoiser, policy.vae, longest=policy.settings.longest):
+        with imagined(policy.denoiser, policy.vae, pixels=pixels_of(policy, condition)):
             self.pass_operations = operations_of(trial(policy, condition, decode=False))
             """Number of floating point operations of one pass over a picture's latents, without its gradient."""
             self.operations = policy.settings.steps * self.pass_operations + operations_of(decode)
@@ -169,16 +169,23 @@ class Estimate:
 
     def training_operations(self) -> int:
         """Return the floating point operations of one picture at one noise level, with its gradient."""
-        with imagined(self.policy.denoiser, self.policy.vae, longest=max(self.size)):
+        with imagined(self.policy.denoiser, self.policy.vae, pixels=pixels_of(self.policy, self._condition)):
             return operations_of(trial(self.policy, self._condition, train=True, decode=self._decodes))
 
     def costs(self, references: int) -> tuple[Cost, Cost]:
         """Return the memory that drawing and training take when the model is shown so many of the references."""
         policy, modules = self.policy, (self.policy.denoiser, self.policy.vae)
         condition = replace(self._condition, references=self._condition.references[:references])
-        with imagined(*modules, longest=max(self.size)):
+        with imagined(*modules, pixels=pixels_of(policy, condition)):
             drawing = cost_of(trial(policy, condition), modules)
             return drawing, cost_of(trial(policy, condition, train=True, decode=self._decodes), modules)
+
+
+def pixels_of(policy: FlowPipelinePolicy, condition: Conditioning) -> int:
+    """Return the pixels of a picture with those of the references that it is drawn with."""
+    rows, columns = policy.latent_shape[1:]
+    latents = rows * columns + sum(x.shape[-2] * x.shape[-1] for x in condition.references)
+    return policy.settings.width * policy.settings.height * latents // (rows * columns)
 
 
 def without_encoders(policy: FlowPipelinePolicy, row: Conditioning, precision: Precision) -> None:

@@ -20,6 +20,7 @@ from pixrl.doctor.estimate import (
     find_place,
     is_small,
     on_device,
+    pixels_of,
     refuse_misfits,
     report_lack,
     report_misfits,
@@ -137,7 +138,7 @@ def estimate_fusion(policy: FlowPipelinePolicy, config: FuseConfig, precision: P
             policy.decode(policy.initial_noise(range(count)))
 
     modules = (policy.denoiser, policy.vae)
-    with imagined(*modules, longest=policy.settings.longest):
+    with imagined(*modules, pixels=pixels_of(policy, condition)):
         return FusionEstimate(
             policy,
             rows,

@@ -262,7 +262,7 @@ def show_references(policy: FlowPipelinePolicy, config: PersonalizeConfig) -> To
         for name in ("preset", "shift"):
             if getattr(settings, name) is not None:
                 raise ConfigError(
-                    f"references.{name} has no effect on {policy.name}: it is FLUX's. Leave it out."
+                    f"references.{name} has no effect on {policy.name}: it is FLUX.1's. Leave it out."
                 )
         policy.place(side=settings.side, shape=settings.shape)
     is_square = settings.shape is not ReferenceShape.OWN

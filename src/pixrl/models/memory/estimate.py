@@ -251,15 +251,15 @@ class Cost:
 
 
 @contextmanager
-def imagined(*modules: nn.Module, longest: int) -> Iterator[None]:
+def imagined(*modules: nn.Module, pixels: int) -> Iterator[None]:
     """Give the modules tensors of their shapes, whose content lies on no device yet, and compute with those meanwhile.
 
-    They are zeros where the modules and `longest`, a picture's longer side in pixels, are small, and else torch's fake
-    tensors: those take a tenth of a millisecond an operation, in which a small model has long computed.
+    They are zeros where the modules are small, and `pixels`, those of a picture with its references, are few, and else
+    torch's fake tensors: those take a tenth of a millisecond an operation, in which a small model has long computed.
     """
     inner = [one for outer in modules for one in outer.modules()]
     weights = [x for one in inner for x in one.parameters(recurse=False)]
-    small = sum(x.numel() for x in weights) < SMALL_MODEL and longest <= SMALL_SIDE
+    small = sum(x.numel() for x in weights) < SMALL_MODEL and pixels <= SMALL_SIDE**2
     # bfloat16 is imitated by most processors, and slowly
     computed = small and all(x.dtype is torch.float32 for x in weights)
     with nullcontext() if computed else FakeTensorMode(allow_non_fake_inputs=True):
