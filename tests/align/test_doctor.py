@@ -3,12 +3,14 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
@@ -22,9 +24,10 @@ from pixrl.doctor.diagnosis import Diagnosis, Need
 from pixrl.errors import CheckpointError, ConfigError
 from pixrl.hub import Remote
 from pixrl.models import loading
-from pixrl.models.memory.estimate import Cost, PartSize, PeakMeter
+from pixrl.models.memory.estimate import Cost, PartSize, PeakMeter, imagined
 from pixrl.models.memory.plan import MemoryPlan
 from pixrl.models.pipeline import FlowPipelinePolicy
+from pixrl.models.references import TokenReferences
 from pixrl.runs.planner import trial
 from tests import tiny
 from tests.align.parts import recipe
@@ -128,6 +131,34 @@ def test_activations_are_near_what_the_allocator_gives_out(dtype: str, checkpoin
             paper, real, given = cost.bytes(count), made(act), allocated(act)
             assert real / NEAR <= paper <= real * NEAR, (train, count, paper, real)
             assert paper / NEAR <= given <= 2 * paper + weights, (train, count, paper, given)
+
+
+@pytest.mark.parametrize(
+    ("side", "pixels", "dtype", "computed"),
+    [
+        (8, 256**2, torch.float32, True),
+        (8, 256**2 + 1, torch.float32, False),
+        (8, 256**2, torch.bfloat16, False),
+        (2**13, 1, torch.float32, False),
+    ],
+)
+def test_small_models_at_small_sizes_alone_compute(
+    side: int, pixels: int, dtype: torch.dtype, computed: bool
+) -> None:
+    with torch.device("meta"):
+        layer = torch.nn.Linear(side, side, dtype=dtype)
+    with imagined(layer, pixels=pixels):
+        assert isinstance(layer.weight, FakeTensor) != computed
+        assert layer(torch.zeros(1, side, dtype=dtype)).shape == (1, side)
+
+
+def test_the_pixels_of_references_count() -> None:
+    policy = load("toy:flux")
+    assert isinstance(policy, TokenReferences)
+    row = policy.blank()
+    assert doctor.pixels_of(policy, row) == 128**2
+    shown = replace(row, references=(policy.blank_reference(),) * 2)
+    assert doctor.pixels_of(policy, shown) == 3 * 128**2
 
 
 def test_nothing_is_loaded(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,16 +119,6 @@ def test_references_of_two_shapes_in_one_batch_are_each_shown_as_they_are(policy
             assert agree(found[[row]], policy.velocity(x_t[[row]], t_B[[row]], own), MODEL)
 
 
-def test_references_keep_their_shape_where_that_is_asked_for(policy: Flux2KleinPolicy) -> None:
-    from pixrl.models.references import ReferenceShape
-
-    policy.place(side=32, shape=ReferenceShape.OWN)
-    assert [tuple(one.shape) for one in policy.laid_out([torch.rand(3, 40, 64), torch.rand(3, 64, 64)])] == [
-        (3, 16, 32),
-        (3, 32, 32),
-    ]
-
-
 def test_rows_are_the_pipelines_padding_and_all(policy: Flux2KleinPolicy) -> None:
     found = policy.encode([OWL, LONG])
     theirs, _ = policy.pipeline.encode_prompt([OWL, LONG], max_sequence_length=policy.text_length)

@@ -13,7 +13,6 @@ from pixrl.report.export import Format, export
 from pixrl.runs import checkpoint
 from pixrl.runs.config import load_recipe
 from tests import tiny_language
-from tests.align.parts import final
 from tests.models.test_flux2 import patches, pictures
 from tests.personalize.test_job import recipe
 from tests.tolerance import PICTURE, agree
@@ -63,12 +62,6 @@ def test_its_pipeline_draws_what_was_trained(folder: Path, subjects: Path, tmp_p
     ).images
     assert agree(ours, theirs, PICTURE)
     assert not agree(base, ours, PICTURE)
-
-
-def test_it_learns_from_pictures_in_their_own_shapes(folder: Path, subjects: Path, tmp_path: Path) -> None:
-    own = recipe(folder, subjects, **METHOD | {"references": {"count": 1, "side": 64, "shape": "own"}})
-    done = pixrl.personalize(own | {"steps": 1}, out=tmp_path / "run")
-    assert any(x.any() for name, x in final(done.run).items() if "lora_B" in name)
 
 
 def test_the_doctor_knows_it(folder: Path, subjects: Path) -> None:

@@ -10,15 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 import pixrl
-from pixrl import api
+from pixrl import api, models
 from pixrl.algorithms.exploration import SHOWN, Group, NoiseOnly, prepare, shown_pictures
 from pixrl.errors import ConfigError, InputError, ShapeError
 from pixrl.models.base import Conditioning
 from pixrl.models.flux import FluxPolicy
-from pixrl.models.references import ReferenceShape, in_own_shape
+from pixrl.models.references import ReferenceShape, TokenReferences, in_own_shape
 from pixrl.runs.config import load_recipe
 from pixrl.runs.loaded import load_run
 from pixrl.runs.planner import require_equal_shares
+from tests import tiny_language
 from tests.align.parts import final, same
 from tests.personalize.test_job import recipe
 from tests.tolerance import GRADIENT, MODEL, agree
@@ -105,6 +106,50 @@ def test_a_batch_of_several_shapes_is_each_row_alone(own: FluxPolicy) -> None:
     turned = own.velocity(x_t[order], t_B[order], anchor[order])
     assert agree(turned, together[order], MODEL)
     assert not agree(together[0], together[2], MODEL)
+
+
+@pytest.fixture(params=[tiny_language.flux2_klein, tiny_language.qwen_edit], ids=["flux2", "qwen-edit"])
+def other(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A tiny checkpoint of another model that takes references."""
+    folder: Path = request.param(tmp_path / "other")
+    return folder
+
+
+def test_other_models_keep_shapes_too(other: Path) -> None:
+    policy = models.load(other, device="cpu", dtype="float32")
+    assert isinstance(policy, TokenReferences)
+    policy.place(side=64, shape=ReferenceShape.OWN)
+    given = groups(*MIXED[:3])
+    anchor = prepare(NoiseOnly(), policy, given).anchor
+    assert (
+        anchor.sizes_BN2 is not None and len({tuple(size) for size in anchor.sizes.flatten(1).tolist()}) == 2
+    )
+    x_t, t_B = policy.initial_noise([1, 2, 3]), torch.tensor([0.9, 0.6, 0.4])
+    with torch.no_grad():
+        together = policy.velocity(x_t, t_B, anchor)
+        for place, group in enumerate(given):
+            alone = prepare(NoiseOnly(), policy, [replace(group, place=0)]).anchor
+            assert agree(together[[place]], policy.velocity(x_t[[place]], t_B[[place]], alone), MODEL)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_run_of_other_models_shows_them_so(
+    other: Path, several: Path, tmp_path: Path, dropped: bool
+) -> None:
+    settings = recipe(
+        other,
+        several,
+        steps=1,
+        sampling={"steps": 2, "solver": "dpm"},
+        loss={"kind": "nft", "timesteps": 1},
+    )
+    settings["machine"] |= {"drop_text_encoders": dropped}
+    runs = [
+        pixrl.personalize(settings | {"references": {"side": 64, "shape": shape}}, out=tmp_path / shape).run
+        for shape in ("own", "square")
+    ]
+    drawn = [(run / "samples/step-000000/0000.png").read_bytes() for run in runs]
+    assert drawn[0] != drawn[1], "what the model is shown differs"
 
 
 def test_rows_keep_their_sizes(own: FluxPolicy) -> None:
